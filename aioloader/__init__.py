@@ -1,0 +1,26 @@
+"""An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, batches by `for` or `async for`."""
+
+from aioloader.dataloader import DataLoader
+from aioloader.errors import (
+    AioloaderError,
+    DeviceError,
+    LeakedContextError,
+    LoaderClosedError,
+    SampleCancelledError,
+    SourceUsedUpError,
+)
+from aioloader.insight.stats import StageStats, Stats
+from aioloader.pipeline import Pipeline
+
+__all__ = [
+    "AioloaderError",
+    "DataLoader",
+    "DeviceError",
+    "LeakedContextError",
+    "LoaderClosedError",
+    "Pipeline",
+    "SampleCancelledError",
+    "SourceUsedUpError",
+    "StageStats",
+    "Stats",
+]

@@ -1,0 +1,454 @@
+"""`DataLoader`: torch's constructor and meaning, over our engine."""
+
+import warnings
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Literal
+
+import torch
+import torch.utils.data
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, default_convert
+from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
+
+from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
+from aioloader.engine.faces import Batches
+from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
+from aioloader.engine.node import FoldNode, Node
+from aioloader.engine.source import is_async_callable
+from aioloader.engine.window import Window
+from aioloader.executors.chunk import Call
+from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.loader import Loader
+from aioloader.plan import Plan, Single, build
+from aioloader.seeds import derive_seed
+from aioloader.sources.resolve import Stream
+from aioloader.stages.base import Pass, Stage
+from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
+from aioloader.stages.checks import check_count
+from aioloader.stages.collate import Alloc, Collate
+from aioloader.stages.device import PinMemory, To
+from aioloader.stages.keyed import JoinBatches, SplitBatches
+from aioloader.stages.map import ASYNC_CONCURRENCY, Map
+
+__all__ = ["DataLoader"]
+
+T_co = TypeVar("T_co", covariant=True, default=Any)
+
+_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
+
+
+class DataLoader(Loader, Generic[T_co]):
+    """A drop-in for `torch.utils.data.DataLoader`: the same arguments, the same batches for the same seed.
+
+    It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different:
+
+    - Workers are threads of this process: one copy of the dataset, nothing pickled, the first batch at once. Python code
+      that holds the GIL does not get faster by them.
+    - An `IterableDataset` is read once, by one thread, however many workers there are: no sample comes twice. The
+      workers collate.
+
+    A dataset with `async def __getitem__` or `async def __getitems__`, or an async iterable, is awaited on the event
+    loop: the caller's under `async for`, a private one under `for`.
+
+    Args:
+        dataset: As in torch, or async.
+        batch_size: As in torch, like all arguments up to `in_order`.
+        shuffle: See torch.
+        sampler: See torch.
+        batch_sampler: See torch.
+        num_workers: Threads. 0: everything in the consumer's thread inside `next()`, nothing ahead; under `async for`,
+            one thread, so that the event loop is never blocked.
+        collate_fn: See torch.
+        pin_memory: See torch.
+        drop_last: See torch; at most one batch is dropped, whatever the number of workers.
+        timeout: Seconds to wait for one batch; the batch is not lost.
+        worker_init_fn: Called once in each worker thread with its number.
+        multiprocessing_context: Checked, and of no effect on threads.
+        generator: See torch: the same draws in the same order.
+        prefetch_factor: Batches per worker, being made or finished.
+        persistent_workers: Of no effect: threads cost nothing to start.
+        pin_memory_device: Deprecated in torch and ignored.
+        in_order: See torch.
+        device: Where batches go: `.to(device)` of `Pipeline`.
+        concurrency: Samples of an async dataset under way at once; default 64.
+        worker_type: `"thread"`.
+        seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
+
+    Raises:
+        ValueError, TypeError: For the same arguments as torch's.
+    """
+
+    # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
+    dataset: Any
+    batch_size: int | None
+    drop_last: bool
+    num_workers: int
+    batch_sampler: "_BatchSamplerView"
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Any = None,
+        batch_sampler: Any = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        *,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        device: Any = None,
+        concurrency: int | None = None,
+        worker_type: Literal["thread", "process"] = "thread",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        is_async_iterable = isinstance(dataset, AsyncIterable) and not hasattr(dataset, "__getitem__")
+        # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at most,
+        # since it warns of more processes than cores.
+        self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
+            _AsyncStandIn(dataset) if is_async_iterable else dataset,
+            batch_size,
+            shuffle,
+            sampler,
+            batch_sampler,
+            num_workers if num_workers < 1 else 1,
+            collate_fn,
+            pin_memory,
+            drop_last,
+            timeout,
+            worker_init_fn,
+            multiprocessing_context,
+            generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+            in_order=in_order,
+        )
+        if prefetch_factor == 0:
+            raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
+        if worker_type == "process":
+            raise ValueError("worker_type='process' is not there yet, got num_workers of threads only; leave it out")
+        if worker_type != "thread":
+            raise ValueError(f"worker_type must be 'thread', got {worker_type!r}")
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator both decide the order; pass one of them")
+        if device is not None:
+            check_device(device)
+        self.dataset = dataset
+        self.batch_size = self._torch.batch_size
+        self.drop_last = self._torch.drop_last
+        self.num_workers = num_workers
+        self.batch_sampler = _BatchSamplerView(self)
+        self.collate_fn = collate_fn
+        self.pin_memory = pin_memory
+        self.timeout = timeout
+        self.worker_init_fn = worker_init_fn
+        self.multiprocessing_context = multiprocessing_context
+        self.generator = generator
+        self.prefetch_factor = self._torch.prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.pin_memory_device = pin_memory_device
+        self.in_order = in_order
+        self.device = device
+        self.concurrency = (
+            ASYNC_CONCURRENCY if concurrency is None else check_count("concurrency", concurrency, least=1)
+        )
+        self.worker_type = worker_type
+        self.seed = seed
+        self._shuffled = bool(shuffle)
+        self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
+        self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
+        self._awaited = self._awaited or (collate_fn is not None and is_async_callable(collate_fn))
+        self._timeout = timeout or None
+        self._timeout_message = "DataLoader timed out after {seconds} seconds"
+        self._initialized = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and getattr(self, "_initialized", False):
+            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
+        super().__setattr__(name, value)
+
+    # -- iteration ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Batches per epoch.
+
+        Raises:
+            TypeError: The dataset has no length.
+        """
+        return len(self._torch)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return (
+            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers})"
+        )
+
+    def __iter__(self) -> Iterator[T_co]:
+        self._check_usable()
+        if self.num_workers == 0 and not self._awaited:
+            return InlineBatches(self._open_inline, self._receive)
+        return Batches(self)
+
+    def _check_usable(self) -> None:
+        if self.timeout and self.num_workers == 0:
+            # The type that torch's iterator raises.
+            raise AssertionError(f"timeout needs num_workers > 0, got timeout={self.timeout} with num_workers=0")
+        if self.pin_memory and self.device is None and not can_pin():
+            warnings.warn(
+                "'pin_memory' argument is set as true but no accelerator is found, "
+                "then device pinned memory won't be used.",
+                stacklevel=3,
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next epoch be number `epoch`, and tell the samplers and the dataset that have a `set_epoch`."""
+        super().set_epoch(epoch)
+        batch_sampler = self._torch.batch_sampler
+        for part in (batch_sampler, getattr(batch_sampler, "sampler", self._torch.sampler), self.dataset):
+            tell = getattr(part, "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
+
+    def _index_iterator(self, epoch: int) -> Iterator[Any]:
+        """The keys of an epoch: lists of them, or single ones with `batch_size=None`.
+
+        As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
+        generator; so that everything drawn later, by samplers or by the user, is the same.
+        """
+        index_sampler = self._torch.batch_sampler if self._torch.batch_sampler is not None else self._torch.sampler
+        generator = self.generator
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
+            if self._shuffled:
+                sampler = RandomSampler(self.dataset, generator=generator)
+                size = self.batch_size
+                index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
+        indices = iter(index_sampler)
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        return indices
+
+    # -- without workers ---------------------------------------------------------------------------------------------
+
+    def _open_inline(self) -> tuple[Node, ConsumerMeter]:
+        epoch = self._begin_epoch()
+        consumer = ConsumerMeter()
+        transfer = self._open_transfer()
+        alloc = _alloc(transfer)
+        indices = self._index_iterator(epoch)
+        source: Node
+        if self._iterable:
+            source = inline_source = InlineSource(self.dataset, "source", epoch)
+            if self.batch_size is not None:
+                source = FoldNode(source, BatchFold(self.batch_size, drop_last=self.drop_last))
+            calls = [Call(self._collate_call(alloc), False, "collate")]
+        else:
+            source = inline_source = InlineSource(indices, "sampler", epoch)
+            calls = [Call(self._fetch(alloc), False, "fetch")]
+        if transfer is not None and self.device is not None:
+            calls.append(Call(transfer.send, False, f"to({self.device})"))
+        elif transfer is not None:
+            backend = transfer.backend
+            calls.append(Call(lambda batch: pin_batch(batch, backend), False, "pin_memory()"))
+        node = InlineMap(source, calls, epoch)
+        meters: list[StageMeter] = [inline_source.meter, node.meter]
+        self._watch(epoch, meters, consumer)
+        return node, consumer
+
+    # -- with workers, or on a loop ----------------------------------------------------------------------------------
+
+    def _build(self, epoch: int) -> Window:
+        transfer = self._open_transfer()
+        source = self._index_iterator(epoch)
+        if self._iterable:
+            source = self.dataset
+        stages = self._stages(_alloc(transfer))
+        if self.device is not None:
+            stages.append(To(self.device))
+        elif transfer is not None:
+            stages.append(PinMemory())
+        if self.num_workers:
+            room = (self.prefetch_factor or 2) * self.num_workers
+        else:
+            room = 2 if self._awaited else 0
+        plan = Plan(Single(Stream(source, call=False, single_use=False)), tuple(stages), room=room)
+        return build(plan, Pass(epoch), transfer)
+
+    def _stages(self, alloc: Alloc | None) -> list[Stage]:
+        workers = max(1, self.num_workers)
+        initializer = self.worker_init_fn if self.num_workers else None
+        collate = CollateWith(self.collate_fn, workers, initializer)
+        if self._iterable and self.batch_size is not None:
+            return [Batch(self.batch_size, self.drop_last, collate)]
+        convert = Map(
+            self._collate_call(alloc),
+            False,
+            workers,
+            self.in_order,
+            name="collate",
+            initializer=initializer,
+            thread_name="aioloader-worker",
+        )
+        if self._iterable:
+            return [convert]
+        data = self.dataset
+        if self._torch.batch_sampler is None:
+            if _is_async(data, "__getitem__"):
+                return [Map(data.__getitem__, True, self.concurrency, self.in_order, name="dataset[...]"), convert]
+        elif _is_async(data, "__getitems__"):
+            at_once = max(1, self.concurrency // (self.batch_size or 1))
+            fetch = Map(data.__getitems__, True, at_once, self.in_order, name="dataset.__getitems__")
+            return [fetch, convert]
+        elif _is_async(data, "__getitem__"):
+            # Samples of one batch may overtake each other only inside it: the join goes by their order.
+            load = Map(data.__getitem__, True, self.concurrency, name="dataset[...]")
+            return [SplitBatches(), load, JoinBatches(collate)]
+        return [
+            Map(
+                self._fetch(alloc),
+                False,
+                workers,
+                self.in_order,
+                name="fetch",
+                initializer=initializer,
+                thread_name="aioloader-worker",
+            )
+        ]
+
+    def _open_transfer(self) -> Transfer | None:
+        if self._transfer is None:
+            if self.device is not None:
+                self._transfer = Transfer(open_backend(self.device))
+            elif self.pin_memory and can_pin():
+                self._transfer = Transfer(open_backend("cuda"))
+        return self._transfer
+
+    # -- what a worker does ------------------------------------------------------------------------------------------
+
+    def _fetch(self, alloc: Alloc | None) -> Callable[[Any], Any]:
+        if self._torch.batch_sampler is None:
+            return _FetchOne(self.dataset, self.collate_fn or default_convert)
+        return _FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
+
+    def _collate_call(self, alloc: Alloc | None) -> Callable[[Any], Any]:
+        """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
+        if self._torch.batch_sampler is None:
+            return self.collate_fn or default_convert
+        return _CollateAny(self.collate_fn, Collate(alloc))
+
+
+def _alloc(transfer: Transfer | None) -> Alloc | None:
+    return transfer.backend.alloc_pinned if transfer is not None and transfer.backend.pins else None
+
+
+def _is_async(dataset: Any, method: str) -> bool:
+    fn = getattr(dataset, method, None)
+    return fn is not None and is_async_callable(fn)
+
+
+@dataclass(frozen=True)
+class _FetchOne:
+    """One key to one sample, as it is: `batch_size=None`."""
+
+    dataset: Any
+    convert: Callable[[Any], Any]
+
+    def __call__(self, key: Any) -> Any:
+        return self.convert(self.dataset[key])
+
+
+class _FetchBatch:
+    """A list of keys to a batch."""
+
+    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, collate: Collate) -> None:
+        self._dataset = dataset
+        self._collate_fn = collate_fn
+        self._collate = collate
+
+    def __call__(self, keys: Any) -> Any:
+        dataset = self._dataset
+        if getattr(dataset, "__getitems__", None):  # torch also looks whether it is true
+            samples = dataset.__getitems__(keys)
+        else:
+            samples = []
+            key = None
+            try:
+                for key in keys:
+                    samples.append(dataset[key])
+            except Exception as error:
+                error.add_note(f"aioloader: dataset index {key!r}, sample {len(samples)} of its batch")
+                raise
+        if self._collate_fn is not None:
+            return self._collate_fn(samples)
+        return self._collate(samples, keys)
+
+
+@dataclass(frozen=True)
+class _CollateAny:
+    """A list of samples, or a group of the batch fold, to a batch."""
+
+    collate_fn: Callable[[list[Any]], Any] | None
+    collate: Collate
+
+    def __call__(self, samples: Any) -> Any:
+        keys = None
+        if isinstance(samples, Group):
+            samples, keys = samples.samples, samples.keys
+        if self.collate_fn is not None:
+            return self.collate_fn(samples)
+        return self.collate(samples, keys)
+
+
+class _AsyncStandIn(IterableDataset[Any]):
+    """An async iterable, for torch's constructor: what it checks of iterable datasets holds for it."""
+
+    def __new__(cls, dataset: Any) -> "_AsyncStandIn":
+        return super().__new__(_SizedAsyncStandIn if hasattr(dataset, "__len__") else cls)
+
+    def __init__(self, dataset: AsyncIterable[Any]) -> None:
+        self.dataset = dataset
+
+
+class _SizedAsyncStandIn(_AsyncStandIn):
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # made only for those that have a length
+
+
+class _SamplerView:
+    """What `loader.batch_sampler.sampler` shows to trainers: a place to set the epoch."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def set_epoch(self, epoch: int) -> None:
+        """See `DataLoader.set_epoch`."""
+        self._loader.set_epoch(epoch)
+
+
+class _BatchSamplerView(Iterable[Any]):
+    """The loader's batch sampler, for trainers that read it, with a `sampler` whose `set_epoch` reaches the loader."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+        self.sampler = _SamplerView(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader._torch.batch_sampler or ())
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader._torch.batch_sampler, name)

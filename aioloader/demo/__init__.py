@@ -1,0 +1,1 @@
+"""`python -m aioloader demo`: the same small training three times, on images that stand behind a slow server."""

@@ -1,0 +1,234 @@
+"""The transfer of batches to a device, written once over the `Backend` protocol."""
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import torch
+
+from aioloader.device._tree import (
+    has_method,
+    memory_of,
+    names_non_blocking,
+    rebuild,
+    tensors_in,
+    warn_if_it_holds_tensors,
+)
+from aioloader.device.base import Backend, Event, Stream
+from aioloader.errors import DeviceError
+
+__all__ = ["Transfer", "Transferred", "pin_batch"]
+
+
+class Transferred:
+    """A batch whose copies are queued, until the consumer takes it with `Transfer.receive`.
+
+    Attributes:
+        batch: The structure on the device. Not to be used before `receive`.
+        event: After it all copies are done.
+        others: Events that come before the work on tensors which were on the device already.
+        tensors: Whatever memory of the device the batch uses.
+    """
+
+    __slots__ = ("batch", "event", "others", "tensors")
+
+    def __init__(self, batch: Any, event: Event, others: tuple[Event, ...], tensors: tuple[torch.Tensor, ...]) -> None:
+        self.batch = batch
+        self.event = event
+        self.others = others
+        self.tensors = tensors
+
+
+class Transfer:
+    """Copies batches to a device on one stream, and hands them over so that the consumer can do with them as he likes.
+
+    Two things can go wrong when memory is filled on one stream and read on another, and both are silent:
+
+    - The consumer's kernel runs before the copy has ended, and reads what was there before. So the consumer's stream
+      *waits for an event* behind the copies. The host does not wait.
+    - The consumer queues a kernel and drops the batch (`loss = step(batch)`, next batch) before the kernel has run.
+      torch's allocator knows only the stream on which memory was allocated: ours. The next copy gets this memory at
+      once and overwrites it. So each tensor's *use is recorded* on the consumer's stream.
+
+    The first costs nothing when the copy was early enough. The second delays reuse of the memory until the consumer's
+    queued work is done, which is about one batch more of device memory.
+
+    A source must live as long as its copy is queued. torch's own page-locked memory may be dropped at once, for torch
+    knows of the copy; page-locked memory of others (`cudaHostRegister`, an array around somebody's slab) may not, and
+    cannot be told from it. So all sources are kept until a later `send` finds their event done.
+
+    Args:
+        backend: Stays open when the transfer is closed: who opened it closes it.
+
+    Source: torch documentation of `Tensor.record_stream`; torch 2.13 `ATen/core/CachingHostAllocator.h`.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend: Final = backend
+        self._stream: Final[Stream] = backend.new_stream()
+        # Sources with the event after which they are not needed; of several iterators, each with its own device thread.
+        self._lock = threading.Lock()
+        self._held: deque[tuple[Event, list[Any]]] = deque()
+        self._stranded: list[list[Any]] = []
+
+    def send(self, batch: Any) -> Transferred:
+        """Page-lock what is not, queue all copies of `batch`, and return without waiting for them.
+
+        Called on a device thread, one per iterator of the loader, which calls `backend.init_thread()` first.
+
+        Args:
+            batch: CPU tensors of any shape, strides and dtype, in tuples, lists, mappings, dataclasses and objects
+                with their own `to(device, non_blocking=...)`. Everything else passes unchanged. A tensor that is
+                already on the device is passed on too, and taken to be ready where the device's default stream is now.
+                The same tensor twice is copied once; two views of one storage become two tensors.
+
+        Returns:
+            The same structure on the device, for `receive`.
+
+        Raises:
+            DeviceError: Page-locking or copying failed; `__cause__` is the error.
+        """
+        sending = _Sending(self.backend, self._stream)
+        try:
+            self._drop_done()
+            moved = rebuild(batch, sending.tensor, _moves_itself, sending.other)
+            event = self.backend.record_event(self._stream)
+            others = (self.backend.record_event(self.backend.default_stream()),) if sending.found_there else ()
+        except Exception as error:
+            self._hold_after_failure(sending.sources)
+            raise DeviceError(f"a batch could not be copied to {self.backend.device}: {error}") from error
+        with self._lock:
+            self._held.append((event, sending.sources))
+        return Transferred(moved, event, others, tuple(sending.tensors))
+
+    def receive(self, transferred: Transferred) -> Any:
+        """The batch, safe on the stream that is current in the calling thread now; called by the consumer's thread.
+
+        Nothing here waits for the device.
+
+        Raises:
+            DeviceError: The device is broken; `__cause__` is the error.
+        """
+        try:
+            stream = self.backend.current_stream()
+            self._wait(stream, transferred)
+            self._record(stream, transferred)
+        except Exception as error:
+            raise DeviceError(f"a batch could not be taken over on {self.backend.device}: {error}") from error
+        return transferred.batch
+
+    def close(self) -> None:
+        """Wait until no copy is under way and let go of the sources. Call it when nobody sends any more. Idempotent."""
+        with self._lock:
+            held, self._held = self._held, deque()
+        for event, _ in held:
+            with suppress(RuntimeError):  # a broken device reads nothing any more
+                event.synchronize()
+        self._stranded.clear()
+
+    def _wait(self, stream: Stream, transferred: Transferred) -> None:
+        for event in (transferred.event, *transferred.others):
+            self.backend.wait_event(stream, event)
+
+    def _record(self, stream: Stream, transferred: Transferred) -> None:
+        for tensor in transferred.tensors:
+            self.backend.record_use(tensor, stream)
+
+    def _drop_done(self) -> None:
+        done = []
+        with self._lock:
+            # Copies end in the order in which they were queued.
+            while self._held and self._held[0][0].query():
+                done.append(self._held.popleft())
+        del done  # outside the lock: freeing large memory takes its time
+
+    def _hold_after_failure(self, sources: list[Any]) -> None:
+        """Copies that were queued before the failure still read their sources."""
+        try:
+            event = self.backend.record_event(self._stream)
+        except Exception:  # the failure itself is being raised; the device is beyond saying when it has finished
+            self._stranded.append(sources)
+        else:
+            with self._lock:
+                self._held.append((event, sources))
+
+
+class _Sending:
+    """One batch on its way: what to do with each leaf, and what came of it."""
+
+    def __init__(self, backend: Backend, stream: Stream) -> None:
+        self._backend = backend
+        self._stream = stream
+        self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sources: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.found_there = False
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in self._moved:
+            # With the tensor itself, or a later one could get its id.
+            self._moved[id(tensor)] = (tensor, self._move(tensor))
+        return self._moved[id(tensor)][1]
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._backend.owns(tensor):
+            moved = tensor
+            self.found_there = True
+        else:
+            source = self._backend.pin(tensor)
+            # Before the copy: one that fails may have been queued.
+            self.sources.append(source)
+            moved = self._backend.copy(source, self._stream)
+        self.tensors.extend(memory_of(moved))
+        return moved
+
+    def other(self, value: Any) -> Any:
+        if not _moves_itself(value):
+            warn_if_it_holds_tensors(value, "to(device, non_blocking=...)")
+            return value
+        if has_method(value, "pin_memory"):
+            value = self._backend.pin_object(value)
+        self.sources.append(value)
+        moved = self._backend.move_object(value, self._stream)
+        for tensor in tensors_in(moved):
+            self.tensors.extend(part for part in memory_of(tensor) if self._backend.owns(part))
+        return moved
+
+
+def pin_batch(batch: Any, backend: Backend) -> Any:
+    """`batch` with all its tensors page-locked, for a consumer who copies to the device himself.
+
+    Objects with their own `pin_memory()` are asked for it, as by torch. On a backend that cannot page-lock, the batch
+    itself.
+
+    Raises:
+        Exception: What an object's own `pin_memory()` raises.
+    """
+    if not backend.pins:
+        return batch
+
+    def other(value: Any) -> Any:
+        if has_method(value, "pin_memory"):
+            return backend.pin_object(value)
+        warn_if_it_holds_tensors(value, "pin_memory()")
+        return value
+
+    return rebuild(batch, backend.pin, lambda value: has_method(value, "pin_memory"), other)
+
+
+def _moves_itself(value: Any) -> bool:
+    """Whether to leave the move to the object's own `to`.
+
+    A packed sequence is a named tuple whose lengths must stay on the host, a TensorDict is a mapping that moves in one
+    piece: both have `pin_memory` too. The batches of Hugging Face have only `to`, and are mappings: taken apart, their
+    tensors get page-locked. Outside containers `to` must speak of devices; that of a physical quantity speaks of units.
+    """
+    if not has_method(value, "to"):
+        return False
+    if has_method(value, "pin_memory"):
+        return True
+    if isinstance(value, (Mapping, Sequence)):
+        return False
+    return names_non_blocking(value.to) or next(tensors_in(value, attribute_steps=1), None) is not None

@@ -1,0 +1,1 @@
+"""How a pipeline runs: nodes, windows, the supervisor, and the two faces."""

@@ -1,0 +1,210 @@
+"""Nodes with several upstreams, or with one after the other: `merge`, `mix`, `zip`, `repeat`."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from random import Random
+from typing import TYPE_CHECKING
+
+from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.node import Kick, Node
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["MergeNode", "MixNode", "RepeatNode", "ZipNode"]
+
+
+class _Several(Node):
+    """What the nodes over several upstreams share: a cursor that holds one cursor per upstream."""
+
+    def __init__(self, upstreams: Sequence[Node]) -> None:
+        self._upstreams = list(upstreams)
+        self._cursors: list[object] = [None] * len(self._upstreams)
+        self._position = 0
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        for upstream in self._upstreams:
+            upstream.start(run, kick)
+
+    def close(self) -> None:
+        for upstream in self._upstreams:
+            upstream.close()
+
+    def _emit(self, entry: Entry, index: int) -> Entry:
+        """`entry` of upstream `index` is the next output."""
+        self._cursors[index] = entry.cursor
+        entry.cursor = tuple(self._cursors)
+        entry.position = self._position
+        self._position += 1
+        if entry.state == LAST:  # a source that fails ends the epoch, its siblings' too
+            self._end()
+        return entry
+
+    def _end(self) -> None:
+        self.ended = True
+        self.close()
+
+
+class MergeNode(_Several):
+    """Entries of all upstreams, as they come. Cursor: that of each upstream; the realised order is not in it."""
+
+    def poll(self, limit: int) -> list[Entry]:
+        taken: list[Entry] = []
+        if self.ended:
+            return taken
+        upstreams = self._upstreams
+        turn = self._position % len(upstreams)  # the first to be asked changes, so that a fast one starves nobody
+        for index in (*range(turn, len(upstreams)), *range(turn)):
+            if len(taken) == limit:
+                break
+            upstream = upstreams[index]
+            if upstream.ended:
+                continue
+            for entry in upstream.poll(limit - len(taken)):
+                taken.append(self._emit(entry, index))
+                if entry.state == LAST:
+                    return taken
+        self.ended = all(upstream.ended for upstream in upstreams)
+        return taken
+
+
+class MixNode(_Several):
+    """Draws the upstream of each entry by weight, and goes on with the others when one ends.
+
+    Cursor: that of each upstream and the number of draws; which upstream is drawn depends on the seed, the number of
+    the draw and on who has ended, not on who is fast.
+    """
+
+    def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
+        super().__init__(upstreams)
+        self._weights = list(weights)
+        self._random = Random(seed)
+        self._draws = 0
+        self._drawn: int | None = None
+
+    def poll(self, limit: int) -> list[Entry]:
+        taken: list[Entry] = []
+        while len(taken) < limit and not self.ended:
+            index = self._draw()
+            upstream = self._upstreams[index]
+            run = upstream.poll(1)
+            if run:
+                self._drawn = None
+                entry = self._emit(run[0], index)
+                entry.cursor = (entry.cursor, self._draws)
+                taken.append(entry)
+            elif upstream.ended:
+                self._drawn = None
+                self._weights[index] = 0.0
+                self.ended = not any(self._weights)
+            else:
+                break
+        return taken
+
+    def _draw(self) -> int:
+        if self._drawn is None:
+            bounds = list(accumulate(self._weights))
+            point = self._random.random() * bounds[-1]
+            alive = max(i for i, weight in enumerate(self._weights) if weight)  # where rounding up may put the point
+            self._drawn = next((i for i, bound in enumerate(bounds) if point < bound), alive)
+            self._draws += 1
+        return self._drawn
+
+
+class ZipNode(_Several):
+    """Tuples of one entry of each upstream; ends with the shortest. Cursor: that of each upstream."""
+
+    def __init__(self, upstreams: Sequence[Node]) -> None:
+        super().__init__(upstreams)
+        self._pending: list[deque[Entry]] = [deque() for _ in self._upstreams]
+
+    def poll(self, limit: int) -> list[Entry]:
+        for upstream, pending in zip(self._upstreams, self._pending, strict=True):
+            if len(pending) < limit and not upstream.ended and not self.ended:
+                pending.extend(upstream.poll(limit - len(pending)))
+        taken: list[Entry] = []
+        while not self.ended and len(taken) < limit and all(self._pending):
+            taken.append(self._pair([pending.popleft() for pending in self._pending]))
+        for upstream, pending in zip(self._upstreams, self._pending, strict=True):
+            if upstream.ended and not pending and not self.ended:
+                self._end()
+        return taken
+
+    def _pair(self, entries: list[Entry]) -> Entry:
+        paired = Entry(
+            tuple(entry.value for entry in entries),
+            tuple(entry.cursor for entry in entries),
+            tuple(entry.key for entry in entries),
+            self._position,
+        )
+        self._position += 1
+        for entry in entries:
+            if entry.state == LAST:
+                paired.state = LAST
+                paired.error = entry.error
+                self._end()
+                break
+            if paired.error is None:
+                paired.error = entry.error
+        return paired
+
+
+class RepeatNode(Node):
+    """One upstream after the other, made anew for each repetition. Cursor: the repetition and the cursor in it.
+
+    An upstream that gives nothing ends it: repeating that for ever would be a silent hang.
+
+    Args:
+        make: Gives the upstream of repetition 0, 1, ...
+        times: How many; None: for ever.
+    """
+
+    def __init__(self, make: Callable[[int], Node], times: int | None) -> None:
+        self._make = make
+        self._times = times
+        self._repetition = 0
+        self._upstream = make(0)
+        self._given = 0  # entries of this repetition
+        self._position = 0
+        self.ended = times == 0
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run, self._kick = run, kick
+        self._upstream.start(run, kick)
+
+    def poll(self, limit: int) -> list[Entry]:
+        while not self.ended:
+            taken = self._upstream.poll(limit)
+            for entry in taken:
+                entry.cursor = (self._repetition, entry.cursor)
+                entry.position = self._position
+                self._position += 1
+            self._given += len(taken)
+            if taken and taken[-1].state == LAST:
+                self.ended = True
+            elif self._upstream.ended:
+                self._next()
+            if taken:
+                return taken
+            if not self.ended and not self._upstream_may_give:
+                return taken
+            self._upstream_may_give = False
+        return []
+
+    _upstream_may_give = False  # a new repetition has not been polled yet
+
+    def _next(self) -> None:
+        """The repetition is over: begin the next one, so that it is under way when it is asked for."""
+        self._upstream.close()
+        self._repetition += 1
+        if self._repetition == self._times or not self._given:
+            self.ended = True
+            return
+        self._given = 0
+        self._upstream = self._make(self._repetition)
+        self._upstream.start(self._run, self._kick)
+        self._upstream_may_give = True
+
+    def close(self) -> None:
+        self._upstream.close()

@@ -1,0 +1,351 @@
+"""The two faces: `async for` on the caller's loop, `for` over a loop in a thread of ours.
+
+An iterator object of the user holds a delivery, a delivery holds its run, and nothing holds the iterator: when the user
+drops it, in whatever way, a finalizer ends the run. Iterators are classes, not generators: yielding inside a task group
+would cancel the consumer and finalize in the wrong task.
+"""
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from queue import Empty, SimpleQueue
+from time import perf_counter
+from typing import Any, Final
+from weakref import finalize
+
+from aioloader.engine.entry import Entry, presentable
+from aioloader.engine.loop_thread import LoopThread
+from aioloader.engine.run import Run
+from aioloader.errors import LoaderClosedError
+from aioloader.executors.threads import call_loop
+
+__all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "Opener", "SyncDelivery"]
+
+
+class Opener(ABC):
+    """What a face needs to know of its loader."""
+
+    _timeout: float | None = None  # seconds that one batch may take
+    _timeout_message: str = "no batch came within {seconds:g} seconds"
+
+    @abstractmethod
+    def _open_run(self) -> Run:
+        """Begin the next epoch; called at the first `next()`."""
+
+    @abstractmethod
+    def _receive(self, batch: Any) -> Any:
+        """Take a batch over, in the consumer's thread."""
+
+    @abstractmethod
+    def _opened(self, delivery: "Delivery") -> None:
+        """A run of this loader is alive; it is to be held weakly, for `close`."""
+
+    @abstractmethod
+    def _shared_loop(self) -> LoopThread | None:
+        """The loop that a `with` block keeps for all epochs, if there is one."""
+
+
+class Delivery:
+    """One epoch's batches on their way to one iterator."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.cursor: Any = None  # of the last batch that was handed out: where a resumed loader goes on
+        self.closed = False
+
+    def _hand_out(self, entry: Entry, asked: float) -> Any:
+        """The value of `entry`, or its error, raised."""
+        self.cursor = entry.cursor
+        self.run.consumer.delivered(asked)
+        if entry.error is not None:
+            raise presentable(entry.error)
+        return entry.value
+
+    def _closed_meanwhile(self) -> LoaderClosedError:
+        return LoaderClosedError("the iterator was closed while this call waited for its next batch")
+
+
+class AsyncDelivery(Delivery):
+    """Hands batches to coroutines on the run's own loop."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        loop = asyncio.get_running_loop()
+        run.attach(loop)
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._supervisor = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
+
+    def _kick(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    async def next(self) -> Any:
+        """Wait for the next batch.
+
+        Nothing is in this coroutine's hands while it waits, so that cancelling it loses nothing: the batch stays in the
+        window. A wake-up that reaches a cancelled waiter is passed on.
+
+        Raises:
+            StopAsyncIteration: The epoch is over, and all of its tasks and threads are gone.
+        """
+        asked = perf_counter()
+        waited = False
+        run = self.run
+        if asyncio.get_running_loop() is not run.loop:
+            raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
+        while True:
+            if run.failure is not None:
+                await self._finish()
+                raise run.failure
+            if self.closed:
+                if waited:
+                    raise self._closed_meanwhile()
+                raise StopAsyncIteration
+            if run.started:
+                taken = run.output.poll(1)
+                if taken:
+                    if self._waiters:
+                        self._kick()
+                    return self._hand_out(taken[0], asked)
+                if run.output.ended:
+                    await self._finish()
+                    self._kick()
+                    raise StopAsyncIteration
+            if self._supervisor.done():
+                raise StopAsyncIteration
+            waiter = run.loop.create_future()
+            self._waiters.append(waiter)
+            waited = True
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                if waiter.done() and not waiter.cancelled():
+                    self._kick()
+                raise
+
+    async def aclose(self) -> None:
+        self.closed = True
+        await self._finish()
+        while self._waiters:
+            self._kick()
+
+    async def _finish(self) -> None:
+        self.run.request_stop()
+        if asyncio.current_task() is not self._supervisor:
+            await asyncio.wait([self._supervisor])
+
+
+class _Ended:
+    """The last thing in a thread queue: the run is over."""
+
+
+_ENDED: Final = _Ended()
+
+
+class SyncDelivery(Delivery):
+    """Hands batches from the loop's thread to the consumer's through a plain thread queue, which the loop fills.
+
+    Room in the last window counts until the consumer really has a batch (`Window.lend`). The loop is told of free room
+    for half a window at once, or when the consumer is about to wait: with room for 16 the two threads need not wake
+    each other for every batch.
+    """
+
+    def __init__(self, run: Run, shared: LoopThread | None) -> None:
+        super().__init__(run)
+        self._queue: SimpleQueue[Entry | _Ended] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._unreported = 0  # batches that the consumer has and the loop does not know of
+        self._report_at = max(1, run.output.room // 2)
+        self._lazy = run.output.room == 0
+        self._asked = 0  # on the loop: whether the consumer waits
+        self._pumping = False
+        self._own_loop = None if shared is not None else LoopThread()
+        self._loop_thread = shared or self._own_loop
+        assert self._loop_thread is not None
+        run.attach(self._loop_thread.loop)
+        self._loop_thread.start_task(run.supervise(self._kick), self._supervisor_done)
+
+    # -- on the loop -------------------------------------------------------------------------------------------------
+
+    def _kick(self) -> None:
+        if not self._pumping and self.run.started:
+            self._pumping = True
+            self.run.loop.call_soon(self.run.guarded, self._pump)
+
+    def _pump(self) -> None:
+        """Move what is finished into the queue; when nothing is made ahead, only what the consumer waits for."""
+        self._pumping = False
+        output = self.run.output
+        if self.run.stopping or not self.run.started or (self._lazy and not self._asked):
+            return
+        taken = output.poll(self._asked if self._lazy else 1 << 20)
+        self._asked = 0 if taken else self._asked
+        output.lend(len(taken))
+        for entry in taken:
+            self._queue.put(entry)
+        if output.ended:
+            self.run.request_stop()
+
+    def _supervisor_done(self, error: BaseException | None) -> None:
+        if error is not None and self.run.failure is None:
+            self.run.failure = error
+        self._queue.put(_ENDED)
+        if self._own_loop is not None:
+            self._own_loop.request_stop()
+
+    # -- in the consumer's thread ------------------------------------------------------------------------------------
+
+    def next(self, timeout: float | None) -> Any:
+        """Wait for the next batch, `timeout` seconds at most.
+
+        Raises:
+            StopIteration: The epoch is over, and all of its tasks and threads are gone.
+            queue.Empty: The time is over; the batch comes with a later call.
+        """
+        asked = perf_counter()
+        waited = self._queue.empty()
+        if waited:
+            self._report(0)
+        item = self._queue.get(timeout=timeout)
+        if isinstance(item, _Ended):
+            self._queue.put(item)  # for whoever asks next
+            if self._own_loop is not None:
+                self._own_loop.join()
+            if self.run.failure is not None and not self.closed:
+                raise self.run.failure
+            if self.closed and waited:
+                raise self._closed_meanwhile()
+            raise StopIteration
+        with self._lock:
+            self._unreported += 1
+        self._report(self._report_at)
+        return self._hand_out(item, asked)
+
+    def _report(self, at_least: int) -> None:
+        with self._lock:
+            count = self._unreported
+            if count < at_least or (not count and not self._lazy):
+                return
+            self._unreported = 0
+        call_loop(self.run.loop, self.run.guarded, self._reported, count, at_least == 0)
+
+    def _reported(self, count: int, waits: bool) -> None:
+        if count:
+            self.run.output.give_back(count)
+        if self._lazy and waits:
+            self._asked = 1
+            self._kick()
+
+    def close(self) -> None:
+        self.closed = True
+        self.run.request_stop_threadsafe()
+        if self._own_loop is not None:
+            self._own_loop.join()
+
+
+async def _within(delivery: AsyncDelivery, seconds: float, message: str) -> Any:
+    """The next batch, unless it takes longer; then it comes with a later call."""
+    try:
+        async with asyncio.timeout(seconds) as scope:
+            return await delivery.next()
+    except TimeoutError:
+        if not scope.expired():  # the user's own TimeoutError, from a sample
+            raise
+        raise RuntimeError(message.format(seconds=seconds)) from None
+
+
+class Batches(Iterator[Any]):
+    """The iterator of `for`: one epoch. Making one starts nothing; the first `next()` does."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._delivery: SyncDelivery | None = None
+        self._closed = False
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Any:
+        delivery = self._delivery
+        if delivery is None:
+            if self._closed:
+                raise StopIteration
+            delivery = self._start()
+        opener = self._opener
+        try:
+            batch = delivery.next(opener._timeout)
+        except Empty:
+            raise RuntimeError(opener._timeout_message.format(seconds=opener._timeout)) from None
+        except BaseException:
+            # Whoever keeps the exception keeps this frame: not with it the iterator, which would keep its epoch alive.
+            del self
+            raise
+        return opener._receive(batch)
+
+    def _start(self) -> SyncDelivery:
+        run = self._opener._open_run()
+        self._delivery = delivery = SyncDelivery(run, self._opener._shared_loop())
+        self._finalizer = finalize(self, run.request_stop_threadsafe)
+        self._finalizer.atexit = False  # the exit hook of `loop_thread` also waits
+        self._opener._opened(delivery)
+        return delivery
+
+    def close(self) -> None:
+        """End the epoch now; returns when its tasks and threads are gone, in bounded time. Idempotent."""
+        self._closed = True
+        if self._delivery is not None:
+            self._delivery.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an iterator over batches is alive on its threads and cannot be pickled; pickle the loader")
+
+
+class AsyncBatches(AsyncIterator[Any]):
+    """The iterator of `async for`: one epoch, on the loop of the first `anext()`."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self._delivery: AsyncDelivery | None = None
+        self._closed = False
+
+    def __aiter__(self) -> "AsyncBatches":
+        return self
+
+    async def __anext__(self) -> Any:
+        delivery = self._delivery
+        if delivery is None:
+            if self._closed:
+                raise StopAsyncIteration
+            delivery = self._start()
+        opener = self._opener
+        try:
+            if opener._timeout is None:
+                batch = await delivery.next()
+            else:
+                batch = await _within(delivery, opener._timeout, opener._timeout_message)
+        except BaseException:
+            del self  # as in `Batches`
+            raise
+        return opener._receive(batch)
+
+    def _start(self) -> AsyncDelivery:
+        run = self._opener._open_run()
+        self._delivery = delivery = AsyncDelivery(run)
+        self._finalizer = finalize(self, run.request_stop_threadsafe)
+        self._finalizer.atexit = False
+        self._opener._opened(delivery)
+        return delivery
+
+    async def aclose(self) -> None:
+        """End the epoch now; returns when its tasks and threads are gone, in bounded time. Idempotent."""
+        self._closed = True
+        if self._delivery is not None:
+            await self._delivery.aclose()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an iterator over batches is alive on its loop and cannot be pickled; pickle the loader")

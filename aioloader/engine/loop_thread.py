@@ -1,0 +1,90 @@
+"""The private event loop of the sync face, and what happens to it when the process ends.
+
+Not anyio's blocking portal: its thread is not a daemon, so that a process whose user forgot an iterator would wait for
+it for ever at exit. Here `atexit`, which runs after the main thread's last line and before anything is torn down, ends
+all loops and threads in bounded time.
+"""
+
+import asyncio
+import atexit
+import threading
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import Any
+from weakref import WeakSet
+
+from aioloader.engine.run import CLOSE_SECONDS
+from aioloader.executors.threads import call_loop, end_all_threads
+
+__all__ = ["LoopThread", "new_event_loop"]
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop of uvloop when it is installed, else of asyncio."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class LoopThread:
+    """A thread named `aioloader-loop` that runs an event loop of its own until it is told to stop."""
+
+    def __init__(self) -> None:
+        self.loop = new_event_loop()
+        self._stop = self.loop.create_future()
+        self._thread = threading.Thread(target=self._main, name="aioloader-loop", daemon=True)
+        self._thread.start()
+        _alive.add(self)
+
+    def start_task(self, coroutine: Coroutine[Any, Any, None], done: Callable[[BaseException | None], None]) -> None:
+        """Run `coroutine` on the loop, from any thread; `done` is called there with what it raised."""
+
+        def finish(task: "asyncio.Task[None]") -> None:
+            tasks.discard(task)
+            done(asyncio.CancelledError() if task.cancelled() else task.exception())
+
+        def start() -> None:
+            task = self.loop.create_task(coroutine, name="aioloader-supervisor")
+            tasks.add(task)  # the loop itself only knows its tasks weakly
+            task.add_done_callback(finish)
+
+        tasks: set[asyncio.Task[None]] = set()
+        self.loop.call_soon_threadsafe(start)
+
+    def request_stop(self) -> None:
+        """Stop the loop, from any thread; tasks that are still there are cancelled."""
+        call_loop(self.loop, self._stop_now)
+
+    def join(self, seconds: float = 2 * CLOSE_SECONDS) -> bool:
+        """Wait for the end of the thread. False: it did not end in time."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _stop_now(self) -> None:
+        if not self._stop.done():
+            self._stop.set_result(None)
+
+    def _main(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            runner.run(self._wait_for_stop())
+
+    async def _wait_for_stop(self) -> None:
+        await self._stop
+
+
+_alive: WeakSet[LoopThread] = WeakSet()
+
+
+@atexit.register
+def _end_everything() -> None:
+    """Interpreter exit with iterators still alive: daemon threads must not be inside torch while it is torn down."""
+    deadline = monotonic() + CLOSE_SECONDS
+    loops = list(_alive)
+    for loop in loops:
+        loop.request_stop()
+    for loop in loops:
+        loop.join(max(0.0, deadline - monotonic()))
+    end_all_threads(deadline)

@@ -1,0 +1,119 @@
+"""The one interface between the parts of a running pipeline, and folds, which need no more than it.
+
+A running pipeline is a tree of nodes on one event loop. Nothing is pushed: whoever is downstream calls `poll`, which
+never waits, and takes a *run* of the entries that are ready. When there are none, the node calls `kick` as soon as that
+may have changed. So there is no task and no queue between two nodes, and no await per sample; a node that is not polled
+does not move, which is all there is to back-pressure.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+from aioloader.engine.entry import LAST, Entry
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["Fold", "FoldNode", "Kick", "Node"]
+
+Kick = Callable[[], None]
+
+
+class Node(ABC):
+    """A part of a running pipeline that gives entries in order.
+
+    Attributes:
+        ended: True once `poll` can never give an entry again.
+    """
+
+    ended: bool = False
+
+    @abstractmethod
+    def start(self, run: "Run", kick: Kick) -> None:
+        """Join `run`, once, on its loop; from now on `kick` says that `poll` is worth trying again."""
+
+    @abstractmethod
+    def poll(self, limit: int) -> list[Entry]:
+        """Take up to `limit` (>= 1) entries that are ready, and ask for the rest.
+
+        Returns:
+            Finished entries in order. Empty when none is ready: `ended` tells whether one ever will be, and if so
+            `kick` is called once there may be one. A node may begin work for the entries that it could not give, but
+            for no more than `limit`.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most nodes hold nothing
+        """Let go of threads and tasks: nobody will poll again. Called on the loop, more than once if need be."""
+
+
+class Fold(Protocol):
+    """A sequential, cheap rule from entries to entries: it waits for nothing and runs no user code.
+
+    A fold says what its output resumes from: every entry it makes carries the cursor to go on after it.
+    """
+
+    @property
+    def full(self) -> bool:
+        """True once no further entry is wanted (`take`)."""
+
+    def wants(self, limit: int) -> int:
+        """How many entries to take from upstream, at most, when downstream wants `limit`; at least 1."""
+
+    def feed(self, run: list[Entry]) -> Iterable[Entry]:
+        """Give what `run` (finished entries, maybe with errors, never `LAST`) makes possible."""
+
+    def flush(self) -> Iterable[Entry]:
+        """Upstream has ended: give what is left."""
+
+
+class FoldNode(Node):
+    """Runs a fold over its upstream, in the caller's own call of `poll`."""
+
+    def __init__(self, upstream: Node, fold: Fold) -> None:
+        self._upstream = upstream
+        self._fold = fold
+        self._ready: deque[Entry] = deque()
+        self._flushed = False
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._upstream.start(run, kick)
+
+    def poll(self, limit: int) -> list[Entry]:
+        ready, fold, upstream = self._ready, self._fold, self._upstream
+        while not ready:
+            if self._flushed:
+                self.ended = True
+                return []
+            if fold.full:
+                self._finish()
+                continue
+            run = upstream.poll(fold.wants(limit))
+            if run:
+                failed = run.pop() if run[-1].state == LAST else None
+                ready.extend(fold.feed(run))
+                if failed is not None:
+                    self._finish()
+                    ready.append(failed)
+            elif upstream.ended:
+                self._finish()
+            else:
+                return []
+        if len(ready) <= limit:
+            taken = list(ready)
+            ready.clear()
+        else:
+            taken = [ready.popleft() for _ in range(limit)]
+        self.ended = not ready and self._flushed
+        return taken
+
+    def _finish(self) -> None:
+        """The fold gets no more input: what it still holds is the end."""
+        self._flushed = True
+        self._ready.extend(self._fold.flush())
+        self._upstream.close()  # `take(3)` of an endless stream: its tasks end now, not with the epoch
+
+    def close(self) -> None:
+        self._upstream.close()
+

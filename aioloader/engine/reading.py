@@ -1,0 +1,129 @@
+"""Readers: how a user's iterable is iterated, by one task, on the loop or in one thread."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from io import IOBase
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.engine.torch_state import check_leak, context_state
+from aioloader.executors.threads import Threads
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["AsyncReader", "Reader", "ThreadReader", "open_reader"]
+
+READ_SECONDS: Final = 0.001  # what one crossing into the source's thread should be worth
+
+
+class Reader(ABC):
+    """Iterates one iterable for the task that owns it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.busy_seconds = 0.0
+
+    @abstractmethod
+    async def read(self, limit: int) -> list[Any]:
+        """Read 1 to `limit` samples, fewer when they are slow; `[]` at the end.
+
+        Raises:
+            Exception: The user's own, once, after the samples before it.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close the user's generator, in the task and thread that iterated it."""
+
+
+class AsyncReader(Reader):
+    """Iterates an async iterable on the loop."""
+
+    def __init__(self, iterable: AsyncIterable[Any], name: str) -> None:
+        super().__init__(name)
+        self._iterator: AsyncIterator[Any] = aiter(iterable)
+
+    async def read(self, limit: int) -> list[Any]:
+        before = context_state()
+        began = perf_counter()
+        try:
+            sample = await anext(self._iterator)
+        except StopAsyncIteration:
+            return []
+        finally:
+            self.busy_seconds += perf_counter() - began
+        check_leak(before, self._name)
+        return [sample]
+
+    async def aclose(self) -> None:
+        close = getattr(self._iterator, "aclose", None)
+        if close is not None:
+            await close()
+
+
+class ThreadReader(Reader):
+    """Iterates a sync iterable in one thread, about a millisecond's worth of samples per crossing."""
+
+    def __init__(self, iterable: Iterable[Any], name: str, run: "Run", threads: Threads) -> None:
+        super().__init__(name)
+        self._iterable: Iterable[Any] | None = iterable
+        self._iterator: Iterator[Any] | None = None
+        self._run = run
+        self._threads = threads
+        self._ended = False
+        self._failure: BaseException | None = None
+
+    async def read(self, limit: int) -> list[Any]:
+        if not (self._ended or self._failure):
+            samples = await self._run.in_thread(self._threads, self._read, limit)
+            if samples:
+                return samples
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._ended = True
+            raise failure
+        return []
+
+    def _read(self, limit: int) -> list[Any]:
+        samples: list[Any] = []
+        began = now = perf_counter()
+        before = context_state()
+        try:
+            if self._iterator is None:
+                assert self._iterable is not None
+                self._iterator = iter(self._iterable)
+                self._iterable = None
+            while len(samples) < limit and now - began < READ_SECONDS:
+                sample = next(self._iterator)
+                check_leak(before, self._name)
+                samples.append(sample)
+                now = perf_counter()
+        except StopIteration:
+            self._ended = True
+        except BaseException as error:  # the consumer's: it is raised there, after the samples before it
+            self._failure = error
+        self.busy_seconds += perf_counter() - began
+        return samples
+
+    async def aclose(self) -> None:
+        close = getattr(self._iterator, "close", None)
+        if close is not None and not isinstance(self._iterator, _FILES):
+            await self._run.in_thread(self._threads, close)
+
+
+# `Pipeline(open(path))`: iterating a file does not make it ours to close.
+_FILES: Final = IOBase
+
+
+async def open_reader(iterable: Any, name: str, run: "Run", threads: Threads) -> Reader:
+    """A reader for what a source function returned.
+
+    Raises:
+        TypeError: It can be iterated neither way.
+    """
+    if isinstance(iterable, AsyncIterable):
+        return AsyncReader(iterable, name)
+    if isinstance(iterable, Iterable) or hasattr(iterable, "__getitem__"):
+        return ThreadReader(iterable, name, run, threads)
+    raise TypeError(f"{name} must give an iterable or an async iterable, got {type(iterable).__name__}")

@@ -1,0 +1,184 @@
+"""A run: one epoch of one loader, on one event loop, and the supervisor that owns everything it starts."""
+
+import asyncio
+import warnings
+from collections.abc import Awaitable, Callable
+from contextvars import Context, copy_context
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+
+from aioloader.executors.threads import Threads, call_loop
+from aioloader.insight.meters import ConsumerMeter, StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.window import Window
+
+__all__ = ["CLOSE_SECONDS", "Run"]
+
+T = TypeVar("T")
+
+CLOSE_SECONDS: Final = 5.0  # how long an end waits for user code that is still running, before it says so and goes on
+
+
+class Run:
+    """One epoch on its way.
+
+    The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a failure
+    of our own) completes `_stop`. The supervisor then cancels the task group: workers and pumps get `CancelledError` in
+    whatever they await, pumps close the user's generators, in their own task. Then threads are told to end, and waited
+    for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop is shutting down) does the same.
+
+    Args:
+        output: The last window, not started.
+        epoch: The number of the epoch, for notes.
+    """
+
+    def __init__(self, output: "Window", epoch: int) -> None:
+        self.output = output
+        self.epoch = epoch
+        self.meters: list[StageMeter] = []
+        self.consumer = ConsumerMeter()
+        self.context: Context = copy_context()
+        self.stopping = False
+        self.failure: BaseException | None = None
+        self.started = False
+        self.loop: asyncio.AbstractEventLoop
+        self._pools: list[Threads] = []
+        self._group: TaskGroup | None = None
+        self._stop: asyncio.Future[None]
+
+    # -- for nodes ---------------------------------------------------------------------------------------------------
+
+    def spawn(self, fn: Callable[[], Awaitable[Any]]) -> None:
+        """Start a task that the supervisor owns."""
+        if self._group is not None and not self.stopping:
+            self._group.start_soon(fn)
+
+    def threads(self, limit: int, name: str, initializer: Callable[[int], None] | None = None) -> Threads:
+        """Up to `limit` threads that end with this run at the latest."""
+        self._pools = [pool for pool in self._pools if not pool.gone]  # an endless `repeat` comes here for ever
+        pool = Threads(limit, name, self.loop, self.context, initializer)
+        self._pools.append(pool)
+        return pool
+
+    def adopt(self, meter: StageMeter) -> StageMeter:
+        """Count with `meter`, or go on with that of the same stage in an earlier repetition."""
+        for known in self.meters:
+            if known.retired and (known.name, known.kind) == (meter.name, meter.kind):
+                known.retired = False
+                return known
+        self.meters.append(meter)
+        return meter
+
+    async def in_thread(self, threads: Threads, fn: Callable[..., T], *args: Any) -> T:
+        """Call `fn(*args)` in one of `threads`. When this is cancelled, the call itself goes on and is forgotten."""
+        future: asyncio.Future[T] = self.loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is None:
+                future.set_result(result)  # type: ignore[arg-type]  # T may be None
+            elif isinstance(error, StopIteration):  # which a future cannot carry
+                stopped = RuntimeError(f"{fn!r} raised StopIteration")
+                stopped.__cause__ = error
+                future.set_exception(stopped)
+            else:
+                future.set_exception(error)
+
+        def job(broken: BaseException | None) -> None:
+            try:
+                result = fn(*args)
+            except BaseException as error:  # it is raised where the call is awaited
+                call_loop(self.loop, settle, None, error)
+            else:
+                call_loop(self.loop, settle, result, None)
+
+        threads.submit(job)
+        return await future
+
+    async def closing(self, close: Callable[[], Awaitable[object]]) -> None:
+        """Await the end of something of the user's, even when cancelled, but not for ever."""
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+            await close()
+        if scope.cancelled_caught:
+            _warn_late(f"{close!r} did not return")
+
+    def guarded(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call one of the engine's callbacks; what it raises ends the run, loudly.
+
+        The event loop would only log it, and the consumer would wait for ever.
+        """
+        try:
+            callback(*args)
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def fail(self, error: BaseException) -> None:
+        """The engine itself is broken: the consumer gets `error`."""
+        if self.failure is None:
+            self.failure = error
+        self.request_stop()
+
+    # -- for faces ---------------------------------------------------------------------------------------------------
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Say which loop this run will live on. `request_stop_threadsafe` works from here on."""
+        self.loop = loop
+        self._stop = loop.create_future()
+
+    def request_stop(self) -> None:
+        """End the run. On its loop; idempotent."""
+        if not self._stop.done():
+            self._stop.set_result(None)
+
+    def request_stop_threadsafe(self) -> None:
+        """End the run, from any thread."""
+        call_loop(self.loop, self.request_stop)
+
+    async def supervise(self, kick: Callable[[], None]) -> None:
+        """Own all tasks and threads of the run until it ends.
+
+        Args:
+            kick: Called on the loop when `output.poll`, or `failure`, is worth a look, and once at the very end.
+        """
+        try:
+            async with anyio.create_task_group() as self._group:
+                try:
+                    if not self._stop.done():
+                        self.output.start(self, kick)
+                        self.started = True
+                        kick()
+                        await self._stop
+                finally:
+                    self.stopping = True
+                    self._group.cancel_scope.cancel()
+        except BaseExceptionGroup as group:  # a worker or pump failed in our own code
+            self.failure = self.failure or (group.exceptions[0] if len(group.exceptions) == 1 else group)
+        except Exception as error:
+            self.failure = self.failure or error
+        finally:
+            self.stopping = True
+            self.consumer.finish()
+            try:
+                await self._end_threads()
+            finally:
+                kick()
+
+    async def _end_threads(self) -> None:
+        for pool in self._pools:
+            pool.close()
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+            for pool in self._pools:
+                await pool.wait_closed()
+        if scope.cancelled_caught:
+            alive = [thread.name for pool in self._pools for thread in pool.threads if thread.is_alive()]
+            _warn_late(f"user code is still running in {', '.join(alive)}; it is left behind in daemon threads")
+
+
+def _warn_late(what: str) -> None:
+    warnings.warn(f"aioloader: closing waited {CLOSE_SECONDS:g} s, but {what}", ResourceWarning, stacklevel=2)

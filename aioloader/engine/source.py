@@ -1,0 +1,301 @@
+"""The nodes that begin a pipeline, and `flat_map`, which reads one iterable per sample."""
+
+import inspect
+from abc import abstractmethod
+from asyncio import CancelledError, Future
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from anyio import CancelScope
+
+from aioloader.engine.entry import LAST, Entry, annotate
+from aioloader.engine.node import Kick, Node
+from aioloader.engine.reading import Reader, open_reader
+from aioloader.errors import SampleCancelledError
+from aioloader.executors.threads import Threads
+from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["FlatMapNode", "KeySource", "Keys", "StreamSource"]
+
+
+class Keys(Protocol):
+    """The keys of one epoch, in order: a `range`, or anything that slices to integers."""
+
+    def __len__(self) -> int: ...
+
+    def slice(self, start: int, stop: int) -> Sequence[int]:
+        """Keys `start` to `stop` as Python integers; fewer at the end."""
+
+
+class KeySource(Node):
+    """Gives the keys of an indexable source, or its samples when reading one runs no user code.
+
+    Cursor: the position in the epoch's order after the sample; seed and epoch give the order again.
+
+    Args:
+        keys: The epoch's order.
+        values: A built-in sequence to read; None: the key itself goes on, and a step of the window loads it.
+        name: For statistics.
+    """
+
+    def __init__(self, keys: Keys, values: Sequence[Any] | None, name: str) -> None:
+        self._keys = keys
+        self._values = values
+        self._position = 0
+        self.meter = StageMeter(name, "source")
+        self.ended = not len(keys)
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self.meter = run.adopt(self.meter)
+
+    def close(self) -> None:
+        self.meter.retired = True
+
+    def poll(self, limit: int) -> list[Entry]:
+        start = self._position
+        keys = self._keys.slice(start, start + limit)
+        self._position = position = start + len(keys)
+        self.meter.samples = position
+        self.ended = position >= len(self._keys)
+        values = self._values
+        if values is None:
+            return [Entry(key, i + 1, key, i) for i, key in enumerate(keys, start)]
+        run = []
+        for i, key in enumerate(keys, start):
+            value = values[key]
+            run.append(Entry(value, i + 1, value if isinstance(value, _NAMES) else key, i))
+        return run
+
+
+_NAMES = (str, int, PurePath)  # samples that name themselves in an error note
+
+
+class _Pump(Node):
+    """A node with a task of its own, which reads user iterables as far as downstream asked."""
+
+    def __init__(self, meter: StageMeter, thread_name: str) -> None:
+        self.meter = meter
+        self._thread_name = thread_name
+        self._buffer: deque[Entry] = deque()
+        self._wanted = 0  # entries that may still be read: what the last poll could not give
+        self._demand: Future[None] | None = None
+        self._position = 0
+        self._over = False  # the task has put its last entry into the buffer
+        self._scope: CancelScope | None = None
+        self._closed = False
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        self.meter = run.adopt(self.meter)
+        self._threads = run.threads(1, self._thread_name)
+        run.spawn(self._main)
+
+    def poll(self, limit: int) -> list[Entry]:
+        buffer = self._buffer
+        taken = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
+        self._wanted = limit - len(taken)
+        if self._wanted and self._demand is not None and not self._demand.done():
+            self._demand.set_result(None)
+        self.ended = self._over and not buffer
+        return taken
+
+    def close(self) -> None:
+        self._closed = True
+        self.meter.retired = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def _main(self) -> None:
+        """Run `_pump`, and end the stream with what it raises."""
+        try:
+            with CancelScope() as self._scope:
+                if not self._closed:
+                    await self._pump()
+        except CancelledError as error:
+            if self._run.stopping:
+                raise
+            cancelled = SampleCancelledError(f"{self.meter.name} was cancelled from inside, not by the loader")
+            cancelled.__cause__ = error
+            self._put_last(cancelled)
+        except (Exception, SystemExit) as error:
+            self._put_last(error)
+        finally:
+            self._over = True
+            self._threads.close()
+            self._kick()
+
+    @abstractmethod
+    async def _pump(self) -> None:
+        """Read, wait for demand, and `_put`; returns at the end."""
+
+    async def _demanded(self) -> int:
+        """Wait until entries are wanted; returns how many."""
+        while self._wanted <= 0:
+            self._demand = self._run.loop.create_future()
+            await self._demand
+        return self._wanted
+
+    def _put(self, entry: Entry) -> None:
+        self._buffer.append(entry)
+        self._wanted -= 1
+        self._kick()
+
+    def _put_last(self, error: BaseException) -> None:
+        last = Entry.last(error, self._position, self._position)
+        annotate(error, self.meter.name, last, self._run.epoch)
+        self.meter.errors += 1
+        self._buffer.append(last)
+
+    async def _open(self, iterable: Any) -> Reader:
+        return await open_reader(iterable, self.meter.name, self._run, self._threads)
+
+
+class StreamSource(_Pump):
+    """Reads an iterable or async iterable, by one task, no further than asked.
+
+    Cursor: the number of samples read.
+
+    Args:
+        make: The iterable itself, or a function of no arguments that gives it.
+        call: Whether `make` is such a function.
+        name: For notes and statistics.
+    """
+
+    def __init__(self, make: Any, *, call: bool, name: str) -> None:
+        super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
+        self._make = make
+        self._call = call
+
+    async def _pump(self) -> None:
+        await self._demanded()  # nothing of the user's runs before a sample is wanted
+        iterable, self._make = self._make, None
+        if self._call:
+            iterable = await _call(iterable, self._run, self._threads)
+        reader = await self._open(iterable)
+        del iterable
+        try:
+            while samples := await reader.read(await self._demanded()):
+                for sample in samples:
+                    key = sample if isinstance(sample, _NAMES) else None
+                    position = self._position
+                    self._position += 1
+                    self._put(Entry(sample, position + 1, key, position))
+                self.meter.samples = self._position
+                self.meter.busy_seconds = reader.busy_seconds
+                del samples, sample
+        finally:
+            await self._run.closing(reader.aclose)
+
+
+class FlatMapNode(_Pump):
+    """Gives the items of `fn(sample)` one after the other.
+
+    Cursor: the cursor *before* the sample, and how many of its items are out.
+    A sample whose function fails, at once or in the middle of its items, raises at that place; the next one follows.
+
+    Args:
+        upstream: Gives the samples.
+        fn: Returns an iterable or an async iterable; an async function or generator is called on the loop.
+        name: For notes and statistics.
+    """
+
+    def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str) -> None:
+        super().__init__(StageMeter(name, "sync", concurrency=1), "aioloader-flat-map")
+        self._upstream = upstream
+        self._fn = fn
+        self._arrival: Future[None] | None = None
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._upstream.start(run, self._arrived)
+        super().start(run, kick)
+
+    def close(self) -> None:
+        super().close()
+        self._upstream.close()
+
+    def _arrived(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
+    async def _next_sample(self) -> Entry | None:
+        while True:
+            self._arrival = self._run.loop.create_future()
+            run = self._upstream.poll(1)
+            if run:
+                return run[0]
+            if self._upstream.ended:
+                return None
+            await self._arrival
+
+    async def _pump(self) -> None:
+        before: Any = None
+        while True:
+            await self._demanded()
+            sample = await self._next_sample()
+            if sample is None:
+                return
+            if sample.state == LAST:
+                self._buffer.append(sample)
+                return
+            if sample.error is not None:
+                self._put(sample)
+            else:
+                await self._items_of(sample, before)
+            before = sample.cursor
+
+    async def _items_of(self, sample: Entry, before: Any) -> None:
+        offset = 0
+        reader: Reader | None = None
+        try:
+            iterable = await _call(self._fn, self._run, self._threads, sample.value)
+            reader = await self._open(iterable)
+            del iterable
+            while items := await reader.read(await self._demanded()):
+                for item in items:
+                    offset += 1
+                    self._put(Entry(item, (before, offset), sample.key, self._position))
+                    self._position += 1
+                self.meter.samples = self._position
+        except (Exception, SystemExit) as error:
+            failed = Entry(None, (before, offset + 1), sample.key, self._position)
+            self._position += 1
+            annotate(error, self.meter.name, sample, self._run.epoch)
+            failed.error = error
+            self.meter.errors += 1
+            self._put(failed)
+        finally:
+            if reader is not None:
+                self.meter.busy_seconds += reader.busy_seconds
+                await self._run.closing(reader.aclose)
+
+
+async def _call(fn: Callable[..., Any], run: "Run", threads: Threads, *args: Any) -> Any:
+    """Call a user's function that returns an iterable.
+
+    Async generator functions and coroutine functions are called on the loop; any other in the thread, since it may do
+    whatever a sync function may do.
+    """
+    if is_async_callable(fn):
+        result = fn(*args)
+        return await result if inspect.isawaitable(result) else result
+    result = await run.in_thread(threads, fn, *args)
+    return await result if inspect.iscoroutine(result) else result
+
+
+def is_async_callable(fn: Any) -> bool:
+    """Whether calling `fn` gives an awaitable or an async generator, as far as its definition tells.
+
+    Looks through `functools.partial`, bound methods and objects with an `async def __call__`.
+    """
+    while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
+        fn = fn.func
+    if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+        return True
+    call = getattr(type(fn), "__call__", None)  # noqa: B004 - the definition of the call is what is looked at
+    return inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call)

@@ -1,0 +1,440 @@
+"""The two ways in which a stage of a journey runs: awaited on the loop, or in chunks through an executor."""
+
+from abc import ABC, abstractmethod
+from asyncio import CancelledError, Future
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future as ConcurrentFuture
+from functools import partial
+from itertools import islice
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.engine.entry import DROPPED, Entry, annotate
+from aioloader.errors import SampleCancelledError
+from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed, apply_chunk
+from aioloader.executors.threads import Threads, call_loop
+from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+    from aioloader.engine.window import Window
+
+__all__ = ["AsyncStep", "ExecutorStep", "Step", "ThreadStep"]
+
+Forward = Callable[[Entry], None]
+
+CHUNK_SECONDS: Final = 0.001  # the work that one crossing into a thread should be worth
+CHUNK_SAMPLES: Final = 256  # and its bound, so that memory is bounded for samples that cost nothing
+
+
+class Step(ABC):
+    """One stage of a window's journeys.
+
+    Attributes:
+        inbox: Entries that wait for this step. Bounded by the window's room, like everything in it.
+        extra_room: Slots that the window needs beyond its own room to keep this step's workers busy.
+    """
+
+    extra_room: int = 0
+
+    def __init__(self, meter: StageMeter, concurrency: int) -> None:
+        self.meter = meter
+        self.concurrency = meter.concurrency = concurrency
+        self.inbox: deque[Entry] = deque()
+
+    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
+        """Join a run; finished entries go to `forward`, failed and dropped ones straight to the window."""
+        self._run = run
+        self._window = window
+        self._forward = forward
+        self.meter = run.adopt(self.meter)
+
+    @abstractmethod
+    def accept(self, entry: Entry) -> None:
+        """An entry comes from the step before."""
+
+    @abstractmethod
+    def dispatch(self) -> None:
+        """`inbox` has been filled."""
+
+    def close(self) -> None:
+        """Nothing will be accepted any more."""
+        self.meter.retired = True
+
+    def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        annotate(error, label, entry, self._run.epoch)
+        entry.error = error
+        entry.value = None
+        self.meter.errors += 1
+        self._window.finished(entry)
+
+    def _drop(self, entry: Entry) -> None:
+        entry.state = DROPPED
+        entry.value = None
+        self._window.finished(entry)
+
+
+class AsyncStep(Step):
+    """Awaits `fn` on the loop, in up to `concurrency` long-lived workers.
+
+    No task per sample: a worker takes the next entry as soon as it is done with one, and when `fn` does not suspend, a
+    single worker does them all without a turn of the loop. Workers are started, and woken, only as they are needed.
+    """
+
+    def __init__(
+        self, fn: Callable[[Any], Awaitable[Any]], concurrency: int, name: str, *, predicate: bool = False
+    ) -> None:
+        super().__init__(StageMeter(name, "async"), concurrency)
+        self._fn = fn
+        self._predicate = predicate
+        self._workers = 0
+        self._coming = 0  # workers that have been woken or started and have not run yet
+        self._idle: list[Future[None]] = []
+        self._closed = False
+
+    def accept(self, entry: Entry) -> None:
+        self.inbox.append(entry)
+        self._summon()
+
+    def dispatch(self) -> None:
+        self._summon()
+
+    def close(self) -> None:
+        super().close()
+        self._closed = True
+        for future in self._idle:
+            if not future.done():
+                future.set_result(None)
+        self._idle.clear()
+
+    def _summon(self) -> None:
+        """Bring one more worker, if there is one.
+
+        How many are under way already decides how many may be on their way: the crowd doubles with each turn of the
+        loop where samples wait (512 requests are out after nine turns), and is two where they do not, since the worker
+        that runs has emptied the inbox before the others arrive. Nothing is ever left lying: whoever arrives takes an
+        entry, and brings the next one before it suspends.
+        """
+        if self._coming > self._workers - len(self._idle) - self._coming:
+            return
+        while self._idle:
+            future = self._idle.pop()
+            if not future.done():  # a cancelled one belongs to a worker that is being closed
+                self._coming += 1
+                future.set_result(None)
+                return
+        if self._workers < self.concurrency:
+            self._workers += 1
+            self._coming += 1
+            self._run.spawn(self._work)
+
+    async def _work(self) -> None:
+        inbox, idle, fn, forward, meter = self.inbox, self._idle, self._fn, self._forward, self.meter
+        create_future = self._run.loop.create_future
+        self._coming -= 1
+        while True:
+            if not inbox:
+                if self._closed:
+                    return
+                future = create_future()
+                idle.append(future)
+                await future
+                self._coming -= 1
+                continue
+            entry = inbox.popleft()
+            if inbox:
+                self._summon()
+            began = perf_counter()
+            try:
+                result = await fn(entry.value)
+            except CancelledError as error:
+                if self._run.stopping:
+                    raise
+                cancelled = SampleCancelledError(f"{meter.name} was cancelled from inside, not by the loader")
+                cancelled.__cause__ = error
+                self._fail(entry, cancelled, meter.name)
+            except (Exception, SystemExit) as error:  # KeyboardInterrupt is not about this sample: it ends the loop
+                self._fail(entry, error, meter.name)
+            else:
+                if not self._predicate:
+                    entry.value = result
+                    forward(entry)
+                elif result:
+                    forward(entry)
+                else:
+                    self._drop(entry)
+                del result  # or a sample would live as long as its worker is idle
+            meter.busy_seconds += perf_counter() - began
+            meter.samples += 1
+            del entry
+
+
+class SyncStep(Step):
+    """What the two ways to run synchronous calls off the loop share.
+
+    Args:
+        calls: The neighbouring synchronous stages that cross together.
+        concurrency: Calls that may stand side by side.
+    """
+
+    def __init__(self, calls: Sequence[Call], concurrency: int) -> None:
+        super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
+        self._calls = tuple(calls)
+        self._active = 0  # crossings under way
+        self._scheduled = False
+        self._seconds_each: float | None = None  # what a sample costs, as far as it is known
+
+    def accept(self, entry: Entry) -> None:
+        self.inbox.append(entry)
+        if not self._scheduled:  # after the entries that come in this same turn
+            self._scheduled = True
+            self._run.loop.call_soon(self._run.guarded, self.dispatch)
+
+    @property
+    def _size(self) -> int:
+        """Samples that one crossing is worth."""
+        cost = self._seconds_each
+        return 1 if cost is None else max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
+
+    def _landed(self, entries: Iterable[Entry], result: ChunkResult, settled: int = 0) -> None:
+        """A crossing is over; back on the loop. The first `settled` of its samples went on before."""
+        self._active -= 1
+        tried = len(result.outcomes)
+        self._settle(entries, result.outcomes[settled:])
+        self.meter.samples += tried
+        self.meter.busy_seconds += result.busy_seconds
+        self.meter.cpu_seconds += result.cpu_seconds
+        if tried and result.busy_seconds:
+            each = result.busy_seconds / tried
+            self._seconds_each = each if self._seconds_each is None else (self._seconds_each + each) / 2
+            extra_room = 2 * self.concurrency * (self._size - 1)
+            if extra_room != self.extra_room:
+                self.extra_room = extra_room
+                self._window.wake()
+        self.dispatch()
+
+    def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
+        """Send samples on with their outcomes."""
+        forward = self._forward
+        for entry, outcome in zip(entries, outcomes, strict=False):
+            if outcome is DROP:
+                self._drop(entry)
+            elif type(outcome) is Failed:
+                self._fail(entry, outcome.error, outcome.label)
+            else:
+                entry.value = outcome
+                forward(entry)
+
+    def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
+        """A crossing never ran, or did not come back."""
+        label = self._calls[0].label
+        self._landed(entries, ChunkResult([Failed(error, label) for _ in entries], 0.0, 0.0))
+
+
+class ThreadStep(SyncStep):
+    """Runs calls in threads, which take samples from the inbox themselves.
+
+    A crossing costs 30 to 70 µs, so a thread that has been woken takes cheap samples one after the other for about a
+    millisecond and reports them together. Since each sample is claimed only when it is begun, samples begin in order,
+    slow ones stand side by side up to `concurrency`, and none waits behind another one in a chunk. Claiming is one
+    operation of a deque, which is atomic.
+
+    What if samples that were cheap turn slow? The thread stops after the one that took it past its millisecond. Until
+    that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
+    results before it, which nobody knows of. `_look_again`, two milliseconds after a crossing began, sees to both.
+
+    Args:
+        calls: See `SyncStep`.
+        concurrency: Threads.
+        executor: The user's pool of threads; None: threads of ours, which end with the window.
+        thread_name: Names our threads.
+        initializer: Called in each of our threads with its number.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        concurrency: int,
+        *,
+        executor: ThreadPoolExecutor | None = None,
+        thread_name: str = "aioloader-map",
+        initializer: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__(calls, concurrency)
+        self._executor = executor
+        self._thread_name = thread_name
+        self._initializer = initializer
+        self._threads: Threads | None = None
+        self._crossings: set[_Crossing] = set()
+        self._watching = False
+
+    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
+        super().bind(run, window, forward)
+        if self._executor is None:
+            self._threads = run.threads(self.concurrency, self._thread_name, self._initializer)
+
+    def close(self) -> None:
+        super().close()
+        if self._threads is not None:
+            self._threads.close()
+
+    def dispatch(self) -> None:
+        """Wake as many threads as the inbox is worth: one per millisecond of work in it.
+
+        Threads that are under way count where samples are cheap, for they take the next ones within the millisecond.
+        """
+        self._scheduled = False
+        waiting = len(self.inbox)
+        size = self._size
+        if size == 1:
+            self._wake(self._active + waiting, 1)
+        else:
+            self._wake(-(-waiting // size), CHUNK_SAMPLES)
+            if self._active:
+                self._watch()
+
+    def _watch(self) -> None:
+        if not self._watching:
+            self._watching = True
+            self._run.loop.call_later(2 * CHUNK_SECONDS, self._run.guarded, self._look_again)
+
+    def _look_again(self) -> None:
+        """See the class: samples that were thought to be cheap are not.
+
+        Not only a matter of speed, for a call may wait for what the next sample's call does.
+        """
+        self._watching = False
+        overdue = perf_counter() - CHUNK_SECONDS
+        for crossing in self._crossings:
+            if crossing.began > overdue:
+                self._watch()
+            elif fresh := crossing.outcomes[crossing.settled :]:
+                self._settle(crossing.claimed[crossing.settled :], fresh)
+                crossing.settled += len(fresh)
+        if self.inbox:
+            self._seconds_each = None
+        self.dispatch()
+
+    def _wake(self, wanted: int, limit: int) -> None:
+        while self._active < min(wanted, self.concurrency) and not self._run.stopping:
+            self._active += 1
+            crossing = _Crossing(limit)
+            self._crossings.add(crossing)
+            if self._threads is not None:
+                self._threads.submit(partial(self._work, crossing))
+                continue
+            assert self._executor is not None
+            try:
+                future = self._executor.submit(self._work, crossing)
+            except RuntimeError as error:  # it has been shut down
+                self._run.loop.call_soon(self._run.guarded, self._refused, crossing, error)
+                return
+            future.add_done_callback(partial(self._cancelled, crossing))
+
+    def _work(self, crossing: "_Crossing", broken: BaseException | None = None) -> None:
+        """In a thread."""
+        samples = crossing.samples(self.inbox)
+        if broken is None:
+            result = apply_chunk(self._calls, samples, CHUNK_SECONDS, crossing.outcomes)
+        else:
+            failures = [Failed(broken, self._calls[0].label) for _ in islice(samples, 1)]
+            result = ChunkResult(list(failures), 0.0, 0.0)
+        call_loop(self._run.loop, self._run.guarded, self._reported, crossing, result)
+
+    def _reported(self, crossing: "_Crossing", result: ChunkResult) -> None:
+        self._crossings.discard(crossing)
+        self._landed(crossing.claimed[crossing.settled :], result, crossing.settled)
+
+    def _refused(self, crossing: "_Crossing", error: BaseException) -> None:
+        """The user's pool does not run it, nor any other: what waits fails."""
+        self._crossings.discard(crossing)
+        entries = list(self.inbox)
+        self.inbox.clear()
+        self._lost(entries, error)
+
+    def _cancelled(self, crossing: "_Crossing", future: "ConcurrentFuture[None]") -> None:
+        # Called in any thread, for each crossing; one that ran has reported itself.
+        if future.cancelled():
+            error = SampleCancelledError("the executor was shut down before it ran this sample")
+            call_loop(self._run.loop, self._run.guarded, self._refused, crossing, error)
+
+
+class _Crossing:
+    """What one wake-up of a thread does.
+
+    Attributes:
+        began: When it was asked for.
+        claimed: The samples that it has begun, in order; the thread appends.
+        outcomes: One for each that is done; the thread appends.
+        settled: How many of them went on already; the loop's.
+    """
+
+    __slots__ = ("_limit", "began", "claimed", "outcomes", "settled")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.began = perf_counter()
+        self.claimed: list[Entry] = []
+        self.outcomes: list[Any] = []
+        self.settled = 0
+
+    def samples(self, inbox: deque[Entry]) -> Iterator[Any]:
+        """Claim samples, in the thread, until the inbox is empty."""
+        for _ in range(self._limit):
+            try:
+                entry = inbox.popleft()
+            except IndexError:
+                return
+            self.claimed.append(entry)
+            yield entry.value
+
+
+class ExecutorStep(SyncStep):
+    """Runs calls in a user's executor of any kind, in chunks: functions and samples travel by pickle.
+
+    What travels cannot be taken back, so a chunk is at most what the samples before it say is worth a millisecond, and
+    is shared fairly among the places that are free.
+
+    Args:
+        calls: See `SyncStep`.
+        concurrency: Chunks under way.
+        executor: For instance a `ProcessPoolExecutor`.
+    """
+
+    def __init__(self, calls: Sequence[Call], concurrency: int, executor: Executor) -> None:
+        super().__init__(calls, concurrency)
+        self._executor = executor
+
+    def dispatch(self) -> None:
+        self._scheduled = False
+        inbox = self.inbox
+        while inbox and self._active < self.concurrency and not self._run.stopping:
+            fair = -(-len(inbox) // (self.concurrency - self._active))
+            chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
+            self._active += 1
+            values = [entry.value for entry in chunk]
+            try:
+                future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
+            except RuntimeError as error:  # shut down, or broken
+                self._run.loop.call_soon(self._run.guarded, self._lost, chunk, error)
+            else:
+                future.add_done_callback(partial(self._done, chunk))
+
+    def _done(self, chunk: list[Entry], future: "ConcurrentFuture[ChunkResult]") -> None:
+        # Called in a thread of the executor.
+        error: BaseException | None
+        if future.cancelled():
+            error = SampleCancelledError("the executor was shut down before it ran these samples")
+        else:
+            error = future.exception()
+        if error is None:
+            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, future.result())
+        else:  # a worker process died, or something could not be pickled
+            call_loop(self._run.loop, self._run.guarded, self._lost, chunk, error)
+
+    def _returned(self, chunk: list[Entry], result: ChunkResult) -> None:
+        tried = len(result.outcomes)
+        self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
+        self._landed(chunk[:tried], result)

@@ -1,0 +1,197 @@
+"""A window: many journeys at once, their results in slots, in order, until they are taken.
+
+One journey takes one entry through all neighbouring `map` and `filter` stages. The window is the bounded queue of the
+engine: what is under way and what is finished but not taken stand in the same slots, and when these are full nobody
+upstream moves. A window without steps is a plain buffer.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+from aioloader.engine.entry import DONE, DROPPED, LAST, UNDER_WAY, Entry
+from aioloader.engine.node import Kick, Node
+from aioloader.engine.steps import Step
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["Window"]
+
+
+class Window(Node):
+    """Takes entries from `upstream` through `steps`.
+
+    Args:
+        upstream: Where entries come from.
+        steps: The stages of one journey, in order.
+        room: Slots: entries under way and finished ones together, at most. Steps that move cheap samples in chunks add
+            to it what one chunk more per worker needs (`Step.extra_room`). 0: nothing is begun before it is asked for.
+        ordered: Give results in the order of the input; False: as they are finished.
+    """
+
+    def __init__(self, upstream: Node, steps: Sequence[Step], *, room: int, ordered: bool = True) -> None:
+        self.upstream = upstream
+        self.steps = tuple(steps)
+        self._base_room = room
+        self._ordered = ordered
+        self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
+        self._occupied = 0  # entries that have been admitted and not taken
+        self._under_way = 0  # those of them that are not finished
+        self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
+        self._asked = 0  # what the last poll could not give; only this is begun when room is 0
+        self._input_ended = False
+        self._last: Entry | None = None  # unordered: the failure of the source waits until all others have been taken
+        self._scheduled = False
+        self._closed = False
+
+    # -- the node interface ------------------------------------------------------------------------------------------
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        self._soon = run.loop.call_soon
+        self.upstream.start(run, self.wake)
+        for step, following in zip_longest(self.steps, self.steps[1:]):
+            step.bind(run, self, following.accept if following is not None else self.finished)
+            step.meter.room = self._base_room
+        if self._base_room:
+            self.wake()
+
+    def poll(self, limit: int) -> list[Entry]:
+        slots = self._slots
+        taken: list[Entry] = []
+        if slots and slots[0].state:
+            for step in self.steps:
+                step.meter.finished_sum += self._occupied - self._under_way
+                step.meter.handovers += 1
+            before = len(slots)
+            while slots and (state := slots[0].state) and len(taken) < limit:
+                entry = slots.popleft()
+                if state != DROPPED:
+                    taken.append(entry)
+            self._occupied -= before - len(slots)
+            self.wake()
+        if self._input_ended and not self._occupied:
+            if self._last is not None and len(taken) < limit:
+                taken.append(self._last)
+                self._last = None
+            if self._last is None:
+                self._finish()
+        elif not self._base_room:
+            self._asked = limit - len(taken)
+            if self._asked:
+                self.wake()
+        return taken
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            for step in self.steps:
+                step.close()
+            self.upstream.close()
+
+    # -- a face that hands entries to another thread -----------------------------------------------------------------
+
+    def lend(self, count: int) -> None:
+        """`count` entries that were just taken keep their room until `give_back`: nobody has used them yet."""
+        self._lent += count
+
+    def give_back(self, count: int) -> None:
+        """`count` lent entries have reached the consumer."""
+        self._lent -= count
+        self.wake()
+
+    @property
+    def room(self) -> int:
+        """Slots now."""
+        return self._base_room + sum(step.extra_room for step in self.steps)
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Look at room and input once, after what is going on now.
+
+        Not at once: a worker that finishes fifty samples without waiting would start fifty rounds of one sample.
+        """
+        if not self._scheduled:
+            self._scheduled = True
+            self._soon(self._run.guarded, self._admit)
+
+    def _admit(self) -> None:
+        self._scheduled = False
+        if self._closed:
+            return
+        room = self.room if self._base_room else self._asked
+        while not self._input_ended and (free := room - self._occupied - self._lent) > 0:
+            run = self.upstream.poll(free)
+            if run:
+                self._accept(run)
+            elif self.upstream.ended:
+                self._input_ended = True
+            else:
+                break
+        if self._input_ended and not self._occupied and self._last is None:
+            self._finish()
+            self._kick()
+        elif not self._under_way:
+            waits_for = "room" if self._occupied + self._lent >= room else "input"
+            for step in self.steps:
+                step.meter.idle.wait_for(None if self._input_ended else waits_for)
+
+    def _accept(self, run: list[Entry]) -> None:
+        """Begin the journeys of `run`."""
+        if run[-1].state == LAST:
+            self._input_ended = True
+            if not self._ordered:
+                self._last = run.pop()
+        self._occupied += len(run)
+        if self._ordered:
+            self._slots.extend(run)
+        if not self.steps:
+            for entry in run:
+                if entry.state != LAST:
+                    entry.state = DONE
+            if not self._ordered:
+                self._slots.extend(run)
+            self._kick()
+            return
+        first = self.steps[0]
+        inbox = first.inbox
+        failed = 0
+        for entry in run:
+            if entry.error is None:
+                entry.state = UNDER_WAY
+                inbox.append(entry)
+            else:  # it failed before: it keeps its place, and nothing is done to it
+                failed += 1
+                entry.state = entry.state or DONE
+                if not self._ordered:
+                    self._slots.append(entry)
+        if failed:
+            self._kick()
+        if len(run) > failed:
+            if not self._under_way:
+                for step in self.steps:
+                    step.meter.idle.wait_for(None)
+            self._under_way += len(run) - failed
+            first.dispatch()
+
+    def finished(self, entry: Entry) -> None:
+        """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
+        if entry.state == UNDER_WAY:
+            entry.state = DONE
+        self._under_way -= 1
+        if self._ordered:
+            if self._slots and self._slots[0] is entry:
+                self._kick()
+        else:
+            self._slots.append(entry)
+            self._kick()
+        if not self._under_way:
+            self.wake()  # for the idle clock
+
+    def _finish(self) -> None:
+        self.ended = True
+        self.close()

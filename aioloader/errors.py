@@ -1,0 +1,44 @@
+"""The exceptions that are aioloader's own; a user's exception is never replaced by one of them.
+
+    AioloaderError
+    ├── SourceUsedUpError (RuntimeError)     a single-use generator was asked for a second epoch
+    ├── LeakedContextError (RuntimeError)    a torch context is held across a `yield` of a user generator
+    ├── SampleCancelledError (RuntimeError)  user code was cancelled, but not by us
+    ├── LoaderClosedError (RuntimeError)     the iterator was closed while somebody waited for a batch
+    └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
+
+Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's DataLoader does.
+"""
+
+__all__ = [
+    "AioloaderError",
+    "DeviceError",
+    "LeakedContextError",
+    "LoaderClosedError",
+    "SampleCancelledError",
+    "SourceUsedUpError",
+]
+
+
+class AioloaderError(Exception):
+    """Base of all exceptions that aioloader defines."""
+
+
+class SourceUsedUpError(AioloaderError, RuntimeError):
+    """A generator, which can be iterated once, was asked for a second epoch."""
+
+
+class LeakedContextError(AioloaderError, RuntimeError):
+    """A user generator holds a torch context (`no_grad`, `torch.device(...)`) across a `yield`."""
+
+
+class SampleCancelledError(AioloaderError, RuntimeError):
+    """A user's function raised `CancelledError` while nobody had cancelled the loader."""
+
+
+class LoaderClosedError(AioloaderError, RuntimeError):
+    """The iterator was closed by somebody else while this caller waited for its next batch."""
+
+
+class DeviceError(AioloaderError, RuntimeError):
+    """A batch could not be page-locked or copied to the device; `__cause__` is torch's error."""

@@ -1,0 +1,1 @@
+"""Where synchronous work runs: never on an event loop."""

@@ -1,0 +1,1 @@
+"""What a loader knows about itself: counters, a frozen snapshot of them, and a sentence."""

@@ -1,0 +1,102 @@
+"""Counters that running parts keep; cheap enough to be always on.
+
+Written on the engine's loop, read from any thread: a snapshot may be a few samples out of step with itself.
+"""
+
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal
+
+__all__ = ["ConsumerMeter", "IdleClock", "StageMeter"]
+
+Kind = Literal["source", "async", "sync", "fold"]
+
+
+@dataclass(slots=True)
+class StageMeter:
+    """Counters of one stage in one epoch.
+
+    Attributes:
+        name: The stage as the user wrote it, `map(fetch)`.
+        kind: How it runs.
+        concurrency: Samples under way at once, at most; 0 for folds.
+        samples: Samples (or batches) that it finished.
+        errors: How many of them failed.
+        busy_seconds: Time in user code, summed over samples that were under way side by side.
+        cpu_seconds: CPU time of its threads; 0 for what runs on the loop or in another process.
+        idle: When the stage had nothing under way, and why.
+        room: Entries under way or finished that its window holds at most; stages of one window share it.
+        finished_sum: Finished entries in the window at each hand-over, summed.
+        handovers: How many hand-overs there were.
+        retired: The stage has ended; if `repeat` makes it anew, it goes on counting here.
+    """
+
+    name: str
+    kind: Kind
+    concurrency: int = 0
+    samples: int = 0
+    errors: int = 0
+    busy_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    idle: "IdleClock" = field(default_factory=lambda: IdleClock())
+    room: int = 0
+    finished_sum: int = 0
+    handovers: int = 0
+    retired: bool = False
+
+
+class IdleClock:
+    """Splits the time in which nothing was under way by what it waited for."""
+
+    __slots__ = ("_began", "_why", "input_seconds", "room_seconds")
+
+    def __init__(self) -> None:
+        self.input_seconds = 0.0
+        self.room_seconds = 0.0
+        self._began = 0.0
+        self._why: Literal["input", "room", None] = None
+
+    def wait_for(self, why: Literal["input", "room", None]) -> None:
+        """From now on nothing is under way because of `why`; None: work goes on."""
+        if why is self._why:
+            return
+        now = perf_counter()
+        if self._why == "input":
+            self.input_seconds += now - self._began
+        elif self._why == "room":
+            self.room_seconds += now - self._began
+        self._began = now
+        self._why = why
+
+
+@dataclass(slots=True)
+class ConsumerMeter:
+    """What the consumer saw of one epoch. Times are `perf_counter` seconds.
+
+    Attributes:
+        began: When the first `next()` was called; None before.
+        ended: When the epoch ended; None while it goes on.
+        first_after_seconds: How long the first batch took.
+        batches: How many batches were delivered.
+        waited_seconds: Time spent in `next()` after the first batch was there.
+    """
+
+    began: float | None = None
+    ended: float | None = None
+    first_after_seconds: float | None = None
+    batches: int = 0
+    waited_seconds: float = 0.0
+
+    def delivered(self, asked: float) -> None:
+        """A batch was handed out that had been asked for at `asked`."""
+        waited = perf_counter() - asked
+        if self.first_after_seconds is None:
+            self.first_after_seconds = waited
+        else:
+            self.waited_seconds += waited
+        self.batches += 1
+
+    def finish(self) -> None:
+        """The epoch is over, or was given up."""
+        if self.ended is None:
+            self.ended = perf_counter()

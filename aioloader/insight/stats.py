@@ -1,0 +1,106 @@
+"""The frozen snapshot that `stats()` gives."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+from aioloader.insight.meters import ConsumerMeter, Kind, StageMeter
+
+__all__ = ["StageStats", "Stats", "snapshot"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageStats:
+    """One stage in one epoch.
+
+    Attributes:
+        name: The stage as written in the pipeline, `map(fetch)`; neighbouring sync stages that run in one hop are one.
+        kind: `"source"`, `"async"` (awaited on the loop) or `"sync"` (in threads or an executor).
+        concurrency: Samples that may be under way side by side.
+        samples: Samples, or batches, that went through.
+        errors: How many of them failed.
+        busy_seconds: Time inside the user's function, summed over samples side by side: it may exceed the epoch's.
+        cpu_seconds: CPU time of its threads in that; 0 where it is not known.
+        utilization: busy_seconds as a fraction of what `concurrency` samples could have used, 0 to 1.
+        waiting_for_input_seconds: Nothing was under way, because nothing came from the stages before.
+        waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
+        finished_slots: Finished samples that lay in the window when some were taken, on average.
+        room: Samples under way and finished together that the window may hold.
+    """
+
+    name: str
+    kind: Kind
+    concurrency: int
+    samples: int
+    errors: int
+    busy_seconds: float
+    cpu_seconds: float
+    utilization: float
+    waiting_for_input_seconds: float
+    waiting_for_room_seconds: float
+    finished_slots: float
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A loader in its newest epoch.
+
+    Attributes:
+        epoch: Its number; None before the first.
+        seconds: From the first `next()` until now, or until the epoch ended.
+        first_batch_seconds: How long the first batch took; None before it.
+        batches: Batches handed out.
+        waited_seconds: Time the consumer spent in `next()` after the first batch.
+        waited_fraction: That as a fraction of the time since the first batch, 0 to 1.
+        stages: In the order of the pipeline.
+    """
+
+    epoch: int | None
+    seconds: float
+    first_batch_seconds: float | None
+    batches: int
+    waited_seconds: float
+    waited_fraction: float
+    stages: tuple[StageStats, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain dictionaries, lists and numbers."""
+        return asdict(self)
+
+
+def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: ConsumerMeter | None) -> Stats:
+    """The counters as they are now."""
+    if consumer is None or consumer.began is None:
+        return Stats(epoch, 0.0, None, 0, 0.0, 0.0, ())
+    seconds = (consumer.ended or perf_counter()) - consumer.began
+    steady = seconds - (consumer.first_after_seconds or 0.0)
+    waited = consumer.waited_seconds / steady if consumer.batches > 1 and steady > 0 else 0.0
+    return Stats(
+        epoch=epoch,
+        seconds=seconds,
+        first_batch_seconds=consumer.first_after_seconds,
+        batches=consumer.batches,
+        waited_seconds=consumer.waited_seconds,
+        waited_fraction=min(1.0, waited),
+        stages=tuple(_stage(meter, seconds) for meter in list(meters)),
+    )
+
+
+def _stage(meter: StageMeter, seconds: float) -> StageStats:
+    capacity = seconds * meter.concurrency
+    return StageStats(
+        name=meter.name,
+        kind=meter.kind,
+        concurrency=meter.concurrency,
+        samples=meter.samples,
+        errors=meter.errors,
+        busy_seconds=meter.busy_seconds,
+        cpu_seconds=meter.cpu_seconds,
+        utilization=min(1.0, meter.busy_seconds / capacity) if capacity > 0 else 0.0,
+        waiting_for_input_seconds=meter.idle.input_seconds,
+        waiting_for_room_seconds=meter.idle.room_seconds,
+        finished_slots=meter.finished_sum / meter.handovers if meter.handovers else 0.0,
+        room=meter.room,
+    )

@@ -1,0 +1,358 @@
+"""`Pipeline`: the description of how samples become batches."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from math import isfinite
+from numbers import Real
+from operator import index
+from typing import Any, Literal
+
+from aioloader.device import Transfer, can_pin, check_device, open_backend
+from aioloader.engine.source import is_async_callable
+from aioloader.engine.window import Window
+from aioloader.loader import Loader
+from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable, length_of
+from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
+from aioloader.stages.base import Pass, Stage
+from aioloader.stages.batch import Batch, CollateWith, Unbatch
+from aioloader.stages.checks import check_callable, check_count
+from aioloader.stages.device import PinMemory, To
+from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.select import Enumerate, Skip, Take
+from aioloader.stages.shard import Shard
+from aioloader.stages.shuffle import Shuffle
+
+__all__ = ["Pipeline"]
+
+
+class Pipeline(Loader):
+    """Samples from a source, through stages, to batches; iterated by `for` or by `async for`.
+
+    A pipeline is an immutable description: each method returns a new one. Each iteration is one epoch.
+
+    ```python
+    loader = Pipeline(keys).shuffle(seed=0).map(fetch, concurrency=256).map(decode).batch(64).prefetch(2)
+    async for batch in loader: ...
+    ```
+
+    Args:
+        source: A map-style torch Dataset or any Sequence (with `async def __getitem__` too), an IterableDataset or any
+            iterable, an async iterable, another pipeline, or a function of no arguments that returns one of these and is
+            called anew for each epoch. A generator is accepted for one epoch. Under `async for`, async sources and
+            functions run on the caller's loop; sync ones always run in threads.
+        sampler: For an indexable source: gives the keys of an epoch, in order, as a torch sampler does. Its `set_epoch`,
+            if it has one, is called with the number of each epoch.
+
+    Raises:
+        TypeError: `source` is none of these.
+    """
+
+    def __init__(self, source: Any, *, sampler: Any = None) -> None:
+        super().__init__()
+        self._plan = Plan(Single(*_resolve(source, sampler))) if not isinstance(source, Pipeline) else source._plan
+        if isinstance(source, Pipeline) and sampler is not None:
+            raise TypeError("sampler gives the keys of an indexable source, got a Pipeline; pass sampler to that one")
+
+    @classmethod
+    def _of(cls, plan: Plan) -> "Pipeline":
+        pipeline = cls.__new__(cls)
+        Loader.__init__(pipeline)
+        pipeline._plan = plan
+        return pipeline
+
+    def _then(self, stage: Stage) -> "Pipeline":
+        """This pipeline and one more stage."""
+        if self._plan.stages and isinstance(self._plan.stages[-1], To):
+            last = self._plan.stages[-1]
+            raise ValueError(f"{last.label} must be the last stage, got {stage.label} behind it; put it before .to()")
+        return self._of(replace(self._plan, stages=(*self._plan.stages, stage)))
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def map(
+        self,
+        fn: Callable[[Any], Any],
+        *,
+        concurrency: int | None = None,
+        ordered: bool = True,
+        executor: Executor | Literal["thread", "process"] | None = None,
+    ) -> "Pipeline":
+        """`fn` of each sample.
+
+        Args:
+            fn: Takes a sample and returns one. An async function is awaited on the loop; any other runs in threads.
+            concurrency: Samples under way at once, at least 1. Default: 64 for async functions, the usable cores for
+                sync ones. Sync samples that take well under a millisecond travel in chunks.
+            ordered: Give results in the order of the input; False: as they are finished.
+            executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
+                which is the default: threads of the loader.
+
+        Raises:
+            TypeError: `fn` cannot be called with one argument.
+            ValueError: `concurrency` is less than 1, or `executor` does not fit.
+        """
+        check_callable("fn", fn, arguments=1, example="map(decode)")
+        if concurrency is not None:
+            concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
+        is_async = is_async_callable(fn)
+        return self._then(
+            Map(fn, is_async, concurrency, ordered=bool(ordered), executor=_executor(executor, fn, is_async))
+        )
+
+    def filter(self, fn: Callable[[Any], Any]) -> "Pipeline":
+        """The samples of which `fn`, sync or async, is true."""
+        check_callable("fn", fn, arguments=1, example="filter(keep)")
+        return self._then(Filter(fn, is_async_callable(fn)))
+
+    def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline":
+        """All items of `fn(sample)`, an iterable or async iterable; those of one sample after those of the other.
+
+        A generator function is iterated in a thread, an async generator function on the loop, each by one task.
+        """
+        check_callable("fn", fn, arguments=1, example="flat_map(lines_of)")
+        return self._then(FlatMap(fn))
+
+    def shuffle(self, buffer_size: int | None = None, *, seed: int = 0) -> "Pipeline":
+        """Another order in each epoch; it depends on `seed` and the number of the epoch alone.
+
+        Args:
+            buffer_size: None: a full permutation, for an indexable source, with nothing but `map`, `shard`, `take` and
+                `skip` in between. Else at least 1: this many samples are held, and each output is drawn from them.
+            seed: Any integer.
+
+        Raises:
+            ValueError: No `buffer_size`, and what comes before is a stream.
+        """
+        if buffer_size is not None:
+            buffer_size = check_count("buffer_size", buffer_size, least=1)
+        elif not is_permutable(self._plan):
+            raise ValueError(
+                f"shuffle() without buffer_size permutes an indexable source, but {self!r} is a stream; "
+                f"pass shuffle(buffer_size=1000), or shuffle right after the source"
+            )
+        return self._then(Shuffle(buffer_size, _integer("seed", seed)))
+
+    def batch(
+        self, batch_size: int, *, drop_last: bool = False, collate_fn: Callable[[list[Any]], Any] | None = None
+    ) -> "Pipeline":
+        """Batches of `batch_size` samples.
+
+        Args:
+            batch_size: At least 1.
+            drop_last: Leave out a last batch that is shorter.
+            collate_fn: From a list of samples to a batch, off the event loop (an async one on it). Default: torch's
+                `default_collate`, which says which samples do not fit.
+        """
+        size = check_count("batch_size", batch_size, least=1)
+        if collate_fn is not None:
+            check_callable("collate_fn", collate_fn, arguments=1, example="batch(64, collate_fn=pad)")
+        return self._then(Batch(size, bool(drop_last), CollateWith(collate_fn)))
+
+    def unbatch(self) -> "Pipeline":
+        """The samples of each batch: rows of tensors, items of lists; the inverse of the default `batch`."""
+        batches = [stage for stage in self._plan.stages if isinstance(stage, Batch)]
+        collated = bool(batches) and batches[-1].collate.fn is None
+        return self._then(Unbatch(collated))
+
+    def take(self, n: int) -> "Pipeline":
+        """The first `n`; what is behind them is not read."""
+        return self._then(Take(check_count("n", n, least=0)))
+
+    def skip(self, n: int) -> "Pipeline":
+        """All but the first `n`."""
+        return self._then(Skip(check_count("n", n, least=0)))
+
+    def repeat(self, n: int | None = None) -> "Pipeline":
+        """Everything before this `n` times, or for ever, shuffled anew each time."""
+        if n is not None:
+            n = check_count("n", n, least=0, hint="leave it out to repeat for ever")
+        return self._then(Repeat(n))
+
+    def enumerate(self) -> "Pipeline":
+        """Pairs `(number, sample)`, from 0 in each epoch."""
+        return self._then(Enumerate())
+
+    def shard(self, rank: int | None = None, world_size: int | None = None) -> "Pipeline":
+        """This rank's part: every `world_size`-th sample, the same number on every rank.
+
+        The last round is filled from the beginning, as torch's DistributedSampler does.
+
+        Args:
+            rank: In [0, world_size).
+            world_size: How many ranks there are. Default of both: torch.distributed, else the environment's RANK and
+                WORLD_SIZE, else one rank; looked up when iteration begins.
+        """
+        return self._then(Shard(rank, world_size))
+
+    def pin_memory(self) -> "Pipeline":
+        """Batches in page-locked memory, for copies to a device that you make yourself; `to` does both.
+
+        Without an accelerator it warns and does nothing, as torch's DataLoader does.
+        """
+        return self._then(PinMemory())
+
+    def to(self, device: Any) -> "Pipeline":
+        """Batches on `device`, safe to use on the stream that is current at `next()`. The last stage.
+
+        Args:
+            device: `"cuda"`, `"cuda:1"`, `"cpu"`, a `torch.device`, or the index of a CUDA device.
+
+        Raises:
+            TypeError, ValueError: Not a device.
+            DeviceError: A device that is not there.
+        """
+        check_device(device)
+        return self._then(To(device))
+
+    def prefetch(self, n: int) -> "Pipeline":
+        """Hold `n` finished batches ahead; default 2. 0: each is made when it is asked for."""
+        count = check_count("n", n, least=0, hint="prefetch(0) makes nothing ahead")
+        return self._of(replace(self._plan, prefetch=count))
+
+    # -- several sources ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def merge(*sources: Any) -> "Pipeline":
+        """Samples of all sources, as they come. Ends when all have ended."""
+        return Pipeline._of(Plan(Combined("merge", _plans("merge", sources))))
+
+    @staticmethod
+    def mix(sources: Sequence[Any], weights: Sequence[float], *, seed: int = 0) -> "Pipeline":
+        """Samples of several sources, each drawn by weight; goes on with the others when one ends.
+
+        Args:
+            sources: Anything that `Pipeline` takes.
+            weights: One positive number for each; they need not add up to 1.
+            seed: The draws depend on it and on the epoch.
+        """
+        plans = _plans("mix", sources)
+        return Pipeline._of(Plan(Combined("mix", plans, _weights(weights, len(plans)), _integer("seed", seed))))
+
+    @staticmethod
+    def zip(*sources: Any) -> "Pipeline":
+        """Tuples with one sample of each source; ends with the shortest."""
+        return Pipeline._of(Plan(Combined("zip", _plans("zip", sources))))
+
+    # -- what a loader is --------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Batches (samples, without `batch`) per epoch.
+
+        Raises:
+            TypeError: That is known only when it has run.
+        """
+        return length_of(self._plan)
+
+    def __bool__(self) -> bool:
+        return True  # `if loader:` does not ask for the length
+
+    def __repr__(self) -> str:
+        return ".".join((_describe_source(self._plan), *(stage.label for stage in self._plan.stages)))
+
+    def __getstate__(self) -> Plan:
+        return self._plan
+
+    def __setstate__(self, plan: Plan) -> None:
+        Loader.__init__(self)
+        self._plan = plan
+
+    def _check_usable(self) -> None:
+        for stream in _streams(self._plan):
+            if stream.single_use:
+                stream.check_unused()
+
+    def _build(self, epoch: int) -> Window:
+        if self._transfer is None:
+            self._transfer = _open_transfer(self._plan)
+        return build(self._plan, Pass(epoch), self._transfer)
+
+
+def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | None]:
+    data = resolve(source)
+    if sampler is None:
+        return data, None
+    if not isinstance(data, Indexable):
+        raise TypeError(f"sampler gives the keys of an indexable source, got {describe(source)}; leave sampler out")
+    keys = resolve(sampler)
+    if isinstance(keys, Indexable):
+        keys = Stream(sampler, call=False, single_use=False)
+    return data, keys
+
+
+def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | None:
+    if executor is None or executor == "thread":
+        return None
+    if executor == "process":
+        raise ValueError(
+            "executor='process' is not there yet; pass executor=concurrent.futures.ProcessPoolExecutor(), "
+            "with a fn that can be pickled"
+        )
+    if not callable(getattr(executor, "submit", None)):
+        raise ValueError(f"executor must be a concurrent.futures.Executor or 'thread', got {executor!r}")
+    if is_async:
+        raise ValueError(f"executor runs sync functions, but {describe(fn)} is async and awaited on the loop; leave it out")
+    return executor  # type: ignore[no-any-return]  # whatever has `submit`
+
+
+def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
+    if isinstance(sources, str | bytes) or not hasattr(sources, "__iter__"):
+        raise TypeError(f"{how} takes a list of sources, got {describe(sources)}")
+    if not sources:
+        raise ValueError(f"{how} needs at least one source, got none")
+    pipelines = [source if isinstance(source, Pipeline) else Pipeline(source) for source in sources]
+    for pipeline in pipelines:
+        if any(isinstance(stage, To | PinMemory) for stage in pipeline._plan.stages):
+            raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() behind .{how}()")
+    return tuple(pipeline._plan for pipeline in pipelines)
+
+
+def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    try:
+        values = tuple(weights)
+    except TypeError:
+        raise TypeError(f"weights must be a list of numbers, got {weights!r}") from None
+    if len(values) != count:
+        raise ValueError(f"weights must have one number per source, got {len(values)} for {count} sources")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"weights must be numbers, got {value!r}")
+        if not (isfinite(value) and value > 0):
+            raise ValueError(f"weights must be positive and finite, got {list(values)}; leave out a source of weight 0")
+    return tuple(float(value) for value in values)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return index(value)
+
+
+def _streams(plan: Plan) -> list[Stream]:
+    """All streams of a plan."""
+    if isinstance(plan.source, Combined):
+        return [stream for inner in plan.source.plans for stream in _streams(inner)]
+    return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, Stream)]
+
+
+def _describe_source(plan: Plan) -> str:
+    source = plan.source
+    if isinstance(source, Combined):
+        return f"Pipeline.{source.how}({', '.join(_describe_source(inner) for inner in source.plans)})"
+    data = source.data.data if isinstance(source.data, Indexable) else source.data.make
+    return f"Pipeline({source_name(data)})"
+
+
+def _open_transfer(plan: Plan) -> Transfer | None:
+    """The way to the plan's device, or to its page-locked memory."""
+    for stage in reversed(plan.stages):
+        if isinstance(stage, To):
+            return Transfer(open_backend(stage.device))
+        if isinstance(stage, PinMemory):
+            if can_pin():
+                return Transfer(open_backend("cuda"))
+            warnings.warn(
+                "pin_memory() does nothing, because no accelerator was found: batches stay in plain memory", stacklevel=4
+            )
+    return None

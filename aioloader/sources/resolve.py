@@ -1,0 +1,185 @@
+"""What a user may pass as a source, and what it is."""
+
+import inspect
+from array import array
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.utils.data import IterableDataset
+
+from aioloader.engine.source import is_async_callable
+from aioloader.errors import SourceUsedUpError
+
+__all__ = ["Indexable", "Stream", "describe", "resolve", "source_name"]
+
+TAKEN: Final = (
+    "a map-style Dataset or Sequence, an IterableDataset or other iterable, an async iterable, "
+    "or a function of no arguments that returns one of these"
+)
+
+_BUILT_IN = (list, tuple, range, array)  # reading one of these runs no code of the user's
+
+
+@dataclass(frozen=True)
+class Indexable:
+    """A source with a length and samples by number.
+
+    Attributes:
+        data: The user's object.
+        load: Its `__getitem__`, when calling that may run user code; None: read on the loop.
+        is_async: Whether `load` is awaited.
+    """
+
+    data: Any
+    load: Callable[[int], Any] | None
+    is_async: bool
+
+    @property
+    def length(self) -> int:
+        """How many samples there are, now."""
+        return len(self.data)
+
+
+@dataclass
+class Stream:
+    """A source that is iterated.
+
+    Attributes:
+        make: The iterable, or the function that gives it.
+        call: Whether `make` is a function.
+        single_use: It is an iterator, and iterating uses it up.
+        used: That has happened.
+    """
+
+    make: Any
+    call: bool
+    single_use: bool
+    used: bool = False
+
+    @property
+    def length(self) -> int:
+        """How many samples there are.
+
+        Raises:
+            TypeError: It does not say.
+        """
+        if self.call or not hasattr(self.make, "__len__"):
+            raise TypeError(f"{describe(self.make)} has no length")
+        return len(self.make)
+
+    def check_unused(self) -> None:
+        """Refuse a second epoch of a generator.
+
+        Raises:
+            SourceUsedUpError: One has begun already.
+        """
+        if self.used:
+            raise SourceUsedUpError(
+                f"{describe(self.make)} can be iterated once, and an epoch of it has begun already; pass the generator "
+                f"function itself (without calling it), which is called anew for each epoch"
+            )
+
+    def use(self) -> None:
+        """An epoch begins."""
+        if self.single_use:
+            self.check_unused()
+            self.used = True
+
+
+def resolve(source: Any) -> Indexable | Stream:
+    """What `source` is.
+
+    Raises:
+        TypeError: None of what is taken.
+    """
+    if isinstance(source, type):
+        raise TypeError(f"a source must be {TAKEN}; got the class {source.__name__}: pass an instance of it")
+    if isinstance(source, str | bytes | bytearray | Mapping):
+        hint = "list(mapping.items())" if isinstance(source, Mapping) else "[it] for one sample"
+        raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, whose samples are ambiguous: pass {hint}")
+    if isinstance(source, IterableDataset):
+        return Stream(source, call=False, single_use=False)
+    indexable = _indexable(source)
+    if indexable is not None:
+        return indexable
+    if isinstance(source, AsyncIterable):
+        return Stream(source, call=False, single_use=isinstance(source, AsyncIterator))
+    if isinstance(source, Iterable):
+        return Stream(source, call=False, single_use=isinstance(source, Iterator))
+    if callable(source):
+        _check_no_arguments(source)
+        return Stream(source, call=True, single_use=False)
+    if inspect.isawaitable(source):
+        raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, a coroutine: await it first")
+    raise TypeError(f"a source must be {TAKEN}; got {describe(source)}")
+
+
+def _indexable(source: Any) -> Indexable | None:
+    kind = type(source)
+    if isinstance(source, torch.Tensor) or kind.__module__ == "numpy":
+        if not getattr(source, "ndim", 1):
+            raise TypeError(f"a source must be {TAKEN}; got {describe(source)} without dimensions")
+        if hasattr(kind, "__len__"):
+            return Indexable(source, None, is_async=False)
+    if kind in _BUILT_IN:
+        return Indexable(source, None, is_async=False)
+    if not hasattr(kind, "__len__") and not hasattr(source, "__len__"):
+        return None
+    if hasattr(kind, "__getitem__"):
+        return Indexable(source, source.__getitem__, is_async_callable(kind.__getitem__))
+    if hasattr(kind, "__getitems__"):
+        if is_async_callable(kind.__getitems__):
+            return Indexable(source, _OneOfManyAsync(source), is_async=True)
+        return Indexable(source, _OneOfMany(source), is_async=False)
+    return None
+
+
+@dataclass(frozen=True)
+class _OneOfMany:
+    """`__getitem__` for a dataset that has only `__getitems__`."""
+
+    data: Any
+
+    def __call__(self, key: int) -> Any:
+        return self.data.__getitems__([key])[0]
+
+
+@dataclass(frozen=True)
+class _OneOfManyAsync:
+    """The same where `__getitems__` is async."""
+
+    data: Any
+
+    async def __call__(self, key: int) -> Any:
+        return (await self.data.__getitems__([key]))[0]
+
+
+def _check_no_arguments(fn: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a built-in that does not tell
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise TypeError(
+            f"a source must be {TAKEN}; got the function {describe(fn)}{signature}, which wants arguments ({error}): "
+            f"pass functools.partial(fn, ...) or a lambda"
+        ) from None
+
+
+def source_name(source: Any) -> str:
+    """A source in a pipeline's repr and in statistics: the function's name, else the type's."""
+    name = getattr(source, "__qualname__", None) or type(source).__qualname__
+    return str(name).rpartition("<locals>.")[2]
+
+
+def describe(source: Any) -> str:
+    """A user's object in an error message: its name or its type, and never much of its content."""
+    name = getattr(source, "__qualname__", None)
+    if name is not None:
+        return f"{type(source).__name__} {name.rpartition('<locals>.')[2]}"
+    text = repr(source) if isinstance(source, int | float | str | bytes | None) else ""
+    return f"{text[:60]} of type {type(source).__name__}" if text else f"an object of type {type(source).__name__}"

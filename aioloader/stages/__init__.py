@@ -1,0 +1,1 @@
+"""What can be done to samples: the description of each stage and, for folds, its rule."""

@@ -1,0 +1,62 @@
+"""The common part of stage descriptions."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+from aioloader.engine.node import Fold
+from aioloader.seeds import derive_seed
+
+__all__ = ["FoldStage", "Pass", "Stage", "UnknownLengthError"]
+
+
+class UnknownLengthError(TypeError):
+    """How many samples a stage gives is known only when it has run; `len()` raises it, as trainers expect."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Which pass over the data a running pipeline makes.
+
+    Attributes:
+        epoch: The number of the epoch.
+        repetitions: The numbers of the enclosing `repeat` stages' repetitions, outermost first; the first repetition of
+            a stage is not in it, so that it equals a pass without `repeat`.
+        path: Which input of `merge`, `mix` or `zip` this is, outermost first.
+    """
+
+    epoch: int
+    repetitions: tuple[int, ...] = ()
+    path: tuple[int, ...] = field(default=())
+
+    def seed(self, seed: int, purpose: str) -> int:
+        """A seed for `purpose` in this pass."""
+        return derive_seed(seed, purpose, self.epoch, *self.repetitions)
+
+    def repeated(self, repetition: int) -> "Pass":
+        """Repetition number `repetition` within this pass."""
+        return Pass(self.epoch, (*self.repetitions, repetition) if repetition else self.repetitions, self.path)
+
+
+class Stage(ABC):
+    """The description of one step of a pipeline: immutable, checked when it is made."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The stage as the user wrote it, `map(decode)`."""
+
+    @abstractmethod
+    def length(self, upstream: int) -> int:
+        """How many entries it gives of `upstream` ones.
+
+        Raises:
+            UnknownLengthError: Only running it tells.
+        """
+
+
+class FoldStage(Stage):
+    """A stage that runs as a fold."""
+
+    @abstractmethod
+    def fold(self, this_pass: Pass) -> Fold:
+        """Its rule, with fresh state."""

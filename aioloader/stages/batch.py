@@ -1,0 +1,222 @@
+"""`batch` and `unbatch`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.node import Fold
+from aioloader.engine.source import is_async_callable
+from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
+from aioloader.stages.checks import callable_name
+
+__all__ = ["Batch", "BatchFold", "CollateWith", "Group", "Unbatch", "group_entries"]
+
+
+class Group:
+    """The samples of one batch, before collate.
+
+    Attributes:
+        samples: In order.
+        keys: What each was loaded by, None where nothing names it.
+    """
+
+    __slots__ = ("keys", "samples")
+
+    def __init__(self, samples: list[Any], keys: list[Any]) -> None:
+        self.samples = samples
+        self.keys = keys
+
+
+@dataclass(frozen=True)
+class CollateWith:
+    """How groups become batches, in the window behind their fold.
+
+    Args:
+        fn: From a list of samples to a batch, sync or async; None: torch's default collate.
+        workers: Batches collated side by side; None: as many as usable cores.
+        initializer: Called in each thread with its number.
+    """
+
+    fn: Callable[[list[Any]], Any] | None = None
+    workers: int | None = None
+    initializer: Callable[[int], None] | None = None
+
+    @property
+    def is_async(self) -> bool:
+        """Whether `fn` is awaited on the loop."""
+        return self.fn is not None and is_async_callable(self.fn)
+
+    @property
+    def label(self) -> str:
+        """The name of the step."""
+        return f"collate({callable_name(self.fn)})" if self.fn is not None else "collate"
+
+
+@dataclass(frozen=True)
+class Batch(FoldStage):
+    """Groups of `batch_size` samples, which a window then collates.
+
+    Cursor: that of the last sample. A group with a failed sample fails with that sample's error, and the next group
+    begins where it would have begun: batches do not shift.
+    """
+
+    batch_size: int
+    drop_last: bool = False
+    collate: CollateWith = CollateWith()
+
+    @property
+    def label(self) -> str:
+        return f"batch({self.batch_size})"
+
+    def length(self, upstream: int) -> int:
+        return upstream // self.batch_size if self.drop_last else -(-upstream // self.batch_size)
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return BatchFold(self.batch_size, drop_last=self.drop_last)
+
+
+class BatchFold:
+    """Groups a fixed number of samples."""
+
+    full = False
+
+    def __init__(self, batch_size: int, *, drop_last: bool) -> None:
+        self._size = batch_size
+        self._drop_last = drop_last
+        self._pending: list[Entry] = []
+        self._count = 0
+
+    def wants(self, limit: int) -> int:
+        return limit * self._size - len(self._pending)
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        pending, size = self._pending, self._size
+        pending.extend(run)
+        groups = []
+        start = 0
+        while len(pending) - start >= size:
+            groups.append(self._group(pending[start : start + size]))
+            start += size
+        del pending[:start]
+        return groups
+
+    def flush(self) -> list[Entry]:
+        pending, self._pending = self._pending, []
+        if self._drop_last and not any(entry.error for entry in pending):  # an error is never dropped in silence
+            return []
+        return [self._group(pending)] if pending else []
+
+    def _group(self, entries: list[Entry]) -> Entry:
+        group = group_entries(entries, self._count)
+        self._count += 1
+        return group
+
+
+def group_entries(entries: list[Entry], position: int) -> Entry:
+    """One entry of many. The first error among them is its error; the note names how many others there are."""
+    samples = [entry.value for entry in entries]
+    group = Entry(Group(samples, [entry.key for entry in entries]), entries[-1].cursor, None, position)
+    errors = [entry.error for entry in entries if entry.error is not None]
+    if errors:
+        group.value = None
+        group.error = first = errors[0]
+        others = [error for error in errors if error is not first]
+        if others:
+            shown = "; ".join(repr(error)[:200] for error in others[:3])
+            first.add_note(f"aioloader: {len(others)} more samples of this batch failed: {shown}")
+    return group
+
+
+@dataclass(frozen=True)
+class Unbatch(FoldStage):
+    """The samples of each batch, one by one. Cursor: that *before* the batch, and how many of its samples are out.
+
+    A tensor or array gives its rows, a tuple or mapping of them gives tuples and mappings of rows, a list gives its
+    items; but behind a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
+
+    Args:
+        collated: The batches come from the default collate.
+    """
+
+    collated: bool
+
+    @property
+    def label(self) -> str:
+        return "unbatch()"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError("unbatch() gives as many samples as the batches turn out to hold")
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _UnbatchFold(self.collated)
+
+
+class _UnbatchFold:
+    full = False
+
+    def __init__(self, collated: bool) -> None:
+        self._collated = collated
+        self._before: Any = None
+        self._count = 0
+
+    def wants(self, limit: int) -> int:
+        return 1  # a batch holds more than one sample, as a rule
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        out: list[Entry] = []
+        for entry in run:
+            if entry.error is not None:
+                out.append(entry)
+            else:
+                try:
+                    samples = _rows(entry.value, self._collated)
+                except (TypeError, ValueError) as error:
+                    entry.error = error
+                    entry.value = None
+                    out.append(entry)
+                else:
+                    for offset, sample in enumerate(samples, 1):
+                        out.append(Entry(sample, (self._before, offset), None, self._count))
+                        self._count += 1
+            self._before = entry.cursor
+        return out
+
+    def flush(self) -> list[Entry]:
+        return []
+
+
+def _rows(batch: Any, collated: bool) -> Sequence[Any]:
+    """The samples of `batch`."""
+    if isinstance(batch, torch.Tensor):
+        if batch.ndim == 0:
+            raise ValueError("unbatch() needs a batch dimension, got a tensor without dimensions")
+        return list(batch.unbind(0))
+    if isinstance(batch, Mapping):
+        columns = {key: _rows(column, collated) for key, column in batch.items()}
+        return [dict(zip(columns, row, strict=True)) for row in _across(list(columns.values()))]
+    if isinstance(batch, tuple) or (collated and isinstance(batch, list) and not _leaf(batch)):
+        rows = _across([_rows(column, collated) for column in batch])
+        if hasattr(batch, "_fields"):
+            return [type(batch)(*row) for row in rows]
+        return rows
+    if isinstance(batch, str | bytes) or not (isinstance(batch, Sequence) or hasattr(batch, "__array__")):
+        raise TypeError(
+            f"unbatch() takes tensors, arrays, lists, and tuples and mappings of them, got {type(batch).__name__}; "
+            f"use flat_map(fn) with a function that gives the samples"
+        )
+    return list(batch)
+
+
+def _leaf(batch: list[Any]) -> bool:
+    """A list of strings is a column as the default collate leaves it, not a structure of columns."""
+    return not batch or isinstance(batch[0], str | bytes)
+
+
+def _across(columns: list[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    lengths = {len(column) for column in columns}
+    if len(lengths) > 1:
+        raise ValueError(f"unbatch() needs columns of one length, got {[len(column) for column in columns]}")
+    return list(zip(*columns, strict=True))

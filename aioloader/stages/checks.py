@@ -1,0 +1,54 @@
+"""Checks of arguments that many stages take: the rule, the value found, the way out."""
+
+import inspect
+from collections.abc import Callable
+from operator import index
+from typing import Any
+
+__all__ = ["callable_name", "check_callable", "check_count"]
+
+
+def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
+    """`value` as an integer of at least `least`.
+
+    Raises:
+        TypeError: It is not an integer; `True` is none either.
+        ValueError: It is too small.
+    """
+    way_out = f"; {hint}" if hint else ""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer of at least {least}, got {value!r}{way_out}")
+    number = index(value)
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}{way_out}")
+    return number
+
+
+def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> Callable[..., Any]:
+    """`fn`, if it can be called with that many arguments.
+
+    Raises:
+        TypeError: It cannot, as far as its signature tells.
+    """
+    if not callable(fn):
+        raise TypeError(f"{name} must be a function, got {fn!r} of type {type(fn).__name__}; pass for instance {example}")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a built-in that does not tell
+        return fn
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be callable with {arguments} argument{'s' if arguments != 1 else ''}, but "
+            f"{callable_name(fn)}{signature} is not ({error}); pass for instance {example}"
+        ) from None
+    return fn
+
+
+def callable_name(fn: Any) -> str:
+    """How a stage calls the user's function: its name, without module or `<locals>`."""
+    while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
+        fn = fn.func
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    return str(name).rpartition("<locals>.")[2]

@@ -1,0 +1,114 @@
+"""Batches whose samples are loaded one by one: the keys of a batch sampler, taken apart and put together again.
+
+For datasets with an async `__getitem__`: the sample is the unit of work, so that the requests of several batches are
+under way at once and the first batch does not wait for the last.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.node import Fold
+from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
+from aioloader.stages.batch import CollateWith, Group, group_entries
+
+__all__ = ["JoinBatches", "SplitBatches"]
+
+
+@dataclass(frozen=True)
+class SplitBatches(FoldStage):
+    """The keys of each batch, one by one.
+
+    Cursor: the last key of a batch carries the batch's own; those before it carry the one *before* the batch and how
+    many keys of it are out, as a pair. `JoinBatches` tells the end of a batch by that.
+    """
+
+    @property
+    def label(self) -> str:
+        return "split"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError("the batch sampler decides how many samples there are")
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _SplitFold()
+
+
+class _SplitFold:
+    full = False
+
+    def __init__(self) -> None:
+        self._before: Any = 0
+        self._count = 0
+
+    def wants(self, limit: int) -> int:
+        return 1
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        out: list[Entry] = []
+        for entry in run:
+            keys = list(entry.value) if entry.error is None else []
+            if not keys:  # nothing to load, but it is a batch: as an error it passes by the loading stages
+                entry.error = entry.error or _EmptyBatch()
+                out.append(entry)
+            for offset, key in enumerate(keys, 1):
+                cursor = entry.cursor if offset == len(keys) else (self._before, offset)
+                out.append(Entry(key, cursor, key, self._count))
+                self._count += 1
+            self._before = entry.cursor
+        return out
+
+    def flush(self) -> list[Entry]:
+        return []
+
+
+@dataclass(frozen=True)
+class JoinBatches(FoldStage):
+    """The groups that `SplitBatches` took apart. Cursor: that of the batch."""
+
+    collate: CollateWith = CollateWith()
+
+    @property
+    def label(self) -> str:
+        return "join"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError("the batch sampler decides how many samples a batch has")
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _JoinFold()
+
+
+class _JoinFold:
+    full = False
+
+    def __init__(self) -> None:
+        self._pending: list[Entry] = []
+        self._count = 0
+
+    def wants(self, limit: int) -> int:
+        return max(limit, 64)  # how long a batch is cannot be known; the window above bounds what comes
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        groups = []
+        for entry in run:
+            self._pending.append(entry)
+            if not isinstance(entry.cursor, tuple):
+                groups.append(self._group())
+        return groups
+
+    def flush(self) -> list[Entry]:
+        return [self._group()] if self._pending else []
+
+    def _group(self) -> Entry:
+        if isinstance(self._pending[0].error, _EmptyBatch):
+            group = Entry(Group([], []), self._pending[0].cursor, None, self._count)
+        else:
+            group = group_entries(self._pending, self._count)
+        self._pending = []
+        self._count += 1
+        return group
+
+
+class _EmptyBatch(Exception):
+    """Stands for the samples of a batch that has none, between the two folds."""

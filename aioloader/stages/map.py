@@ -1,0 +1,102 @@
+"""`map`, `filter`, `flat_map`: the stages that run user functions."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.stages.checks import callable_name
+
+__all__ = ["ASYNC_CONCURRENCY", "Filter", "FlatMap", "Map", "usable_cores"]
+
+ASYNC_CONCURRENCY: Final = 64  # what awaits costs next to nothing; this many requests hide usual latencies
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Map(Stage):
+    """`fn` of each sample, up to `concurrency` side by side.
+
+    Args:
+        fn: Sync or async.
+        is_async: Whether `fn` is awaited on the loop.
+        concurrency: None: 64 for async functions, the usable cores for sync ones.
+        ordered: Results in the order of the input.
+        executor: Where a sync `fn` runs; None: threads of ours.
+        name: Instead of the name of `fn`.
+        initializer: Called in each of our threads with its number.
+        thread_name: Of our threads.
+        flexible: The concurrency is nobody's wish: beside another sync stage, it takes that one's.
+    """
+
+    fn: Callable[[Any], Any]
+    is_async: bool
+    concurrency: int | None = None
+    ordered: bool = True
+    executor: Executor | None = None
+    name: str | None = None
+    initializer: Callable[[int], None] | None = None
+    thread_name: str = "aioloader-map"
+    flexible: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.name or f"map({callable_name(self.fn)})"
+
+    @property
+    def width(self) -> int:
+        """The concurrency that it runs with."""
+        return self.concurrency or (ASYNC_CONCURRENCY if self.is_async else usable_cores())
+
+    def length(self, upstream: int) -> int:
+        return upstream
+
+
+@dataclass(frozen=True)
+class Filter(Stage):
+    """The samples of which `fn` is true; a step of a journey, like `Map`."""
+
+    fn: Callable[[Any], Any]
+    is_async: bool
+
+    concurrency = None
+    ordered = True
+    executor = None
+    initializer = None
+    thread_name = "aioloader-map"
+    flexible = True
+
+    @property
+    def label(self) -> str:
+        return f"filter({callable_name(self.fn)})"
+
+    @property
+    def width(self) -> int:
+        """The concurrency that it runs with."""
+        return ASYNC_CONCURRENCY if self.is_async else usable_cores()
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
+
+
+@dataclass(frozen=True)
+class FlatMap(Stage):
+    """The items of `fn(sample)`, one sample after the other."""
+
+    fn: Callable[[Any], Any]
+
+    @property
+    def label(self) -> str:
+        return f"flat_map({callable_name(self.fn)})"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError(f"{self.label} gives as many items as its function turns out to")

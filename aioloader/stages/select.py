@@ -1,0 +1,120 @@
+"""`take`, `skip`, `enumerate`: which entries go on."""
+
+from dataclasses import dataclass
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.node import Fold
+from aioloader.stages.base import FoldStage, Pass
+
+__all__ = ["Enumerate", "Skip", "Take"]
+
+
+class _EachFold:
+    """A fold that looks at entries one by one and holds none."""
+
+    full = False
+
+    def wants(self, limit: int) -> int:
+        return limit
+
+    def flush(self) -> list[Entry]:
+        return []
+
+
+@dataclass(frozen=True)
+class Take(FoldStage):
+    """The first `n` entries, failed ones included. Cursor: that of the entry, and the count."""
+
+    n: int
+
+    @property
+    def label(self) -> str:
+        return f"take({self.n})"
+
+    def length(self, upstream: int) -> int:
+        return min(self.n, upstream)
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _TakeFold(self.n)
+
+
+class _TakeFold(_EachFold):
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._count = 0
+
+    @property
+    def full(self) -> bool:  # type: ignore[override]  # a plain attribute in folds that are never full
+        return self._count >= self._n
+
+    def wants(self, limit: int) -> int:
+        return min(limit, self._n - self._count)
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        for entry in run:
+            self._count += 1
+            entry.cursor = (entry.cursor, self._count)
+        return run
+
+
+@dataclass(frozen=True)
+class Skip(FoldStage):
+    """All but the first `n` entries. Cursor: that of the entry, and how many were left out."""
+
+    n: int
+
+    @property
+    def label(self) -> str:
+        return f"skip({self.n})"
+
+    def length(self, upstream: int) -> int:
+        return max(0, upstream - self.n)
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _SkipFold(self.n)
+
+
+class _SkipFold(_EachFold):
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._skipped = 0
+
+    def wants(self, limit: int) -> int:
+        return limit + self._n - self._skipped
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        left = self._n - self._skipped
+        if left:
+            self._skipped += min(left, len(run))
+            run = run[left:]
+        for entry in run:
+            entry.cursor = (entry.cursor, self._n)
+        return run
+
+
+@dataclass(frozen=True)
+class Enumerate(FoldStage):
+    """Pairs of a number and the sample; a failed sample uses up its number. Cursor: that of the entry, and the count."""
+
+    @property
+    def label(self) -> str:
+        return "enumerate()"
+
+    def length(self, upstream: int) -> int:
+        return upstream
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _EnumerateFold()
+
+
+class _EnumerateFold(_EachFold):
+    def __init__(self) -> None:
+        self._count = 0
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        for entry in run:
+            if entry.error is None:
+                entry.value = (self._count, entry.value)
+            self._count += 1
+            entry.cursor = (entry.cursor, self._count)
+        return run

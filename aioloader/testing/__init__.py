@@ -1,0 +1,26 @@
+"""Fakes for tests of loaders, of ours and of yours: steered by states, never by time."""
+
+from aioloader.testing.device import FakeBackend, FakeEvent, FakeStream, Launch
+from aioloader.testing.sources import (
+    FaultySource,
+    Gate,
+    RecordingSource,
+    SourceEvent,
+    SyncFaultySource,
+    SyncRecordingSource,
+    virtual_order,
+)
+
+__all__ = [
+    "FakeBackend",
+    "FakeEvent",
+    "FakeStream",
+    "FaultySource",
+    "Gate",
+    "Launch",
+    "RecordingSource",
+    "SourceEvent",
+    "SyncFaultySource",
+    "SyncRecordingSource",
+    "virtual_order",
+]

@@ -1,0 +1,218 @@
+"""How fast batches get to a CUDA device, and how much of that hides behind the model: `python -m bench.gpu`.
+
+Two questions, each beside what can be had without a loader:
+
+1. Bandwidth: bytes per second of `aioloader.device.Transfer`, against one bare page-locked copy of the same size.
+2. Overlap: of the time that copies take, which part disappears behind kernels? `1 - (T_both - T_compute) / T_copy` is
+   1 when copies cost the training step nothing, 0 when they cost their full time, and below 0 when they cost more.
+
+Prints a table and then one line of JSON per row. Without a CUDA device it says so and ends with status 0.
+"""
+
+import argparse
+import json
+import queue
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from aioloader.device import Transfer, open_backend
+
+MIB = 1 << 20
+AHEAD = 2
+"""Batches that the device thread may be ahead, the loader's default."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Attributes:
+        seconds: Per batch, the median over the rounds.
+        gigabytes_per_second: 10^9 bytes; None without copies.
+        share: Of the bare page-locked copy's bandwidth; None beside kernels.
+        overlap: See the module; None without kernels.
+    """
+
+    what: str
+    batch_mib: int
+    seconds: float
+    gigabytes_per_second: float | None
+    share: float | None = None
+    overlap: float | None = None
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 64, 256], help="sizes of a batch")
+    parser.add_argument("--batches", type=int, default=30, help="batches per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if torch.cuda.device_count() == 0:
+        print(f"no CUDA device was found (torch {torch.__version__}): nothing to measure")
+        return 0
+    torch.cuda.set_device(torch.device(options.device))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    print(f"{options.batches} batches per round, median of {options.rounds} rounds\n")
+    rows: list[Row] = []
+    print(f"{'what':<44}{'MiB':>6}{'ms/batch':>11}{'GB/s':>9}{'share':>8}{'overlap':>9}")
+    for mib in options.mib:
+        for row in measure(mib, options.batches, options.rounds, options.device):
+            rows.append(row)
+            print(
+                f"{row.what:<44}{row.batch_mib:>6}{row.seconds * 1e3:>11.3f}"
+                f"{_number(row.gigabytes_per_second):>9}{_number(row.share):>8}{_number(row.overlap):>9}",
+                flush=True,
+            )
+    print()
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": str(torch.__version__), "cuda": torch.version.cuda}
+    for row in rows:
+        print(json.dumps({**machine, **asdict(row)}))
+    return 0
+
+
+def measure(mib: int, batches: int, rounds: int, device: str) -> Iterator[Row]:
+    """All rows for one size of batch."""
+    size_bytes = mib * MIB
+    backend = open_backend(device)
+    transfer = Transfer(backend)
+    page_locked = {"x": backend.alloc_pinned((mib, MIB), torch.uint8).zero_()}
+    pageable = {"x": torch.zeros((mib, MIB), dtype=torch.uint8)}
+
+    def row(what: str, seconds: float, **more: float) -> Row:
+        return Row(what, mib, seconds, size_bytes / seconds / 1e9, **more)
+
+    def to_device(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["x"].to(backend.device, non_blocking=batch is page_locked)
+
+    def through(batch: dict[str, torch.Tensor]) -> Any:
+        return transfer.receive(transfer.send(batch))
+
+    kinds = {"page-locked": page_locked, "pageable": pageable}
+    target = torch.empty((mib, MIB), dtype=torch.uint8, device=backend.device)
+    bare = per_batch(lambda: target.copy_(page_locked["x"], non_blocking=True), batches, rounds)
+    yield row("bare copy, page-locked", bare, share=1.0)
+    ours, plain = {}, {}
+    for kind, batch in kinds.items():
+        ours[kind] = per_batch(partial(through, batch), batches, rounds)
+        yield row(f"Transfer, {kind}", ours[kind], share=bare / ours[kind])
+    for kind, batch in kinds.items():
+        plain[kind] = per_batch(partial(to_device, batch), batches, rounds)
+        yield row(f"tensor.to(device), {kind}", plain[kind], share=bare / plain[kind])
+
+    # Kernels that take a little longer than a bare copy, and half a millisecond at least: all of it can be hidden.
+    cycles = cycles_for(max(bare * 1.2, 5e-4))
+    compute = per_batch(lambda: None, batches, rounds, cycles)
+    yield Row("kernels alone", mib, compute, None)
+    for kind, batch in kinds.items():
+        both = per_epoch(partial(on_its_own_thread, transfer, batch, batches, cycles), batches, rounds)
+        yield row(f"kernels + Transfer, {kind}", both, overlap=1 - (both - compute) / ours[kind])
+    for kind, batch in kinds.items():
+        both = per_batch(partial(to_device, batch), batches, rounds, cycles)
+        yield row(f"kernels + tensor.to(device), {kind}", both, overlap=1 - (both - compute) / plain[kind])
+    transfer.close()
+    backend.close()
+
+
+class Consumer:
+    """A training loop: kernels that read each batch, and a host that is never more than `AHEAD` steps before them.
+
+    Real loops are held back by what they read from the device, as the loss. Without it all steps would be queued at
+    once, and their batches would need memory all at once.
+    """
+
+    def __init__(self) -> None:
+        self._steps: deque[torch.cuda.Event] = deque()
+
+    def step(self, cycles: int = 0) -> None:
+        """Queue kernels of so many cycles, and wait for those of some steps ago."""
+        if cycles:
+            torch.cuda._sleep(cycles)
+        self._steps.append(torch.cuda.Event(blocking=True))
+        self._steps[-1].record()
+        if len(self._steps) > AHEAD:
+            self._steps.popleft().synchronize()
+
+
+def on_its_own_thread(transfer: Transfer, batch: Any, batches: int, cycles: int) -> None:
+    """One epoch as in a loader: a device thread sends, at most `AHEAD` batches ahead, and the consumer takes."""
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    room = threading.Semaphore(AHEAD)
+
+    def send() -> None:
+        transfer.backend.init_thread()
+        for _ in range(batches):
+            room.acquire()
+            try:
+                ready.put(transfer.send(batch))
+            except BaseException as error:  # raised again by the consumer
+                ready.put(error)
+                return
+
+    thread = threading.Thread(target=send, name="bench-device", daemon=True)
+    thread.start()
+    consumer = Consumer()
+    for _ in range(batches):
+        got = ready.get()
+        if isinstance(got, BaseException):
+            raise got
+        taken = transfer.receive(got)
+        room.release()
+        consumer.step(cycles)
+        del got, taken
+    thread.join()
+
+
+def per_batch(one: Callable[[], object], batches: int, rounds: int, cycles: int = 0) -> float:
+    """Seconds per call of `one` with kernels of so many cycles behind it, device included."""
+
+    def epoch() -> None:
+        consumer = Consumer()
+        for _ in range(batches):
+            batch = one()
+            consumer.step(cycles)
+            del batch
+
+    return per_epoch(epoch, batches, rounds)
+
+
+def per_epoch(epoch: Callable[[], object], batches: int, rounds: int) -> float:
+    """Seconds per batch of `epoch`, device included; the first round only warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        epoch()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - begin) / batches)
+    return statistics.median(times[1:])
+
+
+def cycles_for(seconds: float) -> int:
+    """The argument of `torch.cuda._sleep` that keeps this device busy for so long."""
+    trial = 20_000_000
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(2):  # the first one starts the clocks up
+        begin.record()
+        torch.cuda._sleep(trial)
+        end.record()
+        end.synchronize()
+    return max(1, int(trial * seconds / (begin.elapsed_time(end) / 1e3)))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

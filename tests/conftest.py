@@ -1,0 +1,196 @@
+"""After every test: nothing is left behind, and torch is as it was.
+
+Threads, child processes and open files are compared before and after. What is on its way out gets until a deadline to
+be gone, and is waited for by its own means (`join`, `wait`), so a passing test waits for nothing.
+
+For an async test the tasks are checked while its loop still runs: closing the loop cancels what is left and would hide
+it.
+"""
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import pytest
+import pytest_asyncio
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests._support import until_no_task_left
+
+settings.register_profile(
+    "deterministic",
+    derandomize=True,  # the same examples in every run
+    database=None,
+    deadline=None,  # a hang fails by `TEST_SECONDS`; a slow machine is no failure
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("deterministic")
+
+TEST_SECONDS = 100.0
+"""A test that takes longer hangs, and fails with the traceback of where it stands."""
+
+GONE_SECONDS = 10.0
+"""How long threads, processes and files that are on their way out may take."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_up() -> None:
+    """Open what a process opens once and keeps, so that no test is blamed for it.
+
+    libuv keeps a pipe for signals from its first loop on; torch makes its pools, and remembers the number of intra-op
+    threads, when first asked; psutil and the import system keep files of their own.
+    """
+
+    async def nothing() -> None:
+        await asyncio.sleep(0)
+
+    asyncio.run(nothing())
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(nothing())
+    torch.get_num_threads()
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    psutil.Process().children(recursive=True)
+    gc.collect()
+    gc.freeze()  # what is imported by now is no garbage, and need not be looked through after every test
+
+
+@pytest.fixture(autouse=True)
+def never_hangs() -> Iterator[None]:
+    """Raise in the main thread when the test takes too long."""
+
+    def fail(signum: int, frame: FrameType | None) -> None:
+        pytest.fail(f"the test was not done after {TEST_SECONDS:g} s: it hangs")  # no `except Exception` catches this
+
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(never_hangs: None) -> Iterator[None]:
+    """No thread, process or open file is left after the test."""
+    threads = set(threading.enumerate())
+    children = set(psutil.Process().children(recursive=True))
+    gc.collect()  # files that an earlier test's garbage still holds are not this test's
+    files = _open_files()
+    yield
+    gc.collect()
+    deadline = time.monotonic() + GONE_SECONDS
+    for thread in _ours(threads):
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left_threads = sorted(thread.name for thread in _ours(threads))
+    left_children = _children_left(children, deadline)
+    left_files = _files_left(files)
+    assert not left_threads, f"threads left: {left_threads}"
+    assert not left_children, f"child processes left: {left_children}"
+    assert not left_files, f"open files left: {left_files}"
+
+
+@pytest.fixture(autouse=True)
+def no_task_left(request: pytest.FixtureRequest, nothing_left: None) -> None:
+    """No task is pending after an async test, while its loop still runs."""
+    # Asked for here and not by name, as it would start a loop for every sync test too. It is taken down before the
+    # loop, and that before `nothing_left`.
+    if request.node.get_closest_marker("asyncio") is not None:
+        request.getfixturevalue("no_task_left_in_loop")
+
+
+@pytest_asyncio.fixture
+async def no_task_left_in_loop() -> AsyncIterator[None]:
+    """Part of `no_task_left`: runs in the test's loop."""
+    threads = set(threading.enumerate())
+    before = asyncio.all_tasks()
+    yield
+    await until_no_task_left(before)
+    # A thread of a loader may need the loop to end, so it cannot just be joined: both get their turns.
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := [thread for thread in _ours(threads) if thread.name.startswith("aioloader")]:
+        assert time.monotonic() < deadline, f"threads left while the loop runs: {[thread.name for thread in left]}"
+        left[0].join(0.001)
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def torch_is_as_before() -> Iterator[None]:
+    """The settings of torch that the consumer's thread sees are those from before the test."""
+    before = _torch_settings()
+    yield
+    after = _torch_settings()
+    assert after == before
+
+
+def _torch_settings() -> dict[str, object]:
+    return {
+        "num_threads": torch.get_num_threads(),
+        "num_interop_threads": torch.get_num_interop_threads(),
+        "grad": torch.is_grad_enabled(),
+        "inference_mode": torch.is_inference_mode_enabled(),
+        "default_device": torch.get_default_device(),
+        "default_dtype": torch.get_default_dtype(),
+    }
+
+
+def _ours(before: set[threading.Thread]) -> list[threading.Thread]:
+    """New threads that are somebody's fault: aioloader's own of any kind, and all that would keep Python alive."""
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before
+        and thread is not threading.current_thread()
+        and (thread.name.startswith("aioloader") or not thread.daemon)
+    ]
+
+
+def _children_left(before: set[psutil.Process], deadline: float) -> list[str]:
+    new = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    _, alive = psutil.wait_procs(new, timeout=max(0.0, deadline - time.monotonic()))
+    left = []
+    for child in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(child.cmdline())
+            # One for the whole process, which multiprocessing starts at need and ends at exit.
+            if "multiprocessing.resource_tracker" not in command and "multiprocessing.forkserver" not in command:
+                left.append(command)
+    return left
+
+
+def _open_files() -> dict[tuple[int, str], None]:
+    """Number and target of each open file descriptor; empty where the system does not tell."""
+    directory = Path("/proc/self/fd")
+    found: dict[tuple[int, str], None] = {}
+    if directory.is_dir():
+        for number in os.listdir(directory):  # noqa: PTH208 - a listing holds a descriptor of its own, iterdir longer
+            with contextlib.suppress(OSError):  # that descriptor is gone by now
+                found[int(number), os.readlink(directory / number)] = None  # noqa: PTH115
+    return found
+
+
+def _files_left(before: dict[tuple[int, str], None]) -> list[str]:
+    """New descriptors, but for those that a library opens once and keeps for the process.
+
+    Sockets, pipes and `anon_inode:` (epoll, eventfd: what an event loop is made of) are never excused: `warm_up` has
+    opened the ones that stay. A *device* is, since drivers and generators of random numbers keep theirs, and so is
+    what multiprocessing's resource tracker and pytest's capture hold.
+    """
+    new = [(number, target) for number, target in _open_files() if (number, target) not in before]
+    return [f"{number} -> {target}" for number, target in new if not target.startswith(("/dev/", "/proc/", "/sys/"))]

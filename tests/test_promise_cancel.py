@@ -1,0 +1,259 @@
+"""Promise 5: a cancelled or timed-out `__anext__` loses no batch, and no error."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from aioloader import DataLoader, Pipeline
+from aioloader.testing import Gate, RecordingSource, virtual_order
+from tests._support import DEADLINE, Loader, run, turns
+
+
+class BrokenSampleError(Exception):
+    pass
+
+
+ERROR = BrokenSampleError()
+
+
+def fetch(key: int) -> int:
+    if key == 8:
+        raise ERROR
+    return key
+
+
+async def stream() -> AsyncIterator[int]:
+    for key in range(20):
+        await asyncio.sleep(0)
+        yield key
+
+
+def map_of(seed: int) -> tuple[Loader, list[Any]]:
+    """Samples, one of which fails."""
+    loader = Pipeline(range(20)).map(virtual_order(seed)(fetch), concurrency=4)
+    return loader, [*range(8), ERROR, *range(9, 20)]
+
+
+def unordered(seed: int) -> tuple[Loader, list[Any]]:
+    """A single journey at once, so that the order is known."""
+    loader = Pipeline(stream).map(virtual_order(seed)(fetch), concurrency=1, ordered=False)
+    return loader, [*range(8), ERROR, *range(9, 20)]
+
+
+def folds(seed: int) -> tuple[Loader, list[Any]]:
+    """An async source and every stage that runs on the loop."""
+    order = virtual_order(seed)
+    loader = (
+        Pipeline(stream)
+        .filter(order(lambda key: key % 2 == 0))
+        .flat_map(lambda key: twice(key))
+        .map(order(fetch), concurrency=3)
+        .enumerate()
+        .skip(1)
+    )
+    samples = [key for key in range(0, 20, 2) for _ in range(2)]
+    return loader, [ERROR if key == 8 else (n, key) for n, key in enumerate(samples)][1:]
+
+
+async def twice(key: int) -> AsyncIterator[int]:
+    yield key
+    await asyncio.sleep(0)
+    yield key
+
+
+def batches(seed: int) -> tuple[Loader, list[Any]]:
+    """Collated in threads."""
+    loader = Pipeline(range(20)).map(virtual_order(seed)(fetch), concurrency=4).batch(3, collate_fn=list)
+    return loader, [[0, 1, 2], [3, 4, 5], ERROR, [9, 10, 11], [12, 13, 14], [15, 16, 17], [18, 19]]
+
+
+def failing_source(seed: int) -> tuple[Loader, list[Any]]:
+    """The source fails at the end."""
+
+    async def failing() -> AsyncIterator[int]:
+        async for key in stream():
+            yield key
+        raise ERROR
+
+    return Pipeline(failing).map(virtual_order(seed)(lambda key: key), concurrency=3), [*range(20), ERROR]
+
+
+KINDS: list[Callable[[int], tuple[Loader, list[Any]]]] = [map_of, unordered, folds, batches, failing_source]
+
+
+async def outcome(batches: AsyncIterator[Any]) -> Any:
+    """The next batch, or the error in its place."""
+    try:
+        return await batches.__anext__()
+    except BrokenSampleError as error:
+        return error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cancelling_at_any_moment_loses_nothing(kind: Callable[[int], tuple[Loader, list[Any]]]) -> None:
+    """Hundreds of seeded runs, whose every `anext` is cancelled after some turns of the loop."""
+
+    async def one(seed: int) -> None:
+        chance = random.Random(seed)
+        loader, expected = kind(seed)
+        found: list[Any] = []
+        cancelled = 0
+        batches = aiter(loader)
+        while True:
+            step = asyncio.ensure_future(outcome(batches))
+            for _ in range(chance.randrange(14)):
+                await asyncio.sleep(0)
+            step.cancel()
+            try:
+                found.append(await step)
+            except asyncio.CancelledError:
+                cancelled += 1
+            except StopAsyncIteration:
+                break
+        assert found == expected
+        assert cancelled > 0
+        with pytest.raises(StopAsyncIteration):
+            await anext(batches)
+
+    async def main() -> None:
+        for seed in range(60 if kind is batches else 300):
+            await one(seed)
+
+    run(main)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", KINDS)
+async def test_cancel_scopes_lose_nothing(kind: Callable[[int], tuple[Loader, list[Any]]]) -> None:
+    """anyio cancels again and again until the scope is left; what came is in the list or still to come."""
+    loader, expected = kind(1)
+    found: list[Any] = []
+    batches = aiter(loader)
+    ended = False
+    while not ended:
+        for patience in (0, 0.0001):
+            with anyio.move_on_after(patience):
+                try:
+                    found.append(await outcome(batches))
+                except StopAsyncIteration:
+                    ended = True
+        await turns(7)
+    assert found == expected
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", KINDS)
+async def test_timeouts_lose_nothing(kind: Callable[[int], tuple[Loader, list[Any]]]) -> None:
+    """`asyncio.wait_for` with no patience at all, again and again."""
+    loader, expected = kind(2)
+    found: list[Any] = []
+    batches = aiter(loader)
+    while True:
+        try:
+            found.append(await asyncio.wait_for(outcome(batches), 0.0001))
+        except TimeoutError:
+            continue
+        except StopAsyncIteration:
+            break
+    assert found == expected
+
+
+@pytest.mark.asyncio
+async def test_the_source_does_not_notice() -> None:
+    """Cancelling the consumer's wait does not cancel what the source waits for."""
+    gate = Gate()
+    source = RecordingSource(range(3), gate=gate)
+    batches = aiter(Pipeline(source))
+    for _ in range(3):
+        step = asyncio.ensure_future(outcome(batches))
+        await gate.until_arrived(1)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+    assert source.closed == 0
+    gate.open_all()
+    assert [sample async for sample in batches] == [0, 1, 2]
+    assert source.opened == 1
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("moment", range(12))
+async def test_a_cancelled_waiter_passes_its_batch_on(moment: int) -> None:
+    """Two tasks wait for the one batch that comes; the first is cancelled around that moment."""
+    gate = Gate()
+
+    async def fetch(key: int) -> int:
+        await gate.passing(key)
+        return key
+
+    batches = aiter(Pipeline(range(3)).map(fetch))
+    first, second = asyncio.ensure_future(outcome(batches)), asyncio.ensure_future(outcome(batches))
+    await gate.until_arrived(3)
+    gate.open(0)
+    for _ in range(moment):
+        await asyncio.sleep(0)
+    first.cancel()
+    async with asyncio.timeout(DEADLINE):
+        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+        if first.cancelled():  # only one is left to take it
+            assert await second == 0
+        gate.open_all()
+        await asyncio.wait([first, second])
+        rest = [sample async for sample in batches]
+
+    found = [step.result() for step in (first, second) if not step.cancelled()]
+    assert sorted(found + rest) == [0, 1, 2]
+
+
+@pytest.mark.asyncio
+async def test_a_consumer_that_is_cancelled_leaves_the_loader_to_the_next() -> None:
+    """A task is cancelled in the middle of its loop; another goes on with the same iterator."""
+    found: list[int] = []
+    gate = Gate()
+    gate.open(*range(5))
+
+    async def fetch(key: int) -> int:
+        await gate.passing(key)
+        return key
+
+    batches = aiter(Pipeline(range(10)).map(fetch, concurrency=2))
+
+    async def consume() -> None:
+        async for sample in batches:
+            found.append(sample)
+
+    consumer = asyncio.create_task(consume())
+    await gate.until_arrived(6)
+    await turns()
+    consumer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await consumer
+    gate.open_all()
+    await consume()
+    assert found == list(range(10))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("num_workers", [0, 2])
+async def test_dataloader_loses_nothing(num_workers: int) -> None:
+    """The drop-in, whose samples are read in threads, with and without workers."""
+    for seed in range(30):
+        chance = random.Random(seed)
+        batches = aiter(DataLoader(list(range(40)), batch_size=3, num_workers=num_workers))
+        found: list[int] = []
+        while True:
+            step = asyncio.ensure_future(outcome(batches))
+            for _ in range(chance.randrange(30)):
+                await asyncio.sleep(0)
+            step.cancel()
+            try:
+                found.extend((await step).tolist())
+            except asyncio.CancelledError:
+                continue
+            except StopAsyncIteration:
+                break
+        assert found == list(range(40))

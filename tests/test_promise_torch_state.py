@@ -1,0 +1,195 @@
+"""Promise 10: the caller's thread count, RNG state, default device and grad mode are never changed."""
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from aioloader import DataLoader, Pipeline
+from tests._support import Face, Steps, collect, on_both_faces
+
+
+class Items(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 30
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((2,), float(index))
+
+
+async def fetch(key: int) -> torch.Tensor:
+    await asyncio.sleep(0)
+    return torch.full((2,), float(key), device="cpu")
+
+
+def decode(sample: torch.Tensor) -> torch.Tensor:
+    return sample + 1
+
+
+def pipeline() -> Any:
+    """Every kind of stage that could touch torch."""
+    return Pipeline(range(30)).shuffle(seed=1).map(fetch, concurrency=4).map(decode).batch(4).to("cpu")
+
+
+def random_states() -> list[Any]:
+    return [random.getstate(), repr(np.random.get_state(legacy=False)), torch.get_rng_state().tolist()]
+
+
+@on_both_faces
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_pipeline_draws_nothing_from_global_generators(face: Face, seed: int) -> None:
+    """Python's, numpy's and torch's generators are the user's own."""
+    loader = Pipeline(range(30)).shuffle(seed=seed).map(fetch).shuffle(5, seed=seed).batch(4)
+    before = random_states()
+    for _ in range(2):
+        collect(loader, face)
+    assert random_states() == before
+
+
+@on_both_faces
+def test_mix_draws_nothing_from_global_generators(face: Face) -> None:
+    """Its draws come from its seed."""
+    loader = Pipeline.mix([range(10), range(10)], [0.3, 0.7], seed=1)
+    before = random_states()
+    collect(loader, face)
+    assert random_states() == before
+
+
+@on_both_faces
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataloader_draws_what_torchs_draws(face: Face, shuffle: bool, num_workers: int) -> None:
+    """After an epoch torch's generator is where torch's own DataLoader leaves it."""
+    torch.manual_seed(3)
+    list(torch.utils.data.DataLoader(Items(), batch_size=4, shuffle=shuffle))
+    expected = torch.get_rng_state()
+    torch.manual_seed(3)
+    before = random_states()[:-1]
+
+    collect(DataLoader(Items(), batch_size=4, shuffle=shuffle, num_workers=num_workers), face)
+
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert random_states()[:-1] == before
+
+
+@on_both_faces
+@pytest.mark.parametrize("enabled", [False, True])
+def test_grad_mode_stays(face: Face, enabled: bool) -> None:
+    """At every step of the loop, and after it."""
+    with torch.set_grad_enabled(enabled), Steps(pipeline(), face) as steps:
+        for _ in range(8):
+            steps.next()
+            assert torch.is_grad_enabled() == enabled
+        assert steps.rest() == []
+        assert torch.is_grad_enabled() == enabled
+    assert torch.is_grad_enabled()
+
+
+@on_both_faces
+def test_a_loop_within_inference_mode(face: Face) -> None:
+    """`with torch.inference_mode()` around the loop stays, and ends with it."""
+    with torch.inference_mode():
+        assert len(collect(pipeline(), face)) == 8
+        assert torch.is_inference_mode_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+@on_both_faces
+def test_the_default_device_stays(face: Face) -> None:
+    """A default device of the caller is the caller's, and batches do not end up on it."""
+    with torch.device("meta"), Steps(pipeline(), face) as steps:
+        batch = steps.next()
+        assert torch.get_default_device() == torch.device("meta")
+        steps.rest()
+        assert torch.get_default_device() == torch.device("meta")
+    assert torch.get_default_device() == torch.device("cpu")
+    assert batch.shape == (4, 2)
+
+
+@on_both_faces
+def test_the_default_dtype_stays(face: Face) -> None:
+    """It belongs to the process; nobody sets it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert collect(pipeline(), face)[0].dtype == torch.float64
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+
+
+@on_both_faces
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_number_of_threads_stays(face: Face, number: int) -> None:
+    """The consumer's thread and every thread of the user keep their number of intra-op threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with Steps(pipeline(), face) as steps:
+            while steps.rest(1):
+                assert torch.get_num_threads() == number
+                assert threads_elsewhere() == number
+        collect(DataLoader(Items(), batch_size=4, num_workers=2), face)
+        assert torch.get_num_threads() == number
+        assert threads_elsewhere() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads_elsewhere() -> int:
+    """The number that a new thread of the user sees."""
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+@on_both_faces
+def test_our_threads_use_one_torch_thread_each(face: Face) -> None:
+    """Loader threads would fight for the same intra-op threads (DESIGN section 4)."""
+    seen: list[int] = []
+
+    def look(sample: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return sample
+
+    collect(Pipeline(range(20)).map(look, concurrency=3).filter(look).batch(4, collate_fn=look), face)
+    assert set(seen) == {1}
+
+
+@on_both_faces
+def test_grad_mode_of_a_sample_does_not_reach_the_next(face: Face) -> None:
+    """A function that forgets `set_grad_enabled(False)` in a worker does so in its thread only."""
+
+    def careless(key: int) -> int:
+        torch.set_grad_enabled(False)
+        return key
+
+    collect(Pipeline(range(20)).map(careless, concurrency=2).batch(4), face)
+    assert torch.is_grad_enabled()
+
+
+@on_both_faces
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_context_within_one_sample_is_fine(face: Face, asynchronous: bool) -> None:
+    """`no_grad` inside a generator, left again before its `yield`, is nobody's business."""
+
+    def samples() -> Iterator[int]:
+        for key in range(6):
+            with torch.no_grad():
+                torch.ones(1) + key
+            yield key
+
+    async def async_samples() -> AsyncIterator[int]:
+        for key in samples():
+            yield key
+
+    assert collect(Pipeline(async_samples if asynchronous else samples), face) == list(range(6))
+    assert torch.is_grad_enabled()
