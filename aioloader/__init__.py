@@ -1,4 +1,4 @@
-"""An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, batches by `for` or `async for`."""
+"""An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, by `for` or `async for`."""
 
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (

@@ -19,7 +19,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.loader import Loader
-from aioloader.plan import Plan, Single, build
+from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
 from aioloader.seeds import derive_seed
 from aioloader.sources.resolve import Stream
 from aioloader.stages.base import Pass, Stage
@@ -42,8 +42,8 @@ class DataLoader(Loader, Generic[T_co]):
 
     It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different:
 
-    - Workers are threads of this process: one copy of the dataset, nothing pickled, the first batch at once. Python code
-      that holds the GIL does not get faster by them.
+    - Workers are threads of this process: one copy of the dataset, nothing pickled, the first batch at once. Python
+      code that holds the GIL does not get faster by them.
     - An `IterableDataset` is read once, by one thread, however many workers there are: no sample comes twice. The
       workers collate.
 
@@ -112,8 +112,8 @@ class DataLoader(Loader, Generic[T_co]):
     ) -> None:
         super().__init__()
         is_async_iterable = isinstance(dataset, AsyncIterable) and not hasattr(dataset, "__getitem__")
-        # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at most,
-        # since it warns of more processes than cores.
+        # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
+        # most, since it warns of more processes than cores.
         self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
             _AsyncStandIn(dataset) if is_async_iterable else dataset,
             batch_size,
@@ -197,7 +197,7 @@ class DataLoader(Loader, Generic[T_co]):
     def __iter__(self) -> Iterator[T_co]:
         self._check_usable()
         if self.num_workers == 0 and not self._awaited:
-            return InlineBatches(self._open_inline, self._receive)
+            return InlineBatches(self._open_inline, self._receiver)
         return Batches(self)
 
     def _check_usable(self) -> None:
@@ -235,7 +235,7 @@ class DataLoader(Loader, Generic[T_co]):
                 size = self.batch_size
                 index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
         indices = iter(index_sampler)
-        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
         return indices
 
     # -- without workers ---------------------------------------------------------------------------------------------
@@ -277,12 +277,15 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        if self.num_workers:
-            room = (self.prefetch_factor or 2) * self.num_workers
-        else:
-            room = 2 if self._awaited else 0
-        plan = Plan(Single(Stream(source, call=False, single_use=False)), tuple(stages), room=room)
+        plan = Plan(Single(Stream(source, call=False, single_use=False)), tuple(stages), room=self._room)
         return build(plan, Pass(epoch), transfer)
+
+    @property
+    def _room(self) -> int:
+        """Batches being made or finished: torch's bound; without workers none, unless they are awaited."""
+        if self.num_workers:
+            return (self.prefetch_factor or 2) * self.num_workers
+        return DEFAULT_PREFETCH if self._awaited else 0
 
     def _stages(self, alloc: Alloc | None) -> list[Stage]:
         workers = max(1, self.num_workers)
@@ -417,6 +420,9 @@ class _AsyncStandIn(IterableDataset[Any]):
 
     def __init__(self, dataset: AsyncIterable[Any]) -> None:
         self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("an async dataset is iterated by the loader, not by torch")
 
 
 class _SizedAsyncStandIn(_AsyncStandIn):

@@ -8,7 +8,7 @@ from weakref import WeakSet
 import anyio.to_thread
 
 from aioloader.device import Transfer, Transferred
-from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, SyncDelivery
+from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.run import Run
 from aioloader.engine.window import Window
@@ -87,10 +87,12 @@ class Loader(Opener):
     def _opened(self, delivery: Delivery) -> None:
         self._deliveries.add(delivery)
 
-    def _receive(self, batch: Any) -> Any:
-        if self._transfer is not None and isinstance(batch, Transferred):
-            return self._transfer.receive(batch)
-        return batch
+    def _receiver(self) -> Receive | None:
+        transfer = self._transfer
+        if transfer is None:
+            return None
+        # It stays the iterator's own: `close` may take it from the loader while a `next()` is under way.
+        return lambda batch: transfer.receive(batch) if isinstance(batch, Transferred) else batch
 
     # -- closing -----------------------------------------------------------------------------------------------------
 

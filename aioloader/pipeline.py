@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from math import isfinite
-from numbers import Real
 from operator import index
 from typing import Any, Literal
 
@@ -39,11 +38,11 @@ class Pipeline(Loader):
 
     Args:
         source: A map-style torch Dataset or any Sequence (with `async def __getitem__` too), an IterableDataset or any
-            iterable, an async iterable, another pipeline, or a function of no arguments that returns one of these and is
-            called anew for each epoch. A generator is accepted for one epoch. Under `async for`, async sources and
+            iterable, an async iterable, another pipeline, or a function of no arguments that returns one of these and
+            is called anew for each epoch. A generator is accepted for one epoch. Under `async for`, async sources and
             functions run on the caller's loop; sync ones always run in threads.
-        sampler: For an indexable source: gives the keys of an epoch, in order, as a torch sampler does. Its `set_epoch`,
-            if it has one, is called with the number of each epoch.
+        sampler: For an indexable source: gives the keys of an epoch, in order, as a torch sampler does. Its
+            `set_epoch`, if it has one, is called with the number of each epoch.
 
     Raises:
         TypeError: `source` is none of these.
@@ -51,8 +50,12 @@ class Pipeline(Loader):
 
     def __init__(self, source: Any, *, sampler: Any = None) -> None:
         super().__init__()
-        self._plan = Plan(Single(*_resolve(source, sampler))) if not isinstance(source, Pipeline) else source._plan
-        if isinstance(source, Pipeline) and sampler is not None:
+        self._plan: Plan
+        if not isinstance(source, Pipeline):
+            self._plan = Plan(Single(*_resolve(source, sampler)))
+        elif sampler is None:
+            self._plan = source._plan
+        else:
             raise TypeError("sampler gives the keys of an indexable source, got a Pipeline; pass sampler to that one")
 
     @classmethod
@@ -290,9 +293,12 @@ def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Execut
             "with a fn that can be pickled"
         )
     if not callable(getattr(executor, "submit", None)):
-        raise ValueError(f"executor must be a concurrent.futures.Executor or 'thread', got {executor!r}")
+        kind = ValueError if isinstance(executor, str) else TypeError
+        raise kind(f"executor must be a concurrent.futures.Executor or 'thread', got {executor!r}")
     if is_async:
-        raise ValueError(f"executor runs sync functions, but {describe(fn)} is async and awaited on the loop; leave it out")
+        raise ValueError(
+            f"executor runs sync functions, but {describe(fn)} is async and awaited on the loop; leave it out"
+        )
     return executor  # type: ignore[no-any-return]  # whatever has `submit`
 
 
@@ -316,7 +322,7 @@ def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     if len(values) != count:
         raise ValueError(f"weights must have one number per source, got {len(values)} for {count} sources")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
             raise TypeError(f"weights must be numbers, got {value!r}")
         if not (isfinite(value) and value > 0):
             raise ValueError(f"weights must be positive and finite, got {list(values)}; leave out a source of weight 0")
@@ -353,6 +359,7 @@ def _open_transfer(plan: Plan) -> Transfer | None:
             if can_pin():
                 return Transfer(open_backend("cuda"))
             warnings.warn(
-                "pin_memory() does nothing, because no accelerator was found: batches stay in plain memory", stacklevel=4
+                "pin_memory() does nothing, because no accelerator was found: batches stay in plain memory",
+                stacklevel=4,
             )
     return None

@@ -127,13 +127,9 @@ def build(plan: Plan, this_pass: Pass, transfer: Transfer | None = None) -> Wind
     node, journey = builder.stream(plan)
     if not journey.stages:
         return Window(node, (), room=prefetch)
-    if plan.room is not None:
-        room = plan.room
-    elif journey.batches:
-        room = prefetch
-    else:
-        room = journey.room(plan.prefetch)
-    return journey.window(node, room, limit=room)
+    if plan.room is not None or journey.batches:
+        return journey.window(node, prefetch if plan.room is None else plan.room, exact=True)
+    return journey.window(node, journey.room(plan.prefetch))
 
 
 @dataclass
@@ -152,10 +148,11 @@ class _Journey:
         widths = [stage.width for stage in self.stages]
         return sum(widths) + (max(1, max(widths) // 2) if finished is None else finished)
 
-    def window(self, upstream: Node, room: int, limit: int = 0) -> Window:
-        """The window. `limit` bounds the threads of batch stages by what may be made ahead."""
+    def window(self, upstream: Node, room: int, *, exact: bool = False) -> Window:
+        """The window. With `exact` there is never more than `room`, however cheap the samples are."""
         ordered = all(stage.ordered for stage in self.stages)
-        return Window(upstream, list(_steps(self.stages, limit if self.batches else 0)), room=room, ordered=ordered)
+        steps = _steps(self.stages, max(1, room) if exact or self.batches else None)
+        return Window(upstream, steps, room=room, ordered=ordered)
 
 
 class _Builder:
@@ -180,7 +177,7 @@ class _Builder:
             inner = Plan(plan.source, plan.stages[:at])
             node: Node = RepeatNode(lambda repetition: self._repetition(inner, repetition), repeat.times)
             journey = _Journey()
-            rest = plan.stages[at + 1 :]
+            rest: Sequence[Stage] = plan.stages[at + 1 :]
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
         for stage in rest:
@@ -198,9 +195,7 @@ class _Builder:
     def _close(node: Node, journey: _Journey) -> Node:
         return journey.window(node, journey.room()) if journey.stages else node
 
-    def _source(
-        self, source: Single | Combined, stages: Sequence[Stage]
-    ) -> tuple[Node, _Journey, Sequence[Stage]]:
+    def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, _Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
             inner = [self.closed(plan) for plan in source.plans]
             return self._combine(source, inner), _Journey(), stages
@@ -219,7 +214,9 @@ class _Builder:
             node: Node = StreamSource(source.sampler.make, call=source.sampler.call, name="sampler")
             if data.load is None:
                 values = data.data
-                journey.stages.append(Map(values.__getitem__, False, name=f"{type(values).__name__}[...]", flexible=True))
+                journey.stages.append(
+                    Map(values.__getitem__, False, name=f"{type(values).__name__}[...]", flexible=True)
+                )
             return node, journey, stages
         # Each map gives one sample for one, so that order stages behind it may as well choose its input.
         order_stages = []
@@ -321,8 +318,13 @@ class _AsyncUserCollate:
         return await self.collate_fn(group.samples)
 
 
-def _steps(stages: Sequence[Map | Filter], limit: int) -> "list[Step]":
-    """The steps of a window: neighbouring sync stages that run in the same place with the same width cross together."""
+def _steps(stages: Sequence[Map | Filter], limit: int | None) -> list[Step]:
+    """The steps of a window: neighbouring sync stages that run in the same place with the same width cross together.
+
+    Args:
+        stages: Those of the window.
+        limit: What the window holds, when that is exact: more workers would have nothing to do.
+    """
     steps: list[Step] = []
     together: list[Map | Filter] = []
 
@@ -334,7 +336,7 @@ def _steps(stages: Sequence[Map | Filter], limit: int) -> "list[Step]":
     for stage in stages:
         if stage.is_async:
             cross()
-            width = min(stage.width, limit) if limit else stage.width
+            width = stage.width if limit is None else min(stage.width, limit)
             steps.append(AsyncStep(stage.fn, width, stage.label, predicate=isinstance(stage, Filter)))
         else:
             if together and not _same_place(together, stage):
@@ -344,16 +346,17 @@ def _steps(stages: Sequence[Map | Filter], limit: int) -> "list[Step]":
     return steps
 
 
-def _sync_step(together: Sequence[Map | Filter], limit: int) -> Step:
+def _sync_step(together: Sequence[Map | Filter], limit: int | None) -> Step:
     calls = [Call(stage.fn, isinstance(stage, Filter), stage.label) for stage in together]
     leading = next((stage for stage in together if not stage.flexible), together[0])
-    width = min(leading.width, limit) if limit else leading.width
+    width = leading.width if limit is None else min(leading.width, limit)
     executor = leading.executor
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)
     return ThreadStep(
         calls,
         width,
+        elastic=limit is None,
         executor=executor,
         thread_name=leading.thread_name,
         initializer=next((stage.initializer for stage in together if stage.initializer), None),
@@ -368,7 +371,7 @@ def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:
 
 
 def _set_epoch(sampler: Any, epoch: int) -> None:
-    """Tell a sampler, such as torch's DistributedSampler, which epoch it is: forgetting that gives each the same order."""
+    """Tell a sampler, such as torch's DistributedSampler, which epoch it is: else each has the same order."""
     set_epoch = getattr(sampler, "set_epoch", None)
     if callable(set_epoch):
         set_epoch(epoch)

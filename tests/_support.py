@@ -162,11 +162,14 @@ class Steps:
 
 
 async def until_no_task_left(known: "set[asyncio.Task[Any]] | set[asyncio.Task[Any] | None]") -> None:
-    """Wait until no task but `known` ones and the caller's is pending; garbage is collected first."""
-    gc.collect()
+    """Wait until no task but `known` ones and the caller's is pending; at need, garbage is collected first."""
     for _ in range(10):
         await asyncio.sleep(0)
-    left = asyncio.all_tasks() - known - {asyncio.current_task()}
+    known = {*known, asyncio.current_task()}
+    if not asyncio.all_tasks() - known:
+        return
+    gc.collect()
+    left = asyncio.all_tasks() - known
     if left:
         _, left = await asyncio.wait(left, timeout=10)
     assert not left, f"tasks left: {left}"

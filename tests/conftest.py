@@ -63,8 +63,6 @@ def warm_up() -> None:
     torch.get_num_threads()
     torch.ones(512, 512) @ torch.ones(512, 512)
     psutil.Process().children(recursive=True)
-    gc.collect()
-    gc.freeze()  # what is imported by now is no garbage, and need not be looked through after every test
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +90,7 @@ def nothing_left(never_hangs: None) -> Iterator[None]:
     threads = set(threading.enumerate())
     children = set(psutil.Process().children(recursive=True))
     gc.collect()  # files that an earlier test's garbage still holds are not this test's
+    gc.freeze()  # what is alive by now is not looked through again and again: most of a collection's time
     files = _open_files()
     yield
     gc.collect()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset, TensorDataset
 
@@ -470,6 +470,7 @@ def test_a_buffer_of_one_changes_nothing(face: Face) -> None:
 
 
 @on_both_faces
+@settings(max_examples=25)
 @given(n=st.integers(1, 40), world_size=st.integers(1, 9))
 def test_shard_is_torchs_distributed_sampler(face: Face, n: int, world_size: int) -> None:
     """The same samples on the same rank, filled from the beginning so that all ranks have the same number."""
@@ -481,6 +482,7 @@ def test_shard_is_torchs_distributed_sampler(face: Face, n: int, world_size: int
 
 
 @on_both_faces
+@settings(max_examples=25)
 @given(n=st.integers(1, 40), world_size=st.integers(1, 9))
 def test_shard_of_a_stream_is_the_same(face: Face, n: int, world_size: int) -> None:
     """A stream whose end is not known before it comes is shared out as an indexable source is."""

@@ -21,7 +21,10 @@ from aioloader.engine.run import Run
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
 
-__all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "Opener", "SyncDelivery"]
+__all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "Opener", "Receive", "SyncDelivery"]
+
+
+Receive = Callable[[Any], Any]
 
 
 class Opener(ABC):
@@ -35,8 +38,8 @@ class Opener(ABC):
         """Begin the next epoch; called at the first `next()`."""
 
     @abstractmethod
-    def _receive(self, batch: Any) -> Any:
-        """Take a batch over, in the consumer's thread."""
+    def _receiver(self) -> Receive | None:
+        """What takes a batch over in the consumer's thread, if anything must; asked after `_open_run`."""
 
     @abstractmethod
     def _opened(self, delivery: "Delivery") -> None:
@@ -151,8 +154,8 @@ class SyncDelivery(Delivery):
     """Hands batches from the loop's thread to the consumer's through a plain thread queue, which the loop fills.
 
     Room in the last window counts until the consumer really has a batch (`Window.lend`). The loop is told of free room
-    for half a window at once, or when the consumer is about to wait: with room for 16 the two threads need not wake
-    each other for every batch.
+    for a quarter of a window at once, or when the consumer is about to wait: with room for 16 the two threads need not
+    wake each other for every batch.
     """
 
     def __init__(self, run: Run, shared: LoopThread | None) -> None:
@@ -160,7 +163,7 @@ class SyncDelivery(Delivery):
         self._queue: SimpleQueue[Entry | _Ended] = SimpleQueue()
         self._lock = threading.Lock()
         self._unreported = 0  # batches that the consumer has and the loop does not know of
-        self._report_at = max(1, run.output.room // 2)
+        self._report_at = max(1, run.output.room // 4)
         self._lazy = run.output.room == 0
         self._asked = 0  # on the loop: whether the consumer waits
         self._pumping = False
@@ -265,6 +268,7 @@ class Batches(Iterator[Any]):
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
         self._delivery: SyncDelivery | None = None
+        self._receive: Receive | None = None
         self._closed = False
 
     def __iter__(self) -> "Batches":
@@ -285,10 +289,11 @@ class Batches(Iterator[Any]):
             # Whoever keeps the exception keeps this frame: not with it the iterator, which would keep its epoch alive.
             del self
             raise
-        return opener._receive(batch)
+        return batch if self._receive is None else self._receive(batch)
 
     def _start(self) -> SyncDelivery:
         run = self._opener._open_run()
+        self._receive = self._opener._receiver()
         self._delivery = delivery = SyncDelivery(run, self._opener._shared_loop())
         self._finalizer = finalize(self, run.request_stop_threadsafe)
         self._finalizer.atexit = False  # the exit hook of `loop_thread` also waits
@@ -311,6 +316,7 @@ class AsyncBatches(AsyncIterator[Any]):
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
         self._delivery: AsyncDelivery | None = None
+        self._receive: Receive | None = None
         self._closed = False
 
     def __aiter__(self) -> "AsyncBatches":
@@ -331,10 +337,11 @@ class AsyncBatches(AsyncIterator[Any]):
         except BaseException:
             del self  # as in `Batches`
             raise
-        return opener._receive(batch)
+        return batch if self._receive is None else self._receive(batch)
 
     def _start(self) -> AsyncDelivery:
         run = self._opener._open_run()
+        self._receive = self._opener._receiver()
         self._delivery = delivery = AsyncDelivery(run)
         self._finalizer = finalize(self, run.request_stop_threadsafe)
         self._finalizer.atexit = False

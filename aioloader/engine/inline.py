@@ -5,12 +5,14 @@ This is `num_workers=0` of the drop-in, and the reference that everything concur
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import DONE, Entry, annotate, presentable
+from aioloader.engine.faces import Receive
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.torch_state import check_leak, context_state
-from aioloader.executors.chunk import Call
+from aioloader.executors.chunk import Call, refuse_coroutine
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ class InlineMap(Node):
         try:
             for call in self._calls:
                 result = call.fn(entry.value)
+                if type(result) is CoroutineType:
+                    result = refuse_coroutine(result, call.label)
                 if not call.predicate:
                     entry.value = result
                 elif not result:
@@ -115,14 +119,15 @@ class InlineBatches(Iterator[Any]):
 
     Args:
         open_nodes: Gives the last node, and the meters of all, at the first `next()`.
-        receive: Takes a batch over.
+        receiver: Gives what takes a batch over, if anything must; asked after `open_nodes`.
     """
 
     def __init__(
-        self, open_nodes: Callable[[], tuple[Node, ConsumerMeter]], receive: Callable[[Any], Any] | None
+        self, open_nodes: Callable[[], tuple[Node, ConsumerMeter]], receiver: Callable[[], Receive | None]
     ) -> None:
         self._open_nodes = open_nodes
-        self._receive = receive
+        self._receiver = receiver
+        self._receive: Receive | None = None
         self._node: Node | None = None
         self._meter: ConsumerMeter | None = None
         self._over = False
@@ -137,6 +142,7 @@ class InlineBatches(Iterator[Any]):
         asked = perf_counter()
         if self._node is None or self._meter is None:
             self._node, self._meter = self._open_nodes()
+            self._receive = self._receiver()
         run = self._node.poll(1)
         if not run:
             self._over = True

@@ -116,4 +116,3 @@ class FoldNode(Node):
 
     def close(self) -> None:
         self._upstream.close()
-

@@ -2,7 +2,7 @@
 
 import asyncio
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,10 +25,10 @@ CLOSE_SECONDS: Final = 5.0  # how long an end waits for user code that is still 
 class Run:
     """One epoch on its way.
 
-    The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a failure
-    of our own) completes `_stop`. The supervisor then cancels the task group: workers and pumps get `CancelledError` in
-    whatever they await, pumps close the user's generators, in their own task. Then threads are told to end, and waited
-    for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop is shutting down) does the same.
+    The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a
+    failure of our own) completes `_stop`. The supervisor then cancels the task group: workers and pumps get
+    `CancelledError` in whatever they await, pumps close the user's generators, in their own task. Then threads are told
+    to end, and waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop is shutting down) does the same.
 
     Args:
         output: The last window, not started.
@@ -51,7 +51,7 @@ class Run:
 
     # -- for nodes ---------------------------------------------------------------------------------------------------
 
-    def spawn(self, fn: Callable[[], Awaitable[Any]]) -> None:
+    def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Start a task that the supervisor owns."""
         if self._group is not None and not self.stopping:
             self._group.start_soon(fn)
@@ -88,7 +88,7 @@ class Run:
             else:
                 future.set_exception(error)
 
-        def job(broken: BaseException | None) -> None:
+        def job(_: BaseException | None) -> None:
             try:
                 result = fn(*args)
             except BaseException as error:  # it is raised where the call is awaited

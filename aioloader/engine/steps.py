@@ -177,11 +177,13 @@ class SyncStep(Step):
     Args:
         calls: The neighbouring synchronous stages that cross together.
         concurrency: Calls that may stand side by side.
+        elastic: Whether the window gets more room for cheap samples, so that a crossing is worth its cost.
     """
 
-    def __init__(self, calls: Sequence[Call], concurrency: int) -> None:
+    def __init__(self, calls: Sequence[Call], concurrency: int, *, elastic: bool = True) -> None:
         super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
         self._calls = tuple(calls)
+        self._elastic = elastic
         self._active = 0  # crossings under way
         self._scheduled = False
         self._seconds_each: float | None = None  # what a sample costs, as far as it is known
@@ -209,7 +211,7 @@ class SyncStep(Step):
         if tried and result.busy_seconds:
             each = result.busy_seconds / tried
             self._seconds_each = each if self._seconds_each is None else (self._seconds_each + each) / 2
-            extra_room = 2 * self.concurrency * (self._size - 1)
+            extra_room = 2 * self.concurrency * (self._size - 1) if self._elastic else 0
             if extra_room != self.extra_room:
                 self.extra_room = extra_room
                 self._window.wake()
@@ -248,6 +250,7 @@ class ThreadStep(SyncStep):
     Args:
         calls: See `SyncStep`.
         concurrency: Threads.
+        elastic: See `SyncStep`.
         executor: The user's pool of threads; None: threads of ours, which end with the window.
         thread_name: Names our threads.
         initializer: Called in each of our threads with its number.
@@ -258,11 +261,12 @@ class ThreadStep(SyncStep):
         calls: Sequence[Call],
         concurrency: int,
         *,
+        elastic: bool = True,
         executor: ThreadPoolExecutor | None = None,
         thread_name: str = "aioloader-map",
         initializer: Callable[[int], None] | None = None,
     ) -> None:
-        super().__init__(calls, concurrency)
+        super().__init__(calls, concurrency, elastic=elastic)
         self._executor = executor
         self._thread_name = thread_name
         self._initializer = initializer

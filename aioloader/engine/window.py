@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from aioloader.engine.entry import DONE, DROPPED, LAST, UNDER_WAY, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.steps import Step
+from aioloader.insight.meters import Why
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -136,7 +137,7 @@ class Window(Node):
             self._finish()
             self._kick()
         elif not self._under_way:
-            waits_for = "room" if self._occupied + self._lent >= room else "input"
+            waits_for: Why = "room" if self._occupied + self._lent >= room else "input"
             for step in self.steps:
                 step.meter.idle.wait_for(None if self._input_ended else waits_for)
 

@@ -1,11 +1,12 @@
 """A chunk: several samples that cross into a worker together, because one crossing costs 30 to 70 µs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter, thread_time
-from typing import Any, Final
+from types import CoroutineType
+from typing import Any, Final, NoReturn
 
-__all__ = ["DROP", "Call", "ChunkResult", "Failed", "apply_chunk"]
+__all__ = ["DROP", "Call", "ChunkResult", "Failed", "apply_chunk", "refuse_coroutine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,23 @@ class ChunkResult:
     cpu_seconds: float
 
 
+def refuse_coroutine(coroutine: Coroutine[Any, Any, Any], label: str) -> NoReturn:
+    """A function that did not look async gave a coroutine, which nobody would await.
+
+    Raises:
+        TypeError: Always.
+    """
+    coroutine.close()
+    raise TypeError(f"the function of {label} returned a coroutine; define it with `async def`, so that it is awaited")
+
+
 def apply_chunk(
     calls: Sequence[Call], values: Iterable[Any], budget_seconds: float, outcomes: list[Any] | None = None
 ) -> ChunkResult:
     """Take each of `values` through all `calls`, until about `budget_seconds` are over; at least one is tried.
 
-    The time limit is what keeps a chunk honest: when samples that used to be cheap turn slow, the rest of the chunk goes
-    back and other workers share it.
+    The time limit is what keeps a chunk honest: when samples that used to be cheap turn slow, the rest goes back and
+    other workers share it.
 
     Args:
         calls: The functions of one journey.
@@ -83,7 +94,11 @@ def apply_chunk(
         for call in calls:
             try:
                 result = call.fn(value)
-            except BaseException as error:  # KeyboardInterrupt and SystemExit too: they belong to the consumer, not to us
+                if type(result) is CoroutineType:
+                    result = refuse_coroutine(result, call.label)
+            except (
+                BaseException
+            ) as error:  # KeyboardInterrupt and SystemExit too: they belong to the consumer, not to us
                 value = Failed(error, call.label)
                 break
             if not call.predicate:

@@ -28,7 +28,7 @@ class Threads:
         limit: How many threads there may be. The caller keeps at most that many jobs outstanding.
         name: The threads are named `{name}-0`, `{name}-1`, ...
         loop: The loop to tell when the last thread has ended.
-        context: Every thread runs in a copy of it, so that context variables of the consumer are seen in user functions.
+        context: Every thread runs in a copy of it, so that user functions see the consumer's context variables.
         initializer: Called once in each thread with its number. What it raises is given to the thread's first job, as
             torch gives what `worker_init_fn` raises.
     """
@@ -163,4 +163,3 @@ def limit_intraop_threads() -> None:
         restorer = threading.Thread(target=torch.set_num_threads, args=(before,), daemon=True)
         restorer.start()
         restorer.join()
-

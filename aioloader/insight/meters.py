@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-__all__ = ["ConsumerMeter", "IdleClock", "StageMeter"]
+__all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "Why"]
 
-Kind = Literal["source", "async", "sync", "fold"]
+Kind = Literal["source", "async", "sync"]
+Why = Literal["input", "room"]
 
 
 @dataclass(slots=True)
@@ -54,9 +55,9 @@ class IdleClock:
         self.input_seconds = 0.0
         self.room_seconds = 0.0
         self._began = 0.0
-        self._why: Literal["input", "room", None] = None
+        self._why: Why | None = None
 
-    def wait_for(self, why: Literal["input", "room", None]) -> None:
+    def wait_for(self, why: Why | None) -> None:
         """From now on nothing is under way because of `why`; None: work goes on."""
         if why is self._why:
             return

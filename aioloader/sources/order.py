@@ -43,7 +43,7 @@ class KeyOrder:
                 return KeyOrder(keys[n:])
             case Shuffle(None, seed):
                 generator = torch.Generator().manual_seed(this_pass.seed(seed, "shuffle"))
-                permutation = torch.randperm(len(keys), generator=generator)
+                permutation = torch.randperm(len(keys), generator=generator, device="cpu")
                 return KeyOrder(permutation if keys == range(len(keys)) else _tensor(keys)[permutation])
             case Shard():
                 return self._shard(*stage.place())
@@ -63,7 +63,7 @@ class KeyOrder:
 def _tensor(keys: range | torch.Tensor) -> torch.Tensor:
     if isinstance(keys, torch.Tensor):
         return keys
-    return torch.arange(keys.start, keys.stop, keys.step, dtype=torch.int64)
+    return torch.arange(keys.start, keys.stop, keys.step, dtype=torch.int64, device="cpu")
 
 
 def is_order_stage(stage: Stage) -> bool:

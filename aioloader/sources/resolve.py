@@ -1,10 +1,12 @@
 """What a user may pass as a source, and what it is."""
 
+import contextlib
 import inspect
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+from weakref import WeakSet
 
 import torch
 from torch.utils.data import IterableDataset
@@ -75,7 +77,7 @@ class Stream:
         Raises:
             SourceUsedUpError: One has begun already.
         """
-        if self.used:
+        if self.used or _is_used(self.make):
             raise SourceUsedUpError(
                 f"{describe(self.make)} can be iterated once, and an epoch of it has begun already; pass the generator "
                 f"function itself (without calling it), which is called anew for each epoch"
@@ -86,6 +88,18 @@ class Stream:
         if self.single_use:
             self.check_unused()
             self.used = True
+            with contextlib.suppress(TypeError):  # an iterator that cannot be referred to weakly, or has no hash
+                _used.add(self.make)
+
+
+_used: WeakSet[Any] = WeakSet()  # a generator may be passed to several pipelines
+
+
+def _is_used(iterator: Any) -> bool:
+    try:
+        return iterator in _used
+    except TypeError:
+        return False
 
 
 def resolve(source: Any) -> Indexable | Stream:

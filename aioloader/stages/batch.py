@@ -1,7 +1,7 @@
 """`batch` and `unbatch`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class Batch(FoldStage):
 
     batch_size: int
     drop_last: bool = False
-    collate: CollateWith = CollateWith()
+    collate: CollateWith = field(default_factory=CollateWith)
 
     @property
     def label(self) -> str:

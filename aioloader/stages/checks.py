@@ -1,7 +1,6 @@
 """Checks of arguments that many stages take: the rule, the value found, the way out."""
 
 import inspect
-from collections.abc import Callable
 from operator import index
 from typing import Any
 
@@ -24,18 +23,20 @@ def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
     return number
 
 
-def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> Callable[..., Any]:
-    """`fn`, if it can be called with that many arguments.
+def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
+    """Refuse an `fn` that cannot be called with that many arguments.
 
     Raises:
         TypeError: It cannot, as far as its signature tells.
     """
     if not callable(fn):
-        raise TypeError(f"{name} must be a function, got {fn!r} of type {type(fn).__name__}; pass for instance {example}")
+        raise TypeError(
+            f"{name} must be a function, got {fn!r} of type {type(fn).__name__}; pass for instance {example}"
+        )
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # a built-in that does not tell
-        return fn
+        return
     try:
         signature.bind(*[None] * arguments)
     except TypeError as error:
@@ -43,7 +44,6 @@ def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> Calla
             f"{name} must be callable with {arguments} argument{'s' if arguments != 1 else ''}, but "
             f"{callable_name(fn)}{signature} is not ({error}); pass for instance {example}"
         ) from None
-    return fn
 
 
 def callable_name(fn: Any) -> str:

@@ -49,7 +49,7 @@ class _SplitFold:
         for entry in run:
             keys = list(entry.value) if entry.error is None else []
             if not keys:  # nothing to load, but it is a batch: as an error it passes by the loading stages
-                entry.error = entry.error or _EmptyBatch()
+                entry.error = entry.error or _EmptyBatchError()
                 out.append(entry)
             for offset, key in enumerate(keys, 1):
                 cursor = entry.cursor if offset == len(keys) else (self._before, offset)
@@ -66,7 +66,7 @@ class _SplitFold:
 class JoinBatches(FoldStage):
     """The groups that `SplitBatches` took apart. Cursor: that of the batch."""
 
-    collate: CollateWith = CollateWith()
+    collate: CollateWith
 
     @property
     def label(self) -> str:
@@ -101,7 +101,7 @@ class _JoinFold:
         return [self._group()] if self._pending else []
 
     def _group(self) -> Entry:
-        if isinstance(self._pending[0].error, _EmptyBatch):
+        if isinstance(self._pending[0].error, _EmptyBatchError):
             group = Entry(Group([], []), self._pending[0].cursor, None, self._count)
         else:
             group = group_entries(self._pending, self._count)
@@ -110,5 +110,5 @@ class _JoinFold:
         return group
 
 
-class _EmptyBatch(Exception):
+class _EmptyBatchError(Exception):
     """Stands for the samples of a batch that has none, between the two folds."""

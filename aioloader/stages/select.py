@@ -94,7 +94,7 @@ class _SkipFold(_EachFold):
 
 @dataclass(frozen=True)
 class Enumerate(FoldStage):
-    """Pairs of a number and the sample; a failed sample uses up its number. Cursor: that of the entry, and the count."""
+    """Pairs of a number and the sample; a failed one uses up its number. Cursor: that of the entry, and the count."""
 
     @property
     def label(self) -> str:

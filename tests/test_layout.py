@@ -1,0 +1,202 @@
+"""The shape of the package: what is public, who imports whom, and who may start tasks and threads.
+
+Read from the source with `ast`, so that an import inside a function or under `TYPE_CHECKING` counts too.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import aioloader
+
+PACKAGE = Path(aioloader.__file__).parent
+DESIGN = PACKAGE.parent / "docs" / "design.md"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+IMPORTS: dict[str, set[str]] = {
+    "errors": set(),
+    "seeds": set(),
+    "insight": set(),
+    "executors": set(),
+    "device": {"errors"},
+    "engine": {"errors", "executors", "insight"},
+    "stages": {"engine", "seeds"},
+    "sources": {"engine", "errors", "stages"},
+    "plan": {"device", "engine", "errors", "executors", "insight", "sources", "stages"},
+    "loader": {"device", "engine", "errors", "insight", "stages"},
+    "pipeline": {"device", "engine", "errors", "loader", "plan", "sources", "stages"},
+    "dataloader": {
+        "device", "engine", "errors", "executors", "insight", "loader", "plan", "seeds", "sources", "stages",
+    },
+    "testing": {"device"},
+    "doctor": {"engine", "stages"},
+    "demo": {"dataloader", "pipeline"},
+    "__main__": {"demo", "doctor"},
+    "__init__": {"dataloader", "errors", "insight", "pipeline"},
+}  # fmt: skip
+"""What the files of each folder, or a single file, may import of the others: from the description down to the errors."""
+
+TASKS = {"create_task", "ensure_future", "start_soon", "create_task_group", "TaskGroup", "run_coroutine_threadsafe"}
+THREADS = {"Thread", "Timer", "start_new_thread", "ThreadPoolExecutor", "to_thread", "run_in_executor"}
+
+MAY_START_TASKS = ("engine/",)
+MAY_START_THREADS = ("engine/", "executors/")
+EXEMPT = {
+    "demo/server.py": "a program of its own, in its own process",
+    "testing/device.py": "a fake stream is a thread, as a real one runs beside the host",
+    "loader.py": "`aclose` lends one of anyio's threads to `close`, which waits for other threads",
+}
+
+
+def name_of(path: Path) -> str:
+    """A module by its place in the package: `engine/window.py`."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of(path: Path) -> str:
+    """The folder or single file that a module belongs to: `engine`, `plan`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of what is imported; of `from a import b` both `a` and `a.b`, since `b` may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in line {node.lineno}"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parts_imported(tree: ast.AST) -> set[str]:
+    """The parts of aioloader that are imported; a public name counts for the part that defines it."""
+    found = set()
+    for name in imported(tree):
+        package, _, rest = name.partition(".")
+        if package != "aioloader" or not rest:
+            continue
+        part = rest.split(".")[0]
+        if part not in IMPORTS:
+            part = getattr(aioloader, part).__module__.split(".")[1]
+        found.add(part)
+    return found
+
+
+def called(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """The names in what is called, `anyio.to_thread.run_sync` giving three, and the lines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function: ast.expr = node.func
+            while isinstance(function, ast.Attribute):
+                yield function.attr, node.lineno
+                function = function.value
+            if isinstance(function, ast.Name):
+                yield function.id, node.lineno
+
+
+def starters(names: set[str], allowed: tuple[str, ...]) -> list[str]:
+    """Where one of `names` is called outside the `allowed` folders."""
+    return [
+        f"{name_of(path)}:{line} {name}"
+        for path in MODULES
+        if not name_of(path).startswith(allowed) and name_of(path) not in EXEMPT
+        for name, line in called(tree_of(path))
+        if name in names
+    ]
+
+
+def test_public_names_are_sorted_and_all_there() -> None:
+    """`__all__` is what `import aioloader` gives, and nothing else."""
+    public = {
+        name
+        for name, value in vars(aioloader).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert aioloader.__all__ == sorted(aioloader.__all__)
+    assert set(aioloader.__all__) == public
+
+
+def test_init_holds_the_public_names_and_nothing_else() -> None:
+    """A docstring, imports and `__all__`."""
+    kinds = [type(node) for node in tree_of(PACKAGE / "__init__.py").body]
+    assert set(kinds[1:-1]) == {ast.ImportFrom}
+    assert (kinds[0], kinds[-1]) == (ast.Expr, ast.Assign)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_opens_with_what_it_is_for(path: Path) -> None:
+    """A docstring, whose first line is a sentence or its beginning."""
+    assert ast.get_docstring(tree_of(path)), f"{name_of(path)} has no docstring"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    """Description, then engine, then executors and device; engine/ knows nothing of what describes."""
+    part = part_of(path)
+    assert part in IMPORTS, f"{part} is new: say in IMPORTS, and in docs/design.md, what it may import"
+    assert parts_imported(tree_of(path)) - {part} <= IMPORTS[part]
+
+
+def test_the_one_way_has_no_circle() -> None:
+    """The table itself is a graph with one direction."""
+    tuple(TopologicalSorter(IMPORTS).static_order())
+
+
+def test_only_the_surface_imports_the_two_descriptions() -> None:
+    """`pipeline` and `dataloader` are for users, for `__init__` and for the command line."""
+    users = {part for part, others in IMPORTS.items() if others & {"pipeline", "dataloader"}}
+    assert users <= {"__init__", "__main__", "demo", "doctor"}
+
+
+def test_only_device_knows_cuda() -> None:
+    """`torch.cuda` stands in device/, and in the fake of it, nowhere else."""
+    found = []
+    for path in MODULES:
+        tree = tree_of(path)
+        mentions = [name for name in imported(tree) if name.startswith("torch.cuda")]
+        mentions += [
+            f"line {node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and node.attr == "cuda"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        ]
+        if mentions and not name_of(path).startswith(("device/", "testing/device")):
+            found.append(f"{name_of(path)}: {mentions}")
+    assert not found
+
+
+def test_only_the_engine_starts_tasks() -> None:
+    """So one supervisor can own them all."""
+    assert starters(TASKS, MAY_START_TASKS) == []
+
+
+def test_only_engine_and_executors_start_threads() -> None:
+    """So an epoch's end can wait for them all."""
+    assert starters(THREADS, MAY_START_THREADS) == []
+
+
+def test_the_design_shows_the_tree_as_it_is() -> None:
+    """The block in its part on layout names each folder and file of the package once."""
+    text = DESIGN.read_text(encoding="utf-8")
+    tree = re.search(r"```\naioloader/\n(.*?)```", text, re.DOTALL)
+    assert tree is not None
+    shown = re.findall(r"^  (\S+)", tree[1].partition("\ntests/")[0], re.MULTILINE)
+    there = [
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in PACKAGE.iterdir()
+        if path.name not in {"__pycache__", "py.typed"}
+    ]
+    assert sorted(shown) == sorted(there)
