@@ -83,7 +83,6 @@ class DataLoader(Loader, Generic[T_co]):
     batch_size: int | None
     drop_last: bool
     num_workers: int
-    batch_sampler: "_BatchSamplerView"
 
     def __init__(
         self,
@@ -146,7 +145,6 @@ class DataLoader(Loader, Generic[T_co]):
         self.batch_size = self._torch.batch_size
         self.drop_last = self._torch.drop_last
         self.num_workers = num_workers
-        self.batch_sampler = _BatchSamplerView(self)
         self.collate_fn = collate_fn
         self.pin_memory = pin_memory
         self.timeout = timeout
@@ -175,6 +173,11 @@ class DataLoader(Loader, Generic[T_co]):
         if name in _FIXED and getattr(self, "_initialized", False):
             raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
         super().__setattr__(name, value)
+
+    @property
+    def batch_sampler(self) -> "_BatchSamplerView":
+        """A view of the batch sampler; `batch_sampler.sampler.set_epoch(n)`, which trainers call, reaches the loader."""
+        return _BatchSamplerView(self)
 
     # -- iteration ---------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,16 @@ class Loader(Opener):
             self._transfer.close()
             self._transfer = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The description; what is alive stays behind."""
+        alive = Loader.__new__(type(self))
+        Loader.__init__(alive)
+        return {name: value for name, value in self.__dict__.items() if name not in alive.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Loader.__init__(self)
+        self.__dict__.update(state)
+
     # -- insight -----------------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:

@@ -254,13 +254,6 @@ class Pipeline(Loader):
     def __repr__(self) -> str:
         return ".".join((_describe_source(self._plan), *(stage.label for stage in self._plan.stages)))
 
-    def __getstate__(self) -> Plan:
-        return self._plan
-
-    def __setstate__(self, plan: Plan) -> None:
-        Loader.__init__(self)
-        self._plan = plan
-
     def _check_usable(self) -> None:
         for stream in _streams(self._plan):
             if stream.single_use:

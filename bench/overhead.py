@@ -1,8 +1,8 @@
 """What a sample costs beyond its own work: `python -m bench.overhead`.
 
 The op is an async function that does not suspend, 64 side by side, batches of 256: all that is left is the loader. The
-rival is the bare loop that makes the same batches, `torch.stack([rows[key] for key in keys])`. The aim of the project is
-to stay within 3 µs per sample of it. torch's DataLoader on the same data is there for scale.
+rival is the bare loop that makes the same batches, `torch.stack([rows[key] for key in keys])`. The aim of the project
+is to stay within 3 µs per sample of it. torch's DataLoader on the same data is there for scale.
 
 Each round measures all of them one after the other, beginning with another one each time, so that a machine that gets
 slower or faster meanwhile does so for all. Epochs are whole ones, garbage collection is on, and the first round only

@@ -1,7 +1,9 @@
 """What several test files need: one word for both faces, deadlines, and loop turns instead of time."""
 
 import asyncio
+import contextlib
 import gc
+import signal
 import subprocess
 import sys
 import textwrap
@@ -231,6 +233,7 @@ class Child:
     """A Python process that runs `script`, whose lines can be waited for."""
 
     def __init__(self, script: str, *arguments: str) -> None:
+        self._interrupted = False
         self.process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), *arguments],
             stdin=subprocess.DEVNULL,
@@ -260,8 +263,20 @@ class Child:
 
         Started(read).outcome()
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+        self._interrupted = True
+
     def finish(self) -> tuple[int, str, str]:
         """Wait for its end: exit status, what it wrote (after the last line read), and its errors."""
+        # When a signal comes just before a thread begins to wait for a lock, CPython sees it at the next signal only.
+        # Somebody at a keyboard is too slow for that; a test is not.
+        for _ in range(int(DEADLINE / 0.2) if self._interrupted else 0):
+            self.process.send_signal(signal.SIGURG)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.2)
+                break
         try:
             out, err = self.process.communicate(timeout=DEADLINE)
         except subprocess.TimeoutExpired:

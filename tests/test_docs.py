@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from dataclasses import dataclass
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,7 @@ NOT_TESTED = re.compile(r"<!-- no test: .*\S.* -->")
 """On the line before a block: why it cannot run here. For what needs a GPU or the network, and nothing else."""
 
 PRINTED = re.compile(r"^\s*# -> (.*)$")
-"""A line of a block's output. A block that has such lines prints these, and nothing else that would tell a reader more."""
+"""A line that a block prints."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,12 @@ def test_blocks_are_found_with_their_lines() -> None:
         Block("python", 7, "y\n", False),
         Block("", 10, "plain\n", True),
     ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def resource_tracker() -> None:
+    """Start multiprocessing's resource tracker, which is kept for the life of the process, with its pipe."""
+    ensure_running()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

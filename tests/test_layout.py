@@ -39,7 +39,7 @@ IMPORTS: dict[str, set[str]] = {
     "__main__": {"demo", "doctor"},
     "__init__": {"dataloader", "errors", "insight", "pipeline"},
 }  # fmt: skip
-"""What the files of each folder, or a single file, may import of the others: from the description down to the errors."""
+"""What the files of each folder, or a single file, may import of the others."""
 
 TASKS = {"create_task", "ensure_future", "start_soon", "create_task_group", "TaskGroup", "run_coroutine_threadsafe"}
 THREADS = {"Thread", "Timer", "start_new_thread", "ThreadPoolExecutor", "to_thread", "run_in_executor"}

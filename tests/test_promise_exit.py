@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and exi
 PREAMBLE = """
 import asyncio, itertools, signal, sys, threading, time, warnings
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+signal.signal(signal.SIGURG, lambda number, frame: None)  # see `Child.interrupt`
 import aioloader
 from aioloader import DataLoader, Pipeline
 
@@ -85,7 +86,7 @@ def interrupted(scripts: dict[str, str]) -> dict[str, tuple[int, str]]:
     with children(scripts) as started:
         for child in started.values():
             child.until_line("ready")
-            child.process.send_signal(signal.SIGINT)
+            child.interrupt()
         ends = {name: child.finish() for name, child in started.items()}
     return {name: (status, err) for name, (status, _, err) in ends.items()}
 
@@ -94,7 +95,8 @@ def test_ctrl_c_in_a_for_loop() -> None:
     """In the middle of a batch: KeyboardInterrupt in the main thread, one traceback, the end."""
     ends = interrupted({name: f"for _ in {loader}:\n    pass\n" for name, loader in WAITING.items()})
     for name, (status, err) in ends.items():
-        assert status == -signal.SIGINT, (name, err)
+        # CPython dies of SIGINT then, unless it runs `exec` or `eval` on its way out (importing some modules does).
+        assert status in (-signal.SIGINT, 1), (name, err)
         assert err.count("Traceback (most recent call last)") == 1, (name, err)
         assert err.rstrip().splitlines()[-1] == "KeyboardInterrupt", (name, err)
         assert not [noise for noise in NOISE if noise in err], (name, err)
@@ -104,7 +106,8 @@ def test_ctrl_c_in_an_async_for_loop() -> None:
     """The same under `asyncio.run`, which itself shows the cancellation that it turned into KeyboardInterrupt."""
     ends = interrupted({name: f"asyncio.run(consume({loader}))\n" for name, loader in WAITING.items()})
     for name, (status, err) in ends.items():
-        assert status == -signal.SIGINT, (name, err)
+        # CPython dies of SIGINT then, unless it runs `exec` or `eval` on its way out (importing some modules does).
+        assert status in (-signal.SIGINT, 1), (name, err)
         lines = err.rstrip().splitlines()
         assert lines[-1] == "KeyboardInterrupt", (name, err)
         assert lines.count("KeyboardInterrupt") == 1, (name, err)
@@ -131,7 +134,7 @@ assert list(batches) == list(range(10))
 """
     with Child(script) as child:
         child.until_line("ready")
-        child.process.send_signal(signal.SIGINT)
+        child.interrupt()
         status, _, err = child.finish()
     assert (status, err) == (0, "")
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 from weakref import finalize
 
 from aioloader.engine.entry import Entry, presentable
-from aioloader.engine.loop_thread import LoopThread
-from aioloader.engine.run import Run
+from aioloader.engine.loop_thread import LoopThread, process_ends
+from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
 
@@ -66,8 +66,9 @@ class Delivery:
             raise presentable(entry.error)
         return entry.value
 
-    def _closed_meanwhile(self) -> LoaderClosedError:
-        return LoaderClosedError("the iterator was closed while this call waited for its next batch")
+    def _cut_short(self) -> LoaderClosedError:
+        """An epoch that somebody else ended must not look like one that is over."""
+        return LoaderClosedError("the loader was closed before this epoch was over; iterate it again for a new one")
 
 
 class AsyncDelivery(Delivery):
@@ -97,7 +98,6 @@ class AsyncDelivery(Delivery):
             StopAsyncIteration: The epoch is over, and all of its tasks and threads are gone.
         """
         asked = perf_counter()
-        waited = False
         run = self.run
         if asyncio.get_running_loop() is not run.loop:
             raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
@@ -106,9 +106,7 @@ class AsyncDelivery(Delivery):
                 await self._finish()
                 raise run.failure
             if self.closed:
-                if waited:
-                    raise self._closed_meanwhile()
-                raise StopAsyncIteration
+                raise self._cut_short()
             if run.started:
                 taken = run.output.poll(1)
                 if taken:
@@ -119,11 +117,10 @@ class AsyncDelivery(Delivery):
                     await self._finish()
                     self._kick()
                     raise StopAsyncIteration
-            if self._supervisor.done():
-                raise StopAsyncIteration
+            if self._supervisor.done():  # its loop has cancelled it
+                raise self._cut_short()
             waiter = run.loop.create_future()
             self._waiters.append(waiter)
-            waited = True
             try:
                 await waiter
             except asyncio.CancelledError:
@@ -167,11 +164,12 @@ class SyncDelivery(Delivery):
         self._lazy = run.output.room == 0
         self._asked = 0  # on the loop: whether the consumer waits
         self._pumping = False
+        self._over = threading.Event()
         self._own_loop = None if shared is not None else LoopThread()
         self._loop_thread = shared or self._own_loop
         assert self._loop_thread is not None
         run.attach(self._loop_thread.loop)
-        self._loop_thread.start_task(run.supervise(self._kick), self._supervisor_done)
+        self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
@@ -195,9 +193,11 @@ class SyncDelivery(Delivery):
             self.run.request_stop()
 
     def _supervisor_done(self, error: BaseException | None) -> None:
-        if error is not None and self.run.failure is None:
+        if error is not None and self.run.failure is None and not isinstance(error, asyncio.CancelledError):
             self.run.failure = error
-        self._queue.put(_ENDED)
+        self._over.set()
+        if not process_ends():  # else the consumer is a daemon thread, which ends with the process, without a word
+            self._queue.put(_ENDED)
         if self._own_loop is not None:
             self._own_loop.request_stop()
 
@@ -211,19 +211,18 @@ class SyncDelivery(Delivery):
             queue.Empty: The time is over; the batch comes with a later call.
         """
         asked = perf_counter()
-        waited = self._queue.empty()
-        if waited:
+        if self._queue.empty():
             self._report(0)
         item = self._queue.get(timeout=timeout)
         if isinstance(item, _Ended):
             self._queue.put(item)  # for whoever asks next
             if self._own_loop is not None:
                 self._own_loop.join()
+            if self.run.output.ended:
+                raise StopIteration
             if self.run.failure is not None and not self.closed:
                 raise self.run.failure
-            if self.closed and waited:
-                raise self._closed_meanwhile()
-            raise StopIteration
+            raise self._cut_short()
         with self._lock:
             self._unreported += 1
         self._report(self._report_at)
@@ -249,6 +248,8 @@ class SyncDelivery(Delivery):
         self.run.request_stop_threadsafe()
         if self._own_loop is not None:
             self._own_loop.join()
+        else:
+            self._over.wait(2 * CLOSE_SECONDS)
 
 
 async def _within(delivery: AsyncDelivery, seconds: float, message: str) -> Any:
@@ -275,11 +276,9 @@ class Batches(Iterator[Any]):
         return self
 
     def __next__(self) -> Any:
-        delivery = self._delivery
-        if delivery is None:
-            if self._closed:
-                raise StopIteration
-            delivery = self._start()
+        if self._closed:
+            raise StopIteration
+        delivery = self._delivery or self._start()
         opener = self._opener
         try:
             batch = delivery.next(opener._timeout)
@@ -323,11 +322,9 @@ class AsyncBatches(AsyncIterator[Any]):
         return self
 
     async def __anext__(self) -> Any:
-        delivery = self._delivery
-        if delivery is None:
-            if self._closed:
-                raise StopAsyncIteration
-            delivery = self._start()
+        if self._closed:
+            raise StopAsyncIteration
+        delivery = self._delivery or self._start()
         opener = self._opener
         try:
             if opener._timeout is None:

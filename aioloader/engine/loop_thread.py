@@ -16,7 +16,7 @@ from weakref import WeakSet
 from aioloader.engine.run import CLOSE_SECONDS
 from aioloader.executors.threads import call_loop, end_all_threads
 
-__all__ = ["LoopThread", "new_event_loop"]
+__all__ = ["LoopThread", "new_event_loop", "process_ends"]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -34,27 +34,38 @@ class LoopThread:
     def __init__(self) -> None:
         self.loop = new_event_loop()
         self._stop = self.loop.create_future()
+        self._tasks: dict[asyncio.Task[None], Callable[[], None]] = {}
         self._thread = threading.Thread(target=self._main, name="aioloader-loop", daemon=True)
         self._thread.start()
         _alive.add(self)
 
-    def start_task(self, coroutine: Coroutine[Any, Any, None], done: Callable[[BaseException | None], None]) -> None:
-        """Run `coroutine` on the loop, from any thread; `done` is called there with what it raised."""
+    def start_task(
+        self,
+        coroutine: Coroutine[Any, Any, None],
+        stop: Callable[[], None],
+        done: Callable[[BaseException | None], None],
+    ) -> None:
+        """Run `coroutine` on the loop, from any thread.
+
+        Args:
+            coroutine: A supervisor.
+            stop: Called on the loop when it is to end.
+            done: Called on the loop when it has, with what it raised.
+        """
 
         def finish(task: "asyncio.Task[None]") -> None:
-            tasks.discard(task)
+            del self._tasks[task]
             done(asyncio.CancelledError() if task.cancelled() else task.exception())
 
         def start() -> None:
             task = self.loop.create_task(coroutine, name="aioloader-supervisor")
-            tasks.add(task)  # the loop itself only knows its tasks weakly
+            self._tasks[task] = stop
             task.add_done_callback(finish)
 
-        tasks: set[asyncio.Task[None]] = set()
         self.loop.call_soon_threadsafe(start)
 
     def request_stop(self) -> None:
-        """Stop the loop, from any thread; tasks that are still there are cancelled."""
+        """Stop the loop, from any thread, when the tasks that were started have ended, as they are told to now."""
         call_loop(self.loop, self._stop_now)
 
     def join(self, seconds: float = 2 * CLOSE_SECONDS) -> bool:
@@ -64,6 +75,8 @@ class LoopThread:
         return not self._thread.is_alive()
 
     def _stop_now(self) -> None:
+        for stop in self._tasks.values():
+            stop()
         if not self._stop.done():
             self._stop.set_result(None)
 
@@ -73,14 +86,23 @@ class LoopThread:
 
     async def _wait_for_stop(self) -> None:
         await self._stop
+        if self._tasks:  # each bounds its own end; the rest is cancelled by the runner
+            await asyncio.wait(set(self._tasks), timeout=2 * CLOSE_SECONDS)
 
 
 _alive: WeakSet[LoopThread] = WeakSet()
+_process_ends = threading.Event()
+
+
+def process_ends() -> bool:
+    """Whether the interpreter is on its way out."""
+    return _process_ends.is_set()
 
 
 @atexit.register
 def _end_everything() -> None:
     """Interpreter exit with iterators still alive: daemon threads must not be inside torch while it is torn down."""
+    _process_ends.set()
     deadline = monotonic() + CLOSE_SECONDS
     loops = list(_alive)
     for loop in loops:

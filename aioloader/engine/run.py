@@ -4,13 +4,13 @@ import asyncio
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
-from anyio.abc import TaskGroup
 
 from aioloader.executors.threads import Threads, call_loop
-from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.insight.meters import ConsumerMeter, StageMeter, ThreadClock
 
 if TYPE_CHECKING:
     from aioloader.engine.window import Window
@@ -26,9 +26,13 @@ class Run:
     """One epoch on its way.
 
     The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a
-    failure of our own) completes `_stop`. The supervisor then cancels the task group: workers and pumps get
-    `CancelledError` in whatever they await, pumps close the user's generators, in their own task. Then threads are told
-    to end, and waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop is shutting down) does the same.
+    failure of our own) completes `_stop`. The supervisor then cancels all tasks: workers and pumps get
+    `CancelledError` in whatever they await, pumps close the user's generators, each in its own task. Then threads are
+    told to end. Both are waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop is shutting down) does
+    the same.
+
+    The tasks are plain tasks of asyncio and not a task group of anyio: there, every `await` of a cancelled task raises
+    again, and the `finally: await session.close()` of a user, who writes for asyncio, would not run.
 
     Args:
         output: The last window, not started.
@@ -46,15 +50,25 @@ class Run:
         self.started = False
         self.loop: asyncio.AbstractEventLoop
         self._pools: list[Threads] = []
-        self._group: TaskGroup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stop: asyncio.Future[None]
 
     # -- for nodes ---------------------------------------------------------------------------------------------------
 
-    def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
         """Start a task that the supervisor owns."""
-        if self._group is not None and not self.stopping:
-            self._group.start_soon(fn)
+        name = f"aioloader-{getattr(fn, '__qualname__', 'task')}"
+        task = self.loop.create_task(fn(), name=name, context=self.context.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        if self.stopping:
+            task.cancel()
+        return task
+
+    def _task_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)  # a user's exception goes with its sample: this is one of ours
 
     def threads(self, limit: int, name: str, initializer: Callable[[int], None] | None = None) -> Threads:
         """Up to `limit` threads that end with this run at the latest."""
@@ -146,38 +160,64 @@ class Run:
         Args:
             kick: Called on the loop when `output.poll`, or `failure`, is worth a look, and once at the very end.
         """
+        self.consumer.loop = ThreadClock()
         try:
-            async with anyio.create_task_group() as self._group:
-                try:
-                    if not self._stop.done():
-                        self.output.start(self, kick)
-                        self.started = True
-                        kick()
-                        await self._stop
-                finally:
-                    self.stopping = True
-                    self._group.cancel_scope.cancel()
-        except BaseExceptionGroup as group:  # a worker or pump failed in our own code
-            self.failure = self.failure or (group.exceptions[0] if len(group.exceptions) == 1 else group)
+            if not self._stop.done():
+                self.output.start(self, kick)
+                self.started = True
+                kick()
+                await self._stop
         except Exception as error:
             self.failure = self.failure or error
         finally:
             self.stopping = True
             self.consumer.finish()
             try:
-                await self._end_threads()
+                await self._end_tasks()
             finally:
-                kick()
+                try:
+                    await self._end_threads()
+                finally:
+                    kick()
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        late = await _outlast(set(self._tasks))
+        if late:
+            names = ", ".join(sorted(task.get_name() for task in late))
+            _warn_late(f"a user function goes on in spite of its cancellation, in {names}; it is left behind")
 
     async def _end_threads(self) -> None:
         for pool in self._pools:
             pool.close()
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
-            for pool in self._pools:
-                await pool.wait_closed()
-        if scope.cancelled_caught:
-            alive = [thread.name for pool in self._pools for thread in pool.threads if thread.is_alive()]
-            _warn_late(f"user code is still running in {', '.join(alive)}; it is left behind in daemon threads")
+        late = await _outlast({pool.ended for pool in self._pools if pool.ended is not None})
+        if not late:
+            return
+        alive = [thread.name for pool in self._pools for thread in pool.threads if thread.is_alive()]
+        _warn_late(f"user code is still running in {', '.join(alive)}; it is left behind in daemon threads")
+
+
+F = TypeVar("F", bound="asyncio.Future[None]")
+
+
+async def _outlast(futures: set[F]) -> set[F]:
+    """Wait for `futures`, `CLOSE_SECONDS` at most; returns those that are not done.
+
+    A cancellation meanwhile does not cut this short, since what must end would be left behind; it is raised afterwards.
+    `asyncio.run`, for instance, cancels every task there is, and waits for them all.
+    """
+    deadline = monotonic() + CLOSE_SECONDS
+    cancelled: asyncio.CancelledError | None = None
+    while futures and (left := deadline - monotonic()) > 0:
+        try:
+            _, futures = await asyncio.wait(futures, timeout=left)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            futures = {future for future in futures if not future.done()}
+    if cancelled is not None:
+        raise cancelled
+    return futures
 
 
 def _warn_late(what: str) -> None:

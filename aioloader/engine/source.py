@@ -2,13 +2,11 @@
 
 import inspect
 from abc import abstractmethod
-from asyncio import CancelledError, Future
+from asyncio import CancelledError, Future, Task
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol
-
-from anyio import CancelScope
 
 from aioloader.engine.entry import LAST, Entry, annotate
 from aioloader.engine.node import Kick, Node
@@ -86,7 +84,7 @@ class _Pump(Node):
         self._demand: Future[None] | None = None
         self._position = 0
         self._over = False  # the task has put its last entry into the buffer
-        self._scope: CancelScope | None = None
+        self._task: Task[None] | None = None
         self._closed = False
 
     def start(self, run: "Run", kick: Kick) -> None:
@@ -94,7 +92,7 @@ class _Pump(Node):
         self._kick = kick
         self.meter = run.adopt(self.meter)
         self._threads = run.threads(1, self._thread_name)
-        run.spawn(self._main)
+        self._task = run.spawn(self._main)
 
     def poll(self, limit: int) -> list[Entry]:
         buffer = self._buffer
@@ -108,17 +106,15 @@ class _Pump(Node):
     def close(self) -> None:
         self._closed = True
         self.meter.retired = True
-        if self._scope is not None:
-            self._scope.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def _main(self) -> None:
         """Run `_pump`, and end the stream with what it raises."""
         try:
-            with CancelScope() as self._scope:
-                if not self._closed:
-                    await self._pump()
+            await self._pump()
         except CancelledError as error:
-            if self._run.stopping:
+            if self._run.stopping or self._closed:
                 raise
             cancelled = SampleCancelledError(f"{self.meter.name} was cancelled from inside, not by the loader")
             cancelled.__cause__ = error

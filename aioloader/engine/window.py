@@ -122,7 +122,7 @@ class Window(Node):
 
     def _admit(self) -> None:
         self._scheduled = False
-        if self._closed:
+        if self._closed or self._run.stopping:  # an input that was cut off is no end
             return
         room = self.room if self._base_room else self._asked
         while not self._input_ended and (free := room - self._occupied - self._lent) > 0:

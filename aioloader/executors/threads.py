@@ -2,12 +2,12 @@
 
 `concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit without a limit, so that one hanging user
 function keeps the process for ever; its threads also cannot be waited for with a deadline. These are daemon threads,
-which an exit hook (`engine/exit.py`) ends in bounded time.
+which an exit hook (`engine/loop_thread.py`) ends in bounded time.
 """
 
 import contextlib
 import threading
-from asyncio import AbstractEventLoop, Event
+from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 from contextvars import Context
 from queue import SimpleQueue
@@ -51,7 +51,7 @@ class Threads:
         self._outstanding = 0
         self._alive = 0
         self._closed = False
-        self._ended = Event()
+        self.ended: Future[None] | None = None  # done when the last thread has ended; None: there was none
         self.threads: list[threading.Thread] = []
 
     @property
@@ -76,15 +76,10 @@ class Threads:
         for _ in self.threads:
             self._jobs.put(None)
 
-    async def wait_closed(self) -> None:
-        """Wait until every thread has ended; has no limit of its own. Call `close` first."""
-        if self.threads:
-            await self._ended.wait()
-            for thread in self.threads:
-                thread.join()  # it has said goodbye already: microseconds
-
     def _start_thread(self) -> None:
         number = len(self.threads)
+        if self.ended is None:
+            self.ended = self._loop.create_future()
         context = self._context.copy()
         thread = threading.Thread(
             target=context.run, args=(self._main, number), name=f"{self._name}-{number}", daemon=True
@@ -109,7 +104,13 @@ class Threads:
                 self._alive -= 1
                 last = self._alive == 0
             if last:
-                call_loop(self._loop, self._ended.set)
+                call_loop(self._loop, self._all_ended)
+
+    def _all_ended(self) -> None:
+        for thread in self.threads:
+            thread.join()  # it has said goodbye already: microseconds
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(None)
 
     def _initialize(self, number: int) -> BaseException | None:
         limit_intraop_threads()

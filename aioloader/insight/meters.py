@@ -3,11 +3,13 @@
 Written on the engine's loop, read from any thread: a snapshot may be a few samples out of step with itself.
 """
 
+import threading
+import time
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-__all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "Why"]
+__all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
 Kind = Literal["source", "async", "sync"]
 Why = Literal["input", "room"]
@@ -80,6 +82,7 @@ class ConsumerMeter:
         first_after_seconds: How long the first batch took.
         batches: How many batches were delivered.
         waited_seconds: Time spent in `next()` after the first batch was there.
+        loop: CPU time of the thread that the event loop runs in.
     """
 
     began: float | None = None
@@ -87,6 +90,7 @@ class ConsumerMeter:
     first_after_seconds: float | None = None
     batches: int = 0
     waited_seconds: float = 0.0
+    loop: "ThreadClock | None" = None
 
     def delivered(self, asked: float) -> None:
         """A batch was handed out that had been asked for at `asked`."""
@@ -101,3 +105,32 @@ class ConsumerMeter:
         """The epoch is over, or was given up."""
         if self.ended is None:
             self.ended = perf_counter()
+            if self.loop is not None:
+                self.loop.stop()
+
+
+class ThreadClock:
+    """CPU seconds of the thread that makes it, from then on, readable from any thread."""
+
+    __slots__ = ("_began", "_clock", "_ended")
+
+    def __init__(self) -> None:
+        self._clock = _thread_clock()
+        self._ended: float | None = None
+        self._began = self._now()
+
+    def _now(self) -> float:
+        return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+
+    def stop(self) -> None:
+        """Keep the figure: the thread may end now."""
+        self._ended = self._now()
+
+    def seconds(self) -> float:
+        """CPU seconds so far; 0 where the system does not tell."""
+        return (self._now() if self._ended is None else self._ended) - self._began
+
+
+def _thread_clock() -> int | None:
+    get = getattr(time, "pthread_getcpuclockid", None)  # Linux and others, not macOS, not Windows
+    return None if get is None else int(get(threading.get_ident()))

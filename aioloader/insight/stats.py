@@ -54,6 +54,8 @@ class Stats:
         batches: Batches handed out.
         waited_seconds: Time the consumer spent in `next()` after the first batch.
         waited_fraction: That as a fraction of the time since the first batch, 0 to 1.
+        loop_cpu_fraction: How much of the time the event loop's thread was computing, 0 to 1; under `async for` that
+            includes your own code on it. 0 where there is no loop, or the system does not tell.
         stages: In the order of the pipeline.
     """
 
@@ -63,6 +65,7 @@ class Stats:
     batches: int
     waited_seconds: float
     waited_fraction: float
+    loop_cpu_fraction: float
     stages: tuple[StageStats, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,7 +76,7 @@ class Stats:
 def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: ConsumerMeter | None) -> Stats:
     """The counters as they are now."""
     if consumer is None or consumer.began is None:
-        return Stats(epoch, 0.0, None, 0, 0.0, 0.0, ())
+        return Stats(epoch, 0.0, None, 0, 0.0, 0.0, 0.0, ())
     seconds = (consumer.ended or perf_counter()) - consumer.began
     steady = seconds - (consumer.first_after_seconds or 0.0)
     waited = consumer.waited_seconds / steady if consumer.batches > 1 and steady > 0 else 0.0
@@ -84,6 +87,7 @@ def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: Consumer
         batches=consumer.batches,
         waited_seconds=consumer.waited_seconds,
         waited_fraction=min(1.0, waited),
+        loop_cpu_fraction=min(1.0, consumer.loop.seconds() / seconds) if consumer.loop is not None and seconds else 0.0,
         stages=tuple(_stage(meter, seconds) for meter in list(meters)),
     )
 
