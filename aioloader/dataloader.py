@@ -176,7 +176,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     @property
     def batch_sampler(self) -> "_BatchSamplerView":
-        """A view of the batch sampler; `batch_sampler.sampler.set_epoch(n)`, which trainers call, reaches the loader."""
+        """A view of the batch sampler, for trainers: `batch_sampler.sampler.set_epoch(n)` reaches the loader."""
         return _BatchSamplerView(self)
 
     # -- iteration ---------------------------------------------------------------------------------------------------
