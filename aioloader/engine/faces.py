@@ -290,6 +290,11 @@ class Batches(Iterator[Any]):
             raise
         return batch if self._receive is None else self._receive(batch)
 
+    @property
+    def cursor(self) -> Any:
+        """Where to go on after the last batch that was handed out; None before the first."""
+        return None if self._delivery is None else self._delivery.cursor
+
     def _start(self) -> SyncDelivery:
         run = self._opener._open_run()
         self._receive = self._opener._receiver()
@@ -335,6 +340,11 @@ class AsyncBatches(AsyncIterator[Any]):
             del self  # as in `Batches`
             raise
         return batch if self._receive is None else self._receive(batch)
+
+    @property
+    def cursor(self) -> Any:
+        """Where to go on after the last batch that was handed out; None before the first."""
+        return None if self._delivery is None else self._delivery.cursor
 
     def _start(self) -> AsyncDelivery:
         run = self._opener._open_run()
