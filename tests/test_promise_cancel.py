@@ -181,7 +181,7 @@ async def test_the_source_does_not_notice() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("moment", range(40))
 async def test_a_cancelled_waiter_passes_its_batch_on(moment: int) -> None:
     """Two tasks wait for the one batch that comes; the first is cancelled around that moment."""
     gate = Gate()

@@ -269,6 +269,7 @@ class Batches(Iterator[Any]):
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
         self._delivery: SyncDelivery | None = None
+        self._starting = threading.Lock()
         self._receive: Receive | None = None
         self._closed = False
 
@@ -278,7 +279,10 @@ class Batches(Iterator[Any]):
     def __next__(self) -> Any:
         if self._closed:
             raise StopIteration
-        delivery = self._delivery or self._start()
+        delivery = self._delivery
+        if delivery is None:
+            with self._starting:  # of several threads, one begins the epoch
+                delivery = self._delivery or self._start()
         opener = self._opener
         try:
             batch = delivery.next(opener._timeout)

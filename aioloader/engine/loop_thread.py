@@ -7,6 +7,7 @@ all loops and threads in bounded time.
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from time import monotonic
@@ -14,7 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 from aioloader.engine.run import CLOSE_SECONDS
-from aioloader.executors.threads import call_loop, end_all_threads
+from aioloader.executors.threads import call_loop, end_all_threads, forget_all_threads
 
 __all__ = ["LoopThread", "new_event_loop", "process_ends"]
 
@@ -97,6 +98,16 @@ _process_ends = threading.Event()
 def process_ends() -> bool:
     """Whether the interpreter is on its way out."""
     return _process_ends.is_set()
+
+
+def _forget_after_fork() -> None:
+    """In a forked child no thread of its parent lives: nothing to end, and the loops' pipes are the parent's."""
+    _alive.clear()
+    forget_all_threads()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 @atexit.register

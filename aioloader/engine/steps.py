@@ -60,8 +60,9 @@ class Step(ABC):
         """`inbox` has been filled."""
 
     def close(self) -> None:
-        """Nothing will be accepted any more."""
+        """Nothing will be accepted any more, and what waits is not begun."""
         self.meter.retired = True
+        self.inbox.clear()
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
         annotate(error, label, entry, self._run.epoch)

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import torch
 
-__all__ = ["Threads", "call_loop", "end_all_threads", "limit_intraop_threads"]
+__all__ = ["Threads", "call_loop", "end_all_threads", "forget_all_threads", "limit_intraop_threads"]
 
 Job = Callable[[BaseException | None], None]
 
@@ -143,6 +143,11 @@ def end_all_threads(deadline: float) -> None:
     for pool in pools:
         for thread in pool.threads:
             thread.join(max(0.0, deadline - monotonic()))
+
+
+def forget_all_threads() -> None:
+    """In a forked child, where none of them lives."""
+    _pools.clear()
 
 
 _intraop_lock = threading.Lock()

@@ -120,7 +120,12 @@ class ThreadClock:
         self._began = self._now()
 
     def _now(self) -> float:
-        return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+        if self._clock is None:
+            return 0.0
+        try:
+            return time.clock_gettime(self._clock)
+        except OSError:  # the thread has ended, and nobody stopped this
+            return self._began
 
     def stop(self) -> None:
         """Keep the figure: the thread may end now."""
