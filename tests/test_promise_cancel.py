@@ -257,3 +257,35 @@ async def test_dataloader_loses_nothing(num_workers: int) -> None:
             except StopAsyncIteration:
                 break
         assert found == list(range(40))
+
+
+@pytest.mark.asyncio
+async def test_a_wake_up_that_meets_a_cancelled_waiter_is_passed_on() -> None:
+    """Two tasks wait; the first is woken and cancelled in the same turn; the second gets the batch."""
+    never = asyncio.Event()
+    waiting: list[asyncio.Task[int]] = []
+
+    async def fetch(key: int) -> int:
+        if key == 0:
+            await both_wait.wait()
+        else:  # runs in the turn in which key 0 was finished and its waiter woken, before that waiter could run
+            waiting[0].cancel()
+            await never.wait()
+        return key
+
+    both_wait = asyncio.Event()
+    batches = aiter(Pipeline(range(2)).map(fetch, concurrency=1))
+
+    async def take() -> int:
+        sample: int = await anext(batches)
+        return sample
+
+    waiting += [asyncio.create_task(take()), asyncio.create_task(take())]
+    await turns()
+    both_wait.set()
+    done, _ = await asyncio.wait(waiting, timeout=DEADLINE)
+
+    assert done == set(waiting)
+    assert waiting[0].cancelled()
+    assert waiting[1].result() == 0
+    await batches.aclose()
