@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, defau
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
-from aioloader.engine.faces import Batches
+from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.source import is_async_callable
@@ -24,7 +25,7 @@ from aioloader.seeds import derive_seed
 from aioloader.sources.resolve import Stream
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
-from aioloader.stages.checks import check_count
+from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.keyed import JoinBatches, SplitBatches
@@ -77,6 +78,8 @@ class DataLoader(Loader, Generic[T_co]):
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
     """
+
+    _knob = "num_workers"
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
@@ -160,7 +163,7 @@ class DataLoader(Loader, Generic[T_co]):
             ASYNC_CONCURRENCY if concurrency is None else check_count("concurrency", concurrency, least=1)
         )
         self.worker_type = worker_type
-        self.seed = seed
+        self.seed = None if seed is None else check_integer("seed", seed)
         self._shuffled = bool(shuffle)
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
@@ -168,6 +171,14 @@ class DataLoader(Loader, Generic[T_co]):
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
         self._initialized = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":
+            raise AttributeError(
+                "DataLoader shows no attribute 'sampler', since trainers replace what they find there; "
+                "call loader.set_epoch(epoch), which reaches your sampler"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _FIXED and getattr(self, "_initialized", False):
@@ -197,7 +208,10 @@ class DataLoader(Loader, Generic[T_co]):
             f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers})"
         )
 
-    def __iter__(self) -> Iterator[T_co]:
+    def __aiter__(self) -> AsyncBatches[T_co]:
+        return super().__aiter__()
+
+    def __iter__(self) -> Batches[T_co] | InlineBatches[T_co]:
         self._check_usable()
         if self.num_workers == 0 and not self._awaited:
             return InlineBatches(self._open_inline, self._receiver)
@@ -272,15 +286,18 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _build(self, epoch: int) -> Window:
         transfer = self._open_transfer()
-        source = self._index_iterator(epoch)
         if self._iterable:
-            source = self.dataset
+            self._index_iterator(epoch)  # for its draw of a base seed: no code of the user's, there is no sampler
+            source = Stream(self.dataset, call=False, single_use=False)
+        else:
+            source = Stream(partial(self._index_iterator, epoch), call=True, single_use=False)
         stages = self._stages(_alloc(transfer))
         if self.device is not None:
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        plan = Plan(Single(Stream(source, call=False, single_use=False)), tuple(stages), room=self._room)
+        name = "source" if self._iterable else "sampler"
+        plan = Plan(Single(source, name=name), tuple(stages), room=self._room)
         return build(plan, Pass(epoch), transfer)
 
     @property

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from aioloader.cores import usable_cores
 from aioloader.engine.loop_thread import new_event_loop
-from aioloader.stages.map import usable_cores
 
 __all__ = ["OPTIONAL", "REQUIRED", "Facts", "collect", "describe"]
 

@@ -28,6 +28,8 @@ class Loader(Opener):
     remains; `close` ends everything that is left at once.
     """
 
+    _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
+
     def __init__(self) -> None:
         self._next_epoch = 0
         self._deliveries: WeakSet[Delivery] = WeakSet()
@@ -54,7 +56,7 @@ class Loader(Opener):
         self._check_usable()
         return Batches(self)
 
-    def __aiter__(self) -> AsyncBatches:
+    def __aiter__(self) -> AsyncBatches[Any]:
         """An iterator for `async for`: the loader runs on the caller's event loop."""
         self._check_usable()
         return AsyncBatches(self)
@@ -167,4 +169,4 @@ class Loader(Opener):
 
     def explain(self) -> str:
         """One sentence that names what limits the loader, and the numbers it is drawn from."""
-        return explain(self.stats())
+        return explain(self.stats(), self._knob)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from math import isfinite
-from operator import index
 from typing import Any, Literal
 
 from aioloader.device import Transfer, can_pin, check_device, open_backend
@@ -16,7 +15,7 @@ from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable,
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
-from aioloader.stages.checks import check_callable, check_count
+from aioloader.stages.checks import check_callable, check_count, check_integer
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.select import Enumerate, Skip, Take
@@ -135,7 +134,7 @@ class Pipeline(Loader):
                 f"shuffle() without buffer_size permutes an indexable source, but {self!r} is a stream; "
                 f"pass shuffle(buffer_size=1000), or shuffle right after the source"
             )
-        return self._then(Shuffle(buffer_size, _integer("seed", seed)))
+        return self._then(Shuffle(buffer_size, check_integer("seed", seed)))
 
     def batch(
         self, batch_size: int, *, drop_last: bool = False, collate_fn: Callable[[list[Any]], Any] | None = None
@@ -171,6 +170,12 @@ class Pipeline(Loader):
         """Everything before this `n` times, or for ever, shuffled anew each time."""
         if n is not None:
             n = check_count("n", n, least=0, hint="leave it out to repeat for ever")
+        for stream in _streams(self._plan):
+            if stream.single_use and (n is None or n > 1):
+                raise ValueError(
+                    f"repeat({'' if n is None else n}) reads its source again, but {describe(stream.make)} can be "
+                    f"iterated once; pass the generator function itself (without calling it)"
+                )
         return self._then(Repeat(n))
 
     def enumerate(self) -> "Pipeline":
@@ -211,7 +216,7 @@ class Pipeline(Loader):
 
     def prefetch(self, n: int) -> "Pipeline":
         """Hold `n` finished batches ahead; default 2. 0: each is made when it is asked for."""
-        count = check_count("n", n, least=0, hint="prefetch(0) makes nothing ahead")
+        count = check_count("prefetch", n, least=0, hint="prefetch(0) makes nothing ahead")
         return self._of(replace(self._plan, prefetch=count))
 
     # -- several sources ---------------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ class Pipeline(Loader):
             seed: The draws depend on it and on the epoch.
         """
         plans = _plans("mix", sources)
-        return Pipeline._of(Plan(Combined("mix", plans, _weights(weights, len(plans)), _integer("seed", seed))))
+        return Pipeline._of(Plan(Combined("mix", plans, _weights(weights, len(plans)), check_integer("seed", seed))))
 
     @staticmethod
     def zip(*sources: Any) -> "Pipeline":
@@ -320,12 +325,6 @@ def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
         if not (isfinite(value) and value > 0):
             raise ValueError(f"weights must be positive and finite, got {list(values)}; leave out a source of weight 0")
     return tuple(float(value) for value in values)
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    return index(value)
 
 
 def _streams(plan: Plan) -> list[Stream]:

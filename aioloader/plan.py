@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from aioloader.cores import usable_cores
 from aioloader.device import Transfer, pin_batch
 from aioloader.engine.combine import MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.node import FoldNode, Node
@@ -23,7 +24,7 @@ from aioloader.stages.batch import Batch, CollateWith, Group
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.keyed import JoinBatches
-from aioloader.stages.map import Filter, FlatMap, Map, usable_cores
+from aioloader.stages.map import Filter, FlatMap, Map
 
 __all__ = ["Combined", "Plan", "Repeat", "Single", "build", "is_permutable", "length_of"]
 
@@ -37,10 +38,12 @@ class Single:
     Attributes:
         data: What it is.
         sampler: Gives the keys of an epoch instead of 0, 1, 2, ...
+        name: In statistics; None: that of the user's object.
     """
 
     data: Indexable | Stream
     sampler: Stream | None = None
+    name: str | None = None
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""
@@ -202,7 +205,8 @@ class _Builder:
         data = source.data
         if isinstance(data, Stream):
             data.use()
-            return StreamSource(data.make, call=data.call, name=f"source({source_name(data.make)})"), _Journey(), stages
+            name = source.name or f"source({source_name(data.make)})"
+            return StreamSource(data.make, call=data.call, name=name), _Journey(), stages
         journey = _Journey()
         name = f"source({source_name(data.data)})"
         if data.load is not None:
@@ -210,8 +214,8 @@ class _Builder:
             journey.stages.append(load)
         if source.sampler is not None:
             source.sampler.use()
-            _set_epoch(source.sampler.make, self._pass.epoch)
-            node: Node = StreamSource(source.sampler.make, call=source.sampler.call, name="sampler")
+            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch)
+            node: Node = StreamSource(open_sampler, call=True, name="sampler")
             if data.load is None:
                 values = data.data
                 journey.stages.append(
@@ -370,11 +374,15 @@ def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:
     return fixed is None or stage.flexible or (fixed.width, fixed.thread_name) == (stage.width, stage.thread_name)
 
 
-def _set_epoch(sampler: Any, epoch: int) -> None:
-    """Tell a sampler, such as torch's DistributedSampler, which epoch it is: else each has the same order."""
-    set_epoch = getattr(sampler, "set_epoch", None)
+def _open_sampler(sampler: Stream, epoch: int) -> Any:
+    """The keys of an epoch; called in the source's thread.
+
+    A sampler with `set_epoch`, such as torch's DistributedSampler, is told the epoch: else each has the same order.
+    """
+    set_epoch = getattr(sampler.make, "set_epoch", None)
     if callable(set_epoch):
         set_epoch(epoch)
+    return sampler.make() if sampler.call else sampler.make
 
 
 def is_permutable(plan: Plan) -> bool:

@@ -71,15 +71,17 @@ def test_unbatch_resumes_before_its_batch() -> None:
 
 
 def test_the_shard_of_a_stream_keeps_its_cursors() -> None:
-    """Of three ranks, the second; the filler of the last round is the sample that it repeats."""
-    assert cursors(folded(Shard(1, 3), range(7))) == [2, 5, 1]
+    """With the count over all ranks; the filler of the last round repeats a sample, but its cursor is the end."""
+    out = folded(Shard(1, 3), range(7))
+    assert [entry.value for entry in out] == [1, 4, 0]
+    assert cursors(out) == [(2, 2), (5, 5), (7, 9)]
 
 
 def test_the_keys_of_a_batch_come_together_again() -> None:
     """Split: the last key of a batch carries the batch's cursor, the others the one before it. Join: the batch's."""
     split = folded(SplitBatches(), [[7, 8], [], [9]])
     assert [entry.key for entry in split] == [7, 8, 1, 9]
-    assert cursors(split) == [(0, 1), 1, 2, 3]
+    assert cursors(split) == [(None, 1), 1, 2, 3]
     joined = run_fold(JoinBatches(CollateWith()).fold(FIRST), split)
     assert [entry.value.samples for entry in joined] == [[7, 8], [], [9]]
     assert cursors(joined) == [1, 2, 3]
@@ -139,7 +141,7 @@ async def _pairs(sample: int) -> AsyncIterator[tuple[int, int]]:
         pytest.param(Pipeline(range(2)).flat_map(_pairs), [(None, 1), (None, 2), (1, 1), (1, 2)], id="flat_map"),
         pytest.param(Pipeline(range(2)).repeat(2), [(0, 1), (0, 2), (1, 1), (1, 2)], id="repeat"),
         pytest.param(Pipeline.zip(range(2), ["a", "b", "c"]), [(1, 1), (2, 2)], id="zip"),
-        pytest.param(Pipeline.mix([range(2)], [1]), [((1,), 1), ((2,), 2)], id="mix"),
+        pytest.param(Pipeline.mix([range(2)], [1]), [((1,), 1, ()), ((2,), 2, ())], id="mix"),
         pytest.param(Pipeline.merge(range(2)), [(1,), (2,)], id="merge"),
         pytest.param(DataLoader(list(range(5)), batch_size=2, num_workers=1), [1, 2, 3], id="dataloader"),
     ],

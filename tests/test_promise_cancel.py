@@ -260,20 +260,21 @@ async def test_dataloader_loses_nothing(num_workers: int) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_wake_up_that_meets_a_cancelled_waiter_is_passed_on() -> None:
-    """Two tasks wait; the first is woken and cancelled in the same turn; the second gets the batch."""
+@pytest.mark.parametrize("victim", [0, 1])
+async def test_a_wake_up_that_meets_a_cancelled_waiter_is_passed_on(victim: int) -> None:
+    """Two tasks wait; one of them is cancelled, perhaps the one just woken; the other gets the batch."""
     never = asyncio.Event()
+    both_wait = asyncio.Event()
     waiting: list[asyncio.Task[int]] = []
 
     async def fetch(key: int) -> int:
         if key == 0:
             await both_wait.wait()
         else:  # runs in the turn in which key 0 was finished and its waiter woken, before that waiter could run
-            waiting[0].cancel()
+            waiting[victim].cancel()
             await never.wait()
         return key
 
-    both_wait = asyncio.Event()
     batches = aiter(Pipeline(range(2)).map(fetch, concurrency=1))
 
     async def take() -> int:
@@ -286,6 +287,6 @@ async def test_a_wake_up_that_meets_a_cancelled_waiter_is_passed_on() -> None:
     done, _ = await asyncio.wait(waiting, timeout=DEADLINE)
 
     assert done == set(waiting)
-    assert waiting[0].cancelled()
-    assert waiting[1].result() == 0
+    assert waiting[victim].cancelled()
+    assert waiting[1 - victim].result() == 0
     await batches.aclose()

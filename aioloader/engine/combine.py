@@ -72,8 +72,8 @@ class MergeNode(_Several):
 class MixNode(_Several):
     """Draws the upstream of each entry by weight, and goes on with the others when one ends.
 
-    Cursor: that of each upstream and the number of draws; which upstream is drawn depends on the seed, the number of
-    the draw and on who has ended, not on who is fast.
+    Cursor: that of each upstream, the number of draws, and who has ended; which upstream is drawn depends on the seed,
+    the number of the draw and on who has ended, not on who is fast.
     """
 
     def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
@@ -82,6 +82,7 @@ class MixNode(_Several):
         self._random = Random(seed)
         self._draws = 0
         self._drawn: int | None = None
+        self._over: list[int] = []
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
@@ -92,11 +93,12 @@ class MixNode(_Several):
             if run:
                 self._drawn = None
                 entry = self._emit(run[0], index)
-                entry.cursor = (entry.cursor, self._draws)
+                entry.cursor = (entry.cursor, self._draws, tuple(self._over))
                 taken.append(entry)
             elif upstream.ended:
                 self._drawn = None
                 self._weights[index] = 0.0
+                self._over.append(index)
                 self.ended = not any(self._weights)
             else:
                 break
@@ -167,6 +169,8 @@ class RepeatNode(Node):
         self._upstream = make(0)
         self._given = 0  # entries of this repetition
         self._position = 0
+        self._upstream_may_give = False  # a new repetition has not been polled yet
+        self._failure: Exception | None = None
         self.ended = times == 0
 
     def start(self, run: "Run", kick: Kick) -> None:
@@ -175,6 +179,9 @@ class RepeatNode(Node):
 
     def poll(self, limit: int) -> list[Entry]:
         while not self.ended:
+            if self._failure is not None:
+                self.ended = True
+                return [Entry.last(self._failure, (self._repetition, None), self._position)]
             taken = self._upstream.poll(limit)
             for entry in taken:
                 entry.cursor = (self._repetition, entry.cursor)
@@ -187,12 +194,10 @@ class RepeatNode(Node):
                 self._next()
             if taken:
                 return taken
-            if not self.ended and not self._upstream_may_give:
+            if not (self.ended or self._upstream_may_give or self._failure):
                 return taken
             self._upstream_may_give = False
         return []
-
-    _upstream_may_give = False  # a new repetition has not been polled yet
 
     def _next(self) -> None:
         """The repetition is over: begin the next one, so that it is under way when it is asked for."""
@@ -202,7 +207,11 @@ class RepeatNode(Node):
             self.ended = True
             return
         self._given = 0
-        self._upstream = self._make(self._repetition)
+        try:
+            self._upstream = self._make(self._repetition)
+        except Exception as error:  # a source that cannot begin again fails as a source does: after what came before
+            self._failure = error
+            return
         self._upstream.start(self._run, self._kick)
         self._upstream_may_give = True
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import Empty, SimpleQueue
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from weakref import finalize
 
 from aioloader.engine.entry import Entry, presentable
@@ -25,6 +25,8 @@ __all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "Opener", "Re
 
 
 Receive = Callable[[Any], Any]
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Opener(ABC):
@@ -57,6 +59,7 @@ class Delivery:
         self.run = run
         self.cursor: Any = None  # of the last batch that was handed out: where a resumed loader goes on
         self.closed = False
+        self._failure_told = False
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The value of `entry`, or its error, raised."""
@@ -65,6 +68,13 @@ class Delivery:
         if entry.error is not None:
             raise presentable(entry.error)
         return entry.value
+
+    def _take_failure(self, end: BaseException) -> BaseException:
+        """The failure of the run, once; then the end, so that "catch it and go on" comes to an end."""
+        if self._failure_told or self.run.failure is None:
+            return end
+        self._failure_told = True
+        return self.run.failure
 
     def _cut_short(self) -> LoaderClosedError:
         """An epoch that somebody else ended must not look like one that is over."""
@@ -104,7 +114,7 @@ class AsyncDelivery(Delivery):
         while True:
             if run.failure is not None:
                 await self._finish()
-                raise run.failure
+                raise self._take_failure(StopAsyncIteration())
             if self.closed:
                 raise self._cut_short()
             if run.started:
@@ -114,6 +124,7 @@ class AsyncDelivery(Delivery):
                         self._kick()
                     return self._hand_out(taken[0], asked)
                 if run.output.ended:
+                    run.consumer.waited_for_end(asked)
                     await self._finish()
                     self._kick()
                     raise StopAsyncIteration
@@ -219,9 +230,10 @@ class SyncDelivery(Delivery):
             if self._own_loop is not None:
                 self._own_loop.join()
             if self.run.output.ended:
+                self.run.consumer.waited_for_end(asked)
                 raise StopIteration
             if self.run.failure is not None and not self.closed:
-                raise self.run.failure
+                raise self._take_failure(StopIteration())
             raise self._cut_short()
         with self._lock:
             self._unreported += 1
@@ -263,7 +275,7 @@ async def _within(delivery: AsyncDelivery, seconds: float, message: str) -> Any:
         raise RuntimeError(message.format(seconds=seconds)) from None
 
 
-class Batches(Iterator[Any]):
+class Batches(Iterator[T_co]):
     """The iterator of `for`: one epoch. Making one starts nothing; the first `next()` does."""
 
     def __init__(self, opener: Opener) -> None:
@@ -273,10 +285,10 @@ class Batches(Iterator[Any]):
         self._receive: Receive | None = None
         self._closed = False
 
-    def __iter__(self) -> "Batches":
+    def __iter__(self) -> "Batches[T_co]":
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> T_co:
         if self._closed:
             raise StopIteration
         delivery = self._delivery
@@ -292,7 +304,8 @@ class Batches(Iterator[Any]):
             # Whoever keeps the exception keeps this frame: not with it the iterator, which would keep its epoch alive.
             del self
             raise
-        return batch if self._receive is None else self._receive(batch)
+        received: T_co = batch if self._receive is None else self._receive(batch)
+        return received
 
     @property
     def cursor(self) -> Any:
@@ -318,7 +331,7 @@ class Batches(Iterator[Any]):
         raise TypeError("an iterator over batches is alive on its threads and cannot be pickled; pickle the loader")
 
 
-class AsyncBatches(AsyncIterator[Any]):
+class AsyncBatches(AsyncIterator[T_co]):
     """The iterator of `async for`: one epoch, on the loop of the first `anext()`."""
 
     def __init__(self, opener: Opener) -> None:
@@ -327,10 +340,10 @@ class AsyncBatches(AsyncIterator[Any]):
         self._receive: Receive | None = None
         self._closed = False
 
-    def __aiter__(self) -> "AsyncBatches":
+    def __aiter__(self) -> "AsyncBatches[T_co]":
         return self
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> T_co:
         if self._closed:
             raise StopAsyncIteration
         delivery = self._delivery or self._start()
@@ -343,7 +356,8 @@ class AsyncBatches(AsyncIterator[Any]):
         except BaseException:
             del self  # as in `Batches`
             raise
-        return batch if self._receive is None else self._receive(batch)
+        received: T_co = batch if self._receive is None else self._receive(batch)
+        return received
 
     @property
     def cursor(self) -> Any:

@@ -9,7 +9,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import DONE, Entry, annotate, presentable
-from aioloader.engine.faces import Receive
+from aioloader.engine.faces import Receive, T_co
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.torch_state import check_leak, context_state
 from aioloader.executors.chunk import Call, refuse_coroutine
@@ -114,7 +114,7 @@ class InlineMap(Node):
         self._upstream.close()
 
 
-class InlineBatches(Iterator[Any]):
+class InlineBatches(Iterator[T_co]):
     """The iterator of a loader without workers.
 
     Args:
@@ -133,10 +133,10 @@ class InlineBatches(Iterator[Any]):
         self._over = False
         self.cursor: Any = None
 
-    def __iter__(self) -> "InlineBatches":
+    def __iter__(self) -> "InlineBatches[T_co]":
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> T_co:
         if self._over:
             raise StopIteration
         asked = perf_counter()
@@ -153,7 +153,8 @@ class InlineBatches(Iterator[Any]):
         self._meter.delivered(asked)
         if entry.error is not None:
             raise presentable(entry.error)
-        return entry.value if self._receive is None else self._receive(entry.value)
+        batch: T_co = entry.value if self._receive is None else self._receive(entry.value)
+        return batch
 
     def close(self) -> None:
         """End the epoch. Idempotent."""

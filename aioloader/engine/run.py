@@ -172,6 +172,8 @@ class Run:
         finally:
             self.stopping = True
             self.consumer.finish()
+            for meter in self.meters:
+                meter.idle.wait_for(None)
             try:
                 await self._end_tasks()
             finally:

@@ -6,6 +6,7 @@ from asyncio import CancelledError, Future, Task
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioloader.engine.entry import LAST, Entry, annotate
@@ -133,8 +134,10 @@ class _Pump(Node):
     async def _demanded(self) -> int:
         """Wait until entries are wanted; returns how many."""
         while self._wanted <= 0:
+            self.meter.idle.wait_for("room")
             self._demand = self._run.loop.create_future()
             await self._demand
+        self.meter.idle.wait_for(None)
         return self._wanted
 
     def _put(self, entry: Entry) -> None:
@@ -202,7 +205,7 @@ class FlatMapNode(_Pump):
     """
 
     def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str) -> None:
-        super().__init__(StageMeter(name, "sync", concurrency=1), "aioloader-flat-map")
+        super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-flat-map")
         self._upstream = upstream
         self._fn = fn
         self._arrival: Future[None] | None = None
@@ -224,9 +227,11 @@ class FlatMapNode(_Pump):
             self._arrival = self._run.loop.create_future()
             run = self._upstream.poll(1)
             if run:
+                self.meter.idle.wait_for(None)
                 return run[0]
             if self._upstream.ended:
                 return None
+            self.meter.idle.wait_for("input")
             await self._arrival
 
     async def _pump(self) -> None:
@@ -239,17 +244,24 @@ class FlatMapNode(_Pump):
             if sample.state == LAST:
                 self._buffer.append(sample)
                 return
+            after = sample.cursor
             if sample.error is not None:
+                sample.cursor = (after, 0)  # nothing of what comes after it
                 self._put(sample)
             else:
                 await self._items_of(sample, before)
-            before = sample.cursor
+            before = after
 
     async def _items_of(self, sample: Entry, before: Any) -> None:
         offset = 0
         reader: Reader | None = None
+        meter = self.meter
+        before_seconds = meter.busy_seconds
+        began = perf_counter()
         try:
             iterable = await _call(self._fn, self._run, self._threads, sample.value)
+            before_seconds += perf_counter() - began
+            meter.busy_seconds = before_seconds
             reader = await self._open(iterable)
             del iterable
             while items := await reader.read(await self._demanded()):
@@ -257,17 +269,18 @@ class FlatMapNode(_Pump):
                     offset += 1
                     self._put(Entry(item, (before, offset), sample.key, self._position))
                     self._position += 1
-                self.meter.samples = self._position
+                meter.samples = self._position
+                meter.busy_seconds = before_seconds + reader.busy_seconds
         except (Exception, SystemExit) as error:
             failed = Entry(None, (before, offset + 1), sample.key, self._position)
             self._position += 1
             annotate(error, self.meter.name, sample, self._run.epoch)
             failed.error = error
-            self.meter.errors += 1
+            meter.errors += 1
             self._put(failed)
         finally:
             if reader is not None:
-                self.meter.busy_seconds += reader.busy_seconds
+                meter.busy_seconds = before_seconds + reader.busy_seconds
                 await self._run.closing(reader.aclose)
 
 

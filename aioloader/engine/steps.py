@@ -97,9 +97,10 @@ class AsyncStep(Step):
 
     def accept(self, entry: Entry) -> None:
         self.inbox.append(entry)
-        self._summon()
+        self.dispatch()
 
     def dispatch(self) -> None:
+        self.meter.idle.wait_for(None)
         self._summon()
 
     def close(self) -> None:
@@ -141,6 +142,8 @@ class AsyncStep(Step):
                     return
                 future = create_future()
                 idle.append(future)
+                if len(idle) == self._workers:
+                    meter.idle.wait_for("input")
                 await future
                 self._coming -= 1
                 continue
@@ -217,6 +220,8 @@ class SyncStep(Step):
                 self.extra_room = extra_room
                 self._window.wake()
         self.dispatch()
+        if not self._active:
+            self.meter.idle.wait_for("input")
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
@@ -325,6 +330,7 @@ class ThreadStep(SyncStep):
     def _wake(self, wanted: int, limit: int) -> None:
         while self._active < min(wanted, self.concurrency) and not self._run.stopping:
             self._active += 1
+            self.meter.idle.wait_for(None)
             crossing = _Crossing(limit)
             self._crossings.add(crossing)
             if self._threads is not None:
@@ -419,6 +425,7 @@ class ExecutorStep(SyncStep):
             fair = -(-len(inbox) // (self.concurrency - self._active))
             chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
             self._active += 1
+            self.meter.idle.wait_for(None)
             values = [entry.value for entry in chunk]
             try:
                 future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)

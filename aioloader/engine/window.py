@@ -136,10 +136,10 @@ class Window(Node):
         if self._input_ended and not self._occupied and self._last is None:
             self._finish()
             self._kick()
-        elif not self._under_way:
+        elif not self._under_way and not self._input_ended:
             waits_for: Why = "room" if self._occupied + self._lent >= room else "input"
             for step in self.steps:
-                step.meter.idle.wait_for(None if self._input_ended else waits_for)
+                step.meter.idle.wait_for(waits_for)
 
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
@@ -173,9 +173,6 @@ class Window(Node):
         if failed:
             self._kick()
         if len(run) > failed:
-            if not self._under_way:
-                for step in self.steps:
-                    step.meter.idle.wait_for(None)
             self._under_way += len(run) - failed
             first.dispatch()
 

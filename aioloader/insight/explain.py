@@ -2,17 +2,24 @@
 
 from typing import Final
 
+from aioloader.cores import usable_cores
 from aioloader.insight.stats import StageStats, Stats
 
 __all__ = ["explain"]
 
 KEEPS_UP: Final = 0.05  # a consumer that waits less than this fraction of its time has no problem with its loader
 SATURATED: Final = 0.7  # a stage busier than this has no place free when a sample comes
+COMPUTING: Final = 0.8  # threads that compute this much of one core, or of all, are limited by the GIL, or by the cores
 LOOP_SATURATED: Final = 0.8  # an event loop busier than this delays everything that it drives
 
 
-def explain(stats: Stats) -> str:
-    """Name what limits: the consumer, the event loop, or a stage; and say what to do about it."""
+def explain(stats: Stats, knob: str = "its concurrency") -> str:
+    """Name what limits: the consumer, the event loop, the cores, or a stage; and say what to do about it.
+
+    Args:
+        stats: Of one epoch.
+        knob: What the loader calls the number of its threads.
+    """
     if stats.batches < 2:
         return f"Nothing to explain yet: {stats.batches} batches were handed out; ask again after a few."
     waited = f"the consumer waited {stats.waited_fraction:.0%} of its time for batches"
@@ -29,6 +36,13 @@ def explain(stats: Stats) -> str:
         key=lambda stage: stage.utilization,
         default=None,
     )
+    computing = sum(stage.cpu_seconds for stage in stats.stages) / stats.seconds
+    if busiest is not None and computing >= COMPUTING:
+        most = max(stats.stages, key=lambda stage: stage.cpu_seconds)
+        return (
+            f"{most.name} is the limit: {waited}; the loader's threads compute, {computing:.1f} cores' worth of the "
+            f"{usable_cores()} there are: {_cores_advice(computing)} {numbers}."
+        )
     if busiest is None:
         return f"No stage has done anything measurable, though {waited} {numbers}."
     if busiest.utilization < SATURATED:
@@ -36,7 +50,7 @@ def explain(stats: Stats) -> str:
             f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
             f"the epoch is short, or work comes in bursts, which a larger prefetch evens out {numbers}."
         )
-    return f"{busiest.name} is the limit: {waited}; it was {_use(busiest)}{_advice(busiest)} {numbers}."
+    return f"{busiest.name} is the limit: {waited}; it was {_use(busiest)}{_advice(busiest, knob)} {numbers}."
 
 
 def _use(stage: StageStats) -> str:
@@ -46,14 +60,18 @@ def _use(stage: StageStats) -> str:
     return f"busy {stage.utilization:.0%} of the time{places}, {cost}"
 
 
-def _advice(stage: StageStats) -> str:
+def _cores_advice(computing: float) -> str:
+    if computing >= COMPUTING * usable_cores():
+        return "more cores help, more threads do not"
+    return "Python code holds the GIL, and more threads do not help; a ProcessPoolExecutor as executor= may"
+
+
+def _advice(stage: StageStats, knob: str) -> str:
     if stage.kind == "source":
-        return "; one task reads a source: move work from it into map(fn, concurrency=...)"
+        return "; one task reads it: move work from it into map(fn, concurrency=...)"
     if stage.kind == "async":
         return "; if its server and network can bear more, raise its concurrency"
-    computing = stage.cpu_seconds / max(stage.busy_seconds, 1e-9)
     if not stage.cpu_seconds:  # in another process
-        return "; raise its concurrency, if there are cores for it"
-    if computing > 0.5:
-        return f", {computing:.0%} of it computing: more cores help, more threads do not"
-    return f", {computing:.0%} of it computing, the rest waiting for I/O or for the GIL: try a higher concurrency"
+        return f"; raise {knob}, if there are cores for it"
+    computing = stage.cpu_seconds / stage.busy_seconds
+    return f", {computing:.0%} of it computing, the rest waiting: raise {knob}"

@@ -51,11 +51,10 @@ class StageMeter:
 class IdleClock:
     """Splits the time in which nothing was under way by what it waited for."""
 
-    __slots__ = ("_began", "_why", "input_seconds", "room_seconds")
+    __slots__ = ("_began", "_seconds", "_why")
 
     def __init__(self) -> None:
-        self.input_seconds = 0.0
-        self.room_seconds = 0.0
+        self._seconds: dict[Why, float] = {"input": 0.0, "room": 0.0}
         self._began = 0.0
         self._why: Why | None = None
 
@@ -64,12 +63,15 @@ class IdleClock:
         if why is self._why:
             return
         now = perf_counter()
-        if self._why == "input":
-            self.input_seconds += now - self._began
-        elif self._why == "room":
-            self.room_seconds += now - self._began
+        if self._why is not None:
+            self._seconds[self._why] += now - self._began
         self._began = now
         self._why = why
+
+    def seconds(self, why: Why) -> float:
+        """How long it has waited for `why`, until now if it still does."""
+        going_on = perf_counter() - self._began if self._why is why else 0.0
+        return self._seconds[why] + going_on
 
 
 @dataclass(slots=True)
@@ -83,6 +85,7 @@ class ConsumerMeter:
         batches: How many batches were delivered.
         waited_seconds: Time spent in `next()` after the first batch was there.
         loop: CPU time of the thread that the event loop runs in.
+        end_seen: The consumer knows that the epoch is over.
     """
 
     began: float | None = None
@@ -91,6 +94,7 @@ class ConsumerMeter:
     batches: int = 0
     waited_seconds: float = 0.0
     loop: "ThreadClock | None" = None
+    end_seen: bool = False
 
     def delivered(self, asked: float) -> None:
         """A batch was handed out that had been asked for at `asked`."""
@@ -100,6 +104,12 @@ class ConsumerMeter:
         else:
             self.waited_seconds += waited
         self.batches += 1
+
+    def waited_for_end(self, asked: float) -> None:
+        """There was no batch left, as turned out after waiting since `asked`; counts once."""
+        if not self.end_seen and self.first_after_seconds is not None:
+            self.end_seen = True
+            self.waited_seconds += perf_counter() - asked
 
     def finish(self) -> None:
         """The epoch is over, or was given up."""

@@ -16,7 +16,8 @@ class StageStats:
 
     Attributes:
         name: The stage as written in the pipeline, `map(fetch)`; neighbouring sync stages that run in one hop are one.
-        kind: `"source"`, `"async"` (awaited on the loop) or `"sync"` (in threads or an executor).
+        kind: `"source"` (read by one task; `flat_map` too), `"async"` (awaited on the loop) or `"sync"` (in threads or
+            an executor).
         concurrency: Samples that may be under way side by side.
         samples: Samples, or batches, that went through.
         errors: How many of them failed.
@@ -103,8 +104,8 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         busy_seconds=meter.busy_seconds,
         cpu_seconds=meter.cpu_seconds,
         utilization=min(1.0, meter.busy_seconds / capacity) if capacity > 0 else 0.0,
-        waiting_for_input_seconds=meter.idle.input_seconds,
-        waiting_for_room_seconds=meter.idle.room_seconds,
+        waiting_for_input_seconds=meter.idle.seconds("input"),
+        waiting_for_room_seconds=meter.idle.seconds("room"),
         finished_slots=meter.finished_sum / meter.handovers if meter.handovers else 0.0,
         room=meter.room,
     )

@@ -1,7 +1,7 @@
 """The common part of stage descriptions."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
@@ -19,22 +19,22 @@ class Pass:
 
     Attributes:
         epoch: The number of the epoch.
-        repetitions: The numbers of the enclosing `repeat` stages' repetitions, outermost first; the first repetition of
-            a stage is not in it, so that it equals a pass without `repeat`.
-        path: Which input of `merge`, `mix` or `zip` this is, outermost first.
+        repetitions: The numbers of the enclosing `repeat` stages' repetitions, outermost first.
     """
 
     epoch: int
     repetitions: tuple[int, ...] = ()
-    path: tuple[int, ...] = field(default=())
 
     def seed(self, seed: int, purpose: str) -> int:
-        """A seed for `purpose` in this pass."""
-        return derive_seed(seed, purpose, self.epoch, *self.repetitions)
+        """A seed for `purpose` in this pass; in a first repetition that of a pass without `repeat`."""
+        path = list(self.repetitions)
+        while path and path[-1] == 0:
+            path.pop()
+        return derive_seed(seed, purpose, self.epoch, *path)
 
     def repeated(self, repetition: int) -> "Pass":
         """Repetition number `repetition` within this pass."""
-        return Pass(self.epoch, (*self.repetitions, repetition) if repetition else self.repetitions, self.path)
+        return Pass(self.epoch, (*self.repetitions, repetition))
 
 
 class Stage(ABC):

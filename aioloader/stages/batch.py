@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aioloader.engine.entry import Entry
+from aioloader.engine.entry import Entry, annotate
 from aioloader.engine.node import Fold
 from aioloader.engine.source import is_async_callable
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
@@ -151,14 +151,15 @@ class Unbatch(FoldStage):
         raise UnknownLengthError("unbatch() gives as many samples as the batches turn out to hold")
 
     def fold(self, this_pass: Pass) -> Fold:
-        return _UnbatchFold(self.collated)
+        return _UnbatchFold(self.collated, this_pass.epoch)
 
 
 class _UnbatchFold:
     full = False
 
-    def __init__(self, collated: bool) -> None:
+    def __init__(self, collated: bool, epoch: int) -> None:
         self._collated = collated
+        self._epoch = epoch
         self._before: Any = None
         self._count = 0
 
@@ -168,20 +169,22 @@ class _UnbatchFold:
     def feed(self, run: list[Entry]) -> list[Entry]:
         out: list[Entry] = []
         for entry in run:
-            if entry.error is not None:
-                out.append(entry)
-            else:
+            after = entry.cursor
+            samples: Sequence[Any] = ()
+            if entry.error is None:
                 try:
                     samples = _rows(entry.value, self._collated)
                 except (TypeError, ValueError) as error:
+                    annotate(error, "unbatch()", entry, self._epoch)
                     entry.error = error
                     entry.value = None
-                    out.append(entry)
-                else:
-                    for offset, sample in enumerate(samples, 1):
-                        out.append(Entry(sample, (self._before, offset), None, self._count))
-                        self._count += 1
-            self._before = entry.cursor
+            if entry.error is not None:
+                entry.cursor = (after, 0)  # nothing of what comes after it
+                out.append(entry)
+            for offset, sample in enumerate(samples, 1):
+                out.append(Entry(sample, (self._before, offset), None, self._count))
+                self._count += 1
+            self._before = after
         return out
 
     def flush(self) -> list[Entry]:

@@ -4,7 +4,7 @@ import inspect
 from operator import index
 from typing import Any
 
-__all__ = ["callable_name", "check_callable", "check_count"]
+__all__ = ["callable_name", "check_callable", "check_count", "check_integer"]
 
 
 def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
@@ -21,6 +21,17 @@ def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}{way_out}")
     return number
+
+
+def check_integer(name: str, value: Any) -> int:
+    """`value` as an integer of any size.
+
+    Raises:
+        TypeError: It is none; `True` is none either.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return index(value)
 
 
 def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:

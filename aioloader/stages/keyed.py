@@ -38,7 +38,7 @@ class _SplitFold:
     full = False
 
     def __init__(self) -> None:
-        self._before: Any = 0
+        self._before: Any = None
         self._count = 0
 
     def wants(self, limit: int) -> int:

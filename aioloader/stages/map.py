@@ -1,25 +1,17 @@
 """`map`, `filter`, `flat_map`: the stages that run user functions."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Final
 
+from aioloader.cores import usable_cores
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.checks import callable_name
 
-__all__ = ["ASYNC_CONCURRENCY", "Filter", "FlatMap", "Map", "usable_cores"]
+__all__ = ["ASYNC_CONCURRENCY", "Filter", "FlatMap", "Map"]
 
 ASYNC_CONCURRENCY: Final = 64  # what awaits costs next to nothing; this many requests hide usual latencies
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -88,7 +89,7 @@ class Shard(FoldStage):
 
 
 class _ShardFold:
-    """The part of a stream. Cursor: that of the entry."""
+    """The part of a stream. Cursor: that of the entry, and how many of all ranks' samples were seen by then."""
 
     full = False
 
@@ -96,6 +97,7 @@ class _ShardFold:
         self._rank = rank
         self._world_size = world_size
         self._seen = 0
+        self._newest: Any = None  # cursor
         self._first: list[Entry] = []  # at most world_size - 1 samples, to fill the last round
 
     def wants(self, limit: int) -> int:
@@ -106,16 +108,20 @@ class _ShardFold:
         for entry in run:
             if len(self._first) < self._world_size - 1:
                 self._first.append(_copy(entry))
-            if self._seen % self._world_size == self._rank:
-                mine.append(entry)
+            self._newest = entry.cursor
             self._seen += 1
+            if (self._seen - 1) % self._world_size == self._rank:
+                entry.cursor = (entry.cursor, self._seen)
+                mine.append(entry)
         return mine
 
     def flush(self) -> list[Entry]:
         missing = self._seen % self._world_size
         if not missing or self._rank < missing:
             return []
-        return [_copy(self._first[(self._rank - missing) % len(self._first)])]
+        filler = _copy(self._first[(self._rank - missing) % len(self._first)])
+        filler.cursor = (self._newest, self._seen - missing + self._world_size)  # the end: it is not read again
+        return [filler]
 
 
 def _copy(entry: Entry) -> Entry:
