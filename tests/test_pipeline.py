@@ -737,3 +737,77 @@ def test_to_cpu_gives_cpu_batches(face: Face) -> None:
     batches = collect(Pipeline(range(6)).batch(4).to("cpu"), face)
     assert [batch.tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5]]
     assert {batch.device.type for batch in batches} == {"cpu"}
+
+
+def test_repeat_of_a_generator_is_refused_at_once() -> None:
+    """It can be iterated once; the way out is the generator function."""
+    generator = (key for key in range(3))
+    with pytest.raises(ValueError, match="pass the generator function itself"):
+        Pipeline(generator).repeat(2)
+    with pytest.raises(ValueError, match="pass the generator function itself"):
+        Pipeline(generator).map(double).repeat()
+    assert list(Pipeline(generator).repeat(1)) == [0, 1, 2]
+
+
+@on_both_faces
+def test_a_repetition_that_cannot_begin_fails_at_its_place(face: Face) -> None:
+    """As a failed source does: everything before it comes, the error comes once, then the epoch is over."""
+    opened: list[int] = []
+
+    def stream() -> Iterator[int]:
+        opened.append(len(opened))
+        if len(opened) == 2:
+            raise OSError("the disk is gone")
+        return iter(range(5))
+
+    with Steps(Pipeline(stream).repeat(3).map(double, concurrency=2).batch(2, collate_fn=list), face) as steps:
+        found = steps.outcomes()
+    assert found[:3] == [[0, 2], [4, 6], [8]]
+    assert [type(one) for one in found[3:]] == [OSError]
+
+
+@on_both_faces
+def test_nested_repeats_repeat_no_order(face: Face) -> None:
+    """Each of the four passes is shuffled anew, and the first as without `repeat`."""
+    found = collect(Pipeline(range(50)).shuffle(seed=1).repeat(2).repeat(2), face)
+    passes = [tuple(found[at : at + 50]) for at in range(0, 200, 50)]
+    assert len(set(passes)) == 4
+    assert list(passes[0]) == collect(Pipeline(range(50)).shuffle(seed=1), face)
+
+
+@on_both_faces
+def test_repeating_nothing_for_ever_ends(face: Face) -> None:
+    """It would be a silent hang."""
+    assert collect(Pipeline(range(0)).repeat(), face) == []
+    assert collect(Pipeline(range(10)).filter(lambda key: key > 10).repeat(), face) == []
+
+
+@on_both_faces
+def test_merge_starves_no_source(face: Face) -> None:
+    """Of endless sources that are always ready each has its turn."""
+
+    async def endless(name: str) -> AsyncIterator[str]:
+        while True:
+            yield name
+
+    loader = Pipeline.merge(partial(endless, "a"), partial(endless, "b"), partial(endless, "c")).take(300)
+    counts = Counter(collect(loader, face))
+    assert min(counts.values()) >= 50
+
+
+def test_a_with_block_keeps_one_loop_for_all_epochs() -> None:
+    """Clients made on it in the first epoch are of use in the second; without the block each epoch has its own."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def fetch(key: int) -> int:
+        loops.append(asyncio.get_running_loop())
+        return key
+
+    loader = Pipeline(range(2)).map(fetch)
+    with loader:
+        assert list(loader) == list(loader) == [0, 1]
+        assert len({id(loop) for loop in loops}) == 1
+        assert not loops[0].is_closed()
+    assert loops[0].is_closed()
+    list(loader)
+    assert loops[-1] is not loops[0]
