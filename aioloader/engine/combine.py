@@ -175,7 +175,8 @@ class RepeatNode(Node):
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick
-        self._upstream.start(run, kick)
+        if not self.ended:
+            self._upstream.start(run, kick)
 
     def poll(self, limit: int) -> list[Entry]:
         while not self.ended:

@@ -1,5 +1,6 @@
 """What travels through the engine: one sample or batch, with the cursor to go on after it."""
 
+import contextlib
 from asyncio import CancelledError
 from typing import Any, Final
 
@@ -57,9 +58,10 @@ def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None
     """
     name = f"key {_short(entry.key)}, " if entry.key is not None else ""
     note = f"aioloader: stage {stage}, {name}epoch {epoch}, position {entry.position}"
-    notes = getattr(error, "__notes__", ())
+    notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, str)]
     if note not in notes and sum(n.startswith("aioloader: stage ") for n in notes) < 4:
-        error.add_note(note)
+        with contextlib.suppress(Exception):  # a frozen dataclass takes none, and must not be replaced by that error
+            error.add_note(note)
 
 
 def presentable(error: BaseException) -> BaseException:

@@ -65,9 +65,14 @@ class Delivery:
         """The value of `entry`, or its error, raised."""
         self.cursor = entry.cursor
         self.run.consumer.delivered(asked)
-        if entry.error is not None:
-            raise presentable(entry.error)
-        return entry.value
+        error, value = entry.error, entry.value
+        entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
+        if error is None:
+            return value
+        try:
+            raise presentable(error)
+        finally:
+            del error
 
     def _take_failure(self, end: BaseException) -> BaseException:
         """The failure of the run, once; then the end, so that "catch it and go on" comes to an end."""
@@ -90,6 +95,7 @@ class AsyncDelivery(Delivery):
         run.attach(loop)
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._supervisor = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
+        self._supervisor.add_done_callback(self._wake_all)
 
     def _kick(self) -> None:
         while self._waiters:
@@ -97,6 +103,10 @@ class AsyncDelivery(Delivery):
             if not waiter.done():
                 waiter.set_result(None)
                 return
+
+    def _wake_all(self, _: object) -> None:
+        while self._waiters:
+            self._kick()
 
     async def next(self) -> Any:
         """Wait for the next batch.
@@ -173,7 +183,7 @@ class SyncDelivery(Delivery):
         self._unreported = 0  # batches that the consumer has and the loop does not know of
         self._report_at = max(1, run.output.room // 4)
         self._lazy = run.output.room == 0
-        self._asked = 0  # on the loop: whether the consumer waits
+        self._asked = 0  # on the loop: how many consumers wait
         self._pumping = False
         self._over = threading.Event()
         self._own_loop = None if shared is not None else LoopThread()
@@ -196,7 +206,7 @@ class SyncDelivery(Delivery):
         if self.run.stopping or not self.run.started or (self._lazy and not self._asked):
             return
         taken = output.poll(self._asked if self._lazy else 1 << 20)
-        self._asked = 0 if taken else self._asked
+        self._asked -= len(taken) if self._lazy else 0
         output.lend(len(taken))
         for entry in taken:
             self._queue.put(entry)
@@ -229,11 +239,11 @@ class SyncDelivery(Delivery):
             self._queue.put(item)  # for whoever asks next
             if self._own_loop is not None:
                 self._own_loop.join()
+            if self.run.failure is not None and not self.closed:
+                raise self._take_failure(StopIteration())
             if self.run.output.ended:
                 self.run.consumer.waited_for_end(asked)
                 raise StopIteration
-            if self.run.failure is not None and not self.closed:
-                raise self._take_failure(StopIteration())
             raise self._cut_short()
         with self._lock:
             self._unreported += 1
@@ -252,7 +262,7 @@ class SyncDelivery(Delivery):
         if count:
             self.run.output.give_back(count)
         if self._lazy and waits:
-            self._asked = 1
+            self._asked += 1
             self._kick()
 
     def close(self) -> None:

@@ -36,6 +36,9 @@ class LoopThread:
         self.loop = new_event_loop()
         self._stop = self.loop.create_future()
         self._tasks: dict[asyncio.Task[None], Callable[[], None]] = {}
+        self._lock = threading.Lock()
+        self._coming: set[Callable[[], None]] = set()  # refusals of tasks that have not been started yet
+        self._ended = False
         self._thread = threading.Thread(target=self._main, name="aioloader-loop", daemon=True)
         self._thread.start()
         _alive.add(self)
@@ -58,12 +61,25 @@ class LoopThread:
             del self._tasks[task]
             done(asyncio.CancelledError() if task.cancelled() else task.exception())
 
+        def refuse() -> None:
+            coroutine.close()
+            done(asyncio.CancelledError())
+
         def start() -> None:
+            self._coming.discard(refuse)
+            if self._stop.done():
+                refuse()
+                return
             task = self.loop.create_task(coroutine, name="aioloader-supervisor")
             self._tasks[task] = stop
             task.add_done_callback(finish)
 
-        self.loop.call_soon_threadsafe(start)
+        with self._lock:  # somebody may be closing the loader meanwhile
+            if not self._ended:
+                self._coming.add(refuse)
+                self.loop.call_soon_threadsafe(start)
+                return
+        refuse()
 
     def request_stop(self) -> None:
         """Stop the loop, from any thread, when the tasks that were started have ended, as they are told to now."""
@@ -84,6 +100,10 @@ class LoopThread:
     def _main(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.run(self._wait_for_stop())
+            with self._lock:
+                self._ended = True
+        for refuse in list(self._coming):
+            refuse()
 
     async def _wait_for_stop(self) -> None:
         await self._stop

@@ -171,6 +171,7 @@ class Run:
             self.failure = self.failure or error
         finally:
             self.stopping = True
+            self.output.close()  # idle workers end by themselves
             self.consumer.finish()
             for meter in self.meters:
                 meter.idle.wait_for(None)
@@ -184,7 +185,8 @@ class Run:
 
     async def _end_tasks(self) -> None:
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():  # a second one would cut short the user's `finally: await ...`
+                task.cancel()
         late = await _outlast(set(self._tasks))
         if late:
             names = ", ".join(sorted(task.get_name() for task in late))

@@ -107,7 +107,7 @@ class _Pump(Node):
     def close(self) -> None:
         self._closed = True
         self.meter.retired = True
-        if self._task is not None:
+        if self._task is not None and not self._task.cancelling():  # a second one would cut short the user's `finally`
             self._task.cancel()
 
     async def _main(self) -> None:
@@ -120,7 +120,7 @@ class _Pump(Node):
             cancelled = SampleCancelledError(f"{self.meter.name} was cancelled from inside, not by the loader")
             cancelled.__cause__ = error
             self._put_last(cancelled)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:
             self._put_last(error)
         finally:
             self._over = True
@@ -271,6 +271,7 @@ class FlatMapNode(_Pump):
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds
+                del items, item
         except (Exception, SystemExit) as error:
             failed = Entry(None, (before, offset + 1), sample.key, self._position)
             self._position += 1

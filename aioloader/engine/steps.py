@@ -1,7 +1,7 @@
 """The two ways in which a stage of a journey runs: awaited on the loop, or in chunks through an executor."""
 
 from abc import ABC, abstractmethod
-from asyncio import CancelledError, Future
+from asyncio import CancelledError, Future, current_task
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -38,6 +38,7 @@ class Step(ABC):
     """
 
     extra_room: int = 0
+    closed: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
@@ -61,6 +62,7 @@ class Step(ABC):
 
     def close(self) -> None:
         """Nothing will be accepted any more, and what waits is not begun."""
+        self.closed = True
         self.meter.retired = True
         self.inbox.clear()
 
@@ -93,11 +95,11 @@ class AsyncStep(Step):
         self._workers = 0
         self._coming = 0  # workers that have been woken or started and have not run yet
         self._idle: list[Future[None]] = []
-        self._closed = False
 
     def accept(self, entry: Entry) -> None:
-        self.inbox.append(entry)
-        self.dispatch()
+        if not self.closed:
+            self.inbox.append(entry)
+            self.dispatch()
 
     def dispatch(self) -> None:
         self.meter.idle.wait_for(None)
@@ -105,7 +107,6 @@ class AsyncStep(Step):
 
     def close(self) -> None:
         super().close()
-        self._closed = True
         for future in self._idle:
             if not future.done():
                 future.set_result(None)
@@ -135,10 +136,12 @@ class AsyncStep(Step):
     async def _work(self) -> None:
         inbox, idle, fn, forward, meter = self.inbox, self._idle, self._fn, self._forward, self.meter
         create_future = self._run.loop.create_future
+        task = current_task()
+        assert task is not None
         self._coming -= 1
         while True:
             if not inbox:
-                if self._closed:
+                if self.closed:
                     return
                 future = create_future()
                 idle.append(future)
@@ -158,8 +161,13 @@ class AsyncStep(Step):
                     raise
                 cancelled = SampleCancelledError(f"{meter.name} was cancelled from inside, not by the loader")
                 cancelled.__cause__ = error
+                while task.cancelling():  # answered: the supervisor's cancellation is another one
+                    task.uncancel()
                 self._fail(entry, cancelled, meter.name)
-            except (Exception, SystemExit) as error:  # KeyboardInterrupt is not about this sample: it ends the loop
+                del cancelled
+            except KeyboardInterrupt:  # it is not about this sample: it ends the loop
+                raise
+            except BaseException as error:
                 self._fail(entry, error, meter.name)
             else:
                 if not self._predicate:
@@ -193,6 +201,8 @@ class SyncStep(Step):
         self._seconds_each: float | None = None  # what a sample costs, as far as it is known
 
     def accept(self, entry: Entry) -> None:
+        if self.closed:
+            return
         self.inbox.append(entry)
         if not self._scheduled:  # after the entries that come in this same turn
             self._scheduled = True
@@ -320,15 +330,18 @@ class ThreadStep(SyncStep):
         for crossing in self._crossings:
             if crossing.began > overdue:
                 self._watch()
-            elif fresh := crossing.outcomes[crossing.settled :]:
-                self._settle(crossing.claimed[crossing.settled :], fresh)
-                crossing.settled += len(fresh)
+            else:
+                if fresh := crossing.outcomes[crossing.settled :]:
+                    self._settle(crossing.claimed[crossing.settled :], fresh)
+                    crossing.settled += len(fresh)
+                if not crossing.claimed:  # its thread has not run yet: all this may still happen
+                    self._watch()
         if self.inbox:
             self._seconds_each = None
         self.dispatch()
 
     def _wake(self, wanted: int, limit: int) -> None:
-        while self._active < min(wanted, self.concurrency) and not self._run.stopping:
+        while self._active < min(wanted, self.concurrency) and not (self.closed or self._run.stopping):
             self._active += 1
             self.meter.idle.wait_for(None)
             crossing = _Crossing(limit)
@@ -353,6 +366,7 @@ class ThreadStep(SyncStep):
             failures = [Failed(broken, self._calls[0].label) for _ in islice(samples, 1)]
             result = ChunkResult(list(failures), 0.0, 0.0)
         call_loop(self._run.loop, self._run.guarded, self._reported, crossing, result)
+        del crossing, samples, result  # as in `apply_chunk`
 
     def _reported(self, crossing: "_Crossing", result: ChunkResult) -> None:
         self._crossings.discard(crossing)
@@ -421,7 +435,7 @@ class ExecutorStep(SyncStep):
     def dispatch(self) -> None:
         self._scheduled = False
         inbox = self.inbox
-        while inbox and self._active < self.concurrency and not self._run.stopping:
+        while inbox and self._active < self.concurrency and not (self.closed or self._run.stopping):
             fair = -(-len(inbox) // (self.concurrency - self._active))
             chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
             self._active += 1
@@ -448,5 +462,6 @@ class ExecutorStep(SyncStep):
 
     def _returned(self, chunk: list[Entry], result: ChunkResult) -> None:
         tried = len(result.outcomes)
-        self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
+        if not self.closed:
+            self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
         self._landed(chunk[:tried], result)

@@ -147,6 +147,8 @@ class Window(Node):
             self._input_ended = True
             if not self._ordered:
                 self._last = run.pop()
+                if not self._occupied and not run:  # nobody else's end will say so
+                    self._kick()
         self._occupied += len(run)
         if self._ordered:
             self._slots.extend(run)

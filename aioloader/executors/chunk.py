@@ -90,6 +90,7 @@ def apply_chunk(
     began = perf_counter()
     deadline = began + budget_seconds
     now = began
+    value: Any = None
     for value in values:
         for call in calls:
             try:
@@ -110,4 +111,8 @@ def apply_chunk(
         now = perf_counter()
         if now > deadline:
             break
-    return ChunkResult(outcomes, now - began, thread_time() - cpu_began)
+    result = ChunkResult(outcomes, now - began, thread_time() - cpu_began)
+    try:
+        return result
+    finally:  # the traceback of a failed sample keeps this frame: not with it the other samples of its chunk
+        del values, value, outcomes, result

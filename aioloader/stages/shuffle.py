@@ -83,20 +83,20 @@ class _ShuffleFold:
         return out
 
     def _emit(self, drawn: "_Waiting") -> Entry:
-        drawn.gone = True
+        entry, drawn.entry = drawn.entry, None
+        assert entry is not None
         arrivals = self._arrivals
-        while arrivals and arrivals[0].gone:
+        while arrivals and arrivals[0].entry is None:
             arrivals.popleft()
         self._drawn += 1
         oldest = arrivals[0].before if arrivals else self._last_cursor
-        drawn.entry.cursor = (oldest, self._drawn)
-        return drawn.entry
+        entry.cursor = (oldest, self._drawn)
+        return entry
 
 
 class _Waiting:
-    __slots__ = ("before", "entry", "gone")
+    __slots__ = ("before", "entry")
 
     def __init__(self, entry: Entry, before: Any) -> None:
-        self.entry = entry
+        self.entry: Entry | None = entry  # None: it has been drawn
         self.before = before  # the cursor that leads to this entry
-        self.gone = False

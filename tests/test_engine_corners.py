@@ -1,0 +1,222 @@
+"""Corners of the engine in which something once went wrong."""
+
+import asyncio
+import dataclasses
+import gc
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+
+from aioloader import Pipeline
+from aioloader.testing import Gate
+from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, run, turns
+
+
+class Sample:
+    """Something that can be referred to weakly."""
+
+
+@on_both_faces
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_source_that_fails_when_all_else_is_done_ends_an_unordered_window(face: Face, asynchronous: bool) -> None:
+    """Nobody's completion says so: the failure itself must."""
+    delivered = Gate()
+
+    def source() -> Iterator[int]:
+        yield 1
+        delivered.pass_sync("the first sample is with the consumer")
+        raise OSError("the disk is gone")
+
+    async def fetch(key: int) -> int:
+        return key
+
+    def decode(key: int) -> int:
+        return key
+
+    loader = Pipeline(source).map(fetch if asynchronous else decode, ordered=False)
+    with Steps(loader, face) as steps:
+        assert steps.next() == 1
+        delivered.open_all()
+        assert [type(one) for one in steps.outcomes()] == [OSError]
+
+
+@on_both_faces
+def test_take_that_is_full_begins_nothing_more(face: Face) -> None:
+    """Samples that come late out of an earlier stage go to no thread of a window that is closed."""
+    gate = Gate()
+    decoded: list[int] = []
+
+    async def fetch(key: int) -> int:
+        if key > 1:
+            await gate.passing(key)
+        return key
+
+    def decode(key: int) -> int:
+        decoded.append(key)
+        return key
+
+    def hold(key: int) -> Iterator[int]:  # the epoch goes on after the two samples are through
+        yield key
+        if key == 1:
+            gate.open_all()
+            yield key
+
+    loader = Pipeline(lambda: iter(range(100))).map(fetch, concurrency=8).map(decode).take(2).flat_map(hold)
+    assert collect(loader, face) == [0, 1, 1]
+    assert set(decoded) == {0, 1}
+
+
+@pytest.mark.parametrize("how", ["take", "aclose"])
+def test_an_async_source_is_cancelled_once(how: str) -> None:
+    """Its `finally` may await: a second cancellation would cut that short."""
+    said: list[str] = []
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            for key in range(1000):
+                yield key
+        finally:
+            said.append("begins to clean up")
+            await turns()
+            said.append("is clean")
+
+    async def main() -> None:
+        if how == "take":
+            async for _ in Pipeline(source).take(3):
+                pass
+        else:
+            batches: Any = aiter(Pipeline(source))
+            await anext(batches)
+            await batches.aclose()
+
+    run(main)
+    assert said == ["begins to clean up", "is clean"]
+
+
+def test_a_shuffle_buffer_lets_go_of_what_it_gave() -> None:
+    """Also while one old sample still waits in it: not the samples, only the order of arrivals is kept."""
+    alive: weakref.WeakSet[Sample] = weakref.WeakSet()
+    most = 0
+
+    def source() -> Iterator[Sample]:
+        nonlocal most
+        for _ in range(3000):
+            sample = Sample()
+            alive.add(sample)
+            most = max(most, len(alive))
+            yield sample
+
+    for _ in Pipeline(source).shuffle(50):
+        pass
+    assert most < 50 + 1000  # buffer, window and what is read ahead; all of them would be 3000
+
+
+def test_without_prefetch_each_waiting_thread_gets_its_batch() -> None:
+    """Several threads may share an iterator; each asks for one."""
+    batches = iter(Pipeline(range(10)).batch(1, collate_fn=list).prefetch(0))
+    assert next(batches) == [0]
+    threads = [Started(lambda: next(batches)) for _ in range(4)]
+    assert sorted(thread.outcome() for thread in threads) == [[1], [2], [3], [4]]
+    batches.close()
+
+
+@on_both_faces
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_caught_error_keeps_no_samples_alive(face: Face, asynchronous: bool) -> None:
+    """No cycle of an exception, its traceback and our frames: samples die when the consumer drops them."""
+    refs: list[weakref.ref[Sample]] = []
+
+    def decode(key: int) -> Sample:
+        if key == 5:
+            raise ValueError(key)
+        sample = Sample()
+        refs.append(weakref.ref(sample))
+        return sample
+
+    async def fetch(key: int) -> Sample:
+        return decode(key)
+
+    loader = Pipeline(range(50)).map(fetch if asynchronous else decode, concurrency=2)
+    gc.collect()
+    gc.disable()
+    try:
+        with Steps(loader, face) as steps:
+            found = steps.outcomes()
+            assert sum(isinstance(one, ValueError) for one in found) == 1
+            del found
+        assert sum(ref() is not None for ref in refs) == 0
+    finally:
+        gc.enable()
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """Takes no attributes, and so no notes."""
+
+    code: int
+
+
+@on_both_faces
+def test_an_error_that_takes_no_note_is_raised_as_it_is(face: Face) -> None:
+    """Python cannot even give it a traceback; that is not made worse by a note."""
+    error = FrozenError(7)
+
+    async def fetch(key: int) -> int:
+        if key == 1:
+            raise error
+        return key
+
+    with Steps(Pipeline(range(3)).map(fetch), face) as steps:
+        found = steps.outcomes()
+    assert [found[0], found[2]] == [0, 2]
+    assert isinstance(found[1], FrozenError | dataclasses.FrozenInstanceError)
+
+
+def test_closing_while_epochs_begin_hangs_nobody() -> None:
+    """One thread opens epochs in a `with` block, another closes the loader again and again."""
+    loader = Pipeline(range(5))
+    over = threading.Event()
+
+    def consume() -> int:
+        epochs = 0
+        with loader:
+            for _ in range(200):
+                try:
+                    list(loader)
+                except RuntimeError:  # LoaderClosedError, or the loop was gone already
+                    continue
+                epochs += 1
+        over.set()
+        return epochs
+
+    def close() -> None:
+        while not over.is_set():
+            loader.close()
+
+    closing, consuming = Started(close), Started(consume)
+    consuming.outcome()
+    closing.outcome()
+
+
+@pytest.mark.asyncio
+async def test_all_waiters_hear_of_the_end() -> None:
+    """However many tasks wait on one iterator when the epoch ends, each is told."""
+    gate = Gate()
+
+    async def fetch(key: int) -> int:
+        await gate.passing(key)
+        return key
+
+    batches = aiter(Pipeline(range(2)).map(fetch))
+
+    async def take() -> Any:
+        return await anext(batches, "the end")
+
+    tasks = [asyncio.create_task(take()) for _ in range(6)]
+    await gate.until_arrived(2)
+    gate.open_all()
+    found = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE)
+    assert sorted(map(str, found)) == ["0", "1", *["the end"] * 4]
