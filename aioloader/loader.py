@@ -1,5 +1,7 @@
 """What `Pipeline` and `DataLoader` share: iteration by both faces, epochs, closing, insight."""
 
+import asyncio
+import threading
 from abc import abstractmethod
 from time import perf_counter
 from typing import Any, Self
@@ -32,6 +34,7 @@ class Loader(Opener):
 
     def __init__(self) -> None:
         self._next_epoch = 0
+        self._lock = threading.Lock()
         self._deliveries: WeakSet[Delivery] = WeakSet()
         self._meters: list[StageMeter] = []
         self._consumer: ConsumerMeter | None = None
@@ -87,7 +90,12 @@ class Loader(Opener):
         consumer.began = perf_counter()
 
     def _opened(self, delivery: Delivery) -> None:
-        self._deliveries.add(delivery)
+        with self._lock:
+            self._deliveries.add(delivery)
+
+    def _alive(self) -> list[Delivery]:
+        with self._lock:  # another thread may begin an epoch meanwhile
+            return list(self._deliveries)
 
     def _receiver(self) -> Receive | None:
         transfer = self._transfer
@@ -99,9 +107,10 @@ class Loader(Opener):
     # -- closing -----------------------------------------------------------------------------------------------------
 
     def _shared_loop(self) -> LoopThread | None:
-        if self._entered and self._loop_thread is None:
-            self._loop_thread = LoopThread()
-        return self._loop_thread
+        with self._lock:
+            if self._entered and self._loop_thread is None:
+                self._loop_thread = LoopThread()
+            return self._loop_thread
 
     def __enter__(self) -> Self:
         """Keep the event loop of `for` for all epochs of the block, so that clients made on it stay usable."""
@@ -125,7 +134,7 @@ class Loader(Opener):
         Returns when tasks and threads are gone, at most a few seconds later. Epochs of `async for` are only told to
         end, since their loop may be the caller's: use `aclose` there. The loader itself stays usable.
         """
-        for delivery in list(self._deliveries):
+        for delivery in self._alive():
             if isinstance(delivery, SyncDelivery):
                 delivery.close()
             elif isinstance(delivery, AsyncDelivery):
@@ -139,10 +148,14 @@ class Loader(Opener):
 
     async def aclose(self) -> None:
         """`close` for async code: epochs of `async for` on this loop have ended when it returns. Idempotent."""
-        for delivery in list(self._deliveries):
+        for delivery in self._alive():
             if isinstance(delivery, AsyncDelivery):
-                await delivery.aclose()
-        if self._loop_thread is not None or any(isinstance(d, SyncDelivery) for d in self._deliveries):
+                if delivery.run.loop is asyncio.get_running_loop():
+                    await delivery.aclose()
+                else:  # it ends on its own loop
+                    delivery.closed = True
+                    delivery.run.request_stop_threadsafe()
+        if self._loop_thread is not None or any(isinstance(d, SyncDelivery) for d in self._alive()):
             await anyio.to_thread.run_sync(self.close)
         self._close_transfer()
 

@@ -215,8 +215,11 @@ class Pipeline(Loader):
         return self._then(To(device))
 
     def prefetch(self, n: int) -> "Pipeline":
-        """Hold `n` finished batches ahead; default 2. 0: each is made when it is asked for."""
-        count = check_count("prefetch", n, least=0, hint="prefetch(0) makes nothing ahead")
+        """Hold `n` finished batches ahead; default 2.
+
+        0: each is collated when it is asked for. Samples are under way before that all the same, see `map`.
+        """
+        count = check_count("prefetch", n, least=0, hint="prefetch(0) makes no batch ahead")
         return self._of(replace(self._plan, prefetch=count))
 
     # -- several sources ---------------------------------------------------------------------------------------------

@@ -450,7 +450,7 @@ def test_a_failed_copy_stands_at_its_batch(face: Face) -> None:
     """The batch that could not be copied raises in its place, and the next one follows."""
     backend = FakeBackend(seed=1)
     backend.fail_copy(2, RuntimeError("CUDA error: out of memory"))
-    loader = Pipeline(Counting(12)).batch(4).to(backend)
+    loader = Pipeline(Counting(12)).batch(4).to(backend).prefetch(1)  # so that the second copy is the second batch's
     with Steps(loader, face) as steps:
         assert steps.next() is not None
         with pytest.raises(DeviceError, match="out of memory"):

@@ -140,13 +140,32 @@ def test_a_caught_error_keeps_no_samples_alive(face: Face, asynchronous: bool) -
         return decode(key)
 
     loader = Pipeline(range(50)).map(fetch if asynchronous else decode, concurrency=2)
+
+    async def consume() -> int:
+        errors, batches = 0, aiter(loader)
+        while True:
+            try:
+                await anext(batches)
+            except ValueError:
+                errors += 1
+            except StopAsyncIteration:
+                return errors
+
+    def consume_in_thread() -> int:
+        errors, batches = 0, iter(loader)
+        while True:
+            try:
+                next(batches)
+            except ValueError:
+                errors += 1
+            except StopIteration:
+                return errors
+
     gc.collect()
     gc.disable()
     try:
-        with Steps(loader, face) as steps:
-            found = steps.outcomes()
-            assert sum(isinstance(one, ValueError) for one in found) == 1
-            del found
+        errors = consume_in_thread() if face == "for" else run(consume)
+        assert errors == 1
         assert sum(ref() is not None for ref in refs) == 0
     finally:
         gc.enable()
@@ -220,3 +239,35 @@ async def test_all_waiters_hear_of_the_end() -> None:
     gate.open_all()
     found = await asyncio.wait_for(asyncio.gather(*tasks), DEADLINE)
     assert sorted(map(str, found)) == ["0", "1", *["the end"] * 4]
+
+
+@on_both_faces
+def test_zip_raises_what_its_first_source_raises(face: Face) -> None:
+    """As Python's: the first source is asked before the second one's end is seen."""
+
+    def fails() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise OSError("the disk is gone")
+
+    with Steps(Pipeline.zip(fails, [10, 20]), face) as steps:
+        found = steps.outcomes()
+    assert found[:2] == [(1, 10), (2, 20)]
+    assert [type(one) for one in found[2:]] == [OSError]
+    assert collect(Pipeline.zip([10, 20], fails), face) == [(10, 1), (20, 2)]
+
+
+@on_both_faces
+def test_a_burst_does_not_wait_for_the_sample_after_it(face: Face) -> None:
+    """Samples of a sync stream that are there go on, however long the next one takes."""
+    gate = Gate()
+
+    def bursts() -> Iterator[int]:
+        yield from range(3)
+        gate.pass_sync("an hour later")
+        yield 3
+
+    with Steps(Pipeline(bursts).prefetch(10), face) as steps:
+        assert [steps.next() for _ in range(3)] == [0, 1, 2]
+        gate.open_all()
+        assert steps.rest() == [3]

@@ -128,10 +128,22 @@ class ZipNode(_Several):
         taken: list[Entry] = []
         while not self.ended and len(taken) < limit and all(self._pending):
             taken.append(self._pair([pending.popleft() for pending in self._pending]))
-        for upstream, pending in zip(self._upstreams, self._pending, strict=True):
-            if upstream.ended and not pending and not self.ended:
-                self._end()
+        if len(taken) < limit and not self.ended:
+            taken.extend(self._look_for_the_end())
         return taken
+
+    def _look_for_the_end(self) -> list[Entry]:
+        """Ask in order, as Python's `zip` does: whoever comes first fails, or ends it, or is waited for."""
+        for upstream, pending in zip(self._upstreams, self._pending, strict=True):
+            if pending and pending[0].state == LAST:
+                last = Entry.last(pending[0].error or AssertionError(), tuple(self._cursors), self._position)
+                self._end()
+                return [last]
+            if not pending:
+                if upstream.ended:
+                    self._end()
+                break
+        return []
 
     def _pair(self, entries: list[Entry]) -> Entry:
         paired = Entry(
@@ -195,7 +207,7 @@ class RepeatNode(Node):
                 self._next()
             if taken:
                 return taken
-            if not (self.ended or self._upstream_may_give or self._failure):
+            if not (self.ended or self._upstream_may_give or self._failure is not None):
                 return taken
             self._upstream_may_give = False
         return []

@@ -125,7 +125,7 @@ class AsyncDelivery(Delivery):
             if run.failure is not None:
                 await self._finish()
                 raise self._take_failure(StopAsyncIteration())
-            if self.closed:
+            if self.closed and not run.output.ended:
                 raise self._cut_short()
             if run.started:
                 taken = run.output.poll(1)
@@ -232,7 +232,7 @@ class SyncDelivery(Delivery):
             queue.Empty: The time is over; the batch comes with a later call.
         """
         asked = perf_counter()
-        if self._queue.empty():
+        if self._lazy or self._queue.empty():  # a batch that lies there may be another thread's, which asked for it
             self._report(0)
         item = self._queue.get(timeout=timeout)
         if isinstance(item, _Ended):
@@ -270,7 +270,7 @@ class SyncDelivery(Delivery):
         self.run.request_stop_threadsafe()
         if self._own_loop is not None:
             self._own_loop.join()
-        else:
+        elif self._loop_thread is not None and not self._loop_thread.is_current():
             self._over.wait(2 * CLOSE_SECONDS)
 
 

@@ -87,9 +87,13 @@ class LoopThread:
 
     def join(self, seconds: float = 2 * CLOSE_SECONDS) -> bool:
         """Wait for the end of the thread. False: it did not end in time."""
-        if threading.current_thread() is not self._thread:
+        if not self.is_current():
             self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def is_current(self) -> bool:
+        """Whether the caller is on this loop's thread, where waiting for it would be in vain."""
+        return threading.current_thread() is self._thread
 
     def _stop_now(self) -> None:
         for stop in self._tasks.values():

@@ -93,8 +93,9 @@ class FoldNode(Node):
             if run:
                 failed = run.pop() if run[-1].state == LAST else None
                 ready.extend(fold.feed(run))
-                if failed is not None:
+                if failed is not None or fold.full:
                     self._finish()
+                if failed is not None:
                     ready.append(failed)
             elif upstream.ended:
                 self._finish()

@@ -1,6 +1,8 @@
 """Readers: how a user's iterable is iterated, by one task, on the loop or in one thread."""
 
+import asyncio
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from io import IOBase
 from time import perf_counter
@@ -63,7 +65,12 @@ class AsyncReader(Reader):
 
 
 class ThreadReader(Reader):
-    """Iterates a sync iterable in one thread, about a millisecond's worth of samples per crossing."""
+    """Iterates a sync iterable in one thread, about a millisecond's worth of samples per crossing.
+
+    The thread stops after the sample that took it past its millisecond. What if samples come in bursts, and that one
+    comes in an hour? Those before it must not wait: two milliseconds after a crossing began, whatever has been read by
+    then goes on, and the crossing stays under way for the one that is late.
+    """
 
     def __init__(self, iterable: Iterable[Any], name: str, run: "Run", threads: Threads) -> None:
         super().__init__(name)
@@ -71,22 +78,32 @@ class ThreadReader(Reader):
         self._iterator: Iterator[Any] | None = None
         self._run = run
         self._threads = threads
+        self._ready: deque[Any] = deque()  # the thread appends
+        self._crossing: asyncio.Future[None] | None = None
         self._ended = False
         self._failure: BaseException | None = None
 
     async def read(self, limit: int) -> list[Any]:
-        if not (self._ended or self._failure):
-            samples = await self._run.in_thread(self._threads, self._read, limit)
-            if samples:
-                return samples
+        while not self._ready:
+            if self._crossing is None:
+                if self._ended or self._failure is not None:
+                    break
+                self._crossing = self._run.submit(self._threads, self._read, limit)
+                await asyncio.wait({self._crossing}, timeout=2 * READ_SECONDS)
+            else:  # it is at the sample that it will end with
+                await asyncio.wait({self._crossing})
+            if self._crossing.done():
+                self._crossing = None
+        if self._ready:
+            return [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
         failure, self._failure = self._failure, None
         if failure is not None:
             self._ended = True
             raise failure
         return []
 
-    def _read(self, limit: int) -> list[Any]:
-        samples: list[Any] = []
+    def _read(self, limit: int) -> None:
+        count = 0
         began = now = perf_counter()
         before = context_state()
         try:
@@ -94,17 +111,18 @@ class ThreadReader(Reader):
                 assert self._iterable is not None
                 self._iterator = iter(self._iterable)
                 self._iterable = None
-            while len(samples) < limit and now - began < READ_SECONDS:
+            while count < limit and now - began < READ_SECONDS:
                 sample = next(self._iterator)
                 check_leak(before, self._name)
-                samples.append(sample)
+                self._ready.append(sample)
+                del sample
+                count += 1
                 now = perf_counter()
         except StopIteration:
             self._ended = True
         except BaseException as error:  # the consumer's: it is raised there, after the samples before it
             self._failure = error
         self.busy_seconds += perf_counter() - began
-        return samples
 
     async def aclose(self) -> None:
         close = getattr(self._iterator, "close", None)

@@ -88,6 +88,10 @@ class Run:
 
     async def in_thread(self, threads: Threads, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn(*args)` in one of `threads`. When this is cancelled, the call itself goes on and is forgotten."""
+        return await self.submit(threads, fn, *args)
+
+    def submit(self, threads: Threads, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        """Begin a call of `fn(*args)` in one of `threads`."""
         future: asyncio.Future[T] = self.loop.create_future()
 
         def settle(result: T | None, error: BaseException | None) -> None:
@@ -111,7 +115,7 @@ class Run:
                 call_loop(self.loop, settle, result, None)
 
         threads.submit(job)
-        return await future
+        return future
 
     async def closing(self, close: Callable[[], Awaitable[object]]) -> None:
         """Await the end of something of the user's, even when cancelled, but not for ever."""

@@ -105,7 +105,7 @@ class BatchFold:
 
     def flush(self) -> list[Entry]:
         pending, self._pending = self._pending, []
-        if self._drop_last and not any(entry.error for entry in pending):  # an error is never dropped in silence
+        if self._drop_last and all(entry.error is None for entry in pending):  # an error is never dropped in silence
             return []
         return [self._group(pending)] if pending else []
 

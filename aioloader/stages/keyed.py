@@ -49,7 +49,7 @@ class _SplitFold:
         for entry in run:
             keys = list(entry.value) if entry.error is None else []
             if not keys:  # nothing to load, but it is a batch: as an error it passes by the loading stages
-                entry.error = entry.error or _EmptyBatchError()
+                entry.error = _EmptyBatchError() if entry.error is None else entry.error
                 out.append(entry)
             for offset, key in enumerate(keys, 1):
                 cursor = entry.cursor if offset == len(keys) else (self._before, offset)
