@@ -336,9 +336,9 @@ class ThreadStep(SyncStep):
                     crossing.settled += len(fresh)
                 if not crossing.claimed:  # its thread has not run yet: all this may still happen
                     self._watch()
-        if self.inbox:
+        if self.inbox:  # else there is nothing to wake anybody for, nor to look at again
             self._seconds_each = None
-        self.dispatch()
+            self.dispatch()
 
     def _wake(self, wanted: int, limit: int) -> None:
         while self._active < min(wanted, self.concurrency) and not (self.closed or self._run.stopping):
