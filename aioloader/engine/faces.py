@@ -179,8 +179,9 @@ class SyncDelivery(Delivery):
     def __init__(self, run: Run, shared: LoopThread | None) -> None:
         super().__init__(run)
         self._queue: SimpleQueue[Entry | _Ended] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._unreported = 0  # batches that the consumer has and the loop does not know of
+        self._put = 0  # on the loop: batches put into the queue
+        self._given = 0  # on the loop: those of them whose room was given back
+        self._unreported = 0  # about how many the consumer took since it told the loop; only decides when to tell
         self._report_at = max(1, run.output.room // 4)
         self._lazy = run.output.room == 0
         self._asked = 0  # on the loop: how many consumers wait
@@ -208,6 +209,7 @@ class SyncDelivery(Delivery):
         taken = output.poll(self._asked if self._lazy else 1 << 20)
         self._asked -= len(taken) if self._lazy else 0
         output.lend(len(taken))
+        self._put += len(taken)
         for entry in taken:
             self._queue.put(entry)
         if output.ended:
@@ -233,7 +235,7 @@ class SyncDelivery(Delivery):
         """
         asked = perf_counter()
         if self._lazy or self._queue.empty():  # a batch that lies there may be another thread's, which asked for it
-            self._report(0)
+            self._report(waits=True)
         item = self._queue.get(timeout=timeout)
         if isinstance(item, _Ended):
             self._queue.put(item)  # for whoever asks next
@@ -245,22 +247,21 @@ class SyncDelivery(Delivery):
                 self.run.consumer.waited_for_end(asked)
                 raise StopIteration
             raise self._cut_short()
-        with self._lock:
-            self._unreported += 1
-        self._report(self._report_at)
+        self._unreported += 1
+        if self._unreported >= self._report_at:
+            self._report(waits=False)
         return self._hand_out(item, asked)
 
-    def _report(self, at_least: int) -> None:
-        with self._lock:
-            count = self._unreported
-            if count < at_least or (not count and not self._lazy):
-                return
-            self._unreported = 0
-        call_loop(self.run.loop, self.run.guarded, self._reported, count, at_least == 0)
+    def _report(self, *, waits: bool) -> None:
+        """Tell the loop to look at the queue. Nothing depends on a count of this side, which a Ctrl-C may spoil."""
+        self._unreported = 0
+        call_loop(self.run.loop, self.run.guarded, self._reported, waits)
 
-    def _reported(self, count: int, waits: bool) -> None:
-        if count:
-            self.run.output.give_back(count)
+    def _reported(self, waits: bool) -> None:
+        free = self._put - self._queue.qsize() - self._given
+        if free > 0:
+            self._given += free
+            self.run.output.give_back(free)
         if self._lazy and waits:
             self._asked += 1
             self._kick()
