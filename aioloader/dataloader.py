@@ -14,6 +14,7 @@ from typing_extensions import TypeVar  # which torch needs, too; the standard on
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
+from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
@@ -113,7 +114,7 @@ class DataLoader(Loader, Generic[T_co]):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        is_async_iterable = isinstance(dataset, AsyncIterable) and not hasattr(dataset, "__getitem__")
+        is_async_iterable = isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
         # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
         # most, since it warns of more processes than cores.
         self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioloader.engine.entry import LAST, Entry, annotate
+from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.reading import Reader, open_reader
 from aioloader.errors import SampleCancelledError
@@ -156,12 +157,12 @@ class _Pump(Node):
 
 
 class StreamSource(_Pump):
-    """Reads an iterable or async iterable, by one task, no further than asked.
+    """Reads an iterable, async iterable or `CursorSource`, by one task, no further than asked.
 
-    Cursor: the number of samples read.
+    Cursor: that of the `CursorSource`; of others the number of samples read.
 
     Args:
-        make: The iterable itself, or a function of no arguments that gives it.
+        make: What to read, or a function of no arguments that gives it.
         call: Whether `make` is such a function.
         name: For notes and statistics.
     """
@@ -176,6 +177,9 @@ class StreamSource(_Pump):
         iterable, self._make = self._make, None
         if self._call:
             iterable = await _call(iterable, self._run, self._threads)
+        if isinstance(iterable, CursorSource):
+            await self._pump_entries(iterable)
+            return
         reader = await self._open(iterable)
         del iterable
         try:
@@ -190,6 +194,35 @@ class StreamSource(_Pump):
                 del samples, sample
         finally:
             await self._run.closing(reader.aclose)
+
+    async def _pump_entries(self, source: CursorSource) -> None:
+        meter = self.meter
+        access = Access(self._run, meter.name)
+        reader = source.open(access, None)
+        try:
+            while True:
+                limit = await self._demanded()
+                began = perf_counter()
+                entries = await reader.read(limit)
+                meter.busy_seconds += perf_counter() - began
+                if not entries:
+                    break
+                for position, entry in enumerate(entries, self._position):
+                    entry.position = position
+                    if entry.error is not None:
+                        annotate(entry.error, meter.name, entry, self._run.epoch)
+                        meter.errors += 1
+                self._position += len(entries)
+                meter.samples = self._position
+                self._buffer.extend(entries)
+                self._wanted -= len(entries)
+                self._kick()
+                del entries, entry
+        finally:
+            try:
+                await self._run.closing(reader.aclose)
+            finally:
+                await self._run.closing(access.aclose)
 
 
 class FlatMapNode(_Pump):

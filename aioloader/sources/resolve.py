@@ -11,6 +11,7 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import IterableDataset
 
+from aioloader.engine.located import CursorSource
 from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
 
@@ -113,7 +114,7 @@ def resolve(source: Any) -> Indexable | Stream:
     if isinstance(source, str | bytes | bytearray | Mapping):
         hint = "list(mapping.items())" if isinstance(source, Mapping) else "[it] for one sample"
         raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, whose samples are ambiguous: pass {hint}")
-    if isinstance(source, IterableDataset):
+    if isinstance(source, IterableDataset | CursorSource):
         return Stream(source, call=False, single_use=False)
     indexable = _indexable(source)
     if indexable is not None:

@@ -1,0 +1,132 @@
+"""Sources that know where each of their samples is: what `aioloader.sources` is made of, and what it may use.
+
+A plain iterable is read sample by sample, and its cursor is a count: to go on in it, all before is read again. A source
+of this kind gives entries with cursors of its own, for instance a file and a byte offset, and opens at one. It gives
+them in lists, since a file that is read in large pieces has many samples at once.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor
+from concurrent.futures import Future as ConcurrentFuture
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aioloader.engine.entry import Entry
+from aioloader.executors.threads import Threads
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["Access", "CursorSource", "EntryReader"]
+
+T = TypeVar("T")
+
+
+class EntryReader(ABC):
+    """One epoch of a `CursorSource`, read by the one task that owns it."""
+
+    @abstractmethod
+    async def read(self, limit: int) -> list[Entry]:
+        """Give 1 to `limit` entries, those that are there; `[]` at the end.
+
+        Each with its `cursor`, where to go on after it, and its `key`, which names it in an error note; `position` is
+        filled in by the caller. An entry with `error` raises at its place, and the next one follows.
+
+        Raises:
+            Exception: The source cannot go on; raised once, after the entries before it, and the epoch ends.
+        """
+
+    async def aclose(self) -> None:  # noqa: B027 - many hold nothing
+        """Let go of files and connections. Called once, in the same task, also after a failure or in a cancellation."""
+
+
+class CursorSource(ABC):
+    """A source that gives each sample with a cursor, small and JSON-able, and opens at one.
+
+    Pass it to `Pipeline` or `DataLoader`. Each epoch opens it anew, several may be open at a time, and it is pickled
+    like any other object: what is open belongs to the reader.
+    """
+
+    @abstractmethod
+    def open(self, access: "Access", cursor: Any) -> EntryReader:
+        """Begin an epoch behind `cursor`, or at its start when that is None. On the loop; must not block or wait."""
+
+
+class Access:
+    """What a reader may use while it is open: its loop, threads that end with it, and tasks that end with it.
+
+    Args:
+        run: The run that it is part of.
+        name: Of the source, for notes and names.
+    """
+
+    def __init__(self, run: "Run", name: str) -> None:
+        self._run = run
+        self._name = name
+        self._pools: list[Threads] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that the reader runs on: the consumer's under `async for`."""
+        return self._run.loop
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch."""
+        return self._run.epoch
+
+    def threads(self, limit: int) -> "AccessThreads":
+        """Up to `limit` threads, started as they are needed, that end with the reader."""
+        pool = self._run.threads(limit, "aioloader-source")
+        self._pools.append(pool)
+        return AccessThreads(self._run, pool)
+
+    def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+        """Start a task, for instance to read ahead; it is cancelled when the reader is closed.
+
+        What it raises ends the run as a failure of the engine: a reader catches, and raises in `read`.
+        """
+        task = self._run.spawn(fn)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def aclose(self) -> None:
+        """End the tasks, wait for them, and let go of the threads."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for pool in self._pools:
+            pool.close()
+
+
+class AccessThreads(Executor):
+    """A reader's threads, as an executor: `aiofiles.open(path, "rb", executor=threads)`."""
+
+    def __init__(self, run: "Run", pool: Threads) -> None:
+        self._run = run
+        self._pool = pool
+
+    def call(self, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        """Begin `fn(*args)` in a thread; await the result. When that is cancelled, the call itself goes on."""
+        return self._run.submit(self._pool, fn, *args)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "ConcurrentFuture[T]":
+        """The same for `loop.run_in_executor`."""
+        future: ConcurrentFuture[T] = ConcurrentFuture()
+
+        def job(_: BaseException | None) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:  # it is raised where the call is awaited
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._pool.submit(job)
+        return future
