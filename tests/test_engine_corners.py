@@ -271,3 +271,50 @@ def test_a_burst_does_not_wait_for_the_sample_after_it(face: Face) -> None:
         assert [steps.next() for _ in range(3)] == [0, 1, 2]
         gate.open_all()
         assert steps.rest() == [3]
+
+
+def test_requests_go_out_in_doubling_crowds() -> None:
+    """256 requests are under way after some ten turns of the loop, not one more with each turn."""
+    began: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        turn = 0
+        everyone = loop.create_future()
+
+        def count() -> None:
+            nonlocal turn
+            turn += 1
+            if not everyone.done():
+                loop.call_soon(count)
+
+        async def fetch(key: int) -> int:
+            began.append(turn)
+            if len(began) == 256:
+                everyone.set_result(None)
+            await everyone
+            return key
+
+        count()
+        assert [key async for key in Pipeline(range(256)).map(fetch, concurrency=256)] == list(range(256))
+
+    run(main)
+    assert began[-1] - began[0] <= 16
+
+
+def test_what_never_suspends_lets_the_loop_turn() -> None:
+    """A predicate that refuses an endless stream does not keep other tasks from running."""
+
+    async def refuse(key: int) -> bool:
+        return False
+
+    async def main() -> None:
+        batches = aiter(Pipeline(range(1 << 40)).filter(refuse))
+        waiting = asyncio.ensure_future(anext(batches))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await batches.aclose()
+
+    run(main)

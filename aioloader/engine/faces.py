@@ -198,7 +198,7 @@ class SyncDelivery(Delivery):
     def _kick(self) -> None:
         if not self._pumping and self.run.started:
             self._pumping = True
-            self.run.loop.call_soon(self.run.guarded, self._pump)
+            self.run.soon(self._pump)
 
     def _pump(self) -> None:
         """Move what is finished into the queue; when nothing is made ahead, only what the consumer waits for."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import warnings
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
 from time import monotonic
@@ -51,6 +52,8 @@ class Run:
         self.loop: asyncio.AbstractEventLoop
         self._pools: list[Threads] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._pending: deque[Callable[[], None]] = deque()
+        self._drain_scheduled = False
         self._stop: asyncio.Future[None]
 
     # -- for nodes ---------------------------------------------------------------------------------------------------
@@ -131,6 +134,31 @@ class Run:
         """
         try:
             callback(*args)
+        except BaseException as error:
+            self.fail(error)
+            if not isinstance(error, Exception):
+                raise
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call `callback` on the loop after what is going on now: in its next turn, or in the next `drain`."""
+        self._pending.append(callback)
+        if not self._drain_scheduled:
+            self._drain_scheduled = True
+            self.loop.call_soon(self._drain_turn)
+
+    def _drain_turn(self) -> None:
+        self._drain_scheduled = False
+        self.drain()
+
+    def drain(self) -> None:
+        """Call what waits, and what that brings up, without a turn of the loop: each costs 10 µs and more.
+
+        It ends, since nodes bring up callbacks only as entries move, and what may move is bounded by their rooms.
+        """
+        pending = self._pending
+        try:
+            while pending:
+                pending.popleft()()
         except BaseException as error:
             self.fail(error)
             if not isinstance(error, Exception):

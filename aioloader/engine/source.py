@@ -59,20 +59,25 @@ class KeySource(Node):
     def poll(self, limit: int) -> list[Entry]:
         start = self._position
         keys = self._keys.slice(start, start + limit)
-        self._position = position = start + len(keys)
-        self.meter.samples = position
-        self.ended = position >= len(self._keys)
-        values = self._values
-        if values is None:
-            return [Entry(key, i + 1, key, i) for i, key in enumerate(keys, start)]
-        run = []
-        for i, key in enumerate(keys, start):
-            value = values[key]
-            run.append(Entry(value, i + 1, value if isinstance(value, _NAMES) else key, i))
-        return run
+        self._position = stop = start + len(keys)
+        self.meter.samples = stop
+        self.ended = stop >= len(self._keys)
+        values: Sequence[Any] = keys
+        names: Sequence[Any] = keys
+        if self._values is not None:
+            if isinstance(keys, range) and keys.step == 1:
+                values = self._values[keys.start : keys.stop]
+            else:
+                values = list(map(self._values.__getitem__, keys))
+            if set(map(type, values)) <= _PLAIN_NAMES:
+                names = values
+            else:
+                names = [v if isinstance(v, _NAMES) else k for k, v in zip(keys, values, strict=True)]
+        return list(map(Entry, values, range(start + 1, stop + 1), names, range(start, stop)))
 
 
 _NAMES = (str, int, PurePath)  # samples that name themselves in an error note
+_PLAIN_NAMES = {str, int}
 
 
 class _Pump(Node):

@@ -26,6 +26,7 @@ __all__ = ["AsyncStep", "ExecutorStep", "Step", "ThreadStep"]
 Forward = Callable[[Entry], None]
 
 CHUNK_SECONDS: Final = 0.001  # the work that one crossing into a thread should be worth
+STREAK_SECONDS: Final = 0.001  # how long a worker goes on without a turn of the loop, when nothing suspends
 CHUNK_SAMPLES: Final = 256  # and its bound, so that memory is bounded for samples that cost nothing
 
 
@@ -95,6 +96,7 @@ class AsyncStep(Step):
         self._workers = 0
         self._coming = 0  # workers that have been woken or started and have not run yet
         self._idle: list[Future[None]] = []
+        self._runner: object = None  # the worker that ran last
 
     def accept(self, entry: Entry) -> None:
         if not self.closed:
@@ -113,56 +115,75 @@ class AsyncStep(Step):
         self._idle.clear()
 
     def _summon(self) -> None:
-        """Bring one more worker, if there is one.
+        """Bring up to two more workers.
 
         How many are under way already decides how many may be on their way: the crowd doubles with each turn of the
-        loop where samples wait (512 requests are out after nine turns), and is two where they do not, since the worker
+        loop where samples wait (512 requests are out after ten turns), and is two where they do not, since the worker
         that runs has emptied the inbox before the others arrive. Nothing is ever left lying: whoever arrives takes an
-        entry, and brings the next one before it suspends.
+        entry, and brings the next ones before it suspends.
         """
-        if self._coming > self._workers - len(self._idle) - self._coming:
-            return
-        while self._idle:
-            future = self._idle.pop()
-            if not future.done():  # a cancelled one belongs to a worker that is being closed
-                self._coming += 1
-                future.set_result(None)
+        for _ in range(2):
+            if self._coming > self._workers - len(self._idle) - self._coming:
                 return
-        if self._workers < self.concurrency:
-            self._workers += 1
+            if self._idle:
+                future = self._idle.pop()
+                if future.done():  # a cancelled one belongs to a worker that is being closed
+                    continue
+                future.set_result(None)
+            elif self._workers < self.concurrency:
+                self._workers += 1
+                self._run.spawn(self._work)
+            else:
+                return
             self._coming += 1
-            self._run.spawn(self._work)
 
     async def _work(self) -> None:
-        inbox, idle, fn, forward, meter = self.inbox, self._idle, self._fn, self._forward, self.meter
-        create_future = self._run.loop.create_future
-        task = current_task()
-        assert task is not None
+        run, inbox, idle, fn, forward, meter = self._run, self.inbox, self._idle, self._fn, self._forward, self.meter
+        create_future = run.loop.create_future
+        me = current_task()
+        assert me is not None
         self._coming -= 1
+        count = 0  # samples since `began` that the meter does not know of
+        woken = began = perf_counter()
         while True:
             if not inbox:
+                now = perf_counter()
+                meter.samples += count
+                meter.busy_seconds += now - began
+                count = 0
+                if len(idle) + 1 == self._workers and self._window.under_way:
+                    meter.idle.wait_for("input")  # from the step before; of the first step the window knows better
+                if not self.closed and now - woken < STREAK_SECONDS:
+                    run.drain()
                 if self.closed:
                     return
-                future = create_future()
-                idle.append(future)
-                if len(idle) == self._workers:
-                    meter.idle.wait_for("input")
-                await future
-                self._coming -= 1
+                if not inbox:
+                    future = create_future()
+                    idle.append(future)
+                    await future
+                    self._coming -= 1
+                    woken = now = perf_counter()
+                began = now
                 continue
             entry = inbox.popleft()
-            if inbox:
-                self._summon()
-            began = perf_counter()
+            if self._runner is not me:  # else those who were summoned then are still on their way
+                self._runner = me
+                if inbox:
+                    self._summon()
+                now = perf_counter()
+                meter.samples += count
+                meter.busy_seconds += now - began
+                count = 0
+                began = now
             try:
                 result = await fn(entry.value)
             except CancelledError as error:
-                if self._run.stopping:
+                if run.stopping:
                     raise
                 cancelled = SampleCancelledError(f"{meter.name} was cancelled from inside, not by the loader")
                 cancelled.__cause__ = error
-                while task.cancelling():  # answered: the supervisor's cancellation is another one
-                    task.uncancel()
+                while me.cancelling():  # answered: the supervisor's cancellation is another one
+                    me.uncancel()
                 self._fail(entry, cancelled, meter.name)
                 del cancelled
             except KeyboardInterrupt:  # it is not about this sample: it ends the loop
@@ -178,8 +199,7 @@ class AsyncStep(Step):
                 else:
                     self._drop(entry)
                 del result  # or a sample would live as long as its worker is idle
-            meter.busy_seconds += perf_counter() - began
-            meter.samples += 1
+            count += 1
             del entry
 
 
@@ -206,7 +226,7 @@ class SyncStep(Step):
         self.inbox.append(entry)
         if not self._scheduled:  # after the entries that come in this same turn
             self._scheduled = True
-            self._run.loop.call_soon(self._run.guarded, self.dispatch)
+            self._run.soon(self.dispatch)
 
     @property
     def _size(self) -> int:

@@ -30,6 +30,9 @@ class Window(Node):
         room: Slots: entries under way and finished ones together, at most. Steps that move cheap samples in chunks add
             to it what one chunk more per worker needs (`Step.extra_room`). 0: nothing is begun before it is asked for.
         ordered: Give results in the order of the input; False: as they are finished.
+
+    Attributes:
+        under_way: Entries on their journey, not finished.
     """
 
     def __init__(self, upstream: Node, steps: Sequence[Step], *, room: int, ordered: bool = True) -> None:
@@ -39,7 +42,7 @@ class Window(Node):
         self._ordered = ordered
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
-        self._under_way = 0  # those of them that are not finished
+        self.under_way = 0
         self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
         self._asked = 0  # what the last poll could not give; only this is begun when room is 0
         self._input_ended = False
@@ -52,7 +55,6 @@ class Window(Node):
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
-        self._soon = run.loop.call_soon
         self.upstream.start(run, self.wake)
         for step, following in zip_longest(self.steps, self.steps[1:]):
             step.bind(run, self, following.accept if following is not None else self.finished)
@@ -65,7 +67,7 @@ class Window(Node):
         taken: list[Entry] = []
         if slots and slots[0].state:
             for step in self.steps:
-                step.meter.finished_sum += self._occupied - self._under_way
+                step.meter.finished_sum += self._occupied - self.under_way
                 step.meter.handovers += 1
             before = len(slots)
             while slots and (state := slots[0].state) and len(taken) < limit:
@@ -118,7 +120,7 @@ class Window(Node):
         """
         if not self._scheduled:
             self._scheduled = True
-            self._soon(self._run.guarded, self._admit)
+            self._run.soon(self._admit)
 
     def _admit(self) -> None:
         self._scheduled = False
@@ -136,7 +138,7 @@ class Window(Node):
         if self._input_ended and not self._occupied and self._last is None:
             self._finish()
             self._kick()
-        elif not self._under_way and not self._input_ended:
+        elif not self.under_way and not self._input_ended:
             waits_for: Why = "room" if self._occupied + self._lent >= room else "input"
             for step in self.steps:
                 step.meter.idle.wait_for(waits_for)
@@ -175,21 +177,21 @@ class Window(Node):
         if failed:
             self._kick()
         if len(run) > failed:
-            self._under_way += len(run) - failed
+            self.under_way += len(run) - failed
             first.dispatch()
 
     def finished(self, entry: Entry) -> None:
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
         if entry.state == UNDER_WAY:
             entry.state = DONE
-        self._under_way -= 1
+        self.under_way -= 1
         if self._ordered:
-            if self._slots and self._slots[0] is entry:
+            if self._slots[0] is entry:
                 self._kick()
         else:
             self._slots.append(entry)
             self._kick()
-        if not self._under_way:
+        if not self.under_way:
             self.wake()  # for the idle clock
 
     def _finish(self) -> None:
