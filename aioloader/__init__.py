@@ -3,17 +3,20 @@
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (
     AioloaderError,
+    BrokenDataError,
     DeviceError,
     LeakedContextError,
     LoaderClosedError,
     SampleCancelledError,
     SourceUsedUpError,
+    WorkerDiedError,
 )
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 
 __all__ = [
     "AioloaderError",
+    "BrokenDataError",
     "DataLoader",
     "DeviceError",
     "LeakedContextError",
@@ -23,4 +26,5 @@ __all__ = [
     "SourceUsedUpError",
     "StageStats",
     "Stats",
+    "WorkerDiedError",
 ]

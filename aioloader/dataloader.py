@@ -16,9 +16,13 @@ from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
 from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node
+from aioloader.engine.process_step import Turns
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
+from aioloader.executors.processes.segments import shared_memory
+from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
+from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
@@ -30,7 +34,7 @@ from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.keyed import JoinBatches, SplitBatches
-from aioloader.stages.map import ASYNC_CONCURRENCY, Map
+from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
 
 __all__ = ["DataLoader"]
 
@@ -42,7 +46,8 @@ _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "per
 class DataLoader(Loader, Generic[T_co]):
     """A drop-in for `torch.utils.data.DataLoader`: the same arguments, the same batches for the same seed.
 
-    It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different:
+    It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different, unless
+    `worker_type="process"` asks for torch's way:
 
     - Workers are threads of this process: one copy of the dataset, nothing pickled, the first batch at once. Python
       code that holds the GIL does not get faster by them.
@@ -64,16 +69,17 @@ class DataLoader(Loader, Generic[T_co]):
         pin_memory: See torch.
         drop_last: See torch; at most one batch is dropped, whatever the number of workers.
         timeout: Seconds to wait for one batch; the batch is not lost.
-        worker_init_fn: Called once in each worker thread with its number.
+        worker_init_fn: Called once in each worker, in its thread or process, with its number.
         multiprocessing_context: Checked, and of no effect on threads.
         generator: See torch: the same draws in the same order.
         prefetch_factor: Batches per worker, being made or finished.
-        persistent_workers: Of no effect: threads cost nothing to start.
+        persistent_workers: Worker processes stay from one epoch to the next; threads cost nothing to start.
         pin_memory_device: Deprecated in torch and ignored.
         in_order: See torch.
         device: Where batches go: `.to(device)` of `Pipeline`.
         concurrency: Samples of an async dataset under way at once; default 64.
-        worker_type: `"thread"`.
+        worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
+            with a copy of the dataset, but started from a small process of their own and not forked from this one.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
 
     Raises:
@@ -137,10 +143,10 @@ class DataLoader(Loader, Generic[T_co]):
         )
         if prefetch_factor == 0:
             raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
+        if worker_type not in ("thread", "process"):
+            raise ValueError(f"worker_type must be 'thread' or 'process', got {worker_type!r}")
         if worker_type == "process":
-            raise ValueError("worker_type='process' is not there yet, got num_workers of threads only; leave it out")
-        if worker_type != "thread":
-            raise ValueError(f"worker_type must be 'thread', got {worker_type!r}")
+            check_processes("worker_type='process'")
         if seed is not None and generator is not None:
             raise ValueError("seed and generator both decide the order; pass one of them")
         if device is not None:
@@ -166,9 +172,16 @@ class DataLoader(Loader, Generic[T_co]):
         self.worker_type = worker_type
         self.seed = None if seed is None else check_integer("seed", seed)
         self._shuffled = bool(shuffle)
+        self._base_seed_drawn = False
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._awaited = self._awaited or (collate_fn is not None and is_async_callable(collate_fn))
+        self._in_processes = worker_type == "process" and num_workers > 0
+        if self._in_processes and self._awaited:
+            raise ValueError(
+                "worker_type='process' is for sync datasets and collate functions, got one that is async and awaited "
+                "on the event loop; leave worker_type out"
+            )
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
         self._initialized = True
@@ -238,11 +251,16 @@ class DataLoader(Loader, Generic[T_co]):
             if callable(tell):
                 tell(epoch)
 
-    def _index_iterator(self, epoch: int) -> Iterator[Any]:
+    def _index_iterator(self, epoch: int, base: "_BaseSeed | None" = None) -> Iterator[Any]:
         """The keys of an epoch: lists of them, or single ones with `batch_size=None`.
 
         As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
-        generator; so that everything drawn later, by samplers or by the user, is the same.
+        generator; so that everything drawn later, by samplers or by the user, is the same. Persistent workers have one
+        base seed for all epochs.
+
+        Args:
+            epoch: Its number.
+            base: Gets the base seed.
         """
         index_sampler = self._torch.batch_sampler if self._torch.batch_sampler is not None else self._torch.sampler
         generator = self.generator
@@ -253,7 +271,11 @@ class DataLoader(Loader, Generic[T_co]):
                 size = self.batch_size
                 index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
         indices = iter(index_sampler)
-        torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
+        if not (self.persistent_workers and self._base_seed_drawn):
+            self._base_seed_drawn = True
+            drawn = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
+            if base is not None:
+                base.value = int(drawn)
         return indices
 
     # -- without workers ---------------------------------------------------------------------------------------------
@@ -262,7 +284,7 @@ class DataLoader(Loader, Generic[T_co]):
         epoch = self._begin_epoch()
         consumer = ConsumerMeter()
         transfer = self._open_transfer()
-        alloc = _alloc(transfer)
+        alloc = self._alloc(transfer)
         indices = self._index_iterator(epoch)
         source: Node
         if self._iterable:
@@ -287,19 +309,49 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _build(self, epoch: int) -> Window:
         transfer = self._open_transfer()
+        if self._in_processes:
+            return self._build_processes(epoch, transfer)
         if self._iterable:
             self._index_iterator(epoch)  # for its draw of a base seed: no code of the user's, there is no sampler
             source = Stream(self.dataset, call=False, single_use=False)
         else:
             source = Stream(partial(self._index_iterator, epoch), call=True, single_use=False)
-        stages = self._stages(_alloc(transfer))
+        alloc = self._alloc(transfer)
+        stages = self._stages(alloc)
         if self.device is not None:
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
         name = "source" if self._iterable else "sampler"
         plan = Plan(Single(source, name=name), tuple(stages), room=self._room)
-        return build(plan, Pass(epoch), transfer)
+        return build(plan, Pass(epoch), transfer, alloc)
+
+    def _build_processes(self, epoch: int, transfer: Transfer | None) -> Window:
+        """Each worker process loads and collates whole batches, in turn, as in torch."""
+        base = _BaseSeed()
+        place = InProcesses(
+            kept=self.persistent_workers,
+            key="fetch",
+            in_turn=self.in_order or self._iterable,
+            prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
+            turns=Turns() if self._iterable else None,
+        )
+        fetch: Callable[[Any], Any]
+        if place.turns is not None:
+            self._index_iterator(epoch, base)
+            source = Stream(place.turns, call=False, single_use=False)
+            collate = self._collate_call(shared_memory)
+            fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
+        else:
+            source = Stream(partial(self._index_iterator, epoch, base), call=True, single_use=False)
+            fetch = self._fetch(shared_memory)
+        stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
+        if self.device is not None:
+            stages.append(To(self.device))
+        elif transfer is not None:
+            stages.append(PinMemory())
+        plan = Plan(Single(source, name="source" if self._iterable else "sampler"), tuple(stages), room=self._room)
+        return build(plan, Pass(epoch), transfer, processes=self._open_processes)
 
     @property
     def _room(self) -> int:
@@ -308,7 +360,7 @@ class DataLoader(Loader, Generic[T_co]):
             return (self.prefetch_factor or 2) * self.num_workers
         return DEFAULT_PREFETCH if self._awaited else 0
 
-    def _stages(self, alloc: Alloc | None) -> list[Stage]:
+    def _stages(self, alloc: Alloc) -> list[Stage]:
         workers = max(1, self.num_workers)
         initializer = self.worker_init_fn if self.num_workers else None
         collate = CollateWith(self.collate_fn, workers, initializer)
@@ -359,20 +411,16 @@ class DataLoader(Loader, Generic[T_co]):
 
     # -- what a worker does ------------------------------------------------------------------------------------------
 
-    def _fetch(self, alloc: Alloc | None) -> Callable[[Any], Any]:
+    def _fetch(self, alloc: Alloc) -> Callable[[Any], Any]:
         if self._torch.batch_sampler is None:
             return _FetchOne(self.dataset, self.collate_fn or default_convert)
         return _FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
 
-    def _collate_call(self, alloc: Alloc | None) -> Callable[[Any], Any]:
+    def _collate_call(self, alloc: Alloc) -> Callable[[Any], Any]:
         """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
         if self._torch.batch_sampler is None:
             return self.collate_fn or default_convert
         return _CollateAny(self.collate_fn, Collate(alloc))
-
-
-def _alloc(transfer: Transfer | None) -> Alloc | None:
-    return transfer.backend.alloc_pinned if transfer is not None and transfer.backend.pins else None
 
 
 def _is_async(dataset: Any, method: str) -> bool:
@@ -431,6 +479,20 @@ class _CollateAny:
         if self.collate_fn is not None:
             return self.collate_fn(samples)
         return self.collate(samples, keys)
+
+
+@dataclass
+class _BaseSeed:
+    """What the workers' seeds begin with, once it has been drawn."""
+
+    value: int = 0
+
+
+def _torch_worker(
+    dataset: Any, num_workers: int, base: _BaseSeed, worker_init_fn: Callable[[int], None] | None
+) -> TorchWorker:
+    """Not a closure over the loader: its workers must not keep it alive."""
+    return TorchWorker(dataset, num_workers, base.value, worker_init_fn)
 
 
 class _AsyncStandIn(IterableDataset[Any]):

@@ -19,6 +19,7 @@ REQUIRED = ("aioloader", "torch", "anyio", "aiofiles")
 
 OPTIONAL = {
     "uvloop": ("uvloop", "a faster private loop under `for`"),
+    "cloudpickle": ("process", "lambdas, closures and what is defined in `__main__` in worker processes"),
     "tqdm": ("progress", "progress bars"),
     "aiohttp": ("demo", "the demo's server and its clients"),
     "numpy": ("demo", "arrays in samples, and the demo"),

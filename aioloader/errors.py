@@ -1,10 +1,12 @@
 """The exceptions that are aioloader's own; a user's exception is never replaced by one of them.
 
     AioloaderError
+    ├── BrokenDataError (ValueError)         a file does not hold what it should; says which, and where in it
     ├── SourceUsedUpError (RuntimeError)     a single-use generator was asked for a second epoch
     ├── LeakedContextError (RuntimeError)    a torch context is held across a `yield` of a user generator
     ├── SampleCancelledError (RuntimeError)  user code was cancelled, but not by us
     ├── LoaderClosedError (RuntimeError)     the iterator was closed while somebody waited for a batch
+    ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited, with a sample in its hands
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
 Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's DataLoader does.
@@ -12,16 +14,22 @@ Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's Da
 
 __all__ = [
     "AioloaderError",
+    "BrokenDataError",
     "DeviceError",
     "LeakedContextError",
     "LoaderClosedError",
     "SampleCancelledError",
     "SourceUsedUpError",
+    "WorkerDiedError",
 ]
 
 
 class AioloaderError(Exception):
     """Base of all exceptions that aioloader defines."""
+
+
+class BrokenDataError(AioloaderError, ValueError):
+    """What a file holds is not what it should be: half a line, not JSON, a truncated archive; says where."""
 
 
 class SourceUsedUpError(AioloaderError, RuntimeError):
@@ -38,6 +46,10 @@ class SampleCancelledError(AioloaderError, RuntimeError):
 
 class LoaderClosedError(AioloaderError, RuntimeError):
     """The iterator was closed by somebody else while this caller waited for its next batch."""
+
+
+class WorkerDiedError(AioloaderError, RuntimeError):
+    """A worker process ended while it had a sample: says how, and which one. The epoch goes on in a fresh worker."""
 
 
 class DeviceError(AioloaderError, RuntimeError):

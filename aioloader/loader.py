@@ -5,19 +5,22 @@ import threading
 from abc import abstractmethod
 from time import perf_counter
 from typing import Any, Self
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import anyio.to_thread
 
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
-from aioloader.engine.run import Run
+from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
+from aioloader.executors.processes.host import Processes
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
+from aioloader.memory.pool import BatchMemory
 from aioloader.stages.checks import check_count
+from aioloader.stages.collate import Alloc
 
 __all__ = ["Loader"]
 
@@ -42,6 +45,8 @@ class Loader(Opener):
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
         self._transfer: Transfer | None = None
+        self._memory: BatchMemory | None = None
+        self._processes: Processes | None = None
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -104,6 +109,23 @@ class Loader(Opener):
         # It stays the iterator's own: `close` may take it from the loader while a `next()` is under way.
         return lambda batch: transfer.receive(batch) if isinstance(batch, Transferred) else batch
 
+    def _alloc(self, transfer: Transfer | None) -> Alloc:
+        """Where the default collate puts batches: page-locked memory for a device that can use it, else our own."""
+        if transfer is not None and transfer.backend.pins:
+            return transfer.backend.alloc_pinned
+        with self._lock:
+            if self._memory is None:
+                self._memory = BatchMemory()
+            return self._memory.alloc
+
+    def _open_processes(self) -> Processes:
+        """Where worker processes come from; kept between epochs, with those that are to be kept."""
+        with self._lock:
+            if self._processes is None or self._processes.closed:  # closed: this is a forked child
+                self._processes = Processes()
+                finalize(self, self._processes.close).atexit = False  # the exit hook of `loop_thread` also waits
+            return self._processes
+
     # -- closing -----------------------------------------------------------------------------------------------------
 
     def _shared_loop(self) -> LoopThread | None:
@@ -144,7 +166,8 @@ class Loader(Opener):
             self._loop_thread.request_stop()
             self._loop_thread.join()
             self._loop_thread = None
-        self._close_transfer()
+        self._close_processes()
+        self._close_kept()
 
     async def aclose(self) -> None:
         """`close` for async code: epochs of `async for` on this loop have ended when it returns. Idempotent."""
@@ -157,12 +180,26 @@ class Loader(Opener):
                     delivery.run.request_stop_threadsafe()
         if self._loop_thread is not None or any(isinstance(d, SyncDelivery) for d in self._alive()):
             await anyio.to_thread.run_sync(self.close)
-        self._close_transfer()
+        if self._processes is not None:
+            await anyio.to_thread.run_sync(self._close_processes)
+        self._close_kept()
 
-    def _close_transfer(self) -> None:
+    def _close_kept(self) -> None:
+        """Let go of what is kept from one epoch to the next."""
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
+        with self._lock:
+            memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
+
+    def _close_processes(self) -> None:
+        with self._lock:
+            processes, self._processes = self._processes, None
+        if processes is not None:
+            processes.close()
+            processes.join(2 * CLOSE_SECONDS)
 
     def __getstate__(self) -> dict[str, Any]:
         """The description; what is alive stays behind."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from aioloader.device import Transfer, can_pin, check_device, open_backend
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
+from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
 from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable, length_of
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
@@ -17,7 +18,7 @@ from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
 from aioloader.stages.checks import check_callable, check_count, check_integer
 from aioloader.stages.device import PinMemory, To
-from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
@@ -89,7 +90,8 @@ class Pipeline(Loader):
                 sync ones. Sync samples that take well under a millisecond travel in chunks.
             ordered: Give results in the order of the input; False: as they are finished.
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
-                which is the default: threads of the loader.
+                which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
+                Python code that holds the GIL; they stay until it is closed or collected.
 
         Raises:
             TypeError: `fn` cannot be called with one argument.
@@ -270,7 +272,7 @@ class Pipeline(Loader):
     def _build(self, epoch: int) -> Window:
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
-        return build(self._plan, Pass(epoch), self._transfer)
+        return build(self._plan, Pass(epoch), self._transfer, self._alloc(self._transfer), self._open_processes)
 
 
 def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | None]:
@@ -285,22 +287,19 @@ def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | No
     return data, keys
 
 
-def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | None:
+def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | InProcesses | None:
     if executor is None or executor == "thread":
         return None
     if executor == "process":
-        raise ValueError(
-            "executor='process' is not there yet; pass executor=concurrent.futures.ProcessPoolExecutor(), "
-            "with a fn that can be pickled"
-        )
-    if not callable(getattr(executor, "submit", None)):
+        check_processes("executor='process'")
+    elif not callable(getattr(executor, "submit", None)):
         kind = ValueError if isinstance(executor, str) else TypeError
-        raise kind(f"executor must be a concurrent.futures.Executor or 'thread', got {executor!r}")
+        raise kind(f"executor must be a concurrent.futures.Executor, 'thread' or 'process', got {executor!r}")
     if is_async:
         raise ValueError(
             f"executor runs sync functions, but {describe(fn)} is async and awaited on the loop; leave it out"
         )
-    return executor  # type: ignore[no-any-return]  # whatever has `submit`
+    return PROCESSES if executor == "process" else executor
 
 
 def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:

@@ -13,10 +13,14 @@ from aioloader.cores import usable_cores
 from aioloader.device import Transfer, pin_batch
 from aioloader.engine.combine import MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.node import FoldNode, Node
+from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
 from aioloader.engine.steps import AsyncStep, ExecutorStep, Step, ThreadStep
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
+from aioloader.executors.processes.host import Processes
+from aioloader.executors.processes.team import Team
+from aioloader.executors.processes.worker import Work
 from aioloader.sources.order import is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
@@ -24,7 +28,7 @@ from aioloader.stages.batch import Batch, CollateWith, Group
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.keyed import JoinBatches
-from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
 
 __all__ = ["Combined", "Plan", "Repeat", "Single", "build", "is_permutable", "length_of"]
 
@@ -117,22 +121,30 @@ def length_of(plan: Plan) -> int:
     return length
 
 
-def build(plan: Plan, this_pass: Pass, transfer: Transfer | None = None) -> Window:
+def build(
+    plan: Plan,
+    this_pass: Pass,
+    transfer: Transfer | None = None,
+    alloc: Alloc | None = None,
+    processes: Callable[[], Processes] = Processes,
+) -> Window:
     """The nodes of one epoch; the last is always a window, which holds what is made ahead.
 
     Args:
         plan: What to run.
         this_pass: Which epoch, for seeds.
         transfer: The loader's way to its device, when `plan` ends in `to` or `pin_memory` and there is such a device.
+        alloc: Where the default collate puts batches; None: into fresh memory.
+        processes: Gives the loader's worker processes; called when a stage runs there.
     """
-    builder = _Builder(this_pass, transfer)
+    builder = _Builder(this_pass, transfer, alloc, processes)
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
     if not journey.stages:
         return Window(node, (), room=prefetch)
     if plan.room is not None or journey.batches:
-        return journey.window(node, prefetch if plan.room is None else plan.room, exact=True)
-    return journey.window(node, journey.room(plan.prefetch))
+        return journey.window(node, prefetch if plan.room is None else plan.room, processes, exact=True)
+    return journey.window(node, journey.room(plan.prefetch), processes)
 
 
 @dataclass
@@ -151,24 +163,21 @@ class _Journey:
         widths = [stage.width for stage in self.stages]
         return sum(widths) + (max(1, max(widths) // 2) if finished is None else finished)
 
-    def window(self, upstream: Node, room: int, *, exact: bool = False) -> Window:
+    def window(self, upstream: Node, room: int, processes: Callable[[], Processes], *, exact: bool = False) -> Window:
         """The window. With `exact` there is never more than `room`, however cheap the samples are."""
         ordered = all(stage.ordered for stage in self.stages)
-        steps = _steps(self.stages, max(1, room) if exact or self.batches else None)
+        steps = _steps(self.stages, max(1, room) if exact or self.batches else None, processes)
         return Window(upstream, steps, room=room, ordered=ordered)
 
 
 class _Builder:
-    def __init__(self, this_pass: Pass, transfer: Transfer | None) -> None:
+    def __init__(
+        self, this_pass: Pass, transfer: Transfer | None, alloc: Alloc | None, processes: Callable[[], Processes]
+    ) -> None:
         self._pass = this_pass
         self._transfer = transfer
-
-    @property
-    def _alloc(self) -> Alloc | None:
-        """Where to collate: straight into page-locked memory, when the batch goes to a device that can use it."""
-        if self._transfer is None or not self._transfer.backend.pins:
-            return None
-        return self._transfer.backend.alloc_pinned
+        self._alloc = alloc
+        self._processes = processes
 
     def stream(self, plan: Plan) -> tuple[Node, _Journey]:
         """The nodes of `plan`, and the stages at its end that still want a window."""
@@ -188,15 +197,14 @@ class _Builder:
         return node, journey
 
     def _repetition(self, plan: Plan, repetition: int) -> Node:
-        return _Builder(self._pass.repeated(repetition), None).closed(plan)
+        return _Builder(self._pass.repeated(repetition), None, self._alloc, self._processes).closed(plan)
 
     def closed(self, plan: Plan) -> Node:
         """The nodes of a plan inside another one."""
         return self._close(*self.stream(plan))
 
-    @staticmethod
-    def _close(node: Node, journey: _Journey) -> Node:
-        return journey.window(node, journey.room()) if journey.stages else node
+    def _close(self, node: Node, journey: _Journey) -> Node:
+        return journey.window(node, journey.room(), self._processes) if journey.stages else node
 
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, _Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
@@ -322,19 +330,20 @@ class _AsyncUserCollate:
         return await self.collate_fn(group.samples)
 
 
-def _steps(stages: Sequence[Map | Filter], limit: int | None) -> list[Step]:
+def _steps(stages: Sequence[Map | Filter], limit: int | None, processes: Callable[[], Processes]) -> list[Step]:
     """The steps of a window: neighbouring sync stages that run in the same place with the same width cross together.
 
     Args:
         stages: Those of the window.
         limit: What the window holds, when that is exact: more workers would have nothing to do.
+        processes: See `build`.
     """
     steps: list[Step] = []
     together: list[Map | Filter] = []
 
     def cross() -> None:
         if together:
-            steps.append(_sync_step(together, limit))
+            steps.append(_sync_step(tuple(together), limit, processes))
             together.clear()
 
     for stage in stages:
@@ -350,11 +359,22 @@ def _steps(stages: Sequence[Map | Filter], limit: int | None) -> list[Step]:
     return steps
 
 
-def _sync_step(together: Sequence[Map | Filter], limit: int | None) -> Step:
+def _sync_step(together: Sequence[Map | Filter], limit: int | None, processes: Callable[[], Processes]) -> Step:
     calls = [Call(stage.fn, isinstance(stage, Filter), stage.label) for stage in together]
     leading = next((stage for stage in together if not stage.flexible), together[0])
     width = leading.width if limit is None else min(leading.width, limit)
     executor = leading.executor
+    if isinstance(executor, InProcesses):
+        team = partial(_team, processes(), executor, together, calls, width)
+        return ProcessStep(
+            calls,
+            width,
+            team,
+            elastic=limit is None,
+            in_turn=executor.in_turn,
+            owned=not executor.kept,
+            turns=executor.turns,
+        )
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)
     return ThreadStep(
@@ -365,6 +385,26 @@ def _sync_step(together: Sequence[Map | Filter], limit: int | None) -> Step:
         thread_name=leading.thread_name,
         initializer=next((stage.initializer for stage in together if stage.initializer), None),
     )
+
+
+def _team(
+    host: Processes, place: InProcesses, together: Sequence[Map | Filter], calls: Sequence[Call], width: int
+) -> Team:
+    """The workers of neighbouring stages: those of the epoch before where they are kept."""
+
+    def make() -> Team:
+        return Team(host, width, program)
+
+    def program() -> Work:
+        prepare = None if place.prepare is None else place.prepare()
+        return Work(tuple(calls), 2 * CHUNK_SECONDS, prepare)
+
+    program.stages = together  # type: ignore[attr-defined]  # while the workers live, no others have these ids
+
+    if not place.kept:
+        return make()
+    team: Team = host.kept(place.key or tuple(map(id, together)), make)
+    return team
 
 
 def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:

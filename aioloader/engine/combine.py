@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.node import Kick, Node
@@ -22,6 +22,12 @@ class _Several(Node):
         self._upstreams = list(upstreams)
         self._cursors: list[object] = [None] * len(self._upstreams)
         self._position = 0
+
+    def resume(self, cursor: Any) -> None:
+        self._cursors = list(cursor)
+        for upstream, its in zip(self._upstreams, cursor, strict=True):
+            if its is not None:
+                upstream.resume(its)
 
     def start(self, run: "Run", kick: Kick) -> None:
         for upstream in self._upstreams:
@@ -83,6 +89,15 @@ class MixNode(_Several):
         self._draws = 0
         self._drawn: int | None = None
         self._over: list[int] = []
+
+    def resume(self, cursor: tuple[Any, int, Sequence[int]]) -> None:
+        cursors, self._draws, over = cursor
+        super().resume(cursors)
+        self._over = list(over)
+        for index in over:
+            self._weights[index] = 0.0
+        for _ in range(self._draws):
+            self._random.random()
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
@@ -184,6 +199,13 @@ class RepeatNode(Node):
         self._upstream_may_give = False  # a new repetition has not been polled yet
         self._failure: Exception | None = None
         self.ended = times == 0
+
+    def resume(self, cursor: tuple[int, Any]) -> None:
+        self._repetition, its = cursor
+        self._upstream = self._make(self._repetition)
+        self._given = 1  # that repetition was not empty
+        if its is not None:
+            self._upstream.resume(its)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick

@@ -28,8 +28,12 @@ class InlineSource(Node):
         self._iterable: Iterable[Any] | None = iterable
         self._iterator: Iterator[Any] | None = None
         self._position = 0
+        self._skipped = 0  # samples that were delivered before a resume
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
+
+    def resume(self, cursor: int) -> None:
+        self._skipped = cursor
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")
@@ -43,6 +47,10 @@ class InlineSource(Node):
                 assert self._iterable is not None
                 self._iterator = iter(self._iterable)
                 self._iterable = None
+            while self._position < self._skipped:  # read again, and dropped
+                next(self._iterator)
+                self._position += 1
+            position = self._position
             sample = next(self._iterator)
             check_leak(before, self.meter.name)
         except StopIteration:
@@ -74,6 +82,9 @@ class InlineMap(Node):
         self._calls = calls
         self._epoch = epoch
         self.meter = StageMeter(" + ".join(call.label for call in calls), "sync", concurrency=1)
+
+    def resume(self, cursor: Any) -> None:
+        self._upstream.resume(cursor)
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")

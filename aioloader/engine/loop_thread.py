@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 from aioloader.engine.run import CLOSE_SECONDS
+from aioloader.executors.processes.host import end_all_processes, forget_all_processes
 from aioloader.executors.threads import call_loop, end_all_threads, forget_all_threads
 
 __all__ = ["LoopThread", "new_event_loop", "process_ends"]
@@ -128,6 +129,7 @@ def _forget_after_fork() -> None:
     """In a forked child no thread of its parent lives: nothing to end, and the loops' pipes are the parent's."""
     _alive.clear()
     forget_all_threads()
+    forget_all_processes()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -145,3 +147,4 @@ def _end_everything() -> None:
     for loop in loops:
         loop.join(max(0.0, deadline - monotonic()))
     end_all_threads(deadline)
+    end_all_processes(deadline)

@@ -9,7 +9,7 @@ does not move, which is all there is to back-pressure.
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioloader.engine.entry import LAST, Entry
 
@@ -29,6 +29,10 @@ class Node(ABC):
     """
 
     ended: bool = False
+
+    @abstractmethod
+    def resume(self, cursor: Any) -> None:
+        """Go on behind the entry that carried `cursor`, instead of at the beginning. Before `start`, once at most."""
 
     @abstractmethod
     def start(self, run: "Run", kick: Kick) -> None:
@@ -54,6 +58,12 @@ class Fold(Protocol):
     A fold says what its output resumes from: every entry it makes carries the cursor to go on after it.
     """
 
+    def resume(self, cursor: Any) -> Any:
+        """Go on behind the output that carried `cursor`; returns the cursor that upstream goes on behind.
+
+        None for upstream means its beginning. Called before anything is fed.
+        """
+
     @property
     def full(self) -> bool:
         """True once no further entry is wanted (`take`)."""
@@ -76,6 +86,11 @@ class FoldNode(Node):
         self._fold = fold
         self._ready: deque[Entry] = deque()
         self._flushed = False
+
+    def resume(self, cursor: Any) -> None:
+        upstream = self._fold.resume(cursor)
+        if upstream is not None:
+            self._upstream.resume(upstream)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._upstream.start(run, kick)

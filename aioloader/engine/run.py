@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import anyio
 
@@ -21,6 +21,24 @@ __all__ = ["CLOSE_SECONDS", "Run"]
 T = TypeVar("T")
 
 CLOSE_SECONDS: Final = 5.0  # how long an end waits for user code that is still running, before it says so and goes on
+
+
+class Pool(Protocol):
+    """Threads or processes that end with a run."""
+
+    @property
+    def gone(self) -> bool:
+        """Closed, and nothing is left."""
+
+    @property
+    def ended(self) -> "asyncio.Future[None] | None":
+        """Done when nothing is left; None: there was nothing."""
+
+    def close(self) -> None:
+        """Begin nothing any more, and end. Idempotent."""
+
+    def alive(self) -> list[str]:
+        """Names of what has not ended."""
 
 
 class Run:
@@ -50,7 +68,7 @@ class Run:
         self.failure: BaseException | None = None
         self.started = False
         self.loop: asyncio.AbstractEventLoop
-        self._pools: list[Threads] = []
+        self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: deque[Callable[[], None]] = deque()
         self._drain_scheduled = False
@@ -75,10 +93,14 @@ class Run:
 
     def threads(self, limit: int, name: str, initializer: Callable[[int], None] | None = None) -> Threads:
         """Up to `limit` threads that end with this run at the latest."""
-        self._pools = [pool for pool in self._pools if not pool.gone]  # an endless `repeat` comes here for ever
         pool = Threads(limit, name, self.loop, self.context, initializer)
-        self._pools.append(pool)
+        self.own(pool)
         return pool
+
+    def own(self, pool: "Pool") -> None:
+        """End `pool` with this run at the latest."""
+        self._pools = [pool for pool in self._pools if not pool.gone]  # an endless `repeat` comes here for ever
+        self._pools.append(pool)
 
     def adopt(self, meter: StageMeter) -> StageMeter:
         """Count with `meter`, or go on with that of the same stage in an earlier repetition."""
@@ -230,8 +252,8 @@ class Run:
         late = await _outlast({pool.ended for pool in self._pools if pool.ended is not None})
         if not late:
             return
-        alive = [thread.name for pool in self._pools for thread in pool.threads if thread.is_alive()]
-        _warn_late(f"user code is still running in {', '.join(alive)}; it is left behind in daemon threads")
+        alive = [name for pool in self._pools for name in pool.alive()]
+        _warn_late(f"user code is still running in {', '.join(alive)}; it is left behind")
 
 
 F = TypeVar("F", bound="asyncio.Future[None]")

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aioloader.engine.entry import LAST, Entry, annotate
 from aioloader.engine.located import Access, CursorSource
@@ -32,6 +32,9 @@ class Keys(Protocol):
         """Keys `start` to `stop` as Python integers; fewer at the end."""
 
 
+SKIP_SAMPLES: Final = 4096  # a resumed stream reads so many at a time
+
+
 class KeySource(Node):
     """Gives the keys of an indexable source, or its samples when reading one runs no user code.
 
@@ -49,6 +52,10 @@ class KeySource(Node):
         self._position = 0
         self.meter = StageMeter(name, "source")
         self.ended = not len(keys)
+
+    def resume(self, cursor: int) -> None:
+        self._position = cursor
+        self.ended = cursor >= len(self._keys)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
@@ -176,6 +183,10 @@ class StreamSource(_Pump):
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
         self._make = make
         self._call = call
+        self._resume_at: Any = None
+
+    def resume(self, cursor: Any) -> None:
+        self._resume_at = cursor
 
     async def _pump(self) -> None:
         await self._demanded()  # nothing of the user's runs before a sample is wanted
@@ -188,6 +199,7 @@ class StreamSource(_Pump):
         reader = await self._open(iterable)
         del iterable
         try:
+            await self._skip(reader, self._resume_at or 0)
             while samples := await reader.read(await self._demanded()):
                 for sample in samples:
                     key = sample if isinstance(sample, _NAMES) else None
@@ -200,10 +212,15 @@ class StreamSource(_Pump):
         finally:
             await self._run.closing(reader.aclose)
 
+    async def _skip(self, reader: Reader, count: int) -> None:
+        """Read again what was delivered before, and drop it."""
+        while self._position < count and (samples := await reader.read(min(count - self._position, SKIP_SAMPLES))):
+            self._position += len(samples)
+
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
         access = Access(self._run, meter.name)
-        reader = source.open(access, None)
+        reader = source.open(access, self._resume_at)
         try:
             while True:
                 limit = await self._demanded()
@@ -247,6 +264,13 @@ class FlatMapNode(_Pump):
         self._upstream = upstream
         self._fn = fn
         self._arrival: Future[None] | None = None
+        self._before: Any = None  # the cursor that leads to the next sample
+        self._skipped = 0  # items of it that were delivered before a resume
+
+    def resume(self, cursor: tuple[Any, int]) -> None:
+        self._before, self._skipped = cursor
+        if self._before is not None:
+            self._upstream.resume(self._before)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._upstream.start(run, self._arrived)
@@ -273,7 +297,6 @@ class FlatMapNode(_Pump):
             await self._arrival
 
     async def _pump(self) -> None:
-        before: Any = None
         while True:
             await self._demanded()
             sample = await self._next_sample()
@@ -287,11 +310,13 @@ class FlatMapNode(_Pump):
                 sample.cursor = (after, 0)  # nothing of what comes after it
                 self._put(sample)
             else:
-                await self._items_of(sample, before)
-            before = after
+                await self._items_of(sample, self._before)
+            self._before = after
+            self._skipped = 0
 
     async def _items_of(self, sample: Entry, before: Any) -> None:
         offset = 0
+        skipped = self._skipped
         reader: Reader | None = None
         meter = self.meter
         before_seconds = meter.busy_seconds
@@ -305,18 +330,21 @@ class FlatMapNode(_Pump):
             while items := await reader.read(await self._demanded()):
                 for item in items:
                     offset += 1
+                    if offset <= skipped:
+                        continue
                     self._put(Entry(item, (before, offset), sample.key, self._position))
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds
                 del items, item
         except (Exception, SystemExit) as error:
-            failed = Entry(None, (before, offset + 1), sample.key, self._position)
-            self._position += 1
-            annotate(error, self.meter.name, sample, self._run.epoch)
-            failed.error = error
-            meter.errors += 1
-            self._put(failed)
+            if offset >= skipped:
+                failed = Entry(None, (before, offset + 1), sample.key, self._position)
+                self._position += 1
+                annotate(error, self.meter.name, sample, self._run.epoch)
+                failed.error = error
+                meter.errors += 1
+                self._put(failed)
         finally:
             if reader is not None:
                 meter.busy_seconds = before_seconds + reader.busy_seconds

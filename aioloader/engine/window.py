@@ -8,7 +8,7 @@ upstream moves. A window without steps is a plain buffer.
 from collections import deque
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import DONE, DROPPED, LAST, UNDER_WAY, Entry
 from aioloader.engine.node import Kick, Node
@@ -49,8 +49,15 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of the source waits until all others have been taken
         self._scheduled = False
         self._closed = False
+        self._left = None if ordered else _Left()
 
     # -- the node interface ------------------------------------------------------------------------------------------
+
+    def resume(self, cursor: Any) -> None:
+        if self._left is not None:
+            cursor = self._left.resume(cursor)
+        if cursor is not None:
+            self.upstream.resume(cursor)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
@@ -72,12 +79,16 @@ class Window(Node):
             before = len(slots)
             while slots and (state := slots[0].state) and len(taken) < limit:
                 entry = slots.popleft()
+                if self._left is not None:
+                    self._left.leaves(entry)
                 if state != DROPPED:
                     taken.append(entry)
             self._occupied -= before - len(slots)
             self.wake()
         if self._input_ended and not self._occupied:
             if self._last is not None and len(taken) < limit:
+                if self._left is not None:
+                    self._last.cursor = self._left.cursor
                 taken.append(self._last)
                 self._last = None
             if self._last is None:
@@ -145,6 +156,10 @@ class Window(Node):
 
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
+        if self._left is not None:
+            run = self._left.comes(run)
+            if not run:
+                return
         if run[-1].state == LAST:
             self._input_ended = True
             if not self._ordered:
@@ -197,3 +212,56 @@ class Window(Node):
     def _finish(self) -> None:
         self.ended = True
         self.close()
+
+
+class _Left:
+    """Who has left a window that gives entries as they are finished, for their cursors.
+
+    Cursor: that of the last entry up to which all have left, and a number whose bit `i` says whether the entry `1 + i`
+    places behind it has left too. So nothing is lost and nothing repeated, however long one entry takes.
+    """
+
+    def __init__(self) -> None:
+        self._came = 0
+        self._front = 0  # all up to this number have left
+        self._front_cursor: Any = None
+        self._beyond = 0  # bits
+        self._cursors: dict[int, Any] = {}  # of those who left beyond the front
+
+    def resume(self, cursor: tuple[Any, int]) -> Any:
+        self._front_cursor, self._beyond = cursor
+        return self._front_cursor
+
+    @property
+    def cursor(self) -> tuple[Any, int]:
+        """Behind all who have left."""
+        return self._front_cursor, self._beyond
+
+    def comes(self, run: list[Entry]) -> list[Entry]:
+        """Number the entries of `run`, and leave out those who had left before a resume."""
+        fresh = []
+        for entry in run:
+            if entry.state == LAST:
+                fresh.append(entry)
+                continue
+            self._came += 1
+            if self._beyond >> (self._came - self._front - 1) & 1:
+                self._cursors[self._came] = entry.cursor
+                self._advance()
+            else:
+                entry.cursor = (self._came, entry.cursor)
+                fresh.append(entry)
+        return fresh
+
+    def leaves(self, entry: Entry) -> None:
+        """Give `entry` the cursor behind all who have left, itself included."""
+        number, self._cursors[number] = entry.cursor
+        self._beyond |= 1 << (number - self._front - 1)
+        self._advance()
+        entry.cursor = self.cursor
+
+    def _advance(self) -> None:
+        while self._front + 1 in self._cursors:
+            self._front += 1
+            self._front_cursor = self._cursors.pop(self._front)
+            self._beyond >>= 1

@@ -59,6 +59,10 @@ class Threads:
         """Closed, and no thread is left."""
         return self._closed and not self._alive
 
+    def alive(self) -> list[str]:
+        """Names of the threads that have not ended."""
+        return [thread.name for thread in self.threads if thread.is_alive()]
+
     def submit(self, job: Job) -> None:
         """Run `job` in a thread. It gets what the thread's initializer raised, or None."""
         with self._lock:

@@ -89,6 +89,9 @@ class BatchFold:
         self._pending: list[Entry] = []
         self._count = 0
 
+    def resume(self, cursor: Any) -> Any:
+        return cursor
+
     def wants(self, limit: int) -> int:
         return limit * self._size - len(self._pending)
 
@@ -161,7 +164,12 @@ class _UnbatchFold:
         self._collated = collated
         self._epoch = epoch
         self._before: Any = None
+        self._skipped = 0  # samples of the first batch that were delivered before a resume
         self._count = 0
+
+    def resume(self, cursor: tuple[Any, int]) -> Any:
+        self._before, self._skipped = cursor
+        return self._before
 
     def wants(self, limit: int) -> int:
         return 1  # a batch holds more than one sample, as a rule
@@ -181,10 +189,11 @@ class _UnbatchFold:
             if entry.error is not None:
                 entry.cursor = (after, 0)  # nothing of what comes after it
                 out.append(entry)
-            for offset, sample in enumerate(samples, 1):
+            for offset, sample in enumerate(samples[self._skipped :], self._skipped + 1):
                 out.append(Entry(sample, (self._before, offset), None, self._count))
                 self._count += 1
             self._before = after
+            self._skipped = 0
         return out
 
     def flush(self) -> list[Entry]:

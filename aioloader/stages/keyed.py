@@ -41,6 +41,10 @@ class _SplitFold:
         self._before: Any = None
         self._count = 0
 
+    def resume(self, cursor: Any) -> Any:
+        self._before = cursor  # what `JoinBatches` gives are whole batches
+        return cursor
+
     def wants(self, limit: int) -> int:
         return 1
 
@@ -85,6 +89,9 @@ class _JoinFold:
     def __init__(self) -> None:
         self._pending: list[Entry] = []
         self._count = 0
+
+    def resume(self, cursor: Any) -> Any:
+        return cursor
 
     def wants(self, limit: int) -> int:
         return max(limit, 64)  # how long a batch is cannot be known; the window above bounds what comes

@@ -6,12 +6,37 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aioloader.cores import usable_cores
+from aioloader.engine.process_step import Turns
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.checks import callable_name
 
-__all__ = ["ASYNC_CONCURRENCY", "Filter", "FlatMap", "Map"]
+__all__ = ["ASYNC_CONCURRENCY", "PROCESSES", "Filter", "FlatMap", "InProcesses", "Map"]
 
 ASYNC_CONCURRENCY: Final = 64  # what awaits costs next to nothing; this many requests hide usual latencies
+
+
+@dataclass(frozen=True)
+class InProcesses:
+    """A place where sync functions run: worker processes of the loader.
+
+    Args:
+        kept: They stay from one epoch to the next.
+        key: Names them among those of the loader that are kept; None: the stages do.
+        in_turn: The workers take turns, so that with seeds of their own random numbers are repeatable.
+        prepare: Called before the first sample; gives what each worker calls with its number, if anything. That travels
+            with the functions.
+        turns: The source, when it is the workers that know when there is no more.
+    """
+
+    kept: bool = True
+    key: str | None = None
+    in_turn: bool = False
+    prepare: Callable[[], Callable[[int], None] | None] | None = None
+    turns: Turns | None = None
+
+
+PROCESSES: Final = InProcesses()
+"""Neighbouring stages there cross together."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +59,7 @@ class Map(Stage):
     is_async: bool
     concurrency: int | None = None
     ordered: bool = True
-    executor: Executor | None = None
+    executor: Executor | InProcesses | None = None
     name: str | None = None
     initializer: Callable[[int], None] | None = None
     thread_name: str = "aioloader-map"

@@ -1,6 +1,7 @@
 """`take`, `skip`, `enumerate`: which entries go on."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
@@ -43,6 +44,10 @@ class _TakeFold(_EachFold):
         self._n = n
         self._count = 0
 
+    def resume(self, cursor: tuple[Any, int]) -> Any:
+        upstream, self._count = cursor
+        return upstream
+
     @property
     def full(self) -> bool:  # type: ignore[override]  # a plain attribute in folds that are never full
         return self._count >= self._n
@@ -79,6 +84,10 @@ class _SkipFold(_EachFold):
         self._n = n
         self._skipped = 0
 
+    def resume(self, cursor: tuple[Any, int]) -> Any:
+        upstream, self._skipped = cursor
+        return upstream
+
     def wants(self, limit: int) -> int:
         return limit + self._n - self._skipped
 
@@ -110,6 +119,10 @@ class Enumerate(FoldStage):
 class _EnumerateFold(_EachFold):
     def __init__(self) -> None:
         self._count = 0
+
+    def resume(self, cursor: tuple[Any, int]) -> Any:
+        upstream, self._count = cursor
+        return upstream
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         for entry in run:

@@ -99,6 +99,11 @@ class _ShardFold:
         self._seen = 0
         self._newest: Any = None  # cursor
         self._first: list[Entry] = []  # at most world_size - 1 samples, to fill the last round
+        self._delivered = 0  # what was seen before a resume
+
+    def resume(self, cursor: tuple[Any, int]) -> Any:
+        _, self._delivered = cursor
+        return None  # from the beginning: its first samples may have to fill the last round
 
     def wants(self, limit: int) -> int:
         return (limit - 1) * self._world_size + (self._rank - self._seen) % self._world_size + 1
@@ -110,14 +115,14 @@ class _ShardFold:
                 self._first.append(_copy(entry))
             self._newest = entry.cursor
             self._seen += 1
-            if (self._seen - 1) % self._world_size == self._rank:
+            if self._seen > self._delivered and (self._seen - 1) % self._world_size == self._rank:
                 entry.cursor = (entry.cursor, self._seen)
                 mine.append(entry)
         return mine
 
     def flush(self) -> list[Entry]:
         missing = self._seen % self._world_size
-        if not missing or self._rank < missing:
+        if not missing or self._rank < missing or self._delivered > self._seen:
             return []
         filler = _copy(self._first[(self._rank - missing) % len(self._first)])
         filler.cursor = (self._newest, self._seen - missing + self._world_size)  # the end: it is not read again

@@ -40,9 +40,9 @@ class Shuffle(FoldStage):
 class _ShuffleFold:
     """Draws the next output from the buffer; the entry that comes in takes its place.
 
-    Cursor: a cursor not later than the oldest entry that still waits, and the number of outputs. Which place is drawn
-    depends on the seed and the number of the output alone, so the buffer's content can be found again by replaying
-    integers from there.
+    Cursor: one not later than the oldest entry that still waits, the number of outputs, and how many entries had come
+    in. Which place is drawn depends on the seed and these numbers alone, so the buffer's content can be found again:
+    the numbers of the entries in it by replaying the draws, the entries by reading on from the oldest one.
     """
 
     full = False
@@ -53,17 +53,40 @@ class _ShuffleFold:
         self._buffer: list[_Waiting] = []
         self._arrivals: deque[_Waiting] = deque()
         self._last_cursor: Any = None  # of the newest arrival
+        self._arrived = 0
         self._drawn = 0
+        self._missing: dict[int, _Waiting] = {}  # after a resume: by number, those in the buffer that are to come again
+        self._resumed_at = 0  # how many had come in when the state was taken
+
+    def resume(self, cursor: tuple[Any, int, int]) -> Any:
+        oldest, self._drawn, self._resumed_at = cursor
+        size = self._size
+        buffer = list(range(min(size, self._resumed_at)))
+        for number in range(size, self._resumed_at):  # each that came in beyond took the place of one that went out
+            buffer[self._random.randrange(size)] = number
+        for _ in range(self._drawn - max(0, self._resumed_at - size)):  # the source had ended: the buffer ran empty
+            place = self._random.randrange(len(buffer))
+            buffer[place] = buffer[-1]
+            buffer.pop()
+        self._buffer = [_Waiting(None, None) for _ in buffer]
+        self._missing = dict(zip(buffer, self._buffer, strict=True))
+        self._arrived = min(buffer, default=self._resumed_at)
+        self._last_cursor = oldest
+        return oldest
 
     def wants(self, limit: int) -> int:
-        return limit + self._size - len(self._buffer)
+        return limit + self._size - len(self._buffer) + max(0, self._resumed_at - self._arrived)
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         buffer = self._buffer
         out = []
         for entry in run:
-            waiting = _Waiting(entry, self._last_cursor)
-            self._last_cursor = entry.cursor
+            before, self._last_cursor = self._last_cursor, entry.cursor
+            self._arrived += 1
+            if self._arrived <= self._resumed_at:
+                self._again(entry, before)
+                continue
+            waiting = _Waiting(entry, before)
             self._arrivals.append(waiting)
             if len(buffer) < self._size:
                 buffer.append(waiting)
@@ -73,8 +96,15 @@ class _ShuffleFold:
                 out.append(self._emit(drawn))
         return out
 
+    def _again(self, entry: Entry, before: Any) -> None:
+        """An entry that had come in before the state was taken: it goes to its place, or had gone out."""
+        waiting = self._missing.pop(self._arrived - 1, None)
+        if waiting is not None:
+            waiting.entry, waiting.before = entry, before
+            self._arrivals.append(waiting)
+
     def flush(self) -> list[Entry]:
-        buffer = self._buffer
+        buffer = [waiting for waiting in self._buffer if waiting.entry is not None]
         out = []
         while buffer:
             place = self._random.randrange(len(buffer))
@@ -90,13 +120,13 @@ class _ShuffleFold:
             arrivals.popleft()
         self._drawn += 1
         oldest = arrivals[0].before if arrivals else self._last_cursor
-        entry.cursor = (oldest, self._drawn)
+        entry.cursor = (oldest, self._drawn, self._arrived)
         return entry
 
 
 class _Waiting:
     __slots__ = ("before", "entry")
 
-    def __init__(self, entry: Entry, before: Any) -> None:
-        self.entry: Entry | None = entry  # None: it has been drawn
+    def __init__(self, entry: Entry | None, before: Any) -> None:
+        self.entry = entry  # None: it has been drawn, or has not come again yet
         self.before = before  # the cursor that leads to this entry

@@ -1,0 +1,391 @@
+"""The user's process's side: one thread that starts worker processes, writes to them, and reads what they send."""
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, Final, Protocol
+from weakref import WeakSet
+
+from aioloader.executors.processes.segments import Mapping
+from aioloader.executors.processes.wire import Connection, Message, decode
+from aioloader.executors.processes.worker import open_buffers, settings_of_this_process
+from aioloader.executors.processes.zygote import Zygote, describe_exit, forget_zygote
+
+__all__ = ["Owner", "Peer", "Processes", "end_all_processes", "forget_all_processes"]
+
+GRACE_SECONDS: Final = 1.0  # what user code that is still running in a worker gets before the worker is killed
+
+
+class Owner(Protocol):
+    """Who a worker works for; called in the thread of `Processes`."""
+
+    def received(self, peer: "Peer", message: Message) -> None:
+        """A message from the worker."""
+
+    def died(self, peer: "Peer", reason: str) -> None:
+        """The worker is gone, and everything that it sent has been received."""
+
+    def close(self) -> None:
+        """End the workers, those that are busy after a moment of grace."""
+
+
+class Peer:
+    """One worker process.
+
+    Attributes:
+        seat: Its number, which a worker that takes its place inherits.
+        pid: None until it has been forked.
+        has_program: Whether its program has been sent; the owner's.
+    """
+
+    def __init__(self, host: "Processes", owner: Owner, seat: int, connection: Connection) -> None:
+        self.seat = seat
+        self.owner = owner
+        self.pid: int | None = None
+        self.has_program = False
+        self._closing = False
+        self._deadline: float | None = None  # when it is killed
+        self._host = host
+        self._connection = connection
+        self._open = True
+        self._mappings: dict[int, Mapping] = {}
+        self._freed: deque[int] = deque()  # appended to by whatever thread drops the last view
+
+    def send(self, head: tuple[Any, ...], parts: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
+        """Send a message, now or as soon as the worker takes it; nothing happens when it is gone."""
+        if self._open:
+            with contextlib.suppress(OSError):  # its death will be told
+                self._connection.send(head, parts, fds)
+            self._host._watch(self)
+        else:
+            for fd in fds:
+                os.close(fd)
+
+    def freed(self) -> list[int]:
+        """The segments that no view is left of, once: the worker is to be told."""
+        return [self._freed.popleft() for _ in range(len(self._freed))]
+
+    def unpack(self, message: Message) -> Any:
+        """The value of a message of `Channel.send`. Its tensors lie in the worker's memory, as long as they live.
+
+        Raises:
+            Exception: It cannot be unpickled here.
+        """
+        *_, stream_at, layout, new, forgotten = message.head
+        for number in forgotten:
+            self._mappings.pop(number, None)
+        for (number, size), fd in zip(new, message.fds, strict=True):
+            try:
+                self._mappings[number] = Mapping(fd, size)
+            finally:
+                os.close(fd)
+        body = memoryview(message.body)
+        if not layout or len(layout[0]) == 2:
+            return decode(body[stream_at:], open_buffers(body, layout))
+        used = {number for number, _, _ in layout}
+        lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
+        return decode(body[stream_at:], [lent[number][offset : offset + size] for number, offset, size in layout])
+
+    def close(self) -> None:
+        """Let the worker end after what it is doing; kill it if that takes too long."""
+        if not self._closing:
+            self._closing = True
+            self._deadline = monotonic() + GRACE_SECONDS
+            self.send(("close",))
+
+
+class Processes:
+    """The worker processes of one loader, and the thread `aioloader-processes` that serves them.
+
+    The thread does all that may wait or take long: starting, pickling, writing, reading. Nothing here polls: it sleeps
+    until a socket or another thread has something for it. It is started by the first `call`, and ends with `close`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._commands: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._thread: threading.Thread | None = None
+        self._wake: socket.socket | None = None
+        self._closing = False  # no more commands but the end
+        self._ended = False  # the thread takes no commands any more: callers run theirs
+        self._forgotten = False  # this is a forked child
+        self._owners: dict[Any, Owner] = {}
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closing
+
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is kept under `key` until `close`, made at need."""
+        with self._lock:
+            if key not in self._owners:
+                self._owners[key] = make()
+            return self._owners[key]
+
+    def call(self, fn: Callable[..., object], *args: Any) -> None:
+        """Call `fn` in the thread, soon; from any thread, and from inside a garbage collection."""
+        self._commands.append((fn, args))
+        if self._thread is None:
+            self._start()
+        if self._ended or self._thread is None:
+            self._run_commands()
+        else:
+            self._rouse()
+
+    def close(self) -> None:
+        """End all workers, and then the thread; does not wait. Idempotent, and may be called by the garbage collector.
+
+        Workers in the middle of something get a moment to finish it, then they are killed.
+        """
+        self._closing = True
+        self._rouse()
+
+    def join(self, seconds: float) -> bool:
+        """Wait until workers and thread have ended. False: they did not in time."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return True
+        self._thread.join(max(0.0, seconds))
+        return not self._thread.is_alive()
+
+    def forget(self) -> None:
+        """In a forked child: close our copies of what is the parent's, and do nothing ever again."""
+        self._forgotten = self._closing = True
+        if self._wake is not None:
+            self._wake.close()
+            self._woken.close()
+            self._selector.close()
+            if self._control is not None:
+                self._control.close()
+            for peer in self._peers:
+                peer._connection.close()
+
+    def _rouse(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
+                wake.send(b"\0")
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is not None or self._closing:
+                return
+            self._woken, self._wake = socket.socketpair()
+            self._woken.setblocking(False)
+            self._wake.setblocking(False)
+            self._selector = selectors.DefaultSelector()
+            self._selector.register(self._woken, selectors.EVENT_READ)
+            self._zygote: Zygote | None = None
+            self._control: Connection | None = None
+            self._born = False  # the zygote has answered
+            self._peers: set[Peer] = set()
+            self._tickets: dict[int, Peer] = {}
+            self._ticket = 0
+            thread = threading.Thread(target=self._main, name="aioloader-processes", daemon=True)
+            _alive.add(self)
+            thread.start()
+            self._thread = thread
+        self._rouse()
+
+    # -- in the thread -----------------------------------------------------------------------------------------------
+
+    def spawn(self, owner: Owner, seat: int) -> Peer:
+        """A new worker; messages to it may be sent at once.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        if self._control is None:
+            self._zygote, sock = Zygote.join()
+            sock.setblocking(False)
+            self._control = Connection(sock)
+            self._born = False
+            self._selector.register(self._control, selectors.EVENT_READ)
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        peer = Peer(self, owner, seat, Connection(ours))
+        self._ticket += 1
+        self._tickets[self._ticket] = peer
+        with theirs, contextlib.suppress(OSError):  # the zygote is gone: it will be noticed
+            self._control.send(("fork", self._ticket, settings_of_this_process()), fds=[os.dup(theirs.fileno())])
+        self._watch_control()
+        self._peers.add(peer)
+        self._selector.register(peer._connection, selectors.EVENT_READ, peer)
+        return peer
+
+    def _main(self) -> None:
+        try:
+            while not (self._closing and not (self._peers and self._born)):
+                if self._closing:
+                    for peer in list(self._peers):
+                        peer.close()
+                self._turn()
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        deadlines = [peer._deadline for peer in self._peers if peer._deadline is not None]
+        timeout = max(0.0, min(deadlines) - monotonic()) if deadlines else None
+        for key, events in self._selector.select(timeout):
+            if key.fileobj is self._woken:
+                with contextlib.suppress(BlockingIOError):
+                    while self._woken.recv(4096):
+                        pass
+            elif key.fileobj is self._control:
+                self._control_ready(events)
+            elif key.data in self._peers:  # it may have been lost a moment ago
+                self._peer_ready(key.data, events)
+        if deadlines:
+            now = monotonic()
+            for peer in list(self._peers):
+                if peer._deadline is not None and peer._deadline <= now:
+                    self._kill(peer)
+        self._run_commands()
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            try:
+                fn, args = self._commands.popleft()
+            except IndexError:
+                return
+            fn(*args)
+
+    def _watch(self, peer: Peer) -> None:
+        """Wait until the peer's socket takes what is pending, if anything is."""
+        if peer._open:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer._connection.pending else 0)
+            if self._selector.get_key(peer._connection).events != events:
+                self._selector.modify(peer._connection, events, peer)
+
+    def _watch_control(self) -> None:
+        if self._control is not None:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._control.pending else 0)
+            self._selector.modify(self._control, events)
+
+    def _peer_ready(self, peer: Peer, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            with contextlib.suppress(OSError):
+                peer._connection.flush()
+            self._watch(peer)
+        if events & selectors.EVENT_READ:
+            self._read(peer)
+
+    def _read(self, peer: Peer) -> None:
+        """Receive what has come from a worker."""
+        try:
+            for message in peer._connection.receive():
+                peer.owner.received(peer, message)
+        except EOFError:
+            # Dead, or it has closed what it should not have: dead in a moment. The zygote tells how it ended.
+            self._disconnect(peer)
+            self._kill(peer)
+
+    def _disconnect(self, peer: Peer) -> None:
+        if peer._open:
+            peer._open = False
+            self._selector.unregister(peer._connection)
+            peer._connection.close()
+
+    def _kill(self, peer: Peer) -> None:
+        """Make sure that a worker ends; one that is not forked yet is killed when it is."""
+        peer._deadline = None
+        if peer.pid is None:
+            self._disconnect(peer)
+        elif self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(("kill", peer.pid))
+
+    def _lost(self, peer: Peer, reason: str) -> None:
+        """A worker is dead: hear what it said before, then tell its owner."""
+        if peer._open:
+            self._read(peer)
+        self._disconnect(peer)
+        self._peers.discard(peer)
+        peer.owner.died(peer, reason)
+
+    def _control_ready(self, events: int) -> None:
+        control = self._control
+        assert control is not None
+        try:
+            if events & selectors.EVENT_WRITE:
+                control.flush()
+                self._watch_control()
+            for message in control.receive():
+                self._born = True
+                match message.head:
+                    case ("forked", ticket, pid):
+                        peer = self._tickets.pop(ticket)
+                        peer.pid = pid
+                        if not peer._open:
+                            self._kill(peer)
+                    case ("died", pid, code, number):
+                        for peer in [peer for peer in self._peers if peer.pid == pid]:
+                            self._lost(peer, describe_exit(code, number))
+        except (EOFError, OSError):
+            self._zygote_gone()
+
+    def _zygote_gone(self) -> None:
+        """It was killed, or could not start: its workers are dead, or have nobody to start and reap them."""
+        assert self._control is not None
+        assert self._zygote is not None
+        self._selector.unregister(self._control)
+        self._control.close()
+        self._control = None
+        zygote, self._zygote = self._zygote, None
+        reason = f"was lost, because the process that starts workers {zygote.exit_reason()}"
+        zygote.leave(born=True)
+        self._tickets.clear()
+        for peer in list(self._peers):
+            if peer.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(peer.pid, 9)  # where there is no prctl
+            self._lost(peer, reason)
+
+    def _end(self) -> None:
+        if self._forgotten:
+            return
+        self._closing = True
+        if self._control is not None:
+            self._selector.unregister(self._control)
+            self._control.close()
+            self._control = None
+        for peer in list(self._peers):
+            self._lost(peer, "was not needed any more")
+        if self._zygote is not None:
+            self._zygote.leave(born=self._born)
+        for owner in self._owners.values():
+            owner.close()
+        self._ended = True
+        self._run_commands()
+        self._selector.close()
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake.close()
+        self._woken.close()
+
+
+_alive: WeakSet[Processes] = WeakSet()
+
+
+def end_all_processes(deadline: float) -> None:
+    """At the end of the interpreter: end all workers, and wait for them until `deadline` (`time.monotonic`)."""
+    alive = list(_alive)
+    for processes in alive:
+        processes.close()
+    for processes in alive:
+        processes.join(deadline - monotonic())
+
+
+def forget_all_processes() -> None:
+    """In a forked child: they are the parent's."""
+    for processes in list(_alive):
+        processes.forget()
+    _alive.clear()
+    forget_zygote()

@@ -1,0 +1,316 @@
+"""Workers that share one program and the tasks that are submitted to it."""
+
+import contextlib
+import os
+from asyncio import Future
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from aioloader.errors import LoaderClosedError
+from aioloader.executors.chunk import ChunkResult
+from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.host import Peer, Processes
+from aioloader.executors.processes.segments import Mapping, create_file
+from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
+from aioloader.executors.processes.worker import Program, lay_out
+from aioloader.executors.threads import call_loop
+
+__all__ = ["Broken", "Died", "Lost", "Outcome", "Team"]
+
+DEPTH: Final = 2  # tasks at a worker: one that it works on, one that it goes on with
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The task could not cross, there or back.
+
+    Attributes:
+        error: Why.
+    """
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class Died:
+    """The worker died while it had the task.
+
+    Attributes:
+        seat: Its number.
+        pid: Its process id.
+        reason: How it ended, in words.
+    """
+
+    seat: int
+    pid: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """No worker can do any task: the program cannot be sent, loaded, or started.
+
+    Attributes:
+        error: Why.
+    """
+
+    error: BaseException
+
+
+Outcome = ChunkResult | Lost | Died | Broken
+
+
+@dataclass(eq=False)
+class _Task:
+    owner: Hashable
+    values: Any
+    done: Callable[[Outcome], None]
+    seat: int | None
+    parts: list[Any] = field(default_factory=list)
+    layout: list[tuple[int, int]] = field(default_factory=list)
+    stream_at: int = 0
+    forgotten: bool = False
+
+
+class Team:
+    """At most `count` workers.
+
+    Args:
+        host: Runs them.
+        count: How many workers there may be.
+        make_program: Gives what they do; called at the first task, in the thread of `host`, for there it is pickled.
+    """
+
+    def __init__(self, host: Processes, count: int, make_program: Callable[[], Program]) -> None:
+        self._host = host
+        self._make_program = make_program
+        self._seats: list[Peer | None] = [None] * count
+        self._loads: dict[Peer, OrderedDict[int, _Task]] = {}
+        self._waiting: deque[_Task] = deque()
+        self._number = 0
+        self._program: tuple[int, int, int, list[tuple[int, int]]] | None = None
+        self._closed = False
+        self._loop: Any = None
+        self.ended: Future[None] | None = None
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, owner: Hashable, values: Sequence[Any], done: Callable[[Outcome], None], seat: int | None = None
+    ) -> None:
+        """Let a worker do `values`.
+
+        Args:
+            owner: For `forget`.
+            values: A list for the program.
+            done: Called once, in the thread of the host, unless the owner forgets it.
+            seat: Which worker does it; None: the one that has least to do.
+        """
+        self._host.call(self._submit, _Task(owner, values, done, seat))
+
+    def forget(self, owner: Hashable) -> None:
+        """What this owner submitted is of no use any more: what was not begun is not done."""
+        self._host.call(self._forget, owner)
+
+    def prepare(self) -> None:
+        """Start the workers, which takes longer than there being something for them to do."""
+        self._host.call(self._prepare)
+
+    def close(self) -> None:
+        """End the workers: idle ones now, busy ones after their task or a moment of grace. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._host.call(self._close)
+
+    def end_on(self, loop: Any) -> None:
+        """Complete `ended` on this loop when the workers have ended after `close`."""
+        self._loop = loop
+        self.ended = loop.create_future()
+
+    @property
+    def gone(self) -> bool:
+        """Closed, and all workers have ended."""
+        return self.ended is not None and self.ended.done()
+
+    def alive(self) -> list[str]:
+        """Names of the workers."""
+        return [f"worker process {peer.pid}" for peer in self._seats if peer is not None]
+
+    # -- in the host's thread ----------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        with contextlib.suppress(OSError):  # it comes again with the first task
+            for seat in range(len(self._seats)):
+                if not (self._closed or self._host.closed):
+                    self._seat(seat)
+
+    def _submit(self, task: _Task) -> None:
+        if self._closed or self._host.closed:
+            task.done(Broken(_closed()))
+            return
+        try:
+            stream, buffers = encode(task.values)
+        except BaseException as error:
+            task.done(Lost(cannot_travel("a sample", error, by_value=can_pickle_by_value())))
+            return
+        task.layout, task.parts = lay_out(buffers)
+        task.stream_at = sum(map(len, task.parts))
+        task.parts.append(stream)
+        self._waiting.append(task)
+        self._assign()
+
+    def _assign(self) -> None:
+        """Give waiting tasks to workers."""
+        while self._waiting and not self._closed:
+            seat = self._waiting[0].seat
+            if seat is None:
+                seat = min(range(len(self._seats)), key=self._load)
+                if self._load(seat) >= DEPTH:
+                    return
+            try:
+                self._give(self._seat(seat), self._waiting.popleft())
+            except BaseException as error:  # the program cannot be pickled, or nothing can be started
+                self._break(error)
+                return
+
+    def _load(self, seat: int) -> int:
+        peer = self._seats[seat]
+        return 0 if peer is None else len(self._loads[peer])
+
+    def _give(self, peer: Peer, task: _Task) -> None:
+        self._number += 1
+        self._loads[peer][self._number] = task
+        if not peer.has_program:
+            self._send_program(peer)
+        peer.send(("task", self._number, peer.freed(), task.stream_at, task.layout), task.parts)
+
+    def _seat(self, seat: int) -> Peer:
+        """The worker of a seat, a new one if need be."""
+        peer = self._seats[seat]
+        if peer is None:
+            peer = self._host.spawn(self, seat)
+            self._seats[seat] = peer
+            self._loads[peer] = OrderedDict()
+        return peer
+
+    def _send_program(self, peer: Peer) -> None:
+        if self._program is None:
+            self._program = _store(self._make_program())
+        fd, size, stream_at, layout = self._program
+        peer.send(("program", peer.seat, size, stream_at, layout), fds=[os.dup(fd)])
+        peer.has_program = True
+
+    def _forget(self, owner: Hashable) -> None:
+        self._waiting = deque(task for task in self._waiting if task.owner != owner)
+        for peer, load in self._loads.items():
+            numbers = [number for number, task in load.items() if task.owner == owner]
+            for number in numbers:
+                load[number].forgotten = True
+            if numbers:  # it says which of them it had not begun; the others come back
+                peer.send(("forget", numbers))
+
+    def received(self, peer: Peer, message: Message) -> None:
+        """See `Owner`."""
+        kind, *rest = message.head
+        if kind == "broken":
+            error = peer.unpack(message)
+            self._break(error)
+            return
+        load = self._loads[peer]
+        if kind == "skipped":
+            for number in rest[0]:
+                load.pop(number, None)
+            self._assign()
+            return
+        task = load.pop(rest[0], None)
+        outcome: Outcome
+        try:
+            value = peer.unpack(message)
+            outcome = ChunkResult(*value) if kind == "done" else Lost(value)
+        except BaseException as error:
+            outcome = Lost(cannot_travel("a result", error, by_value=can_pickle_by_value()))
+        self._assign()
+        if task is not None and not task.forgotten:
+            task.done(outcome)
+
+    def died(self, peer: Peer, reason: str) -> None:
+        """See `Owner`."""
+        load = self._loads.pop(peer)
+        if self._seats[peer.seat] is peer:
+            self._seats[peer.seat] = None
+        tasks = [task for task in load.values() if not task.forgotten]
+        under_way = next(iter(load.values()), None)
+        if self._closed or self._host.closed:
+            for task in tasks:
+                task.done(Broken(_closed()))
+            if not self._loads:
+                self._end()
+            return
+        if under_way is not None and not under_way.forgotten:
+            del tasks[0]
+            under_way.done(Died(peer.seat, peer.pid, reason))
+        self._waiting.extendleft(reversed(tasks))  # not begun: another worker does them
+        self._assign()
+
+    def _break(self, error: BaseException) -> None:
+        tasks = [*self._waiting, *(task for load in self._loads.values() for task in load.values())]
+        self._waiting.clear()
+        for load in self._loads.values():
+            load.clear()
+        for seat, peer in enumerate(self._seats):
+            if peer is not None:
+                peer.close()
+                self._seats[seat] = None  # the next task gets a new one
+        for task in tasks:
+            if not task.forgotten:
+                task.done(Broken(error))
+
+    def _close(self) -> None:
+        self._waiting.clear()
+        for peer in self._loads:
+            peer.close()
+        if not self._loads:
+            self._end()
+
+    def _end(self) -> None:
+        if self._program is not None:
+            os.close(self._program[0])
+            self._program = None
+        if self.ended is not None:
+            call_loop(self._loop, _complete, self.ended)
+
+
+def _closed() -> LoaderClosedError:
+    return LoaderClosedError("the loader was closed while its worker processes had something to do")
+
+
+def _complete(future: Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _store(program: Program) -> tuple[int, int, int, list[tuple[int, int]]]:
+    """Write a program into a file in memory, once for all workers.
+
+    Returns:
+        The file, its size, where the pickle begins, and the layout of the buffers before it.
+
+    Raises:
+        PicklingError: It cannot be pickled.
+    """
+    try:
+        stream, buffers = encode(program)
+    except BaseException as error:
+        raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
+    layout, pieces = lay_out(buffers)
+    stream_at = sum(map(len, pieces))
+    size = stream_at + len(stream)
+    fd = create_file(size)
+    memory = memoryview(Mapping(fd, size).memory()).cast("B")
+    offset = 0
+    for piece in (*pieces, stream):
+        memory[offset : offset + len(piece)] = piece
+        offset += len(piece)
+    return fd, size, stream_at, layout

@@ -1,0 +1,92 @@
+"""What torch promises to code in the worker processes of a DataLoader: seeds, `get_worker_info()`, `worker_init_fn`."""
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch.utils.data import _DatasetKind
+from torch.utils.data._utils import worker as torch_worker
+
+__all__ = ["EXHAUSTED", "FetchNext", "TorchWorker"]
+
+
+@dataclass(frozen=True)
+class TorchWorker:
+    """Makes a worker process what torch's are.
+
+    Args:
+        dataset: For `get_worker_info()`.
+        num_workers: See torch.
+        base_seed: Worker k draws its random numbers from `base_seed + k`.
+        worker_init_fn: See torch; called after all that.
+    """
+
+    dataset: Any
+    num_workers: int
+    base_seed: int
+    worker_init_fn: Callable[[int], None] | None
+
+    def __call__(self, worker_id: int) -> None:
+        """In the worker, once."""
+        seed = self.base_seed + worker_id
+        random.seed(seed)
+        torch.manual_seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(torch_worker._generate_state(self.base_seed, worker_id))
+        torch_worker._worker_info = torch_worker.WorkerInfo(
+            id=worker_id, num_workers=self.num_workers, seed=seed, dataset=self.dataset
+        )
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+
+class _Exhausted:
+    def __reduce__(self) -> str:
+        return "EXHAUSTED"  # one object in every process
+
+
+EXHAUSTED: Final = _Exhausted()
+"""What `FetchNext` gives when its worker's part of the dataset is over."""
+
+
+class FetchNext:
+    """The next batch of this worker's own iterator over an iterable dataset.
+
+    Args:
+        dataset: Each worker has a copy; it splits itself by `get_worker_info()`.
+        batch_size: None: single samples.
+        drop_last: Of each worker's part, as in torch.
+        collate_fn: From a list of samples to a batch, or for `batch_size=None` from a sample to what is handed out.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int | None, drop_last: bool, collate_fn: Callable[[Any], Any]) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._drop_last = drop_last
+        self._collate_fn = collate_fn
+        self._epoch: Any = None
+        self._fetcher: Any = None
+
+    def __call__(self, epoch: tuple[int]) -> Any:
+        """The next batch of `epoch`, any number that grows; a greater one begins the dataset anew."""
+        if self._epoch is None or epoch > self._epoch:
+            self._fetcher = None
+            self._epoch = epoch
+            self._fetcher = _DatasetKind.create_fetcher(
+                _DatasetKind.Iterable, self._dataset, self._batch_size is not None, self._collate_fn, self._drop_last
+            )
+        elif epoch < self._epoch:
+            raise RuntimeError(
+                "persistent workers read one epoch of an IterableDataset at a time, and a later one has begun; "
+                "use one iterator at a time, or persistent_workers=False"
+            )
+        if self._fetcher is None:
+            return EXHAUSTED
+        try:
+            return self._fetcher.fetch([None] * (self._batch_size or 1))
+        except StopIteration:
+            self._fetcher = None
+            return EXHAUSTED

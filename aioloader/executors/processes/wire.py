@@ -1,0 +1,270 @@
+"""What crosses between two processes: values, taken apart into a pickle and large buffers, and messages on a socket."""
+
+import array
+import ctypes
+import io
+import os
+import pickle
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any, Final, NamedTuple
+
+import torch
+
+__all__ = ["SMALL_BYTES", "Connection", "Message", "array_type", "can_pickle_by_value", "decode", "encode"]
+
+SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays inside the pickle
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def encode(value: Any) -> tuple[bytes, list[memoryview]]:
+    """Take `value` apart: a pickle, and the memory of its tensors and arrays, which is not copied.
+
+    Functions and classes of `__main__`, lambdas and closures travel by value where cloudpickle is installed.
+
+    Raises:
+        Exception: Whatever pickling an object of the user's raises.
+    """
+    buffers: list[memoryview] = []
+
+    def take(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes < SMALL_BYTES:
+            return True  # into the pickle
+        buffers.append(raw)
+        return False
+
+    file = io.BytesIO()
+    _pickler()(file, protocol=5, buffer_callback=take).dump(value)
+    return file.getvalue(), buffers
+
+
+def decode(stream: Any, buffers: Sequence[Any] = ()) -> Any:
+    """Put together what `encode` took apart. Tensors and arrays lie in `buffers`, and keep them alive."""
+    return pickle.loads(stream, buffers=buffers)
+
+
+def can_pickle_by_value() -> bool:
+    """Whether cloudpickle is there."""
+    try:
+        import cloudpickle  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def _pickler() -> Any:
+    """A pickler that knows tensors; torch's own way writes each storage into a file in memory, with a header."""
+    base: Any = pickle.Pickler
+    otherwise: Callable[[Any, Any], Any] | None = None
+    if can_pickle_by_value():
+        import cloudpickle
+
+        base = cloudpickle.Pickler
+        otherwise = base.reducer_override
+
+    class Pickler(base):  # type: ignore[misc]  # one of two
+        def reducer_override(self, value: Any) -> Any:
+            if type(value) is torch.Tensor and _is_plain(value):
+                return _take_apart(value)
+            return NotImplemented if otherwise is None else otherwise(self, value)
+
+    return Pickler
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
+        and not tensor.__dict__
+    )
+
+
+def _take_apart(tensor: torch.Tensor) -> Any:
+    shape, strides = tuple(tensor.shape), None
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.numel() == 0:
+        return _make_empty, (dtype, shape)
+    if not tensor.is_contiguous():
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        dense = tensor.permute(order)
+        if dense.is_contiguous():  # transposed, or channels-last: it keeps its strides
+            strides, tensor = tensor.stride(), dense
+        else:
+            tensor = tensor.contiguous()
+    memory = array_type(tensor.nbytes).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # which owns the memory
+    return _put_together, (pickle.PickleBuffer(memory), dtype, shape, strides)
+
+
+def _put_together(memory: Any, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> torch.Tensor:
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    # Not `.view(shape)`: that would be a view, with a `_base` and the rules that autograd has for it.
+    tensor: torch.Tensor = torch.empty(0, dtype=getattr(torch, dtype), device="cpu")
+    if strides is None:
+        return tensor.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]  # strides may be left out
+    return tensor.set_(storage, 0, shape, strides)
+
+
+def _make_empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
+
+
+@lru_cache(256)
+def array_type(size: int) -> Any:
+    """The ctypes type of `size` bytes. Making one takes longer than making an instance, so the latest are kept."""
+    return ctypes.c_char * size
+
+
+# -- messages ----------------------------------------------------------------------------------------------------------
+
+_HEADER: Final = struct.Struct("<IIQ")  # lengths of head and body, and between them the number of file descriptors
+_MAX_FDS: Final = 16  # in one message
+_MAX_PARTS: Final = 512  # in one call of sendmsg, which takes 1024 at most
+
+
+class Message(NamedTuple):
+    """One message.
+
+    Attributes:
+        head: A small tuple; its first item names the kind.
+        body: Raw bytes.
+        fds: File descriptors, now the receiver's to close.
+    """
+
+    head: tuple[Any, ...]
+    body: bytearray
+    fds: list[int]
+
+
+class Connection:
+    """Messages over a stream socket, blocking or not, as the socket is. Used by one thread.
+
+    Args:
+        sock: One end of a socket pair; it is closed with the connection.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._out: deque[tuple[list[memoryview], list[int]]] = deque()
+        self._header = bytearray(_HEADER.size)
+        self._head: bytearray | None = None  # None: the header is being read
+        self._body = bytearray()
+        self._reading_body = False
+        self._fd_count = 0
+        self._fds: list[int] = []
+        self._filling = memoryview(self._header)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits until the socket takes it."""
+        return bool(self._out)
+
+    def send(self, head: tuple[Any, ...], parts: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
+        """Send a message, as far as the socket takes it now.
+
+        Args:
+            head: See `Message`.
+            parts: The body, in pieces.
+            fds: At most 16; they are closed when they have been sent.
+
+        Raises:
+            OSError: The other side is gone.
+        """
+        assert len(fds) <= _MAX_FDS
+        packed = pickle.dumps(head, 5)
+        pieces = [memoryview(part).cast("B") for part in parts if len(part)]
+        header = _HEADER.pack(len(packed), len(fds), sum(map(len, pieces)))
+        self._out.append(([memoryview(header + packed), *pieces], list(fds)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Go on sending what is pending."""
+        while self._out:
+            pieces, fds = self._out[0]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                sent = self._socket.sendmsg(pieces[:_MAX_PARTS], ancillary)
+            except BlockingIOError:
+                return
+            for fd in fds:  # they go with the first byte
+                os.close(fd)
+            fds.clear()
+            done = 0
+            while done < len(pieces) and sent >= len(pieces[done]):
+                sent -= len(pieces[done])
+                done += 1
+            del pieces[:done]
+            if pieces:
+                pieces[0] = pieces[0][sent:]
+            else:
+                self._out.popleft()
+
+    def receive(self) -> Iterator[Message]:
+        """The messages that come, until none is there (a socket that does not block).
+
+        Raises:
+            EOFError: The other side is gone.
+        """
+        ancillary_bytes = socket.CMSG_SPACE(4 * _MAX_FDS)
+        while True:
+            if not self._filling:
+                if (message := self._next_part()) is not None:
+                    yield message
+                continue
+            try:
+                read, ancillary, _, _ = self._socket.recvmsg_into([self._filling], ancillary_bytes, _RECEIVE_FLAGS)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                read, ancillary = 0, []
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    fds = array.array("i")
+                    fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                    self._fds.extend(fds)
+            if not read:
+                raise EOFError
+            self._filling = self._filling[read:]
+
+    def _next_part(self) -> Message | None:
+        """What is being read is complete; go on with what comes after it, or give the message."""
+        if self._head is None:
+            head_bytes, self._fd_count, body_bytes = _HEADER.unpack(self._header)
+            self._head = bytearray(head_bytes)
+            self._body = bytearray(body_bytes)
+            self._filling = memoryview(self._head)
+            self._reading_body = False
+            return None
+        if not self._reading_body and self._body:
+            self._reading_body = True
+            self._filling = memoryview(self._body)
+            return None
+        fds, self._fds = self._fds[: self._fd_count], self._fds[self._fd_count :]
+        message = Message(pickle.loads(self._head), self._body, fds)
+        self._head, self._body = None, bytearray()
+        self._filling = memoryview(self._header)
+        return message
+
+    def close(self) -> None:
+        """Close the socket, and descriptors that were never sent or taken."""
+        for _, fds in self._out:
+            for fd in fds:
+                os.close(fd)
+        for fd in self._fds:
+            os.close(fd)
+        self._out.clear()
+        self._fds.clear()
+        self._socket.close()
+
+
+_RECEIVE_FLAGS: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)

@@ -1,0 +1,317 @@
+"""`Lines`: the lines of text files, or the JSON values in them."""
+
+import json
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from itertools import chain
+from math import inf
+from time import perf_counter
+from typing import Any, Literal
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
+from aioloader.errors import BrokenDataError
+from aioloader.sources.ahead import Ahead, failed
+from aioloader.sources.chunks import READ_BYTES, file_chunks
+from aioloader.sources.compressed import decompressor_for, is_compressed
+from aioloader.sources.parsing import Parser, parsed
+from aioloader.sources.paths import Paths, find_files
+from aioloader.sources.watching import require_watchfiles
+from aioloader.stages.checks import check_callable, check_count
+
+__all__ = ["Lines"]
+
+Decode = Callable[[bytes], Any]
+
+
+class Lines(CursorSource):
+    """The lines of files, in order: text, or JSON values.
+
+    Files that end in `.gz` or `.zst` are decompressed. They are read in large pieces in a thread, which decodes too. A
+    line that cannot be decoded raises at its place, with file, line number and byte offset, and so does a file that
+    cannot be opened or ends too early (`.gz`, `.zst`); what comes after it goes on.
+
+    Cursor: file, byte offset, line number; with `interleave` those of each file under way. A plain file goes on at the
+    offset, a compressed one is decompressed up to it again.
+
+    Args:
+        paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
+        decode: None: the line as `str`, without its end (LF or CR LF). `"json"`: the value in it; lines of nothing but
+            white space are left out. A function: of the line as `bytes`, for instance `orjson.loads`.
+        encoding: Of the text, one in which a line ends with the single byte 10: not UTF-16 or UTF-32.
+        interleave: How many files are read side by side, at least 1: one line of each in turn. The first reader has
+            the files 0, `interleave`, 2 `interleave`, ..., the second 1, `interleave` + 1, ..., whatever their lengths.
+        follow: Wait for more at the end of the last file, until the loader is closed; what stands behind its last line
+            end waits too. Needs watchfiles (`aioloader[watch]`), and a plain file.
+        max_line_bytes: A line of more is an error at its place: in a file without line ends nothing else bounds memory.
+
+    Raises:
+        FileNotFoundError: A glob matches nothing.
+        ImportError: `follow` without watchfiles, or `.zst` without something that reads it.
+        ValueError: An argument does not fit.
+
+    ```python
+    loader = Pipeline(Lines("data/*.jsonl.gz", decode="json", interleave=4)).shuffle(buffer_size=10_000).batch(64)
+    ```
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        decode: Literal["json"] | Decode | None = None,
+        encoding: str = "utf-8",
+        interleave: int = 1,
+        follow: bool = False,
+        max_line_bytes: int = 64 << 20,
+    ) -> None:
+        self.paths = find_files(paths, source="Lines")
+        _check_encoding(encoding)
+        if isinstance(decode, str):
+            if decode != "json":
+                raise ValueError(f"decode must be None, 'json' or a function of bytes, got {decode!r}")
+        elif decode is not None:
+            check_callable("decode", decode, arguments=1, example="Lines(paths, decode=orjson.loads)")
+        self.decode = decode
+        self.encoding = encoding
+        self.interleave = min(check_count("interleave", interleave, least=1), len(self.paths))
+        self.follow = bool(follow)
+        self.max_line_bytes = check_count("max_line_bytes", max_line_bytes, least=1)
+        for path in self.paths:
+            decompressor_for(path)  # what is not installed is said here
+        if self.follow:
+            self._check_follow()
+
+    def _check_follow(self) -> None:
+        require_watchfiles("Lines(follow=True)")
+        if self.interleave > 1:
+            raise ValueError(
+                f"follow=True needs interleave=1, got {self.interleave}: a file that waits would hold up the others; "
+                f"follow each by a source of its own and join them with Pipeline.merge"
+            )
+        if is_compressed(self.paths[-1]):
+            raise ValueError(f"follow=True needs a plain file, got {self.paths[-1]!r}: pass it without follow")
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        if self.interleave == 1:
+            return self._reader(access, 0, cursor)
+        if cursor is None:
+            cursor = (0, [None] * self.interleave)
+        turn, cursors = cursor
+        if len(cursors) != self.interleave:
+            raise ValueError(
+                f"the cursor is of {len(cursors)} files side by side, but interleave is {self.interleave}; "
+                f"open it as it was when the state was taken"
+            )
+        readers = [self._reader(access, first, one) for first, one in enumerate(cursors)]
+        return _InTurn(readers, turn, [None if one is None else tuple(one) for one in cursors])
+
+    def _reader(self, access: Access, first: int, cursor: Any) -> Ahead:
+        """Reads every `interleave`-th file from `first` on, behind `cursor`."""
+        index, offset, number = (first, 0, 0) if cursor is None else cursor
+        if not 0 <= index <= len(self.paths) + self.interleave:
+            raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
+        thread = access.threads(1)
+
+        async def read() -> AsyncGenerator[list[Entry]]:
+            start = (offset, number)
+            for at in range(index, len(self.paths), self.interleave):
+                async with aclosing(self._read_file(at, start, thread)) as lists:
+                    async for entries in lists:
+                        yield entries
+                start = (0, 0)
+
+        return Ahead(access, read)
+
+    def _read_file(self, index: int, start: tuple[int, int], thread: AccessThreads) -> AsyncGenerator[list[Entry]]:
+        """The entries of one file, from an offset and a line number on."""
+        path = self.paths[index]
+        following = self.follow and index == len(self.paths) - 1
+        chunks = file_chunks(
+            path,
+            thread,
+            offset=0 if is_compressed(path) else start[0],
+            size=max(READ_BYTES // self.interleave, 64 << 10),
+            follow=following,
+        )
+        return parsed(chunks, _LinesOf(self, index, start), thread, after=(index + self.interleave, 0, 0))
+
+
+class _InTurn(EntryReader):
+    """One entry of each reader in turn; those that have ended drop out.
+
+    Cursor: whose turn is next, and the cursors of all.
+    """
+
+    def __init__(self, readers: list[Ahead], turn: int, cursors: list[Any]) -> None:
+        self._readers: list[Ahead | None] = list(readers)
+        self._cursors = cursors
+        self._turn = turn
+        self._left = len(readers)
+
+    async def read(self, limit: int) -> list[Entry]:
+        entries: list[Entry] = []
+        while self._left and len(entries) < limit:
+            turn = self._turn
+            reader = self._readers[turn]
+            if reader is not None and not reader.ready and entries:
+                break  # nobody waits for those that are there
+            taken = await reader.read(1) if reader is not None else []
+            self._turn = (turn + 1) % len(self._readers)
+            if taken:
+                entry = taken[0]
+                self._cursors[turn] = entry.cursor
+                entry.cursor = (self._turn, tuple(self._cursors))
+                entries.append(entry)
+            elif reader is not None:
+                self._readers[turn] = None
+                self._left -= 1
+        return entries
+
+
+class _LinesOf(Parser):
+    """The lines of one file.
+
+    What stands behind the last line end of a piece is kept for the next; of a line that grows past the limit only the
+    length is kept.
+    """
+
+    def __init__(self, source: Lines, index: int, start: tuple[int, int]) -> None:
+        super().__init__(source.paths[index], start[0])
+        self._index = index
+        self._offset, self._number = start
+        self._encoding = source.encoding
+        self._ours = not callable(source.decode)
+        self._skips_blank = source.decode == "json"
+        self._decode = _decoder(source.decode, source.encoding)
+        self._longest = source.max_line_bytes
+        self._too_long: int | None = None  # the length of a line that comes before `lines`
+        self._lines: Iterator[bytes] = iter(())
+        self._half: list[bytes] = []  # of the line whose end has not come yet
+        self._half_bytes = 0
+        self._cut_off = False  # the line at hand has no end
+
+    def _feed(self, piece: bytes) -> None:
+        end = piece.rfind(b"\n")
+        if end >= 0:
+            first = piece.index(b"\n")
+            self._end_half(piece[:first])
+            if first < end:
+                self._lines = chain(self._lines, piece[first + 1 : end].split(b"\n"))
+            piece = piece[end + 1 :]
+        self._keep(piece)
+
+    def _finish(self) -> list[Entry]:
+        if not self._half_bytes:
+            return []
+        self._end_half(b"")
+        self._cut_off = True
+        entries: list[Entry] = []
+        self._take(entries, inf)
+        self._offset -= 1  # there was no line end
+        for entry in entries:
+            entry.cursor = (self._index, self._offset, self._number)
+        return entries
+
+    def _keep(self, piece: bytes) -> None:
+        self._half_bytes += len(piece)
+        if self._half_bytes > self._longest:
+            self._half.clear()
+        elif piece:
+            self._half.append(piece)
+
+    def _end_half(self, piece: bytes) -> None:
+        """`piece` ends the line that was kept; it is the next one."""
+        self._keep(piece)
+        if self._half_bytes > self._longest:
+            self._too_long = self._half_bytes
+            self._lines = iter(())
+        else:
+            self._lines = iter([b"".join(self._half)])
+        self._half.clear()
+        self._half_bytes = 0
+
+    def _take(self, entries: list[Entry], deadline: float) -> bool:
+        decode, path, index, longest = self._decode, self.path, self._index, self._longest
+        offset, number = self._offset, self._number
+        try:
+            if self._too_long is not None:
+                length, self._too_long = self._too_long, None
+                number += 1
+                offset += length + 1
+                entries.append(self._failed(_refusal(length, longest), b"", offset - length - 1, number, offset))
+            for line in self._lines:
+                begin = offset
+                number += 1
+                offset += len(line) + 1
+                try:
+                    if len(line) > longest:
+                        raise _refusal(len(line), longest)
+                    value = decode(line)
+                except BaseException as error:  # also what ends a program: it is the consumer's, at this place
+                    if not self._skips_blank or line.strip():
+                        entries.append(self._failed(error, line, begin, number, offset))
+                else:
+                    entries.append(Entry(value, (index, offset, number), f"{path}:{number}", 0))
+                if perf_counter() > deadline:
+                    return True
+            return False
+        finally:
+            self._offset, self._number = offset, number
+
+    def _failed(self, error: BaseException, line: bytes, begin: int, number: int, offset: int) -> Entry:
+        """The entry of a line that cannot be used: our errors say where in their message, the user's in a note."""
+        if error.__traceback__ is not None:  # without the frame of `_take`, which holds the entries before it
+            error.__traceback__ = error.__traceback__.tb_next
+        what = f"{self.path}, line {number}, byte {begin}"
+        if self._cut_off:
+            what += " (the last line, which has no line end: the file was cut off, or is still being written)"
+        if isinstance(error, UnicodeDecodeError) and self._ours:
+            what += f": not {self._encoding}: {error.reason} at byte {error.start} of the line"
+        elif isinstance(error, json.JSONDecodeError) and self._ours:
+            what += f": not JSON: {error.msg} at character {error.pos} of {len(error.doc)}"
+        elif isinstance(error, _LongLineError):
+            what += f": {error}"
+        else:
+            error.add_note(f"aioloader: {what}, which begins {line[:40]!r}")
+            return failed(error, (self._index, offset, number), f"{self.path}:{number}")
+        if line:
+            what += f"; the line begins {line[:40]!r}"
+        broken = BrokenDataError(what)
+        broken.__cause__ = error if not isinstance(error, _LongLineError) else None
+        return failed(broken, (self._index, offset, number), f"{self.path}:{number}")
+
+
+class _LongLineError(Exception):
+    """Only between raising it and `_failed`."""
+
+
+def _refusal(length: int, longest: int) -> _LongLineError:
+    return _LongLineError(
+        f"a line of {length} bytes, and at most {longest} are taken; pass a larger max_line_bytes, unless the file has "
+        f"other line ends than LF"
+    )
+
+
+def _check_encoding(encoding: str) -> None:
+    """Refuse what cannot be split at the byte 10.
+
+    Raises:
+        LookupError: Python does not know it.
+        ValueError: A line end is written in another way.
+    """
+    if not "a\n".encode(encoding).endswith(b"a\n"):
+        raise ValueError(
+            f"encoding must write a line end as the single byte 10, got {encoding!r}; convert the files, for instance "
+            f"with iconv -t utf-8"
+        )
+
+
+def _decoder(decode: Literal["json"] | Decode | None, encoding: str) -> Decode:
+    """From a line as bytes to the sample."""
+    if decode is None:
+        return lambda line: line.removesuffix(b"\r").decode(encoding)
+    if callable(decode):
+        return lambda line: decode(line.removesuffix(b"\r"))
+    loads = json.loads
+    return lambda line: loads(line.decode(encoding))  # as bytes it would look for the encoding in each line

@@ -1,0 +1,124 @@
+"""From the bytes of a file to entries: what runs in a thread, and the task that feeds it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from time import perf_counter
+from typing import Any, Final
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.located import AccessThreads
+from aioloader.errors import BrokenDataError
+from aioloader.sources.compressed import decompressor_for, is_compressed
+
+__all__ = ["Parser", "parsed"]
+
+PARSE_SECONDS: Final = 0.005
+"""What one crossing into the thread is worth, at most: some hundred rows of JSON, or one sample that takes long."""
+
+
+class Parser(ABC):
+    """Finds the samples of one file in its bytes, which come in pieces that end anywhere.
+
+    Args:
+        path: The file, for its extension and for errors.
+        offset: In the content, where to begin. When the content is that of the file, the bytes that are fed begin
+            there; what is compressed is fed from the beginning, and dropped up to there.
+    """
+
+    def __init__(self, path: str, offset: int) -> None:
+        self.path = path
+        self.has_more = False  # `parse` stopped because its time was up, and is to be called again
+        self._decompressor = decompressor_for(path)
+        self._behind = offset if is_compressed(path) else 0  # bytes still to be dropped
+        self._pieces: Iterator[bytes] = iter(())
+        self._error: BrokenDataError | None = None
+
+    def parse(self, data: bytes) -> list[Entry]:
+        """The entries that `data` completes; empty `data` goes on after `has_more`.
+
+        Raises:
+            BrokenDataError: What is wrong with the whole file; after the entries before it.
+        """
+        if data:
+            self._pieces = self._decompressor.feed(data)
+        self.has_more = False
+        entries: list[Entry] = []
+        deadline = perf_counter() + PARSE_SECONDS
+        try:
+            if self._error is not None:
+                raise self._error
+            while True:
+                if self._take(entries, deadline):
+                    self.has_more = True
+                    break
+                piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                if self._behind:
+                    dropped = min(self._behind, len(piece))
+                    self._behind -= dropped
+                    piece = piece[dropped:]
+                self._feed(piece)
+        except BrokenDataError as error:
+            if not entries:
+                raise self._named(error) from error.__cause__
+            self._error = error
+            self.has_more = True
+        return entries
+
+    def finish(self) -> list[Entry]:
+        """The entries that the end of the file completes.
+
+        Raises:
+            BrokenDataError: The file is not complete.
+        """
+        try:
+            self._decompressor.finish()
+            if self._behind:
+                raise BrokenDataError(f"it ends {self._behind} bytes before the place to go on at: it was changed")
+            return self._finish()
+        except BrokenDataError as error:
+            raise self._named(error) from error.__cause__
+
+    def _named(self, error: BrokenDataError) -> BrokenDataError:
+        return BrokenDataError(f"{self.path}: {error}")
+
+    @abstractmethod
+    def _feed(self, piece: bytes) -> None:
+        """More of the content; `_take` has returned False before."""
+
+    @abstractmethod
+    def _take(self, entries: list[Entry], deadline: float) -> bool:
+        """Append the entries that are complete; True: not all of them, since `deadline` is over."""
+
+    @abstractmethod
+    def _finish(self) -> list[Entry]:
+        """The content is over."""
+
+
+async def parsed(
+    chunks: AsyncGenerator[Any], parser: Parser, thread: AccessThreads, *, after: Any
+) -> AsyncGenerator[list[Entry]]:
+    """Feed `chunks` to `parser`, in `thread`; what fails is the last entry.
+
+    Args:
+        chunks: The bytes of the file; closed at the end.
+        parser: Of this file.
+        thread: Where it works.
+        after: The cursor behind the file, for the entry of its failure.
+    """
+    try:
+        async with aclosing(chunks):
+            async for data in chunks:
+                entries = await thread.call(parser.parse, data)
+                if entries:
+                    yield entries
+                while parser.has_more:
+                    yield await thread.call(parser.parse, b"")
+        entries = await thread.call(parser.finish)
+    except Exception as error:
+        entries = [Entry(None, after, parser.path, 0)]
+        entries[0].error = error
+    if entries:
+        yield entries

@@ -1,0 +1,87 @@
+"""Which files a user means by a path, a glob, or several of them."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["Paths", "expand_braces", "find_files"]
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+def find_files(paths: Paths, *, source: str) -> tuple[str, ...]:
+    """The files of `paths`, in a stable order: as given, those of a glob sorted.
+
+    A path is taken as it is, whether or not the file is there. What looks like a glob is one, unless a file has that
+    very name; `**` means any folders.
+
+    Args:
+        paths: A path, a glob, or a sequence of these.
+        source: Who asks, for errors.
+
+    Raises:
+        TypeError: Something is no path.
+        FileNotFoundError: A glob matches no file.
+        ValueError: No path at all.
+    """
+    found: list[str] = []
+    for path in each_path(paths, source=source):
+        if not glob.has_magic(path) or os.path.lexists(path):
+            found.append(path)
+            continue
+        there = glob.glob(path, recursive=True)  # noqa: PTH207 - for a Path it would have to be cut in two
+        matches = sorted(match for match in there if not Path(match).is_dir())
+        if not matches:
+            raise FileNotFoundError(
+                f"{source}: no file matches the glob {path!r}, searched from {str(Path.cwd())!r}; check the folder and "
+                f"the extension, or pass a path without any of *?["
+            )
+        found += matches
+    return tuple(found)
+
+
+def each_path(paths: Any, *, source: str) -> list[str]:
+    """`paths` as a list of strings, not looked up.
+
+    Raises:
+        TypeError: Something is no path.
+        ValueError: There is none.
+    """
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    if not isinstance(paths, Sequence) or isinstance(paths, bytes | bytearray):
+        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {paths!r}")
+    found = []
+    for path in paths:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(
+                f"{source} takes paths as str or os.PathLike; got {path!r:.80} of type {type(path).__name__}"
+            )
+        found.append(os.fspath(path))
+    if not found:
+        raise ValueError(f"{source} needs at least one path, got none; an empty list would be an epoch without samples")
+    return found
+
+
+_BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+
+
+def expand_braces(text: str) -> Iterator[str]:
+    """`shard-{000..002}.tar` and `{train,val}.tar` as a shell reads them; other braces stay."""
+    match = _BRACES.search(text)
+    if match is None:
+        yield text
+        return
+    head, tail = text[: match.start()], text[match.end() :]
+    first, last, names = match.groups()
+    if names is not None:
+        options = names.split(",")
+    else:
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        step = 1 if int(first) <= int(last) else -1
+        options = [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
+    for option in options:
+        yield from (f"{head}{option}{rest}" for rest in expand_braces(tail))

@@ -1,0 +1,47 @@
+"""Waiting for a file to grow, by the notifications of the system."""
+
+from threading import Event
+from typing import Any, Final
+
+__all__ = ["Growth", "require_watchfiles"]
+
+STEP_MS: Final = 20
+"""How long watchfiles gathers changes before it tells of them, and how soon it sees that it shall end."""
+
+
+def require_watchfiles(what: str) -> None:
+    """Say how to install watchfiles before anything waits for it.
+
+    Raises:
+        ImportError: It is not there.
+    """
+    try:
+        import watchfiles  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{what} needs the package watchfiles: pip install 'aioloader[watch]'") from error
+
+
+class Growth:
+    """Changes of one file, from the moment of construction on."""
+
+    def __init__(self, path: str) -> None:
+        # Its documented lower layer: the generators around it begin to watch at their first `next`, which would be
+        # after the read that found nothing, and what is written in between would be seen with the change after it.
+        from watchfiles._rust_notify import RustNotify
+        from watchfiles.main import _default_force_polling
+
+        polling = _default_force_polling(None)  # file systems without notifications: WATCHFILES_FORCE_POLLING=1
+        self._notify: Any = RustNotify([path], False, polling, 300, False, False)
+        self._stop = Event()
+
+    def wait(self) -> None:
+        """Block until something happened since the last call, or `stop`."""
+        self._notify.watch(STEP_MS, STEP_MS, 0, self._stop)
+
+    def stop(self) -> None:
+        """End `wait`, from any thread."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """End the watch."""
+        self._notify.close()

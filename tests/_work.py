@@ -1,0 +1,96 @@
+"""Functions and datasets for worker processes, which import this file: it needs nothing that takes long to import."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+
+class RefusedError(Exception):
+    """Its constructor does not take its `args`, so plain pickle cannot make it again."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+        self.code = code
+
+
+def double(sample: Any) -> Any:
+    return sample * 2
+
+
+def filled(sample: int) -> torch.Tensor:
+    return torch.full((1000, 100), float(sample))
+
+
+def pid_of(sample: object) -> int:
+    return os.getpid()
+
+
+def fail_at_five(sample: int) -> int:
+    if sample == 5:
+        raise ValueError(f"no {sample}")
+    return sample
+
+
+def refuse(sample: int) -> int:
+    raise RefusedError(sample, "refused")
+
+
+def killed_at_five(sample: int) -> int:
+    if sample == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sample
+
+
+def exits(sample: int) -> int:
+    os._exit(3)
+
+
+def busy_millisecond(sample: int) -> int:
+    end = time.perf_counter() + 0.001
+    while time.perf_counter() < end:
+        pass
+    return sample
+
+
+def forever(sample: int) -> int:
+    if sample == 5:
+        print("ready", flush=True)
+        while True:
+            signal.pause()
+    return sample
+
+
+class Squares(Dataset[Any]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        return index * index, torch.full((64, 64), float(index))
+
+
+class RandomDraws(Dataset[Any]):
+    """What torch promises to code in workers: seeds of their own, and who they are."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> Any:
+        import random
+
+        info = get_worker_info()
+        assert info is not None
+        return index, torch.rand(3), random.random(), info.id, info.num_workers, info.seed
+
+
+class Counting(IterableDataset[Any]):
+    """Workers have parts of different lengths."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        assert info is not None
+        yield from range(100 * info.id, 100 * info.id + 5 * (info.id + 1))

@@ -1,0 +1,380 @@
+"""`map(executor="process")`: order, errors at their place, deaths, closing, and batches that come back uncopied."""
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from aioloader import LoaderClosedError, Pipeline, WorkerDiedError
+from tests import _work
+from tests._support import Face, Steps, collect, notes, on_both_faces
+
+
+def pipeline(n: int, fn: Any, concurrency: int = 2) -> Pipeline:
+    return Pipeline(range(n)).map(fn, executor="process", concurrency=concurrency)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def zygote() -> Iterator[None]:
+    """The process that workers are forked from: made once, for it takes seconds to import torch."""
+    with pipeline(1, _work.double, 1) as keeper:
+        assert list(keeper) == [0]
+        yield
+
+
+def workers() -> set[int]:
+    """The worker processes there are, but for the fixture's."""
+    found = set()
+    for child in psutil.Process().children():
+        found |= {worker.pid for worker in child.children()}
+    return found
+
+
+@on_both_faces
+def test_samples_come_in_order(face: Face) -> None:
+    """As from a plain loop, though workers finish in any order; the next epoch has the same workers."""
+    with pipeline(500, _work.double) as loader:
+        assert collect(loader, face) == [2 * i for i in range(500)]
+        before = workers()
+        assert collect(loader, face) == [2 * i for i in range(500)]
+        assert workers() == before
+
+
+def test_functions_run_in_as_many_processes_as_asked_for() -> None:
+    """Not in this one."""
+    with pipeline(200, lambda sample: (_work.busy_millisecond(sample), os.getpid())[1], 3) as loader:
+        pids = set(loader)
+    assert len(pids) == 3
+    assert os.getpid() not in pids
+
+
+def test_neighbouring_maps_share_their_workers() -> None:
+    """Samples cross once for both."""
+    with (
+        Pipeline(range(50))
+        .map(lambda x: (x, os.getpid()), executor="process", concurrency=2)
+        .map(lambda pair: (*pair, os.getpid()), executor="process", concurrency=2)
+    ) as loader:
+        samples = list(loader)
+    assert [x for x, _, _ in samples] == list(range(50))
+    assert all(first == second for _, first, second in samples)
+
+
+def test_closures_lambdas_and_local_classes_travel() -> None:
+    """And a local class is the same class when it comes back."""
+
+    class Pair:
+        def __init__(self, left: int, right: int) -> None:
+            self.both = (left, right)
+
+    offset = 7
+    with pipeline(20, lambda x: Pair(x, x + offset)) as loader:
+        pairs = list(loader)
+    assert [pair.both for pair in pairs] == [(i, i + 7) for i in range(20)]
+    assert all(type(pair) is Pair for pair in pairs)
+
+
+@on_both_faces
+def test_an_error_stands_at_its_place(face: Face) -> None:
+    """The user's own exception, with the notes of the loader and the worker's traceback; the next sample follows."""
+    with pipeline(10, _work.fail_at_five) as loader, Steps(loader, face) as steps:
+        outcomes = steps.outcomes()
+    error = outcomes[5]
+    assert type(error) is ValueError
+    assert str(error) == "no 5"
+    assert "stage map(fail_at_five), key 5, epoch 0, position 5" in notes(error)
+    assert "in worker process" in notes(error)
+    assert 'raise ValueError(f"no {sample}")' in notes(error)
+    assert outcomes[:5] + outcomes[6:] == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+def test_an_exception_that_plain_pickle_cannot_make_keeps_its_type() -> None:
+    with pipeline(1, _work.refuse) as loader, pytest.raises(_work.RefusedError, match="0: refused") as caught:
+        list(loader)
+    assert caught.value.code == 0
+
+
+def test_an_exception_that_cannot_travel_is_told_in_words() -> None:
+    def fail(sample: int) -> None:
+        error = ValueError("mine")
+        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        raise error
+
+    with pipeline(1, fail) as loader, pytest.raises(RuntimeError, match="ValueError: mine") as caught:
+        list(loader)
+    assert "raise error" in notes(caught.value)
+
+
+def test_system_exit_in_a_function_is_an_error_like_any_other() -> None:
+    """It reaches the consumer, as from a thread."""
+
+    def leave(sample: int) -> None:
+        raise SystemExit(3)
+
+    with pipeline(1, leave) as loader, pytest.raises(SystemExit) as caught:
+        list(loader)
+    assert caught.value.code == 3
+
+
+def test_a_result_that_cannot_be_pickled_fails_alone() -> None:
+    """At its place, with the way out."""
+    with pipeline(4, lambda x: threading.Lock() if x == 2 else x) as loader, Steps(loader, "for") as steps:
+        outcomes = steps.outcomes()
+    assert outcomes[:2] + outcomes[3:] == [0, 1, 3]
+    assert "what map(<lambda>) returned cannot cross" in str(outcomes[2]) or "cannot cross" in str(outcomes[2])
+
+
+def test_a_sample_that_cannot_be_pickled_fails_alone() -> None:
+    source = [1, threading.Lock(), 3]
+    with (
+        Pipeline(source).map(_work.double, executor="process", concurrency=1) as loader,
+        Steps(loader, "for") as steps,
+    ):
+        outcomes = steps.outcomes()
+    assert [outcome for outcome in outcomes if isinstance(outcome, int)] == [2, 6]
+    assert "a sample cannot cross to another process" in str(outcomes[1])
+
+
+def test_a_function_that_cannot_be_pickled_ends_the_epoch() -> None:
+    """With an error that says so, once."""
+    lock = threading.Lock()
+
+    with pipeline(10, lambda x: (x, lock)) as loader, Steps(loader, "for") as steps:
+        (error,) = steps.outcomes()
+    assert "the functions or the dataset cannot cross" in str(error)
+
+
+class _Unloadable:
+    def __call__(self, sample: int) -> int:
+        return sample
+
+    def __reduce__(self) -> Any:
+        return int, ("not a number",)
+
+
+def test_a_function_that_cannot_be_unpickled_ends_the_epoch() -> None:
+    with pipeline(10, _Unloadable()) as loader, Steps(loader, "for") as steps:
+        (error,) = steps.outcomes()
+    assert isinstance(error, ValueError)
+    assert "which loads its functions" in notes(error)
+
+
+@on_both_faces
+def test_a_worker_that_is_killed_fails_the_sample_it_held(face: Face) -> None:
+    """That one alone, by name; a fresh worker does the others."""
+    with pipeline(40, _work.killed_at_five) as loader:
+        with Steps(loader, face) as steps:
+            outcomes = steps.outcomes()
+        assert isinstance(outcomes[5], WorkerDiedError)
+        assert "was killed by SIGKILL, with key 5" in str(outcomes[5])
+        assert outcomes[:5] + outcomes[6:] == [i for i in range(40) if i != 5]
+
+
+def test_workers_that_die_again_and_again_end_the_epoch() -> None:
+    """And do not keep it going for ever."""
+    with pipeline(1000, _work.exits) as loader, Steps(loader, "for") as steps:
+        outcomes = steps.outcomes()
+    assert 1 <= len(outcomes) <= 10
+    assert all(isinstance(outcome, WorkerDiedError) for outcome in outcomes)
+    assert "exited with status 3" in str(outcomes[-1])
+
+
+def test_an_idle_worker_that_is_killed_is_replaced_in_silence() -> None:
+    with pipeline(20, _work.double) as loader:
+        list(loader)
+        mine = workers()
+        for pid in mine:
+            if psutil.Process(pid).parent() is not None:
+                os.kill(pid, signal.SIGKILL)
+        assert list(loader) == [2 * i for i in range(20)]
+
+
+def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
+    """No worker outlives it, and the loader goes on with the next epoch, or in this one."""
+    with pipeline(20, _work.double) as loader:
+        list(loader)
+        before = [psutil.Process(pid) for pid in workers()]
+        (zygote,) = {worker.ppid() for worker in before}
+        os.kill(zygote, signal.SIGKILL)
+        _, alive = psutil.wait_procs(before, timeout=10)
+        assert not alive
+        assert list(loader) == [2 * i for i in range(20)]
+
+
+@on_both_faces
+def test_break_close_and_a_new_epoch(face: Face) -> None:
+    """An epoch that is left in the middle disturbs no later one."""
+    with pipeline(400, _work.busy_millisecond) as loader:
+        for _ in range(3):
+            assert collect(loader, face, limit=3) == [0, 1, 2]
+        assert collect(loader, face) == list(range(400))
+
+
+def test_two_epochs_at_once_share_the_workers() -> None:
+    with pipeline(100, _work.double) as loader:
+        pairs = list(zip(loader, loader, strict=True))
+    assert pairs == [(2 * i, 2 * i) for i in range(100)]
+
+
+def test_close_leaves_no_process_and_the_loader_stays_usable() -> None:
+    before = workers()
+    loader = pipeline(20, _work.double)
+    for _ in range(2):
+        assert len(list(loader)) == 20
+        assert workers() - before
+        loader.close()
+        assert workers() == before
+
+
+def test_aclose_leaves_no_process() -> None:
+    before = workers()
+
+    async def main() -> None:
+        async with pipeline(20, _work.double) as loader:
+            async for _ in loader:
+                break
+        assert workers() == before
+
+    asyncio.run(main())
+
+
+def test_a_loader_that_nobody_holds_ends_its_workers() -> None:
+    """Garbage collection is enough."""
+    before = workers()
+    loader = pipeline(20, _work.double)
+    list(loader)
+    mine = [psutil.Process(pid) for pid in workers() - before]
+    del loader
+    gc.collect()
+    _, alive = psutil.wait_procs(mine, timeout=10)
+    assert not alive
+
+
+def test_closing_kills_a_worker_whose_function_never_returns() -> None:
+    def stuck(sample: int) -> None:
+        threading.Event().wait()
+
+    before = workers()
+    with pipeline(4, stuck) as loader:
+        batches = iter(loader)
+
+        def wait() -> None:
+            with contextlib.suppress(LoaderClosedError, StopIteration):
+                next(batches)
+
+        first = threading.Thread(target=wait, daemon=True)
+        first.start()
+        while workers() == before:
+            pass
+    first.join(10)
+    assert workers() == before
+
+
+def test_a_process_that_was_forked_meanwhile_disturbs_nobody() -> None:
+    """It has loaders of its own, and its end is not that of its parent's workers."""
+    with pipeline(20, _work.double) as loader:
+        batches = iter(loader)
+        assert next(batches) == 0
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = 0 if list(pipeline(5, _work.double)) == [0, 2, 4, 6, 8] else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert list(batches) == [2 * i for i in range(1, 20)]
+
+
+def test_tensors_come_back_in_memory_that_is_used_again() -> None:
+    """A consumer that drops its batches sees a handful of addresses; no view is ever overwritten."""
+    with pipeline(300, _work.filled) as loader:
+        seen = set()
+        for number, batch in enumerate(loader):
+            assert batch.shape == (1000, 100)
+            assert (batch == number).all()
+            seen.add(batch.data_ptr())
+        assert len(seen) < 40
+
+
+def test_batches_that_are_kept_keep_their_memory() -> None:
+    """All of them, a slice, an array, and after the loader is gone."""
+    loader = pipeline(60, _work.filled)
+    kept = list(loader)
+    slices = [batch[3:5] for batch in loader]
+    arrays = [batch.numpy() for batch in loader]
+    for _ in loader:  # whatever would be used again is, now
+        pass
+    loader.close()
+    del loader
+    gc.collect()
+    for number in range(60):
+        assert (kept[number] == number).all()
+        assert (slices[number] == number).all()
+        assert (arrays[number] == number).all()
+
+
+def test_batches_can_be_written_to_and_take_part_in_autograd() -> None:
+    with pipeline(1, _work.filled) as loader:
+        (batch,) = loader
+    batch += 1
+    weight = torch.ones(100, requires_grad=True)
+    (batch @ weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((100,), 1000.0))
+
+
+def test_file_descriptors_do_not_grow_with_batches_that_are_kept() -> None:
+    """torch's workers need one for each tensor."""
+    with pipeline(200, _work.filled) as loader:
+        before = psutil.Process().num_fds()
+        kept = list(loader)
+        assert psutil.Process().num_fds() < before + 30
+        assert len(kept) == 200
+
+
+def test_stats_know_the_time_in_workers() -> None:
+    with pipeline(100, _work.busy_millisecond) as loader:
+        list(loader)
+        stage = loader.stats().stages[-1]
+    assert stage.samples == 100
+    assert stage.busy_seconds >= 0.1
+    assert stage.cpu_seconds > 0
+
+
+def test_workers_are_like_this_process() -> None:
+    """Directory, environment and default dtype, as they are when the worker is made; one torch thread."""
+
+    def look(sample: int) -> Any:
+        return str(Path.cwd()), os.environ.get("AIOLOADER_TEST"), torch.get_default_dtype(), torch.get_num_threads()
+
+    os.environ["AIOLOADER_TEST"] = "here"
+    try:
+        with pipeline(1, look, 1) as loader:
+            assert list(loader) == [(str(Path.cwd()), "here", torch.get_default_dtype(), 1)]
+    finally:
+        del os.environ["AIOLOADER_TEST"]
+
+
+def test_repeat_goes_on_with_the_same_workers() -> None:
+    with Pipeline(range(10)).map(_work.pid_of, executor="process", concurrency=1).repeat(3) as loader:
+        pids = list(loader)
+    assert len(pids) == 30
+    assert len(set(pids)) == 1
+
+
+def test_an_async_function_is_refused() -> None:
+    async def fetch(key: int) -> int:
+        return key
+
+    with pytest.raises(ValueError, match="awaited on the loop; leave it out"):
+        Pipeline(range(3)).map(fetch, executor="process")
