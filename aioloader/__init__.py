@@ -13,6 +13,7 @@ from aioloader.errors import (
 )
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
+from aioloader.rng import SampleRng, sample_rng
 
 __all__ = [
     "AioloaderError",
@@ -23,8 +24,10 @@ __all__ = [
     "LoaderClosedError",
     "Pipeline",
     "SampleCancelledError",
+    "SampleRng",
     "SourceUsedUpError",
     "StageStats",
     "Stats",
     "WorkerDiedError",
+    "sample_rng",
 ]

@@ -23,6 +23,7 @@ from aioloader.executors.chunk import Call
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
+from aioloader.executors.sample import Fetching, current_sample
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
@@ -293,8 +294,9 @@ class DataLoader(Loader, Generic[T_co]):
                 source = FoldNode(source, BatchFold(self.batch_size, drop_last=self.drop_last))
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
-            source = inline_source = InlineSource(indices, "sampler", epoch)
-            calls = [Call(self._fetch(alloc), False, "fetch")]
+            source = inline_source = InlineSource(indices, "sampler", epoch, keys=True)
+            seed = self._pass(epoch).seed(self._sample_seed(self.seed), "sample 0 1")  # as `plan.build` numbers it
+            calls = [Call(self._fetch(alloc), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
             calls.append(Call(transfer.send, False, f"to({self.device})"))
         elif transfer is not None:
@@ -323,8 +325,8 @@ class DataLoader(Loader, Generic[T_co]):
         elif transfer is not None:
             stages.append(PinMemory())
         name = "source" if self._iterable else "sampler"
-        plan = Plan(Single(source, name=name), tuple(stages), room=self._room)
-        return build(plan, Pass(epoch), transfer, alloc)
+        plan = Plan(Single(source, name=name, keys=not self._iterable), tuple(stages), room=self._room)
+        return build(plan, self._pass(epoch), transfer, alloc)
 
     def _build_processes(self, epoch: int, transfer: Transfer | None) -> Window:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
@@ -350,8 +352,12 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        plan = Plan(Single(source, name="source" if self._iterable else "sampler"), tuple(stages), room=self._room)
-        return build(plan, Pass(epoch), transfer, processes=self._open_processes)
+        name = "source" if self._iterable else "sampler"
+        plan = Plan(Single(source, name=name, keys=not self._iterable), tuple(stages), room=self._room)
+        return build(plan, self._pass(epoch), transfer, processes=self._open_processes)
+
+    def _pass(self, epoch: int) -> Pass:
+        return Pass(epoch, sample_seed=self._sample_seed(self.seed))
 
     @property
     def _room(self) -> int:
@@ -454,6 +460,9 @@ class _FetchBatch:
         else:
             samples = []
             key = None
+            sample = current_sample.get()
+            if sample is not None:
+                sample.name = Fetching(keys, samples)
             try:
                 for key in keys:
                     samples.append(dataset[key])

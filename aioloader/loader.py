@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from abc import abstractmethod
+from secrets import randbits
 from time import perf_counter
 from typing import Any, Self
 from weakref import WeakSet, finalize
@@ -47,6 +48,7 @@ class Loader(Opener):
         self._transfer: Transfer | None = None
         self._memory: BatchMemory | None = None
         self._processes: Processes | None = None
+        self._drawn_seed: int | None = None
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -82,6 +84,15 @@ class Loader(Opener):
         epoch = self._next_epoch
         self._next_epoch = epoch + 1
         return epoch
+
+    def _sample_seed(self, seed: int | None) -> int:
+        """For the random numbers of samples: the user's `seed`, else one that is drawn once for this loader."""
+        if seed is not None:
+            return seed
+        with self._lock:
+            if self._drawn_seed is None:
+                self._drawn_seed = randbits(63)  # not from torch's generator, whose draws are the user's
+            return self._drawn_seed
 
     def _open_run(self) -> Run:
         epoch = self._begin_epoch()

@@ -224,6 +224,13 @@ class Pipeline(Loader):
         count = check_count("prefetch", n, least=0, hint="prefetch(0) makes no batch ahead")
         return self._of(replace(self._plan, prefetch=count))
 
+    def with_seed(self, seed: int | None) -> "Pipeline":
+        """Let `sample_rng()` in its functions depend on `seed`; None: draw one, and keep it in the state.
+
+        It is not the seed of `shuffle` and `mix`, which have their own.
+        """
+        return self._of(replace(self._plan, seed=None if seed is None else check_integer("seed", seed)))
+
     # -- several sources ---------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -272,7 +279,8 @@ class Pipeline(Loader):
     def _build(self, epoch: int) -> Window:
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
-        return build(self._plan, Pass(epoch), self._transfer, self._alloc(self._transfer), self._open_processes)
+        this_pass = Pass(epoch, sample_seed=self._sample_seed(self._plan.seed))
+        return build(self._plan, this_pass, self._transfer, self._alloc(self._transfer), self._open_processes)
 
 
 def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | None]:

@@ -43,11 +43,13 @@ class Single:
         data: What it is.
         sampler: Gives the keys of an epoch instead of 0, 1, 2, ...
         name: In statistics; None: that of the user's object.
+        keys: `data` gives keys, or the keys of batches.
     """
 
     data: Indexable | Stream
     sampler: Stream | None = None
     name: str | None = None
+    keys: bool = False
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""
@@ -101,12 +103,14 @@ class Plan:
         stages: What is done to them.
         prefetch: Finished batches held ahead; None: 2, and for samples that are not batched what their window holds.
         room: Batches being made and finished together; None: decided here.
+        seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
     """
 
     source: Single | Combined
     stages: tuple[Stage, ...] = ()
     prefetch: int | None = None
     room: int | None = None
+    seed: int | None = None
 
 
 def length_of(plan: Plan) -> int:
@@ -153,6 +157,12 @@ class _Journey:
 
     batches: bool = False  # its entries are batches
     stages: list[Map | Filter] = field(default_factory=list)
+    seeds: list[int | None] = field(default_factory=list)  # of each stage, for the random numbers of samples
+
+    def add(self, stage: Map | Filter, seed: int | None = None) -> None:
+        """One more stage."""
+        self.stages.append(stage)
+        self.seeds.append(seed)
 
     def room(self, finished: int | None = None) -> int:
         """As many places as may be under way, and half as many again for finished samples that wait for a slow one.
@@ -166,7 +176,7 @@ class _Journey:
     def window(self, upstream: Node, room: int, processes: Callable[[], Processes], *, exact: bool = False) -> Window:
         """The window. With `exact` there is never more than `room`, however cheap the samples are."""
         ordered = all(stage.ordered for stage in self.stages)
-        steps = _steps(self.stages, max(1, room) if exact or self.batches else None, processes)
+        steps = _steps(self.stages, self.seeds, max(1, room) if exact or self.batches else None, processes)
         return Window(upstream, steps, room=room, ordered=ordered)
 
 
@@ -178,6 +188,15 @@ class _Builder:
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
+        self._numbered = 0  # stages whose samples have random numbers
+
+    def _seed(self) -> int | None:
+        """For the random numbers of samples in the next stage."""
+        self._numbered += 1
+        this_pass = self._pass
+        if this_pass.sample_seed is None:
+            return None
+        return this_pass.seed(this_pass.sample_seed, f"sample {len(this_pass.repetitions)} {self._numbered}")
 
     def stream(self, plan: Plan) -> tuple[Node, _Journey]:
         """The nodes of `plan`, and the stages at its end that still want a window."""
@@ -214,27 +233,25 @@ class _Builder:
         if isinstance(data, Stream):
             data.use()
             name = source.name or f"source({source_name(data.make)})"
-            return StreamSource(data.make, call=data.call, name=name), _Journey(), stages
+            return StreamSource(data.make, call=data.call, name=name, keys=source.keys), _Journey(), stages
         journey = _Journey()
         name = f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
-            journey.stages.append(load)
+            journey.add(load, self._seed())
         if source.sampler is not None:
             source.sampler.use()
             open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch)
-            node: Node = StreamSource(open_sampler, call=True, name="sampler")
+            node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True)
             if data.load is None:
                 values = data.data
-                journey.stages.append(
-                    Map(values.__getitem__, False, name=f"{type(values).__name__}[...]", flexible=True)
-                )
+                journey.add(Map(values.__getitem__, False, name=f"{type(values).__name__}[...]", flexible=True))
             return node, journey, stages
         # Each map gives one sample for one, so that order stages behind it may as well choose its input.
         order_stages = []
         for at, stage in enumerate(stages):
             if isinstance(stage, Map):
-                journey.stages.append(stage)
+                journey.add(stage, self._seed())
             elif is_order_stage(stage):
                 order_stages.append(stage)
             else:
@@ -256,12 +273,12 @@ class _Builder:
 
     def _add(self, node: Node, journey: _Journey, stage: Stage) -> tuple[Node, _Journey]:
         if isinstance(stage, Map | Filter):
-            journey.stages.append(stage)
+            journey.add(stage, self._seed())
             return node, journey
         if isinstance(stage, To | PinMemory):
             journey.batches = True  # whatever it is made of, it is held as batches are
             if self._transfer is not None:
-                journey.stages.append(device_stage(stage, self._transfer))
+                journey.add(device_stage(stage, self._transfer))
             return node, journey
         node = self._close(node, journey)
         if isinstance(stage, FlatMap):
@@ -269,7 +286,9 @@ class _Builder:
         assert isinstance(stage, FoldStage), stage
         node = FoldNode(node, stage.fold(self._pass))
         if isinstance(stage, Batch | JoinBatches):
-            return node, _Journey(batches=True, stages=[collate_stage(stage.collate, self._alloc)])
+            journey = _Journey(batches=True)
+            journey.add(collate_stage(stage.collate, self._alloc))
+            return node, journey
         return node, _Journey()
 
 
@@ -330,37 +349,48 @@ class _AsyncUserCollate:
         return await self.collate_fn(group.samples)
 
 
-def _steps(stages: Sequence[Map | Filter], limit: int | None, processes: Callable[[], Processes]) -> list[Step]:
+def _steps(
+    stages: Sequence[Map | Filter], seeds: Sequence[int | None], limit: int | None, processes: Callable[[], Processes]
+) -> list[Step]:
     """The steps of a window: neighbouring sync stages that run in the same place with the same width cross together.
 
     Args:
         stages: Those of the window.
+        seeds: Of each, see `Call`.
         limit: What the window holds, when that is exact: more workers would have nothing to do.
         processes: See `build`.
     """
     steps: list[Step] = []
     together: list[Map | Filter] = []
+    their_seeds: list[int | None] = []
 
     def cross() -> None:
         if together:
-            steps.append(_sync_step(tuple(together), limit, processes))
+            steps.append(_sync_step(tuple(together), tuple(their_seeds), limit, processes))
             together.clear()
+            their_seeds.clear()
 
-    for stage in stages:
+    for stage, seed in zip(stages, seeds, strict=True):
         if stage.is_async:
             cross()
             width = stage.width if limit is None else min(stage.width, limit)
-            steps.append(AsyncStep(stage.fn, width, stage.label, predicate=isinstance(stage, Filter)))
+            steps.append(AsyncStep(stage.fn, width, stage.label, predicate=isinstance(stage, Filter), seed=seed))
         else:
             if together and not _same_place(together, stage):
                 cross()
             together.append(stage)
+            their_seeds.append(seed)
     cross()
     return steps
 
 
-def _sync_step(together: Sequence[Map | Filter], limit: int | None, processes: Callable[[], Processes]) -> Step:
-    calls = [Call(stage.fn, isinstance(stage, Filter), stage.label) for stage in together]
+def _sync_step(
+    together: Sequence[Map | Filter], seeds: Sequence[int | None], limit: int | None, processes: Callable[[], Processes]
+) -> Step:
+    calls = [
+        Call(stage.fn, isinstance(stage, Filter), stage.label, seed)
+        for stage, seed in zip(together, seeds, strict=True)
+    ]
     leading = next((stage for stage in together if not stage.flexible), together[0])
     width = leading.width if limit is None else min(leading.width, limit)
     executor = leading.executor

@@ -261,8 +261,12 @@ def test_a_stream_with_a_length_gives_the_length_of_torch(arguments: Arguments) 
 def test_arguments_about_workers_change_no_batch(extra: Arguments, face: Face) -> None:
     """What says how workers work says nothing about what comes out."""
     arguments: Arguments = {"batch_size": 4, "shuffle": True}
+    # torch's persistent workers have one base seed for all epochs: one draw less in the second.
+    theirs: Arguments = {"num_workers": 1, **extra} if "persistent_workers" in extra else {}
     assert_two_epochs_as_torch(
-        {"dataset": pairs(50), **arguments}, {"dataset": pairs(50), **arguments, "num_workers": 2, **extra}, face
+        {"dataset": pairs(50), **arguments, **theirs},
+        {"dataset": pairs(50), **arguments, "num_workers": 2, **extra},
+        face,
     )
 
 

@@ -30,6 +30,7 @@ IMPORTS: dict[str, set[str]] = {
     "stages": {"cores", "engine", "seeds"},
     "sources": {"engine", "errors", "stages"},
     "plan": {"cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
+    "rng": {"executors", "seeds"},
     "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages"},
     "pipeline": {"device", "engine", "errors", "executors", "loader", "plan", "sources", "stages"},
     "dataloader": {
@@ -39,7 +40,7 @@ IMPORTS: dict[str, set[str]] = {
     "doctor": {"cores", "engine"},
     "demo": {"dataloader", "pipeline"},
     "__main__": {"demo", "doctor"},
-    "__init__": {"dataloader", "errors", "insight", "pipeline"},
+    "__init__": {"dataloader", "errors", "insight", "pipeline", "rng"},
 }  # fmt: skip
 """What the files of each folder, or a single file, may import of the others."""
 

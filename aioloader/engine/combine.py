@@ -6,7 +6,7 @@ from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import LAST, Entry, SourceKey, part_key
 from aioloader.engine.node import Kick, Node
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class _Several(Node):
     def _emit(self, entry: Entry, index: int) -> Entry:
         """`entry` of upstream `index` is the next output."""
         self._cursors[index] = entry.cursor
+        entry.key = SourceKey(index, entry.key)
         entry.cursor = tuple(self._cursors)
         entry.position = self._position
         self._position += 1
@@ -220,6 +221,8 @@ class RepeatNode(Node):
             taken = self._upstream.poll(limit)
             for entry in taken:
                 entry.cursor = (self._repetition, entry.cursor)
+                if self._repetition and type(entry.key) is not list:
+                    entry.key = part_key(entry, self._repetition)
                 entry.position = self._position
                 self._position += 1
             self._given += len(taken)

@@ -2,11 +2,22 @@
 
 import contextlib
 from asyncio import CancelledError
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from aioloader.errors import SampleCancelledError
 
-__all__ = ["DONE", "DROPPED", "LAST", "UNDER_WAY", "Entry", "annotate", "presentable"]
+__all__ = [
+    "DONE",
+    "DROPPED",
+    "LAST",
+    "UNDER_WAY",
+    "Entry",
+    "PartKey",
+    "SourceKey",
+    "annotate",
+    "part_key",
+    "presentable",
+]
 
 # The states of an entry. Plain integers, since they are compared once or twice per sample.
 UNDER_WAY: Final = 0  # in a window, not finished
@@ -21,7 +32,7 @@ class Entry:
     Attributes:
         value: The sample as the last stage left it.
         cursor: Where to go on *after* this entry; small, immutable, JSON-able (integers and tuples).
-        key: What names the sample in an error note: the index or key it was loaded by, else None.
+        key: What names the sample: the index or key it was loaded by, else None. Of a batch: the list of its samples'.
         position: How many entries came before it in the epoch, counted where it was made.
         error: The user's exception, raised at this entry's place.
         state: One of the constants above.
@@ -50,13 +61,48 @@ class Entry:
         return f"Entry({outcome}, cursor={self.cursor!r}, key={self.key!r}, position={self.position})"
 
 
+class PartKey(NamedTuple):
+    """The key of one of several entries that come from one: of `flat_map`, `unbatch`, or a later round of `repeat`.
+
+    Attributes:
+        key: Of the entry that it comes from; its position, when that has none.
+        part: Which of them it is, from 1; of `repeat` from 1 too, since the entries of the first round keep their keys.
+    """
+
+    key: Any
+    part: int
+
+    def __repr__(self) -> str:
+        return f"{self.key!r} ({self.part})"
+
+
+def part_key(entry: "Entry", part: int) -> PartKey:
+    """The key of part `part` of what `entry` is made into."""
+    return PartKey(entry.position if entry.key is None else entry.key, part)
+
+
+class SourceKey(NamedTuple):
+    """The key of an entry of one of several sources.
+
+    Attributes:
+        source: Its number, from 0.
+        key: In that source; None: it has none.
+    """
+
+    source: int
+    key: Any
+
+    def __repr__(self) -> str:
+        return f"{self.key!r} of source {self.source}"
+
+
 def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None:
     """Say on the user's own exception which stage and sample it comes from.
 
     One exception object may be raised for many samples (a cached error): it gets one note per place it was seen at,
     and at most a few, so that its notes do not grow with the epoch.
     """
-    name = f"key {_short(entry.key)}, " if entry.key is not None else ""
+    name = "" if entry.key is None or type(entry.key) is list else f"key {_short(entry.key)}, "  # a list is a batch's
     note = f"aioloader: stage {stage}, {name}epoch {epoch}, position {entry.position}"
     notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, str)]
     if note not in notes and sum(n.startswith("aioloader: stage ") for n in notes) < 4:

@@ -13,6 +13,7 @@ from aioloader.engine.faces import Receive, T_co
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.torch_state import check_leak, context_state
 from aioloader.executors.chunk import Call, refuse_coroutine
+from aioloader.executors.sample import Sample, current_sample
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ __all__ = ["InlineBatches", "InlineMap", "InlineSource"]
 class InlineSource(Node):
     """Reads a sync iterable, one sample per poll."""
 
-    def __init__(self, iterable: Iterable[Any], name: str, epoch: int) -> None:
+    def __init__(self, iterable: Iterable[Any], name: str, epoch: int, *, keys: bool = False) -> None:
         self._iterable: Iterable[Any] | None = iterable
         self._iterator: Iterator[Any] | None = None
+        self._keys = keys  # see `StreamSource`
         self._position = 0
         self._skipped = 0  # samples that were delivered before a resume
         self._epoch = epoch
@@ -64,7 +66,7 @@ class InlineSource(Node):
         finally:
             self.meter.busy_seconds += perf_counter() - began
         self._position = self.meter.samples = position + 1
-        entry = Entry(sample, position + 1, sample if isinstance(sample, int | str) else None, position)
+        entry = Entry(sample, position + 1, sample if self._keys or isinstance(sample, int | str) else None, position)
         entry.state = DONE
         return [entry]
 
@@ -102,8 +104,12 @@ class InlineMap(Node):
             return True
         began = perf_counter()
         call = self._calls[0]
+        sample = Sample()
+        sample.name = entry
+        token = current_sample.set(sample)
         try:
             for call in self._calls:
+                sample.seed = call.seed
                 result = call.fn(entry.value)
                 if type(result) is CoroutineType:
                     result = refuse_coroutine(result, call.label)
@@ -117,6 +123,7 @@ class InlineMap(Node):
             entry.value = None
             self.meter.errors += 1
         finally:
+            current_sample.reset(token)
             self.meter.busy_seconds += perf_counter() - began
             self.meter.samples += 1
         return True

@@ -9,7 +9,7 @@ from pathlib import PurePath
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aioloader.engine.entry import LAST, Entry, annotate
+from aioloader.engine.entry import LAST, Entry, annotate, part_key
 from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.reading import Reader, open_reader
@@ -177,12 +177,14 @@ class StreamSource(_Pump):
         make: What to read, or a function of no arguments that gives it.
         call: Whether `make` is such a function.
         name: For notes and statistics.
+        keys: Its samples are keys, or lists of the keys of a batch.
     """
 
-    def __init__(self, make: Any, *, call: bool, name: str) -> None:
+    def __init__(self, make: Any, *, call: bool, name: str, keys: bool = False) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
         self._make = make
         self._call = call
+        self._keys = keys
         self._resume_at: Any = None
 
     def resume(self, cursor: Any) -> None:
@@ -202,7 +204,7 @@ class StreamSource(_Pump):
             await self._skip(reader, self._resume_at or 0)
             while samples := await reader.read(await self._demanded()):
                 for sample in samples:
-                    key = sample if isinstance(sample, _NAMES) else None
+                    key = sample if self._keys or isinstance(sample, _NAMES) else None
                     position = self._position
                     self._position += 1
                     self._put(Entry(sample, position + 1, key, position))
@@ -332,7 +334,7 @@ class FlatMapNode(_Pump):
                     offset += 1
                     if offset <= skipped:
                         continue
-                    self._put(Entry(item, (before, offset), sample.key, self._position))
+                    self._put(Entry(item, (before, offset), part_key(sample, offset), self._position))
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds

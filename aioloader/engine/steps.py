@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aioloader.engine.entry import DROPPED, Entry, annotate
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed, apply_chunk
+from aioloader.executors.sample import Sample, current_sample
 from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import StageMeter
 
@@ -88,10 +89,17 @@ class AsyncStep(Step):
     """
 
     def __init__(
-        self, fn: Callable[[Any], Awaitable[Any]], concurrency: int, name: str, *, predicate: bool = False
+        self,
+        fn: Callable[[Any], Awaitable[Any]],
+        concurrency: int,
+        name: str,
+        *,
+        predicate: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__(StageMeter(name, "async"), concurrency)
         self._fn = fn
+        self._seed = seed  # see `Call`
         self._predicate = predicate
         self._workers = 0
         self._coming = 0  # workers that have been woken or started and have not run yet
@@ -142,6 +150,8 @@ class AsyncStep(Step):
         create_future = run.loop.create_future
         me = current_task()
         assert me is not None
+        sample = Sample(self._seed)
+        current_sample.set(sample)  # in the context of this task
         self._coming -= 1
         count = 0  # samples since `began` that the meter does not know of
         woken = began = perf_counter()
@@ -158,6 +168,7 @@ class AsyncStep(Step):
                 if self.closed:
                     return
                 if not inbox:
+                    sample.name = sample.drawn = None
                     future = create_future()
                     idle.append(future)
                     await future
@@ -175,6 +186,7 @@ class AsyncStep(Step):
                 meter.busy_seconds += now - began
                 count = 0
                 began = now
+            sample.name = entry
             try:
                 result = await fn(entry.value)
             except CancelledError as error:
@@ -379,14 +391,15 @@ class ThreadStep(SyncStep):
 
     def _work(self, crossing: "_Crossing", broken: BaseException | None = None) -> None:
         """In a thread."""
-        samples = crossing.samples(self.inbox)
+        sample = Sample()
+        samples = crossing.samples(self.inbox, sample)
         if broken is None:
-            result = apply_chunk(self._calls, samples, CHUNK_SECONDS, crossing.outcomes)
+            result = apply_chunk(self._calls, samples, CHUNK_SECONDS, crossing.outcomes, sample)
         else:
             failures = [Failed(broken, self._calls[0].label) for _ in islice(samples, 1)]
             result = ChunkResult(list(failures), 0.0, 0.0)
         call_loop(self._run.loop, self._run.guarded, self._reported, crossing, result)
-        del crossing, samples, result  # as in `apply_chunk`
+        del crossing, samples, sample, result  # as in `apply_chunk`
 
     def _reported(self, crossing: "_Crossing", result: ChunkResult) -> None:
         self._crossings.discard(crossing)
@@ -425,14 +438,15 @@ class _Crossing:
         self.outcomes: list[Any] = []
         self.settled = 0
 
-    def samples(self, inbox: deque[Entry]) -> Iterator[Any]:
-        """Claim samples, in the thread, until the inbox is empty."""
+    def samples(self, inbox: deque[Entry], sample: Sample) -> Iterator[Any]:
+        """Claim samples, in the thread, until the inbox is empty; `sample` tells which one is at hand."""
         for _ in range(self._limit):
             try:
                 entry = inbox.popleft()
             except IndexError:
                 return
             self.claimed.append(entry)
+            sample.name = entry
             yield entry.value
 
 

@@ -6,6 +6,8 @@ from time import perf_counter, thread_time
 from types import CoroutineType
 from typing import Any, Final, NoReturn
 
+from aioloader.executors.sample import Sample, current_sample
+
 __all__ = ["DROP", "Call", "ChunkResult", "Failed", "apply_chunk", "refuse_coroutine"]
 
 
@@ -17,11 +19,13 @@ class Call:
         fn: The function, sample to sample, or a predicate.
         predicate: True when `fn` only says whether the sample stays.
         label: The stage's name in notes and statistics.
+        seed: Of this epoch, for the random numbers of its samples; None: it gives none.
     """
 
     fn: Callable[[Any], Any]
     predicate: bool
     label: str
+    seed: int | None = None
 
 
 class _Drop:
@@ -72,7 +76,11 @@ def refuse_coroutine(coroutine: Coroutine[Any, Any, Any], label: str) -> NoRetur
 
 
 def apply_chunk(
-    calls: Sequence[Call], values: Iterable[Any], budget_seconds: float, outcomes: list[Any] | None = None
+    calls: Sequence[Call],
+    values: Iterable[Any],
+    budget_seconds: float,
+    outcomes: list[Any] | None = None,
+    sample: Sample | None = None,
 ) -> ChunkResult:
     """Take each of `values` through all `calls`, until about `budget_seconds` are over; at least one is tried.
 
@@ -84,8 +92,11 @@ def apply_chunk(
         values: The samples; the next one is taken only when it is begun.
         budget_seconds: How long to go on.
         outcomes: Where to append what becomes of each, for others to see meanwhile.
+        sample: Says which one is at hand, for `sample_rng`; whoever gives `values` names them there.
     """
     outcomes = [] if outcomes is None else outcomes
+    token = current_sample.set(sample)
+    sample = Sample() if sample is None else sample  # one that nobody sees
     cpu_began = thread_time()
     began = perf_counter()
     deadline = began + budget_seconds
@@ -93,6 +104,7 @@ def apply_chunk(
     value: Any = None
     for value in values:
         for call in calls:
+            sample.seed = call.seed
             try:
                 result = call.fn(value)
                 if type(result) is CoroutineType:
@@ -111,6 +123,7 @@ def apply_chunk(
         now = perf_counter()
         if now > deadline:
             break
+    current_sample.reset(token)
     result = ChunkResult(outcomes, now - began, thread_time() - cpu_began)
     try:
         return result

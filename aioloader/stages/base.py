@@ -1,7 +1,7 @@
 """The common part of stage descriptions."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
@@ -20,10 +20,12 @@ class Pass:
     Attributes:
         epoch: The number of the epoch.
         repetitions: The numbers of the enclosing `repeat` stages' repetitions, outermost first.
+        sample_seed: Of the random numbers of samples; None: there are none.
     """
 
     epoch: int
     repetitions: tuple[int, ...] = ()
+    sample_seed: int | None = None
 
     def seed(self, seed: int, purpose: str) -> int:
         """A seed for `purpose` in this pass; in a first repetition that of a pass without `repeat`."""
@@ -34,7 +36,7 @@ class Pass:
 
     def repeated(self, repetition: int) -> "Pass":
         """Repetition number `repetition` within this pass."""
-        return Pass(self.epoch, (*self.repetitions, repetition))
+        return replace(self, repetitions=(*self.repetitions, repetition))
 
 
 class Stage(ABC):

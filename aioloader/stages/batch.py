@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aioloader.engine.entry import Entry, annotate
+from aioloader.engine.entry import Entry, PartKey, annotate
 from aioloader.engine.node import Fold
 from aioloader.engine.source import is_async_callable
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
@@ -121,7 +121,8 @@ class BatchFold:
 def group_entries(entries: list[Entry], position: int) -> Entry:
     """One entry of many. The first error among them is its error; the note names how many others there are."""
     samples = [entry.value for entry in entries]
-    group = Entry(Group(samples, [entry.key for entry in entries]), entries[-1].cursor, None, position)
+    keys = [entry.key for entry in entries]
+    group = Entry(Group(samples, keys), entries[-1].cursor, keys, position)
     errors = [entry.error for entry in entries if entry.error is not None]
     if errors:
         group.value = None
@@ -190,7 +191,7 @@ class _UnbatchFold:
                 entry.cursor = (after, 0)  # nothing of what comes after it
                 out.append(entry)
             for offset, sample in enumerate(samples[self._skipped :], self._skipped + 1):
-                out.append(Entry(sample, (self._before, offset), None, self._count))
+                out.append(Entry(sample, (self._before, offset), _key_of_row(entry, offset), self._count))
                 self._count += 1
             self._before = after
             self._skipped = 0
@@ -198,6 +199,14 @@ class _UnbatchFold:
 
     def flush(self) -> list[Entry]:
         return []
+
+
+def _key_of_row(batch: Entry, number: int) -> Any:
+    """The key of a sample that was put into the batch, if it still is one of as many."""
+    keys = batch.key
+    if type(keys) is list and number <= len(keys) and keys[number - 1] is not None:
+        return keys[number - 1]
+    return PartKey(batch.position, number)
 
 
 def _rows(batch: Any, collated: bool) -> Sequence[Any]:

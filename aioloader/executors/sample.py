@@ -1,0 +1,66 @@
+"""Which sample a thread or a task works on: what `aioloader.sample_rng` asks.
+
+Nothing is computed per sample: whoever runs the user's function leaves a reference to the entry at hand, and only
+`sample_rng()` looks into it.
+"""
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+__all__ = ["Fetching", "Sample", "SampleName", "current_sample"]
+
+
+class SampleName(Protocol):
+    """What a sample is known by: an entry of the engine is one."""
+
+    @property
+    def key(self) -> Any:
+        """The index or key it was loaded by; None: its position names it."""
+
+    @property
+    def position(self) -> int:
+        """Its number where it was made."""
+
+
+class Sample:
+    """The sample at hand, of one thread's crossing or of one task.
+
+    Attributes:
+        name: Whoever it is; None: there is none at the moment.
+        seed: Of this epoch and of the stage that is at work; None: the stage gives no random numbers.
+        drawn: What `sample_rng` has made for it, with whom it was made for.
+    """
+
+    __slots__ = ("drawn", "name", "seed")
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.name: SampleName | None = None
+        self.seed = seed
+        self.drawn: Any = None
+
+
+class Fetching:
+    """A batch whose samples are loaded one after the other: the one at hand is the first that is not there yet.
+
+    Args:
+        keys: Of the batch.
+        samples: Those that are loaded; the loading function appends to it.
+    """
+
+    def __init__(self, keys: Sequence[Any], samples: list[Any]) -> None:
+        self._keys = keys
+        self._samples = samples
+
+    @property
+    def key(self) -> Any:
+        """Of the sample that is being loaded."""
+        return self._keys[len(self._samples)]
+
+    @property
+    def position(self) -> int:
+        """Its place in the batch."""
+        return len(self._samples)
+
+
+current_sample: ContextVar[Sample | None] = ContextVar("current_sample", default=None)

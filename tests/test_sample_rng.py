@@ -1,0 +1,209 @@
+"""`sample_rng`: numbers that belong to a sample, whoever loads it, wherever, and however many at once."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import aioloader
+from aioloader import DataLoader, Pipeline
+from tests._support import Face, collect, on_both_faces
+
+
+def draw(sample: Any) -> tuple[Any, int]:
+    """What augmentation does: numbers that the sample decides."""
+    return sample, int(torch.randint(1 << 40, (), generator=aioloader.sample_rng()))
+
+
+async def draw_on_the_loop(sample: Any) -> tuple[Any, int]:
+    return draw(sample)
+
+
+class Drawing(Dataset[tuple[int, int]]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return draw(index)
+
+
+class DrawingOnTheLoop:
+    def __len__(self) -> int:
+        return 40
+
+    async def __getitem__(self, index: int) -> tuple[int, int]:
+        return draw(index)
+
+
+def pairs(batches: list[Any]) -> dict[int, int]:
+    """From index to number, of batches of both."""
+    return {int(key): int(number) for keys, numbers in batches for key, number in zip(keys, numbers, strict=True)}
+
+
+@on_both_faces
+@pytest.mark.parametrize("concurrency", [1, 2, 8])
+def test_numbers_do_not_depend_on_concurrency_or_place(concurrency: int, face: Face) -> None:
+    """Threads, the event loop and a pool of the user's: each sample has the same numbers, and each its own."""
+    expected = list(Pipeline(range(50)).with_seed(3).map(draw, concurrency=1))
+    assert len({number for _, number in expected}) == 50
+    with ThreadPoolExecutor(concurrency) as pool:
+        for fn, executor in ((draw, None), (draw_on_the_loop, None), (draw, pool)):
+            loader = Pipeline(range(50)).with_seed(3).map(fn, concurrency=concurrency, executor=executor)
+            assert collect(loader, face) == expected
+
+
+@on_both_faces
+@pytest.mark.parametrize("workers", [0, 2, 8])
+@pytest.mark.parametrize("dataset", [Drawing(), DrawingOnTheLoop()], ids=["sync", "async"])
+def test_a_drop_in_gives_each_index_its_numbers(dataset: Any, workers: int, face: Face) -> None:
+    """Also one by one in a batch, whatever its size and order."""
+    reference = pairs(list(DataLoader(Drawing(), batch_size=7, seed=3)))
+    loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers=workers, seed=3)
+    assert pairs(collect(loader, face)) == reference
+    assert pairs(collect(loader, face)) != reference  # the next epoch has others
+    loader.set_epoch(0)
+    assert pairs(collect(loader, face)) == reference
+
+
+def test_numbers_do_not_depend_on_the_number_of_ranks() -> None:
+    whole = dict(Pipeline(range(30)).with_seed(1).map(draw))
+    for world_size in (2, 3):
+        parts = [Pipeline(range(30)).with_seed(1).map(draw).shard(rank, world_size) for rank in range(world_size)]
+        assert {key: number for part in parts for key, number in part} == whole
+
+
+def test_another_seed_epoch_or_stage_gives_other_numbers() -> None:
+    base = list(Pipeline(range(5)).with_seed(1).map(draw))
+    assert list(Pipeline(range(5)).with_seed(2).map(draw)) != base
+    loader = Pipeline(range(5)).with_seed(1).map(draw)
+    assert list(loader) == base
+    assert list(loader) != base
+    (first, number), again = next(iter(Pipeline([0]).with_seed(1).map(draw).map(draw)))
+    assert (first, number) == base[0]
+    assert again != number
+
+
+def test_without_a_seed_a_loader_keeps_one_of_its_own() -> None:
+    loader = Pipeline(range(5)).map(draw)
+    first = list(loader)
+    loader.set_epoch(0)
+    assert list(loader) == first
+    assert list(Pipeline(range(5)).map(draw)) != first
+
+
+def test_asking_again_goes_on_and_all_three_kinds_are_there() -> None:
+    def look(sample: int) -> list[float]:
+        rng = aioloader.sample_rng()
+        assert rng is aioloader.sample_rng()
+        return [
+            float(torch.rand((), generator=rng)),
+            float(torch.rand((), generator=rng)),
+            float(rng.numpy().random()),
+            float(aioloader.sample_rng().numpy().random()),
+            rng.random().random(),
+            rng.random().random(),
+        ]
+
+    (numbers,) = Pipeline([0]).with_seed(0).map(look)
+    assert len(set(numbers)) == 6
+    assert list(Pipeline([0]).with_seed(0).map(look)) == [numbers]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Pipeline(lambda: iter(range(3, 9))).map(draw),
+        lambda: Pipeline(["a", "b"]).flat_map(lambda sample: [sample] * 3).map(draw),
+        lambda: Pipeline([[1] * 3, [2] * 3]).unbatch().map(draw),
+        lambda: Pipeline(torch.zeros(6)).batch(2).unbatch().map(draw),
+        lambda: Pipeline(range(3)).repeat(2).map(draw),
+        lambda: Pipeline(range(3)).map(draw).repeat(2),
+        lambda: Pipeline.mix([range(3), range(3)], [1, 1]).map(draw),
+        lambda: Pipeline.zip(range(6), range(6)).map(draw),
+        lambda: Pipeline(range(12)).filter(lambda sample: sample % 2 == 0).map(draw),
+        lambda: Pipeline(lambda: iter([0.0] * 6)).shuffle(3).map(draw),
+    ],
+    ids=["stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "mix", "zip", "filter", "shuffle"],
+)
+def test_no_two_samples_share_their_numbers(make: Callable[[], Pipeline]) -> None:
+    """Also where several come from one, or one comes again."""
+    first = [number for _, number in make().with_seed(0)]
+    assert len(first) == len(set(first)) == 6
+    assert [number for _, number in make().with_seed(0)] == first
+
+
+@on_both_faces
+def test_a_filter_has_numbers_too(face: Face) -> None:
+    def keep(sample: int) -> bool:
+        return aioloader.sample_rng().random().random() < 0.5
+
+    kept = collect(Pipeline(range(100)).with_seed(0).filter(keep), face)
+    assert 20 < len(kept) < 80
+    assert collect(Pipeline(range(100)).with_seed(0).filter(keep), face) == kept
+
+
+@pytest.mark.asyncio
+async def test_tasks_of_a_function_share_the_sample_of_their_parent() -> None:
+    """A context variable travels into `gather`."""
+
+    async def ask() -> int:
+        return int(torch.randint(1 << 40, (), generator=aioloader.sample_rng()))
+
+    async def fan_out(sample: int) -> list[int]:
+        return list(await asyncio.gather(ask(), ask()))
+
+    once = [numbers async for numbers in Pipeline(range(4)).with_seed(0).map(fan_out)]
+    assert len({number for numbers in once for number in numbers}) == 8
+    assert [numbers async for numbers in Pipeline(range(4)).with_seed(0).map(fan_out)] == once
+
+
+def test_numbers_are_those_of_the_index_however_it_is_spelled() -> None:
+    class Sampler:
+        def __init__(self, keys: list[Any]) -> None:
+            self.keys = keys
+
+        def __iter__(self) -> Iterator[Any]:
+            return iter(self.keys)
+
+    plain = list(Pipeline(range(3), sampler=Sampler([0, 1, 2])).with_seed(0).map(draw))
+    spelled = Sampler([numpy.int64(0), torch.tensor(1), numpy.int32(2)])
+    assert [n for _, n in Pipeline(range(3), sampler=spelled).with_seed(0).map(draw)] == [n for _, n in plain]
+
+
+async def one_by_one() -> AsyncIterator[int]:
+    aioloader.sample_rng()
+    yield 1
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        aioloader.sample_rng,
+        lambda: list(Pipeline(one_by_one)),
+        lambda: list(Pipeline([1]).batch(1, collate_fn=lambda _: aioloader.sample_rng())),
+        lambda: list(Pipeline([1]).flat_map(lambda _: [aioloader.sample_rng()])),
+    ],
+    ids=["outside", "in a source", "in collate", "in flat_map"],
+)
+def test_where_there_is_no_sample_it_says_so(ask: Callable[[], Any]) -> None:
+    with pytest.raises(RuntimeError, match=r"sample_rng\(\) gives the random numbers of a sample, got a call where"):
+        ask()
+
+
+def test_nothing_else_is_drawn_from() -> None:
+    """The process's generators are as they were, and a sample that has been handed out is not kept."""
+    before = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
+    list(Pipeline(range(10)).map(draw))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1], before[2]) == (random.getstate(), str(numpy.random.get_state()))
+
+
+def test_with_seed_checks_its_argument() -> None:
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        Pipeline([1]).with_seed(1.5)  # type: ignore[arg-type]
