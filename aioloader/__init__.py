@@ -7,8 +7,10 @@ from aioloader.errors import (
     DeviceError,
     LeakedContextError,
     LoaderClosedError,
+    ReplayWarning,
     SampleCancelledError,
     SourceUsedUpError,
+    StateError,
     WorkerDiedError,
 )
 from aioloader.insight.stats import StageStats, Stats
@@ -22,9 +24,11 @@ __all__ = [
     "LeakedContextError",
     "LoaderClosedError",
     "Pipeline",
+    "ReplayWarning",
     "SampleCancelledError",
     "SourceUsedUpError",
     "StageStats",
+    "StateError",
     "Stats",
     "WorkerDiedError",
 ]
