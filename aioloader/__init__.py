@@ -7,8 +7,10 @@ from aioloader.errors import (
     DeviceError,
     LeakedContextError,
     LoaderClosedError,
+    ReplayWarning,
     SampleCancelledError,
     SourceUsedUpError,
+    StateError,
     WorkerDiedError,
 )
 from aioloader.insight.stats import StageStats, Stats
@@ -23,10 +25,12 @@ __all__ = [
     "LeakedContextError",
     "LoaderClosedError",
     "Pipeline",
+    "ReplayWarning",
     "SampleCancelledError",
     "SampleRng",
     "SourceUsedUpError",
     "StageStats",
+    "StateError",
     "Stats",
     "WorkerDiedError",
     "sample_rng",

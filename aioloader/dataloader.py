@@ -1,7 +1,7 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal
@@ -17,17 +17,29 @@ from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
 from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.process_step import Turns
-from aioloader.engine.source import is_async_callable
+from aioloader.engine.progress import Progress
+from aioloader.engine.source import is_async_callable, warn_of_replay
 from aioloader.engine.window import Window
+from aioloader.errors import StateError
 from aioloader.executors.chunk import Call
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.executors.sample import Fetching, current_sample
-from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
 from aioloader.seeds import derive_seed
+from aioloader.sources.drawn import (
+    Drawn,
+    check_generators,
+    generators_of,
+    is_repeatable,
+    keys_of,
+    kind_of,
+    packed,
+    unpacked,
+)
 from aioloader.sources.resolve import Stream
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
@@ -36,6 +48,7 @@ from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
+from aioloader.state import Guarantee, Shape, guarantee_of_stream
 
 __all__ = ["DataLoader"]
 
@@ -88,6 +101,7 @@ class DataLoader(Loader, Generic[T_co]):
     """
 
     _knob = "num_workers"
+    _kind = "DataLoader"
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
@@ -173,7 +187,8 @@ class DataLoader(Loader, Generic[T_co]):
         self.worker_type = worker_type
         self.seed = None if seed is None else check_integer("seed", seed)
         self._shuffled = bool(shuffle)
-        self._base_seed_drawn = False
+        self._base_seed: int | None = None  # of persistent workers, once drawn
+        self._told_epoch: int | None = None  # by `set_epoch`
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._awaited = self._awaited or (collate_fn is not None and is_async_callable(collate_fn))
@@ -229,7 +244,7 @@ class DataLoader(Loader, Generic[T_co]):
     def __iter__(self) -> Batches[T_co] | InlineBatches[T_co]:
         self._check_usable()
         if self.num_workers == 0 and not self._awaited:
-            return InlineBatches(self._open_inline, self._receiver)
+            return InlineBatches(self, self._open_inline)
         return Batches(self)
 
     def _check_usable(self) -> None:
@@ -246,11 +261,40 @@ class DataLoader(Loader, Generic[T_co]):
     def set_epoch(self, epoch: int) -> None:
         """Let the next epoch be number `epoch`, and tell the samplers and the dataset that have a `set_epoch`."""
         super().set_epoch(epoch)
+        self._told_epoch = epoch
+        self._tell_epoch(epoch)
+
+    def _tell_epoch(self, epoch: int) -> None:
         batch_sampler = self._torch.batch_sampler
         for part in (batch_sampler, getattr(batch_sampler, "sampler", self._torch.sampler), self.dataset):
             tell = getattr(part, "set_epoch", None)
             if callable(tell):
                 tell(epoch)
+
+    def _keys(self, progress: Progress, base: "_BaseSeed | None" = None) -> Any:
+        """The keys of an epoch, drawn when the first of them is asked for, as they were when it began.
+
+        Args:
+            progress: Where it stands.
+            base: Gets the base seed.
+        """
+        resumed = progress.cursor is not None
+        index_sampler = self._index_sampler
+        open_keys = partial(self._index_iterator, progress.epoch, base)
+        if self.seed is not None and self._shuffled:
+            return Drawn(open_keys, [], uses_global=False, resumed=resumed)
+        return keys_of(index_sampler, open_keys, resumed=resumed)
+
+    @property
+    def _index_sampler(self) -> Any:
+        return self._torch.batch_sampler if self._torch.batch_sampler is not None else self._torch.sampler
+
+    def _draw_base_seed(self, progress: Progress) -> None:
+        """What an epoch without a sampler draws; a resumed one has drawn it before."""
+        if progress.cursor is None or self.generator is not None:
+            self._index_iterator(progress.epoch)
+        elif self.persistent_workers and self._base_seed is None:
+            self._base_seed = 0  # drawn, and of no use to threads
 
     def _index_iterator(self, epoch: int, base: "_BaseSeed | None" = None) -> Iterator[Any]:
         """The keys of an epoch: lists of them, or single ones with `batch_size=None`.
@@ -263,7 +307,7 @@ class DataLoader(Loader, Generic[T_co]):
             epoch: Its number.
             base: Gets the base seed.
         """
-        index_sampler = self._torch.batch_sampler if self._torch.batch_sampler is not None else self._torch.sampler
+        index_sampler = self._index_sampler
         generator = self.generator
         if self.seed is not None:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
@@ -272,52 +316,68 @@ class DataLoader(Loader, Generic[T_co]):
                 size = self.batch_size
                 index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
         indices = iter(index_sampler)
-        if not (self.persistent_workers and self._base_seed_drawn):
-            self._base_seed_drawn = True
-            drawn = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
-            if base is not None:
-                base.value = int(drawn)
+        seed = self._base_seed
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
+            if self.persistent_workers:
+                self._base_seed = seed
+        if base is not None:
+            base.value = seed
         return indices
 
     # -- without workers ---------------------------------------------------------------------------------------------
 
-    def _open_inline(self) -> tuple[Node, ConsumerMeter]:
-        epoch = self._begin_epoch()
-        consumer = ConsumerMeter()
+    def _open_inline(self) -> tuple[Node, Progress]:
+        loaded = self._loaded
+        progress = self._begin_epoch()
+        try:
+            node, meters = self._inline_nodes(progress)
+        except BaseException:
+            if loaded is not None:  # whatever it was: the state is not lost with it
+                self._loaded, self._next_epoch = loaded, progress.epoch
+            raise
+        self._watch(progress, meters)
+        return node, progress
+
+    def _inline_nodes(self, progress: Progress) -> tuple[Node, list[StageMeter]]:
+        epoch = progress.epoch
         transfer = self._open_transfer()
         alloc = self._alloc(transfer)
-        indices = self._index_iterator(epoch)
         source: Node
         if self._iterable:
+            self._draw_base_seed(progress)
             source = inline_source = InlineSource(self.dataset, "source", epoch)
             if self.batch_size is not None:
                 source = FoldNode(source, BatchFold(self.batch_size, drop_last=self.drop_last))
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
-            source = inline_source = InlineSource(indices, "sampler", epoch, keys=True)
-            seed = self._pass(epoch).seed(self._sample_seed(self.seed), "sample 0 1")  # as `plan.build` numbers it
+            source = inline_source = InlineSource(self._keys(progress), "sampler", epoch, keys=True)
+            seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 0 1")  # as `plan.build` numbers it
             calls = [Call(self._fetch(alloc), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
             calls.append(Call(transfer.send, False, f"to({self.device})"))
         elif transfer is not None:
             backend = transfer.backend
             calls.append(Call(lambda batch: pin_batch(batch, backend), False, "pin_memory()"))
-        node = InlineMap(source, calls, epoch)
-        meters: list[StageMeter] = [inline_source.meter, node.meter]
-        self._watch(epoch, meters, consumer)
-        return node, consumer
+        node = InlineMap(source, calls, epoch, ordered=self._ordered)
+        if progress.cursor is not None:
+            node.resume(progress.cursor)
+            if self._iterable:
+                warn_of_replay(self.dataset, progress.cursor, "source")
+        return node, [inline_source.meter, node.meter]
 
     # -- with workers, or on a loop ----------------------------------------------------------------------------------
 
-    def _build(self, epoch: int) -> Window:
-        transfer = self._open_transfer()
+    def _build(self, progress: Progress, *, dry: bool = False) -> Window:
+        transfer = None if dry else self._open_transfer()
         if self._in_processes:
-            return self._build_processes(epoch, transfer)
+            return self._build_processes(progress, transfer, dry=dry)
         if self._iterable:
-            self._index_iterator(epoch)  # for its draw of a base seed: no code of the user's, there is no sampler
+            if not dry:
+                self._draw_base_seed(progress)
             source = Stream(self.dataset, call=False, single_use=False)
         else:
-            source = Stream(partial(self._index_iterator, epoch), call=True, single_use=False)
+            source = Stream(partial(self._keys, progress), call=True, single_use=False)
         alloc = self._alloc(transfer)
         stages = self._stages(alloc)
         if self.device is not None:
@@ -326,9 +386,9 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(PinMemory())
         name = "source" if self._iterable else "sampler"
         plan = Plan(Single(source, name=name, keys=not self._iterable), tuple(stages), room=self._room)
-        return build(plan, self._pass(epoch), transfer, alloc)
+        return build(plan, self._pass(progress), transfer, alloc, dry=dry)
 
-    def _build_processes(self, epoch: int, transfer: Transfer | None) -> Window:
+    def _build_processes(self, progress: Progress, transfer: Transfer | None, *, dry: bool) -> Window:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
         base = _BaseSeed()
         place = InProcesses(
@@ -340,12 +400,13 @@ class DataLoader(Loader, Generic[T_co]):
         )
         fetch: Callable[[Any], Any]
         if place.turns is not None:
-            self._index_iterator(epoch, base)
+            if not dry:
+                self._index_iterator(progress.epoch, base)
             source = Stream(place.turns, call=False, single_use=False)
             collate = self._collate_call(shared_memory)
             fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
         else:
-            source = Stream(partial(self._index_iterator, epoch, base), call=True, single_use=False)
+            source = Stream(partial(self._keys, progress, base), call=True, single_use=False)
             fetch = self._fetch(shared_memory)
         stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
         if self.device is not None:
@@ -354,10 +415,107 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(PinMemory())
         name = "source" if self._iterable else "sampler"
         plan = Plan(Single(source, name=name, keys=not self._iterable), tuple(stages), room=self._room)
-        return build(plan, self._pass(epoch), transfer, processes=self._open_processes)
+        return build(plan, self._pass(progress), transfer, processes=self._open_processes, dry=dry)
 
-    def _pass(self, epoch: int) -> Pass:
-        return Pass(epoch, sample_seed=self._sample_seed(self.seed))
+    def _pass(self, progress: Progress) -> Pass:
+        return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _ordered(self) -> bool:
+        """Whether batches come in the order of their keys; the same for any number of workers, for their cursors."""
+        if self.in_order or (self._iterable and self.batch_size is not None):
+            return True
+        return self._torch.batch_sampler is not None and (
+            _is_async(self.dataset, "__getitem__") and not _is_async(self.dataset, "__getitems__")
+        )
+
+    @property
+    def _workers_read(self) -> bool:
+        """Each worker process iterates a copy of the dataset, and nobody else knows where it is."""
+        return self._in_processes and self._iterable
+
+    def _shape(self) -> Shape:
+        try:
+            length = len(self.dataset)
+        except (TypeError, NotImplementedError):
+            length = None
+        index_sampler = self._index_sampler
+        if self._iterable:
+            keys: dict[str, Any] = {"stage": "stream"}
+        elif self.seed is not None and self._shuffled:
+            keys = {"stage": "shuffle", "seed": self.seed}
+        else:
+            inner = getattr(index_sampler, "sampler", index_sampler)
+            keys = {"stage": "sampler", "kind": kind_of(inner), "name": type(inner).__name__}
+            if self.seed is not None:
+                keys["seed"] = self.seed
+        return [
+            {"stage": "source", "name": type(self.dataset).__name__, "length": length},
+            keys,
+            {"stage": "batch", "batch_size": self.batch_size, "drop_last": self.drop_last, "ordered": self._ordered},
+        ]
+
+    def _guarantee(self) -> Guarantee:
+        if self._workers_read:
+            return "at-least-once"
+        if self._iterable:
+            return guarantee_of_stream(self.dataset)
+        if self.seed is not None and self._shuffled:
+            return "exact"
+        return "exact" if is_repeatable(self._index_sampler) else "replayed"
+
+    def _sure_length(self) -> int | None:
+        if self._iterable or not is_repeatable(self._index_sampler) or self._generators():
+            return None  # a generator may be drawn from once more behind the last batch
+        try:
+            return len(self)
+        except TypeError:
+            return None
+
+    def _generators(self) -> list[torch.Generator]:
+        return generators_of(self, self._index_sampler)
+
+    def _random_state(self) -> dict[str, Any]:
+        state = self._seed_state(self.seed)
+        generators = self._generators()
+        if generators:
+            state["generators"] = [packed(generator.get_state()) for generator in generators]
+        if self._base_seed is not None:
+            state["base_seed"] = self._base_seed
+        if self._told_epoch is not None:
+            state["set_epoch"] = self._told_epoch
+        return state
+
+    def _check_random_state(self, state: dict[str, Any]) -> None:
+        check_generators(state, self._generators())
+        for name in ("base_seed", "sample_seed", "set_epoch"):
+            if name in state:
+                check_integer(name, state[name])
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        self._drawn_seed = state.get("sample_seed", self._drawn_seed)
+        for generator, its in zip(self._generators(), state.get("generators", ()), strict=False):
+            generator.set_state(unpacked(its))
+        if self.persistent_workers:
+            self._base_seed = state.get("base_seed")
+        self._told_epoch = told = state.get("set_epoch")
+        if told is not None and not self._loaded_is_asked_for:
+            self._tell_epoch(told)
+
+    def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
+        if self._workers_read:  # the epoch is begun again
+            batches, cursor = 0, None
+        return super()._make_state(epoch, batches, cursor, random)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._workers_read and isinstance(state, Mapping) and state.get("cursor") is not None:
+            raise StateError(
+                "the state is in the middle of an epoch, and worker processes that iterate their own copies of a "
+                "dataset cannot go on there; use worker_type='thread' or num_workers=0 for this epoch"
+            )
+        super().load_state_dict(state)
 
     @property
     def _room(self) -> int:

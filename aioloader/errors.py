@@ -2,12 +2,15 @@
 
     AioloaderError
     ├── BrokenDataError (ValueError)         a file does not hold what it should; says which, and where in it
+    ├── StateError (ValueError)              a state that cannot be loaded: not ours, another pipeline's, broken
     ├── SourceUsedUpError (RuntimeError)     a single-use generator was asked for a second epoch
     ├── LeakedContextError (RuntimeError)    a torch context is held across a `yield` of a user generator
     ├── SampleCancelledError (RuntimeError)  user code was cancelled, but not by us
     ├── LoaderClosedError (RuntimeError)     the iterator was closed while somebody waited for a batch
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited, with a sample in its hands
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
+
+    ReplayWarning (UserWarning)              a resumed source reads samples again, only to drop them
 
 Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's DataLoader does.
 """
@@ -18,8 +21,10 @@ __all__ = [
     "DeviceError",
     "LeakedContextError",
     "LoaderClosedError",
+    "ReplayWarning",
     "SampleCancelledError",
     "SourceUsedUpError",
+    "StateError",
     "WorkerDiedError",
 ]
 
@@ -30,6 +35,14 @@ class AioloaderError(Exception):
 
 class BrokenDataError(AioloaderError, ValueError):
     """What a file holds is not what it should be: half a line, not JSON, a truncated archive; says where."""
+
+
+class StateError(AioloaderError, ValueError):
+    """A state that this loader cannot load, or a recorded order that it cannot follow; says what is different."""
+
+
+class ReplayWarning(UserWarning):
+    """A resumed epoch reads samples again and drops them, since its source cannot be entered in the middle."""
 
 
 class SourceUsedUpError(AioloaderError, RuntimeError):

@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from secrets import randbits
 from time import perf_counter
 from typing import Any, Self
@@ -13,8 +15,10 @@ import anyio.to_thread
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
+from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
+from aioloader.errors import StateError
 from aioloader.executors.processes.host import Processes
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
@@ -22,6 +26,7 @@ from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
+from aioloader.state import Guarantee, Shape, check_state, make_state
 
 __all__ = ["Loader"]
 
@@ -34,6 +39,7 @@ class Loader(Opener):
     remains; `close` ends everything that is left at once.
     """
 
+    _kind = "Pipeline"
     _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
 
     def __init__(self) -> None:
@@ -43,6 +49,9 @@ class Loader(Opener):
         self._meters: list[StageMeter] = []
         self._consumer: ConsumerMeter | None = None
         self._epoch: int | None = None  # of the newest run
+        self._progress: Progress | None = None  # of the newest epoch
+        self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
+        self._loaded_is_asked_for = False  # `set_epoch` has named its epoch since
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
         self._transfer: Transfer | None = None
@@ -53,8 +62,39 @@ class Loader(Opener):
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _build(self, epoch: int) -> Window:
-        """The nodes of one epoch, not started."""
+    def _build(self, progress: Progress, *, dry: bool = False) -> Window:
+        """The nodes of one epoch, not started.
+
+        Args:
+            progress: Where the epoch stands.
+            dry: They will never be started: no source is used up, and no order is drawn.
+        """
+
+    @abstractmethod
+    def _shape(self) -> Shape:
+        """What decides which sample comes when."""
+
+    @abstractmethod
+    def _guarantee(self) -> Guarantee:
+        """What a resume gives."""
+
+    def _sure_length(self) -> int | None:
+        """Batches of an epoch, if that is known and no matter of trust."""
+        return None
+
+    def _random_state(self) -> dict[str, Any]:
+        """What the next epoch would draw from, as far as it is not in cursors; JSON-able."""
+        return {}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        """The opposite; `state` is what `_random_state` gave."""
+
+    def _check_random_state(self, state: dict[str, Any]) -> None:
+        """Refuse what `_set_random_state` could not take.
+
+        Raises:
+            ValueError: Why.
+        """
 
     def _check_usable(self) -> None:
         """Raise now, at `iter()`, what would make an epoch impossible."""
@@ -74,16 +114,40 @@ class Loader(Opener):
     def set_epoch(self, epoch: int) -> None:
         """Let the next epoch be number `epoch`; those after it count on from there.
 
+        A state that was loaded and has not begun stays, if it is of this epoch: trainers call this before each one. One
+        of another epoch is dropped, with a warning when that loses its place.
+
         Args:
             epoch: At least 0. Shuffle orders depend on it.
         """
-        self._next_epoch = check_count("epoch", epoch, least=0)
+        number = check_count("epoch", epoch, least=0)
+        loaded = self._loaded
+        if loaded is not None and loaded["epoch"] == number:
+            self._loaded_is_asked_for = True
+        elif loaded is not None:
+            self._loaded = None
+            if loaded["cursor"] is not None:
+                warnings.warn(
+                    f"set_epoch({number}) drops the state that was loaded, which is of epoch {loaded['epoch']} after "
+                    f"{loaded['batches']} batches; call set_epoch({loaded['epoch']}) to go on there",
+                    stacklevel=2,
+                )
+        self._next_epoch = number
 
-    def _begin_epoch(self) -> int:
-        """Count an epoch."""
+    def _begin_epoch(self) -> Progress:
+        """Count an epoch; one that was loaded begins where its state says."""
+        loaded, self._loaded = self._loaded, None
         epoch = self._next_epoch
         self._next_epoch = epoch + 1
-        return epoch
+        if loaded is None:
+            progress = Progress(epoch)
+            progress.begun_with = self._random_state()
+            return progress
+        progress = Progress(epoch, loaded["cursor"], loaded["batches"])
+        progress.asked_for = self._loaded_is_asked_for
+        progress.begun_with = loaded["random"] or {}
+        self._set_random_state(progress.begun_with)
+        return progress
 
     def _sample_seed(self, seed: int | None) -> int:
         """For the random numbers of samples: the user's `seed`, else one that is drawn once for this loader."""
@@ -94,16 +158,92 @@ class Loader(Opener):
                 self._drawn_seed = randbits(63)  # not from torch's generator, whose draws are the user's
             return self._drawn_seed
 
+    def _seed_state(self, seed: int | None) -> dict[str, Any]:
+        """What a state holds of it: that which the user's code does not."""
+        return {} if seed is not None else {"sample_seed": self._sample_seed(None)}
+
     def _open_run(self) -> Run:
-        epoch = self._begin_epoch()
-        run = Run(self._build(epoch), epoch)
-        self._watch(epoch, run.meters, run.consumer)
+        loaded = self._loaded
+        progress = self._begin_epoch()
+        try:
+            window = self._build(progress)
+            if progress.cursor is not None:
+                window.resume(progress.cursor)
+        except BaseException:
+            if loaded is not None:  # whatever it was: the state is not lost with it
+                self._loaded, self._next_epoch = loaded, progress.epoch
+            raise
+        run = Run(window, progress.epoch, progress)
+        self._watch(progress, run.meters)
         return run
 
-    def _watch(self, epoch: int, meters: list[StageMeter], consumer: ConsumerMeter) -> None:
-        """`stats` is about this epoch from now on."""
-        self._epoch, self._meters, self._consumer = epoch, meters, consumer
-        consumer.began = perf_counter()
+    def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
+        """`stats` and `state_dict` are about this epoch from now on."""
+        self._progress = progress
+        self._epoch, self._meters, self._consumer = progress.epoch, meters, progress.meter
+        progress.meter.began = perf_counter()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the newest epoch that has begun stands: behind the last batch that its iterator gave.
+
+        A small dict that JSON can hold, the same whatever the concurrency, the workers or the face. It may be asked for
+        at any time, from any thread, and costs nothing when it is not. A batch that raised an error counts as given;
+        what is made ahead does not. After the last batch it is the beginning of the next epoch. Right after
+        `load_state_dict` it is what was loaded.
+
+        `docs/checkpoint.md` has the schema. `"guarantee"` says what a resume gives: `"exact"`, `"replayed"` (a source
+        is read again from its beginning, which is exact if it gives the same again) or `"at-least-once"`.
+        """
+        loaded = self._loaded
+        if loaded is not None:
+            return self._make_state(loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"])
+        return self._state_of(self._progress)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next epoch that begins be the one that `state` is of, and go on behind the batch it was taken after.
+
+        Iterators that have begun are not touched. Concurrency, number and kind of workers, prefetch, executor, device
+        and face may be others than when the state was taken; what decides the order may not.
+
+        Raises:
+            StateError: Not a state, or one of another version, of other stages or of another dataset; the loader is
+                as it was.
+        """
+        loaded = check_state(state, loader=self._kind, pipeline=self._shape())
+        progress = Progress(loaded["epoch"], loaded["cursor"], loaded["batches"])
+        try:
+            self._check_random_state(loaded["random"] or {})
+            if loaded["cursor"] is not None:
+                self._build(progress, dry=True).resume(loaded["cursor"])
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            raise StateError(f"the state does not fit this loader, or is broken: {error}") from error
+        with self._lock:
+            self._loaded = loaded
+            self._loaded_is_asked_for = False
+            self._next_epoch = loaded["epoch"]
+
+    def _state_of(self, progress: Progress | None) -> dict[str, Any]:
+        if progress is None:
+            if self._loaded is not None:
+                return self.state_dict()
+            return self._make_state(self._next_epoch, 0, None, self._random_state())
+        if progress.over or (progress.batches and progress.batches == self._sure_length()):
+            epoch = self._next_epoch if progress is self._progress else progress.epoch + 1
+            return self._make_state(epoch, 0, None, self._random_state())
+        return self._make_state(progress.epoch, progress.batches, progress.cursor, progress.begun_with)
+
+    def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
+        return make_state(
+            loader=self._kind,
+            epoch=epoch,
+            batches=batches,
+            cursor=cursor,
+            guarantee=self._guarantee(),
+            pipeline=self._shape(),
+            random=random,
+        )
 
     def _opened(self, delivery: Delivery) -> None:
         with self._lock:

@@ -5,14 +5,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from math import isfinite
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
+from torch import Generator
+
 from aioloader.device import Transfer, can_pin, check_device, open_backend
+from aioloader.engine.progress import Progress
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
 from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable, length_of
+from aioloader.sources.drawn import check_generators, generators_of, packed, unpacked
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
@@ -22,6 +28,7 @@ from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
+from aioloader.state import Guarantee, Shape, guarantee_of, shape_of
 
 __all__ = ["Pipeline"]
 
@@ -81,6 +88,8 @@ class Pipeline(Loader):
         concurrency: int | None = None,
         ordered: bool = True,
         executor: Executor | Literal["thread", "process"] | None = None,
+        record_order: str | PathLike[str] | None = None,
+        replay_order: str | PathLike[str] | None = None,
     ) -> "Pipeline":
         """`fn` of each sample.
 
@@ -92,17 +101,33 @@ class Pipeline(Loader):
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
                 which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
                 Python code that holds the GIL; they stay until it is closed or collected.
+            record_order: With `ordered=False`: a folder that gets a file per epoch with the order in which the results
+                left, four bytes per sample.
+            replay_order: With `ordered=False`: a folder that `record_order` has filled; the results leave in that
+                order again. No more of them wait than were under way when it was recorded.
 
         Raises:
             TypeError: `fn` cannot be called with one argument.
-            ValueError: `concurrency` is less than 1, or `executor` does not fit.
+            ValueError: `concurrency` is less than 1, or `executor`, `record_order` or `replay_order` do not fit.
         """
         check_callable("fn", fn, arguments=1, example="map(decode)")
         if concurrency is not None:
             concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
         is_async = is_async_callable(fn)
+        if ordered and (record_order is not None or replay_order is not None):
+            raise ValueError("record_order and replay_order need ordered=False: with ordered=True the order is known")
+        if record_order is not None and replay_order is not None:
+            raise ValueError("pass record_order or replay_order, not both: what is replayed is recorded already")
         return self._then(
-            Map(fn, is_async, concurrency, ordered=bool(ordered), executor=_executor(executor, fn, is_async))
+            Map(
+                fn,
+                is_async,
+                concurrency,
+                ordered=bool(ordered),
+                executor=_executor(executor, fn, is_async),
+                record_order=None if record_order is None else Path(record_order),
+                replay_order=None if replay_order is None else Path(replay_order),
+            )
         )
 
     def filter(self, fn: Callable[[Any], Any]) -> "Pipeline":
@@ -276,11 +301,49 @@ class Pipeline(Loader):
             if stream.single_use:
                 stream.check_unused()
 
-    def _build(self, epoch: int) -> Window:
+    def _build(self, progress: Progress, *, dry: bool = False) -> Window:
+        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._plan.seed))
+        if dry:
+            return build(self._plan, this_pass, processes=self._open_processes, dry=True)
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
-        this_pass = Pass(epoch, sample_seed=self._sample_seed(self._plan.seed))
-        return build(self._plan, this_pass, self._transfer, self._alloc(self._transfer), self._open_processes)
+        alloc = self._alloc(self._transfer)
+        return build(
+            self._plan, this_pass, self._transfer, alloc, self._open_processes, resumed=progress.cursor is not None
+        )
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _shape(self) -> Shape:
+        return shape_of(self._plan)
+
+    def _guarantee(self) -> Guarantee:
+        return guarantee_of(self._plan)
+
+    def _sure_length(self) -> int | None:
+        if not _all_indexable(self._plan):
+            return None
+        try:
+            return length_of(self._plan)
+        except TypeError:
+            return None
+
+    def _random_state(self) -> dict[str, Any]:
+        state = self._seed_state(self._plan.seed)
+        generators = _generators(self._plan)
+        if generators:
+            state["generators"] = [packed(generator.get_state()) for generator in generators]
+        return state
+
+    def _check_random_state(self, state: dict[str, Any]) -> None:
+        check_generators(state, _generators(self._plan))
+        if "sample_seed" in state:
+            check_integer("sample_seed", state["sample_seed"])
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        self._drawn_seed = state.get("sample_seed", self._drawn_seed)
+        for generator, its in zip(_generators(self._plan), state.get("generators", ()), strict=False):
+            generator.set_state(unpacked(its))
 
 
 def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | None]:
@@ -342,6 +405,18 @@ def _streams(plan: Plan) -> list[Stream]:
     if isinstance(plan.source, Combined):
         return [stream for inner in plan.source.plans for stream in _streams(inner)]
     return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, Stream)]
+
+
+def _all_indexable(plan: Plan) -> bool:
+    """Whether its length is nobody's promise."""
+    if isinstance(plan.source, Combined):
+        return all(_all_indexable(inner) for inner in plan.source.plans)
+    return plan.source.indexable
+
+
+def _generators(plan: Plan) -> list[Generator]:
+    """Those that its samplers draw from."""
+    return generators_of(*(stream.make for stream in _streams(plan)))
 
 
 def _describe_source(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 Pure: nothing is started, no user code runs. `Source` and the stages are what a pipeline is; `build` says how it runs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ from aioloader.cores import usable_cores
 from aioloader.device import Transfer, pin_batch
 from aioloader.engine.combine import MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.node import FoldNode, Node
+from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
 from aioloader.engine.steps import AsyncStep, ExecutorStep, Step, ThreadStep
@@ -21,16 +22,19 @@ from aioloader.executors.chunk import Call
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
-from aioloader.sources.order import is_order_stage, order_of
+from aioloader.sources.drawn import keys_of
+from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
-from aioloader.stages.batch import Batch, CollateWith, Group
+from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
+from aioloader.stages.shard import Shard
+from aioloader.stages.shuffle import Shuffle
 
-__all__ = ["Combined", "Plan", "Repeat", "Single", "build", "is_permutable", "length_of"]
+__all__ = ["Combined", "Plan", "Repeat", "Single", "any_order", "build", "is_permutable", "length_of"]
 
 DEFAULT_PREFETCH = 2
 
@@ -125,12 +129,25 @@ def length_of(plan: Plan) -> int:
     return length
 
 
+def any_order(source: Single | Combined, stages: Sequence[Stage]) -> bool:
+    """Whether samples come in another order each time."""
+    if isinstance(source, Combined) and (
+        (source.how == "merge" and len(source.plans) > 1)
+        or any(any_order(inner.source, inner.stages) for inner in source.plans)
+    ):
+        return True
+    return any(isinstance(stage, Map) and not stage.ordered and stage.replay_order is None for stage in stages)
+
+
 def build(
     plan: Plan,
     this_pass: Pass,
     transfer: Transfer | None = None,
     alloc: Alloc | None = None,
     processes: Callable[[], Processes] = Processes,
+    *,
+    dry: bool = False,
+    resumed: bool = False,
 ) -> Window:
     """The nodes of one epoch; the last is always a window, which holds what is made ahead.
 
@@ -140,15 +157,17 @@ def build(
         transfer: The loader's way to its device, when `plan` ends in `to` or `pin_memory` and there is such a device.
         alloc: Where the default collate puts batches; None: into fresh memory.
         processes: Gives the loader's worker processes; called when a stage runs there.
+        dry: The nodes will never be started, only `resume` will tell whether a cursor fits.
+        resumed: `resume` will be called: the epoch has begun before.
     """
-    builder = _Builder(this_pass, transfer, alloc, processes)
+    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed)
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
     if not journey.stages:
         return Window(node, (), room=prefetch)
     if plan.room is not None or journey.batches:
-        return journey.window(node, prefetch if plan.room is None else plan.room, processes, exact=True)
-    return journey.window(node, journey.room(plan.prefetch), processes)
+        return journey.window(node, prefetch if plan.room is None else plan.room, processes, this_pass, exact=True)
+    return journey.window(node, journey.room(plan.prefetch), processes, this_pass)
 
 
 @dataclass
@@ -173,18 +192,48 @@ class _Journey:
         widths = [stage.width for stage in self.stages]
         return sum(widths) + (max(1, max(widths) // 2) if finished is None else finished)
 
-    def window(self, upstream: Node, room: int, processes: Callable[[], Processes], *, exact: bool = False) -> Window:
+    def window(
+        self, upstream: Node, room: int, processes: Callable[[], Processes], this_pass: Pass, *, exact: bool = False
+    ) -> Window:
         """The window. With `exact` there is never more than `room`, however cheap the samples are."""
         ordered = all(stage.ordered for stage in self.stages)
         steps = _steps(self.stages, self.seeds, max(1, room) if exact or self.batches else None, processes)
-        return Window(upstream, steps, room=room, ordered=ordered)
+        return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass))
+
+    def _order_log(self, this_pass: Pass) -> Recorded | Replayed | None:
+        """Where the order in which they leave is recorded, or read from."""
+        logged = [
+            stage for stage in self.stages if isinstance(stage, Map) and (stage.record_order or stage.replay_order)
+        ]
+        if not logged:
+            return None
+        if len(logged) > 1:
+            raise ValueError(
+                f"{' and '.join(stage.label for stage in logged)} run in one window, which has one order; "
+                f"pass record_order or replay_order to one of them"
+            )
+        (stage,) = logged
+        name = "-".join(["epoch", str(this_pass.epoch), *map(str, this_pass.repetitions)]) + ".order"
+        if stage.replay_order is not None:
+            return Replayed(stage.replay_order / name)
+        assert stage.record_order is not None
+        return Recorded(stage.record_order / name)
 
 
 class _Builder:
     def __init__(
-        self, this_pass: Pass, transfer: Transfer | None, alloc: Alloc | None, processes: Callable[[], Processes]
+        self,
+        this_pass: Pass,
+        transfer: Transfer | None,
+        alloc: Alloc | None,
+        processes: Callable[[], Processes],
+        *,
+        dry: bool,
+        resumed: bool,
     ) -> None:
         self._pass = this_pass
+        self._dry = dry
+        self._resumed = resumed
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
@@ -211,19 +260,24 @@ class _Builder:
             rest: Sequence[Stage] = plan.stages[at + 1 :]
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
-        for stage in rest:
-            node, journey = self._add(node, journey, stage)
+        at = len(plan.stages) - len(rest)
+        for number, stage in enumerate(rest, at):
+            loose = any_order(plan.source, plan.stages[:number])
+            node, journey = self._add(node, journey, stage, loose=loose)
         return node, journey
 
     def _repetition(self, plan: Plan, repetition: int) -> Node:
-        return _Builder(self._pass.repeated(repetition), None, self._alloc, self._processes).closed(plan)
+        resumed, self._resumed = self._resumed, False  # the first that is made; those after it begin
+        this_pass = self._pass.repeated(repetition)
+        builder = _Builder(this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=resumed)
+        return builder.closed(plan)
 
     def closed(self, plan: Plan) -> Node:
         """The nodes of a plan inside another one."""
         return self._close(*self.stream(plan))
 
     def _close(self, node: Node, journey: _Journey) -> Node:
-        return journey.window(node, journey.room(), self._processes) if journey.stages else node
+        return journey.window(node, journey.room(), self._processes, self._pass) if journey.stages else node
 
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, _Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
@@ -231,17 +285,21 @@ class _Builder:
             return self._combine(source, inner), _Journey(), stages
         data = source.data
         if isinstance(data, Stream):
-            data.use()
+            if not self._dry:
+                data.use()
             name = source.name or f"source({source_name(data.make)})"
-            return StreamSource(data.make, call=data.call, name=name, keys=source.keys), _Journey(), stages
+            warns = not (self._dry or source.keys)
+            source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
+            return source_node, _Journey(), stages
         journey = _Journey()
         name = f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
             journey.add(load, self._seed())
         if source.sampler is not None:
-            source.sampler.use()
-            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch)
+            if not self._dry:
+                source.sampler.use()
+            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, self._resumed)
             node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True)
             if data.load is None:
                 values = data.data
@@ -259,7 +317,13 @@ class _Builder:
                 break
         else:
             rest = ()
-        order = order_of(data.length, order_stages, self._pass)
+        if self._dry:
+            length = data.length
+            for stage in order_stages:
+                length = stage.length(length)
+            order = KeyOrder(range(length))
+        else:
+            order = order_of(data.length, order_stages, self._pass)
         return KeySource(order, data.data if data.load is None else None, name), journey, rest
 
     def _combine(self, source: Combined, nodes: list[Node]) -> Node:
@@ -271,7 +335,7 @@ class _Builder:
             case "mix":
                 return MixNode(nodes, source.weights, self._pass.seed(source.seed, "mix"))
 
-    def _add(self, node: Node, journey: _Journey, stage: Stage) -> tuple[Node, _Journey]:
+    def _add(self, node: Node, journey: _Journey, stage: Stage, *, loose: bool) -> tuple[Node, _Journey]:
         if isinstance(stage, Map | Filter):
             journey.add(stage, self._seed())
             return node, journey
@@ -282,9 +346,10 @@ class _Builder:
             return node, journey
         node = self._close(node, journey)
         if isinstance(stage, FlatMap):
-            return FlatMapNode(node, stage.fn, stage.label), _Journey()
+            return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey()
         assert isinstance(stage, FoldStage), stage
-        node = FoldNode(node, stage.fold(self._pass))
+        loose = loose and isinstance(stage, Unbatch | Shuffle | Shard)
+        node = FoldNode(node, stage.fold(self._pass), loose=loose)
         if isinstance(stage, Batch | JoinBatches):
             journey = _Journey(batches=True)
             journey.add(collate_stage(stage.collate, self._alloc))
@@ -444,7 +509,7 @@ def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:
     return fixed is None or stage.flexible or (fixed.width, fixed.thread_name) == (stage.width, stage.thread_name)
 
 
-def _open_sampler(sampler: Stream, epoch: int) -> Any:
+def _open_sampler(sampler: Stream, epoch: int, resumed: bool) -> Any:
     """The keys of an epoch; called in the source's thread.
 
     A sampler with `set_epoch`, such as torch's DistributedSampler, is told the epoch: else each has the same order.
@@ -452,7 +517,9 @@ def _open_sampler(sampler: Stream, epoch: int) -> Any:
     set_epoch = getattr(sampler.make, "set_epoch", None)
     if callable(set_epoch):
         set_epoch(epoch)
-    return sampler.make() if sampler.call else sampler.make
+    if sampler.call or not isinstance(sampler.make, Iterable):
+        return sampler.make() if sampler.call else sampler.make
+    return keys_of(sampler.make, partial(iter, sampler.make), resumed=resumed)
 
 
 def is_permutable(plan: Plan) -> bool:

@@ -13,7 +13,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
-from aioloader.stages.keyed import JoinBatches, SplitBatches
+from aioloader.stages.keyed import INSIDE, JoinBatches, SplitBatches
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
@@ -78,10 +78,10 @@ def test_the_shard_of_a_stream_keeps_its_cursors() -> None:
 
 
 def test_the_keys_of_a_batch_come_together_again() -> None:
-    """Split: the last key of a batch carries the batch's cursor, the others the one before it. Join: the batch's."""
+    """Split: the last key of a batch carries the batch's cursor, the others none. Join: the batch's."""
     split = folded(SplitBatches(), [[7, 8], [], [9]])
     assert [entry.key for entry in split] == [7, 8, 1, 9]
-    assert cursors(split) == [(None, 1), 1, 2, 3]
+    assert cursors(split) == [INSIDE, 1, 2, 3]
     joined = run_fold(JoinBatches(CollateWith()).fold(FIRST), split)
     assert [entry.value.samples for entry in joined] == [[7, 8], [], [9]]
     assert cursors(joined) == [1, 2, 3]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import LAST, Entry, SourceKey, part_key
 from aioloader.engine.node import Kick, Node
+from aioloader.engine.progress import cursor_parts, cursor_sequence, whole
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -24,8 +25,8 @@ class _Several(Node):
         self._position = 0
 
     def resume(self, cursor: Any) -> None:
-        self._cursors = list(cursor)
-        for upstream, its in zip(self._upstreams, cursor, strict=True):
+        self._cursors = list(cursor_parts(cursor, len(self._upstreams)))
+        for upstream, its in zip(self._upstreams, self._cursors, strict=True):
             if its is not None:
                 upstream.resume(its)
 
@@ -88,17 +89,19 @@ class MixNode(_Several):
         self._weights = list(weights)
         self._random = Random(seed)
         self._draws = 0
+        self._to_replay = 0
         self._drawn: int | None = None
         self._over: list[int] = []
 
-    def resume(self, cursor: tuple[Any, int, Sequence[int]]) -> None:
-        cursors, self._draws, over = cursor
+    def resume(self, cursor: Any) -> None:
+        cursors, draws, over = cursor_parts(cursor, 3)
         super().resume(cursors)
-        self._over = list(over)
-        for index in over:
+        self._draws = whole(draws)
+        self._over = [whole(index, len(self._weights) - 1) for index in cursor_sequence(over)]
+        for index in self._over:
             self._weights[index] = 0.0
-        for _ in range(self._draws):
-            self._random.random()
+        self.ended = not any(self._weights)
+        self._to_replay = self._draws
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
@@ -109,7 +112,8 @@ class MixNode(_Several):
             if run:
                 self._drawn = None
                 entry = self._emit(run[0], index)
-                entry.cursor = (entry.cursor, self._draws, tuple(self._over))
+                draws = self._draws - (entry.state == LAST)  # what failed is to be drawn again
+                entry.cursor = (entry.cursor, draws, tuple(self._over))
                 taken.append(entry)
             elif upstream.ended:
                 self._drawn = None
@@ -121,6 +125,10 @@ class MixNode(_Several):
         return taken
 
     def _draw(self) -> int:
+        while self._to_replay:  # each draw takes 64 bits from the generator
+            draws = min(self._to_replay, 1 << 16)
+            self._random.getrandbits(64 * draws)
+            self._to_replay -= draws
         if self._drawn is None:
             bounds = list(accumulate(self._weights))
             point = self._random.random() * bounds[-1]
@@ -162,9 +170,11 @@ class ZipNode(_Several):
         return []
 
     def _pair(self, entries: list[Entry]) -> Entry:
+        before = tuple(self._cursors)
+        self._cursors = [entry.cursor for entry in entries]
         paired = Entry(
             tuple(entry.value for entry in entries),
-            tuple(entry.cursor for entry in entries),
+            tuple(self._cursors),
             tuple(entry.key for entry in entries),
             self._position,
         )
@@ -173,6 +183,7 @@ class ZipNode(_Several):
             if entry.state == LAST:
                 paired.state = LAST
                 paired.error = entry.error
+                paired.cursor = before  # the others of this pair wait for the one that failed
                 self._end()
                 break
             if paired.error is None:
@@ -201,8 +212,9 @@ class RepeatNode(Node):
         self._failure: Exception | None = None
         self.ended = times == 0
 
-    def resume(self, cursor: tuple[int, Any]) -> None:
-        self._repetition, its = cursor
+    def resume(self, cursor: Any) -> None:
+        repetition, its = cursor_parts(cursor, 2)
+        self._repetition = whole(repetition, None if self._times is None else max(0, self._times - 1))
         self._upstream = self._make(self._repetition)
         self._given = 1  # that repetition was not empty
         if its is not None:

@@ -17,6 +17,7 @@ from weakref import finalize
 
 from aioloader.engine.entry import Entry, presentable
 from aioloader.engine.loop_thread import LoopThread, process_ends
+from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
@@ -48,6 +49,10 @@ class Opener(ABC):
         """A run of this loader is alive; it is to be held weakly, for `close`."""
 
     @abstractmethod
+    def _state_of(self, progress: Progress | None) -> dict[str, Any]:
+        """The state of an iterator whose epoch stands at `progress`, or has not begun."""
+
+    @abstractmethod
     def _shared_loop(self) -> LoopThread | None:
         """The loop that a `with` block keeps for all epochs, if there is one."""
 
@@ -57,13 +62,13 @@ class Delivery:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.cursor: Any = None  # of the last batch that was handed out: where a resumed loader goes on
+        self.progress = run.progress
         self.closed = False
         self._failure_told = False
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The value of `entry`, or its error, raised."""
-        self.cursor = entry.cursor
+        self.progress.cursor = entry.cursor
         self.run.consumer.delivered(asked)
         error, value = entry.error, entry.value
         entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
@@ -135,6 +140,7 @@ class AsyncDelivery(Delivery):
                     return self._hand_out(taken[0], asked)
                 if run.output.ended:
                     run.consumer.waited_for_end(asked)
+                    self.progress.over = True
                     await self._finish()
                     self._kick()
                     raise StopAsyncIteration
@@ -245,6 +251,7 @@ class SyncDelivery(Delivery):
                 raise self._take_failure(StopIteration())
             if self.run.output.ended:
                 self.run.consumer.waited_for_end(asked)
+                self.progress.over = True
                 raise StopIteration
             raise self._cut_short()
         self._unreported += 1
@@ -311,6 +318,12 @@ class Batches(Iterator[T_co]):
             batch = delivery.next(opener._timeout)
         except Empty:
             raise RuntimeError(opener._timeout_message.format(seconds=opener._timeout)) from None
+        except StopIteration:
+            if not delivery.progress.nothing_was_left:
+                del self
+                raise
+            del delivery
+            return self._following()
         except BaseException:
             # Whoever keeps the exception keeps this frame: not with it the iterator, which would keep its epoch alive.
             del self
@@ -321,7 +334,18 @@ class Batches(Iterator[T_co]):
     @property
     def cursor(self) -> Any:
         """Where to go on after the last batch that was handed out; None before the first."""
-        return None if self._delivery is None else self._delivery.cursor
+        return None if self._delivery is None else self._delivery.progress.cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
+        return self._opener._state_of(None if self._delivery is None else self._delivery.progress)
+
+    def _following(self) -> T_co:
+        """This epoch was resumed behind its last batch: the next one is what was to come."""
+        with self._starting:
+            if self._delivery is not None and self._delivery.progress.nothing_was_left:
+                self._delivery = None
+        return self.__next__()
 
     def _start(self) -> SyncDelivery:
         run = self._opener._open_run()
@@ -364,6 +388,13 @@ class AsyncBatches(AsyncIterator[T_co]):
                 batch = await delivery.next()
             else:
                 batch = await _within(delivery, opener._timeout, opener._timeout_message)
+        except StopAsyncIteration:
+            if not delivery.progress.nothing_was_left:
+                raise
+            if self._delivery is delivery:
+                self._delivery = None  # it was resumed behind its end: the next epoch is what was to come
+            del delivery
+            return await self.__anext__()
         except BaseException:
             del self  # as in `Batches`
             raise
@@ -373,7 +404,11 @@ class AsyncBatches(AsyncIterator[T_co]):
     @property
     def cursor(self) -> Any:
         """Where to go on after the last batch that was handed out; None before the first."""
-        return None if self._delivery is None else self._delivery.cursor
+        return None if self._delivery is None else self._delivery.progress.cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
+        return self._opener._state_of(None if self._delivery is None else self._delivery.progress)
 
     def _start(self) -> AsyncDelivery:
         run = self._opener._open_run()

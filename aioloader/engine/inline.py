@@ -8,13 +8,16 @@ from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import DONE, Entry, annotate, presentable
-from aioloader.engine.faces import Receive, T_co
+from aioloader.engine.entry import DONE, LAST, Entry, annotate, presentable
+from aioloader.engine.faces import Opener, Receive, T_co
 from aioloader.engine.node import Kick, Node
+from aioloader.engine.progress import Progress
+from aioloader.engine.resumable import SNAPSHOT_SAMPLES, Origin, Redrawn, after_origin, open_at, snapshot, split_cursor
 from aioloader.engine.torch_state import check_leak, context_state
+from aioloader.engine.window import Left
 from aioloader.executors.chunk import Call, refuse_coroutine
 from aioloader.executors.sample import Sample, current_sample
-from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -29,13 +32,17 @@ class InlineSource(Node):
         self._iterable: Iterable[Any] | None = iterable
         self._iterator: Iterator[Any] | None = None
         self._keys = keys  # see `StreamSource`
+        self._origin: Origin | None = None
+        self._since = 0  # samples since the origin
+        self._skipped = 0  # those that were delivered before a resume
         self._position = 0
-        self._skipped = 0  # samples that were delivered before a resume
+        self._asked: Any = None
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
 
-    def resume(self, cursor: int) -> None:
-        self._skipped = cursor
+    def resume(self, cursor: Any) -> None:
+        self._origin, self._skipped = split_cursor(cursor)
+        self._position = self._skipped + (0 if self._origin is None else self._origin["at"])
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")
@@ -47,28 +54,42 @@ class InlineSource(Node):
         try:
             if self._iterator is None:
                 assert self._iterable is not None
-                self._iterator = iter(self._iterable)
-                self._iterable = None
-            while self._position < self._skipped:  # read again, and dropped
+                self._iterator, self._asked = open_at(self._iterable, self._origin)
+            while self._since < self._skipped:  # read again, and dropped
                 next(self._iterator)
-                self._position += 1
-            position = self._position
+                self._since += 1
+            if self._asked is not None and self._since and not position % SNAPSHOT_SAMPLES:
+                self._ask()
             sample = next(self._iterator)
             check_leak(before, self.meter.name)
+            if self._iterable is not None:  # what the keys were drawn from is known with the first one
+                if isinstance(self._iterable, Redrawn):
+                    self._origin = self._iterable.origin
+                self._iterable = None
         except StopIteration:
             self.ended = True
             return []
         except Exception as error:
             self.ended = True
-            last = Entry.last(error, position, position)
+            since = max(self._since, self._skipped)
+            last = Entry.last(error, after_origin(self._origin, since), position)
             annotate(error, self.meter.name, last, self._epoch)
             return [last]
         finally:
             self.meter.busy_seconds += perf_counter() - began
         self._position = self.meter.samples = position + 1
-        entry = Entry(sample, position + 1, sample if self._keys or isinstance(sample, int | str) else None, position)
+        self._since += 1
+        cursor = self._since if self._origin is None else (self._origin, self._since)
+        entry = Entry(sample, cursor, sample if self._keys or isinstance(sample, int | str) else None, position)
         entry.state = DONE
         return [entry]
+
+    def _ask(self) -> None:
+        origin = snapshot(self._asked, self._iterator, self._position)
+        if origin is None:
+            self._asked = None
+        else:
+            self._origin, self._since, self._skipped = origin, 0, 0
 
     def close(self) -> None:
         close = getattr(self._iterator, "close", None)
@@ -77,16 +98,28 @@ class InlineSource(Node):
 
 
 class InlineMap(Node):
-    """Calls the functions of one journey."""
+    """Calls the functions of one journey.
 
-    def __init__(self, upstream: Node, calls: Sequence[Call], epoch: int) -> None:
+    Args:
+        upstream: Gives the entries.
+        calls: The functions.
+        epoch: For notes.
+        ordered: False: the cursors are those of a window that gives entries as they are finished, so that a state is
+            the same with workers and without.
+    """
+
+    def __init__(self, upstream: Node, calls: Sequence[Call], epoch: int, *, ordered: bool = True) -> None:
         self._upstream = upstream
         self._calls = calls
         self._epoch = epoch
+        self._left = None if ordered else Left()
         self.meter = StageMeter(" + ".join(call.label for call in calls), "sync", concurrency=1)
 
     def resume(self, cursor: Any) -> None:
-        self._upstream.resume(cursor)
+        if self._left is not None:
+            cursor = self._left.resume(cursor)
+        if cursor is not None:
+            self._upstream.resume(cursor)
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")
@@ -95,7 +128,18 @@ class InlineMap(Node):
         while True:
             run = self._upstream.poll(1)
             self.ended = self._upstream.ended and not run
-            if not run or self._journey(run[0]):
+            if not run:
+                return run
+            if self._left is not None and not (run := self._left.comes(run)):
+                continue
+            entry = run[0]
+            kept = self._journey(entry)
+            if self._left is not None:
+                if entry.state == LAST:
+                    entry.cursor = self._left.cursor
+                else:
+                    self._left.leaves(entry)
+            if kept:
                 return run
 
     def _journey(self, entry: Entry) -> bool:
@@ -136,20 +180,26 @@ class InlineBatches(Iterator[T_co]):
     """The iterator of a loader without workers.
 
     Args:
-        open_nodes: Gives the last node, and the meters of all, at the first `next()`.
-        receiver: Gives what takes a batch over, if anything must; asked after `open_nodes`.
+        opener: The loader.
+        open_nodes: Gives the last node and where the epoch stands, at the first `next()`.
     """
 
-    def __init__(
-        self, open_nodes: Callable[[], tuple[Node, ConsumerMeter]], receiver: Callable[[], Receive | None]
-    ) -> None:
+    def __init__(self, opener: Opener, open_nodes: Callable[[], tuple[Node, Progress]]) -> None:
+        self._opener = opener
         self._open_nodes = open_nodes
-        self._receiver = receiver
         self._receive: Receive | None = None
         self._node: Node | None = None
-        self._meter: ConsumerMeter | None = None
+        self._progress: Progress | None = None
         self._over = False
-        self.cursor: Any = None
+
+    @property
+    def cursor(self) -> Any:
+        """Where to go on after the last batch that was handed out; None before the first."""
+        return None if self._progress is None else self._progress.cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
+        return self._opener._state_of(self._progress)
 
     def __iter__(self) -> "InlineBatches[T_co]":
         return self
@@ -158,17 +208,22 @@ class InlineBatches(Iterator[T_co]):
         if self._over:
             raise StopIteration
         asked = perf_counter()
-        if self._node is None or self._meter is None:
-            self._node, self._meter = self._open_nodes()
-            self._receive = self._receiver()
+        if self._node is None or self._progress is None:
+            self._node, self._progress = self._open_nodes()
+            self._receive = self._opener._receiver()
+        progress = self._progress
         run = self._node.poll(1)
         if not run:
+            progress.over = True
+            progress.meter.finish()
+            if progress.nothing_was_left:  # it was resumed behind its end: the next epoch is what was to come
+                self._node = None
+                return self.__next__()
             self._over = True
-            self._meter.finish()
             raise StopIteration
         entry = run[0]
-        self.cursor = entry.cursor
-        self._meter.delivered(asked)
+        progress.cursor = entry.cursor
+        progress.meter.delivered(asked)
         if entry.error is not None:
             raise presentable(entry.error)
         batch: T_co = entry.value if self._receive is None else self._receive(entry.value)
@@ -179,8 +234,8 @@ class InlineBatches(Iterator[T_co]):
         self._over = True
         if self._node is not None:
             self._node.close()
-            assert self._meter is not None
-            self._meter.finish()
+            assert self._progress is not None
+            self._progress.meter.finish()
 
     def __reduce__(self) -> Any:
         raise TypeError("an iterator over batches cannot be pickled; pickle the loader")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.progress import cursor_sequence
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -77,17 +78,31 @@ class Fold(Protocol):
     def flush(self) -> Iterable[Entry]:
         """Upstream has ended: give what is left."""
 
+    def failed_at(self, cursor: Any) -> Any:
+        """Where to go on, behind what `flush` gave, after a source that failed with `cursor`: it is tried again."""
+
 
 class FoldNode(Node):
-    """Runs a fold over its upstream, in the caller's own call of `poll`."""
+    """Runs a fold over its upstream, in the caller's own call of `poll`.
 
-    def __init__(self, upstream: Node, fold: Fold) -> None:
+    Args:
+        upstream: Gives the entries.
+        fold: The rule.
+        loose: Upstream has no fixed order. What a fold knows by number (so many samples of the next batch are out)
+            would be said of another entry then: a resume forgets it, and some entries come again rather than never.
+    """
+
+    def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False) -> None:
         self._upstream = upstream
         self._fold = fold
+        self._loose = loose
         self._ready: deque[Entry] = deque()
         self._flushed = False
 
     def resume(self, cursor: Any) -> None:
+        if self._loose:
+            first, *numbers = cursor_sequence(cursor)
+            cursor = (first, *(0 for _ in numbers))
         upstream = self._fold.resume(cursor)
         if upstream is not None:
             self._upstream.resume(upstream)
@@ -111,6 +126,7 @@ class FoldNode(Node):
                 if failed is not None or fold.full:
                     self._finish()
                 if failed is not None:
+                    failed.cursor = fold.failed_at(failed.cursor)
                     ready.append(failed)
             elif upstream.ended:
                 self._finish()

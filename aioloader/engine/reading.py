@@ -8,6 +8,16 @@ from io import IOBase
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from aioloader.engine.resumable import (
+    SNAPSHOT_SAMPLES,
+    Origin,
+    Redrawn,
+    asked,
+    is_stateful,
+    load_iterable,
+    open_at,
+    snapshot,
+)
 from aioloader.engine.torch_state import check_leak, context_state
 from aioloader.executors.threads import Threads
 
@@ -20,11 +30,17 @@ READ_SECONDS: Final = 0.001  # what one crossing into the source's thread should
 
 
 class Reader(ABC):
-    """Iterates one iterable for the task that owns it."""
+    """Iterates one iterable for the task that owns it.
+
+    Attributes:
+        marks: Pairs of a number of samples and the origin that cursors behind so many of them are counted from; there
+            before the sample that they are about.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self.busy_seconds = 0.0
+        self.marks: deque[tuple[int, Origin]] = deque()
 
     @abstractmethod
     async def read(self, limit: int) -> list[Any]:
@@ -40,13 +56,33 @@ class Reader(ABC):
 
 
 class AsyncReader(Reader):
-    """Iterates an async iterable on the loop."""
+    """Iterates an async iterable on the loop; what it is asked about its state, it is asked in the thread."""
 
-    def __init__(self, iterable: AsyncIterable[Any], name: str) -> None:
+    def __init__(self, name: str, run: "Run", threads: Threads) -> None:
         super().__init__(name)
-        self._iterator: AsyncIterator[Any] = aiter(iterable)
+        self._iterator: AsyncIterator[Any]
+        self._run = run
+        self._threads = threads
+        self._asked: Any = None
+        self._number = 0
+        self._at = 0  # samples before the first one
+
+    async def open(self, iterable: AsyncIterable[Any], origin: Origin | None) -> None:
+        """Begin at `origin`, or at the beginning."""
+        if origin is not None:
+            self._at = origin["at"]
+        if is_stateful(iterable):
+            await self._run.in_thread(self._threads, load_iterable, iterable, origin)
+        self._iterator = aiter(iterable)
+        if origin is not None or is_stateful(iterable) or is_stateful(self._iterator):
+            self._asked = await self._run.in_thread(self._threads, asked, iterable, self._iterator, origin)
 
     async def read(self, limit: int) -> list[Any]:
+        if self._asked is not None and self._number and not (self._at + self._number) % SNAPSHOT_SAMPLES:
+            at = self._at + self._number
+            origin = await self._run.in_thread(self._threads, snapshot, self._asked, self._iterator, at)
+            if origin is not None:
+                self.marks.append((self._number, origin))
         before = context_state()
         began = perf_counter()
         try:
@@ -56,6 +92,7 @@ class AsyncReader(Reader):
         finally:
             self.busy_seconds += perf_counter() - began
         check_leak(before, self._name)
+        self._number += 1
         return [sample]
 
     async def aclose(self) -> None:
@@ -72,9 +109,13 @@ class ThreadReader(Reader):
     then goes on, and the crossing stays under way for the one that is late.
     """
 
-    def __init__(self, iterable: Iterable[Any], name: str, run: "Run", threads: Threads) -> None:
+    def __init__(self, iterable: Iterable[Any], name: str, run: "Run", threads: Threads, origin: Origin | None) -> None:
         super().__init__(name)
         self._iterable: Iterable[Any] | None = iterable
+        self._origin = origin
+        self._asked: Any = None
+        self._number = 0
+        self._at = 0 if origin is None else origin["at"]  # samples before the first one
         self._iterator: Iterator[Any] | None = None
         self._run = run
         self._threads = threads
@@ -109,11 +150,19 @@ class ThreadReader(Reader):
         try:
             if self._iterator is None:
                 assert self._iterable is not None
-                self._iterator = iter(self._iterable)
-                self._iterable = None
+                self._iterator, self._asked = open_at(self._iterable, self._origin)
+                if not isinstance(self._iterable, Redrawn):
+                    self._iterable = None
             while count < limit and now - began < READ_SECONDS:
+                if self._asked is not None and self._number and not (self._at + self._number) % SNAPSHOT_SAMPLES:
+                    self._ask()
                 sample = next(self._iterator)
                 check_leak(before, self._name)
+                if self._iterable is not None:  # what the keys were drawn from is known with the first one
+                    if isinstance(self._iterable, Redrawn) and self._iterable.origin is not None:
+                        self.marks.append((0, self._iterable.origin))
+                    self._iterable = None
+                self._number += 1
                 self._ready.append(sample)
                 del sample
                 count += 1
@@ -123,6 +172,13 @@ class ThreadReader(Reader):
         except BaseException as error:  # the consumer's: it is raised there, after the samples before it
             self._failure = error
         self.busy_seconds += perf_counter() - began
+
+    def _ask(self) -> None:
+        origin = snapshot(self._asked, self._iterator, self._at + self._number)
+        if origin is None:
+            self._asked = None
+        else:
+            self.marks.append((self._number, origin))
 
     async def aclose(self) -> None:
         close = getattr(self._iterator, "close", None)
@@ -134,14 +190,16 @@ class ThreadReader(Reader):
 _FILES: Final = IOBase
 
 
-async def open_reader(iterable: Any, name: str, run: "Run", threads: Threads) -> Reader:
-    """A reader for what a source function returned.
+async def open_reader(iterable: Any, name: str, run: "Run", threads: Threads, origin: Origin | None = None) -> Reader:
+    """A reader for what a source function returned, at `origin` or at its beginning.
 
     Raises:
         TypeError: It can be iterated neither way.
     """
     if isinstance(iterable, AsyncIterable):
-        return AsyncReader(iterable, name)
+        reader = AsyncReader(name, run, threads)
+        await reader.open(iterable, origin)
+        return reader
     if isinstance(iterable, Iterable) or hasattr(iterable, "__getitem__"):
-        return ThreadReader(iterable, name, run, threads)
+        return ThreadReader(iterable, name, run, threads, origin)
     raise TypeError(f"{name} must give an iterable or an async iterable, got {type(iterable).__name__}")

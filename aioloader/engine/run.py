@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import anyio
 
+from aioloader.engine.progress import Progress
 from aioloader.executors.threads import Threads, call_loop
-from aioloader.insight.meters import ConsumerMeter, StageMeter, ThreadClock
+from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
     from aioloader.engine.window import Window
@@ -56,13 +57,15 @@ class Run:
     Args:
         output: The last window, not started.
         epoch: The number of the epoch, for notes.
+        progress: Where it stands; None: at its beginning.
     """
 
-    def __init__(self, output: "Window", epoch: int) -> None:
+    def __init__(self, output: "Window", epoch: int, progress: Progress | None = None) -> None:
         self.output = output
+        self.progress = Progress(epoch) if progress is None else progress
         self.epoch = epoch
         self.meters: list[StageMeter] = []
-        self.consumer = ConsumerMeter()
+        self.consumer = self.progress.meter
         self.context: Context = copy_context()
         self.stopping = False
         self.failure: BaseException | None = None

@@ -1,6 +1,7 @@
 """The nodes that begin a pipeline, and `flat_map`, which reads one iterable per sample."""
 
 import inspect
+import warnings
 from abc import abstractmethod
 from asyncio import CancelledError, Future, Task
 from collections import deque
@@ -12,15 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from aioloader.engine.entry import LAST, Entry, annotate, part_key
 from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
-from aioloader.errors import SampleCancelledError
+from aioloader.engine.resumable import Origin, is_stateful, split_cursor
+from aioloader.errors import ReplayWarning, SampleCancelledError
 from aioloader.executors.threads import Threads
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["FlatMapNode", "KeySource", "Keys", "StreamSource"]
+__all__ = ["FlatMapNode", "KeySource", "Keys", "StreamSource", "warn_of_replay"]
 
 
 class Keys(Protocol):
@@ -53,9 +56,9 @@ class KeySource(Node):
         self.meter = StageMeter(name, "source")
         self.ended = not len(keys)
 
-    def resume(self, cursor: int) -> None:
-        self._position = cursor
-        self.ended = cursor >= len(self._keys)
+    def resume(self, cursor: Any) -> None:
+        self._position = whole(cursor, len(self._keys))
+        self.ended = self._position == len(self._keys)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
@@ -97,6 +100,7 @@ class _Pump(Node):
         self._wanted = 0  # entries that may still be read: what the last poll could not give
         self._demand: Future[None] | None = None
         self._position = 0
+        self._failed_at: Any = None  # where to go on if it fails now
         self._over = False  # the task has put its last entry into the buffer
         self._task: Task[None] | None = None
         self._closed = False
@@ -159,36 +163,44 @@ class _Pump(Node):
         self._kick()
 
     def _put_last(self, error: BaseException) -> None:
-        last = Entry.last(error, self._position, self._position)
+        last = Entry.last(error, self._failed_at, self._position)
         annotate(error, self.meter.name, last, self._run.epoch)
         self.meter.errors += 1
         self._buffer.append(last)
 
-    async def _open(self, iterable: Any) -> Reader:
-        return await open_reader(iterable, self.meter.name, self._run, self._threads)
+    async def _open(self, iterable: Any, origin: Origin | None = None) -> Reader:
+        return await open_reader(iterable, self.meter.name, self._run, self._threads, origin)
 
 
 class StreamSource(_Pump):
     """Reads an iterable, async iterable or `CursorSource`, by one task, no further than asked.
 
-    Cursor: that of the `CursorSource`; of others the number of samples read.
+    Cursor: that of the `CursorSource`; of others the number of samples read, or an origin and the number from there on,
+    see `resumable`.
 
     Args:
         make: What to read, or a function of no arguments that gives it.
         call: Whether `make` is such a function.
         name: For notes and statistics.
         keys: Its samples are keys, or lists of the keys of a batch.
+        warns: Say so when samples are read again only to be dropped.
     """
 
-    def __init__(self, make: Any, *, call: bool, name: str, keys: bool = False) -> None:
+    def __init__(self, make: Any, *, call: bool, name: str, keys: bool = False, warns: bool = False) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
         self._make = make
         self._call = call
         self._keys = keys
+        self._warns = warns
         self._resume_at: Any = None
 
     def resume(self, cursor: Any) -> None:
-        self._resume_at = cursor
+        self._resume_at = self._failed_at = cursor
+        if isinstance(self._make, CursorSource):
+            return
+        split_cursor(cursor)
+        if self._warns:
+            warn_of_replay(self._make, cursor, self.meter.name)
 
     async def _pump(self) -> None:
         await self._demanded()  # nothing of the user's runs before a sample is wanted
@@ -198,16 +210,29 @@ class StreamSource(_Pump):
         if isinstance(iterable, CursorSource):
             await self._pump_entries(iterable)
             return
-        reader = await self._open(iterable)
+        origin, since = split_cursor(self._resume_at)
+        reader = await self._open(iterable, origin)
         del iterable
+        marks = reader.marks
+        number = 0  # samples that this reader gave
         try:
-            await self._skip(reader, self._resume_at or 0)
+            await self._skip(reader, since)
+            if origin is not None:
+                self._position = origin["at"]
+            self._position += since
+            number = since
             while samples := await reader.read(await self._demanded()):
                 for sample in samples:
+                    while marks and marks[0][0] <= number:
+                        at, origin = marks.popleft()
+                        since = number - at
                     key = sample if self._keys or isinstance(sample, _NAMES) else None
+                    number += 1
+                    since += 1
                     position = self._position
                     self._position += 1
-                    self._put(Entry(sample, position + 1, key, position))
+                    self._failed_at = since if origin is None else (origin, since)
+                    self._put(Entry(sample, self._failed_at, key, position))
                 self.meter.samples = self._position
                 self.meter.busy_seconds = reader.busy_seconds
                 del samples, sample
@@ -216,8 +241,9 @@ class StreamSource(_Pump):
 
     async def _skip(self, reader: Reader, count: int) -> None:
         """Read again what was delivered before, and drop it."""
-        while self._position < count and (samples := await reader.read(min(count - self._position, SKIP_SAMPLES))):
-            self._position += len(samples)
+        left = count
+        while left and (samples := await reader.read(min(left, SKIP_SAMPLES))):
+            left -= len(samples)
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
@@ -237,6 +263,7 @@ class StreamSource(_Pump):
                         annotate(entry.error, meter.name, entry, self._run.epoch)
                         meter.errors += 1
                 self._position += len(entries)
+                self._failed_at = entries[-1].cursor
                 meter.samples = self._position
                 self._buffer.extend(entries)
                 self._wanted -= len(entries)
@@ -249,6 +276,18 @@ class StreamSource(_Pump):
                 await self._run.closing(access.aclose)
 
 
+def warn_of_replay(source: Any, cursor: Any, name: str) -> None:
+    """Say so when samples will be read again only to be dropped."""
+    if type(cursor) is int and cursor and not is_stateful(source):
+        warnings.warn(
+            f"{name} cannot be entered in the middle: the resumed epoch reads the {cursor} samples before it again and "
+            f"drops them. Give it state_dict and load_state_dict, or use a source that seeks (a dataset with "
+            f"__getitem__, Lines, TarShards)",
+            ReplayWarning,
+            stacklevel=2,
+        )
+
+
 class FlatMapNode(_Pump):
     """Gives the items of `fn(sample)` one after the other.
 
@@ -259,18 +298,22 @@ class FlatMapNode(_Pump):
         upstream: Gives the samples.
         fn: Returns an iterable or an async iterable; an async function or generator is called on the loop.
         name: For notes and statistics.
+        loose: As in `FoldNode`.
     """
 
-    def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str) -> None:
+    def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str, *, loose: bool = False) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-flat-map")
         self._upstream = upstream
+        self._loose = loose
         self._fn = fn
         self._arrival: Future[None] | None = None
         self._before: Any = None  # the cursor that leads to the next sample
         self._skipped = 0  # items of it that were delivered before a resume
 
-    def resume(self, cursor: tuple[Any, int]) -> None:
-        self._before, self._skipped = cursor
+    def resume(self, cursor: Any) -> None:
+        self._before, skipped = cursor_parts(cursor, 2)
+        self._skipped = 0 if self._loose else whole(skipped)
+        self._failed_at = (self._before, self._skipped)
         if self._before is not None:
             self._upstream.resume(self._before)
 
@@ -305,6 +348,7 @@ class FlatMapNode(_Pump):
             if sample is None:
                 return
             if sample.state == LAST:
+                sample.cursor = (sample.cursor, 0)
                 self._buffer.append(sample)
                 return
             after = sample.cursor
@@ -314,6 +358,7 @@ class FlatMapNode(_Pump):
             else:
                 await self._items_of(sample, self._before)
             self._before = after
+            self._failed_at = (after, 0)
             self._skipped = 0
 
     async def _items_of(self, sample: Entry, before: Any) -> None:

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import DONE, DROPPED, LAST, UNDER_WAY, Entry
 from aioloader.engine.node import Kick, Node
+from aioloader.engine.order_log import Recorded, Replayed
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.steps import Step
 from aioloader.insight.meters import Why
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["Window"]
+__all__ = ["Left", "Window"]
 
 
 class Window(Node):
@@ -30,12 +32,21 @@ class Window(Node):
         room: Slots: entries under way and finished ones together, at most. Steps that move cheap samples in chunks add
             to it what one chunk more per worker needs (`Step.extra_room`). 0: nothing is begun before it is asked for.
         ordered: Give results in the order of the input; False: as they are finished.
+        log: With `ordered=False`: where the order in which they leave is recorded, or in which they are to leave.
 
     Attributes:
         under_way: Entries on their journey, not finished.
     """
 
-    def __init__(self, upstream: Node, steps: Sequence[Step], *, room: int, ordered: bool = True) -> None:
+    def __init__(
+        self,
+        upstream: Node,
+        steps: Sequence[Step],
+        *,
+        room: int,
+        ordered: bool = True,
+        log: "Recorded | Replayed | None" = None,
+    ) -> None:
         self.upstream = upstream
         self.steps = tuple(steps)
         self._base_room = room
@@ -49,7 +60,10 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of the source waits until all others have been taken
         self._scheduled = False
         self._closed = False
-        self._left = None if ordered else _Left()
+        self._left = None if ordered else Left()
+        self._record = log if isinstance(log, Recorded) else None
+        self._replay = log if isinstance(log, Replayed) else None
+        self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
 
     # -- the node interface ------------------------------------------------------------------------------------------
 
@@ -62,6 +76,10 @@ class Window(Node):
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
+        if self._left is not None:
+            for log in (self._record, self._replay):
+                if log is not None:
+                    log.begin(self._left.count)
         self.upstream.start(run, self.wake)
         for step, following in zip_longest(self.steps, self.steps[1:]):
             step.bind(run, self, following.accept if following is not None else self.finished)
@@ -80,10 +98,14 @@ class Window(Node):
             while slots and (state := slots[0].state) and len(taken) < limit:
                 entry = slots.popleft()
                 if self._left is not None:
-                    self._left.leaves(entry)
+                    number = self._left.leaves(entry)
+                    if self._record is not None:
+                        self._record.add(number)
                 if state != DROPPED:
                     taken.append(entry)
             self._occupied -= before - len(slots)
+            if self._record is not None:
+                self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
             self.wake()
         if self._input_ended and not self._occupied:
             if self._last is not None and len(taken) < limit:
@@ -105,6 +127,9 @@ class Window(Node):
             for step in self.steps:
                 step.close()
             self.upstream.close()
+            for log in (self._record, self._replay):
+                if log is not None:
+                    log.close()
 
     # -- a face that hands entries to another thread -----------------------------------------------------------------
 
@@ -138,7 +163,7 @@ class Window(Node):
         if self._closed or self._run.stopping:  # an input that was cut off is no end
             return
         room = self.room if self._base_room else self._asked
-        while not self._input_ended and (free := room - self._occupied - self._lent) > 0:
+        while not self._input_ended and (free := self._free(room)) > 0:
             run = self.upstream.poll(free)
             if run:
                 self._accept(run)
@@ -146,6 +171,7 @@ class Window(Node):
                 self._input_ended = True
             else:
                 break
+        self._give_up_replay()
         if self._input_ended and not self._occupied and self._last is None:
             self._finish()
             self._kick()
@@ -153,6 +179,48 @@ class Window(Node):
             waits_for: Why = "room" if self._occupied + self._lent >= room else "input"
             for step in self.steps:
                 step.meter.idle.wait_for(waits_for)
+
+    def _free(self, room: int) -> int:
+        """How many entries may come in.
+
+        While an order is replayed: all up to the one whose turn it is, for those that came before it wait for it. They
+        are no more than were under way when the order was recorded.
+        """
+        free = room - self._occupied - self._lent
+        if free <= 0 and self._replay is not None and self._left is not None:
+            following = self._replay.following
+            if following is not None and following > self._left.came:
+                return following - self._left.came
+        return free
+
+    def _give_up_replay(self) -> None:
+        """End the epoch with an error when nothing can leave any more, since log and source do not fit."""
+        replay = self._replay
+        if replay is None or self.under_way or self._slots:
+            return
+        lost = bool(self._waiting) and (replay.following is None or self._input_ended)
+        if not lost and not (self._input_ended and self._last is None and replay.following is not None):
+            return
+        self._occupied -= len(self._waiting)
+        self._waiting.clear()
+        self._input_ended = True
+        if self._last is None:
+            self._last = Entry.last(replay.no_more(), None, 0)
+            replay.following = None  # told
+        self._kick()
+
+    def _finished_unordered(self, entry: Entry) -> None:
+        """It leaves next, or when it is its turn."""
+        if self._replay is None:
+            self._slots.append(entry)
+            return
+        waiting, replay = self._waiting, self._replay
+        waiting[entry.cursor[0]] = entry
+        while (following := replay.following) is not None and following in waiting:
+            self._slots.append(waiting.pop(following))
+            replay.advance()
+        if waiting:
+            self.wake()  # the one whose turn it is may not have come in
 
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
@@ -174,7 +242,8 @@ class Window(Node):
                 if entry.state != LAST:
                     entry.state = DONE
             if not self._ordered:
-                self._slots.extend(run)
+                for entry in run:
+                    self._finished_unordered(entry)
             self._kick()
             return
         first = self.steps[0]
@@ -188,7 +257,7 @@ class Window(Node):
                 failed += 1
                 entry.state = entry.state or DONE
                 if not self._ordered:
-                    self._slots.append(entry)
+                    self._finished_unordered(entry)
         if failed:
             self._kick()
         if len(run) > failed:
@@ -204,7 +273,7 @@ class Window(Node):
             if self._slots[0] is entry:
                 self._kick()
         else:
-            self._slots.append(entry)
+            self._finished_unordered(entry)
             self._kick()
         if not self.under_way:
             self.wake()  # for the idle clock
@@ -214,28 +283,41 @@ class Window(Node):
         self.close()
 
 
-class _Left:
+class Left:
     """Who has left a window that gives entries as they are finished, for their cursors.
 
-    Cursor: that of the last entry up to which all have left, and a number whose bit `i` says whether the entry `1 + i`
-    places behind it has left too. So nothing is lost and nothing repeated, however long one entry takes.
+    Cursor: that of the last entry up to which all have left, that entry's number, and a number whose bit `i` says
+    whether the entry `1 + i` places behind it has left too. So nothing is lost and nothing repeated, however long one
+    entry takes.
+
+    Attributes:
+        came: The number of the newest entry.
     """
 
     def __init__(self) -> None:
-        self._came = 0
+        self.came = 0
         self._front = 0  # all up to this number have left
         self._front_cursor: Any = None
         self._beyond = 0  # bits
         self._cursors: dict[int, Any] = {}  # of those who left beyond the front
 
-    def resume(self, cursor: tuple[Any, int]) -> Any:
-        self._front_cursor, self._beyond = cursor
+    def resume(self, cursor: Any) -> Any:
+        """Go on behind those whom `cursor` tells of; returns the cursor that upstream goes on behind."""
+        self._front_cursor, front, beyond = cursor_parts(cursor, 3)
+        # Where one entry takes long, the bits of those beyond it are more than JSON's decimal digits can be.
+        self._beyond = whole(int(beyond, 16) if isinstance(beyond, str) else beyond)
+        self._front = self.came = whole(front)
         return self._front_cursor
 
     @property
-    def cursor(self) -> tuple[Any, int]:
+    def cursor(self) -> tuple[Any, int, int]:
         """Behind all who have left."""
-        return self._front_cursor, self._beyond
+        return self._front_cursor, self._front, self._beyond
+
+    @property
+    def count(self) -> int:
+        """How many have left."""
+        return self._front + self._beyond.bit_count()
 
     def comes(self, run: list[Entry]) -> list[Entry]:
         """Number the entries of `run`, and leave out those who had left before a resume."""
@@ -244,21 +326,23 @@ class _Left:
             if entry.state == LAST:
                 fresh.append(entry)
                 continue
-            self._came += 1
-            if self._beyond >> (self._came - self._front - 1) & 1:
-                self._cursors[self._came] = entry.cursor
+            self.came += 1
+            if self._beyond >> (self.came - self._front - 1) & 1:
+                self._cursors[self.came] = entry.cursor
                 self._advance()
             else:
-                entry.cursor = (self._came, entry.cursor)
+                entry.cursor = (self.came, entry.cursor)
                 fresh.append(entry)
         return fresh
 
-    def leaves(self, entry: Entry) -> None:
-        """Give `entry` the cursor behind all who have left, itself included."""
+    def leaves(self, entry: Entry) -> int:
+        """Give `entry` the cursor behind all who have left, itself included; returns its number, from 1."""
+        number: int
         number, self._cursors[number] = entry.cursor
         self._beyond |= 1 << (number - self._front - 1)
         self._advance()
         entry.cursor = self.cursor
+        return number
 
     def _advance(self) -> None:
         while self._front + 1 in self._cursors:

@@ -8,6 +8,7 @@ import torch
 
 from aioloader.engine.entry import Entry, PartKey, annotate
 from aioloader.engine.node import Fold
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.source import is_async_callable
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
 from aioloader.stages.checks import callable_name
@@ -88,9 +89,14 @@ class BatchFold:
         self._drop_last = drop_last
         self._pending: list[Entry] = []
         self._count = 0
+        self._after: Any = None  # the cursor of the last group
 
     def resume(self, cursor: Any) -> Any:
+        self._after = cursor
         return cursor
+
+    def failed_at(self, cursor: Any) -> Any:
+        return self._after if self._drop_last else cursor  # what was dropped would belong to the next group
 
     def wants(self, limit: int) -> int:
         return limit * self._size - len(self._pending)
@@ -115,6 +121,7 @@ class BatchFold:
     def _group(self, entries: list[Entry]) -> Entry:
         group = group_entries(entries, self._count)
         self._count += 1
+        self._after = group.cursor
         return group
 
 
@@ -168,9 +175,13 @@ class _UnbatchFold:
         self._skipped = 0  # samples of the first batch that were delivered before a resume
         self._count = 0
 
-    def resume(self, cursor: tuple[Any, int]) -> Any:
-        self._before, self._skipped = cursor
+    def resume(self, cursor: Any) -> Any:
+        self._before, skipped = cursor_parts(cursor, 2)
+        self._skipped = whole(skipped)
         return self._before
+
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, 0)
 
     def wants(self, limit: int) -> int:
         return 1  # a batch holds more than one sample, as a rule

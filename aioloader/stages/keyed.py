@@ -5,22 +5,31 @@ under way at once and the first batch does not wait for the last.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
 from aioloader.stages.batch import CollateWith, Group, group_entries
 
-__all__ = ["JoinBatches", "SplitBatches"]
+__all__ = ["INSIDE", "JoinBatches", "SplitBatches"]
+
+
+class _Inside:
+    def __repr__(self) -> str:
+        return "INSIDE"
+
+
+INSIDE: Final = _Inside()
+"""The cursor of a key that is not the last of its batch: nobody goes on there, for only whole batches are given."""
 
 
 @dataclass(frozen=True)
 class SplitBatches(FoldStage):
     """The keys of each batch, one by one.
 
-    Cursor: the last key of a batch carries the batch's own; those before it carry the one *before* the batch and how
-    many keys of it are out, as a pair. `JoinBatches` tells the end of a batch by that.
+    Cursor: the last key of a batch carries the batch's own, those before it carry `INSIDE`. `JoinBatches` tells the end
+    of a batch by that.
     """
 
     @property
@@ -38,11 +47,12 @@ class _SplitFold:
     full = False
 
     def __init__(self) -> None:
-        self._before: Any = None
         self._count = 0
 
     def resume(self, cursor: Any) -> Any:
-        self._before = cursor  # what `JoinBatches` gives are whole batches
+        return cursor  # what `JoinBatches` gives are whole batches
+
+    def failed_at(self, cursor: Any) -> Any:
         return cursor
 
     def wants(self, limit: int) -> int:
@@ -56,10 +66,9 @@ class _SplitFold:
                 entry.error = _EmptyBatchError() if entry.error is None else entry.error
                 out.append(entry)
             for offset, key in enumerate(keys, 1):
-                cursor = entry.cursor if offset == len(keys) else (self._before, offset)
+                cursor = entry.cursor if offset == len(keys) else INSIDE
                 out.append(Entry(key, cursor, key, self._count))
                 self._count += 1
-            self._before = entry.cursor
         return out
 
     def flush(self) -> list[Entry]:
@@ -93,6 +102,9 @@ class _JoinFold:
     def resume(self, cursor: Any) -> Any:
         return cursor
 
+    def failed_at(self, cursor: Any) -> Any:
+        return cursor
+
     def wants(self, limit: int) -> int:
         return max(limit, 64)  # how long a batch is cannot be known; the window above bounds what comes
 
@@ -100,7 +112,7 @@ class _JoinFold:
         groups = []
         for entry in run:
             self._pending.append(entry)
-            if not isinstance(entry.cursor, tuple):
+            if entry.cursor is not INSIDE:
                 groups.append(self._group())
         return groups
 

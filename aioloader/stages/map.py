@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from aioloader.cores import usable_cores
@@ -53,6 +54,8 @@ class Map(Stage):
         initializer: Called in each of our threads with its number.
         thread_name: Of our threads.
         flexible: The concurrency is nobody's wish: beside another sync stage, it takes that one's.
+        record_order: With `ordered=False`: a folder for the order in which results left.
+        replay_order: With `ordered=False`: such a folder, whose order is taken.
     """
 
     fn: Callable[[Any], Any]
@@ -64,6 +67,8 @@ class Map(Stage):
     initializer: Callable[[int], None] | None = None
     thread_name: str = "aioloader-map"
     flexible: bool = False
+    record_order: Path | None = None
+    replay_order: Path | None = None
 
     @property
     def label(self) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
 
 __all__ = ["Enumerate", "Skip", "Take"]
@@ -44,9 +45,13 @@ class _TakeFold(_EachFold):
         self._n = n
         self._count = 0
 
-    def resume(self, cursor: tuple[Any, int]) -> Any:
-        upstream, self._count = cursor
+    def resume(self, cursor: Any) -> Any:
+        upstream, count = cursor_parts(cursor, 2)
+        self._count = whole(count, self._n)
         return upstream
+
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, self._count)
 
     @property
     def full(self) -> bool:  # type: ignore[override]  # a plain attribute in folds that are never full
@@ -84,9 +89,13 @@ class _SkipFold(_EachFold):
         self._n = n
         self._skipped = 0
 
-    def resume(self, cursor: tuple[Any, int]) -> Any:
-        upstream, self._skipped = cursor
+    def resume(self, cursor: Any) -> Any:
+        upstream, skipped = cursor_parts(cursor, 2)
+        self._skipped = whole(skipped, self._n)
         return upstream
+
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, self._skipped)
 
     def wants(self, limit: int) -> int:
         return limit + self._n - self._skipped
@@ -120,9 +129,13 @@ class _EnumerateFold(_EachFold):
     def __init__(self) -> None:
         self._count = 0
 
-    def resume(self, cursor: tuple[Any, int]) -> Any:
-        upstream, self._count = cursor
+    def resume(self, cursor: Any) -> Any:
+        upstream, count = cursor_parts(cursor, 2)
+        self._count = whole(count)
         return upstream
+
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, self._count)
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         for entry in run:

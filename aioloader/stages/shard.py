@@ -8,6 +8,7 @@ import torch
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.checks import check_count
 
@@ -101,8 +102,11 @@ class _ShardFold:
         self._first: list[Entry] = []  # at most world_size - 1 samples, to fill the last round
         self._delivered = 0  # what was seen before a resume
 
-    def resume(self, cursor: tuple[Any, int]) -> Any:
-        _, self._delivered = cursor
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, self._seen)
+
+    def resume(self, cursor: Any) -> Any:
+        self._delivered = whole(cursor_parts(cursor, 2)[1])
         return None  # from the beginning: its first samples may have to fill the last round
 
     def wants(self, limit: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
 
 __all__ = ["Shuffle"]
@@ -57,9 +58,21 @@ class _ShuffleFold:
         self._drawn = 0
         self._missing: dict[int, _Waiting] = {}  # after a resume: by number, those in the buffer that are to come again
         self._resumed_at = 0  # how many had come in when the state was taken
+        self._to_replay = False
 
-    def resume(self, cursor: tuple[Any, int, int]) -> Any:
-        oldest, self._drawn, self._resumed_at = cursor
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, 0, 0)  # the buffer is empty: another one begins
+
+    def resume(self, cursor: Any) -> Any:
+        oldest, drawn, arrived = cursor_parts(cursor, 3)
+        self._drawn, self._resumed_at = whole(drawn, whole(arrived)), arrived
+        self._last_cursor = oldest
+        self._to_replay = True  # not now: it takes a moment, and this is also asked for only to see whether it fits
+        return oldest
+
+    def _replay(self) -> None:
+        """Find out which entries are in the buffer."""
+        self._to_replay = False
         size = self._size
         buffer = list(range(min(size, self._resumed_at)))
         for number in range(size, self._resumed_at):  # each that came in beyond took the place of one that went out
@@ -71,10 +84,10 @@ class _ShuffleFold:
         self._buffer = [_Waiting(None, None) for _ in buffer]
         self._missing = dict(zip(buffer, self._buffer, strict=True))
         self._arrived = min(buffer, default=self._resumed_at)
-        self._last_cursor = oldest
-        return oldest
 
     def wants(self, limit: int) -> int:
+        if self._to_replay:
+            self._replay()
         return limit + self._size - len(self._buffer) + max(0, self._resumed_at - self._arrived)
 
     def feed(self, run: list[Entry]) -> list[Entry]:

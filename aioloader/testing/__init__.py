@@ -1,6 +1,7 @@
 """Fakes for tests of loaders, of ours and of yours: steered by states, never by time."""
 
 from aioloader.testing.device import FakeBackend, FakeEvent, FakeStream, Launch
+from aioloader.testing.resume import assert_resumes_exactly
 from aioloader.testing.sources import (
     FaultySource,
     Gate,
@@ -22,5 +23,6 @@ __all__ = [
     "SourceEvent",
     "SyncFaultySource",
     "SyncRecordingSource",
+    "assert_resumes_exactly",
     "virtual_order",
 ]

@@ -1,0 +1,80 @@
+"""How far an epoch has come, as its consumer sees it, and how parts of a cursor are read."""
+
+from typing import Any
+
+from aioloader.insight.meters import ConsumerMeter
+
+__all__ = ["Progress", "cursor_parts", "cursor_sequence", "whole"]
+
+
+class Progress:
+    """One epoch. It outlives its iterator and its run, and holds nothing of either: where it was is still asked then.
+
+    Attributes:
+        epoch: Its number.
+        cursor: Of the last batch that was handed out: where a resumed loader goes on; None before the first.
+        meter: Counts the batches.
+        batches_before: Those that were delivered before a resume.
+        resumed: It began in the middle.
+        asked_for: Whoever resumed it named this epoch himself (`set_epoch`).
+        over: The consumer was told that there is no more.
+        begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
+    """
+
+    __slots__ = ("asked_for", "batches_before", "begun_with", "cursor", "epoch", "meter", "over", "resumed")
+
+    def __init__(self, epoch: int, cursor: Any = None, batches_before: int = 0) -> None:
+        self.epoch = epoch
+        self.cursor = cursor
+        self.batches_before = batches_before
+        self.meter = ConsumerMeter()
+        self.resumed = cursor is not None
+        self.asked_for = False
+        self.over = False
+        self.begun_with: dict[str, Any] = {}
+
+    @property
+    def batches(self) -> int:
+        """Batches that were handed out, those that raised included."""
+        return self.batches_before + self.meter.batches
+
+    @property
+    def nothing_was_left(self) -> bool:
+        """Whether it was resumed behind its last batch: then the next epoch is what was to come."""
+        return self.over and self.resumed and not self.meter.batches and not self.asked_for
+
+
+def cursor_sequence(cursor: Any) -> list[Any]:
+    """The parts of `cursor`, which JSON may have made a list.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not isinstance(cursor, list | tuple):
+        raise ValueError(f"a list was expected, got {cursor!r}"[:200])
+    return list(cursor)
+
+
+def cursor_parts(cursor: Any, count: int) -> list[Any]:
+    """The `count` parts of `cursor`.
+
+    Raises:
+        ValueError: It has others.
+    """
+    parts = cursor_sequence(cursor)
+    if len(parts) != count:
+        raise ValueError(f"a list of {count} was expected, got {cursor!r}"[:200])
+    return parts
+
+
+def whole(value: Any, most: int | None = None) -> int:
+    """`value`, which counts something.
+
+    Raises:
+        ValueError: It is no integer from 0 to `most`.
+    """
+    if type(value) is not int or value < 0:
+        raise ValueError(f"an integer of at least 0 was expected, got {value!r}"[:200])
+    if most is not None and value > most:
+        raise ValueError(f"an integer of at most {most} was expected, got {value}")
+    return value

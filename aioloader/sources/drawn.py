@@ -1,0 +1,188 @@
+"""Samplers, whose order may be random: what they drew from is kept, so that a resumed epoch draws it again."""
+
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from aioloader.engine.resumable import Origin, Redrawn, is_stateful
+
+__all__ = ["Drawn", "check_generators", "generators_of", "is_repeatable", "keys_of", "kind_of", "packed", "unpacked"]
+
+_DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_FIXED: Final = (SequentialSampler, DistributedSampler)
+
+
+class Drawn(Redrawn):
+    """The keys of one epoch.
+
+    Which random state an order comes from is decided when the first key is asked for: torch's samplers draw all that
+    they need from the global generator then, and from one of their own whenever they need more. So the state of the
+    global one is kept as it was before, and in a resumed epoch it is put back for that moment only: the caller had it
+    drawn from once, when the epoch began, and is not to notice that it happens again. A sampler's own generator is left
+    where the epoch leaves it, so that later epochs go on with it as they would have.
+
+    Args:
+        open_keys: Begins an epoch of the sampler; what it draws counts too.
+        generators: The samplers' own.
+        uses_global: Whether the order may depend on the global generator.
+        resumed: The epoch has begun before: nothing more may be drawn from the global generator.
+    """
+
+    def __init__(
+        self,
+        open_keys: Callable[[], Iterator[Any]],
+        generators: list[torch.Generator],
+        *,
+        uses_global: bool,
+        resumed: bool = False,
+    ) -> None:
+        self._open = open_keys
+        self._generators = generators
+        self._uses_global = uses_global
+        self._resumed = resumed
+        self.origin: Origin | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        redrawn = self.origin is not None
+        if self.origin is not None:
+            drawn = self.origin["drawn"]
+            for generator, state in zip(self._generators, drawn["generators"], strict=True):
+                generator.set_state(unpacked(state))
+        elif self._generators or self._uses_global:
+            self.origin = {
+                "at": 0,
+                "drawn": {
+                    "global": packed(torch.get_rng_state()) if self._uses_global else None,
+                    "generators": [packed(generator.get_state()) for generator in self._generators],
+                },
+            }
+        callers = torch.get_rng_state() if redrawn or self._resumed else None
+        try:
+            if redrawn and self.origin is not None and self.origin["drawn"]["global"] is not None:
+                torch.set_rng_state(unpacked(self.origin["drawn"]["global"]))
+            keys = self._open()
+            first = list(_first(keys))
+        finally:
+            if callers is not None:
+                torch.set_rng_state(callers)
+        yield from first
+        yield from keys
+
+
+def _first(keys: Iterator[Any]) -> Iterator[Any]:
+    for key in keys:
+        yield key
+        return
+
+
+def packed(state: torch.Tensor) -> str:
+    """A generator's state as text: 5 KiB of bytes as 6.6 KiB of base64."""
+    return b64encode(bytes(state.numpy())).decode()
+
+
+def unpacked(text: str) -> torch.Tensor:
+    """What `packed` was given.
+
+    Raises:
+        ValueError: It is no base64.
+    """
+    return torch.frombuffer(bytearray(b64decode(text, validate=True)), dtype=torch.uint8)
+
+
+def check_generators(state: dict[str, Any], generators: list[torch.Generator]) -> None:
+    """Refuse states of generators that these cannot take.
+
+    Raises:
+        ValueError: Why.
+    """
+    states = state.get("generators", [])
+    if not isinstance(states, list) or len(states) != len(generators):
+        raise ValueError(f"states of {len(generators)} generators were expected, got {states!r}"[:200])
+    for its in states:
+        if not isinstance(its, str):
+            raise ValueError(f"the state of a generator is a string, got {its!r}"[:200])
+        try:
+            torch.Generator().set_state(unpacked(its))
+        except RuntimeError as error:
+            raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
+
+
+def _chain(sampler: Any) -> Iterator[Any]:
+    """A sampler and those that it takes its keys from, as torch's and most people's hold them."""
+    seen = 0
+    while sampler is not None and seen < 8:
+        yield sampler
+        sampler = getattr(sampler, "sampler", None)
+        seen += 1
+
+
+def generators_of(*samplers: Any) -> list[torch.Generator]:
+    """The generators that they draw from, each once."""
+    found: list[torch.Generator] = []
+    for outer in samplers:
+        for sampler in _chain(outer):
+            generator = getattr(sampler, "generator", None)
+            if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
+                found.append(generator)
+    return found
+
+
+def draws_globally(sampler: Any) -> bool:
+    """Whether its order may depend on torch's global generator: nobody knows of those that are not torch's."""
+    for part in _chain(sampler):
+        if type(part) in _DRAWING:
+            if part.generator is None:
+                return True
+        elif type(part) is not BatchSampler and type(part) not in _FIXED and not isinstance(part, range | list | tuple):
+            return True
+    return False
+
+
+def kind_of(sampler: Any) -> str:
+    """Which of torch's samplers it is, or that it is somebody else's."""
+    return type(sampler).__name__ if type(sampler) in (*_DRAWING, *_FIXED, BatchSampler) else "custom"
+
+
+def is_repeatable(sampler: Any) -> bool:
+    """Whether a resumed epoch surely has the same keys: torch's own samplers, and those that tell their state."""
+    for part in _chain(sampler):
+        if is_stateful(part):
+            return True
+        if type(part) not in (*_DRAWING, *_FIXED, BatchSampler) and not isinstance(part, range | list | tuple):
+            return False
+    return True
+
+
+def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], *, resumed: bool = False) -> Any:
+    """The keys of one epoch of `sampler`, that can be had again: with its state when it tells one, else drawn."""
+    for part in _chain(sampler):
+        if is_stateful(part):
+            return _Stateful(part, open_keys, resumed=resumed)
+    return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), resumed=resumed)
+
+
+class _Stateful:
+    """The keys of a sampler that tells its state, which may stand behind a batch sampler that reads no further."""
+
+    def __init__(self, sampler: Any, open_keys: Callable[[], Iterator[Any]], *, resumed: bool) -> None:
+        self.__wrapped__ = sampler
+        self._keys = Drawn(open_keys, [], uses_global=False, resumed=resumed)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._keys)
+
+    def state_dict(self) -> Any:
+        return self.__wrapped__.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.__wrapped__.load_state_dict(state)

@@ -1,0 +1,285 @@
+"""The state of a loader: a flat, versioned dict that JSON can hold, made and checked. Pure: nothing is read or started.
+
+`docs/checkpoint.md` has the schema.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+from aioloader.engine.located import CursorSource
+from aioloader.engine.resumable import is_stateful
+from aioloader.errors import StateError
+from aioloader.plan import Combined, Plan, Repeat, Single, any_order
+from aioloader.sources.drawn import is_repeatable
+from aioloader.sources.order import is_order_stage
+from aioloader.sources.resolve import Indexable, Stream, source_name
+from aioloader.stages.base import Stage
+from aioloader.stages.batch import Batch, Unbatch
+from aioloader.stages.checks import callable_name
+from aioloader.stages.device import PinMemory, To
+from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.select import Enumerate, Skip, Take
+from aioloader.stages.shard import Shard
+from aioloader.stages.shuffle import Shuffle
+
+__all__ = ["FORMAT", "VERSION", "Guarantee", "Shape", "check_state", "guarantee_of", "make_state", "shape_of"]
+
+FORMAT: Final = "aioloader"
+VERSION: Final = 1
+
+Guarantee = Literal["exact", "replayed", "at-least-once"]
+"""What a resume gives. `exact`: what was to come. `replayed`: that too, if a source that cannot be entered in the
+middle gives the same samples again. `at-least-once`: all that was to come, and maybe some samples once more."""
+
+_STRENGTH: Final[tuple[Guarantee, ...]] = ("exact", "replayed", "at-least-once")
+
+Shape = list[dict[str, Any]]
+"""What of a loader decides which sample comes when; names of functions are told and not compared."""
+
+
+def make_state(
+    *,
+    loader: str,
+    epoch: int,
+    batches: int,
+    cursor: Any,
+    guarantee: Guarantee,
+    pipeline: Shape,
+    random: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The dict; all of it is new, and JSON gives it back as it is.
+
+    Raises:
+        StateError: A source's cursor is nothing that JSON can hold.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "loader": loader,
+        "epoch": epoch,
+        "batches": batches,
+        "cursor": _plain(cursor),
+        "guarantee": guarantee,
+        "pipeline": _plain(pipeline),
+        "random": _plain(random or None),
+    }
+
+
+def check_state(state: Any, *, loader: str, pipeline: Shape) -> dict[str, Any]:
+    """A copy of `state`, if it is one of such a loader.
+
+    Raises:
+        StateError: It is not; says what is different.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"a state is a dict from state_dict(), got {type(state).__name__}: {state!r}"[:300])
+    if state.get("format") != FORMAT:
+        raise StateError(
+            f"a state has 'format': {FORMAT!r}, got {state.get('format')!r} in a dict of {sorted(map(str, state))}"[
+                :300
+            ]
+            + "; pass what state_dict() of this loader returned"
+        )
+    if state.get("version") != VERSION:
+        raise StateError(
+            f"this is a state of version {state.get('version')!r}, and this release reads version {VERSION}; "
+            f"load it with the release that wrote it"
+        )
+    kinds: dict[str, tuple[type, ...]] = {
+        "loader": (str,),
+        "epoch": (int,),
+        "batches": (int,),
+        "guarantee": (str,),
+        "pipeline": (list, tuple),
+        "random": (dict, type(None)),
+    }
+    for key, types in kinds.items():
+        if key not in state:
+            raise StateError(f"the state has no {key!r}: it is cut off; the keys are {', '.join(kinds)} and cursor")
+        if not isinstance(state[key], types) or isinstance(state[key], bool):
+            raise StateError(f"{key!r} of the state must be {_or(types)}, got {state[key]!r}"[:300])
+    if "cursor" not in state:
+        raise StateError("the state has no 'cursor': it is cut off")
+    for key in ("epoch", "batches"):
+        if state[key] < 0:
+            raise StateError(f"{key!r} of the state must be at least 0, got {state[key]}")
+    if state["guarantee"] not in _STRENGTH:
+        raise StateError(f"'guarantee' of the state must be one of {_STRENGTH}, got {state['guarantee']!r}"[:300])
+    if state["loader"] != loader:
+        raise StateError(f"the state is of a {state['loader']}"[:200] + f", and this is a {loader}")
+    difference = _difference(pipeline, state["pipeline"])
+    if difference is not None:
+        raise StateError(f"the state is of another pipeline: {difference}")
+    copy: dict[str, Any] = _plain(dict(state))
+    return copy
+
+
+def _or(types: tuple[type, ...]) -> str:
+    return " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+
+
+def _plain(value: Any) -> Any:
+    """A copy as JSON gives it back. An integer too long for decimal digits becomes a string of hexadecimal ones."""
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, bool | str | float | None):
+        return value
+    if isinstance(value, int):
+        return hex(value) if value.bit_length() > 4096 else int(value)
+    raise StateError(f"a cursor is made of numbers, strings and lists, got {value!r} of {type(value).__name__}"[:300])
+
+
+# -- the shape ---------------------------------------------------------------------------------------------------------
+
+
+def shape_of(plan: Plan) -> Shape:
+    """The source and the stages of `plan` that decide which sample comes when, and maps for whoever reads it."""
+    stages = [_stage(stage) for stage in plan.stages if not isinstance(stage, To | PinMemory)]
+    return [_source(plan.source), *stages]
+
+
+def _source(source: Single | Combined) -> dict[str, Any]:
+    if isinstance(source, Combined):
+        combined: dict[str, Any] = {"stage": source.how, "sources": [shape_of(plan) for plan in source.plans]}
+        if source.how == "mix":
+            combined |= {"weights": list(source.weights), "seed": source.seed}
+        return combined
+    data = source.data
+    if isinstance(data, Indexable):
+        kind, name = "indexable", source_name(data.data)
+    else:
+        kind, name = "stream", source_name(data.make)
+    if source.sampler is not None:
+        kind = "sampler"
+    return {"stage": "source", "kind": kind, "name": name, "length": _length(source)}
+
+
+def _length(source: Single) -> int | None:
+    try:
+        return source.length()
+    except TypeError:
+        return None
+
+
+def _stage(stage: Stage) -> dict[str, Any]:
+    match stage:
+        case Map():
+            return {"stage": "map", "name": stage.name or callable_name(stage.fn), "ordered": stage.ordered}
+        case Filter():
+            return {"stage": "filter", "name": callable_name(stage.fn)}
+        case FlatMap():
+            return {"stage": "flat_map", "name": callable_name(stage.fn)}
+        case Shuffle():
+            return {"stage": "shuffle", "buffer_size": stage.buffer_size, "seed": stage.seed}
+        case Batch():
+            return {"stage": "batch", "batch_size": stage.batch_size, "drop_last": stage.drop_last}
+        case Take() | Skip():
+            return {"stage": type(stage).__name__.lower(), "n": stage.n}
+        case Repeat():
+            return {"stage": "repeat", "n": stage.times}
+        case Unbatch():
+            return {"stage": "unbatch"}
+        case Enumerate():
+            return {"stage": "enumerate"}
+        case Shard():
+            return {"stage": "shard", "world_size": stage.place()[1]}
+    return {"stage": stage.label}
+
+
+def _difference(now: Shape, then: Any, where: str = "") -> str | None:
+    """The first difference between two shapes, in words."""
+    if not isinstance(then, Sequence) or not all(isinstance(part, dict) and "stage" in part for part in then):
+        return f"the description in the state is broken: {then!r}"[:300]
+    here, there = ([part for part in shape if not _is_ordered_map(part)] for shape in (now, then))
+    for number, (mine, its) in enumerate(zip(here, there, strict=False)):
+        place = f"{where}stage {number}"
+        if mine["stage"] != its["stage"]:
+            return f"{place} is {_words(mine)}, and was {_words(its)}"
+        for key in [key for key in mine if key != "name"]:
+            if key == "sources":
+                difference = _sources_difference(mine[key], its.get(key), place)
+                if difference is not None:
+                    return difference
+            elif mine[key] != its.get(key):
+                if key == "length":
+                    return _length_difference(mine, its.get(key), where)
+                return f"{place} is {_words(mine)}, and was {_words(its)}"
+    if len(here) != len(there):
+        longer, verb = (here, "is") if len(here) > len(there) else (there, "was")
+        return (
+            f"{where}stage {min(len(here), len(there))} {verb} {_words(longer[min(len(here), len(there))])}, and "
+            + ("there was none" if verb == "is" else "there is none now")
+        )
+    return None
+
+
+def _sources_difference(now: list[Shape], then: Any, place: str) -> str | None:
+    if not isinstance(then, Sequence) or len(now) != len(then):
+        return f"{place} has {len(now)} sources, and had {len(then) if isinstance(then, Sequence) else then!r}"[:300]
+    for number, (mine, its) in enumerate(zip(now, then, strict=True)):
+        difference = _difference(mine, its, f"source {number} of {place}, ")
+        if difference is not None:
+            return difference
+    return None
+
+
+def _length_difference(mine: dict[str, Any], then: Any, where: str) -> str:
+    now = mine["length"]
+    what = f"{where}the dataset ({mine['name']})"
+    if not isinstance(now, int) or not isinstance(then, int):
+        return f"{what} has length {now}, and had {then!r}"[:300]
+    return (
+        f"{what} has {'shrunk' if now < then else 'grown'} from {then} samples to {now}, and the order depends on that"
+    )
+
+
+def _is_ordered_map(part: Mapping[str, Any]) -> bool:
+    """One sample for one, in place: whatever it is called, and whether it is there, no sample moves."""
+    return part["stage"] == "map" and bool(part.get("ordered"))
+
+
+def _words(part: Mapping[str, Any]) -> str:
+    """`batch(batch_size=4, drop_last=False)`."""
+    stage = str(part["stage"])
+    if stage == "source":
+        return f"a source of kind {part.get('kind')!r}"
+    if "sources" in part:
+        return f"{stage} of {len(part['sources'])} sources"
+    if "name" in part:
+        loose = ", ordered=False" if part.get("ordered") is False else ""
+        return f"{stage}({part['name']}{loose})"[:100]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in part.items() if key != "stage" and value is not None)
+    return (stage if stage.endswith(")") else f"{stage}({arguments})")[:100]
+
+
+# -- the guarantee -----------------------------------------------------------------------------------------------------
+
+
+def guarantee_of(plan: Plan) -> Guarantee:
+    """The weakest link of `plan`."""
+    found: list[Guarantee] = ["exact"]
+    source = plan.source
+    if isinstance(source, Combined):
+        found += [guarantee_of(inner) for inner in source.plans]
+    elif source.sampler is not None:
+        found.append("exact" if is_repeatable(source.sampler.make) else "replayed")
+    elif isinstance(source.data, Stream):
+        found.append(guarantee_of_stream(source.data.make))
+    arithmetic = source.indexable  # order stages are done on its keys
+    for at, stage in enumerate(plan.stages):
+        if arithmetic and (isinstance(stage, Map) or is_order_stage(stage)):
+            continue
+        arithmetic = False
+        counts = isinstance(stage, FlatMap | Unbatch | Shuffle | Shard)
+        if counts and any_order(plan.source, plan.stages[:at]):
+            found.append("at-least-once")
+        elif isinstance(stage, Shard):  # it reads a stream from its beginning
+            found.append("replayed")
+    return max(found, key=_STRENGTH.index)
+
+
+def guarantee_of_stream(stream: Any) -> Guarantee:
+    """Whether `stream` can be entered in the middle."""
+    return "exact" if isinstance(stream, CursorSource) or is_stateful(stream) else "replayed"
