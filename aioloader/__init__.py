@@ -13,12 +13,14 @@ from aioloader.errors import (
     StateError,
     WorkerDiedError,
 )
+from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
 
 __all__ = [
     "AioloaderError",
+    "BatchInfo",
     "BrokenDataError",
     "DataLoader",
     "DeviceError",

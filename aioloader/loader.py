@@ -11,22 +11,25 @@ from typing import Any, Self
 from weakref import WeakSet, finalize
 
 import anyio.to_thread
+import torch
 
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
+from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
 from aioloader.errors import StateError
 from aioloader.executors.processes.host import Processes
+from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
-from aioloader.state import Guarantee, Shape, check_state, make_state
+from aioloader.state import Guarantee, Shape, check_state, make_state, ranges_of
 
 __all__ = ["Loader"]
 
@@ -58,6 +61,7 @@ class Loader(Opener):
         self._memory: BatchMemory | None = None
         self._processes: Processes | None = None
         self._drawn_seed: int | None = None
+        self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -139,11 +143,15 @@ class Loader(Opener):
         loaded, self._loaded = self._loaded, None
         epoch = self._next_epoch
         self._next_epoch = epoch + 1
+        leave_out = self._leave_out.get(epoch, [])
+        self._leave_out = {epoch: leave_out} | {number: steps for number, steps in self._leave_out.items() if steps}
         if loaded is None:
             progress = Progress(epoch)
+            progress.leave_out = leave_out
             progress.begun_with = self._random_state()
             return progress
         progress = Progress(epoch, loaded["cursor"], loaded["batches"])
+        progress.leave_out = leave_out
         progress.asked_for = self._loaded_is_asked_for
         progress.begun_with = loaded["random"] or {}
         self._set_random_state(progress.begun_with)
@@ -212,6 +220,7 @@ class Loader(Opener):
                 as it was.
         """
         loaded = check_state(state, loader=self._kind, pipeline=self._shape())
+        leave_out = ranges_of(loaded["left_out"])
         progress = Progress(loaded["epoch"], loaded["cursor"], loaded["batches"])
         try:
             self._check_random_state(loaded["random"] or {})
@@ -223,6 +232,7 @@ class Loader(Opener):
             self._loaded = loaded
             self._loaded_is_asked_for = False
             self._next_epoch = loaded["epoch"]
+            self._leave_out = leave_out
 
     def _state_of(self, progress: Progress | None) -> dict[str, Any]:
         if progress is None:
@@ -243,7 +253,69 @@ class Loader(Opener):
             guarantee=self._guarantee(),
             pipeline=self._shape(),
             random=random,
+            left_out=self._leave_out,
         )
+
+    # -- provenance --------------------------------------------------------------------------------------------------
+
+    def last_batch_info(self) -> BatchInfo | None:
+        """Where the batch comes from that the newest epoch gave last; None before its first."""
+        return None if self._progress is None else self._progress.info
+
+    def replay(self, step: int) -> Any:
+        """The very batch that the newest epoch gave as number `step`, made once more. An error is raised again.
+
+        The epoch goes on undisturbed, and no random generator is left changed. What a source cannot enter in the middle
+        is read again up to there. In async code: `await asyncio.to_thread(loader.replay, step)`; it runs on a loop of
+        its own.
+
+        Args:
+            step: From 0, as in `BatchInfo`; one of the last 4096.
+
+        Raises:
+            LookupError: That step is not known (any more).
+        """
+        step = check_count("step", step, least=0)
+        progress = self._progress
+        done, history = (0, []) if progress is None else (progress.batches, list(progress.history))
+        first = done - len(history)
+        if progress is None or not first <= step < done:
+            known = f"steps {first} to {done - 1} of epoch {progress.epoch}" if progress and history else "none"
+            raise LookupError(
+                f"replay gives a batch that was handed out before and whose place is still known, got {step=}, known "
+                f"are {known}; for others take a state_dict() there, and load it into another loader"
+            )
+        cursor = history[step - first]
+        if cursor is None:
+            cursor = beginning(progress.cursor)
+        again = Loader.__new__(type(self))
+        again.__setstate__(self.__getstate__())
+        again._drawn_seed = self._drawn_seed
+        before = self._random_state()
+        try:
+            with torch.random.fork_rng(devices=()):
+                again.load_state_dict(self._make_state(progress.epoch, step, cursor, progress.begun_with))
+                again._leave_out = {}
+                with again:
+                    return next(iter(again))
+        finally:
+            self._set_random_state(before)
+
+    def skip_steps(self, first: int, stop: int, *, epoch: int | None = None) -> None:
+        """Leave out the batches number `first` to `stop - 1` of an epoch, errors included; the state records it.
+
+        They are made and dropped, so that all others stay what they are.
+
+        Args:
+            first: From 0, as in `BatchInfo`.
+            stop: More than `first`.
+            epoch: Default: the one that is under way, or else the next one.
+        """
+        first = check_count("first", first, least=0)
+        stop = check_count("stop", stop, least=first + 1, hint="skip_steps(3, 5) leaves out steps 3 and 4")
+        if epoch is None:
+            epoch = self.state_dict()["epoch"]
+        self._leave_out.setdefault(check_count("epoch", epoch, least=0), []).append(range(first, stop))
 
     def _opened(self, delivery: Delivery) -> None:
         with self._lock:

@@ -74,6 +74,8 @@ class Pipeline(Loader):
 
     def _then(self, stage: Stage) -> "Pipeline":
         """This pipeline and one more stage."""
+        if self._plan.gives_info:
+            raise ValueError(f"with_info() must be the last stage, got {stage.label} behind it")
         if self._plan.stages and isinstance(self._plan.stages[-1], To):
             last = self._plan.stages[-1]
             raise ValueError(f"{last.label} must be the last stage, got {stage.label} behind it; put it before .to()")
@@ -256,6 +258,10 @@ class Pipeline(Loader):
         """
         return self._of(replace(self._plan, seed=None if seed is None else check_integer("seed", seed)))
 
+    def with_info(self) -> "Pipeline":
+        """Pairs `(batch, info)` instead of batches: a `BatchInfo` says which samples are in it. The last stage."""
+        return self._of(replace(self._plan, gives_info=True))
+
     # -- several sources ---------------------------------------------------------------------------------------------
 
     @staticmethod
@@ -292,6 +298,10 @@ class Pipeline(Loader):
 
     def __bool__(self) -> bool:
         return True  # `if loader:` does not ask for the length
+
+    @property
+    def _gives_info(self) -> bool:  # type: ignore[override]  # a plain attribute where nobody asks for it
+        return self._plan.gives_info
 
     def __repr__(self) -> str:
         return ".".join((_describe_source(self._plan), *(stage.label for stage in self._plan.stages)))
@@ -380,6 +390,8 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
         raise ValueError(f"{how} needs at least one source, got none")
     pipelines = [source if isinstance(source, Pipeline) else Pipeline(source) for source in sources]
     for pipeline in pipelines:
+        if pipeline._plan.gives_info:
+            raise ValueError(f"{how} combines samples, got pairs with their info; put .with_info() behind .{how}()")
         if any(isinstance(stage, To | PinMemory) for stage in pipeline._plan.stages):
             raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() behind .{how}()")
     return tuple(pipeline._plan for pipeline in pipelines)

@@ -108,6 +108,7 @@ class Plan:
         prefetch: Finished batches held ahead; None: 2, and for samples that are not batched what their window holds.
         room: Batches being made and finished together; None: decided here.
         seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
+        gives_info: What is handed out are pairs of a batch and its `BatchInfo`.
     """
 
     source: Single | Combined
@@ -115,6 +116,7 @@ class Plan:
     prefetch: int | None = None
     room: int | None = None
     seed: int | None = None
+    gives_info: bool = False
 
 
 def length_of(plan: Plan) -> int:

@@ -22,7 +22,17 @@ from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 
-__all__ = ["FORMAT", "VERSION", "Guarantee", "Shape", "check_state", "guarantee_of", "make_state", "shape_of"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Guarantee",
+    "Shape",
+    "check_state",
+    "guarantee_of",
+    "make_state",
+    "ranges_of",
+    "shape_of",
+]
 
 FORMAT: Final = "aioloader"
 VERSION: Final = 1
@@ -46,6 +56,7 @@ def make_state(
     guarantee: Guarantee,
     pipeline: Shape,
     random: dict[str, Any] | None,
+    left_out: Mapping[int, Sequence[range]],
 ) -> dict[str, Any]:
     """The dict; all of it is new, and JSON gives it back as it is.
 
@@ -62,7 +73,27 @@ def make_state(
         "guarantee": guarantee,
         "pipeline": _plain(pipeline),
         "random": _plain(random or None),
+        "left_out": [
+            [number, steps.start, steps.stop]
+            for number, ranges in sorted(left_out.items())
+            for steps in ranges
+            if number >= epoch
+        ],
     }
+
+
+def ranges_of(left_out: Any) -> dict[int, list[range]]:
+    """What `make_state` was told of steps that are left out.
+
+    Raises:
+        StateError: It is nothing of the kind.
+    """
+    found: dict[int, list[range]] = {}
+    for part in left_out:
+        if not (isinstance(part, list) and len(part) == 3 and all(type(number) is int for number in part)):
+            raise StateError(f"'left_out' of the state holds lists of epoch, first step and stop, got {part!r}"[:300])
+        found.setdefault(part[0], []).append(range(part[1], part[2]))
+    return found
 
 
 def check_state(state: Any, *, loader: str, pipeline: Shape) -> dict[str, Any]:
@@ -92,6 +123,7 @@ def check_state(state: Any, *, loader: str, pipeline: Shape) -> dict[str, Any]:
         "guarantee": (str,),
         "pipeline": (list, tuple),
         "random": (dict, type(None)),
+        "left_out": (list,),
     }
     for key, types in kinds.items():
         if key not in state:

@@ -34,6 +34,7 @@ class Opener(ABC):
     """What a face needs to know of its loader."""
 
     _timeout: float | None = None  # seconds that one batch may take
+    _gives_info = False  # pairs of a batch and its `BatchInfo`
     _timeout_message: str = "no batch came within {seconds:g} seconds"
 
     @abstractmethod
@@ -68,8 +69,7 @@ class Delivery:
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The value of `entry`, or its error, raised."""
-        self.progress.cursor = entry.cursor
-        self.run.consumer.delivered(asked)
+        self.progress.hand_out(entry, asked)
         error, value = entry.error, entry.value
         entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
         if error is None:
@@ -135,6 +135,8 @@ class AsyncDelivery(Delivery):
             if run.started:
                 taken = run.output.poll(1)
                 if taken:
+                    if self.progress.leave_out and self.progress.leaves_out(taken[0]):
+                        continue
                     if self._waiters:
                         self._kick()
                     return self._hand_out(taken[0], asked)
@@ -172,6 +174,7 @@ class _Ended:
 
 
 _ENDED: Final = _Ended()
+_LEFT_OUT: Final = object()  # instead of a batch that is not to be handed out
 
 
 class SyncDelivery(Delivery):
@@ -257,6 +260,8 @@ class SyncDelivery(Delivery):
         self._unreported += 1
         if self._unreported >= self._report_at:
             self._report(waits=False)
+        if self.progress.leave_out and self.progress.leaves_out(item):
+            return _LEFT_OUT
         return self._hand_out(item, asked)
 
     def _report(self, *, waits: bool) -> None:
@@ -315,7 +320,8 @@ class Batches(Iterator[T_co]):
                 delivery = self._delivery or self._start()
         opener = self._opener
         try:
-            batch = delivery.next(opener._timeout)
+            while (batch := delivery.next(opener._timeout)) is _LEFT_OUT:
+                pass
         except Empty:
             raise RuntimeError(opener._timeout_message.format(seconds=opener._timeout)) from None
         except StopIteration:
@@ -328,8 +334,8 @@ class Batches(Iterator[T_co]):
             # Whoever keeps the exception keeps this frame: not with it the iterator, which would keep its epoch alive.
             del self
             raise
-        received: T_co = batch if self._receive is None else self._receive(batch)
-        return received
+        received: Any = batch if self._receive is None else self._receive(batch)
+        return (received, delivery.progress.info) if opener._gives_info else received  # type: ignore[return-value]
 
     @property
     def cursor(self) -> Any:
@@ -398,8 +404,8 @@ class AsyncBatches(AsyncIterator[T_co]):
         except BaseException:
             del self  # as in `Batches`
             raise
-        received: T_co = batch if self._receive is None else self._receive(batch)
-        return received
+        received: Any = batch if self._receive is None else self._receive(batch)
+        return (received, delivery.progress.info) if opener._gives_info else received  # type: ignore[return-value]
 
     @property
     def cursor(self) -> Any:

@@ -222,8 +222,9 @@ class InlineBatches(Iterator[T_co]):
             self._over = True
             raise StopIteration
         entry = run[0]
-        progress.cursor = entry.cursor
-        progress.meter.delivered(asked)
+        if progress.leave_out and progress.leaves_out(entry):
+            return self.__next__()
+        progress.hand_out(entry, asked)
         if entry.error is not None:
             raise presentable(entry.error)
         batch: T_co = entry.value if self._receive is None else self._receive(entry.value)

@@ -1,10 +1,17 @@
 """How far an epoch has come, as its consumer sees it, and how parts of a cursor are read."""
 
-from typing import Any
+from collections import deque
+from typing import Any, Final
 
+from aioloader.engine.entry import Entry
+from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
 
 __all__ = ["Progress", "cursor_parts", "cursor_sequence", "whole"]
+
+
+HISTORY: Final = 4096
+"""Steps whose cursors are kept, for `replay`."""
 
 
 class Progress:
@@ -19,9 +26,24 @@ class Progress:
         asked_for: Whoever resumed it named this epoch himself (`set_epoch`).
         over: The consumer was told that there is no more.
         begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
+        leave_out: Ranges of steps that are not handed out.
+        history: The cursors before the latest steps, oldest first.
     """
 
-    __slots__ = ("asked_for", "batches_before", "begun_with", "cursor", "epoch", "meter", "over", "resumed")
+    __slots__ = (
+        "_key",
+        "_left_out",
+        "asked_for",
+        "batches_before",
+        "begun_with",
+        "cursor",
+        "epoch",
+        "history",
+        "leave_out",
+        "meter",
+        "over",
+        "resumed",
+    )
 
     def __init__(self, epoch: int, cursor: Any = None, batches_before: int = 0) -> None:
         self.epoch = epoch
@@ -32,11 +54,40 @@ class Progress:
         self.asked_for = False
         self.over = False
         self.begun_with: dict[str, Any] = {}
+        self.leave_out: list[range] = []
+        self.history: deque[Any] = deque(maxlen=HISTORY)
+        self._left_out = 0
+        self._key: Any = None  # of the last batch
 
     @property
     def batches(self) -> int:
-        """Batches that were handed out, those that raised included."""
-        return self.batches_before + self.meter.batches
+        """Steps that are done: batches that were handed out, that raised, or were left out."""
+        return self.batches_before + self.meter.batches + self._left_out
+
+    def hand_out(self, entry: Entry, asked: float) -> None:
+        """`entry`, which was asked for at `asked`, is the consumer's now."""
+        self.history.append(self.cursor)
+        self.cursor = entry.cursor
+        self._key = entry.key
+        self.meter.delivered(asked)
+
+    def leaves_out(self, entry: Entry) -> bool:
+        """Whether `entry` is not to be handed out, and then that step is done."""
+        step = self.batches
+        if not any(step in steps for steps in self.leave_out):
+            return False
+        self.history.append(self.cursor)
+        self.cursor = entry.cursor
+        self._left_out += 1
+        return True
+
+    @property
+    def info(self) -> BatchInfo | None:
+        """About the last batch that was handed out."""
+        if not self.meter.batches:
+            return None
+        keys = tuple(self._key) if type(self._key) is list else (self._key,)
+        return BatchInfo(self.epoch, self.batches - 1, keys, self.meter.last_waited_seconds)
 
     @property
     def nothing_was_left(self) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "Origin",
     "Redrawn",
     "after_origin",
+    "beginning",
     "is_stateful",
     "open_at",
     "snapshot",
@@ -60,6 +61,13 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
         raise ValueError(f"an origin was expected, got {origin!r}"[:200])
     whole(origin.get("at"))
     return origin, whole(since)
+
+
+def beginning(cursor: Any) -> Any:
+    """Where an epoch begins of which `cursor` is a later place: its order is drawn as it was."""
+    if isinstance(cursor, tuple) and len(cursor) == 2 and isinstance(cursor[0], dict) and "drawn" in cursor[0]:
+        return cursor[0], 0
+    return None
 
 
 def after_origin(origin: Origin | None, since: int) -> Any:

@@ -95,10 +95,11 @@ class ConsumerMeter:
     waited_seconds: float = 0.0
     loop: "ThreadClock | None" = None
     end_seen: bool = False
+    last_waited_seconds: float = 0.0
 
     def delivered(self, asked: float) -> None:
         """A batch was handed out that had been asked for at `asked`."""
-        waited = perf_counter() - asked
+        waited = self.last_waited_seconds = perf_counter() - asked
         if self.first_after_seconds is None:
             self.first_after_seconds = waited
         else:

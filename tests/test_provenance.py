@@ -1,0 +1,236 @@
+"""Where a batch comes from, the same batch once more, and steps that are left out on purpose."""
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import aioloader
+from aioloader import BatchInfo, DataLoader, Pipeline
+from tests._support import Face, Steps, collect, on_both_faces
+
+
+def with_infos(loader: Pipeline, face: Face) -> list[tuple[Any, BatchInfo]]:
+    return [(batch.tolist(), info) for batch, info in collect(loader.with_info(), face)]
+
+
+@on_both_faces
+def test_a_batch_tells_its_samples_step_and_epoch(face: Face) -> None:
+    loader = Pipeline([0, 10, 20, 30, 40]).map(lambda sample: sample + 1).filter(lambda sample: sample != 21).batch(2)
+    for epoch in range(2):
+        pairs = with_infos(loader.with_info(), face) if epoch == 0 else with_infos(loader, face)
+        assert [batch for batch, _ in pairs] == [[1, 11], [31, 41]]
+        assert [(info.epoch, info.step, info.keys) for _, info in pairs] == [(0, 0, (0, 10)), (0, 1, (30, 40))]
+        assert all(info.seconds_waited >= 0 for _, info in pairs)
+
+
+@on_both_faces
+def test_a_shuffled_drop_in_tells_the_indices_it_loaded(face: Face) -> None:
+    dataset = TensorDataset(torch.arange(20) * 2)
+    for workers in (0, 2):
+        loader: DataLoader[Any] = DataLoader(dataset, batch_size=3, shuffle=True, num_workers=workers)
+        assert loader.last_batch_info() is None
+        with Steps(loader, face) as steps:
+            for number in range(7):
+                (values,) = steps.next()
+                info = loader.last_batch_info()
+                assert info is not None
+                assert (info.epoch, info.step) == (0, number)
+                assert [2 * key for key in info.keys] == values.tolist()
+
+
+def test_keys_say_which_source_part_or_round_they_are_of() -> None:
+    mixed = Pipeline.mix([["a", "b"], ["c"]], [1, 1]).batch(3).with_info()
+    ((batch, info),) = mixed
+    assert [key.key for key in info.keys] == batch
+    assert {key.source for key in info.keys} == {0, 1}
+    ((_, info),) = Pipeline(["ab"]).flat_map(list).batch(2).with_info()
+    assert [(key.key, key.part) for key in info.keys] == [("ab", 1), ("ab", 2)]
+    ((_, info),) = Pipeline(["x"]).repeat(2).batch(2).with_info()
+    assert repr(info.keys) == "('x', 'x' (1))"
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Pipeline(range(40)).shuffle(seed=1).map(noisy).with_seed(3).batch(4),
+        lambda: Pipeline(lambda: iter(range(40))).shuffle(7).batch(4, drop_last=True),
+        lambda: Pipeline(range(40)).map(noisy, ordered=False, concurrency=1).batch(4),
+        lambda: DataLoader(TensorDataset(torch.arange(40)), batch_size=4, shuffle=True, num_workers=2),
+        lambda: DataLoader(TensorDataset(torch.arange(40)), batch_size=4, shuffle=True),
+        lambda: DataLoader(
+            TensorDataset(torch.arange(40)), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(1)
+        ),
+    ],
+    ids=["permutation and augmentation", "shuffle buffer", "unordered", "drop-in", "drop-in inline", "generator"],
+)
+@pytest.mark.filterwarnings("ignore::aioloader.ReplayWarning")
+def test_any_earlier_step_can_be_had_again(make: Callable[[], Any], face: Face) -> None:
+    """The very same, and neither the epoch nor any generator notices."""
+    torch.manual_seed(5)
+    expected = collect(make(), face)
+    torch.manual_seed(5)
+    loader = make()
+    with Steps(loader, face) as steps:
+        seen = [steps.next() for _ in range(5)]
+        for step in (0, 3, 4):
+            state = torch.get_rng_state(), random.getstate()
+            assert_equal(loader.replay(step), seen[step])
+            assert torch.equal(torch.get_rng_state(), state[0])
+            assert random.getstate() == state[1]
+        if not isinstance(loader, Pipeline) or loader._plan.seed is not None or "shuffle(" in repr(loader):
+            assert_equal(seen, expected[:5])
+            assert_equal([steps.next() for _ in range(5)], expected[5:10])
+
+
+def noisy(sample: int) -> float:
+    return sample + float(torch.rand((), generator=aioloader.sample_rng()))
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for ours, theirs in zip(one, other, strict=True):
+            assert_equal(ours, theirs)
+    else:
+        assert one == other
+
+
+def test_a_step_after_a_resume_is_counted_from_the_beginning_of_the_epoch() -> None:
+    loader = Pipeline(range(20)).batch(2)
+    batches = iter(loader)
+    next(batches)
+    next(batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    other = Pipeline(range(20)).batch(2)
+    other.load_state_dict(state)
+    assert next(iter(other)).tolist() == [4, 5]
+    info = other.last_batch_info()
+    assert info is not None
+    assert info.step == 2
+    assert other.replay(2).tolist() == [4, 5]
+    with pytest.raises(LookupError, match="got step=1, known are steps 2 to 2 of epoch 0"):
+        other.replay(1)
+
+
+def test_a_replay_of_a_failed_step_fails_again() -> None:
+    def fail(sample: int) -> int:
+        if sample == 3:
+            raise ValueError("broken")
+        return sample
+
+    loader = Pipeline(range(6)).map(fail).batch(2)
+    batches = iter(loader)
+    next(batches)
+    with pytest.raises(ValueError, match="broken"):
+        next(batches)
+    with pytest.raises(ValueError, match="broken"):
+        loader.replay(1)
+    assert next(batches).tolist() == [4, 5]
+
+
+def test_what_is_not_known_is_no_batch() -> None:
+    loader = Pipeline(range(6)).batch(2)
+    with pytest.raises(LookupError, match="got step=0, known are none; for others take a state_dict"):
+        loader.replay(0)
+    next(iter(loader))
+    with pytest.raises(LookupError, match="got step=1, known are steps 0 to 0 of epoch 0"):
+        loader.replay(1)
+    with pytest.raises(ValueError, match="step must be at least 0, got -1"):
+        loader.replay(-1)
+
+
+@pytest.mark.asyncio
+async def test_a_replay_from_async_code_runs_in_a_thread() -> None:
+    loader = Pipeline(range(6)).batch(2)
+    async for batch in loader:
+        assert (await asyncio.to_thread(loader.replay, 0)).tolist() == [0, 1]
+        assert batch.tolist() == [0, 1]
+        break
+    await loader.aclose()
+
+
+@on_both_faces
+def test_steps_are_left_out_and_nothing_else_moves(face: Face) -> None:
+    def fail(sample: int) -> int:
+        if sample == 5:
+            raise ValueError("it is in a step that is left out")
+        return sample
+
+    loader = Pipeline(range(12)).map(fail).batch(2)
+    loader.skip_steps(1, 3)
+    loader.skip_steps(5, 6, epoch=1)
+    loader.skip_steps(2, 3, epoch=1)
+    assert [batch.tolist() for batch in collect(loader, face)] == [[0, 1], [6, 7], [8, 9], [10, 11]]
+    assert [batch.tolist() for batch in collect(loader, face)] == [[0, 1], [2, 3], [6, 7], [8, 9]]
+    info = loader.last_batch_info()
+    assert info is not None
+    assert (info.epoch, info.step) == (1, 5 if info.keys == (10, 11) else info.step)
+
+
+def test_a_drop_in_without_workers_leaves_steps_out_too() -> None:
+    loader: DataLoader[Any] = DataLoader(range(10), batch_size=2)
+    loader.skip_steps(0, 4)
+    assert [batch.tolist() for batch in loader] == [[8, 9]]
+
+
+@on_both_faces
+def test_what_is_left_out_is_in_the_state(face: Face) -> None:
+    loader = Pipeline(range(12)).batch(2)
+    with Steps(loader, face) as steps:
+        steps.next()
+        loader.skip_steps(2, 4)
+        loader.skip_steps(0, 1, epoch=1)
+        state = json.loads(json.dumps(loader.state_dict()))
+        assert state["left_out"] == [[0, 2, 4], [1, 0, 1]]
+        rest = [batch.tolist() for batch in steps.outcomes()]
+    assert rest == [[2, 3], [8, 9], [10, 11]]
+    other = Pipeline(range(12)).batch(2)
+    other.load_state_dict(state)
+    assert [batch.tolist() for batch in collect(other, face)] == rest
+    assert len(collect(other, face)) == 5
+
+
+@pytest.mark.parametrize("broken", [[[0, 1]], [1], [[0, "a", 2]]])
+def test_a_broken_list_of_what_is_left_out_is_refused(broken: Any) -> None:
+    loader = Pipeline(range(12)).batch(2)
+    state = {**loader.state_dict(), "left_out": broken}
+    with pytest.raises(aioloader.StateError, match="'left_out' of the state holds lists of epoch, first step and stop"):
+        loader.load_state_dict(state)
+
+
+def test_wrong_arguments_are_told_at_once() -> None:
+    loader = Pipeline(range(12)).batch(2)
+    with pytest.raises(ValueError, match="stop must be at least 4, got 3"):
+        loader.skip_steps(3, 3)
+    with pytest.raises(ValueError, match=r"with_info\(\) must be the last stage, got batch\(2\) behind it"):
+        Pipeline(range(3)).with_info().batch(2)
+    with pytest.raises(ValueError, match=r"zip combines samples, got pairs with their info"):
+        Pipeline.zip(Pipeline(range(3)).with_info())
+
+
+def test_random_numbers_of_samples_go_on_after_a_resume() -> None:
+    """The seed that a loader draws for itself is in its state."""
+
+    def make(concurrency: int) -> Pipeline:
+        return Pipeline(range(30)).shuffle().map(noisy, concurrency=concurrency).batch(5)
+
+    loader = make(1)
+    before = loader.state_dict()
+    batches: Iterator[torch.Tensor] = iter(loader)
+    first = [next(batches) for _ in range(2)]
+    state = loader.state_dict()
+    rest = list(batches)
+    other = make(4)
+    other.load_state_dict(json.loads(json.dumps(state)))
+    assert_equal(list(other), rest)
+    other.load_state_dict(before)
+    assert_equal(list(other), first + rest)
