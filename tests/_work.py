@@ -46,6 +46,12 @@ def killed_at_five(sample: int) -> int:
     return sample
 
 
+def killed_at_every_hundredth(sample: int) -> int:
+    if sample % 100 == 99:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sample
+
+
 def exits(sample: int) -> int:
     os._exit(3)
 
