@@ -212,18 +212,6 @@ def test_an_idle_worker_that_is_killed_is_replaced_in_silence() -> None:
         assert list(loader) == [2 * i for i in range(20)]
 
 
-def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
-    """No worker outlives it, and the loader goes on with the next epoch, or in this one."""
-    with pipeline(20, _work.double) as loader:
-        list(loader)
-        before = [psutil.Process(pid) for pid in workers()]
-        (zygote,) = {worker.ppid() for worker in before}
-        os.kill(zygote, signal.SIGKILL)
-        _, alive = psutil.wait_procs(before, timeout=10)
-        assert not alive
-        assert list(loader) == [2 * i for i in range(20)]
-
-
 @on_both_faces
 def test_break_close_and_a_new_epoch(face: Face) -> None:
     """An epoch that is left in the middle disturbs no later one."""
@@ -313,7 +301,7 @@ def test_a_process_that_was_forked_meanwhile_disturbs_nobody() -> None:
 
 def test_tensors_come_back_in_memory_that_is_used_again() -> None:
     """A consumer that drops its batches has a handful of segments mapped; no view is ever overwritten."""
-    with pipeline(300, _work.filled) as loader:
+    with pipeline(100, _work.filled) as loader:
         for _ in range(3):
             for number, batch in enumerate(loader):
                 assert batch.shape == (1000, 100)
@@ -393,3 +381,15 @@ def test_an_async_function_is_refused() -> None:
 
     with pytest.raises(ValueError, match="awaited on the loop; leave it out"):
         Pipeline(range(3)).map(fetch, executor="process")
+
+
+def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
+    """No worker outlives it, and the loader goes on. The last test here: a new one takes seconds."""
+    with pipeline(20, _work.double) as loader:
+        list(loader)
+        before = [psutil.Process(pid) for pid in workers()]
+        (zygote,) = {worker.ppid() for worker in before}
+        os.kill(zygote, signal.SIGKILL)
+        _, alive = psutil.wait_procs(before, timeout=10)
+        assert not alive
+        assert list(loader) == [2 * i for i in range(20)]
