@@ -490,7 +490,7 @@ def _team(
     """The workers of neighbouring stages: those of the epoch before where they are kept."""
 
     def make() -> Team:
-        return Team(host, width, program)
+        return Team(host, width, program, resumes=place.turns is None)
 
     def program() -> Work:
         prepare = None if place.prepare is None else place.prepare()

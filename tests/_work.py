@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ def refuse(sample: int) -> int:
 
 def killed_at_five(sample: int) -> int:
     if sample == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sample
+
+
+def killed_at_every_hundredth(sample: int) -> int:
+    if sample % 100 == 99:
         os.kill(os.getpid(), signal.SIGKILL)
     return sample
 
@@ -94,3 +101,19 @@ class Counting(IterableDataset[Any]):
         info = get_worker_info()
         assert info is not None
         yield from range(100 * info.id, 100 * info.id + 5 * (info.id + 1))
+
+
+class Opened:
+    """Gives what it gets, once a file is there."""
+
+    def __init__(self, gate: Path) -> None:
+        self._gate = gate
+
+    def __call__(self, sample: int) -> int:
+        while not self._gate.exists():
+            time.sleep(0.001)
+        return sample
+
+
+def many(sample: int) -> list[torch.Tensor]:
+    return [torch.full((8,), float(sample + k)) for k in range(100)]

@@ -52,9 +52,11 @@ class ProcessStep(SyncStep):
     behind another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
     chunk turns out to take twice as long as it should, and the rest goes on elsewhere.
 
-    What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? Nobody knows
-    which of its samples did it: each is tried again, alone. The one whose worker dies again fails, at its place; the
-    others are not touched by it. When workers die again and again and nothing is ever done, the epoch ends.
+    What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? It has noted
+    which sample it was at: that one fails, at its place. What was done before it in the chunk died with the worker and
+    is done again, sample by sample, and the rest goes on elsewhere. When workers die again and again and nothing is
+    ever done, the epoch ends. Where workers read an iterable dataset, nobody else knows where one of them stood: its
+    part ends with the error, and those of the others go on.
 
     Args:
         calls: See `SyncStep`.
@@ -85,7 +87,7 @@ class ProcessStep(SyncStep):
         self._turns = turns
         self._turn = 0
         self._active_seats = list(range(concurrency))  # those that are not exhausted
-        self._suspects: deque[Entry] = deque()  # they were in a chunk whose worker died
+        self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
         self._team: Team
 
@@ -103,7 +105,7 @@ class ProcessStep(SyncStep):
             if self._owned:
                 self._team.close()
         super().close()
-        self._suspects.clear()
+        self._again.clear()
 
     @property
     def _size(self) -> int:
@@ -125,9 +127,9 @@ class ProcessStep(SyncStep):
     def dispatch(self) -> None:
         self._scheduled = False
         inbox = self.inbox
-        while (self._suspects or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
-            if self._suspects:
-                chunk = [self._suspects.popleft()]
+        while (self._again or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
+            if self._again:
+                chunk = [self._again.popleft()]
             else:
                 fair = -(-len(inbox) // (self._places - self._active))
                 chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
@@ -152,10 +154,11 @@ class ProcessStep(SyncStep):
             return
         match outcome:
             case ChunkResult(outcomes=[last]) if last is EXHAUSTED and self._turns is not None:
-                if seat in self._active_seats:
-                    self._active_seats.remove(seat)
-                self._turns.over = not self._active_seats
+                self._exhausted(seat, self._turns)
                 self._landed(chunk, ChunkResult([DROP], outcome.busy_seconds, outcome.cpu_seconds))
+            case ChunkResult() if self._turns is not None and seat not in self._active_seats:
+                # From a worker that took the place of a dead one, before that was known here: it began anew.
+                self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
             case ChunkResult():
                 self._deaths = 0
                 tried = len(outcome.outcomes)
@@ -166,13 +169,25 @@ class ProcessStep(SyncStep):
             case Broken(error):
                 self._run.fail(error)
             case Died():
-                self._died(chunk, outcome)
+                self._died(chunk, seat, outcome)
 
-    def _died(self, chunk: list[Entry], death: Died) -> None:
+    def _exhausted(self, seat: int | None, turns: Turns) -> bool:
+        """No more of this worker; False: that was known."""
+        if seat not in self._active_seats:
+            return False
+        self._active_seats.remove(seat)
+        turns.over = not self._active_seats
+        return True
+
+    def _died(self, chunk: list[Entry], seat: int | None, death: Died) -> None:
         self._deaths += 1
+        who = f"worker process {death.seat} (pid {death.pid}) {death.reason}"
+        hint = "; if memory ran out, use fewer workers" if "SIGKILL" in death.reason else ""
         if self._turns is not None:
-            reason = f"worker process {death.seat} (pid {death.pid}) {death.reason}"
-            self._run.fail(WorkerDiedError(f"{reason}, and where it was in its part of the dataset is not known"))
+            if self._exhausted(seat, self._turns):
+                self._lost(chunk, WorkerDiedError(f"{who}, and with it what was left of its part of the dataset{hint}"))
+            else:  # asked for ahead
+                self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
         elif self._deaths > self.concurrency + MORE_DEATHS:
             self._run.fail(
                 WorkerDiedError(
@@ -180,12 +195,18 @@ class ProcessStep(SyncStep):
                     f"pid {death.pid}, {death.reason}; run {self._calls[0].label} in this process to see why"
                 )
             )
-        elif len(chunk) > 1:
-            self._suspects.extend(chunk)
-            self._landed((), ChunkResult([], 0.0, 0.0))
         else:
-            (entry,) = chunk
-            held = "a sample" if entry.key is None else f"key {entry.key!r}"[:200]
-            hint = "; if memory ran out, use fewer workers" if "SIGKILL" in death.reason else ""
-            error = WorkerDiedError(f"worker process {death.seat} (pid {death.pid}) {death.reason}, with {held}{hint}")
-            self._lost(chunk, error)
+            self._again.extend(chunk[: death.at])
+            self.inbox.extendleft(reversed(chunk[death.at + 1 :]))
+            held = chunk[death.at]
+            self._lost([held], WorkerDiedError(f"{who}, with {_named(held)}{hint}"))
+
+
+def _named(entry: Entry) -> str:
+    """A sample, for a sentence; a batch by its keys."""
+    if entry.key is not None:
+        return f"key {entry.key!r}"[:200]
+    value = entry.value
+    if isinstance(value, list) and value and all(isinstance(key, int | str) for key in value):
+        return f"samples {value!r}"[:200]
+    return f"the sample at position {entry.position}"

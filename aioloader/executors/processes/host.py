@@ -115,6 +115,12 @@ class Processes:
         self._ended = False  # the thread takes no commands any more: callers run theirs
         self._forgotten = False  # this is a forked child
         self._owners: dict[Any, Owner] = {}
+        self._zygote: Zygote | None = None
+        self._control: Connection | None = None
+        self._born = False  # the zygote has answered
+        self._peers: set[Peer] = set()
+        self._tickets: dict[int, Peer] = {}
+        self._ticket = 0
 
     # -- any thread --------------------------------------------------------------------------------------------------
 
@@ -162,10 +168,10 @@ class Processes:
             self._wake.close()
             self._woken.close()
             self._selector.close()
-            if self._control is not None:
-                self._control.close()
-            for peer in self._peers:
-                peer._connection.close()
+        if self._control is not None:
+            self._control.close()
+        for peer in self._peers:
+            peer._connection.close()
 
     def _rouse(self) -> None:
         wake = self._wake
@@ -177,17 +183,12 @@ class Processes:
         with self._lock:
             if self._thread is not None or self._closing:
                 return
-            self._woken, self._wake = socket.socketpair()
+            self._woken, wake = socket.socketpair()
             self._woken.setblocking(False)
-            self._wake.setblocking(False)
+            wake.setblocking(False)
             self._selector = selectors.DefaultSelector()
             self._selector.register(self._woken, selectors.EVENT_READ)
-            self._zygote: Zygote | None = None
-            self._control: Connection | None = None
-            self._born = False  # the zygote has answered
-            self._peers: set[Peer] = set()
-            self._tickets: dict[int, Peer] = {}
-            self._ticket = 0
+            self._wake = wake  # last, for `forget`
             thread = threading.Thread(target=self._main, name="aioloader-processes", daemon=True)
             _alive.add(self)
             thread.start()
@@ -325,6 +326,8 @@ class Processes:
                         peer.pid = pid
                         if not peer._open:
                             self._kill(peer)
+                    case ("unborn", ticket, reason):
+                        self._lost(self._tickets.pop(ticket), reason)
                     case ("died", pid, code, number):
                         for peer in [peer for peer in self._peers if peer.pid == pid]:
                             self._lost(peer, describe_exit(code, number))
@@ -356,14 +359,16 @@ class Processes:
             self._selector.unregister(self._control)
             self._control.close()
             self._control = None
-        for peer in list(self._peers):
-            self._lost(peer, "was not needed any more")
-        if self._zygote is not None:
-            self._zygote.leave(born=self._born)
-        for owner in self._owners.values():
-            owner.close()
-        self._ended = True
-        self._run_commands()
+        try:
+            for peer in list(self._peers):
+                self._lost(peer, "was not needed any more")
+            if self._zygote is not None:
+                self._zygote.leave(born=self._born)
+            for owner in self._owners.values():
+                owner.close()
+        finally:  # whoever waits for something hears of the end, whatever is broken here
+            self._ended = True
+            self._run_commands()
         self._selector.close()
         wake, self._wake = self._wake, None
         if wake is not None:

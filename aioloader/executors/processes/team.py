@@ -12,6 +12,7 @@ from aioloader.errors import LoaderClosedError
 from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.host import Peer, Processes
+from aioloader.executors.processes.progress import Progress
 from aioloader.executors.processes.segments import Mapping, create_file
 from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
 from aioloader.executors.processes.worker import Program, lay_out
@@ -20,6 +21,7 @@ from aioloader.executors.threads import call_loop
 __all__ = ["Broken", "Died", "Lost", "Outcome", "Team"]
 
 DEPTH: Final = 2  # tasks at a worker: one that it works on, one that it goes on with
+TRIES: Final = 3  # workers that may die with a task that they had not begun, before it is the task that is to blame
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Died:
         seat: Its number.
         pid: Its process id.
         reason: How it ended, in words.
+        at: Which of the task's values it was at.
     """
 
     seat: int
     pid: int | None
     reason: str
+    at: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class _Task:
     layout: list[tuple[int, int]] = field(default_factory=list)
     stream_at: int = 0
     forgotten: bool = False
+    tries: int = 0
 
 
 class Team:
@@ -81,16 +86,21 @@ class Team:
         host: Runs them.
         count: How many workers there may be.
         make_program: Gives what they do; called at the first task, in the thread of `host`, for there it is pickled.
+        resumes: Another worker may do what one that died has left undone; False: where it stood is known to it alone.
     """
 
-    def __init__(self, host: Processes, count: int, make_program: Callable[[], Program]) -> None:
+    def __init__(
+        self, host: Processes, count: int, make_program: Callable[[], Program], *, resumes: bool = True
+    ) -> None:
         self._host = host
         self._make_program = make_program
+        self._resumes = resumes
         self._seats: list[Peer | None] = [None] * count
         self._loads: dict[Peer, OrderedDict[int, _Task]] = {}
         self._waiting: deque[_Task] = deque()
         self._number = 0
         self._program: tuple[int, int, int, list[tuple[int, int]]] | None = None
+        self._progress: Progress | None = None  # the workers write to it; it outlives them
         self._closed = False
         self._loop: Any = None
         self.ended: Future[None] | None = None
@@ -191,6 +201,8 @@ class Team:
         peer = self._seats[seat]
         if peer is None:
             peer = self._host.spawn(self, seat)
+            if self._progress is not None:
+                self._progress.clear(seat)
             self._seats[seat] = peer
             self._loads[peer] = OrderedDict()
         return peer
@@ -198,8 +210,11 @@ class Team:
     def _send_program(self, peer: Peer) -> None:
         if self._program is None:
             self._program = _store(self._make_program())
+        if self._progress is None:
+            self._progress = Progress.create(len(self._seats))
         fd, size, stream_at, layout = self._program
-        peer.send(("program", peer.seat, size, stream_at, layout), fds=[os.dup(fd)])
+        fds = [os.dup(fd), self._progress.descriptor()]
+        peer.send(("program", peer.seat, size, stream_at, layout, len(self._seats)), fds=fds)
         peer.has_program = True
 
     def _forget(self, owner: Hashable) -> None:
@@ -240,19 +255,35 @@ class Team:
         load = self._loads.pop(peer)
         if self._seats[peer.seat] is peer:
             self._seats[peer.seat] = None
-        tasks = [task for task in load.values() if not task.forgotten]
-        under_way = next(iter(load.values()), None)
+        tasks = {number: task for number, task in load.items() if not task.forgotten}
         if self._closed or self._host.closed:
-            for task in tasks:
+            for task in tasks.values():
                 task.done(Broken(_closed()))
             if not self._loads:
                 self._end()
             return
-        if under_way is not None and not under_way.forgotten:
-            del tasks[0]
-            under_way.done(Died(peer.seat, peer.pid, reason))
-        self._waiting.extendleft(reversed(tasks))  # not begun: another worker does them
+        lost: list[tuple[_Task, int]] = []
+        if not self._resumes:
+            lost = [(task, 0) for task in tasks.values()]
+            tasks = {}
+        elif (begun := self._begun(peer)) is not None and begun[0] in load:
+            number, at = begun
+            if number in tasks:
+                lost = [(tasks.pop(number), at)]
+        elif tasks:
+            # It had begun nothing: somebody killed it while it was idle, or it dies whenever it starts. Trying again is
+            # right for the one, and for the other, too, if it comes to an end.
+            number, task = next(iter(tasks.items()))
+            task.tries += 1
+            if task.tries >= TRIES:
+                lost = [(tasks.pop(number), 0)]
+        self._waiting.extendleft(reversed(tasks.values()))  # not begun: another worker does them
+        for task, at in lost:
+            task.done(Died(peer.seat, peer.pid, reason, at))
         self._assign()
+
+    def _begun(self, peer: Peer) -> tuple[int, int] | None:
+        return self._progress.read(peer.seat) if self._progress is not None and peer.has_program else None
 
     def _break(self, error: BaseException) -> None:
         tasks = [*self._waiting, *(task for load in self._loads.values() for task in load.values())]
@@ -278,6 +309,9 @@ class Team:
         if self._program is not None:
             os.close(self._program[0])
             self._program = None
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
         if self.ended is not None:
             call_loop(self._loop, _complete, self.ended)
 

@@ -10,6 +10,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
+from types import CodeType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -72,6 +73,10 @@ def _pickler() -> Any:
         def reducer_override(self, value: Any) -> Any:
             if type(value) is torch.Tensor and _is_plain(value):
                 return _take_apart(value)
+            if type(value) is CodeType and otherwise is not None:
+                # cloudpickle forgets the file, and tracebacks from the worker would show no source.
+                make, args, *_ = self.dispatch_table[CodeType](value)
+                return make, tuple(value.co_filename if arg == "<dynamic-code>" else arg for arg in args)
             return NotImplemented if otherwise is None else otherwise(self, value)
 
     return Pickler

@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol
 
@@ -17,6 +17,7 @@ import torch
 
 from aioloader.executors.chunk import Call, Failed, apply_chunk
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
+from aioloader.executors.processes.progress import Progress
 from aioloader.executors.processes.segments import ALIGNMENT, Arena, Mapping, Place, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
 
@@ -94,7 +95,10 @@ class Channel:
 
     Attributes:
         arena: The memory that results come back in.
+        progress: Where it is noted what the worker is at; there with the program.
     """
+
+    progress: Progress
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -126,8 +130,10 @@ class Channel:
         message = self.next()
         if message.head[0] == "close":
             return None, 0
-        _, seat, size, stream_at, layout = message.head
-        (fd,) = message.fds
+        _, seat, size, stream_at, layout, count = message.head
+        fd, progress_fd = message.fds
+        self.progress = Progress(progress_fd, count)
+        os.close(progress_fd)
         # Tensors and arrays of a dataset lie in this one file, whose pages all workers share until they write to them.
         memory = memoryview(Mapping(fd, size, private=True).memory()).cast("B")
         os.close(fd)
@@ -234,13 +240,15 @@ class Work:
                         return
             message = tasks.popleft()
             _, number, _, stream_at, layout = message.head
-            self._run(channel, number, message.body, stream_at, layout, where, broken)
+            channel.progress.begin(seat, number)
+            self._run(channel, seat, number, message.body, stream_at, layout, where, broken)
             broken = None
             del message
 
     def _run(
         self,
         channel: Channel,
+        seat: int,
         number: int,
         body: bytearray,
         stream_at: int,
@@ -257,7 +265,7 @@ class Work:
             return
         busy_seconds = cpu_seconds = 0.0
         if broken is None:
-            result = apply_chunk(self.calls, values, self.budget_seconds)
+            result = apply_chunk(self.calls, self._noted(values, channel.progress, seat), self.budget_seconds)
             outcomes, busy_seconds, cpu_seconds = result.outcomes, result.busy_seconds, result.cpu_seconds
         else:
             outcomes = [Failed(broken, label)]
@@ -271,6 +279,13 @@ class Work:
         except BaseException:
             outcomes = [self._portable_outcome(outcome, where) for outcome in outcomes]
             channel.send(("done", number), (outcomes, busy_seconds, cpu_seconds))
+
+    @staticmethod
+    def _noted(values: Sequence[Any], progress: Progress, seat: int) -> Iterator[Any]:
+        """`values`; the one that is begun is noted."""
+        for index, value in enumerate(values):
+            progress.at(seat, index)
+            yield value
 
     def _portable_outcome(self, outcome: Any, where: str) -> Any:
         try:

@@ -206,24 +206,43 @@ class _Server:
 
     def _serve(self, client: _Client) -> None:
         try:
+            client.connection.flush()
             for message in client.connection.receive():
                 match message.head:
                     case ("fork", ticket, settings):
                         self._fork(client, ticket, settings, message.fds[0])
                     case ("kill", pid) if pid in client.workers:
                         os.kill(pid, signal.SIGKILL)
+            self._watch(client)
         except (EOFError, OSError):
             self._selector.unregister(client.connection)
             client.connection.close()
             self._clients.discard(client)
             self._kill(client)
 
+    def _tell(self, client: _Client, head: tuple[Any, ...]) -> None:
+        """Send a message; what a busy user's process does not take now goes when it does."""
+        with contextlib.suppress(OSError):  # it is gone: `_serve` hears of it
+            client.connection.send(head)
+        self._watch(client)
+
+    def _watch(self, client: _Client) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.connection.pending else 0)
+        key = self._selector.get_key(client.connection)
+        if key.events != events:
+            self._selector.modify(client.connection, events, key.data)
+
     def _fork(self, client: _Client, ticket: int, settings: dict[str, Any], fd: int) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no more processes, or no memory
+            os.close(fd)
+            self._tell(client, ("unborn", ticket, f"could not be started: {error}"))
+            return
         if pid:
             os.close(fd)
             client.workers.add(pid)
-            client.connection.send(("forked", ticket, pid))
+            self._tell(client, ("forked", ticket, pid))
             return
         try:
             self._become_worker()
@@ -263,8 +282,7 @@ class _Server:
             for client in self._clients:
                 if pid in client.workers:
                     client.workers.discard(pid)
-                    with contextlib.suppress(OSError):
-                        client.connection.send(("died", pid, max(0, code), max(0, -code)))
+                    self._tell(client, ("died", pid, max(0, code), max(0, -code)))
 
     @staticmethod
     def _kill(client: _Client) -> None:

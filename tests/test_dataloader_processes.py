@@ -1,0 +1,233 @@
+"""`DataLoader(worker_type="process")` is torch's DataLoader with workers: batch for batch, seed for seed."""
+
+import gc
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.utils.data import BatchSampler, RandomSampler, get_worker_info
+from torch.utils.data import DataLoader as TorchDataLoader
+
+from aioloader import DataLoader, WorkerDiedError
+from tests import _work
+from tests._datasets import Broken, Made, MadeInBulk, ShardingStream, Stream, assert_same, join, noisy, pair, record
+from tests._support import Face, Started, Steps, collect, notes, on_both_faces
+
+SEED = 1234
+
+Arguments = dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def zygote() -> Iterator[None]:
+    """The process that workers are forked from: made once, for it takes seconds to import torch."""
+    with loader(Made(2, pair), persistent_workers=True, num_workers=1) as keeper:
+        assert len(list(keeper)) == 2
+        yield
+
+
+def loader(dataset: Any, *args: Any, num_workers: int = 2, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(dataset, *args, num_workers=num_workers, worker_type="process", **kwargs)
+
+
+def workers() -> set[int]:
+    """The worker processes there are, but for the fixture's."""
+    return {worker.pid for child in psutil.Process().children() for worker in child.children()}
+
+
+def seeded(index: int) -> tuple[Any, ...]:
+    """All that torch promises about random numbers and who one is."""
+    info = get_worker_info()
+    assert info is not None
+    return index, torch.rand(2), random.random(), np.random.rand(), info.id, info.num_workers, info.seed
+
+
+# Arguments of both loaders. Made anew for each loader, as samplers have a state.
+CONFIGURATIONS: dict[str, Callable[[], Arguments]] = {
+    "shuffled batches": lambda: {"dataset": Made(21, record), "batch_size": 4, "shuffle": True},
+    "drop_last": lambda: {"dataset": Made(10, pair), "batch_size": 4, "drop_last": True},
+    "no batches": lambda: {"dataset": Made(5, record), "batch_size": None},
+    "bulk": lambda: {"dataset": MadeInBulk(10, pair), "batch_size": 4},
+    "batch_sampler": lambda: {
+        "dataset": Made(10, pair),
+        "batch_sampler": BatchSampler(RandomSampler(range(10)), 3, False),
+    },
+    "collate_fn": lambda: {"dataset": Made(10, pair), "batch_size": 4, "collate_fn": join},
+    "seeds": lambda: {"dataset": Made(12, seeded), "batch_size": 2, "shuffle": True},
+    "generator": lambda: {
+        "dataset": Made(12, noisy),
+        "batch_size": 2,
+        "shuffle": True,
+        "generator": torch.Generator().manual_seed(3),
+    },
+    "worker_init_fn": lambda: {"dataset": Made(8, noisy), "batch_size": 2, "worker_init_fn": torch.manual_seed},
+    "persistent_workers": lambda: {"dataset": Made(8, seeded), "batch_size": 2, "persistent_workers": True},
+    "stream, a copy for each worker": lambda: {"dataset": Stream(7, pair), "batch_size": 3},
+    "stream in parts": lambda: {"dataset": ShardingStream(11, seeded), "batch_size": 2},
+    "stream, drop_last": lambda: {"dataset": ShardingStream(11, pair), "batch_size": 2, "drop_last": True},
+    "stream, no batches": lambda: {"dataset": ShardingStream(5, pair), "batch_size": None},
+    "stream, persistent_workers": lambda: {
+        "dataset": ShardingStream(9, seeded),
+        "batch_size": 2,
+        "persistent_workers": True,
+    },
+    "parts of different lengths": lambda: {"dataset": _work.Counting(), "batch_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@on_both_faces
+def test_two_epochs_are_those_of_torch(face: Face, name: str) -> None:
+    """The same batches in the same order, the same random numbers, and the same draws from the caller's generator."""
+    make = CONFIGURATIONS[name]
+    torch.manual_seed(SEED)
+    torchs = TorchDataLoader(num_workers=2, **make())
+    expected = [list(torchs), list(torchs), torch.rand(1)]
+    del torchs
+    torch.manual_seed(SEED)
+    with loader(**make()) as ours:
+        assert_same([collect(ours, face), collect(ours, face), torch.rand(1)], expected)
+
+
+def test_any_order_gives_the_same_batches_as_they_come() -> None:
+    """`in_order=False`."""
+    with loader(Made(12, pair), 2, in_order=False) as ours:
+        assert sorted(labels[0].item() for _, labels in ours) == [index * index for index in range(0, 12, 2)]
+
+
+@on_both_faces
+def test_an_error_stands_at_its_place(face: Face) -> None:
+    """The dataset's own exception, with the notes of both sides; the other batches come."""
+    with loader(Broken(8, 3), 2) as ours, Steps(ours, face) as steps:
+        outcomes = steps.outcomes()
+    assert_same([*outcomes[:1], *outcomes[2:]], [b for i, b in enumerate(TorchDataLoader(Made(8, pair), 2)) if i != 1])
+    assert outcomes[1].key == 3
+    assert "dataset index 3, sample 1 of its batch" in notes(outcomes[1])
+    assert "stage fetch" in notes(outcomes[1])
+    assert "in worker process 1" in notes(outcomes[1])
+
+
+def test_what_worker_init_fn_raises_is_raised_for_the_first_batch_of_its_worker() -> None:
+    def refuse(worker_id: int) -> None:
+        if worker_id == 1:
+            raise LookupError("no such worker")
+
+    with loader(Made(8, pair), 2, worker_init_fn=refuse) as ours, Steps(ours, "for") as steps:
+        outcomes = steps.outcomes()
+    assert [type(outcome) for outcome in outcomes] == [list, LookupError, list, list]
+
+
+@on_both_faces
+def test_a_worker_that_dies_is_named_with_its_samples_and_the_rest_goes_on(face: Face) -> None:
+    """A fresh one does what the dead one had not begun."""
+    with loader(Made(20, _work.killed_at_five), 2) as ours, Steps(ours, face) as steps:
+        outcomes = steps.outcomes()
+    assert isinstance(outcomes[2], WorkerDiedError)
+    assert "was killed by SIGKILL, with samples [4, 5]" in str(outcomes[2])
+    batches = [batch.tolist() for batch in outcomes[:2] + outcomes[3:]]
+    assert batches == [[i, i + 1] for i in range(0, 20, 2) if i != 4]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_worker_that_dies_in_an_iterable_dataset_ends_its_part(persistent: bool) -> None:
+    """At its place; the other worker's part comes to its end, and the next epoch is whole again."""
+    dataset = ShardingStream(24, _work.killed_at_five)
+    with loader(dataset, 2, persistent_workers=persistent) as ours, Steps(ours, "for") as steps:
+        outcomes = steps.outcomes()
+        (error,) = (outcome for outcome in outcomes if isinstance(outcome, WorkerDiedError))
+        assert "with it what was left of its part" in str(error)
+        assert outcomes.index(error) == 3  # the second batch of the second worker
+        samples = sorted(i for outcome in outcomes if outcome is not error for i in outcome.tolist())
+        assert samples == sorted([*range(0, 24, 2), 1, 3])
+
+
+@on_both_faces
+def test_a_timeout_is_torchs_error_and_loses_no_batch(face: Face, tmp_path: Path) -> None:
+    """The batch comes with a later call."""
+    gate = tmp_path / "gate"
+    with loader(Made(2, _work.Opened(gate)), timeout=0.05) as ours, Steps(ours, face) as steps:
+        with pytest.raises(RuntimeError, match=r"DataLoader timed out after 0\.05 seconds"):
+            steps.next()
+        gate.touch()
+        found: list[int] = []
+        while len(found) < 2:
+            try:
+                found.append(steps.next().item())
+            except RuntimeError:
+                continue
+    assert found == [0, 1]
+
+
+def test_pin_memory_without_an_accelerator_warns_and_goes_on() -> None:
+    with loader(Made(4, pair), 2, pin_memory=True) as ours, pytest.warns(UserWarning, match="pin_memory"):
+        assert_same(list(ours), list(TorchDataLoader(Made(4, pair), 2)))
+
+
+def test_workers_end_with_their_epoch_unless_they_are_persistent() -> None:
+    before = workers()
+    with loader(Made(4, _work.pid_of)) as ours:
+        first, second = set(map(int, ours)), set(map(int, ours))
+        assert len(first) == len(second) == 2
+        assert not first & second
+        assert workers() == before
+    with loader(Made(4, _work.pid_of), persistent_workers=True) as ours:
+        pids = set(map(int, ours))
+        assert set(map(int, ours)) == pids
+        assert workers() - before == pids
+    assert workers() == before
+
+
+def test_break_in_an_epoch_leaves_no_worker() -> None:
+    before = workers()
+    ours = loader(Made(400, _work.busy_millisecond))
+    for _ in ours:
+        break
+    gc.collect()
+    ours.close()
+    assert workers() == before
+
+
+def test_a_stream_that_is_left_begins_anew_in_the_next_epoch() -> None:
+    """Persistent workers, which were ahead in the old one."""
+    with loader(ShardingStream(40, int), 2, persistent_workers=True) as ours:
+        whole = [batch.tolist() for batch in ours]
+        for _ in range(2):
+            assert next(iter(ours)).tolist() == whole[0]
+        assert [batch.tolist() for batch in ours] == whole
+
+
+def test_batches_are_in_shared_memory_that_is_used_again() -> None:
+    """Kept, sliced, and sent to another thread they stay as they are; dropped, they cost no more mappings."""
+    with loader(Made(120, _work.filled), 2, persistent_workers=True) as ours:
+        for _ in range(2):
+            for batch in ours:
+                del batch
+        maps = Path("/proc/self/maps").read_text().count("memfd:aioloader")
+        assert 1 <= maps < 30
+        kept = [(batch, batch[1][5:6], batch.numpy()) for batch in ours]
+        for _ in ours:  # whatever would be used again is, now
+            pass
+
+    def check() -> None:
+        for number, (batch, row, array) in enumerate(kept):
+            assert (batch[1] == 2 * number + 1).all()
+            assert (row == 2 * number + 1).all()
+            assert (array[0] == 2 * number).all()
+
+    Started(check).outcome()
+
+
+def test_many_small_tensors_take_one_segment_or_none() -> None:
+    """A hundred in a batch: torch's workers make a file for each."""
+    with loader(Made(40, _work.many), 2, persistent_workers=True) as ours:
+        list(ours)
+        before = psutil.Process().num_fds()
+        kept = list(ours)
+        assert psutil.Process().num_fds() < before + 10
+    assert len(kept[0]) == 100
+    assert torch.equal(kept[3][7], torch.tensor([[6.0] * 8, [7.0] * 8]) + 7)
