@@ -71,6 +71,20 @@ def test_a_drop_in_gives_each_index_its_numbers(dataset: Any, workers: int, face
     assert pairs(collect(loader, face)) == reference
 
 
+@on_both_faces
+def test_worker_processes_give_the_same_numbers(face: Face) -> None:
+    """Samples that name themselves, and samples whose names travel with them; in every epoch."""
+    for source in (range(30), [torch.tensor(number) for number in range(30)], lambda: iter([0.5] * 30)):
+        here = Pipeline(source).with_seed(3).map(draw, concurrency=1).map(draw)
+        with Pipeline(source).with_seed(3).map(draw, executor="process", concurrency=2).map(draw) as there:
+            for _ in range(2):
+                assert collect(there, face) == list(here)
+    reference: DataLoader[Any] = DataLoader(Drawing(), batch_size=7, seed=3)
+    with DataLoader(Drawing(), batch_size=4, shuffle=True, num_workers=2, worker_type="process", seed=3) as loader:
+        for _ in range(2):
+            assert pairs(collect(loader, face)) == pairs(list(reference))
+
+
 def test_numbers_do_not_depend_on_the_number_of_ranks() -> None:
     whole = dict(Pipeline(range(30)).with_seed(1).map(draw))
     for world_size in (2, 3):

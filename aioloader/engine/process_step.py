@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.steps import Forward, SyncStep
@@ -82,6 +82,7 @@ class ProcessStep(SyncStep):
     ) -> None:
         super().__init__(calls, concurrency, elastic=elastic)
         self._make_team = team
+        self._seeds = [None if turns else call.seed for call in calls]
         self._in_turn = in_turn
         self._owned = owned
         self._turns = turns
@@ -140,7 +141,15 @@ class ProcessStep(SyncStep):
             self.meter.idle.wait_for(None)
             seat = self._next_seat() if self._in_turn else None
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, seat)
-            self._team.submit(self, [entry.value for entry in chunk], done, seat)
+            self._team.submit(self, self._payload(chunk), done, seat)
+
+    def _payload(self, chunk: list[Entry]) -> tuple[list[int | None], list[Any] | None, list[Any]]:
+        """For a worker: seeds of the calls, names of the samples (None: they name themselves), and the samples."""
+        values = [entry.value for entry in chunk]
+        keys = None
+        if any(entry.key is not entry.value for entry in chunk):
+            keys = [entry.position if entry.key is None else entry.key for entry in chunk]
+        return self._seeds, keys, values
 
     def _next_seat(self) -> int:
         """The worker whose turn it is."""
@@ -205,8 +214,5 @@ class ProcessStep(SyncStep):
 def _named(entry: Entry) -> str:
     """A sample, for a sentence; a batch by its keys."""
     if entry.key is not None:
-        return f"key {entry.key!r}"[:200]
-    value = entry.value
-    if isinstance(value, list) and value and all(isinstance(key, int | str) for key in value):
-        return f"samples {value!r}"[:200]
+        return f"{'samples' if type(entry.key) is list else 'key'} {entry.key!r}"[:200]
     return f"the sample at position {entry.position}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-__all__ = ["Fetching", "Sample", "SampleName", "current_sample"]
+__all__ = ["Fetching", "Named", "Sample", "SampleName", "current_sample"]
 
 
 class SampleName(Protocol):
@@ -38,6 +38,20 @@ class Sample:
         self.name: SampleName | None = None
         self.seed = seed
         self.drawn: Any = None
+
+
+class Named:
+    """A sample by its key alone: in a worker process, where its entry is not.
+
+    Args:
+        key: Its key, or its position when it has none.
+    """
+
+    __slots__ = ("key",)
+    position = 0
+
+    def __init__(self, key: Any) -> None:
+        self.key = key
 
 
 class Fetching:

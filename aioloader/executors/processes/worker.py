@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, port
 from aioloader.executors.processes.progress import Progress
 from aioloader.executors.processes.segments import ALIGNMENT, Arena, Mapping, Place, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
+from aioloader.executors.sample import Named, Sample
 
 __all__ = ["Channel", "Program", "Work", "lay_out", "main", "open_buffers", "settings_of_this_process"]
 
@@ -259,13 +260,16 @@ class Work:
         label = self.calls[0].label
         memory = memoryview(body)
         try:
-            values = decode(memory[stream_at:], open_buffers(memory, layout))
+            seeds, keys, values = decode(memory[stream_at:], open_buffers(memory, layout))
         except BaseException as error:
             channel.send(("lost", number), portable(error, f"{where}, which unpickles samples"))
             return
         busy_seconds = cpu_seconds = 0.0
         if broken is None:
-            result = apply_chunk(self.calls, self._noted(values, channel.progress, seat), self.budget_seconds)
+            calls = [replace(call, seed=seed) for call, seed in zip(self.calls, seeds, strict=True)]
+            sample = Sample()
+            noted = self._noted(values, values if keys is None else keys, sample, channel.progress, seat)
+            result = apply_chunk(calls, noted, self.budget_seconds, sample=sample)
             outcomes, busy_seconds, cpu_seconds = result.outcomes, result.busy_seconds, result.cpu_seconds
         else:
             outcomes = [Failed(broken, label)]
@@ -281,10 +285,13 @@ class Work:
             channel.send(("done", number), (outcomes, busy_seconds, cpu_seconds))
 
     @staticmethod
-    def _noted(values: Sequence[Any], progress: Progress, seat: int) -> Iterator[Any]:
-        """`values`; the one that is begun is noted."""
-        for index, value in enumerate(values):
+    def _noted(
+        values: Sequence[Any], keys: Sequence[Any], sample: Sample, progress: Progress, seat: int
+    ) -> Iterator[Any]:
+        """`values`; the one that is begun is noted, and named in `sample`."""
+        for index, (value, key) in enumerate(zip(values, keys, strict=True)):
             progress.at(seat, index)
+            sample.name = Named(key)
             yield value
 
     def _portable_outcome(self, outcome: Any, where: str) -> Any:
