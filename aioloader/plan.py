@@ -216,7 +216,7 @@ class _Builder:
             name = source.name or f"source({source_name(data.make)})"
             return StreamSource(data.make, call=data.call, name=name), _Journey(), stages
         journey = _Journey()
-        name = f"source({source_name(data.data)})"
+        name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
             journey.stages.append(load)
