@@ -40,6 +40,7 @@ from aioloader.sources.drawn import (
     packed,
     unpacked,
 )
+from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Stream
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
@@ -91,7 +92,7 @@ class DataLoader(Loader, Generic[T_co]):
         pin_memory_device: Deprecated in torch and ignored.
         in_order: See torch.
         device: Where batches go: `.to(device)` of `Pipeline`.
-        concurrency: Samples of an async dataset under way at once; default 64.
+        concurrency: Samples of an async dataset under way at once; default 64, or what `Objects` says.
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
@@ -181,9 +182,10 @@ class DataLoader(Loader, Generic[T_co]):
         self.pin_memory_device = pin_memory_device
         self.in_order = in_order
         self.device = device
-        self.concurrency = (
-            ASYNC_CONCURRENCY if concurrency is None else check_count("concurrency", concurrency, least=1)
-        )
+        if concurrency is not None:
+            self.concurrency = check_count("concurrency", concurrency, least=1)
+        else:
+            self.concurrency = dataset.concurrency if isinstance(dataset, FetchSource) else ASYNC_CONCURRENCY
         self.worker_type = worker_type
         self.seed = None if seed is None else check_integer("seed", seed)
         self._shuffled = bool(shuffle)

@@ -19,6 +19,7 @@ from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
 from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable, length_of
 from aioloader.sources.drawn import check_generators, generators_of, packed, unpacked
+from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
@@ -58,7 +59,11 @@ class Pipeline(Loader):
     def __init__(self, source: Any, *, sampler: Any = None) -> None:
         super().__init__()
         self._plan: Plan
-        if not isinstance(source, Pipeline):
+        if isinstance(source, FetchSource):
+            kind = type(source).__name__
+            fetch = Map(source.fetch, True, source.concurrency, name=f"{kind}.fetch")
+            self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
+        elif not isinstance(source, Pipeline):
             self._plan = Plan(Single(*_resolve(source, sampler)))
         elif sampler is None:
             self._plan = source._plan
@@ -436,7 +441,7 @@ def _describe_source(plan: Plan) -> str:
     if isinstance(source, Combined):
         return f"Pipeline.{source.how}({', '.join(_describe_source(inner) for inner in source.plans)})"
     data = source.data.data if isinstance(source.data, Indexable) else source.data.make
-    return f"Pipeline({source_name(data)})"
+    return f"Pipeline({source.name or source_name(data)})"
 
 
 def _open_transfer(plan: Plan) -> Transfer | None:

@@ -294,7 +294,7 @@ class _Builder:
             source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
             return source_node, _Journey(), stages
         journey = _Journey()
-        name = f"source({source_name(data.data)})"
+        name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
             journey.add(load, self._seed())

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -25,6 +26,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests._support import until_no_task_left
+
+if TYPE_CHECKING:
+    from tests._servers import HttpServer, S3Server
 
 settings.register_profile(
     "deterministic",
@@ -48,7 +52,8 @@ def warm_up() -> None:
     """Open what a process opens once and keeps, so that no test is blamed for it.
 
     libuv keeps a pipe for signals from its first loop on; torch makes its pools, and remembers the number of intra-op
-    threads, when first asked; psutil and the import system keep files of their own.
+    threads, when first asked; the threads of obstore have a queue of events; psutil and the import system keep files of
+    their own.
     """
 
     async def nothing() -> None:
@@ -63,6 +68,35 @@ def warm_up() -> None:
     torch.get_num_threads()
     torch.ones(512, 512) @ torch.ones(512, 512)
     psutil.Process().children(recursive=True)
+    with contextlib.suppress(ImportError):
+        import obstore
+
+        obstore.put(obstore.store.MemoryStore(), "key", b"")
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> "Iterator[S3Server]":
+    """moto's S3."""
+    from tests._servers import S3Server
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def running_http_server() -> "Iterator[HttpServer]":
+    """Part of `http_server`."""
+    from tests._servers import HttpServer
+
+    with HttpServer() as server:
+        yield server
+
+
+@pytest.fixture
+def http_server(running_http_server: "HttpServer") -> "HttpServer":
+    """An HTTP server without files, which answers at once."""
+    running_http_server.reset()
+    return running_http_server
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +133,11 @@ def nothing_left(never_hangs: None) -> Iterator[None]:
         thread.join(max(0.0, deadline - time.monotonic()))
     left_threads = sorted(thread.name for thread in _ours(threads))
     left_children = _children_left(children, deadline)
-    left_files = _files_left(files)
+    # Threads of libraries, not to be joined, let go of theirs a little later: that of watchfiles of what it watches
+    # with, those of obstore of futures whose callbacks lead to a store.
+    while (left_files := _files_left(files)) and time.monotonic() < deadline:
+        time.sleep(0.001)
+        gc.collect()
     assert not left_threads, f"threads left: {left_threads}"
     assert not left_children, f"child processes left: {left_children}"
     assert not left_files, f"open files left: {left_files}"

@@ -197,7 +197,8 @@ def test_where_the_pieces_end_makes_no_difference(
         found: list[Entry] = []
         for piece in pieces:
             found += parser.parse(piece) if piece else []
-            assert not parser.has_more
+            while parser.has_more:  # a thread that was not run for a while: its time was up
+                found += parser.parse(b"")
         found += parser.finish()
         return [(entry.value, str(entry.error), entry.cursor, entry.key) for entry in found]
 
@@ -225,7 +226,7 @@ def test_a_broken_line_names_file_line_and_byte_and_the_rest_goes_on(write: Writ
     assert str(found[2]) == (
         f"{path}, line 3, byte 16: not utf-8: invalid start byte at byte 0 of the line; the line begins b'\\xff\\xfe'"
     )
-    assert f"stage Lines, key '{path}:3', epoch 0, position 2" in found[2].__notes__[-1]
+    assert f"stage source(Lines), key '{path}:3', epoch 0, position 2" in found[2].__notes__[-1]
 
 
 def test_half_a_line_of_json_at_the_end_says_so(write: Write) -> None:
@@ -269,24 +270,44 @@ def test_a_file_that_cannot_be_opened_stands_at_its_place(write: Write, tmp_path
     assert f"those in a folder pass a glob: '{paths[2]}/*'" in found[2].__notes__[0]
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read everything")
-def test_permission_denied_stands_at_its_place(write: Write) -> None:
-    paths = [write("1.txt", b"1"), write("secret.txt", b"?"), write("2.txt", b"2")]
-    Path(paths[1]).chmod(0)
-    found = outcomes(Lines(paths))
-    assert found == ["1", f"[Errno 13] Permission denied: '{paths[1]}'", "2"]
+def test_permission_denied_stands_at_its_place() -> None:
+    """In a process of its own, that gives up being root: root may read everything."""
+    script = """
+        import os, tempfile
+        from pathlib import Path
+        from aioloader.sources import Lines
+        from tests._located import outcomes
+
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            folder.chmod(0o755)
+            for number in range(3):
+                (folder / f"{number}.txt").write_text(f"{number}")
+            (folder / "1.txt").chmod(0)
+            source = Lines(folder / "*.txt")
+            outcomes(source)  # what is imported late is there now
+            root = os.geteuid() == 0
+            if root:
+                os.seteuid(65534)
+            found = outcomes(source)
+            if root:
+                os.seteuid(0)
+            assert found == ["0", f"[Errno 13] Permission denied: '{folder}/1.txt'", "2"], found
+    """
+    with Child(script) as child:
+        assert child.finish() == (0, "", "")
 
 
 @pytest.mark.parametrize(("suffix", "name"), [(".gz", "gzip"), (".zst", "zstd")])
 def test_a_truncated_file_gives_its_whole_lines_then_an_error_then_the_next_file(
     write: Write, suffix: str, name: str
 ) -> None:
-    lines = [os.urandom(40).hex() for _ in range(40_000)]  # long enough for several blocks
+    lines = [os.urandom(2000).hex() for _ in range(400)]  # long enough for several blocks
     path = Path(write(f"cut{suffix}", "".join(f"{line}\n" for line in lines).encode()))
     path.write_bytes(path.read_bytes()[:-100_000])
     found = outcomes(Lines([path, write("next.txt", b"next")]))
     assert found[-2:] == [f"{path}: the {name} data is truncated: it ends before its end mark", "next"]
-    assert len(found) > 1000
+    assert len(found) > 100
     assert found[:-2] == lines[: len(found) - 2]
 
 

@@ -113,28 +113,41 @@ async def file_chunks(
         await thread.call(file.close)
 
 
-async def object_chunks(store: Any, key: str, *, offset: int = 0, size: int = RANGE_BYTES) -> AsyncGenerator[bytes]:
-    """The bytes of an object of an obstore `store`, in ranges of `size`, the next one under way.
+async def object_chunks(store: Any, key: str, *, offset: int = 0, size: int = RANGE_BYTES) -> AsyncGenerator[Any]:
+    """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, the next one under way.
 
     Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails
-    is tried again by the store itself.
+    is tried again by the store itself. A server that knows no ranges is asked for the whole.
 
     Raises:
         Exception: Of obstore, for instance `FileNotFoundError`.
     """
     import obstore
+    from obstore.exceptions import NotSupportedError
 
     end = (await obstore.head_async(store, key))["size"]
+    if offset > end:
+        raise OSError(errno.EINVAL, f"the object {key!r} has {end} bytes now, and reading shall go on at byte {offset}")
     # obstore's awaitables are futures: the request is on its way from here on.
     ahead: Any = None
     try:
         while offset < end:
             pending: Any = ahead or obstore.get_range_async(store, key, start=offset, end=min(offset + size, end))
-            offset = min(offset + size, end)
             ahead = None
-            if offset < end:
-                ahead = obstore.get_range_async(store, key, start=offset, end=min(offset + size, end))
-            yield await pending
+            following = min(offset + size, end)
+            if following < end:
+                ahead = obstore.get_range_async(store, key, start=following, end=min(following + size, end))
+            try:
+                data = await pending
+            except NotSupportedError:  # a plain HTTP server
+                break
+            offset = following
+            yield data
     finally:
         if ahead is not None:
             ahead.cancel()
+    if offset < end:
+        async for data in (await obstore.get_async(store, key)).stream(min_chunk_size=READ_BYTES):
+            if offset < len(data):
+                yield memoryview(data)[offset:] if offset else data
+            offset = max(0, offset - len(data))

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from itertools import chain
 from math import inf
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
@@ -22,6 +22,9 @@ from aioloader.stages.checks import check_callable, check_count
 __all__ = ["Lines"]
 
 Decode = Callable[[bytes], Any]
+
+SHOWN_BYTES: Final = 40
+"""Of a line that is wrong, in its error."""
 
 
 class Lines(CursorSource):
@@ -173,7 +176,7 @@ class _LinesOf(Parser):
     """The lines of one file.
 
     What stands behind the last line end of a piece is kept for the next; of a line that grows past the limit only the
-    length is kept.
+    length and the beginning are kept.
     """
 
     def __init__(self, source: Lines, index: int, start: tuple[int, int]) -> None:
@@ -185,7 +188,7 @@ class _LinesOf(Parser):
         self._skips_blank = source.decode == "json"
         self._decode = _decoder(source.decode, source.encoding)
         self._longest = source.max_line_bytes
-        self._too_long: int | None = None  # the length of a line that comes before `lines`
+        self._too_long: tuple[int, bytes] | None = None  # a line that comes before `lines`: length and beginning
         self._lines: Iterator[bytes] = iter(())
         self._half: list[bytes] = []  # of the line whose end has not come yet
         self._half_bytes = 0
@@ -216,7 +219,8 @@ class _LinesOf(Parser):
     def _keep(self, piece: bytes) -> None:
         self._half_bytes += len(piece)
         if self._half_bytes > self._longest:
-            self._half.clear()
+            beginning = b"".join(self._half)[:SHOWN_BYTES]
+            self._half = [beginning + piece[: SHOWN_BYTES - len(beginning)]]
         elif piece:
             self._half.append(piece)
 
@@ -224,7 +228,7 @@ class _LinesOf(Parser):
         """`piece` ends the line that was kept; it is the next one."""
         self._keep(piece)
         if self._half_bytes > self._longest:
-            self._too_long = self._half_bytes
+            self._too_long = (self._half_bytes, self._half[0])
             self._lines = iter(())
         else:
             self._lines = iter([b"".join(self._half)])
@@ -236,10 +240,10 @@ class _LinesOf(Parser):
         offset, number = self._offset, self._number
         try:
             if self._too_long is not None:
-                length, self._too_long = self._too_long, None
+                (length, line), self._too_long = self._too_long, None
                 number += 1
                 offset += length + 1
-                entries.append(self._failed(_refusal(length, longest), b"", offset - length - 1, number, offset))
+                entries.append(self._failed(_refusal(length, longest), line, offset - length - 1, number, offset))
             for line in self._lines:
                 begin = offset
                 number += 1
@@ -273,10 +277,10 @@ class _LinesOf(Parser):
         elif isinstance(error, _LongLineError):
             what += f": {error}"
         else:
-            error.add_note(f"aioloader: {what}, which begins {line[:40]!r}")
+            error.add_note(f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
             return failed(error, (self._index, offset, number), f"{self.path}:{number}")
         if line:
-            what += f"; the line begins {line[:40]!r}"
+            what += f"; the line begins {line[:SHOWN_BYTES]!r}"
         broken = BrokenDataError(what)
         broken.__cause__ = error if not isinstance(error, _LongLineError) else None
         return failed(broken, (self._index, offset, number), f"{self.path}:{number}")

@@ -81,6 +81,10 @@ def _require_pillow(decoding: Any) -> None:
         raise ImportError(f"decode={decoding!r} needs Pillow: pip install 'aioloader[images]'") from error
 
 
+def _text(content: bytes) -> str:
+    return content.decode("utf-8")
+
+
 def _npy(content: bytes) -> Any:
     import numpy
 
@@ -106,6 +110,6 @@ _BASIC: Final[dict[str, Callable[[bytes], Any]]] = {
     "json": json.loads,
     "jsn": json.loads,
     "npy": _npy,
-    **dict.fromkeys(("txt", "text", "transcript"), lambda content: content.decode("utf-8")),
+    **dict.fromkeys(("txt", "text", "transcript"), _text),
     **dict.fromkeys(("cls", "cls2", "class", "count", "index", "inx", "id"), int),
 }

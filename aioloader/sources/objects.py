@@ -1,0 +1,293 @@
+"""`Objects`: what lies in an object store, many requests at once."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from operator import index
+from typing import Any, Final, Literal
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.located import Access, CursorSource, EntryReader
+from aioloader.errors import BrokenDataError
+from aioloader.sources.ahead import Ahead
+from aioloader.sources.buffers import tensor_over
+from aioloader.sources.fetch import FetchSource
+from aioloader.stages.checks import check_count
+
+__all__ = ["Objects"]
+
+Range = tuple[int, int]
+Ranges = Range | Mapping[str, Range] | Sequence[Range | None]
+Request = tuple[str, int, int]  # a key, and the bytes from the one to the other
+
+PAGE_KEYS: Final = 1000
+"""What a request for a part of a listing gives at most, in S3, GCS and Azure alike."""
+
+PAGES_AHEAD: Final = 2
+
+
+class Objects(FetchSource):
+    """The objects of a store, or ranges of them: with `keys` indexable, with `prefix` a stream of whatever is there.
+
+    With `keys`, `Pipeline(Objects(...)).shuffle()` is a full permutation, `len` is known, and `DataLoader` takes it as
+    a dataset. With `prefix`, the listing is read page by page, as far as it is needed and two pages more, and the
+    objects come in the order of their keys; those that are written meanwhile may come or not.
+
+    An object that is missing or cannot be read raises at its place, the store's own error with the key in a note, and
+    the next one follows. The store itself tries again what is worth it, see its `retry_config`.
+
+    Cursor: with `keys` the position; with `prefix` the last key, so that going on lists from there.
+
+    Args:
+        store: Any store of obstore (`aioloader[objects]`): S3, GCS, Azure, HTTP, a folder, memory.
+        keys: Which objects, a sequence; a key may come twice.
+        prefix: Instead of `keys`: all objects in this folder and below; `""` means all. A store that lists in no
+            order (a folder, HTTP) is listed to its end first.
+        ranges: What of each object, as (start, end) in bytes, `end` not included: one pair for all; a mapping from key
+            to pair, where a key without one is read whole; or, with `keys`, a sequence beside them, None for the whole.
+        read: `"bytes"`: a sample is a `bytes`. `"tensor"`: a uint8 tensor over the memory that the store received into,
+            without a copy; collate copies it once, into the batch. Do not write to it, a store may share that memory.
+            `"buffer"`: obstore's own `Bytes`, without a copy.
+        with_key: Samples are (key, content), for instance where the key says the label.
+        concurrency: Requests under way at once, at least 1.
+
+    Raises:
+        ImportError: obstore is not installed.
+        TypeError: An argument is of another type.
+        ValueError: An argument does not fit; both or none of `keys` and `prefix`.
+
+    ```python
+    store = obstore.store.S3Store("bucket", region="eu-central-1")
+    loader = Pipeline(Objects(store, keys, concurrency=256)).shuffle().map(decode).batch(64)
+    ```
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        keys: Sequence[str] | None = None,
+        *,
+        prefix: str | None = None,
+        ranges: Ranges | None = None,
+        read: Literal["bytes", "tensor", "buffer"] = "bytes",
+        with_key: bool = False,
+        concurrency: int = 64,
+    ) -> None:
+        _require_obstore()
+        if not _is_store(store):
+            raise TypeError(
+                f"Objects takes a store of obstore, got {store!r:.80} of type {type(store).__name__}; "
+                f"pass for instance obstore.store.from_url('s3://bucket')"
+            )
+        if (keys is None) == (prefix is None):
+            what = "neither" if keys is None else "both"
+            raise ValueError(
+                f"Objects takes either keys or prefix, got {what}; prefix='' means all objects of the store"
+            )
+        if read not in ("bytes", "tensor", "buffer"):
+            raise ValueError(f"read must be 'bytes', 'tensor' or 'buffer', got {read!r}")
+        self._store = store
+        self._read = read
+        self._with_key = bool(with_key)
+        self.concurrency = check_count("concurrency", concurrency, least=1)
+        self._range: Range | None = None
+        self._range_of: Mapping[str, Range] = {}
+        self._keys: Sequence[str | Request] | _Listing
+        if keys is not None:
+            self._keys = _requests(_checked_keys(keys), ranges)
+        else:
+            if not isinstance(prefix, str):
+                raise TypeError(f"prefix must be a str, got {prefix!r:.80} of type {type(prefix).__name__}")
+            self._keys = _Listing(store, prefix)
+        if ranges is None:
+            pass
+        elif isinstance(ranges, Mapping):
+            self._range_of = {key: _checked_range(pair, key) for key, pair in ranges.items()}
+        elif _is_pair(ranges):
+            self._range = _checked_range(ranges, None)
+        elif keys is None:
+            raise TypeError(
+                f"with prefix, ranges must be one pair (start, end) or a mapping from key to pair, got {ranges!r:.80}"
+            )
+
+    @property
+    def keys(self) -> Any:
+        """What is requested: keys, or keys with ranges; a sequence, or a stream of what is listed."""
+        return self._keys
+
+    def __len__(self) -> int:
+        """How many there are.
+
+        Raises:
+            TypeError: They are listed as they are read.
+        """
+        if isinstance(self._keys, _Listing):
+            raise TypeError(
+                "Objects(prefix=...) has no length, for it lists as it reads; pass it to Pipeline, or pass keys"
+            )
+        return len(self._keys)
+
+    async def __getitem__(self, number: int) -> Any:
+        """Sample `number`."""
+        if isinstance(self._keys, _Listing):
+            raise TypeError(
+                "Objects(prefix=...) has no numbers, for it lists as it reads; pass it to Pipeline, or pass keys"
+            )
+        return await self.fetch(self._keys[number])
+
+    async def fetch(self, key: str | Request) -> Any:
+        """The object of a key, or a range of it.
+
+        Raises:
+            BrokenDataError: It has fewer bytes than the range.
+            Exception: The store's own; FileNotFoundError for one that is missing.
+        """
+        start, end = 0, 0
+        if isinstance(key, tuple):
+            key, start, end = key
+        elif self._range is not None:
+            start, end = self._range
+        elif self._range_of:
+            start, end = self._range_of.get(key, (0, 0))
+        try:
+            content = await self._content(key, start, end)
+        except Exception as error:
+            part = f", bytes {start} to {end}" if end else ""
+            error.add_note(f"aioloader: object {key!r}{part} of {self._store!r}")
+            raise
+        if self._read == "bytes":
+            content = bytes(content)
+        elif self._read == "tensor":
+            content = tensor_over(content)
+        return (key, content) if self._with_key else content
+
+    async def _content(self, key: str, start: int, end: int) -> Any:
+        import obstore
+
+        if not end:
+            return await (await obstore.get_async(self._store, key)).bytes_async()
+        content = await obstore.get_range_async(self._store, key, start=start, end=end)
+        if len(content) < end - start:
+            raise BrokenDataError(
+                f"the object {key!r} ends at byte {start + len(content)}, but bytes {start} to {end} are asked for"
+            )
+        return content
+
+
+class _Listing(CursorSource):
+    """The keys below a prefix, in order, as a store lists them.
+
+    Cursor: the key.
+    """
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        return Ahead(access, lambda: self._pages(cursor), lists=PAGES_AHEAD)
+
+    async def _pages(self, behind: str | None) -> AsyncGenerator[list[Entry]]:
+        found = behind is not None
+        pages = self._in_order if _lists_in_order(self._store) else self._sorted
+        async for keys in pages(behind):
+            found = True
+            yield [Entry(key, key, key, 0) for key in keys]
+        if not found:
+            raise FileNotFoundError(
+                f"Objects: no object below the prefix {self._prefix!r} in {self._store!r}; a prefix is a folder, that "
+                f"is, whole parts of a key between slashes"
+            )
+
+    async def _in_order(self, behind: str | None) -> AsyncGenerator[list[str]]:
+        """The pages behind a key."""
+        last = behind
+        async for page in self._store.list(self._prefix or None, offset=behind, chunk_size=PAGE_KEYS):
+            keys = _keys_of(page)
+            for key in keys:
+                if last is not None and key <= last:
+                    raise ValueError(
+                        f"{self._store!r} lists in no order: {key!r} comes behind {last!r}, so that there would be no "
+                        f"going on from there; list it yourself, and pass keys=sorted(keys)"
+                    )
+                last = key
+            if keys:
+                yield keys
+
+    async def _sorted(self, behind: str | None) -> AsyncGenerator[list[str]]:
+        """The same where that takes the whole listing."""
+        found: list[str] = []
+        async for page in self._store.list(self._prefix or None, chunk_size=PAGE_KEYS):
+            found += _keys_of(page)
+        if behind is not None:
+            found = [key for key in found if key > behind]
+        found.sort()
+        for start in range(0, len(found), PAGE_KEYS):
+            yield found[start : start + PAGE_KEYS]
+
+
+def _keys_of(page: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Without the empty objects by which some consoles show a folder."""
+    return [item["path"] for item in page if item["size"] or not item["path"].endswith("/")]
+
+
+def _require_obstore() -> None:
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise ImportError("Objects needs the package obstore: pip install 'aioloader[objects]'") from error
+
+
+def _is_store(store: Any) -> bool:
+    return all(callable(getattr(store, name, None)) for name in ("get_async", "get_range_async", "list"))
+
+
+def _lists_in_order(store: Any) -> bool:
+    from obstore.store import HTTPStore, LocalStore
+
+    return not isinstance(store, HTTPStore | LocalStore)
+
+
+def _checked_keys(keys: Any) -> tuple[str, ...]:
+    if isinstance(keys, str | bytes) or not isinstance(keys, Sequence):
+        raise TypeError(
+            f"keys must be a sequence of str, got {keys!r:.80} of type {type(keys).__name__}; "
+            f"for one object pass [key], for a folder prefix="
+        )
+    found = tuple(keys)
+    if not set(map(type, found)) <= {str}:
+        wrong = next(key for key in found if type(key) is not str)
+        raise TypeError(f"keys must be str, got {wrong!r:.80} of type {type(wrong).__name__}")
+    if not found:
+        raise ValueError("Objects needs at least one key, got none; an empty list would be an epoch without samples")
+    return found
+
+
+def _requests(keys: tuple[str, ...], ranges: Any) -> Sequence[str | Request]:
+    """The keys; with their ranges where these are a sequence beside them."""
+    if ranges is None or isinstance(ranges, Mapping) or _is_pair(ranges):
+        return keys
+    if isinstance(ranges, str | bytes) or not isinstance(ranges, Sequence):
+        raise TypeError(
+            f"ranges must be a pair (start, end), a mapping from key to pair, or a sequence of pairs, "
+            f"got {ranges!r:.80} of type {type(ranges).__name__}"
+        )
+    if len(ranges) != len(keys):
+        raise ValueError(
+            f"ranges must be as many as keys, got {len(ranges)} for {len(keys)}; None means the whole object"
+        )
+    return tuple(
+        key if pair is None else (key, *_checked_range(pair, key)) for key, pair in zip(keys, ranges, strict=True)
+    )
+
+
+def _is_pair(ranges: Any) -> bool:
+    return isinstance(ranges, tuple | list) and len(ranges) == 2 and all(hasattr(end, "__index__") for end in ranges)
+
+
+def _checked_range(pair: Any, key: str | None) -> Range:
+    where = "" if key is None else f" for {key!r}"
+    if not _is_pair(pair):
+        raise TypeError(f"a range must be a pair of integers (start, end), got {pair!r:.80}{where}")
+    start, end = map(index, pair)
+    if not 0 <= start < end:
+        raise ValueError(f"a range must be 0 <= start < end, got ({start}, {end}){where}")
+    return start, end
