@@ -73,7 +73,9 @@ def parser_for(doc: str | None) -> argparse.ArgumentParser:
     size.add_argument("--quick", action="store_true", help="a few seconds, with figures that vary more")
     size.add_argument("--smallest", action="store_true", help="only to see that it runs: the figures mean nothing")
     parser.add_argument("--rounds", type=int, help="how often each contender runs; without it the size decides")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="contenders with TEXT in their name")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="contenders with TEXT in their name"
+    )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw DIR/<script>.png")
     return parser
 

@@ -96,9 +96,7 @@ def by_spdl(samples: int, *, spare: bool) -> Epoch:
 def by_torch(samples: int, workers: int) -> Epoch:
     """torch's loader; worker processes stay, so that only the first epoch starts them."""
     return by_for(
-        torch.utils.data.DataLoader(
-            MapStyle(Data(samples)), BATCH, num_workers=workers, persistent_workers=workers > 0
-        )
+        torch.utils.data.DataLoader(MapStyle(Data(samples)), BATCH, num_workers=workers, persistent_workers=workers > 0)
     )
 
 
