@@ -344,6 +344,7 @@ def test_after_a_fork_parent_and_child_have_their_own() -> None:
     import os, threading, torch
     from aioloader.memory.pool import BatchMemory
 
+    torch.set_num_threads(1)  # the OpenMP threads of a parent do not live in its child, which would wait for them
     memory = BatchMemory()
     def batch(value):
         return memory.alloc((1 << 20,), torch.uint8).fill_(value)
@@ -452,6 +453,8 @@ VIEWS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 def content(kept: Any) -> bytes:
     """What is seen through any of `VIEWS`."""
+    if isinstance(kept, torch.UntypedStorage):  # `bytes` of one takes a microsecond per byte
+        kept = torch.empty(0, dtype=torch.uint8).set_(kept)
     if isinstance(kept, torch.Tensor):
         return kept.numpy().tobytes()
     return bytes(kept)

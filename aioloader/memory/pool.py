@@ -91,6 +91,10 @@ class BatchMemory:
             free, self._free = self._free, deque()
         del free  # outside the lock: unmapping takes its time
 
+    def __del__(self) -> None:
+        # A batch that is kept refers to `_returned`, in which blocks may lie that nobody will sort in any more.
+        self._returned.close()
+
     @property
     def bytes_held(self) -> int:
         """Size of all blocks, lent out and free."""
