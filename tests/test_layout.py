@@ -27,7 +27,7 @@ IMPORTS: dict[str, set[str]] = {
     "memory": set(),
     "device": {"errors"},
     "engine": {"errors", "executors", "insight"},
-    "stages": {"cores", "engine", "seeds"},
+    "stages": {"cores", "engine", "insight", "seeds"},
     "sources": {"engine", "errors", "stages"},
     "plan": {"cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
     "rng": {"executors", "seeds"},

@@ -15,6 +15,7 @@ from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
+    from aioloader.engine.located import RunEnd
     from aioloader.engine.window import Window
 
 __all__ = ["CLOSE_SECONDS", "Run"]
@@ -70,6 +71,10 @@ class Run:
         self.stopping = False
         self.failure: BaseException | None = None
         self.started = False
+        self.handed_out: Any = (
+            None  # the cursor of the last entry that reached the consumer; in whatever thread that is
+        )
+        self.shared: dict[object, RunEnd] = {}  # see `Access.shared`
         self.loop: asyncio.AbstractEventLoop
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -238,6 +243,8 @@ class Run:
                 try:
                     await self._end_threads()
                 finally:
+                    for shared in self.shared.values():
+                        self.guarded(shared.run_over, self.handed_out)
                     kick()
 
     async def _end_tasks(self) -> None:
