@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from concurrent.futures import Future as ConcurrentFuture
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aioloader.engine.entry import Entry
 from aioloader.executors.threads import Threads
@@ -64,7 +64,7 @@ class RunEnd(ABC):
 
     @abstractmethod
     def run_over(self, handed_out: Any) -> None:
-        """The run has ended, its tasks and threads too.
+        """The run has ended, and its consumer takes no more of it. In any thread.
 
         Args:
             handed_out: The cursor of the last entry that reached the consumer; None: there was none.
@@ -104,8 +104,7 @@ class Access:
         """What the readers of `owner` share in this run, made by the first of them."""
         if owner not in self._run.shared:
             self._run.shared[owner] = make()
-        shared: E = self._run.shared[owner]
-        return shared
+        return cast(E, self._run.shared[owner])
 
     def threads(self, limit: int) -> "AccessThreads":
         """Up to `limit` threads, started as they are needed, that end with the reader."""

@@ -194,8 +194,8 @@ class TimedFoldNode(FoldNode):
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
-        self.meter = run.adopt(self.meter)
         super().start(run, kick)
+        self.meter = run.adopt(self.meter)
 
     def poll(self, limit: int) -> list[Entry]:
         taken = super().poll(limit)

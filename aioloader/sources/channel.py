@@ -77,7 +77,7 @@ class Channel(CursorSource):
             self._senders[waiting] = None
         try:
             await waiting.told
-        except asyncio.CancelledError:
+        except BaseException:  # also when the task is collected with its loop
             self._withdraw(waiting)
             raise
         if not waiting.sent:
@@ -420,9 +420,10 @@ class _ChannelReader(EntryReader):
 class _Ledger(RunEnd):
     """What one run has read of a channel and not handed out, so that it can go back.
 
-    The cursor of an entry is ("channel", a name of this ledger, its number). Whatever the stages behind make of cursors,
-    the one that was handed out last has such a triple in it, and what comes after that number has not been handed out.
-    Behind `shuffle(buffer_size)` and `ordered=False` it is the oldest one that has not: what overtook it comes again.
+    The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever the stages behind make of
+    cursors, the one that was handed out last has such a triple in it, and what comes after that number has not been
+    handed out. Behind `shuffle(buffer_size)` and `ordered=False` that is so from the oldest one on that has not been:
+    what overtook it comes again.
 
     A filter that drops samples for ever hands nothing out, hence the bound of what is kept.
     """
