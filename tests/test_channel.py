@@ -665,7 +665,8 @@ def test_epochs_that_are_broken_off_anywhere_give_every_sample_once(face: Face) 
 
 
 @pytest.mark.parametrize(
-    ("maxsize", "said"), [(0, "maxsize must be at least 1, got 0"), (-1, "at least 1"), (1.5, "an integer"), (True, "an integer")]
+    ("maxsize", "said"),
+    [(0, "maxsize must be at least 1, got 0"), (-1, "at least 1"), (1.5, "an integer"), (True, "an integer")],
 )
 def test_maxsize_is_a_positive_integer(maxsize: Any, said: str) -> None:
     with pytest.raises((TypeError, ValueError), match=said):

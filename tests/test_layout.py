@@ -28,7 +28,7 @@ IMPORTS: dict[str, set[str]] = {
     "device": {"errors"},
     "engine": {"errors", "executors", "insight"},
     "stages": {"cores", "engine", "insight", "seeds"},
-    "sources": {"engine", "errors", "stages"},
+    "sources": {"engine", "errors", "executors", "stages"},
     "plan": {"cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
     "rng": {"executors", "seeds"},
     "state": {"engine", "errors", "plan", "sources", "stages"},
