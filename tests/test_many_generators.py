@@ -4,7 +4,6 @@ import asyncio
 import gc
 import itertools
 import json
-import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from aioloader.engine.source import KeySource
 from aioloader.sources.order import order_of
 from aioloader.stages.base import Pass
 from aioloader.testing import FaultySource, Gate, RecordingSource, SyncRecordingSource, virtual_order
-from tests._support import Face, Steps, collect, on_both_faces, run, until
+from tests._support import Face, Started, Steps, collect, on_both_faces, run, until
 
 MANY = 100
 
@@ -147,10 +146,14 @@ def test_interleaved_sources_are_read_side_by_side(face: Face) -> None:
 
     with Steps(Pipeline.interleave(*(source(number) for number in range(4))), face) as steps:
         gate.open(1, 2, 3)
-        opener = threading.Thread(target=lambda: (gate.wait_arrived(4), gate.open(0)), name="test")
-        opener.start()
+
+        def open_the_first() -> None:
+            gate.wait_arrived(4)
+            gate.open(0)
+
+        opener = Started(open_the_first)
         assert steps.rest() == [0, 1, 2, 3]
-        opener.join()
+        opener.outcome()
 
 
 @on_both_faces
