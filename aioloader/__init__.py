@@ -4,6 +4,7 @@ from aioloader.dataloader import DataLoader
 from aioloader.errors import (
     AioloaderError,
     BrokenDataError,
+    ChannelClosedError,
     DeviceError,
     LeakedContextError,
     LoaderClosedError,
@@ -22,6 +23,7 @@ __all__ = [
     "AioloaderError",
     "BatchInfo",
     "BrokenDataError",
+    "ChannelClosedError",
     "DataLoader",
     "DeviceError",
     "LeakedContextError",

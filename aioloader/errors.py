@@ -7,6 +7,7 @@
     ├── LeakedContextError (RuntimeError)    a torch context is held across a `yield` of a user generator
     ├── SampleCancelledError (RuntimeError)  user code was cancelled, but not by us
     ├── LoaderClosedError (RuntimeError)     the iterator was closed while somebody waited for a batch
+    ├── ChannelClosedError (RuntimeError)    a sample was sent to a channel that is closed
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited, with a sample in its hands
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
@@ -18,6 +19,7 @@ Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's Da
 __all__ = [
     "AioloaderError",
     "BrokenDataError",
+    "ChannelClosedError",
     "DeviceError",
     "LeakedContextError",
     "LoaderClosedError",
@@ -59,6 +61,10 @@ class SampleCancelledError(AioloaderError, RuntimeError):
 
 class LoaderClosedError(AioloaderError, RuntimeError):
     """The iterator was closed by somebody else while this caller waited for its next batch."""
+
+
+class ChannelClosedError(AioloaderError, RuntimeError):
+    """A sample was sent to a `Channel` that is closed, or was closed while the sender waited: it has not been sent."""
 
 
 class WorkerDiedError(AioloaderError, RuntimeError):

@@ -384,7 +384,7 @@ class Loader(Opener):
                 delivery.close()
             elif isinstance(delivery, AsyncDelivery):
                 delivery.closed = True
-                delivery.run.request_stop_threadsafe()
+                delivery.run.leave()
         if self._loop_thread is not None:
             self._loop_thread.request_stop()
             self._loop_thread.join()
@@ -400,7 +400,7 @@ class Loader(Opener):
                     await delivery.aclose()
                 else:  # it ends on its own loop
                     delivery.closed = True
-                    delivery.run.request_stop_threadsafe()
+                    delivery.run.leave()
         if self._loop_thread is not None or any(isinstance(d, SyncDelivery) for d in self._alive()):
             await anyio.to_thread.run_sync(self.close)
         if self._processes is not None:

@@ -23,8 +23,9 @@ from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
-from aioloader.stages.checks import check_callable, check_count, check_integer
+from aioloader.stages.checks import check_callable, check_count, check_integer, check_seconds
 from aioloader.stages.device import PinMemory, To
+from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
@@ -142,6 +143,33 @@ class Pipeline(Loader):
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         return self._then(Filter(fn, is_async_callable(fn)))
 
+    def drop_if(self, fn: Callable[[Any], Any]) -> "Pipeline":
+        """All but the samples of which `fn` is true when their turn comes, however long ago they were made.
+
+        `filter` looks at a sample as soon as it is there; this looks when what stands behind takes it: before `batch`
+        when the sample is put into a batch, and once more just before that batch is collated (which may make it
+        shorter); as the last stage at the moment of the consumer's `next()`. Batches made ahead are not looked at
+        again: put another `drop_if` behind `batch`, or use `prefetch(0)`.
+
+        ```python
+        def stale(sample):
+            return policy.version - sample["version"] > 4
+
+        loader = Pipeline(channel).drop_if(stale).batch(64, max_wait=0.5)
+        loader.stats()  # the stage's `dropped` says how many
+        ```
+
+        Args:
+            fn: A quick sync function; it runs in a thread, and twice for most samples.
+        """
+        check_callable("fn", fn, arguments=1, example="drop_if(stale)")
+        if is_async_callable(fn):
+            raise TypeError(
+                f"drop_if takes a sync function, since it looks at the last moment, got {describe(fn)}, which is "
+                f"async; use filter for what must be awaited"
+            )
+        return self._then(DropIf(fn))
+
     def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline":
         """All items of `fn(sample)`, an iterable or async iterable; those of one sample after those of the other.
 
@@ -171,20 +199,31 @@ class Pipeline(Loader):
         return self._then(Shuffle(buffer_size, check_integer("seed", seed)))
 
     def batch(
-        self, batch_size: int, *, drop_last: bool = False, collate_fn: Callable[[list[Any]], Any] | None = None
+        self,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        max_wait: float | None = None,
     ) -> "Pipeline":
         """Batches of `batch_size` samples.
 
         Args:
             batch_size: At least 1.
-            drop_last: Leave out a last batch that is shorter.
+            drop_last: Leave out a last batch that is shorter. It is about the end of the source alone: what `max_wait`
+                cuts short is given.
             collate_fn: From a list of samples to a batch, off the event loop (an async one on it). Default: torch's
                 `default_collate`, which says which samples do not fit.
+            max_wait: Seconds, 0 or more, after which a batch is given as it is, counted from its first sample: for
+                sources whose samples come when they come. None: a batch waits until it is full. How many were given
+                short stands in `stats()` as `partial`.
         """
         size = check_count("batch_size", batch_size, least=1)
         if collate_fn is not None:
             check_callable("collate_fn", collate_fn, arguments=1, example="batch(64, collate_fn=pad)")
-        return self._then(Batch(size, bool(drop_last), CollateWith(collate_fn)))
+        if max_wait is not None:
+            max_wait = check_seconds("max_wait", max_wait)
+        return self._then(Batch(size, bool(drop_last), CollateWith(collate_fn), max_wait))
 
     def unbatch(self) -> "Pipeline":
         """The samples of each batch: rows of tensors, items of lists; the inverse of the default `batch`."""
@@ -273,6 +312,11 @@ class Pipeline(Loader):
     def merge(*sources: Any) -> "Pipeline":
         """Samples of all sources, as they come. Ends when all have ended."""
         return Pipeline._of(Plan(Combined("merge", _plans("merge", sources))))
+
+    @staticmethod
+    def interleave(*sources: Any) -> "Pipeline":
+        """One sample of each source in turn, the first source's first; goes on with the others when one ends."""
+        return Pipeline._of(Plan(Combined("interleave", _plans("interleave", sources))))
 
     @staticmethod
     def mix(sources: Sequence[Any], weights: Sequence[float], *, seed: int = 0) -> "Pipeline":

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from aioloader.cores import usable_cores
 from aioloader.device import Transfer, pin_batch
-from aioloader.engine.combine import MergeNode, MixNode, RepeatNode, ZipNode
-from aioloader.engine.node import FoldNode, Node
+from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
+from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
@@ -29,6 +29,7 @@ from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
+from aioloader.stages.drop_if import DropIf, FreshGroup
 from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
 from aioloader.stages.shard import Shard
@@ -69,7 +70,7 @@ class Single:
 class Combined:
     """Several pipelines as one source."""
 
-    how: Literal["merge", "mix", "zip"]
+    how: Literal["interleave", "merge", "mix", "zip"]
     plans: tuple["Plan", ...]
     weights: tuple[float, ...] = ()
     seed: int = 0
@@ -166,6 +167,8 @@ def build(
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
     if not journey.stages:
+        if isinstance(node, Window) and plan.stages and isinstance(plan.stages[-1], DropIf):
+            return node  # it has no room: what is made ahead is held by the window before it
         return Window(node, (), room=prefetch)
     if plan.room is not None or journey.batches:
         return journey.window(node, prefetch if plan.room is None else plan.room, processes, this_pass, exact=True)
@@ -177,6 +180,7 @@ class _Journey:
     """Neighbouring stages that one window will run."""
 
     batches: bool = False  # its entries are batches
+    checks: "list[tuple[DropIf, Step]]" = field(default_factory=list)  # made when these are taken, right before
     stages: list[Map | Filter] = field(default_factory=list)
     seeds: list[int | None] = field(default_factory=list)  # of each stage, for the random numbers of samples
 
@@ -264,9 +268,25 @@ class _Builder:
             node, journey, rest = self._source(plan.source, plan.stages)
         at = len(plan.stages) - len(rest)
         for number, stage in enumerate(rest, at):
+            if isinstance(stage, DropIf):
+                node, journey = self._check_late(node, journey, stage, plan)
+                continue
             loose = any_order(plan.source, plan.stages[:number])
             node, journey = self._add(node, journey, stage, loose=loose)
         return node, journey
+
+    def _check_late(self, node: Node, journey: _Journey, stage: DropIf, plan: Plan) -> tuple[Node, _Journey]:
+        """A window that begins what it is asked for, over one that holds what is made ahead."""
+        prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
+        if journey.batches:
+            node = journey.window(node, prefetch, self._processes, self._pass, exact=True)
+        elif journey.stages:
+            node = self._close(node, journey)
+        elif stage is plan.stages[-1]:
+            node = Window(node, (), room=prefetch)
+        steps = _steps([stage.check()], [None], None, self._processes)
+        window = Window(node, steps, room=0)
+        return window, _Journey(checks=[*journey.checks, (stage, steps[0])])
 
     def _repetition(self, plan: Plan, repetition: int) -> Node:
         resumed, self._resumed = self._resumed, False  # the first that is made; those after it begin
@@ -330,6 +350,8 @@ class _Builder:
 
     def _combine(self, source: Combined, nodes: list[Node]) -> Node:
         match source.how:
+            case "interleave":
+                return InterleaveNode(nodes)
             case "merge":
                 return MergeNode(nodes)
             case "zip":
@@ -351,12 +373,22 @@ class _Builder:
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey()
         assert isinstance(stage, FoldStage), stage
         loose = loose and isinstance(stage, Unbatch | Shuffle | Shard)
-        node = FoldNode(node, stage.fold(self._pass), loose=loose)
+        if isinstance(stage, Batch) and stage.max_wait is not None:
+            node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
+        else:
+            node = FoldNode(node, stage.fold(self._pass), loose=loose)
         if isinstance(stage, Batch | JoinBatches):
-            journey = _Journey(batches=True)
-            journey.add(collate_stage(stage.collate, self._alloc))
-            return node, journey
+            batches = _Journey(batches=True)
+            for check, step in journey.checks:
+                batches.add(_fresh_stage(check, step))
+            batches.add(collate_stage(stage.collate, self._alloc))
+            return node, batches
         return node, _Journey()
+
+
+def _fresh_stage(check: DropIf, step: Step) -> Filter:
+    """What looks through a batch once more, in the crossing of its collate; counts where the first look counts."""
+    return Filter(FreshGroup(check.fn, lambda: step.meter), is_async=False, name=check.label)
 
 
 def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:

@@ -59,9 +59,12 @@ class Steps:
     Under `async for` each step runs the loop until the batch is there, and between two steps the loop stands still.
     """
 
-    def __init__(self, loader: Loader, face: Face) -> None:
+    def __init__(
+        self, loader: Loader, face: Face, *, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    ) -> None:
         self._loader = loader
         self._face = face
+        self._loop_factory = loop_factory  # of `async for`
         self._runner: asyncio.Runner | None = None
         self._iterator: Any = None
 
@@ -73,7 +76,7 @@ class Steps:
         async def begin() -> None:  # `async for` asks for the iterator in a running loop
             self._iterator = self._loader.__aiter__()
 
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=self._loop_factory)
         try:
             self._runner.run(begin())
         except BaseException:

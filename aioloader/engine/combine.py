@@ -1,4 +1,4 @@
-"""Nodes with several upstreams, or with one after the other: `merge`, `mix`, `zip`, `repeat`."""
+"""Nodes with several upstreams, or with one after the other: `merge`, `interleave`, `mix`, `zip`, `repeat`."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from aioloader.engine.progress import cursor_parts, cursor_sequence, whole
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["MergeNode", "MixNode", "RepeatNode", "ZipNode"]
+__all__ = ["InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "ZipNode"]
 
 
 class _Several(Node):
@@ -74,6 +74,52 @@ class MergeNode(_Several):
                 if entry.state == LAST:
                     return taken
         self.ended = all(upstream.ended for upstream in upstreams)
+        return taken
+
+
+class InterleaveNode(_Several):
+    """One entry of each upstream in turn; those that have ended drop out of the turn.
+
+    All are asked together, for their share of what is wanted, so that they work side by side. Cursor: that of each
+    upstream, whose turn is next, and who has ended; which is found out in turn, so it does not depend on who is fast.
+    """
+
+    def __init__(self, upstreams: Sequence[Node]) -> None:
+        super().__init__(upstreams)
+        self._pending: list[deque[Entry]] = [deque() for _ in self._upstreams]
+        self._turn = 0
+        self._over: list[int] = []
+
+    def resume(self, cursor: tuple[Any, int, Sequence[int]]) -> None:
+        cursors, self._turn, over = cursor
+        super().resume(cursors)
+        self._over = list(over)
+
+    def poll(self, limit: int) -> list[Entry]:
+        if self.ended:
+            return []
+        in_turn = len(self._upstreams) - len(self._over)
+        share = -(-limit // in_turn)
+        for index, (upstream, pending) in enumerate(zip(self._upstreams, self._pending, strict=True)):
+            if len(pending) < share and not upstream.ended and index not in self._over:
+                pending.extend(upstream.poll(share - len(pending)))
+        taken: list[Entry] = []
+        while len(taken) < limit and not self.ended:
+            index = self._turn
+            pending = self._pending[index]
+            if pending:
+                self._turn = (index + 1) % len(self._upstreams)
+                entry = self._emit(pending.popleft(), index)
+                entry.cursor = (entry.cursor, self._turn, tuple(self._over))
+                taken.append(entry)
+            elif index in self._over:
+                self._turn = (index + 1) % len(self._upstreams)
+            elif self._upstreams[index].ended:
+                self._over.append(index)
+                if len(self._over) == len(self._upstreams):
+                    self._end()
+            else:
+                break
         return taken
 
 

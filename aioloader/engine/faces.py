@@ -130,7 +130,7 @@ class AsyncDelivery(Delivery):
             if run.failure is not None:
                 await self._finish()
                 raise self._take_failure(StopAsyncIteration())
-            if self.closed and not run.output.ended:
+            if (self.closed or run.given_back) and not run.output.ended:
                 raise self._cut_short()
             if run.started:
                 taken = run.output.poll(1)
@@ -187,6 +187,7 @@ class SyncDelivery(Delivery):
 
     def __init__(self, run: Run, shared: LoopThread | None) -> None:
         super().__init__(run)
+        run.left = False  # what is in the queue when the run is over may still be taken
         self._queue: SimpleQueue[Entry | _Ended] = SimpleQueue()
         self._put = 0  # on the loop: batches put into the queue
         self._given = 0  # on the loop: those of them whose room was given back
@@ -248,6 +249,7 @@ class SyncDelivery(Delivery):
         item = self._queue.get(timeout=timeout)
         if isinstance(item, _Ended):
             self._queue.put(item)  # for whoever asks next
+            self.run.drained()
             if self._own_loop is not None:
                 self._own_loop.join()
             if self.run.failure is not None and not self.closed:
@@ -256,6 +258,8 @@ class SyncDelivery(Delivery):
                 self.run.consumer.waited_for_end(asked)
                 self.progress.over = True
                 raise StopIteration
+            raise self._cut_short()
+        if self.run.given_back:  # the source has it again
             raise self._cut_short()
         self._unreported += 1
         if self._unreported >= self._report_at:
@@ -280,7 +284,7 @@ class SyncDelivery(Delivery):
 
     def close(self) -> None:
         self.closed = True
-        self.run.request_stop_threadsafe()
+        self.run.leave()
         if self._own_loop is not None:
             self._own_loop.join()
         elif self._loop_thread is not None and not self._loop_thread.is_current():
@@ -357,7 +361,7 @@ class Batches(Iterator[T_co]):
         run = self._opener._open_run()
         self._receive = self._opener._receiver()
         self._delivery = delivery = SyncDelivery(run, self._opener._shared_loop())
-        self._finalizer = finalize(self, run.request_stop_threadsafe)
+        self._finalizer = finalize(self, run.leave)
         self._finalizer.atexit = False  # the exit hook of `loop_thread` also waits
         self._opener._opened(delivery)
         return delivery
@@ -420,7 +424,7 @@ class AsyncBatches(AsyncIterator[T_co]):
         run = self._opener._open_run()
         self._receive = self._opener._receiver()
         self._delivery = delivery = AsyncDelivery(run)
-        self._finalizer = finalize(self, run.request_stop_threadsafe)
+        self._finalizer = finalize(self, run.leave)
         self._finalizer.atexit = False
         self._opener._opened(delivery)
         return delivery

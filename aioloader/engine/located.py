@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from concurrent.futures import Future as ConcurrentFuture
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from aioloader.engine.entry import Entry
 from aioloader.executors.threads import Threads
@@ -18,9 +18,10 @@ from aioloader.executors.threads import Threads
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["Access", "CursorSource", "EntryReader"]
+__all__ = ["Access", "CursorSource", "EntryReader", "RunEnd"]
 
 T = TypeVar("T")
+E = TypeVar("E", bound="RunEnd")
 
 
 class EntryReader(ABC):
@@ -46,11 +47,28 @@ class CursorSource(ABC):
 
     Pass it to `Pipeline` or `DataLoader`. Each epoch opens it anew, several may be open at a time, and it is pickled
     like any other object: what is open belongs to the reader.
+
+    Attributes:
+        replayable: Opened at a cursor, it gives what came after it. False for live data, which does not come again.
     """
+
+    replayable: ClassVar[bool] = True
 
     @abstractmethod
     def open(self, access: "Access", cursor: Any) -> EntryReader:
         """Begin an epoch behind `cursor`, or at its start when that is None. On the loop; must not block or wait."""
+
+
+class RunEnd(ABC):
+    """What all readers of one source in one run share, and what is told of the run's end."""
+
+    @abstractmethod
+    def run_over(self, handed_out: Any) -> None:
+        """The run has ended, and its consumer takes no more of it. In any thread.
+
+        Args:
+            handed_out: The cursor of the last entry that reached the consumer; None: there was none.
+        """
 
 
 class Access:
@@ -76,6 +94,17 @@ class Access:
     def epoch(self) -> int:
         """The number of the epoch."""
         return self._run.epoch
+
+    @property
+    def handed_out(self) -> Any:
+        """The cursor of the last entry that reached the consumer, as the last stage made it; None: none did yet."""
+        return self._run.handed_out
+
+    def shared(self, owner: object, make: Callable[[], E]) -> E:
+        """What the readers of `owner` share in this run, made by the first of them."""
+        if owner not in self._run.shared:
+            self._run.shared[owner] = make()
+        return cast(E, self._run.shared[owner])
 
     def threads(self, limit: int) -> "AccessThreads":
         """Up to `limit` threads, started as they are needed, that end with the reader."""

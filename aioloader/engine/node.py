@@ -7,17 +7,19 @@ does not move, which is all there is to back-pressure.
 """
 
 from abc import ABC, abstractmethod
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.progress import cursor_sequence
+from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["Fold", "FoldNode", "Kick", "Node"]
+__all__ = ["Fold", "FoldNode", "Kick", "Node", "TimedFold", "TimedFoldNode"]
 
 Kick = Callable[[], None]
 
@@ -148,3 +150,86 @@ class FoldNode(Node):
 
     def close(self) -> None:
         self._upstream.close()
+
+
+class TimedFold(Fold, Protocol):
+    """A fold that holds entries back to give them together, but not for ever."""
+
+    @property
+    def waiting(self) -> int | None:
+        """The number of the output whose entries wait for more; None: none wait."""
+
+    def cut(self) -> Iterable[Entry]:
+        """Time is up: give what waits as it is."""
+
+
+EARLY_SECONDS: Final = 0.001  # so much before its time a timer may come: libuv counts milliseconds
+
+
+class TimedFoldNode(FoldNode):
+    """Runs a fold whose output is given `max_wait` seconds after its first entry came, at the latest.
+
+    The fold stays passive: a timer of the loop kicks whoever is downstream, who then polls. When there is no room
+    downstream nothing happens until there is, and what has come meanwhile is taken first. There is one timer, which
+    goes on by itself while outputs become full before their time: it costs nothing per sample.
+
+    Args:
+        upstream: Gives the entries.
+        fold: The rule.
+        max_wait: Seconds of the loop's clock.
+        name: For statistics.
+    """
+
+    _fold: TimedFold
+
+    def __init__(self, upstream: Node, fold: TimedFold, max_wait: float, name: str) -> None:
+        super().__init__(upstream, fold)
+        self._max_wait = max_wait
+        self._waiting: int | None = None  # the output that was begun at `_began`
+        self._began = 0.0
+        self._timer: TimerHandle | None = None
+        self._closed = False
+        self.meter = StageMeter(name, "fold")
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        super().start(run, kick)
+        self.meter = run.adopt(self.meter)
+
+    def poll(self, limit: int) -> list[Entry]:
+        taken = super().poll(limit)
+        if not taken and self._is_due():
+            cut = list(self._fold.cut())
+            self.meter.partial += len(cut)
+            self._ready.extend(cut)
+            taken = super().poll(limit)
+        self.meter.samples += len(taken)
+        if self._fold.waiting != self._waiting:
+            self._waiting = self._fold.waiting
+            self._began = self._run.loop.time()
+            if self._timer is None and self._waiting is not None and not self._closed:
+                self._arm()
+        return taken
+
+    def close(self) -> None:
+        self._closed = True
+        self.meter.retired = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        super().close()
+
+    def _is_due(self) -> bool:
+        waits = self._waiting is not None and self._waiting == self._fold.waiting
+        return waits and self._run.loop.time() >= self._began + self._max_wait - EARLY_SECONDS
+
+    def _arm(self) -> None:
+        self._timer = self._run.loop.call_at(self._began + self._max_wait, self._run.guarded, self._rung)
+
+    def _rung(self) -> None:
+        self._timer = None
+        if self._is_due():
+            self._kick()
+        elif self._waiting is not None:  # that output was full in time, and another one has begun
+            self._arm()

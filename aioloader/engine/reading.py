@@ -181,13 +181,20 @@ class ThreadReader(Reader):
             self.marks.append((self._number, origin))
 
     async def aclose(self) -> None:
-        close = getattr(self._iterator, "close", None)
-        if close is not None and not isinstance(self._iterator, _FILES):
-            await self._run.in_thread(self._threads, close)
+        # A crossing that was cut off may not have begun: then it makes the iterator while everything ends. The thread
+        # does one thing after the other, so what comes behind the crossing closes it.
+        needed = self._crossing is not None if self._iterator is None else _closable(self._iterator)
+        if needed:
+            await self._run.in_thread(self._threads, self._close)
+
+    def _close(self) -> None:
+        if _closable(self._iterator):
+            self._iterator.close()  # type: ignore[union-attr]  # as was just asked
 
 
-# `Pipeline(open(path))`: iterating a file does not make it ours to close.
-_FILES: Final = IOBase
+def _closable(iterator: Any) -> bool:
+    """`Pipeline(open(path))`: iterating a file does not make it ours to close."""
+    return hasattr(iterator, "close") and not isinstance(iterator, IOBase)
 
 
 async def open_reader(iterable: Any, name: str, run: "Run", threads: Threads, origin: Origin | None = None) -> Reader:

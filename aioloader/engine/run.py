@@ -1,6 +1,7 @@
 """A run: one epoch of one loader, on one event loop, and the supervisor that owns everything it starts."""
 
 import asyncio
+import threading
 import warnings
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -15,6 +16,7 @@ from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
+    from aioloader.engine.located import RunEnd
     from aioloader.engine.window import Window
 
 __all__ = ["CLOSE_SECONDS", "Run"]
@@ -70,6 +72,12 @@ class Run:
         self.stopping = False
         self.failure: BaseException | None = None
         self.started = False
+        self.handed_out: Any = None  # the cursor of the last entry that reached the consumer, set in its thread
+        self.shared: dict[object, RunEnd] = {}  # see `Access.shared`
+        self.left = True  # the consumer takes no more once this run is over; False where it has a queue of its own
+        self.given_back = False  # sources were told so, and took back what it had not had: it gets that no more
+        self._over = False
+        self._settling = threading.RLock()  # finalizers come here
         self.loop: asyncio.AbstractEventLoop
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -198,7 +206,7 @@ class Run:
     # -- for faces ---------------------------------------------------------------------------------------------------
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Say which loop this run will live on. `request_stop_threadsafe` works from here on."""
+        """Say which loop this run will live on. `leave` works from here on."""
         self.loop = loop
         self._stop = loop.create_future()
 
@@ -207,9 +215,25 @@ class Run:
         if not self._stop.done():
             self._stop.set_result(None)
 
-    def request_stop_threadsafe(self) -> None:
-        """End the run, from any thread."""
+    def leave(self) -> None:
+        """The consumer takes no more: end the run, from any thread."""
+        self.left = True
+        self._settle()
         call_loop(self.loop, self.request_stop)
+
+    def drained(self) -> None:
+        """The consumer has had all there was in its queue after the run was over."""
+        self.left = True
+        self._settle()
+
+    def _settle(self) -> None:
+        """Once the run is over and the consumer takes no more, tell what sources share, in whatever thread that is."""
+        with self._settling:
+            if not (self._over and self.left) or self.given_back or not self.shared:
+                return
+            self.given_back = True
+        for shared in self.shared.values():
+            self.guarded(shared.run_over, self.handed_out)
 
     async def supervise(self, kick: Callable[[], None]) -> None:
         """Own all tasks and threads of the run until it ends.
@@ -238,6 +262,8 @@ class Run:
                 try:
                     await self._end_threads()
                 finally:
+                    self._over = True
+                    self._settle()
                     kick()
 
     async def _end_tasks(self) -> None:

@@ -76,6 +76,7 @@ class Step(ABC):
         self._window.finished(entry)
 
     def _drop(self, entry: Entry) -> None:
+        self.meter.dropped += 1
         entry.state = DROPPED
         entry.value = None
         self._window.finished(entry)

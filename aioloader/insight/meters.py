@@ -11,7 +11,7 @@ from typing import Literal
 
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
-Kind = Literal["source", "async", "sync"]
+Kind = Literal["source", "async", "sync", "fold"]
 Why = Literal["input", "room"]
 
 
@@ -25,6 +25,9 @@ class StageMeter:
         concurrency: Samples under way at once, at most; 0 for folds.
         samples: Samples (or batches) that it finished.
         errors: How many of them failed.
+        dropped: How many a predicate left out.
+        dropped_late: How many more `drop_if` left out of batches just before collate; written in threads, under a lock.
+        partial: Batches that were given before they were full, because their time was up.
         busy_seconds: Time in user code, summed over samples that were under way side by side.
         cpu_seconds: CPU time of its threads; 0 for what runs on the loop or in another process.
         idle: When the stage had nothing under way, and why.
@@ -39,6 +42,9 @@ class StageMeter:
     concurrency: int = 0
     samples: int = 0
     errors: int = 0
+    dropped: int = 0
+    dropped_late: int = 0
+    partial: int = 0
     busy_seconds: float = 0.0
     cpu_seconds: float = 0.0
     idle: "IdleClock" = field(default_factory=lambda: IdleClock())

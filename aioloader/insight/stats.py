@@ -16,8 +16,8 @@ class StageStats:
 
     Attributes:
         name: The stage as written in the pipeline, `map(fetch)`; neighbouring sync stages that run in one hop are one.
-        kind: `"source"` (read by one task; `flat_map` too), `"async"` (awaited on the loop) or `"sync"` (in threads or
-            an executor).
+        kind: `"source"` (read by one task; `flat_map` too), `"async"` (awaited on the loop), `"sync"` (in threads or
+            an executor) or `"fold"` (on the loop, without user code; only `batch` with `max_wait` is shown).
         concurrency: Samples that may be under way side by side.
         samples: Samples, or batches, that went through.
         errors: How many of them failed.
@@ -28,6 +28,8 @@ class StageStats:
         waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
         finished_slots: Finished samples that lay in the window when some were taken, on average.
         room: Samples under way and finished together that the window may hold.
+        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` left out.
+        partial: Batches that were given before they were full, because `max_wait` was over.
     """
 
     name: str
@@ -42,6 +44,8 @@ class StageStats:
     waiting_for_room_seconds: float
     finished_slots: float
     room: int
+    dropped: int = 0
+    partial: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +112,6 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waiting_for_room_seconds=meter.idle.seconds("room"),
         finished_slots=meter.finished_sum / meter.handovers if meter.handovers else 0.0,
         room=meter.room,
+        dropped=meter.dropped + meter.dropped_late,
+        partial=meter.partial,
     )

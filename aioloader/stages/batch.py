@@ -62,20 +62,29 @@ class Batch(FoldStage):
 
     Cursor: that of the last sample. A group with a failed sample fails with that sample's error, and the next group
     begins where it would have begun: batches do not shift.
+
+    Args:
+        batch_size: Samples.
+        drop_last: Leave out a shorter one at the end of the source.
+        collate: How a group becomes a batch.
+        max_wait: Seconds after which a group is given as it is, counted from its first sample; None: when it is full.
     """
 
     batch_size: int
     drop_last: bool = False
     collate: CollateWith = field(default_factory=CollateWith)
+    max_wait: float | None = None
 
     @property
     def label(self) -> str:
-        return f"batch({self.batch_size})"
+        return f"batch({self.batch_size}{'' if self.max_wait is None else f', max_wait={self.max_wait:g}'})"
 
     def length(self, upstream: int) -> int:
+        if self.max_wait is not None:
+            raise UnknownLengthError(f"{self.label} gives as many batches as the time between samples makes of them")
         return upstream // self.batch_size if self.drop_last else -(-upstream // self.batch_size)
 
-    def fold(self, this_pass: Pass) -> Fold:
+    def fold(self, this_pass: Pass) -> "BatchFold":
         return BatchFold(self.batch_size, drop_last=self.drop_last)
 
 
@@ -116,6 +125,16 @@ class BatchFold:
         pending, self._pending = self._pending, []
         if self._drop_last and all(entry.error is None for entry in pending):  # an error is never dropped in silence
             return []
+        return [self._group(pending)] if pending else []
+
+    @property
+    def waiting(self) -> int | None:
+        """The number of the group that waits for more samples."""
+        return self._count if self._pending else None
+
+    def cut(self) -> list[Entry]:
+        """The group that waits, as it is."""
+        pending, self._pending = self._pending, []
         return [self._group(pending)] if pending else []
 
     def _group(self, entries: list[Entry]) -> Entry:

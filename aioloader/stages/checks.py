@@ -1,10 +1,11 @@
 """Checks of arguments that many stages take: the rule, the value found, the way out."""
 
 import inspect
+from math import isfinite
 from operator import index
 from typing import Any
 
-__all__ = ["callable_name", "check_callable", "check_count", "check_integer"]
+__all__ = ["callable_name", "check_callable", "check_count", "check_integer", "check_seconds"]
 
 
 def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
@@ -32,6 +33,21 @@ def check_integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     return index(value)
+
+
+def check_seconds(name: str, value: Any) -> float:
+    """`value` as seconds, 0 or more.
+
+    Raises:
+        TypeError: It is not a number; `True` is none either.
+        ValueError: It is negative, or not finite.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
+    seconds = float(value)
+    if not (isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"{name} must be 0 or more seconds, got {value!r}; leave it out to wait without a limit")
+    return seconds
 
 
 def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:

@@ -89,6 +89,7 @@ class Filter(Stage):
 
     fn: Callable[[Any], Any]
     is_async: bool
+    name: str | None = None
 
     concurrency = None
     ordered = True
@@ -99,7 +100,7 @@ class Filter(Stage):
 
     @property
     def label(self) -> str:
-        return f"filter({callable_name(self.fn)})"
+        return self.name or f"filter({callable_name(self.fn)})"
 
     @property
     def width(self) -> int:

@@ -1,0 +1,481 @@
+"""`Channel`: samples that other tasks and threads send while they are trained on."""
+
+import asyncio
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from itertools import repeat
+from types import TracebackType
+from typing import Any, Final, Self
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.located import Access, CursorSource, EntryReader, RunEnd
+from aioloader.errors import ChannelClosedError
+from aioloader.executors.threads import call_loop
+from aioloader.stages.checks import check_count
+
+__all__ = ["Channel", "Sender", "SyncSender"]
+
+KEPT_SAMPLES: Final = 1 << 16
+"""So many samples that a loader has read and not handed out are kept, to go back when it is closed."""
+
+
+class Channel(CursorSource):
+    """A live source: samples that others send, in the order in which they came.
+
+    Tasks of any event loop send with `await send(sample)`, threads with `sender_sync().send(sample)`; both wait while
+    `maxsize` samples lie in the channel, so that a slow consumer slows down those who produce. An epoch lasts until the
+    channel is closed. All methods may be called from any thread.
+
+    Several loaders, or several iterators of one, may read a channel: each sample goes to one of them. What a loader has
+    read ahead and not handed out when its iterator is closed, or its `take(n)` is over, goes back to the front of the
+    channel, in order, and comes with the next epoch.
+
+    A live sample comes once: a state that was saved cannot bring it back in another process.
+
+    Args:
+        maxsize: Samples that may lie in the channel, at least 1. What goes back to it may be more.
+
+    ```python
+    channel = Channel(maxsize=256)
+    loader = Pipeline(channel).batch(64, max_wait=0.5)
+    ```
+    """
+
+    replayable = False
+
+    def __init__(self, maxsize: int) -> None:
+        self._maxsize = check_count("maxsize", maxsize, least=1)
+        # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
+        self._lock = threading.RLock()
+        self._samples: deque[Any] = deque()
+        self._senders: OrderedDict[_Waiting, None] = OrderedDict()  # in order; none waits while there is room
+        self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # those who wait for a sample
+        self._closed = False
+        self._error: Exception | None = None
+        self._handles = 0  # that are open
+        self._handle_error: Exception | None = None
+        self._process = _process
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    async def send(self, sample: Any) -> None:
+        """Put `sample` into the channel; wait for room, in turn with others.
+
+        A call that is cancelled while it waits has not sent, unless there was room at that very moment; it never sends
+        later.
+
+        Raises:
+            ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
+        """
+        with self._lock:
+            if self._put(sample):
+                return
+            waiting = _WaitingTask(sample)
+            self._senders[waiting] = None
+        try:
+            await waiting.told
+        except BaseException:  # also when the task is collected with its loop
+            self._withdraw(waiting)
+            raise
+        if not waiting.sent:
+            raise self._refusal()
+
+    def send_nowait(self, sample: Any) -> None:
+        """Put `sample` into the channel if there is room.
+
+        Raises:
+            asyncio.QueueFull: There is none.
+            ChannelClosedError: The channel is closed.
+        """
+        with self._lock:
+            if self._put(sample):
+                return
+        raise asyncio.QueueFull(
+            f"the channel is full: it holds {self._maxsize} samples, its maxsize; await send(), which waits for room, "
+            f"or leave the sample out"
+        )
+
+    def sender(self) -> "Sender":
+        """A handle for one of several senders: the channel is closed when all handles that were made are closed.
+
+        Make them before the first one is closed, and use each as a context manager:
+
+        ```python
+        async def rollout(sender):
+            with sender:
+                async for step in environment():
+                    await sender.send(step)
+
+        tasks = [asyncio.create_task(rollout(channel.sender())) for _ in range(8)]
+        ```
+        """
+        return Sender(self)
+
+    def sender_sync(self) -> "SyncSender":
+        """The same for a thread: its `send` blocks. Whoever does not close it calls `channel.close()` in the end."""
+        return SyncSender(self)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self, error: Exception | None = None) -> None:
+        """No more samples: an epoch ends after those that are in the channel. Idempotent, the first call counts.
+
+        Senders that wait get `ChannelClosedError`; their samples have not been sent.
+
+        Args:
+            error: Raised to the consumer at the end, instead of a plain end.
+        """
+        if error is not None and not isinstance(error, Exception):
+            raise TypeError(f"error must be an exception, for instance ValueError('...'), got {error!r}")
+        self._check_process()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._error = error
+            refused = list(self._senders)
+            self._senders.clear()
+            readers = self._take_readers()
+        for waiting in refused:
+            waiting.tell()
+        _wake(readers)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called; samples may still be in the channel."""
+        return self._closed
+
+    def qsize(self) -> int:
+        """How many samples lie in the channel."""
+        return len(self._samples)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(error if isinstance(error, Exception) else None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(error if isinstance(error, Exception) else None)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "open"
+        return f"<Channel: {len(self._samples)} samples, maxsize {self._maxsize}, {state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Channel belongs to its process and cannot be pickled or copied; make it where it is read, and let other "
+            "processes send to a task or thread there"
+        )
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        """Read on; what comes does not depend on `cursor`, since live samples do not come again."""
+        self._check_process()
+        ledger: _Ledger = access.shared(self, lambda: _Ledger(self))
+        return _ChannelReader(self, access, ledger)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _put(self, sample: Any) -> bool:
+        """Take `sample` in if there is room, and tell who waits for it. Under the lock."""
+        self._check_process()
+        if self._closed:
+            raise self._refusal()
+        if len(self._samples) >= self._maxsize:
+            return False
+        self._samples.append(sample)
+        if self._readers:
+            _wake(self._take_readers())
+        return True
+
+    def _refusal(self) -> ChannelClosedError:
+        refusal = ChannelClosedError("the channel is closed: the sample was not sent; stop sending, or make a new one")
+        refusal.__cause__ = self._error
+        return refusal
+
+    def _withdraw(self, waiting: "_Waiting") -> None:
+        """A sender gives up, unless its sample has been taken in already."""
+        with self._lock:
+            self._senders.pop(waiting, None)
+
+    def _take_readers(self) -> "dict[asyncio.Future[None], asyncio.AbstractEventLoop]":
+        readers, self._readers = self._readers, {}
+        return readers
+
+    def _take(self, limit: int) -> list[Any]:
+        """Up to `limit` samples; the room that this makes goes to those who wait. Under the lock."""
+        samples = self._samples
+        taken = [samples.popleft() for _ in range(min(limit, len(samples)))]
+        while self._senders and len(samples) < self._maxsize:
+            waiting, _ = self._senders.popitem(last=False)
+            samples.append(waiting.take())
+            waiting.tell()
+        return taken
+
+    def _put_back(self, samples: Sequence[Any]) -> None:
+        """What was read and not handed out comes first in the next epoch."""
+        with self._lock:
+            self._samples.extendleft(reversed(samples))
+            readers = self._take_readers()
+        _wake(readers)
+
+    def _count_handle(self, change: int, error: Exception | None = None) -> None:
+        with self._lock:
+            if self._handle_error is None:
+                self._handle_error = error
+            self._handles += change
+            if self._handles:
+                return
+        self.close(self._handle_error)
+
+    def _check_process(self) -> None:
+        if self._process is not _process:
+            raise RuntimeError(
+                "this Channel was made before a fork and belongs to the parent process: nobody would read what is sent "
+                "to it here; let the parent send, for instance what it reads from a pipe"
+            )
+
+
+class _Handle:
+    """One of several senders; leaving its `with` block closes it.
+
+    When the block ends with an exception, the others go on, and the consumer gets the first such exception in the end:
+    what it has got then is not all.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._open = True
+        channel._count_handle(1)
+
+    def send_nowait(self, sample: Any) -> None:
+        """See `Channel.send_nowait`."""
+        self._check_open()
+        self._channel.send_nowait(sample)
+
+    def close(self) -> None:
+        """This sender has sent its last; the last one of all closes the channel. Idempotent."""
+        self._close(None)
+
+    def _close(self, error: Exception | None) -> None:
+        with self._channel._lock:
+            if not self._open:
+                return
+            self._open = False
+        self._channel._count_handle(-1, error)
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ChannelClosedError("this sender is closed: the sample was not sent; make one with channel.sender()")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A sender that stops because the channel was closed has no error of its own to tell.
+        failed = isinstance(error, Exception) and not isinstance(error, ChannelClosedError)
+        self._close(error if failed else None)  # type: ignore[arg-type]  # an Exception, as was just asked
+
+
+class Sender(_Handle):
+    """Made by `Channel.sender()`, for a task."""
+
+    async def send(self, sample: Any) -> None:
+        """See `Channel.send`."""
+        self._check_open()
+        await self._channel.send(sample)
+
+
+class SyncSender(_Handle):
+    """Made by `Channel.sender_sync()`, for threads without an event loop."""
+
+    def send(self, sample: Any, timeout: float | None = None) -> None:
+        """Put `sample` into the channel; block until there is room.
+
+        Args:
+            sample: Anything.
+            timeout: Seconds to wait at most; None: for ever.
+
+        Raises:
+            TimeoutError: There was no room in that time; `sample` has not been sent.
+            ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
+            RuntimeError: This thread runs an event loop, which would stand still.
+        """
+        self._check_open()
+        if asyncio._get_running_loop() is not None:
+            raise RuntimeError("send() of a sync sender blocks, and this thread runs an event loop; await channel.send")
+        channel = self._channel
+        with channel._lock:
+            if channel._put(sample):
+                return
+            waiting = _WaitingThread(sample)
+            channel._senders[waiting] = None
+        try:
+            waiting.told.wait(timeout)
+        finally:  # also after a Ctrl-C
+            channel._withdraw(waiting)
+        if waiting.sent:
+            return
+        if waiting.told.is_set():
+            raise channel._refusal()
+        raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
+
+
+class _Waiting(ABC):
+    """A sender that waits for room, with its sample."""
+
+    def __init__(self, sample: Any) -> None:
+        self._sample = sample
+        self.sent = False
+
+    def take(self) -> Any:
+        """There is room: the sample, which is sent from now on. Under the lock."""
+        sample, self._sample = self._sample, None
+        self.sent = True
+        return sample
+
+    @abstractmethod
+    def tell(self) -> None:
+        """Wake the sender, from any thread."""
+
+
+class _WaitingTask(_Waiting):
+    def __init__(self, sample: Any) -> None:
+        super().__init__(sample)
+        self._loop = asyncio.get_running_loop()
+        self.told = self._loop.create_future()
+
+    def tell(self) -> None:
+        _set(self.told, self._loop)
+
+
+class _WaitingThread(_Waiting):
+    def __init__(self, sample: Any) -> None:
+        super().__init__(sample)
+        self.told = threading.Event()
+
+    def tell(self) -> None:
+        self.told.set()
+
+
+def _wake(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
+    for future, loop in futures.items():
+        _set(future, loop)
+
+
+def _set(future: "asyncio.Future[None]", loop: asyncio.AbstractEventLoop) -> None:
+    """Complete `future`, from whatever thread."""
+    if asyncio._get_running_loop() is loop:
+        _complete(future)
+    else:
+        call_loop(loop, _complete, future)
+
+
+def _complete(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class _ChannelReader(EntryReader):
+    """Takes samples out as they are asked for."""
+
+    def __init__(self, channel: Channel, access: Access, ledger: "_Ledger") -> None:
+        self._channel = channel
+        self._access = access
+        self._ledger = ledger
+
+    async def read(self, limit: int) -> list[Entry]:
+        channel = self._channel
+        self._ledger.forget(self._access.handed_out)
+        while True:
+            with channel._lock:
+                samples = channel._take(limit)
+                if not samples:
+                    if channel._closed:
+                        break
+                    arrival = self._access.loop.create_future()
+                    channel._readers[arrival] = self._access.loop
+            if samples:
+                return self._ledger.entries(samples)
+            try:
+                await arrival
+            finally:
+                with channel._lock:
+                    channel._readers.pop(arrival, None)
+        if channel._error is not None:
+            raise channel._error
+        return []
+
+
+class _Ledger(RunEnd):
+    """What one run has read of a channel and not handed out, so that it can go back.
+
+    The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever the stages behind make of
+    cursors, the one that was handed out last has such a triple in it, and what comes after that number has not been
+    handed out. Behind `shuffle(buffer_size)` and `ordered=False` that is so from the oldest one on that has not been:
+    what overtook it comes again.
+
+    A filter that drops samples for ever hands nothing out, hence the bound of what is kept.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._name = os.urandom(6).hex()  # a cursor of another run, from a saved state, says nothing about this one
+        self._read = 0
+        self._kept: deque[Any] = deque(maxlen=KEPT_SAMPLES)
+        self._seen: Any = None
+
+    def entries(self, samples: list[Any]) -> list[Entry]:
+        """The next that were read."""
+        start, name = self._read, self._name
+        self._read = stop = start + len(samples)
+        self._kept.extend(samples)
+        cursors = [("channel", name, number) for number in range(start + 1, stop + 1)]
+        return list(map(Entry, samples, cursors, repeat(None), range(start, stop)))
+
+    def forget(self, handed_out: Any) -> None:
+        """The entry with the cursor `handed_out` has reached the consumer, and all before it."""
+        if handed_out is self._seen:
+            return
+        self._seen = handed_out
+        number = self._number_in(handed_out)
+        if number is not None:
+            kept = self._kept
+            while len(kept) > self._read - number:
+                kept.popleft()
+
+    def _number_in(self, cursor: Any) -> int | None:
+        """The lowest number of ours in `cursor`."""
+        if not isinstance(cursor, tuple):
+            return None
+        if len(cursor) == 3 and cursor[0] == "channel" and cursor[1] == self._name:
+            return int(cursor[2])
+        return min((number for part in cursor if (number := self._number_in(part)) is not None), default=None)
+
+    def run_over(self, handed_out: Any) -> None:
+        self.forget(handed_out)
+        if self._kept:
+            self._channel._put_back(self._kept)
+            self._kept = deque(maxlen=0)
+
+
+_process: object = object()  # another one in each forked child
+
+
+def _forked() -> None:
+    global _process
+    _process = object()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)

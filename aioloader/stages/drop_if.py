@@ -1,0 +1,70 @@
+"""`drop_if`: what has become worthless while it waited is left out when its turn comes."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from aioloader.insight.meters import StageMeter
+from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.stages.batch import Group
+from aioloader.stages.checks import callable_name
+from aioloader.stages.map import Filter
+
+__all__ = ["DropIf", "FreshGroup"]
+
+
+@dataclass(frozen=True)
+class DropIf(Stage):
+    """Leaves out the samples of which `fn` is true at the moment in which what comes behind takes them.
+
+    So it cannot be a step of the journeys before it: it has a window of its own, without room, in which nothing is
+    begun before it is asked for. The predicate runs in a thread, like all sync functions of the user.
+
+    Samples that were taken for a batch wait there until it is full, so right behind `drop_if` a batch is looked through
+    once more before it is collated (`FreshGroup`).
+    """
+
+    fn: Callable[[Any], Any]
+
+    @property
+    def label(self) -> str:
+        return f"drop_if({callable_name(self.fn)})"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
+
+    def check(self) -> Filter:
+        """The step of its window."""
+        return Filter(_Unless(self.fn), is_async=False, name=self.label)
+
+
+@dataclass(frozen=True)
+class _Unless:
+    fn: Callable[[Any], Any]
+
+    def __call__(self, sample: Any) -> bool:
+        return not self.fn(sample)
+
+
+class FreshGroup:
+    """A predicate of groups in collate's threads: takes out what is worthless by now, false when nothing is left.
+
+    Args:
+        fn: The user's predicate of samples.
+        meter: Gives the meter that counts them.
+    """
+
+    def __init__(self, fn: Callable[[Any], Any], meter: Callable[[], StageMeter]) -> None:
+        self._fn = fn
+        self._meter = meter
+        self._lock = threading.Lock()
+
+    def __call__(self, group: Group) -> bool:
+        stale = [bool(self._fn(sample)) for sample in group.samples]
+        if any(stale):
+            with self._lock:
+                self._meter().dropped_late += sum(stale)
+            group.samples = [sample for sample, out in zip(group.samples, stale, strict=True) if not out]
+            group.keys = [key for key, out in zip(group.keys, stale, strict=True) if not out]
+        return bool(group.samples)

@@ -1,0 +1,22 @@
+"""The examples run, on small data, and do what they say."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def example(name: str) -> dict[str, Any]:
+    """The names of an example, as `python examples/{name}.py` has them, not run."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=f"examples_{name}")
+
+
+def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    """A channel fed by tasks: the policy gets better while they play."""
+    example("rollouts")["main"](["--updates", "60"])
+    said = capsys.readouterr().out.split()
+    assert said[:2] == ["mean", "reward"]
+    assert float(said[5]) > float(said[2])
