@@ -28,7 +28,7 @@ IMPORTS: dict[str, set[str]] = {
     "device": {"errors"},
     "engine": {"errors", "executors", "insight"},
     "stages": {"cores", "engine", "seeds"},
-    "sources": {"engine", "errors", "stages"},
+    "sources": {"engine", "errors", "memory", "stages"},
     "plan": {"cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
     "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages"},
     "pipeline": {"device", "engine", "errors", "executors", "loader", "plan", "sources", "stages"},
