@@ -28,6 +28,9 @@ class StageStats:
         waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
         finished_slots: Finished samples that lay in the window when some were taken, on average.
         room: Samples under way and finished together that the window may hold.
+        hits: Of a `cache`: samples that came from it in this epoch, and cost nothing of what is in front of it.
+        misses: Of a `cache`: samples that were not in it.
+        cached_bytes: Of a `cache`: what it holds, all epochs together.
     """
 
     name: str
@@ -42,6 +45,9 @@ class StageStats:
     waiting_for_room_seconds: float
     finished_slots: float
     room: int
+    hits: int = 0
+    misses: int = 0
+    cached_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,4 +114,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waiting_for_room_seconds=meter.idle.seconds("room"),
         finished_slots=meter.finished_sum / meter.handovers if meter.handovers else 0.0,
         room=meter.room,
+        hits=meter.hits,
+        misses=meter.misses,
+        cached_bytes=meter.cached_bytes,
     )

@@ -159,7 +159,7 @@ def row_bytes(metadata: Any, schema: Any) -> int:
         if column.path_in_schema.partition(".")[0] in names:
             encoded += column.total_uncompressed_size
     fixed = sum(_bits(field.type) for field in schema) // 8
-    return max(1, fixed, encoded // group.num_rows)
+    return max(1, fixed, int(encoded // group.num_rows))
 
 
 def _bits(kind: Any) -> int:
