@@ -18,6 +18,9 @@ class MemoryStore(Store):
 
     Args:
         budget: In bytes; see `size_of` for what counts.
+
+    Attributes:
+        samples: By key; for reading, and not beyond this epoch's step.
     """
 
     def __init__(self, budget: int) -> None:
@@ -25,7 +28,7 @@ class MemoryStore(Store):
         self._begin()
 
     def _begin(self) -> None:
-        self._samples: dict[Any, Any] = {}
+        self.samples: dict[Any, Any] = {}
         self._place_of: dict[int, Place] = {}
         self._nbytes = 0
         self._full = False
@@ -35,16 +38,16 @@ class MemoryStore(Store):
         """There is nothing to read."""
 
     def find(self, key: Any) -> Any:
-        return self._samples.get(key, MISSING)
+        return self.samples.get(key, MISSING)
 
     def put(self, key: Any, sample: Any, place: Place | None) -> None:
         """Keep `sample`, if there is room."""
-        if self._full or key in self._samples:
+        if self._full or key in self.samples:
             return
         sample = kept(sample)
         size = size_of(sample) + 200  # and its place in here, about
         with self._lock:
-            if key in self._samples:
+            if key in self.samples:
                 return
             if self._nbytes + size > self.budget:
                 self._full = True
@@ -52,10 +55,10 @@ class MemoryStore(Store):
             self._nbytes += size
             if place is not None:
                 self._place_of[key[1]] = place
-            self._samples[key] = sample
+            self.samples[key] = sample
 
     def put_end(self, count: int) -> None:
-        self._samples[END] = count
+        self.samples[END] = count
 
     @property
     def _places(self) -> dict[int, Place]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aioloader.cache.disk import DiskStore, Location, LostError
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.store import END, MISSING, REFUSED, Place, Store, at_position
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import DONE, LAST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.steps import Forward, Step, ThreadStep
 from aioloader.executors.chunk import DROP, Call
@@ -107,6 +107,10 @@ class LookUp(Step):
         self._forward = forward
         self._opening = _Opening(run, self._stores)
         self._begun = False
+        # Most often there is one cache, nothing is behind it, and a sample that is found is done.
+        last = self._keeps[0]
+        in_place = len(self._keeps) == 1 and window.ordered and window.steps[-1] is last
+        self._only = last if in_place and isinstance(last, KeepInMemory) else None
         for keep in self._keeps:
             keep.look_up = self
 
@@ -124,6 +128,14 @@ class LookUp(Step):
             while self.inbox:
                 self._fail(self.inbox.popleft(), self._opening.error, self._keeps[-1].meter.name)
             return
+        missed = self._look_up() if self._only is None else self._look_up_in_place(self._only)
+        extra_room = 0 if missed else HITS_ROOM
+        if extra_room != self.extra_room:
+            self.extra_room = extra_room
+            self._window.wake()
+
+    def _look_up(self) -> bool:
+        """Send on what waits; returns whether something was not found."""
         inbox, keeps, forward = self.inbox, self._keeps, self._forward
         missed = False
         while inbox:
@@ -139,10 +151,40 @@ class LookUp(Step):
             else:
                 missed = True
                 forward(entry)
-        extra_room = 0 if missed else HITS_ROOM
-        if extra_room != self.extra_room:
-            self.extra_room = extra_room
-            self._window.wake()
+        return missed
+
+    def _look_up_in_place(self, keep: "KeepInMemory") -> bool:
+        """The same for one cache in memory with nothing behind it: what is found is done, and costs half as much."""
+        find, placed = keep.store.samples.get, self._placed
+        entries = list(self.inbox)
+        self.inbox.clear()
+        missing: list[Entry] = []
+        for entry in entries:
+            key = entry.kept_as if placed else entry.key
+            if type(key) is not str and not placed and (type(key) is not int or key is not entry.value):
+                key = _key_of(entry)
+            found = find(key, MISSING)
+            if found is MISSING or found is REFUSED:
+                entry.kept_as = key
+                missing.append(entry)
+            else:
+                entry.value = found
+                entry.state = DONE
+        meter = keep.meter
+        hits = len(entries) - len(missing)
+        if hits:
+            meter.hits += hits
+            meter.samples += hits
+            self._window.finished_in_place(hits)
+        missed = False
+        for entry in missing:
+            if keep.store.find(entry.kept_as) is REFUSED:
+                keep.found(entry, REFUSED)
+            else:
+                meter.misses += 1
+                missed = True
+                self._forward(entry)
+        return missed
 
     def again(self, entry: Entry) -> None:
         """What was found could not be read: take it through the steps after all."""

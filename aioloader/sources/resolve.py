@@ -191,7 +191,8 @@ def describe_content(source: Indexable | Stream) -> str:
     data = source.data if isinstance(source, Indexable) else source.make
     name = source_name(data)
     if isinstance(data, CursorSource):
-        name += f"({', '.join(f'{key}={_plain(value)}' for key, value in sorted(getattr(data, '__dict__', {}).items()))})"
+        told = sorted(getattr(data, "__dict__", {}).items())
+        name += f"({', '.join(f'{key}={_plain(value)}' for key, value in told)})"
     elif isinstance(data, _BUILT_IN) and all(isinstance(value, str | int | float) for value in data):
         name += f"({_plain(data if isinstance(data, range) else list(data))})"
     elif isinstance(source, Indexable):
