@@ -11,18 +11,21 @@ from typing import Any, Literal
 
 from torch import Generator
 
+from aioloader.cache.disk import DiskStore
+from aioloader.cache.memory import MemoryStore
 from aioloader.device import Transfer, can_pin, check_device, open_backend
 from aioloader.engine.progress import Progress
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
-from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable, length_of
+from aioloader.plan import Combined, Plan, Repeat, Single, build, in_front_of_cache, is_permutable, length_of
 from aioloader.sources.drawn import check_generators, generators_of, packed, unpacked
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
+from aioloader.stages.cache import Cache
 from aioloader.stages.checks import check_callable, check_count, check_integer, check_seconds
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
@@ -224,6 +227,45 @@ class Pipeline(Loader):
         if max_wait is not None:
             max_wait = check_seconds("max_wait", max_wait)
         return self._then(Batch(size, bool(drop_last), CollateWith(collate_fn), max_wait))
+
+    def cache(
+        self, *, memory_bytes: int | None = None, disk: str | PathLike[str] | None = None, version: Any = ""
+    ) -> "Pipeline":
+        """Keeps the samples that come here, so that the next epoch does not make them again.
+
+        A sample that is kept spares all stages in front of this one. Those of an indexable source with nothing but
+        `map`, `filter`, `shuffle()`, `shard`, `take` and `skip` in between are known by their keys, and may come in
+        another order in each epoch. All others are known by their position, so that what is in front must give the same
+        samples in each epoch; as far as they are kept, the source is not even opened. What is drawn at random belongs
+        behind the cache. Errors are not kept.
+
+        In memory the cache belongs to this pipeline and those made of it, and lives as long as they do. Nothing is
+        evicted: when the budget is used up, the other samples are made anew in each epoch. Functions behind the cache
+        get copies of what is in it, and may change them.
+
+        Args:
+            memory_bytes: The budget, at least 1.
+            disk: A directory, made when it is needed, which other processes may use at the same time. Samples travel by
+                pickle: it is to be trusted as code is.
+            version: Of what is in front of a cache on disk, anything that has a `str`. The directory is refused when it
+                was made with another one, or by a pipeline of other stages; change it when functions have changed.
+
+        Raises:
+            TypeError: Neither `memory_bytes` nor `disk`, or both.
+            ValueError: The directory is not this pipeline's, or samples cannot be told apart from epoch to epoch.
+        """
+        pipeline = in_front_of_cache(self._plan)
+        if (memory_bytes is None) == (disk is None):
+            raise TypeError(
+                f"cache() takes either memory_bytes or disk, got {memory_bytes=} and {disk=}; pass for instance "
+                f"cache(memory_bytes=4 << 30) or cache(disk='cache')"
+            )
+        if memory_bytes is not None:
+            return self._then(Cache(MemoryStore(check_count("memory_bytes", memory_bytes, least=1)), pipeline))
+        assert disk is not None
+        store = DiskStore(Path(disk), str(version))
+        store.check(pipeline)
+        return self._then(Cache(store, pipeline))
 
     def unbatch(self) -> "Pipeline":
         """The samples of each batch: rows of tensors, items of lists; the inverse of the default `batch`."""

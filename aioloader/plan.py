@@ -5,12 +5,14 @@ Pure: nothing is started, no user code runs. `Source` and the stages are what a 
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
+from aioloader.cache.disk import DiskStore
 from aioloader.cores import usable_cores
 from aioloader.device import Transfer, pin_batch
+from aioloader.engine.cached import KeepInMemory, KeepOnDisk, LookUp, PlacedNode
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.order_log import Recorded, Replayed
@@ -24,9 +26,10 @@ from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
 from aioloader.sources.drawn import keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
-from aioloader.sources.resolve import Indexable, Stream, source_name
+from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
+from aioloader.stages.cache import Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf, FreshGroup
@@ -35,7 +38,17 @@ from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 
-__all__ = ["Combined", "Plan", "Repeat", "Single", "any_order", "build", "is_permutable", "length_of"]
+__all__ = [
+    "Combined",
+    "Plan",
+    "Repeat",
+    "Single",
+    "any_order",
+    "build",
+    "in_front_of_cache",
+    "is_permutable",
+    "length_of",
+]
 
 DEFAULT_PREFETCH = 2
 
@@ -180,11 +193,12 @@ class _Journey:
     """Neighbouring stages that one window will run."""
 
     batches: bool = False  # its entries are batches
+    keyed: bool = False  # its entries are samples of an indexable source
     checks: "list[tuple[DropIf, Step]]" = field(default_factory=list)  # made when these are taken, right before
-    stages: list[Map | Filter] = field(default_factory=list)
+    stages: list[Map | Filter | Cache] = field(default_factory=list)
     seeds: list[int | None] = field(default_factory=list)  # of each stage, for the random numbers of samples
 
-    def add(self, stage: Map | Filter, seed: int | None = None) -> None:
+    def add(self, stage: Map | Filter | Cache, seed: int | None = None) -> None:
         """One more stage."""
         self.stages.append(stage)
         self.seeds.append(seed)
@@ -203,7 +217,8 @@ class _Journey:
     ) -> Window:
         """The window. With `exact` there is never more than `room`, however cheap the samples are."""
         ordered = all(stage.ordered for stage in self.stages)
-        steps = _steps(self.stages, self.seeds, max(1, room) if exact or self.batches else None, processes)
+        limit = max(1, room) if exact or self.batches else None
+        steps = _steps(self.stages, self.seeds, limit, processes, keyed=self.keyed)
         return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass))
 
     def _order_log(self, this_pass: Pass) -> Recorded | Replayed | None:
@@ -255,6 +270,7 @@ class _Builder:
 
     def stream(self, plan: Plan) -> tuple[Node, _Journey]:
         """The nodes of `plan`, and the stages at its end that still want a window."""
+        plan = replace(plan, stages=with_copies(plan.stages))
         repeats = [i for i, stage in enumerate(plan.stages) if isinstance(stage, Repeat)]
         if repeats:
             at = repeats[-1]
@@ -284,7 +300,7 @@ class _Builder:
             node = self._close(node, journey)
         elif stage is plan.stages[-1]:
             node = Window(node, (), room=prefetch)
-        steps = _steps([stage.check()], [None], None, self._processes)
+        steps = _steps([stage.check()], [None], None, self._processes, keyed=False)
         window = Window(node, steps, room=0)
         return window, _Journey(checks=[*journey.checks, (stage, steps[0])])
 
@@ -313,7 +329,7 @@ class _Builder:
             warns = not (self._dry or source.keys)
             source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
             return source_node, _Journey(), stages
-        journey = _Journey()
+        journey = _Journey(keyed=True)
         name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
@@ -332,6 +348,8 @@ class _Builder:
         for at, stage in enumerate(stages):
             if isinstance(stage, Map):
                 journey.add(stage, self._seed())
+            elif isinstance(stage, Cache):
+                journey.add(stage)
             elif is_order_stage(stage):
                 order_stages.append(stage)
             else:
@@ -368,7 +386,15 @@ class _Builder:
             if self._transfer is not None:
                 journey.add(device_stage(stage, self._transfer))
             return node, journey
+        if isinstance(stage, Cache) and journey.keyed:
+            journey.add(stage)
+            return node, journey
+        are_batches = journey.batches
         node = self._close(node, journey)
+        if isinstance(stage, Cache):
+            placed = _Journey(are_batches)
+            placed.add(stage)
+            return PlacedNode(node, stage.store, stage.pipeline), placed
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey()
         assert isinstance(stage, FoldStage), stage
@@ -449,7 +475,12 @@ class _AsyncUserCollate:
 
 
 def _steps(
-    stages: Sequence[Map | Filter], seeds: Sequence[int | None], limit: int | None, processes: Callable[[], Processes]
+    stages: Sequence[Map | Filter | Cache],
+    seeds: Sequence[int | None],
+    limit: int | None,
+    processes: Callable[[], Processes],
+    *,
+    keyed: bool,
 ) -> list[Step]:
     """The steps of a window: neighbouring sync stages that run in the same place with the same width cross together.
 
@@ -458,10 +489,12 @@ def _steps(
         seeds: Of each, see `Call`.
         limit: What the window holds, when that is exact: more workers would have nothing to do.
         processes: See `build`.
+        keyed: What caches know samples by: their keys, or else their number in the epoch.
     """
     steps: list[Step] = []
     together: list[Map | Filter] = []
     their_seeds: list[int | None] = []
+    keeps: list[tuple[KeepInMemory | KeepOnDisk, str]] = []
 
     def cross() -> None:
         if together:
@@ -470,7 +503,14 @@ def _steps(
             their_seeds.clear()
 
     for stage, seed in zip(stages, seeds, strict=True):
-        if stage.is_async:
+        if isinstance(stage, Cache):
+            cross()
+            keep = _keep(stage, limit, keyed=keyed)
+            for step in steps:
+                step.drops_to = step.drops_to or keep.refused
+            keeps.append((keep, stage.pipeline))
+            steps.append(keep)
+        elif stage.is_async:
             cross()
             width = stage.width if limit is None else min(stage.width, limit)
             steps.append(AsyncStep(stage.fn, width, stage.label, predicate=isinstance(stage, Filter), seed=seed))
@@ -480,7 +520,14 @@ def _steps(
             together.append(stage)
             their_seeds.append(seed)
     cross()
-    return steps
+    return [LookUp(keeps, placed=not keyed), *steps] if keeps else steps
+
+
+def _keep(stage: Cache, limit: int | None, *, keyed: bool) -> KeepInMemory | KeepOnDisk:
+    if isinstance(stage.store, DiskStore):
+        width = stage.width if limit is None else min(stage.width, limit)
+        return KeepOnDisk(stage.store, width, stage.label, placed=not keyed)
+    return KeepInMemory(stage.store, stage.label)
 
 
 def _sync_step(
@@ -558,4 +605,63 @@ def _open_sampler(sampler: Stream, epoch: int, resumed: bool) -> Any:
 
 def is_permutable(plan: Plan) -> bool:
     """Whether `shuffle` without a buffer may follow: each entry so far is one sample of an indexable source."""
-    return plan.source.indexable and all(isinstance(stage, Map) or is_order_stage(stage) for stage in plan.stages)
+    return plan.source.indexable and all(
+        isinstance(stage, Map | Cache) or is_order_stage(stage) for stage in plan.stages
+    )
+
+
+def in_front_of_cache(plan: Plan) -> str:
+    """What is in front of a cache behind `plan`, in words: a cache on disk belongs to one such pipeline.
+
+    Raises:
+        ValueError: The next epoch would give other samples, or in another order, and nothing else tells them apart.
+    """
+    if isinstance(plan.source, Single) and isinstance(plan.source.data, Indexable) and _is_keyed(plan):
+        data = plan.source.data
+        named = data.load is None and isinstance(data.data, list | tuple)
+        first = "samples by name" if named else f"samples by index of {source_name(data.data)}({data.length})"
+        return " > ".join([first, *(stage.label for stage in plan.stages if isinstance(stage, Map | Filter))])
+    return " > ".join(["samples by position", *_in_order(plan)])
+
+
+def _is_keyed(plan: Plan) -> bool:
+    """Whether entries are samples of the source by its keys: nothing but order stages, then maps and filters."""
+    one_for_one = True
+    for stage in plan.stages:
+        if isinstance(stage, Filter):
+            one_for_one = False
+        elif not isinstance(stage, Map | Cache) and not (
+            one_for_one and is_order_stage(stage) and plan.source.indexable
+        ):
+            return False
+    return True
+
+
+def _in_order(plan: Plan) -> list[str]:
+    """`plan` in words, if its epochs are all the same."""
+    if isinstance(plan.source, Combined):
+        if plan.source.how != "zip":
+            raise ValueError(
+                f"cache() behind {plan.source.how}() cannot tell samples apart: they come in another order in each "
+                f"epoch; put cache() into each of the pipelines that are combined"
+            )
+        words = [f"zip({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
+    else:
+        if plan.source.sampler is not None:
+            raise ValueError(
+                "cache() cannot tell samples apart here: the sampler may give another order in each epoch, and what is "
+                "between it and cache() is more than map and filter; put cache() before that"
+            )
+        words = [describe_content(plan.source.data)]
+    for stage in plan.stages:
+        if isinstance(stage, Shuffle) or (isinstance(stage, Map) and not stage.ordered):
+            raise ValueError(
+                f"cache() behind {stage.label} cannot tell samples apart: they come in another order in each epoch; "
+                f"put cache() before it"
+            )
+        if isinstance(stage, Shard):
+            rank, world_size = stage.place()
+            words.append(f"shard({rank}, {world_size})")
+        elif not isinstance(stage, Cache):
+            words.append(stage.label)
+    return words

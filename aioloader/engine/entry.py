@@ -36,9 +36,11 @@ class Entry:
         position: How many entries came before it in the epoch, counted where it was made.
         error: The user's exception, raised at this entry's place.
         state: One of the constants above.
+        kept_as: Its key in the caches of its window; set by the step that looks it up there, and not before.
     """
 
-    __slots__ = ("cursor", "error", "key", "position", "state", "value")
+    __slots__ = ("cursor", "error", "kept_as", "key", "position", "state", "value")
+    kept_as: Any
 
     def __init__(self, value: Any, cursor: Any, key: Any, position: int) -> None:
         self.value = value

@@ -72,6 +72,8 @@ class KeySource(Node):
         self._position = stop = start + len(keys)
         self.meter.samples = stop
         self.ended = stop >= len(self._keys)
+        if self._values is None:
+            keys = list(keys)  # `values` and `names` are the same objects, of which a range makes new ones each time
         values: Sequence[Any] = keys
         names: Sequence[Any] = keys
         if self._values is not None:

@@ -37,9 +37,11 @@ class Step(ABC):
     Attributes:
         inbox: Entries that wait for this step. Bounded by the window's room, like everything in it.
         extra_room: Slots that the window needs beyond its own room to keep this step's workers busy.
+        drops_to: The next cache in this window, which keeps that a sample was refused.
     """
 
     extra_room: int = 0
+    drops_to: "Callable[[Entry], None] | None" = None
     closed: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
@@ -77,6 +79,9 @@ class Step(ABC):
 
     def _drop(self, entry: Entry) -> None:
         self.meter.dropped += 1
+        if self.drops_to is not None:
+            self.drops_to(entry)
+            return
         entry.state = DROPPED
         entry.value = None
         self._window.finished(entry)

@@ -36,6 +36,7 @@ class Window(Node):
 
     Attributes:
         under_way: Entries on their journey, not finished.
+        ordered: As given.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Window(Node):
         self.upstream = upstream
         self.steps = tuple(steps)
         self._base_room = room
-        self._ordered = ordered
+        self.ordered = ordered
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
         self.under_way = 0
@@ -230,18 +231,18 @@ class Window(Node):
                 return
         if run[-1].state == LAST:
             self._input_ended = True
-            if not self._ordered:
+            if not self.ordered:
                 self._last = run.pop()
                 if not self._occupied and not run:  # nobody else's end will say so
                     self._kick()
         self._occupied += len(run)
-        if self._ordered:
+        if self.ordered:
             self._slots.extend(run)
         if not self.steps:
             for entry in run:
                 if entry.state != LAST:
                     entry.state = DONE
-            if not self._ordered:
+            if not self.ordered:
                 for entry in run:
                     self._finished_unordered(entry)
             self._kick()
@@ -256,7 +257,7 @@ class Window(Node):
             else:  # it failed before: it keeps its place, and nothing is done to it
                 failed += 1
                 entry.state = entry.state or DONE
-                if not self._ordered:
+                if not self.ordered:
                     self._finished_unordered(entry)
         if failed:
             self._kick()
@@ -269,7 +270,7 @@ class Window(Node):
         if entry.state == UNDER_WAY:
             entry.state = DONE
         self.under_way -= 1
-        if self._ordered:
+        if self.ordered:
             if self._slots[0] is entry:
                 self._kick()
         else:
@@ -277,6 +278,14 @@ class Window(Node):
             self._kick()
         if not self.under_way:
             self.wake()  # for the idle clock
+
+    def finished_in_place(self, count: int) -> None:
+        """`count` entries of an ordered window are done, and their `state` says so already."""
+        self.under_way -= count
+        if self._slots[0].state:
+            self._kick()
+        if not self.under_way:
+            self.wake()
 
     def _finish(self) -> None:
         self.ended = True

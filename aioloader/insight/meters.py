@@ -35,6 +35,9 @@ class StageMeter:
         finished_sum: Finished entries in the window at each hand-over, summed.
         handovers: How many hand-overs there were.
         retired: The stage has ended; if `repeat` makes it anew, it goes on counting here.
+        hits: Samples that came from this cache.
+        misses: Samples that were not in it.
+        cached_bytes: What is in it.
     """
 
     name: str
@@ -52,6 +55,9 @@ class StageMeter:
     finished_sum: int = 0
     handovers: int = 0
     retired: bool = False
+    hits: int = 0
+    misses: int = 0
+    cached_bytes: int = 0
 
 
 class IdleClock:

@@ -30,6 +30,9 @@ class StageStats:
         room: Samples under way and finished together that the window may hold.
         dropped: Samples (or batches) that a predicate of `filter` or `drop_if` left out.
         partial: Batches that were given before they were full, because `max_wait` was over.
+        hits: Of a `cache`: samples that came from it in this epoch, and cost nothing of what is in front of it.
+        misses: Of a `cache`: samples that were not in it.
+        cached_bytes: Of a `cache`: what it holds, all epochs together.
     """
 
     name: str
@@ -46,6 +49,9 @@ class StageStats:
     room: int
     dropped: int = 0
     partial: int = 0
+    hits: int = 0
+    misses: int = 0
+    cached_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,4 +120,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         room=meter.room,
         dropped=meter.dropped + meter.dropped_late,
         partial=meter.partial,
+        hits=meter.hits,
+        misses=meter.misses,
+        cached_bytes=meter.cached_bytes,
     )

@@ -3,7 +3,8 @@
 from aioloader.sources.channel import Channel
 from aioloader.sources.lines import Lines
 from aioloader.sources.objects import Objects
+from aioloader.sources.parquet import ParquetRows
 from aioloader.sources.tar import TarShards
 from aioloader.sources.tar_decode import DecodeSample
 
-__all__ = ["Channel", "DecodeSample", "Lines", "Objects", "TarShards"]
+__all__ = ["Channel", "DecodeSample", "Lines", "Objects", "ParquetRows", "TarShards"]

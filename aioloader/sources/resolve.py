@@ -4,7 +4,8 @@ import contextlib
 import inspect
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from hashlib import blake2b
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -15,7 +16,7 @@ from aioloader.engine.located import CursorSource
 from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
 
-__all__ = ["Indexable", "Stream", "describe", "resolve", "source_name"]
+__all__ = ["Indexable", "Stream", "describe", "describe_content", "resolve", "source_name"]
 
 TAKEN: Final = (
     "a map-style Dataset or Sequence, an IterableDataset or other iterable, an async iterable, "
@@ -183,6 +184,32 @@ def _check_no_arguments(fn: Callable[..., Any]) -> None:
             f"a source must be {TAKEN}; got the function {describe(fn)}{signature}, which wants arguments ({error}): "
             f"pass functools.partial(fn, ...) or a lambda"
         ) from None
+
+
+def describe_content(source: Indexable | Stream) -> str:
+    """What a source gives, as far as it tells: its name, and of lists and sources of our own also what is in them."""
+    data = source.data if isinstance(source, Indexable) else source.make
+    name = source_name(data)
+    if isinstance(data, CursorSource):
+        told = sorted(getattr(data, "__dict__", {}).items())
+        name += f"({', '.join(f'{key}={_plain(value)}' for key, value in told)})"
+    elif isinstance(data, _BUILT_IN) and all(isinstance(value, str | int | float) for value in data):
+        name += f"({_plain(data if isinstance(data, range) else list(data))})"
+    elif isinstance(source, Indexable):
+        name += f"({source.length})"
+    if len(name) > 300:
+        name = f"{name[:200]}... {blake2b(name.encode(), digest_size=16).hexdigest()}"
+    return name
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    if value is None or isinstance(value, str | int | float | bool | range):
+        return repr(value)
+    if is_dataclass(value):
+        return _plain([getattr(value, each.name) for each in fields(value)])
+    return source_name(value)
 
 
 def source_name(source: Any) -> str:

@@ -1,0 +1,1 @@
+"""Where samples are kept from one epoch to the next: in memory, or in a directory."""

@@ -1,0 +1,399 @@
+"""Samples kept in a directory, safe against a kill at any moment, and shared by any number of processes."""
+
+import json
+import os
+import struct
+import threading
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from aioloader.cache.store import END, MISSING, Place, Store
+from aioloader.errors import BrokenDataError
+from aioloader.executors.processes.wire import decode, encode
+
+__all__ = ["DiskStore", "Location", "LostError"]
+
+FORMAT: Final = 1
+DESCRIPTION: Final = "cache.json"
+
+_RECORD: Final = struct.Struct("<IIQQI")
+"""An entry of an index: the checksum of what follows, the length of the key behind it; where the sample stands in the
+file of samples, its length, and its checksum."""
+
+_PARTS: Final = struct.Struct("<I")  # how many parts a sample has, before the length of each
+_LENGTH: Final = struct.Struct("<Q")
+_ALIGNED: Final = 64  # where each part begins: tensors lie in the memory that the file is read into
+
+
+class LostError(BrokenDataError):
+    """What is in the file is not what was written."""
+
+
+class _File:
+    """An open file, closed when nobody refers to it any more: another thread may be reading."""
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.fd = os.open(path, flags | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0), 0o644)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):
+            os.close(self.fd)
+
+
+class Location:
+    """Where a sample stands."""
+
+    __slots__ = ("checksum", "key", "length", "offset", "segment")
+
+    def __init__(self, key: Any, segment: "_Segment", offset: int, length: int, checksum: int) -> None:
+        self.key = key
+        self.segment = segment
+        self.offset = offset
+        self.length = length
+        self.checksum = checksum
+
+
+class _Segment:
+    """Two files that one process wrote: samples one behind the other, and an index of those that are complete."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.samples = folder / f"{name}.samples"
+        self.index = folder / f"{name}.index"
+        self.read = 0  # bytes of the index
+        self.ours = False  # written by this object, which knows what is in it
+        self.file: _File | None = None  # of the samples, open for reading
+
+    def open(self) -> _File:
+        file = self.file
+        if file is None:
+            self.file = file = _File(self.samples, os.O_RDONLY)
+        return file
+
+
+class _Writer:
+    """The segment that this process writes."""
+
+    def __init__(self, segment: _Segment) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        self.segment = segment
+        self.samples = _File(segment.samples, flags)
+        self.index = _File(segment.index, flags)
+        self.offset = 0
+
+
+class DiskStore(Store):
+    """A directory of segments, each written by one process only, by appending.
+
+    A sample is written first and its entry in the index after it, both with checksums. So whatever is killed leaves,
+    at worst, bytes at the end of the two files that nobody refers to. Processes that share a directory write segments
+    of their own, and at the beginning of an epoch see what others have written by then: no lock, also across machines.
+    What two of them fetch at the same time is kept twice. A power cut may lose what the system had not written yet;
+    that too is found by its checksum, and fetched again.
+
+    Samples travel by pickle: a directory is to be trusted as code is.
+
+    Args:
+        folder: Made at the first epoch.
+        version: The user's, part of what the directory must agree with.
+    """
+
+    def __init__(self, folder: Path, version: str) -> None:
+        self.folder = folder
+        self.version = version
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._opened = 0  # epochs under way
+        self._segments: dict[str, _Segment] = {}
+        self._index: dict[Any, Location] = {}
+        self._place_of: dict[int, Place] = {}
+        self._count: int | None = None  # of a stream that has ended
+        self._nbytes = 0
+        self._writer: _Writer | None = None
+        self._broken = False  # it cannot be written to
+
+    # -- epochs ------------------------------------------------------------------------------------------------------
+
+    def check(self, pipeline: str) -> None:
+        """Refuse a directory that is another pipeline's, as far as that can be said already.
+
+        Raises:
+            NotADirectoryError: It is a file.
+            ValueError: It holds something else.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"disk must be a directory, got the file {str(self.folder)!r}; pass another path")
+        path = self.folder / DESCRIPTION
+        if not path.exists():
+            strangers = next(self.folder.iterdir(), None) if self.folder.is_dir() else None
+            if strangers is not None and strangers.suffix not in {".index", ".samples", ".new"}:
+                raise ValueError(
+                    f"the directory {str(self.folder)!r} holds {strangers.name!r} and is no cache; pass one of its "
+                    f"own, which may not be there yet"
+                )
+            return
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            theirs = {"format": found["format"], "pipeline": found["pipeline"], "version": found["version"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not describe a cache ({error!r}); delete the directory") from error
+        if theirs["format"] != FORMAT:
+            raise ValueError(
+                f"{self.folder} is a cache of format {theirs['format']!r}, and this is {FORMAT}; delete it, or pass "
+                f"another directory"
+            )
+        for what, our in (("pipeline", pipeline), ("version", self.version)):
+            if theirs[what] != our:
+                raise ValueError(
+                    f"the directory {str(self.folder)!r} keeps the samples of another {what}, {theirs[what]!r}, and "
+                    f"this one is {our!r}; pass a directory for each, or delete this one if it is out of date"
+                )
+
+    def open(self, pipeline: str) -> None:
+        with self._lock:
+            self.check(pipeline)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / DESCRIPTION).exists():
+                self._describe(pipeline)
+                self.check(pipeline)  # another process may have been faster
+            self._opened += 1
+            self._refresh()
+
+    def _describe(self, pipeline: str) -> None:
+        text = json.dumps({"format": FORMAT, "pipeline": pipeline, "version": self.version}, indent=1)
+        draft = self.folder / f"{uuid.uuid4().hex}.new"
+        draft.write_text(text, encoding="utf-8")
+        try:
+            os.link(draft, self.folder / DESCRIPTION)  # unlike a rename, it leaves what is there already
+            draft.unlink()
+        except FileExistsError:
+            draft.unlink()
+        except OSError:  # a file system without links
+            draft.replace(self.folder / DESCRIPTION)
+
+    def close(self) -> None:
+        with self._lock:
+            self._opened -= 1
+            if self._opened:
+                return
+            self._writer = None
+            for segment in self._segments.values():
+                segment.file = None
+
+    def _refresh(self) -> None:
+        """Read what has been added to the indices since the last time."""
+        for path in sorted(self.folder.glob("*.index")):
+            segment = self._segments.get(path.stem)
+            if segment is None:
+                segment = self._segments[path.stem] = _Segment(self.folder, path.stem)
+            elif segment.ours:
+                continue
+            with path.open("rb") as file:
+                file.seek(segment.read)
+                data = file.read()
+            if not data:
+                continue
+            size = segment.samples.stat().st_size
+            for key, location, end in _entries(data, segment):
+                segment.read += end
+                if location.offset + location.length <= size:
+                    self._add(key, location)
+
+    def _add(self, key: Any, location: Location) -> None:
+        kind, *rest = key
+        if kind == END:
+            self._count = rest[0]
+            return
+        if kind == "@":
+            position, cursor, name = rest
+            self._place_of.setdefault(position, Place(_as_tuples(cursor), name))
+            name = ("@", position)
+        elif kind == "":
+            name = rest[0]
+        else:
+            name = (kind, rest[0])
+        location.key = name
+        if name not in self._index:
+            self._index[name] = location
+            self._nbytes += location.length
+
+    # -- samples -----------------------------------------------------------------------------------------------------
+
+    def find(self, key: Any) -> Any:
+        if key == END:
+            return MISSING if self._count is None else self._count
+        return self._index.get(key, MISSING)
+
+    def load(self, location: Location) -> Any:
+        """The sample at `location`; in a thread.
+
+        Raises:
+            LostError: It is not what was written; it will be missing from now on.
+        """
+        try:
+            data = _read(location.segment.open().fd, location.length, location.offset)
+            if len(data) != location.length or zlib.crc32(data) != location.checksum:
+                raise LostError(f"{location.segment.samples}: what is at byte {location.offset} is not what was kept")
+        except (OSError, LostError) as error:
+            self.forget(location)
+            if isinstance(error, LostError):
+                raise
+            raise LostError(f"{location.segment.samples} cannot be read: {error}") from error
+        parts = _taken_apart(memoryview(data))
+        return decode(parts[0], parts[1:])
+
+    def forget(self, location: Location) -> None:
+        """It turned out to be lost."""
+        with self._lock:
+            if self._index.pop(location.key, None) is not None:
+                self._nbytes -= location.length
+            if isinstance(location.key, tuple) and location.key[0] == "@":
+                self._place_of.pop(location.key[1], None)
+
+    def put(self, key: Any, sample: Any, place: Place | None) -> None:
+        """Keep `sample`; in a thread. Where the disk refuses, it warns once and keeps nothing more.
+
+        Raises:
+            Exception: What pickling `sample` raises.
+        """
+        if self._broken or key in self._index:
+            return
+        pickled, buffers = encode(sample)
+        parts = _put_together([memoryview(pickled), *(memoryview(buffer).cast("B") for buffer in buffers)])
+        if isinstance(key, tuple):
+            kind, name = key
+            written: list[Any] = [kind, name, *(() if place is None else (place.cursor, _plain(place.key)))]
+        else:
+            written = ["", key]
+        self._append(written, parts)
+
+    def put_end(self, count: int) -> None:
+        if self._count is None and not self._broken:
+            self._count = count
+            self._append([END, count], [])
+
+    def _append(self, key: list[Any], parts: list[memoryview]) -> None:
+        checksum = 0
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+        length = sum(map(len, parts))
+        text = json.dumps(key).encode()
+        with self._lock:
+            if self._broken:
+                return
+            try:
+                writer = self._writer or self._begin_segment()
+                _write(writer.samples.fd, parts)
+                offset, writer.offset = writer.offset, writer.offset + length
+                body = _RECORD.pack(0, len(text), offset, length, checksum)[4:] + text
+                record = struct.pack("<I", zlib.crc32(body)) + body
+                _write(writer.index.fd, [memoryview(record)])
+            except OSError as error:
+                self._broken = True
+                self._writer = None
+                warnings.warn(
+                    f"aioloader: the cache in {str(self.folder)!r} cannot be written to, and keeps no more: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return
+            self._add(key, Location(None, writer.segment, offset, length, checksum))
+
+    def _begin_segment(self) -> _Writer:
+        name = uuid.uuid4().hex
+        segment = _Segment(self.folder, name)
+        self._writer = writer = _Writer(segment)
+        segment.ours = True
+        self._segments[name] = segment
+        return writer
+
+    @property
+    def _places(self) -> dict[int, Place]:
+        return self._place_of
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "version": self.version}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.folder, self.version = state["folder"], state["version"]
+        self._begin()
+
+
+def _entries(data: bytes, segment: _Segment) -> Iterator[tuple[list[Any], Location, int]]:
+    """The whole entries of an index, and how many bytes each is; what is cut off or broken ends them."""
+    at = 0
+    while at + _RECORD.size <= len(data):
+        checksum, key_length, offset, length, content = _RECORD.unpack_from(data, at)
+        end = at + _RECORD.size + key_length
+        if end > len(data) or zlib.crc32(data[at + 4 : end]) != checksum:
+            return
+        key = json.loads(data[at + _RECORD.size : end])
+        yield key, Location(None, segment, offset, length, content), end - at
+        at = end
+
+
+def _put_together(parts: list[memoryview]) -> list[memoryview]:
+    """`parts` behind their number and lengths, each at an aligned place."""
+    head = _PARTS.pack(len(parts)) + b"".join(_LENGTH.pack(len(part)) for part in parts)
+    found = [memoryview(head)]
+    at = len(head)
+    for part in parts:
+        found += [memoryview(bytes(-at % _ALIGNED)), part]
+        at += -at % _ALIGNED + len(part)
+    return found
+
+
+def _taken_apart(data: memoryview) -> list[memoryview]:
+    """The inverse."""
+    (count,) = _PARTS.unpack_from(data)
+    at = _PARTS.size + count * _LENGTH.size
+    parts = []
+    for number in range(count):
+        (length,) = _LENGTH.unpack_from(data, _PARTS.size + number * _LENGTH.size)
+        at += -at % _ALIGNED
+        parts.append(data[at : at + length])
+        at += length
+    return parts
+
+
+def _write(fd: int, parts: list[memoryview]) -> None:
+    """All of `parts`."""
+    for first in range(0, len(parts), 512):
+        pending = [part for part in parts[first : first + 512] if len(part)]
+        while pending:
+            written = os.writev(fd, pending) if hasattr(os, "writev") else os.write(fd, pending[0])
+            while pending and written >= len(pending[0]):
+                written -= len(pending.pop(0))
+            if written:
+                pending[0] = pending[0][written:]
+
+
+def _read(fd: int, length: int, offset: int) -> bytearray:
+    data = bytearray(length)
+    view = memoryview(data)
+    done = 0
+    while done < length:
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return data[:done] if done < length else data
+
+
+def _plain(key: Any) -> Any:
+    return key if isinstance(key, str | int | None) else str(key)
+
+
+def _as_tuples(cursor: Any) -> Any:
+    """JSON gives lists for what were tuples."""
+    return tuple(map(_as_tuples, cursor)) if isinstance(cursor, list) else cursor

@@ -1,0 +1,478 @@
+"""How a cache stands in a window: a step that looks samples up before the first, and one behind the steps it spares.
+
+    LookUp ──miss──▶ map(fetch) ──▶ map(decode) ──▶ Keep ──▶ ...
+       └───────────────────hit──────────────────────▲
+
+A sample that is found jumps over the steps between the two: no request, no thread. Samples keep their slots, so order
+and cursors are what they would be without the cache.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.cache.disk import DiskStore, Location, LostError
+from aioloader.cache.memory import MemoryStore
+from aioloader.cache.store import END, MISSING, REFUSED, Place, Store, at_position
+from aioloader.engine.entry import DONE, LAST, Entry
+from aioloader.engine.node import Kick, Node
+from aioloader.engine.steps import Forward, Step, ThreadStep
+from aioloader.executors.chunk import DROP, Call
+from aioloader.executors.threads import Threads
+from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+    from aioloader.engine.window import Window
+
+__all__ = ["KeepInMemory", "KeepOnDisk", "LookUp", "PlacedNode"]
+
+HITS_ROOM: Final = 256
+"""Slots more while all samples are found: they take no memory that is not taken already."""
+
+
+class _Opening:
+    """Opens stores in a thread, since that may read, and says when it is done.
+
+    Args:
+        run: Of which epoch.
+        stores: With the pipeline in front of each, in words.
+        done: Called on the loop with what went wrong.
+    """
+
+    def __init__(self, run: "Run", stores: Sequence[tuple[Store, str]]) -> None:
+        self._run = run
+        self._stores = stores
+        self._opened: list[Store] = []
+        self._threads: Threads | None = None
+        self._closed = False
+        self.done = False
+        self.error: BaseException | None = None
+
+    def begin(self, ready: Kick) -> None:
+        """Open them; `ready` is called when they are, unless that is at once."""
+        slow = [(store, pipeline) for store, pipeline in self._stores if isinstance(store, DiskStore)]
+        if not slow:
+            self.done = True
+            return
+        self._threads = self._run.threads(1, "aioloader-cache")
+        future = self._run.submit(self._threads, self._open, slow)
+        future.add_done_callback(lambda future: self._run.guarded(self._landed, future, ready))
+
+    def _open(self, slow: Sequence[tuple[Store, str]]) -> None:
+        for store, pipeline in slow:
+            store.open(pipeline)
+            self._opened.append(store)
+        if self._closed:  # meanwhile
+            self._close_opened()
+
+    def _landed(self, future: Any, ready: Kick) -> None:
+        self.done = True
+        self.error = None if future.cancelled() else future.exception()
+        ready()
+
+    def close(self) -> None:
+        """The epoch is over."""
+        self._closed = True
+        self._close_opened()
+        if self._threads is not None:
+            self._threads.close()
+
+    def _close_opened(self) -> None:
+        while self._opened:
+            try:
+                store = self._opened.pop()
+            except IndexError:  # the thread was faster
+                return
+            store.close()
+
+
+class LookUp(Step):
+    """The first step of a window with caches.
+
+    Args:
+        keeps: The steps behind which samples are kept, in order, with the pipeline in front of each, in words.
+        placed: Samples come with what they are kept as (`PlacedNode`), which has opened the cache; else by their key.
+    """
+
+    def __init__(self, keeps: Sequence[tuple["KeepInMemory | KeepOnDisk", str]], *, placed: bool) -> None:
+        super().__init__(StageMeter("cache", "sync"), 0)
+        self._keeps = [keep for keep, _ in reversed(keeps)]  # what is found in the last one spares the most
+        self._stores = [(keep.store, pipeline) for keep, pipeline in keeps]
+        self._placed = placed
+
+    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
+        self._run = run
+        self._window = window
+        self._forward = forward
+        self._opening = _Opening(run, self._stores)
+        self._begun = False
+        # Most often there is one cache, nothing is behind it, and a sample that is found is done.
+        last = self._keeps[0]
+        in_place = len(self._keeps) == 1 and window.ordered and window.steps[-1] is last
+        self._only = last if in_place and isinstance(last, KeepInMemory) else None
+        for keep in self._keeps:
+            keep.look_up = self
+
+    def accept(self, entry: Entry) -> None:
+        self.inbox.append(entry)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self._opening.begin(self.dispatch)
+        if not self._opening.done or self.closed:
+            return
+        if self._opening.error is not None:
+            while self.inbox:
+                self._fail(self.inbox.popleft(), self._opening.error, self._keeps[-1].meter.name)
+            return
+        missed = self._look_up() if self._only is None else self._look_up_in_place(self._only)
+        extra_room = 0 if missed else HITS_ROOM
+        if extra_room != self.extra_room:
+            self.extra_room = extra_room
+            self._window.wake()
+
+    def _look_up(self) -> bool:
+        """Send on what waits; returns whether something was not found."""
+        inbox, keeps, forward = self.inbox, self._keeps, self._forward
+        missed = False
+        while inbox:
+            entry = inbox.popleft()
+            key = entry.kept_as if self._placed else _key_of(entry)
+            entry.kept_as = key
+            for keep in keeps:
+                found = keep.store.find(key)
+                if found is not MISSING:
+                    keep.found(entry, found)
+                    break
+                keep.meter.misses += 1
+            else:
+                missed = True
+                forward(entry)
+        return missed
+
+    def _look_up_in_place(self, keep: "KeepInMemory") -> bool:
+        """The same for one cache in memory with nothing behind it: what is found is done, and costs half as much."""
+        find, placed = keep.store.samples.get, self._placed
+        entries = list(self.inbox)
+        self.inbox.clear()
+        missing: list[Entry] = []
+        for entry in entries:
+            key = entry.kept_as if placed else entry.key
+            if type(key) is not str and not placed and (type(key) is not int or key is not entry.value):
+                key = _key_of(entry)
+            found = find(key, MISSING)
+            if found is MISSING or found is REFUSED:
+                entry.kept_as = key
+                missing.append(entry)
+            else:
+                entry.value = found
+                entry.state = DONE
+        meter = keep.meter
+        hits = len(entries) - len(missing)
+        if hits:
+            meter.hits += hits
+            meter.samples += hits
+            self._window.finished_in_place(hits)
+        missed = False
+        for entry in missing:
+            if keep.store.find(entry.kept_as) is REFUSED:
+                keep.found(entry, REFUSED)
+            else:
+                meter.misses += 1
+                missed = True
+                self._forward(entry)
+        return missed
+
+    def again(self, entry: Entry) -> None:
+        """What was found could not be read: take it through the steps after all."""
+        self._forward(entry)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_opening"):
+            self._opening.close()
+        super().close()
+
+
+def _key_of(entry: Entry) -> Any:
+    """What a sample of an indexable source is kept as: its name or index; None for what has no name."""
+    key = entry.key
+    kind = type(key)
+    if kind is int:
+        # A list of integers and other things: the integers name themselves, the others have their index.
+        return key if type(entry.value) is int and entry.value == key else ("#", key)
+    if kind is str or key is None:
+        return key
+    return (kind.__name__, str(key))
+
+
+class KeepInMemory(Step):
+    """Behind the steps that a cache in memory spares.
+
+    Args:
+        store: The cache.
+        name: The stage, as written.
+    """
+
+    look_up: LookUp
+
+    def __init__(self, store: MemoryStore, name: str) -> None:
+        super().__init__(StageMeter(name, "sync"), 0)
+        self.store = store
+
+    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
+        super().bind(run, window, forward)
+        self.meter.cached_bytes = self.store.nbytes
+
+    def dispatch(self) -> None:
+        """Nothing waits here."""
+
+    def accept(self, entry: Entry) -> None:
+        self.meter.samples += 1
+        if entry.kept_as is not None:
+            self._put(entry, entry.value)
+        self._forward(entry)
+
+    def refused(self, entry: Entry) -> None:
+        """A filter in front refused it."""
+        if entry.kept_as is not None:
+            self._put(entry, REFUSED)
+        self._drop(entry)
+
+    def found(self, entry: Entry, sample: Any) -> None:
+        """`entry` is kept, as `sample`."""
+        meter = self.meter
+        meter.hits += 1
+        meter.samples += 1
+        if sample is REFUSED:
+            self._drop(entry)
+        else:
+            entry.value = sample
+            self._forward(entry)
+
+    def _put(self, entry: Entry, sample: Any) -> None:
+        self.store.put(entry.kept_as, sample, _place_of(entry))
+        self.meter.cached_bytes = self.store.nbytes
+
+
+class _Write:
+    """A sample on its way to the disk."""
+
+    __slots__ = ("key", "place", "sample")
+
+    def __init__(self, key: Any, sample: Any, place: Place | None) -> None:
+        self.key = key
+        self.sample = sample
+        self.place = place
+
+
+class _Load:
+    """A sample on its way from the disk."""
+
+    __slots__ = ("instead", "location")
+
+    def __init__(self, location: Location, instead: Any) -> None:
+        self.location = location
+        self.instead = instead  # what the first step takes, should the sample be lost
+
+
+class _Lost:
+    """It was lost on the disk: what to do instead."""
+
+    __slots__ = ("error", "instead")
+
+    def __init__(self, instead: Any, error: LostError) -> None:
+        self.instead = instead
+        self.error = error
+
+
+class KeepOnDisk(ThreadStep):
+    """Behind the steps that a cache on disk spares: it writes and reads in threads.
+
+    Args:
+        store: The cache.
+        concurrency: Threads.
+        name: The stage, as written.
+        placed: There are no steps in front that could make a lost sample again.
+    """
+
+    look_up: LookUp
+
+    def __init__(self, store: DiskStore, concurrency: int, name: str, *, placed: bool) -> None:
+        super().__init__(
+            [Call(partial(_work, store), predicate=False, label=name)], concurrency, thread_name="aioloader-cache"
+        )
+        self.store = store
+        self._placed = placed
+
+    def accept(self, entry: Entry) -> None:
+        if entry.kept_as is None:
+            self._forward(entry)
+            return
+        entry.value = _Write(entry.kept_as, entry.value, _place_of(entry))
+        super().accept(entry)
+
+    def refused(self, entry: Entry) -> None:
+        """A filter in front refused it."""
+        if entry.kept_as is None:
+            self._drop(entry)
+            return
+        entry.value = _Write(entry.kept_as, REFUSED, _place_of(entry))
+        super().accept(entry)
+
+    def found(self, entry: Entry, location: Location) -> None:
+        """`entry` is kept, at `location`."""
+        self.meter.hits += 1
+        entry.value = _Load(location, entry.value)
+        super().accept(entry)
+
+    def _settle(self, entries: Any, outcomes: Any) -> None:
+        self.meter.cached_bytes = self.store.nbytes
+        lost = [(entry, outcome) for entry, outcome in zip(entries, outcomes, strict=False) if type(outcome) is _Lost]
+        if not lost:
+            super()._settle(entries, outcomes)
+            return
+        for entry, outcome in zip(entries, outcomes, strict=False):
+            if type(outcome) is not _Lost:
+                super()._settle([entry], [outcome])
+                continue
+            self.meter.hits -= 1
+            self.meter.misses += 1
+            if self._placed:
+                self._fail(entry, outcome.error, self.meter.name)
+            else:
+                entry.value = outcome.instead
+                self.look_up.again(entry)
+
+
+def _work(store: DiskStore, job: Any) -> Any:
+    """In a thread."""
+    if type(job) is _Load:
+        try:
+            sample = store.load(job.location)
+        except LostError as error:
+            return _Lost(job.instead, error)
+    else:
+        store.put(job.key, job.sample, job.place)
+        sample = job.sample
+    return DROP if sample is REFUSED else sample
+
+
+def _place_of(entry: Entry) -> Place | None:
+    """What is kept beside a sample of a stream."""
+    key = entry.kept_as
+    if type(key) is tuple and key[0] == "@":
+        return Place(entry.cursor, entry.key)
+    return None
+
+
+class PlacedNode(Node):
+    """In front of a cache of a stream: gives what is kept without touching the stream, and then the rest of it.
+
+    Samples of a stream are kept as their number in the epoch, with their cursors. Those from the first on without a
+    gap are given from the cache, as empty entries that `LookUp` fills; if the stream has been kept to its end, it is
+    not opened at all. Else it is resumed behind the last of them.
+
+    Args:
+        upstream: The stream; it gives the same samples in each epoch.
+        store: Where they are kept.
+        pipeline: What is in front of the cache, in words.
+    """
+
+    def __init__(self, upstream: Node, store: Store, pipeline: str) -> None:
+        self._upstream = upstream
+        self._store = store
+        self._pipeline = pipeline
+        self._resume_at: Any = None
+        self._position = 0  # in the epoch, of the next sample; None where that cannot be known
+        self._numbered = True
+        self._ready = False  # the cache is open, and what was delivered before a resume has been found in it
+        self._begun = False  # the upstream
+        self._whole = True  # no error so far
+
+    def resume(self, cursor: Any) -> None:
+        self._resume_at = cursor
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        self._meters_before = len(run.meters)
+        self._opening = _Opening(run, [(self._store, self._pipeline)])
+        self._opening.begin(kick)
+
+    def poll(self, limit: int) -> list[Entry]:
+        if not self._opening.done or self.ended:
+            return []
+        if self._opening.error is not None:
+            self.ended = True
+            return [Entry.last(self._opening.error, self._resume_at, 0)]
+        if not self._ready:
+            self._ready = True
+            self._find_position()
+        if not self._begun:
+            if entries := self._kept(limit):
+                return entries
+            if self._store.find(END) == self._position and self._numbered:
+                self.ended = True
+                return []
+            self._begun = True
+            if self._resume_at is not None:
+                self._upstream.resume(self._resume_at)
+            self._start_upstream()
+        run = self._upstream.poll(limit)
+        for entry in run:
+            if entry.state == LAST or entry.error is not None:
+                self._whole = False
+            entry.kept_as = at_position(self._position) if self._numbered else None
+            self._position += 1
+        if self._upstream.ended:
+            self.ended = True
+            if self._numbered and self._whole:
+                self._store.put_end(self._position)
+        return run
+
+    def _start_upstream(self) -> None:
+        """Later than others are: its meters go where they would have gone."""
+        meters = self._run.meters
+        count = len(meters)
+        self._upstream.start(self._run, self._kick)
+        late = meters[count:]
+        meters[self._meters_before :] = late + meters[self._meters_before : count]
+
+    def _find_position(self) -> None:
+        """The number of the sample behind the cursor to go on at."""
+        if self._resume_at is None:
+            return
+        wanted = _hashable(self._resume_at)
+        position = 0
+        while (place := self._store.place(position)) is not None:
+            position += 1
+            if _hashable(place.cursor) == wanted:
+                self._position = position
+                return
+        self._numbered = False
+
+    def _kept(self, limit: int) -> list[Entry]:
+        entries: list[Entry] = []
+        if not self._numbered:
+            return entries
+        while len(entries) < limit and (place := self._store.place(self._position)) is not None:
+            if self._store.find(at_position(self._position)) is MISSING:
+                break
+            entry = Entry(None, place.cursor, place.key, self._position)
+            entry.kept_as = at_position(self._position)
+            entries.append(entry)
+            self._position += 1
+            self._resume_at = place.cursor
+        return entries
+
+    def close(self) -> None:
+        if hasattr(self, "_opening"):
+            self._opening.close()
+        self._upstream.close()
+
+
+def _hashable(cursor: Any) -> Any:
+    return tuple(map(_hashable, cursor)) if isinstance(cursor, list | tuple) else cursor

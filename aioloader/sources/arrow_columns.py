@@ -1,0 +1,169 @@
+"""Arrow columns as tensors and as Python lists, without a Python object per cell where that can be avoided."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from aioloader.stages.collate import Alloc
+
+__all__ = ["Columns", "NullsError", "rows_of"]
+
+_DTYPES: Final[dict[Any, torch.dtype]] = {
+    pa.int8(): torch.int8,
+    pa.int16(): torch.int16,
+    pa.int32(): torch.int32,
+    pa.int64(): torch.int64,
+    pa.uint8(): torch.uint8,
+    pa.uint16(): torch.uint16,
+    pa.uint32(): torch.uint32,
+    pa.uint64(): torch.uint64,
+    pa.float16(): torch.float16,
+    pa.float32(): torch.float32,
+    pa.float64(): torch.float64,
+    pa.bool_(): torch.bool,
+}
+
+
+class NullsError(ValueError):
+    """A column has nulls, and its tensor could not say so."""
+
+
+class Columns:
+    """Makes batches, dictionaries of one column per name, of pieces of record batches.
+
+    Numbers, bools, fixed-size lists of them (2-D, or more where they are nested) and fixed-shape tensors become
+    tensors; every other column becomes a list.
+
+    Args:
+        schema: Of the record batches.
+        alloc: Where a tensor goes that has to be put together.
+    """
+
+    def __init__(self, schema: Any, alloc: Alloc) -> None:
+        self._convert: list[tuple[str, Callable[[Sequence[Any]], Any]]] = []
+        for field in schema:
+            layout = _layout(field.type)
+            self._convert.append((field.name, _List() if layout is None else _Tensor(field.name, *layout, alloc)))
+
+    def batch(self, parts: Sequence[Any]) -> dict[str, Any]:
+        """The batch of all rows of `parts`, record batches of at least one row.
+
+        Raises:
+            NullsError: A column of integers, bools or lists has nulls.
+        """
+        return {name: convert([part.column(at) for part in parts]) for at, (name, convert) in enumerate(self._convert)}
+
+
+def _layout(kind: Any) -> tuple[torch.dtype, tuple[int, ...]] | None:
+    """Element type and the shape of one row's tensor; None: it is none."""
+    shape: tuple[int, ...] = ()
+    if isinstance(kind, pa.FixedShapeTensorType):
+        if kind.permutation is not None and list(kind.permutation) != sorted(kind.permutation):
+            return None
+        dtype = _DTYPES.get(kind.value_type)
+        return None if dtype is None else (dtype, tuple(kind.shape))
+    while pa.types.is_fixed_size_list(kind):
+        shape += (kind.list_size,)
+        kind = kind.value_type
+    dtype = _DTYPES.get(kind)
+    return None if dtype is None else (dtype, shape)
+
+
+class _List:
+    """A column without a tensor."""
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
+        for array in arrays:
+            found += _cells(array)
+        return found
+
+
+class _Tensor:
+    """A column that is a tensor: over arrow's own memory where it lies in one piece."""
+
+    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], alloc: Alloc) -> None:
+        self._name = name
+        self._dtype = dtype
+        self._shape = shape
+        self._alloc = alloc
+
+    def __call__(self, arrays: Sequence[Any]) -> torch.Tensor:
+        parts = [self._one(array) for array in arrays]
+        if len(parts) == 1:
+            return parts[0]
+        whole = self._alloc((sum(map(len, parts)), *self._shape), self._dtype)
+        start = 0
+        for part in parts:
+            whole[start : start + len(part)] = part
+            start += len(part)
+        return whole
+
+    def _one(self, array: Any) -> torch.Tensor:
+        rows = len(array)
+        if isinstance(array, pa.ExtensionArray):
+            array = array.storage
+        while pa.types.is_fixed_size_list(array.type):
+            self._check(array)
+            array = array.flatten()
+        if array.null_count:
+            if not self._dtype.is_floating_point:
+                self._check(array)
+            array = pc.fill_null(array, pa.scalar(float("nan"), array.type))
+        if self._dtype is torch.bool:  # a bit each
+            return _over(array.cast(pa.uint8()), torch.uint8).view(torch.bool).view(rows, *self._shape)
+        flat = _over(array, self._dtype)
+        return flat.view(rows, *self._shape) if self._shape else flat
+
+    def _check(self, array: Any) -> None:
+        if array.null_count:
+            kind = str(self._dtype).removeprefix("torch.")
+            what = f"{kind} rows of shape {self._shape}" if self._shape else kind
+            raise NullsError(
+                f"column {self._name!r} has {array.null_count} null{'s'[: array.null_count > 1]}, which a tensor of "
+                f"{what} cannot hold; fill them when writing, leave the column out with columns=, or read rows "
+                f"(batch_rows=None), where they are None"
+            )
+
+
+def _over(array: Any, dtype: torch.dtype) -> torch.Tensor:
+    """A flat tensor over the memory of `array`, which has no nulls.
+
+    What was decoded from a file is nobody else's, so the tensor may be written to, as any other. Neither numpy nor
+    DLPack: both call arrow's memory read-only, whosever it is, and torch warns or refuses.
+    """
+    count = len(array)
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    buffer = array.buffers()[1]
+    memory = _array_type(count * dtype.itemsize).from_address(buffer.address + array.offset * dtype.itemsize)
+    memory.owner = buffer
+    tensor = torch.frombuffer(memory, dtype=dtype)
+    return tensor if buffer.is_mutable else tensor.clone()
+
+
+@lru_cache(maxsize=256)
+def _array_type(nbytes: int) -> Any:
+    return ctypes.c_char * nbytes
+
+
+def rows_of(batch: Any) -> list[dict[str, Any]]:
+    """The rows of a record batch as dictionaries of Python objects; nulls are None."""
+    names = batch.schema.names
+    return [dict(zip(names, row, strict=True)) for row in zip(*map(_cells, batch.columns), strict=True)]
+
+
+def _cells(array: Any) -> list[Any]:
+    """A column as Python objects, which arrow makes in C++.
+
+    Not those of dictionary arrays: it would look up each in Python, seventy times as slow as all at once.
+    """
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    cells: list[Any] = array.to_pylist()
+    return cells

@@ -1,0 +1,405 @@
+"""`ParquetRows`: the rows of Parquet files, one by one or as batches of columns."""
+
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
+from aioloader.errors import BrokenDataError
+from aioloader.memory.pool import BatchMemory
+from aioloader.sources.ahead import Ahead, failed
+from aioloader.sources.parquet_footer import Footer, open_parquet, row_bytes, same_columns, selected
+from aioloader.sources.paths import Paths, each_path, find_files
+from aioloader.stages.checks import check_count
+
+if TYPE_CHECKING:
+    from aioloader.sources.arrow_columns import Columns
+
+__all__ = ["ParquetRows"]
+
+PIECE_BYTES: Final = 4 << 20
+"""Decoded in one crossing into a thread, about: what stays in the caches of a processor."""
+
+PIECE_ROWS: Final = 2048
+"""The same for rows as dictionaries, at most: they cost Python objects, and the GIL meanwhile."""
+
+SPAN_BYTES: Final = 32 << 20
+"""Row groups that are smaller are read several at a time."""
+
+LANES: Final = 3
+"""So many spans are open: the one whose rows are handed out, and those behind it."""
+
+PIECES_AHEAD: Final = 4
+"""Decoded pieces that wait, per span."""
+
+
+class ParquetRows(CursorSource):
+    """The rows of Parquet files, in order, as dictionaries; or batches of columns, most of them tensors.
+
+    Row groups are read ahead in threads. A file that cannot be read raises at its place, a broken row group at its
+    place, and what comes after it goes on. All files must have the columns of the first, of the same types.
+
+    With `batch_rows`, a sample is a dictionary of columns, made without Python objects per row. Numbers, bools,
+    fixed-size lists of them and fixed-shape tensors become tensors, rows first; other columns become lists. A null is
+    None in a list and NaN in a tensor of floats; in any other tensor it is an error, at the place of its batch.
+    Batches run over the borders of row groups and files, so that all have `batch_rows` rows, except the last one and
+    one before a file that cannot be read. A tensor may lie in memory of arrow, which it keeps: about 4 MB, however
+    small the batch.
+
+    Cursor: file, row group, and the row in it.
+
+    Args:
+        paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
+        columns: Names of those to read; None: all.
+        batch_rows: None: one sample per row. Else at least 1.
+        store: A store of obstore; `paths` are keys in it, without globs.
+
+    Raises:
+        FileNotFoundError: A glob matches nothing.
+        ImportError: Without pyarrow.
+        TypeError, ValueError: An argument does not fit.
+
+    ```python
+    loader = Pipeline(ParquetRows("data/*.parquet", columns=["x", "label"], batch_rows=1024)).to("cuda")
+    ```
+    """
+
+    def __init__(
+        self, paths: Paths, *, columns: Sequence[str] | None = None, batch_rows: int | None = None, store: Any = None
+    ) -> None:
+        _require_pyarrow()
+        if store is None:
+            self.paths = find_files(paths, source="ParquetRows")
+        else:
+            self.paths = tuple(each_path(paths, source="ParquetRows"))
+        self.store = store
+        self.columns = None if columns is None else _check_columns(columns)
+        self.batch_rows = (
+            None
+            if batch_rows is None
+            else check_count("batch_rows", batch_rows, least=1, hint="leave it out for one sample per row")
+        )
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        index, group, row = (0, 0, 0) if cursor is None else cursor
+        if not 0 <= index <= len(self.paths):
+            raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
+        return _Reader(self, access, (index, group, row))
+
+
+def _require_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise ImportError("ParquetRows needs the package pyarrow: pip install 'aioloader[parquet]'") from error
+
+
+def _check_columns(columns: Any) -> tuple[str, ...]:
+    if isinstance(columns, str) or not isinstance(columns, Sequence):
+        raise TypeError(f"columns must be a list of names, got {columns!r}; pass [{columns!r}] for one column")
+    names = tuple(columns)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"columns must be a list of names, got {name!r} of type {type(name).__name__} in it")
+    if not names:
+        raise ValueError("columns must name at least one column, got none; leave it out for all of them")
+    if len(set(names)) != len(names):
+        raise ValueError(f"columns must name each column once, got {list(names)!r}")
+    return names
+
+
+class _Reader(Ahead):
+    """One epoch: spans of row groups are read by tasks and threads of their own, in turn, and put in order here."""
+
+    def __init__(self, source: ParquetRows, access: Access, cursor: tuple[int, int, int]) -> None:
+        self._source = source
+        self._access = access
+        self._cursor = cursor
+        self._footer_thread = access.threads(1)
+        # A span has one thread to itself, for its file is opened and closed in it; see `LANES`.
+        self._threads = [access.threads(1) for _ in range(LANES)]
+        self._reference: tuple[str, Any] | None = None  # the file whose columns the others must have
+        self._memory = BatchMemory()
+        super().__init__(access, self._entries, lists=2)
+
+    async def aclose(self) -> None:
+        self._memory.close()
+
+    async def _entries(self) -> AsyncGenerator[list[Entry]]:
+        batches = None if self._source.batch_rows is None else _Batches(self._source.batch_rows, self._memory)
+        opened: deque[Ahead] = deque()
+        count = 0
+        async with aclosing(self._spans()) as spans:
+            more = True
+            while more or opened:
+                while more and len(opened) < LANES:
+                    span = await anext(spans, None)
+                    if span is None:
+                        more = False
+                    else:
+                        opened.append(self._lane(span, self._threads[count % LANES]))
+                        count += 1
+                if opened:
+                    pieces = await opened[0].read(PIECES_AHEAD * PIECE_ROWS)
+                    if not pieces:
+                        opened.popleft()
+                    elif batches is None:
+                        yield pieces
+                    elif entries := await self._footer_thread.call(batches.feed, pieces):
+                        yield entries
+        if batches is not None and (entries := await self._footer_thread.call(batches.flush)):
+            yield entries
+
+    async def _spans(self) -> AsyncGenerator["_Span | Entry"]:
+        """What is to be read, in order; an entry for a file that cannot be."""
+        first, group, row = self._cursor
+        call = self._footer_thread.call
+        for index in range(first):  # on going on, the files must still be as the first one is
+            if self._reference is not None:
+                break
+            try:
+                await call(self._read_footer, index)
+            except Exception:  # it was raised at its place, before
+                continue
+        for index in range(first, len(self._source.paths)):
+            try:
+                footer: Footer = await call(self._read_footer, index)
+                starts = footer.starts
+                if not 0 <= group < max(1, len(starts)) or starts[group] + row > starts[-1]:
+                    raise BrokenDataError(
+                        f"{footer.path}: reading shall go on in row group {group} behind row {row}, but it has "
+                        f"{len(starts) - 1} row groups and {starts[-1]} rows: it was changed"
+                    )
+            except Exception as error:
+                yield failed(error, (index + 1, 0, 0), self._source.paths[index])
+            else:
+                for span in _spans_of(footer, starts[group] + row):
+                    yield span
+            group = row = 0
+
+    def _lane(self, span: "_Span | Entry", thread: AccessThreads) -> Ahead:
+        async def pieces() -> AsyncGenerator[list[Entry]]:
+            if isinstance(span, Entry):
+                yield [span]
+                return
+            reading = _Reading(self._source, span)
+            try:
+                while entries := await thread.call(reading.next):
+                    yield entries
+            finally:
+                await thread.call(reading.close)
+
+        return Ahead(self._access, pieces, lists=PIECES_AHEAD)
+
+    def _read_footer(self, index: int) -> Footer:
+        """In a thread.
+
+        Raises:
+            Exception: The file cannot be read, or has not the columns it should have.
+        """
+        source = self._source
+        path = source.paths[index]
+        with open_parquet(path, source.store) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+        schema = selected(path, schema, source.columns)
+        if self._reference is None:
+            self._reference = path, schema
+        else:
+            schema = same_columns(path, schema, *self._reference)
+        starts = tuple(accumulate((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), initial=0))
+        return Footer(index, path, metadata, schema, starts, self._piece_rows(metadata, schema))
+
+    def _piece_rows(self, metadata: Any, schema: Any) -> int:
+        """How many rows to decode at once: whole batches, where these are small."""
+        rows = max(1, PIECE_BYTES // row_bytes(metadata, schema))
+        batch_rows = self._source.batch_rows
+        if batch_rows is None:
+            return min(rows, PIECE_ROWS)
+        return max(1, rows // batch_rows) * batch_rows if rows >= batch_rows else rows
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Rows `start` to the end of row group `last` of a file; `start` lies in row group `first`."""
+
+    footer: Footer
+    first: int
+    last: int
+    start: int
+
+
+def _spans_of(footer: Footer, start: int) -> list[_Span]:
+    """The rows of a file from number `start` on, in spans of one large row group, or of several small ones."""
+    spans = []
+    starts = footer.starts
+    first, last, size = None, 0, 0
+    for group in range(len(starts) - 1):
+        if starts[group + 1] <= start:
+            continue
+        first = group if first is None else first
+        size += footer.metadata.row_group(group).total_byte_size
+        last = group
+        if size >= SPAN_BYTES:
+            spans.append(_Span(footer, first, last, max(start, starts[first])))
+            first, size = None, 0
+    if first is not None:
+        spans.append(_Span(footer, first, last, max(start, starts[first])))
+    return spans
+
+
+class _Reading:
+    """Reads a span, in the one thread that opens and closes it."""
+
+    def __init__(self, source: ParquetRows, span: _Span) -> None:
+        self._source = source
+        self._footer = footer = span.footer
+        self._row = span.start
+        self._groups = deque([range(span.first, span.last + 1)])
+        self._file: Any = None
+        self._batches: Any = None
+        self._until = footer.starts[span.last + 1]
+
+    def close(self) -> None:
+        """Let go of the file; may be called at any time."""
+        self._batches = None
+        if self._file is not None:
+            self._file.close()
+
+    def next(self) -> list[Entry]:
+        """The next piece: rows, or one record batch; an error at its place; `[]` at the end."""
+        while self._row < self._until:
+            try:
+                piece = self._next_piece()
+            except Exception as error:
+                if entries := self._fail(error):
+                    return entries
+            else:
+                if piece is not None:
+                    return self._entries_of(piece)
+        return []
+
+    def _next_piece(self) -> Any:
+        footer = self._footer
+        if self._file is None:
+            self._file = open_parquet(footer.path, self._source.store, footer.metadata)
+        groups = self._groups[0]
+        if self._batches is None:
+            self._at = footer.starts[groups.start]
+            self._batches = self._file.iter_batches(
+                footer.piece_rows, row_groups=list(groups), columns=footer.schema.names
+            )
+        piece = next(self._batches, None)
+        if piece is None:
+            if self._at < footer.starts[groups.stop]:
+                raise BrokenDataError(f"{self._at - footer.starts[groups.start]} rows came, and more were promised")
+            self._groups.popleft()
+            self._batches = None
+            return None
+        behind = max(0, self._row - self._at)  # rows that are not wanted: reading goes on in the middle of a row group
+        self._at += piece.num_rows
+        if behind >= piece.num_rows:
+            return None
+        return (piece.slice(behind) if behind else piece).select(footer.schema.names)
+
+    def _entries_of(self, piece: Any) -> list[Entry]:
+        footer, start = self._footer, self._row
+        self._row = stop = start + piece.num_rows
+        if self._source.batch_rows is not None:
+            return [Entry(_Piece(piece, footer, start), None, None, 0)]
+        from aioloader.sources.arrow_columns import rows_of
+
+        entries = []
+        row = start
+        rows = iter(rows_of(piece))
+        while row < stop:
+            index, group, _ = footer.cursor(row + 1)
+            first = footer.starts[group]
+            until = min(stop, footer.starts[group + 1])
+            for number, sample in zip(range(row, until), rows, strict=False):
+                entries.append(Entry(sample, (index, group, number + 1 - first), f"{footer.path}:{number}", 0))
+            row = until
+        return entries
+
+    def _fail(self, error: Exception) -> list[Entry]:
+        """What could not be decoded: of several row groups each is tried on its own, of one the rest is left out."""
+        footer = self._footer
+        groups = self._groups.popleft()
+        self._batches = None
+        if len(groups) > 1:
+            self._groups.extendleft(
+                range(group, group + 1) for group in reversed(groups) if footer.starts[group + 1] > self._row
+            )
+            return []
+        group = groups.start
+        start, self._row = self._row, footer.starts[group + 1]
+        broken = BrokenDataError(
+            f"{footer.path}, row group {group}: its rows from {start} to {self._row - 1} cannot be read: {error}"
+        )
+        broken.__cause__ = error
+        return [failed(broken, footer.cursor(self._row), f"{footer.path}:{start}")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A record batch, where it stands, and what is left of it."""
+
+    rows: Any
+    footer: Footer
+    start: int
+
+    def take(self, count: int) -> "tuple[_Piece, _Piece]":
+        """The first `count` rows, and the rest."""
+        head = _Piece(self.rows.slice(0, count), self.footer, self.start)
+        return head, _Piece(self.rows.slice(count), self.footer, self.start + count)
+
+
+class _Batches:
+    """Cuts pieces into batches of so many rows. In one thread at a time."""
+
+    def __init__(self, batch_rows: int, memory: BatchMemory) -> None:
+        self._batch_rows = batch_rows
+        self._memory = memory
+        self._pending: list[_Piece] = []
+        self._rows = 0
+        self._columns: Columns | None = None
+
+    def feed(self, pieces: list[Entry]) -> list[Entry]:
+        """The batches that `pieces` complete."""
+        entries: list[Entry] = []
+        for piece in pieces:
+            if piece.error is not None:
+                entries += self.flush()
+                entries.append(piece)
+                continue
+            rest: _Piece = piece.value
+            while self._rows + rest.rows.num_rows >= self._batch_rows:
+                head, rest = rest.take(self._batch_rows - self._rows)
+                self._pending.append(head)
+                entries.append(self._batch())
+            if rest.rows.num_rows:
+                self._pending.append(rest)
+                self._rows += rest.rows.num_rows
+        return entries
+
+    def flush(self) -> list[Entry]:
+        """What is left: a short batch."""
+        return [self._batch()] if self._pending else []
+
+    def _batch(self) -> Entry:
+        pieces, self._pending, self._rows = self._pending, [], 0
+        first, last = pieces[0], pieces[-1]
+        if self._columns is None:
+            from aioloader.sources.arrow_columns import Columns
+
+            self._columns = Columns(first.rows.schema, self._memory.alloc)
+        cursor = last.footer.cursor(last.start + last.rows.num_rows)
+        key = f"{first.footer.path}:{first.start}"
+        try:
+            return Entry(self._columns.batch([piece.rows for piece in pieces]), cursor, key, 0)
+        except Exception as error:
+            error.add_note(f"aioloader: in a batch that begins with row {first.start} of {first.footer.path}")
+            return failed(error, cursor, key)

@@ -1,0 +1,798 @@
+"""`cache`: what is kept is not made again, in memory and on disk, by key and by position, whatever happens."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aioloader import BrokenDataError, Pipeline
+from aioloader.cache import disk as disk_cache
+from aioloader.cache.samples import copied, kept, size_of
+from aioloader.sources import Lines
+from aioloader.stages.cache import Cache
+from tests import _work
+from tests._support import Child, Face, Steps, collect, notes, on_both_faces
+
+Cached = Callable[[Pipeline], Pipeline]
+
+
+@pytest.fixture(params=["memory", "disk"])
+def cached(request: pytest.FixtureRequest, tmp_path: Path) -> Cached:
+    """Adds a cache that is large enough, each time another one."""
+    count = iter(range(100))
+    if request.param == "memory":
+        return lambda pipeline: pipeline.cache(memory_bytes=1 << 24)
+    return lambda pipeline: pipeline.cache(disk=tmp_path / f"cache-{next(count)}")
+
+
+class Calls:
+    """A function that says what it was called with."""
+
+    def __init__(self, fn: Callable[[Any], Any] = lambda sample: torch.full((3,), float(sample))) -> None:
+        self._fn = fn
+        self.made: list[Any] = []
+
+    def __call__(self, sample: Any) -> Any:
+        self.made.append(sample)
+        return self._fn(sample)
+
+    def take(self) -> list[Any]:
+        """What it was called with since the last time."""
+        made, self.made = self.made, []
+        return sorted(made)
+
+
+class Stream:
+    """An iterable that says how often it was opened and how far it was read."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self.opened = 0
+        self.read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.opened += 1
+        for sample in range(self._samples):
+            self.read += 1
+            yield sample
+
+
+def first_values(batches: list[Any]) -> list[int]:
+    """Of each tensor the first number."""
+    return [int(batch.flatten()[0]) for batch in batches]
+
+
+def cache_stats(pipeline: Pipeline) -> tuple[int, int]:
+    """Hits and misses of the newest epoch."""
+    (stage,) = (stage for stage in pipeline.stats().stages if stage.name.startswith("cache("))
+    return stage.hits, stage.misses
+
+
+# -- by key ------------------------------------------------------------------------------------------------------------
+
+
+@on_both_faces
+def test_the_second_epoch_makes_nothing(cached: Cached, face: Face) -> None:
+    """Each epoch in its own order, as without the cache."""
+    make = Calls()
+    plain = Pipeline(range(50)).shuffle(seed=3).map(lambda n: torch.full((3,), float(n))).batch(8)
+    loader = cached(Pipeline(range(50)).shuffle(seed=3).map(make)).batch(8)
+    for epoch in range(3):
+        expected = collect(plain, face)
+        assert [batch.tolist() for batch in collect(loader, face)] == [batch.tolist() for batch in expected]
+        assert make.take() == (list(range(50)) if epoch == 0 else [])
+        assert cache_stats(loader) == ((0, 50) if epoch == 0 else (50, 0))
+    assert next(s for s in loader.stats().stages if s.name.startswith("cache(")).cached_bytes > 50 * 12
+
+
+def test_a_shuffle_behind_the_cache_is_a_permutation_too(cached: Cached) -> None:
+    """The cache gives one sample for one, so the order of keys may be chosen behind it."""
+    make = Calls()
+    loader = cached(Pipeline(range(20)).map(make)).shuffle(seed=1).shard(0, 2)
+    first, second = collect(loader, "for"), collect(loader, "for")
+    assert first_values(first) != first_values(second)
+    assert make.take() == sorted(set(first_values(first + second)))
+
+
+@on_both_faces
+def test_partial_epochs_add_up(cached: Cached, face: Face) -> None:
+    """What was made before a `break` is not made again."""
+    make = Calls()
+    loader = cached(Pipeline(range(40)).map(make, concurrency=1)).batch(4)
+    collect(loader, face, limit=2)
+    loader.close()
+    made = make.take()
+    assert len(made) >= 8
+    assert len(collect(loader, face)) == 10
+    assert set(make.take()).isdisjoint(made[:8])
+
+
+def test_async_functions_and_results_as_they_come(cached: Cached) -> None:
+    """A hit does not wait behind a request."""
+    made: list[int] = []
+
+    async def fetch(key: int) -> torch.Tensor:
+        made.append(key)
+        await asyncio.sleep(0)
+        return torch.tensor([key])
+
+    loader = cached(Pipeline(range(30)).map(fetch, ordered=False))
+    for _ in range(2):
+        assert sorted(first_values(collect(loader, "async for"))) == list(range(30))
+    assert sorted(made) == list(range(30))
+
+
+def test_errors_are_not_kept(cached: Cached) -> None:
+    """They stand at their place, and are tried again in the next epoch."""
+    broken = {3, 7}
+
+    def make(sample: int) -> torch.Tensor:
+        if sample in broken:
+            raise OSError(f"no {sample}")
+        return torch.tensor([sample])
+
+    loader = cached(Pipeline(range(10)).map(make))
+    with Steps(loader, "for") as steps:
+        found = steps.outcomes()
+    assert [str(found[3]), str(found[7])] == ["no 3", "no 7"]
+    assert "stage map(make), key 3, epoch 0, position 3" in notes(found[3])
+    broken.clear()
+    assert first_values(collect(loader, "for")) == list(range(10))
+    assert cache_stats(loader) == (8, 2)
+
+
+def test_what_a_filter_refused_is_not_made_to_be_refused_again(cached: Cached) -> None:
+    """That it was refused is kept too."""
+    make = Calls()
+    loader = cached(Pipeline(range(20)).map(make).filter(lambda t: bool(t[0] % 2))).batch(4)
+    for _ in range(2):
+        assert torch.cat(collect(loader, "for"))[:, 0].tolist() == list(range(1, 20, 2))
+    assert make.take() == list(range(20))
+    assert cache_stats(loader) == (20, 0)
+
+
+def test_two_caches_in_a_row(tmp_path: Path) -> None:
+    """The last one that has a sample gives it; a small one in memory in front of the disk, or the other way round."""
+    first, second = Calls(), Calls(lambda t: t + 1)
+    loader = (
+        Pipeline(range(10))
+        .map(first)
+        .filter(lambda t: bool(t[0] != 4))
+        .cache(disk=tmp_path / "cache")
+        .map(second)
+        .cache(memory_bytes=3000)
+    )
+    for epoch in range(3):
+        assert first_values(collect(loader, "for")) == [n + 1 for n in range(10) if n != 4]
+        made = second.made
+        second.made = []
+        assert len(made) == 9 if epoch == 0 else 0 < len(made) < 9
+    assert first.take() == list(range(10))
+
+
+def test_functions_in_processes() -> None:
+    """Hits do not go there."""
+    made = Pipeline(range(8)).map(_work.filled, executor="process", concurrency=1)
+    with made.cache(memory_bytes=1 << 24) as loader:
+        for _ in range(2):
+            assert first_values(collect(loader, "for")) == list(range(8))
+        assert cache_stats(loader) == (8, 0)
+
+
+def test_iterators_side_by_side(cached: Cached) -> None:
+    """They share what is kept."""
+    make = Calls()
+    loader = cached(Pipeline(range(20)).map(make)).batch(4)
+    pairs = list(zip(loader, loader, strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert set(make.take()) == set(range(20))
+    assert len(collect(loader, "for")) == 5
+    assert make.take() == []
+
+
+def test_pipelines_that_go_on_from_one_cache_share_it(cached: Cached) -> None:
+    """For instance with and without augmentation."""
+    make = Calls()
+    base = cached(Pipeline(range(10)).map(make))
+    collect(base.batch(2), "for")
+    assert first_values(collect(base.map(lambda t: t * 2), "for")) == [2 * n for n in range(10)]
+    assert first_values(collect(base.take(3).repeat(2), "for")) == [0, 1, 2] * 2
+    assert make.take() == list(range(10))
+
+
+def test_samples_are_known_by_what_they_are_named(tmp_path: Path) -> None:
+    """A list may be sorted, cut and extended between runs; each name keeps its sample."""
+    make = Calls(lambda name: f"content of {name}")
+    first = Pipeline(["a", "b", "c"]).map(make).cache(disk=tmp_path / "c")
+    assert collect(first, "for") == ["content of a", "content of b", "content of c"]
+    make.take()
+    second = Pipeline(["d", "c", "a"]).map(make).cache(disk=tmp_path / "c")
+    assert collect(second, "for") == ["content of d", "content of c", "content of a"]
+    assert make.take() == ["d"]
+
+
+def test_names_that_only_look_alike(cached: Cached) -> None:
+    """One is not True, nor "1", nor a path of that name, nor what has no name and stands at place 1."""
+    names = [1, object, True, "1", PurePosixPath("1"), 0, False, 3.5, np.int64(1)]
+    loader = cached(Pipeline(names).map(repr))
+    for _ in range(2):
+        assert collect(loader, "for") == list(map(repr, names))
+    assert cache_stats(loader) == (9, 0)
+
+
+def test_a_sampler_gives_the_keys(cached: Cached) -> None:
+    """Samples are known by them."""
+    make = Calls()
+
+    class Data:
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            result: torch.Tensor = make(index)
+            return result
+
+    loader = cached(Pipeline(Data(), sampler=[4, 2, 4, 8]))
+    for _ in range(2):
+        assert first_values(collect(loader, "for")) == [4, 2, 4, 8]
+    assert set(make.take()) == {2, 4, 8}
+
+
+# -- in memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_keeps_what_came_first() -> None:
+    """Nothing is thrown out for what comes later, so a part of each epoch is spared whatever its order."""
+    make = Calls(lambda n: torch.full((1000,), float(n)))
+    loader = Pipeline(range(20)).map(make).shuffle(seed=0).cache(memory_bytes=10 * 5000)
+    collect(loader, "for")
+    make.take()
+    for _ in range(3):
+        assert sorted(first_values(collect(loader, "for"))) == list(range(20))
+        assert len(make.take()) == 10
+        assert cache_stats(loader) == (10, 10)
+        (stage,) = (s for s in loader.stats().stages if s.name.startswith("cache("))
+        assert 40_000 < stage.cached_bytes <= 50_000
+
+
+@on_both_faces
+def test_functions_behind_may_change_what_they_get(cached: Cached, face: Face) -> None:
+    """In place, and in every epoch: the cache keeps what it was given."""
+
+    def augment(sample: dict[str, Any]) -> dict[str, Any]:
+        sample["x"].mul_(2)
+        sample["list"].append(1)
+        sample["array"] += 1
+        return sample
+
+    def make(n: int) -> dict[str, Any]:
+        return {"x": torch.tensor([float(n)]), "list": [], "array": np.zeros(2)}
+
+    loader = cached(Pipeline(range(5)).map(make)).map(augment)
+    for _ in range(3):
+        found = collect(loader, face)
+        assert [(s["x"].item(), s["list"], s["array"].tolist()) for s in found] == [
+            (2.0 * n, [1], [1.0, 1.0]) for n in range(5)
+        ]
+
+
+def test_consumers_and_collate_functions_may_change_what_they_get() -> None:
+    """Samples that are not batched, and those in lists."""
+    base = Pipeline(range(4)).map(lambda n: torch.tensor([n])).cache(memory_bytes=1 << 20)
+    for _ in range(2):
+        for sample in base:
+            assert sample.item() < 4
+            sample.fill_(9)
+        for batch in base.batch(2, collate_fn=list):
+            assert all(sample.item() < 4 for sample in batch)
+            for sample in batch:
+                sample.fill_(9)
+        for tensor in base.batch(2):
+            tensor.fill_(9)
+    assert first_values(list(base)) == list(range(4))
+
+
+def test_the_default_collate_gets_samples_uncopied() -> None:
+    """It only reads: the copy into the batch is the only one."""
+    base = Pipeline(range(4)).map(lambda n: torch.tensor([n])).cache(memory_bytes=1 << 20)
+    for loader, copies in ((base.batch(2), False), (base.shuffle().take(3).batch(2), False), (base.unbatch(), True)):
+        list(loader)
+        assert any(stage.name.startswith("copy") for stage in loader.stats().stages) == copies
+
+
+def test_a_row_does_not_keep_its_whole_table() -> None:
+    """A view of larger memory gets memory of its own."""
+    table = torch.zeros(1000, 10)
+    array = np.zeros((1000, 10))
+    row, other = kept((table[3], {"a": array[4]}))
+    assert row.untyped_storage().nbytes() == 40
+    assert other["a"].base is None
+    whole = torch.zeros(3)
+    assert kept(whole) is whole
+
+
+def test_sizes_count_content() -> None:
+    """Tensors, arrays and strings exactly, containers with what is in them, others as their pickles."""
+    for sample in (torch.zeros(1000), np.zeros(500), b"x" * 4000, ["y" * 2000, "z" * 2000], {"a": b"x" * 4000}):
+        assert 4000 <= size_of(sample) <= 4700
+    assert 4000 <= size_of(_Custom(b"x" * 4000)) <= 4700
+    assert size_of(lambda: 0) > 0
+
+
+class _Custom:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+
+def test_copies_share_nothing_that_can_be_written_to() -> None:
+    """Whatever a sample is made of."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    sample = (torch.ones(2), [np.ones(2)], {"a": _Custom(b"b")}, "text", None, parameter)
+    copy = copied(sample)
+    assert type(copy[5]) is torch.nn.Parameter
+    copy[0].zero_()
+    copy[1][0][:] = 0
+    copy[2]["a"].content = b""
+    assert sample[0].sum() == 2
+    assert sample[1][0].sum() == 2
+    assert sample[2]["a"].content == b"b"
+
+
+# -- by position -------------------------------------------------------------------------------------------------------
+
+
+@on_both_faces
+def test_a_stream_that_is_kept_is_not_opened_again(cached: Cached, face: Face) -> None:
+    """Neither is anything else in front of the cache."""
+    stream, make = Stream(10), Calls()
+    loader = cached(Pipeline(stream).map(make).flat_map(lambda t: [t, t + 100]).batch(3)).map(lambda b: b[:, 0])
+    expected = [[0, 100, 1], [101, 2, 102], [3, 103, 4], [104, 5, 105], [6, 106, 7], [107, 8, 108], [9, 109]]
+    for _ in range(3):
+        assert [batch.tolist() for batch in collect(loader, face)] == expected
+    assert (stream.opened, make.take()) == (1, list(range(10)))
+    assert cache_stats(loader) == (7, 0)
+
+
+def test_an_empty_stream_is_kept_too(cached: Cached) -> None:
+    """That it has nothing."""
+    stream = Stream(0)
+    loader = cached(Pipeline(stream))
+    assert [collect(loader, "for") for _ in range(2)] == [[], []]
+    assert stream.opened == 1
+
+
+@on_both_faces
+def test_a_stream_goes_on_behind_what_is_kept(cached: Cached, face: Face, tmp_path: Path) -> None:
+    """After a partial epoch it is opened at the cursor of the last sample that is kept."""
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"{n}\n" for n in range(30)))
+    decode = Calls(int)
+    loader = cached(Pipeline(Lines(path)).map(decode, concurrency=1))
+    assert collect(loader, face, limit=10) == list(range(10))
+    loader.close()
+    made = len(decode.take())
+    assert collect(loader, face) == list(range(30))
+    again = decode.made
+    assert 10 <= 30 - len(again) <= made  # what was handed out is kept, and maybe more
+    decode.take()
+    path.unlink()
+    assert collect(loader, face) == list(range(30))
+    assert decode.take() == []
+
+
+def test_a_stream_beyond_the_budget_is_read_on(tmp_path: Path) -> None:
+    """What is kept comes from the cache, the rest from the source."""
+    make = Calls(lambda n: torch.full((1000,), float(n)))
+    loader = Pipeline(Stream(20)).map(make).cache(memory_bytes=10 * 5000)
+    for epoch in range(3):
+        assert first_values(collect(loader, "for")) == list(range(20))
+        assert make.take() == list(range(0 if epoch == 0 else 10, 20))
+
+
+def test_a_sample_of_a_stream_that_failed_is_tried_again(cached: Cached) -> None:
+    """From it on the stream is read again, until it has come."""
+    broken = {3}
+
+    def make(sample: int) -> int:
+        if sample in broken:
+            raise OSError(f"no {sample}")
+        return sample
+
+    stream = Stream(6)
+    loader = cached(Pipeline(stream).map(make))
+    for _ in range(2):
+        with Steps(loader, "for") as steps:
+            assert list(map(str, steps.outcomes())) == ["0", "1", "2", "no 3", "4", "5"]
+    broken.clear()
+    for _ in range(2):
+        assert collect(loader, "for") == list(range(6))
+    assert stream.opened == 3
+
+
+def test_a_stream_that_broke_off_is_not_taken_for_whole(cached: Cached) -> None:
+    """Its failure is no end."""
+
+    def stream() -> Iterator[int]:
+        yield 1
+        raise OSError("gone")
+
+    loader = cached(Pipeline(stream))
+    for _ in range(2):
+        with Steps(loader, "for") as steps:
+            assert list(map(str, steps.outcomes())) == ["1", "gone"]
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_cursors_pass_through(cached: Cached, keyed: bool) -> None:
+    """They are those of a pipeline without the cache, hit or miss, and it goes on at each of them."""
+    source = list(range(12)) if keyed else Stream(12)
+    plain = Pipeline(source).map(lambda n: torch.tensor([n])).batch(2)
+    loader = cached(Pipeline(source).map(lambda n: torch.tensor([n]))).batch(2)
+
+    def outcomes(pipeline: Pipeline, cursor: Any = None) -> list[tuple[list[int], Any]]:
+        if cursor is not None:
+            build = pipeline._build
+
+            def resumed(epoch: int) -> Any:
+                window = build(epoch)
+                window.resume(json.loads(json.dumps(cursor)))
+                return window
+
+            pipeline = pipeline.prefetch(2)
+            pipeline._build = resumed  # type: ignore[method-assign]
+        with Steps(pipeline, "for") as steps:
+            found = []
+            for batch in _each(steps):
+                found.append((batch.flatten().tolist(), steps._iterator.cursor))
+            return found
+
+    expected = outcomes(plain)
+    fresh = cached(Pipeline(source).map(lambda n: torch.tensor([n]))).batch(2)
+    for place, (_, cursor) in enumerate(expected):
+        assert outcomes(fresh, cursor) == expected[place + 1 :]  # nothing of it is kept, or some
+    assert outcomes(loader) == outcomes(loader) == expected
+    for place, (_, cursor) in enumerate(expected):
+        assert outcomes(loader, cursor) == expected[place + 1 :]
+
+
+def _each(steps: Steps) -> Iterator[Any]:
+    while True:
+        try:
+            batch = steps.next()
+        except StopIteration:
+            return
+        yield batch
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "what"),
+    [
+        (Pipeline(Stream(5)).shuffle(3), r"behind shuffle\(3\)"),
+        (Pipeline(range(5)).shuffle().batch(2), r"behind shuffle\(\)"),
+        (Pipeline(Stream(5)).map(str, ordered=False), r"behind map\(str\)"),
+        (Pipeline.merge([1], [2]), r"behind merge\(\)"),
+        (Pipeline.mix([[1], [2]], [1, 1]), r"behind mix\(\)"),
+        (Pipeline(range(5), sampler=[1, 2]).batch(2), "the sampler"),
+    ],
+)
+def test_streams_that_change_are_refused(pipeline: Pipeline, what: str) -> None:
+    """By position, samples of two epochs would be mixed up."""
+    with pytest.raises(ValueError, match=what):
+        pipeline.cache(memory_bytes=1000)
+
+
+@settings(max_examples=40)
+@given(
+    data=st.data(),
+    samples=st.integers(0, 12),
+    budget=st.sampled_from([1, 2500, 1 << 20]),
+    epochs=st.lists(st.integers(0, 14), max_size=5),
+)
+def test_any_history_of_epochs_gives_the_same_samples(
+    data: st.DataObject, samples: int, budget: int, epochs: list[int]
+) -> None:
+    """Epochs given up anywhere, with any budget, with failures that pass."""
+    kept_numbers = [n for n in range(12) if n % 5 != 4]
+    failing = data.draw(st.lists(st.sets(st.sampled_from(kept_numbers)), min_size=len(epochs), max_size=len(epochs)))
+    broken: set[int] = set()
+
+    def make(n: int) -> int:
+        if n in broken:
+            raise OSError(n)
+        return n
+
+    for source in (range(samples), Stream(samples)):
+        broken.clear()
+        loader = Pipeline(source).map(make, concurrency=2).filter(lambda n: n % 5 != 4).cache(memory_bytes=budget)
+        for limit, now in zip(epochs, failing, strict=True):
+            broken |= now
+            broken &= now
+            with Steps(loader, "for") as steps:
+                for n in [n for n in kept_numbers if n < samples][:limit]:
+                    try:
+                        found = steps.next()
+                    except OSError as error:
+                        (found,) = error.args
+                    assert found == n
+            loader.close()
+        broken.clear()
+        assert collect(loader, "for") == [n for n in kept_numbers if n < samples]
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_process_finds_what_was_kept(tmp_path: Path) -> None:
+    """Of samples of any kind."""
+    samples: list[Any] = [
+        torch.randn(40, 50),
+        torch.randn(4, 6).t(),
+        np.arange(3000),
+        {"a": [torch.tensor(1), None], "b": (b"x" * 5000, "é")},
+        torch.empty(0, 3),
+        torch.zeros(2000, dtype=torch.bool),
+        _Custom(b"c"),
+    ]
+    loader = Pipeline(range(7)).map(samples.__getitem__).cache(disk=tmp_path / "c", version=1)
+    collect(loader, "for")
+    again = Pipeline(range(7)).map(samples.__getitem__).cache(disk=tmp_path / "c", version=1)
+    found = collect(again, "for")
+    assert cache_stats(again) == (7, 0)
+    assert torch.equal(found[0], samples[0])
+    assert torch.equal(found[1], samples[1])
+    assert found[1].stride() == samples[1].stride()
+    assert found[2].tolist() == samples[2].tolist()
+    assert found[3] == samples[3]
+    assert found[4].shape == (0, 3)
+    assert torch.equal(found[5], samples[5])
+    assert found[6].content == b"c"
+    found[0].zero_()  # its memory is its own
+    assert torch.equal(collect(again, "for")[0], samples[0])
+
+
+KEEPS = """
+import sys
+from aioloader import Pipeline
+import torch
+
+def make(n):
+    return torch.full((3000,), float(n))
+
+loader = Pipeline(range(int(sys.argv[2]))).map(make, concurrency=2).cache(disk=sys.argv[1])
+for number, sample in enumerate(loader):
+    assert sample[0] == sample[-1] == number
+    if number == int(sys.argv[3]):
+        print("there", flush=True)
+        if sys.argv[4] == "kill":
+            sys.stdin.read() or __import__("time").sleep(60)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill")
+@pytest.mark.parametrize("after", [0, 300])
+def test_a_kill_leaves_what_was_whole(tmp_path: Path, after: int) -> None:
+    """A process that is killed while it writes: the next one reads what is complete, makes the rest, and is right."""
+    with Child(KEEPS, str(tmp_path / "c"), "2000", str(after), "go") as child:
+        child.until_line("there")
+        child.process.kill()
+        child.process.wait()
+    make = Calls(lambda n: torch.full((3000,), float(n)))
+    loader = Pipeline(range(2000)).map(_named_make(make), concurrency=2).cache(disk=tmp_path / "c")
+    found = collect(loader, "for")
+    assert [(int(sample[0]), int(sample[-1])) for sample in found] == [(n, n) for n in range(2000)]
+    hits, misses = cache_stats(loader)
+    assert hits >= after / 2  # what was handed out had been written, but for a few on their way
+    assert hits + misses == 2000
+    assert len(make.take()) == misses
+    collect(loader, "for")
+    assert cache_stats(loader) == (2000, 0)
+
+
+def _named_make(fn: Any) -> Any:
+    def make(n: int) -> Any:
+        return fn(n)
+
+    return make
+
+
+def test_two_processes_may_use_one_directory(tmp_path: Path) -> None:
+    """At the same time; neither waits for the other, and later each reads what both have kept."""
+    with Child(KEEPS, str(tmp_path / "c"), "500", "3", "go") as child:
+        child.until_line("there")
+        make = Calls(lambda n: torch.full((3000,), float(n)))
+        loader = Pipeline(range(500)).map(_named_make(make)).cache(disk=tmp_path / "c")
+        assert first_values(collect(loader, "for")) == list(range(500))
+        code, _, err = child.finish()
+        assert code == 0, err
+    assert first_values(collect(loader, "for")) == list(range(500))
+    assert cache_stats(loader) == (500, 0)
+
+
+def test_any_cut_and_any_flipped_byte_is_found_out(tmp_path: Path) -> None:
+    """Of the index and of the samples: what is not whole is made again, and nothing wrong is given."""
+    draw = random.Random(0)
+    for trial in range(30):
+        folder = tmp_path / str(trial)
+        loader = Pipeline(range(20)).map(lambda n: torch.full((300,), float(n))).cache(disk=folder)
+        collect(loader, "for")
+        (victim,) = folder.glob("*.index" if trial % 2 else "*.samples")
+        data = bytearray(victim.read_bytes())
+        place = draw.randrange(len(data))
+        if trial % 3:
+            data[place] ^= 1 << draw.randrange(8)
+        else:
+            del data[place:]
+        victim.write_bytes(data)
+        again = Pipeline(range(20)).map(lambda n: torch.full((300,), float(n))).cache(disk=folder)
+        for _ in range(2):
+            found = collect(again, "for")
+            assert [sample.tolist() for sample in found] == [[float(n)] * 300 for n in range(20)]
+        assert cache_stats(again) == (20, 0)
+
+
+def test_a_lost_sample_of_a_stream_says_so(tmp_path: Path) -> None:
+    """It cannot be made again on its own; the next epoch reads the stream from there on."""
+    loader = Pipeline(Stream(6)).map(float).cache(disk=tmp_path / "c")
+    collect(loader, "for")
+    (victim,) = (tmp_path / "c").glob("*.samples")
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with Steps(loader, "for") as steps:
+        (error,) = (outcome for outcome in steps.outcomes() if isinstance(outcome, Exception))
+    assert isinstance(error, BrokenDataError)
+    assert "is not what was kept" in str(error)
+    for _ in range(2):
+        assert collect(loader, "for") == [float(n) for n in range(6)]
+
+
+def test_a_directory_of_another_pipeline_is_refused(tmp_path: Path) -> None:
+    """Says what it holds and what is asked for; a version makes two pipelines of the same names differ."""
+    folder = tmp_path / "c"
+    collect(Pipeline(["a"]).map(str.upper).cache(disk=folder, version="v1"), "for")
+    with pytest.raises(ValueError, match=r"another pipeline, 'samples by name > map\(str.upper\)', and this one is"):
+        Pipeline(["a"]).map(str.lower).cache(disk=folder, version="v1")
+    with pytest.raises(ValueError, match="another version, 'v1', and this one is 'v2'; pass a directory for each"):
+        Pipeline(["a"]).map(str.upper).cache(disk=folder, version="v2")
+    with pytest.raises(ValueError, match=r"index of ndarray\(3\)"):
+        Pipeline(np.zeros(3)).map(str.upper).cache(disk=folder, version="v1")
+
+
+def test_what_a_source_of_ours_reads_is_part_of_the_pipeline(tmp_path: Path) -> None:
+    """Other files are other samples."""
+    for name in "ab":
+        (tmp_path / name).write_text(f"{name}\n")
+    assert collect(Pipeline(Lines(tmp_path / "a")).cache(disk=tmp_path / "c"), "for") == ["a"]
+    with pytest.raises(ValueError, match="another pipeline"):
+        Pipeline(Lines(tmp_path / "b")).cache(disk=tmp_path / "c")
+
+
+def test_a_directory_that_became_another_pipelines_meanwhile(tmp_path: Path) -> None:
+    """Is refused when the epoch begins."""
+    mine = Pipeline(["a"]).map(str.upper).cache(disk=tmp_path / "c")
+    collect(Pipeline(["a"]).map(str.lower).cache(disk=tmp_path / "c"), "for")
+    with Steps(mine, "for") as steps:
+        (error,) = steps.outcomes()
+    assert "another pipeline" in str(error)
+
+
+def test_directories_that_are_none(tmp_path: Path) -> None:
+    """A file, a folder of other things, a description that is broken or newer."""
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="disk must be a directory"):
+        Pipeline([1]).cache(disk=tmp_path / "file")
+    with pytest.raises(ValueError, match="holds 'file' and is no cache"):
+        Pipeline([1]).cache(disk=tmp_path)
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "cache.json").write_text("{")
+    with pytest.raises(ValueError, match="does not describe a cache"):
+        Pipeline([1]).cache(disk=folder)
+    (folder / "cache.json").write_text(json.dumps({"format": 9, "pipeline": "", "version": ""}))
+    with pytest.raises(ValueError, match="a cache of format 9"):
+        Pipeline([1]).cache(disk=folder)
+
+
+def test_a_full_disk_ends_keeping_and_not_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns once; what was kept before is read on."""
+    real = disk_cache._write
+    written: list[int] = []
+
+    def write(fd: int, parts: list[memoryview]) -> None:
+        written.append(fd)
+        if len(written) > 6:
+            raise OSError(28, "No space left on device")
+        real(fd, parts)
+
+    monkeypatch.setattr(disk_cache, "_write", write)
+    loader = Pipeline(range(10)).map(str, concurrency=1).cache(disk=tmp_path / "c")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert collect(loader, "for") == list(map(str, range(10)))
+    (warning,) = caught
+    assert "cannot be written to, and keeps no more" in str(warning.message)
+    assert cache_stats(loader) == (3, 7)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    """Permission is denied at the place of the samples."""
+    (tmp_path / "locked").mkdir(mode=0o500)
+    loader = Pipeline([1]).cache(disk=tmp_path / "locked" / "c")
+    with pytest.raises(PermissionError):
+        collect(loader, "for")
+
+
+def test_a_sample_that_cannot_be_pickled(tmp_path: Path) -> None:
+    """Raises at its place; the others come."""
+    loader = Pipeline([1, 2]).map(lambda n: n if n == 1 else iter_of(n)).cache(disk=tmp_path / "c")
+    with Steps(loader, "for") as steps:
+        one, error = steps.outcomes()
+    assert one == 1
+    assert isinstance(error, TypeError)
+    assert "stage cache(disk=" in notes(error)
+
+
+def iter_of(n: int) -> Iterator[int]:
+    yield n
+
+
+def test_no_file_is_open_between_epochs(tmp_path: Path) -> None:
+    """The check of every test says so; segments of epochs that added something lie side by side."""
+    loader = Pipeline(range(20)).map(str, concurrency=1).cache(disk=tmp_path / "c").batch(2)
+    for limit in (1, 4, None):
+        collect(loader, "for", limit=limit)
+        loader.close()
+    assert {path.suffix for path in (tmp_path / "c").iterdir()} == {".json", ".index", ".samples"}
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, TypeError, r"either memory_bytes or disk, got memory_bytes=None and disk=None"),
+        ({"memory_bytes": 1, "disk": "d"}, TypeError, "either memory_bytes or disk"),
+        ({"memory_bytes": 0}, ValueError, "memory_bytes must be at least 1"),
+        ({"memory_bytes": "4 GB"}, TypeError, "memory_bytes must be an integer"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: Any, error: type[Exception], message: str) -> None:
+    """At once."""
+    with pytest.raises(error, match=message):
+        Pipeline([1]).cache(**arguments)
+
+
+def test_a_pickled_pipeline_begins_with_an_empty_cache() -> None:
+    """What is kept stays behind."""
+    import pickle
+
+    loader = Pipeline(range(3)).map(float).cache(memory_bytes=1000)
+    collect(loader, "for")
+    copy = pickle.loads(pickle.dumps(loader))
+    assert collect(copy, "for") == [0.0, 1.0, 2.0]
+    assert cache_stats(copy) == (0, 3)
+
+
+def test_the_stage_is_shown_as_it_was_written(tmp_path: Path) -> None:
+    """In `repr` and in statistics; it changes no length."""
+    loader = Pipeline(range(3)).cache(memory_bytes=1000).batch(2)
+    assert repr(loader).endswith(".cache(memory_bytes=1000).batch(2)")
+    assert len(loader) == 2
+    stage = Pipeline(range(3)).cache(disk=tmp_path / "c")._plan.stages[0]
+    assert isinstance(stage, Cache)
+    assert stage.label == f"cache(disk={str(tmp_path / 'c')!r})"
