@@ -17,6 +17,7 @@ from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch, Unbatch
 from aioloader.stages.checks import callable_name
 from aioloader.stages.device import PinMemory, To
+from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
@@ -37,11 +38,12 @@ __all__ = [
 FORMAT: Final = "aioloader"
 VERSION: Final = 1
 
-Guarantee = Literal["exact", "replayed", "at-least-once"]
+Guarantee = Literal["exact", "replayed", "at-least-once", "live"]
 """What a resume gives. `exact`: what was to come. `replayed`: that too, if a source that cannot be entered in the
-middle gives the same samples again. `at-least-once`: all that was to come, and maybe some samples once more."""
+middle gives the same samples again. `at-least-once`: all that was to come, and maybe some samples once more. `live`:
+what comes from now on; live data cannot be read again."""
 
-_STRENGTH: Final[tuple[Guarantee, ...]] = ("exact", "replayed", "at-least-once")
+_STRENGTH: Final[tuple[Guarantee, ...]] = ("exact", "replayed", "at-least-once", "live")
 
 Shape = list[dict[str, Any]]
 """What of a loader decides which sample comes when; names of functions are told and not compared."""
@@ -201,6 +203,8 @@ def _stage(stage: Stage) -> dict[str, Any]:
             return {"stage": "map", "name": stage.name or callable_name(stage.fn), "ordered": stage.ordered}
         case Filter():
             return {"stage": "filter", "name": callable_name(stage.fn)}
+        case DropIf():
+            return {"stage": "drop_if", "name": callable_name(stage.fn)}
         case FlatMap():
             return {"stage": "flat_map", "name": callable_name(stage.fn)}
         case Shuffle():
@@ -314,4 +318,6 @@ def guarantee_of(plan: Plan) -> Guarantee:
 
 def guarantee_of_stream(stream: Any) -> Guarantee:
     """Whether `stream` can be entered in the middle."""
+    if isinstance(stream, CursorSource) and not stream.replayable:
+        return "live"
     return "exact" if isinstance(stream, CursorSource) or is_stateful(stream) else "replayed"

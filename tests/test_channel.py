@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import json
 import os
 import pickle
 import random
@@ -15,6 +16,7 @@ import pytest
 
 from aioloader import ChannelClosedError, DataLoader, Pipeline
 from aioloader.engine.located import Access
+from aioloader.engine.progress import Progress
 from aioloader.sources import Channel
 from aioloader.sources.channel import KEPT_SAMPLES
 from aioloader.testing import virtual_order
@@ -549,7 +551,7 @@ class FakeRun:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.handed_out: Any = None
+        self.progress = Progress(0)
         self.shared: dict[object, Any] = {}
 
 
@@ -592,10 +594,10 @@ async def _storm(seed: int) -> None:
                 for entry in entries:
                     await order.turn()
                     received.append(entry.value)
-                    fake.handed_out = (entry.cursor, None)
+                    fake.progress.cursor = (entry.cursor, None)
         finally:
             for shared in fake.shared.values():
-                shared.run_over(fake.handed_out)
+                shared.run_over(fake.progress.cursor)
 
     async def disturb(tasks: list[asyncio.Task[None]]) -> None:
         for _ in range(draw.randint(0, 4)):
@@ -767,9 +769,21 @@ def test_a_dropped_iterator_leaves_the_channel_to_others(face: Face) -> None:
     assert collect(Pipeline(channel), face) == [7]
 
 
-def test_a_live_source_says_that_it_cannot_be_replayed() -> None:
-    """For whoever saves a state of it."""
-    assert Channel.replayable is False
+@on_both_faces
+def test_a_state_says_that_live_data_cannot_be_replayed(face: Face) -> None:
+    """It loads all the same: what comes is what is in the channel then."""
+    channel = filled(range(12))
+    loader = Pipeline(channel).map(str).batch(2, collate_fn=list)
+    assert collect(loader, face, limit=2) == [["0", "1"], ["2", "3"]]
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["guarantee"] == "live"
+    assert Pipeline.merge(range(3), channel).state_dict()["guarantee"] == "live"
+    loader.close()
+    loader.load_state_dict(state)
+    assert collect(loader, face, limit=2) == [["4", "5"], ["6", "7"]]
+    assert loader.state_dict()["batches"] == 4
+    loader.close()
+    assert collect(loader, face) == [["8", "9"], ["10", "11"]]
 
 
 def test_its_repr_says_what_is_in_it() -> None:

@@ -90,10 +90,13 @@ class InterleaveNode(_Several):
         self._turn = 0
         self._over: list[int] = []
 
-    def resume(self, cursor: tuple[Any, int, Sequence[int]]) -> None:
-        cursors, self._turn, over = cursor
+    def resume(self, cursor: Any) -> None:
+        cursors, turn, over = cursor_parts(cursor, 3)
         super().resume(cursors)
-        self._over = list(over)
+        last = len(self._upstreams) - 1
+        self._turn = whole(turn, last)
+        self._over = [whole(index, last) for index in cursor_sequence(over)]
+        self.ended = len(set(self._over)) > last
 
     def poll(self, limit: int) -> list[Entry]:
         if self.ended:
@@ -108,8 +111,9 @@ class InterleaveNode(_Several):
             index = self._turn
             pending = self._pending[index]
             if pending:
-                self._turn = (index + 1) % len(self._upstreams)
                 entry = self._emit(pending.popleft(), index)
+                if entry.state != LAST:  # what failed has its turn again
+                    self._turn = (index + 1) % len(self._upstreams)
                 entry.cursor = (entry.cursor, self._turn, tuple(self._over))
                 taken.append(entry)
             elif index in self._over:

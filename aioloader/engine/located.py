@@ -98,7 +98,7 @@ class Access:
     @property
     def handed_out(self) -> Any:
         """The cursor of the last entry that reached the consumer, as the last stage made it; None: none did yet."""
-        return self._run.handed_out
+        return self._run.progress.cursor
 
     def shared(self, owner: object, make: Callable[[], E]) -> E:
         """What the readers of `owner` share in this run, made by the first of them."""

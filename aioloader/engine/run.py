@@ -72,7 +72,6 @@ class Run:
         self.stopping = False
         self.failure: BaseException | None = None
         self.started = False
-        self.handed_out: Any = None  # the cursor of the last entry that reached the consumer, set in its thread
         self.shared: dict[object, RunEnd] = {}  # see `Access.shared`
         self.left = True  # the consumer takes no more once this run is over; False where it has a queue of its own
         self.given_back = False  # sources were told so, and took back what it had not had: it gets that no more
@@ -233,7 +232,7 @@ class Run:
                 return
             self.given_back = True
         for shared in self.shared.values():
-            self.guarded(shared.run_over, self.handed_out)
+            self.guarded(shared.run_over, self.progress.cursor)
 
     async def supervise(self, kick: Callable[[], None]) -> None:
         """Own all tasks and threads of the run until it ends.

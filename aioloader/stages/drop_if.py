@@ -66,5 +66,5 @@ class FreshGroup:
             with self._lock:
                 self._meter().dropped_late += sum(stale)
             group.samples = [sample for sample, out in zip(group.samples, stale, strict=True) if not out]
-            group.keys = [key for key, out in zip(group.keys, stale, strict=True) if not out]
+            group.keys[:] = [key for key, out in zip(group.keys, stale, strict=True) if not out]  # the batch's own list
         return bool(group.samples)
