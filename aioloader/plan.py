@@ -326,7 +326,8 @@ class _Builder:
             if not self._dry:
                 data.use()
             name = source.name or f"source({source_name(data.make)})"
-            warns = not (self._dry or source.keys)
+            # Behind a cache it is no surprise: what is not kept is read again in every epoch.
+            warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
             source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
             return source_node, _Journey(), stages
         journey = _Journey(keyed=True)
