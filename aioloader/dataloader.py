@@ -314,7 +314,7 @@ class DataLoader(Loader, Generic[T_co]):
                 sampler = RandomSampler(self.dataset, generator=generator)
                 size = self.batch_size
                 index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
-        indices = iter(index_sampler)
+        indices: Iterator[Any] = iter(index_sampler)
         seed = self._base_seed
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
@@ -503,7 +503,7 @@ class DataLoader(Loader, Generic[T_co]):
         return super()._make_state(epoch, batches, cursor, random)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._workers_read and isinstance(state, Mapping) and state.get("cursor") is not None:
+        if self._workers_read and isinstance(state, dict) and state.get("cursor") is not None:
             raise StateError(
                 "the state is in the middle of an epoch, and worker processes that iterate their own copies of a "
                 "dataset cannot go on there; use worker_type='thread' or num_workers=0 for this epoch"

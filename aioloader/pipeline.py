@@ -317,7 +317,9 @@ class Pipeline(Loader):
         if not _all_indexable(self._plan):
             return None
         try:
-            return length_of(self._plan)
+            length = length_of(self._plan)
+            # A short last batch in which a sample failed is not dropped: its error is one more.
+            return length if length == length_of(_keeping_last(self._plan)) else None
         except TypeError:
             return None
 
@@ -399,6 +401,15 @@ def _all_indexable(plan: Plan) -> bool:
     if isinstance(plan.source, Combined):
         return all(_all_indexable(inner) for inner in plan.source.plans)
     return plan.source.indexable
+
+
+def _keeping_last(plan: Plan) -> Plan:
+    """`plan` without any `drop_last`."""
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(_keeping_last(inner) for inner in source.plans))
+    stages = [replace(stage, drop_last=False) if isinstance(stage, Batch) else stage for stage in plan.stages]
+    return replace(plan, source=source, stages=tuple(stages))
 
 
 def _generators(plan: Plan) -> list[Generator]:

@@ -171,6 +171,7 @@ class _Journey:
     """Neighbouring stages that one window will run."""
 
     batches: bool = False  # its entries are batches
+    loose: bool = False  # what comes in has no fixed order
     stages: list[Map | Filter] = field(default_factory=list)
 
     def room(self, finished: int | None = None) -> int:
@@ -188,7 +189,7 @@ class _Journey:
         """The window. With `exact` there is never more than `room`, however cheap the samples are."""
         ordered = all(stage.ordered for stage in self.stages)
         steps = _steps(self.stages, max(1, room) if exact or self.batches else None, processes)
-        return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass))
+        return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass), loose=self.loose)
 
     def _order_log(self, this_pass: Pass) -> Recorded | Replayed | None:
         """Where the order in which they leave is recorded, or read from."""
@@ -237,7 +238,7 @@ class _Builder:
             assert isinstance(repeat, Repeat)
             inner = Plan(plan.source, plan.stages[:at])
             node: Node = RepeatNode(lambda repetition: self._repetition(inner, repetition), repeat.times)
-            journey = _Journey()
+            journey = _Journey(loose=any_order(plan.source, plan.stages[:at]))
             rest: Sequence[Stage] = plan.stages[at + 1 :]
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
@@ -263,7 +264,7 @@ class _Builder:
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, _Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
             inner = [self.closed(plan) for plan in source.plans]
-            return self._combine(source, inner), _Journey(), stages
+            return self._combine(source, inner), _Journey(loose=any_order(source, ())), stages
         data = source.data
         if isinstance(data, Stream):
             if not self._dry:
@@ -328,13 +329,12 @@ class _Builder:
             return node, journey
         node = self._close(node, journey)
         if isinstance(stage, FlatMap):
-            return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey()
+            return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
-        loose = loose and isinstance(stage, Unbatch | Shuffle | Shard)
-        node = FoldNode(node, stage.fold(self._pass), loose=loose)
+        node = FoldNode(node, stage.fold(self._pass), loose=loose and isinstance(stage, Unbatch | Shuffle | Shard))
         if isinstance(stage, Batch | JoinBatches):
-            return node, _Journey(batches=True, stages=[collate_stage(stage.collate, self._alloc)])
-        return node, _Journey()
+            return node, _Journey(True, loose, [collate_stage(stage.collate, self._alloc)])
+        return node, _Journey(loose=loose)
 
 
 def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:
