@@ -31,6 +31,7 @@ from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
 from aioloader.seeds import derive_seed
 from aioloader.sources.drawn import (
     Drawn,
+    check_drawn,
     check_generators,
     generators_of,
     is_repeatable,
@@ -277,12 +278,12 @@ class DataLoader(Loader, Generic[T_co]):
             progress: Where it stands.
             base: Gets the base seed.
         """
-        resumed = progress.cursor is not None
-        index_sampler = self._index_sampler
+        record = progress.begun_with
+        resumed = progress.cursor is not None or "drawn" in record
         open_keys = partial(self._index_iterator, progress.epoch, base)
         if self.seed is not None and self._shuffled:
-            return Drawn(open_keys, [], uses_global=False, resumed=resumed)
-        return keys_of(index_sampler, open_keys, resumed=resumed)
+            return Drawn(open_keys, [], uses_global=False, resumed=resumed, record=record)
+        return keys_of(self._index_sampler, open_keys, resumed=resumed, record=record)
 
     @property
     def _index_sampler(self) -> Any:
@@ -484,6 +485,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _check_random_state(self, state: dict[str, Any]) -> None:
         check_generators(state, self._generators())
+        check_drawn(state)
         for name in ("base_seed", "set_epoch"):
             if name in state:
                 check_integer(name, state[name])

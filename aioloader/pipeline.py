@@ -18,7 +18,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
 from aioloader.plan import Combined, Plan, Repeat, Single, build, is_permutable, length_of
-from aioloader.sources.drawn import check_generators, generators_of, packed, unpacked
+from aioloader.sources.drawn import check_drawn, check_generators, generators_of, packed, unpacked
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
@@ -301,8 +301,15 @@ class Pipeline(Loader):
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
         alloc = self._alloc(self._transfer)
+        resumed = progress.cursor is not None or any(name.startswith("drawn") for name in progress.begun_with)
         return build(
-            self._plan, this_pass, self._transfer, alloc, self._open_processes, resumed=progress.cursor is not None
+            self._plan,
+            this_pass,
+            self._transfer,
+            alloc,
+            self._open_processes,
+            resumed=resumed,
+            drawn=progress.begun_with,
         )
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -329,6 +336,7 @@ class Pipeline(Loader):
 
     def _check_random_state(self, state: dict[str, Any]) -> None:
         check_generators(state, _generators(self._plan))
+        check_drawn(state)
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         for generator, its in zip(_generators(self._plan), state.get("generators", ()), strict=False):

@@ -144,6 +144,7 @@ def build(
     *,
     dry: bool = False,
     resumed: bool = False,
+    drawn: dict[str, Any] | None = None,
 ) -> Window:
     """The nodes of one epoch; the last is always a window, which holds what is made ahead.
 
@@ -155,8 +156,9 @@ def build(
         processes: Gives the loader's worker processes; called when a stage runs there.
         dry: The nodes will never be started, only `resume` will tell whether a cursor fits.
         resumed: `resume` will be called: the epoch has begun before.
+        drawn: Gets what samplers draw their order from, and has it in a resumed epoch.
     """
-    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed)
+    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
     if not journey.stages:
@@ -221,10 +223,13 @@ class _Builder:
         *,
         dry: bool,
         resumed: bool,
+        drawn: dict[str, Any] | None = None,
     ) -> None:
         self._pass = this_pass
         self._dry = dry
         self._resumed = resumed
+        self._drawn = drawn
+        self._samplers = 0
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
@@ -280,7 +285,9 @@ class _Builder:
         if source.sampler is not None:
             if not self._dry:
                 source.sampler.use()
-            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, self._resumed)
+            how = {"resumed": self._resumed, "record": self._drawn, "name": f"drawn {self._samplers}"}
+            self._samplers += 1
+            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, how)
             node: Node = StreamSource(open_sampler, call=True, name="sampler")
             if data.load is None:
                 values = data.data
@@ -478,7 +485,7 @@ def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:
     return fixed is None or stage.flexible or (fixed.width, fixed.thread_name) == (stage.width, stage.thread_name)
 
 
-def _open_sampler(sampler: Stream, epoch: int, resumed: bool) -> Any:
+def _open_sampler(sampler: Stream, epoch: int, how: dict[str, Any]) -> Any:
     """The keys of an epoch; called in the source's thread.
 
     A sampler with `set_epoch`, such as torch's DistributedSampler, is told the epoch: else each has the same order.
@@ -488,7 +495,7 @@ def _open_sampler(sampler: Stream, epoch: int, resumed: bool) -> Any:
         set_epoch(epoch)
     if sampler.call or not isinstance(sampler.make, Iterable):
         return sampler.make() if sampler.call else sampler.make
-    return keys_of(sampler.make, partial(iter, sampler.make), resumed=resumed)
+    return keys_of(sampler.make, partial(iter, sampler.make), **how)
 
 
 def is_permutable(plan: Plan) -> bool:

@@ -11,18 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.data import (
-    BatchSampler,
     IterableDataset,
     RandomSampler,
-    Sampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
-from aioloader import DataLoader, Pipeline, ReplayWarning, StateError
+from aioloader import Pipeline, ReplayWarning, StateError
 from aioloader.sources import Lines, TarShards
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Steps, collect, on_both_faces

