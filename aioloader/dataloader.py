@@ -32,6 +32,7 @@ from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
 from aioloader.seeds import derive_seed
 from aioloader.sources.drawn import (
     Drawn,
+    check_drawn,
     check_generators,
     generators_of,
     is_repeatable,
@@ -280,12 +281,12 @@ class DataLoader(Loader, Generic[T_co]):
             progress: Where it stands.
             base: Gets the base seed.
         """
-        resumed = progress.cursor is not None
-        index_sampler = self._index_sampler
+        record = progress.begun_with
+        resumed = progress.cursor is not None or "drawn" in record
         open_keys = partial(self._index_iterator, progress.epoch, base)
         if self.seed is not None and self._shuffled:
-            return Drawn(open_keys, [], uses_global=False, resumed=resumed)
-        return keys_of(index_sampler, open_keys, resumed=resumed)
+            return Drawn(open_keys, [], uses_global=False, resumed=resumed, record=record)
+        return keys_of(self._index_sampler, open_keys, resumed=resumed, record=record)
 
     @property
     def _index_sampler(self) -> Any:
@@ -317,7 +318,7 @@ class DataLoader(Loader, Generic[T_co]):
                 sampler = RandomSampler(self.dataset, generator=generator)
                 size = self.batch_size
                 index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
-        indices = iter(index_sampler)
+        indices: Iterator[Any] = iter(index_sampler)
         seed = self._base_seed
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
@@ -492,6 +493,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _check_random_state(self, state: dict[str, Any]) -> None:
         check_generators(state, self._generators())
+        check_drawn(state)
         for name in ("base_seed", "sample_seed", "set_epoch"):
             if name in state:
                 check_integer(name, state[name])
@@ -512,7 +514,7 @@ class DataLoader(Loader, Generic[T_co]):
         return super()._make_state(epoch, batches, cursor, random)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._workers_read and isinstance(state, Mapping) and state.get("cursor") is not None:
+        if self._workers_read and isinstance(state, dict) and state.get("cursor") is not None:
             raise StateError(
                 "the state is in the middle of an epoch, and worker processes that iterate their own copies of a "
                 "dataset cannot go on there; use worker_type='thread' or num_workers=0 for this epoch"

@@ -242,7 +242,7 @@ class Loader(Opener):
         if progress.over or (progress.batches and progress.batches == self._sure_length()):
             epoch = self._next_epoch if progress is self._progress else progress.epoch + 1
             return self._make_state(epoch, 0, None, self._random_state())
-        return self._make_state(progress.epoch, progress.batches, progress.cursor, progress.begun_with)
+        return self._make_state(progress.epoch, progress.batches, progress.cursor, dict(progress.begun_with))
 
     def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
         return make_state(

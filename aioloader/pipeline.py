@@ -20,7 +20,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
 from aioloader.plan import Combined, Plan, Repeat, Single, build, in_front_of_cache, is_permutable, length_of
-from aioloader.sources.drawn import check_generators, generators_of, packed, unpacked
+from aioloader.sources.drawn import check_drawn, check_generators, generators_of, packed, unpacked
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
@@ -409,8 +409,15 @@ class Pipeline(Loader):
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
         alloc = self._alloc(self._transfer)
+        resumed = progress.cursor is not None or any(name.startswith("drawn") for name in progress.begun_with)
         return build(
-            self._plan, this_pass, self._transfer, alloc, self._open_processes, resumed=progress.cursor is not None
+            self._plan,
+            this_pass,
+            self._transfer,
+            alloc,
+            self._open_processes,
+            resumed=resumed,
+            drawn=progress.begun_with,
         )
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -425,7 +432,9 @@ class Pipeline(Loader):
         if not _all_indexable(self._plan):
             return None
         try:
-            return length_of(self._plan)
+            length = length_of(self._plan)
+            # A short last batch in which a sample failed is not dropped: its error is one more.
+            return length if length == length_of(_keeping_last(self._plan)) else None
         except TypeError:
             return None
 
@@ -438,6 +447,7 @@ class Pipeline(Loader):
 
     def _check_random_state(self, state: dict[str, Any]) -> None:
         check_generators(state, _generators(self._plan))
+        check_drawn(state)
         if "sample_seed" in state:
             check_integer("sample_seed", state["sample_seed"])
 
@@ -515,6 +525,15 @@ def _all_indexable(plan: Plan) -> bool:
     if isinstance(plan.source, Combined):
         return all(_all_indexable(inner) for inner in plan.source.plans)
     return plan.source.indexable
+
+
+def _keeping_last(plan: Plan) -> Plan:
+    """`plan` without any `drop_last`."""
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(_keeping_last(inner) for inner in source.plans))
+    stages = [replace(stage, drop_last=False) if isinstance(stage, Batch) else stage for stage in plan.stages]
+    return replace(plan, source=source, stages=tuple(stages))
 
 
 def _generators(plan: Plan) -> list[Generator]:

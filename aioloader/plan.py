@@ -164,6 +164,7 @@ def build(
     *,
     dry: bool = False,
     resumed: bool = False,
+    drawn: dict[str, Any] | None = None,
 ) -> Window:
     """The nodes of one epoch; the last is always a window, which holds what is made ahead.
 
@@ -175,8 +176,9 @@ def build(
         processes: Gives the loader's worker processes; called when a stage runs there.
         dry: The nodes will never be started, only `resume` will tell whether a cursor fits.
         resumed: `resume` will be called: the epoch has begun before.
+        drawn: Gets what samplers draw their order from, and has it in a resumed epoch.
     """
-    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed)
+    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
     if not journey.stages:
@@ -193,6 +195,7 @@ class _Journey:
     """Neighbouring stages that one window will run."""
 
     batches: bool = False  # its entries are batches
+    loose: bool = False  # what comes in has no fixed order
     keyed: bool = False  # its entries are samples of an indexable source
     checks: "list[tuple[DropIf, Step]]" = field(default_factory=list)  # made when these are taken, right before
     stages: list[Map | Filter | Cache] = field(default_factory=list)
@@ -219,7 +222,7 @@ class _Journey:
         ordered = all(stage.ordered for stage in self.stages)
         limit = max(1, room) if exact or self.batches else None
         steps = _steps(self.stages, self.seeds, limit, processes, keyed=self.keyed)
-        return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass))
+        return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass), loose=self.loose)
 
     def _order_log(self, this_pass: Pass) -> Recorded | Replayed | None:
         """Where the order in which they leave is recorded, or read from."""
@@ -251,10 +254,13 @@ class _Builder:
         *,
         dry: bool,
         resumed: bool,
+        drawn: dict[str, Any] | None = None,
     ) -> None:
         self._pass = this_pass
         self._dry = dry
         self._resumed = resumed
+        self._drawn = drawn
+        self._samplers = 0
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
@@ -278,7 +284,7 @@ class _Builder:
             assert isinstance(repeat, Repeat)
             inner = Plan(plan.source, plan.stages[:at])
             node: Node = RepeatNode(lambda repetition: self._repetition(inner, repetition), repeat.times)
-            journey = _Journey()
+            journey = _Journey(loose=any_order(plan.source, plan.stages[:at]))
             rest: Sequence[Stage] = plan.stages[at + 1 :]
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
@@ -320,7 +326,7 @@ class _Builder:
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, _Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
             inner = [self.closed(plan) for plan in source.plans]
-            return self._combine(source, inner), _Journey(), stages
+            return self._combine(source, inner), _Journey(loose=any_order(source, ())), stages
         data = source.data
         if isinstance(data, Stream):
             if not self._dry:
@@ -338,7 +344,9 @@ class _Builder:
         if source.sampler is not None:
             if not self._dry:
                 source.sampler.use()
-            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, self._resumed)
+            how = {"resumed": self._resumed, "record": self._drawn, "name": f"drawn {self._samplers}"}
+            self._samplers += 1
+            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, how)
             node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True)
             if data.load is None:
                 values = data.data
@@ -397,20 +405,20 @@ class _Builder:
             placed.add(stage)
             return PlacedNode(node, stage.store, stage.pipeline), placed
         if isinstance(stage, FlatMap):
-            return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey()
+            return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
-        loose = loose and isinstance(stage, Unbatch | Shuffle | Shard)
+        loose_fold = loose and isinstance(stage, Unbatch | Shuffle | Shard)
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
-            node = FoldNode(node, stage.fold(self._pass), loose=loose)
+            node = FoldNode(node, stage.fold(self._pass), loose=loose_fold)
         if isinstance(stage, Batch | JoinBatches):
-            batches = _Journey(batches=True)
+            batches = _Journey(batches=True, loose=loose)
             for check, step in journey.checks:
                 batches.add(_fresh_stage(check, step))
             batches.add(collate_stage(stage.collate, self._alloc))
             return node, batches
-        return node, _Journey()
+        return node, _Journey(loose=loose)
 
 
 def _fresh_stage(check: DropIf, step: Step) -> Filter:
@@ -591,7 +599,7 @@ def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:
     return fixed is None or stage.flexible or (fixed.width, fixed.thread_name) == (stage.width, stage.thread_name)
 
 
-def _open_sampler(sampler: Stream, epoch: int, resumed: bool) -> Any:
+def _open_sampler(sampler: Stream, epoch: int, how: dict[str, Any]) -> Any:
     """The keys of an epoch; called in the source's thread.
 
     A sampler with `set_epoch`, such as torch's DistributedSampler, is told the epoch: else each has the same order.
@@ -601,7 +609,7 @@ def _open_sampler(sampler: Stream, epoch: int, resumed: bool) -> Any:
         set_epoch(epoch)
     if sampler.call or not isinstance(sampler.make, Iterable):
         return sampler.make() if sampler.call else sampler.make
-    return keys_of(sampler.make, partial(iter, sampler.make), resumed=resumed)
+    return keys_of(sampler.make, partial(iter, sampler.make), **how)
 
 
 def is_permutable(plan: Plan) -> bool:

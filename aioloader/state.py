@@ -308,8 +308,15 @@ def guarantee_of(plan: Plan) -> Guarantee:
         if arithmetic and (isinstance(stage, Map) or is_order_stage(stage)):
             continue
         arithmetic = False
-        counts = isinstance(stage, FlatMap | Unbatch | Shuffle | Shard)
-        if counts and any_order(plan.source, plan.stages[:at]):
+        before: Sequence[Stage] = ()
+        if isinstance(stage, FlatMap | Unbatch | Shuffle | Shard):
+            before = plan.stages[:at]
+        elif isinstance(stage, Map) and not stage.ordered:  # neighbouring maps are one window, with one order
+            fold = [number for number in range(at) if not isinstance(plan.stages[number], Map | Filter)]
+            before = plan.stages[: fold[-1] + 1] if fold else ()
+        else:
+            continue
+        if any_order(source, before):
             found.append("at-least-once")
         elif isinstance(stage, Shard):  # it reads a stream from its beginning
             found.append("replayed")

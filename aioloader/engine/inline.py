@@ -72,7 +72,7 @@ class InlineSource(Node):
         except Exception as error:
             self.ended = True
             since = max(self._since, self._skipped)
-            last = Entry.last(error, after_origin(self._origin, since), position)
+            last = Entry.last(error, after_origin(self._origin, since) or None, position)
             annotate(error, self.meter.name, last, self._epoch)
             return [last]
         finally:

@@ -32,6 +32,7 @@ class Window(Node):
         room: Slots: entries under way and finished ones together, at most. Steps that move cheap samples in chunks add
             to it what one chunk more per worker needs (`Step.extra_room`). 0: nothing is begun before it is asked for.
         ordered: Give results in the order of the input; False: as they are finished.
+        loose: With `ordered=False`: as in `FoldNode`. Who has left beyond the front is known by number.
         log: With `ordered=False`: where the order in which they leave is recorded, or in which they are to leave.
 
     Attributes:
@@ -47,6 +48,7 @@ class Window(Node):
         room: int,
         ordered: bool = True,
         log: "Recorded | Replayed | None" = None,
+        loose: bool = False,
     ) -> None:
         self.upstream = upstream
         self.steps = tuple(steps)
@@ -61,7 +63,7 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of the source waits until all others have been taken
         self._scheduled = False
         self._closed = False
-        self._left = None if ordered else Left()
+        self._left = None if ordered else Left(loose=loose)
         self._record = log if isinstance(log, Recorded) else None
         self._replay = log if isinstance(log, Replayed) else None
         self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
@@ -303,7 +305,8 @@ class Left:
         came: The number of the newest entry.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, loose: bool = False) -> None:
+        self._loose = loose
         self.came = 0
         self._front = 0  # all up to this number have left
         self._front_cursor: Any = None
@@ -315,6 +318,8 @@ class Left:
         self._front_cursor, front, beyond = cursor_parts(cursor, 3)
         # Where one entry takes long, the bits of those beyond it are more than JSON's decimal digits can be.
         self._beyond = whole(int(beyond, 16) if isinstance(beyond, str) else beyond)
+        if self._loose:
+            self._beyond = 0
         self._front = self.came = whole(front)
         return self._front_cursor
 

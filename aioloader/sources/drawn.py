@@ -16,7 +16,17 @@ from torch.utils.data import (
 
 from aioloader.engine.resumable import Origin, Redrawn, is_stateful
 
-__all__ = ["Drawn", "check_generators", "generators_of", "is_repeatable", "keys_of", "kind_of", "packed", "unpacked"]
+__all__ = [
+    "Drawn",
+    "check_drawn",
+    "check_generators",
+    "generators_of",
+    "is_repeatable",
+    "keys_of",
+    "kind_of",
+    "packed",
+    "unpacked",
+]
 
 _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _FIXED: Final = (SequentialSampler, DistributedSampler)
@@ -36,6 +46,9 @@ class Drawn(Redrawn):
         generators: The samplers' own.
         uses_global: Whether the order may depend on the global generator.
         resumed: The epoch has begun before: nothing more may be drawn from the global generator.
+        record: Keeps what the epoch was drawn from, under `name`; the loader then sets the generators back itself.
+            None: it becomes a part of each cursor, since the keys are asked for several times in an epoch.
+        name: See `record`.
     """
 
     def __init__(
@@ -45,31 +58,23 @@ class Drawn(Redrawn):
         *,
         uses_global: bool,
         resumed: bool = False,
+        record: dict[str, Any] | None = None,
+        name: str = "drawn",
     ) -> None:
         self._open = open_keys
         self._generators = generators
         self._uses_global = uses_global
         self._resumed = resumed
+        self._record = record
+        self._name = name
         self.origin: Origin | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        redrawn = self.origin is not None
-        if self.origin is not None:
-            drawn = self.origin["drawn"]
-            for generator, state in zip(self._generators, drawn["generators"], strict=True):
-                generator.set_state(unpacked(state))
-        elif self._generators or self._uses_global:
-            self.origin = {
-                "at": 0,
-                "drawn": {
-                    "global": packed(torch.get_rng_state()) if self._uses_global else None,
-                    "generators": [packed(generator.get_state()) for generator in self._generators],
-                },
-            }
-        callers = torch.get_rng_state() if redrawn or self._resumed else None
+        before = self._before()
+        callers = torch.get_rng_state() if before is not None or self._resumed else None
         try:
-            if redrawn and self.origin is not None and self.origin["drawn"]["global"] is not None:
-                torch.set_rng_state(unpacked(self.origin["drawn"]["global"]))
+            if before is not None:
+                torch.set_rng_state(unpacked(before))
             keys = self._open()
             first = list(_first(keys))
         finally:
@@ -77,6 +82,26 @@ class Drawn(Redrawn):
                 torch.set_rng_state(callers)
         yield from first
         yield from keys
+
+    def _before(self) -> str | None:
+        """The state of the global generator that the order is to be drawn from again; None: from where it is now."""
+        if self.origin is not None:
+            drawn = self.origin["drawn"]
+            for generator, state in zip(self._generators, drawn["generators"], strict=True):
+                generator.set_state(unpacked(state))
+            known: str | None = drawn["global"]
+            return known
+        now = packed(torch.get_rng_state()) if self._uses_global else None
+        if self._record is not None:
+            if self._resumed and self._name in self._record:
+                known = self._record[self._name]
+                return known
+            if now is not None:
+                self._record[self._name] = now
+        elif self._uses_global or self._generators:
+            states = [packed(generator.get_state()) for generator in self._generators]
+            self.origin = {"at": 0, "drawn": {"global": now, "generators": states}}
+        return None
 
 
 def _first(keys: Iterator[Any]) -> Iterator[Any]:
@@ -109,12 +134,27 @@ def check_generators(state: dict[str, Any], generators: list[torch.Generator]) -
     if not isinstance(states, list) or len(states) != len(generators):
         raise ValueError(f"states of {len(generators)} generators were expected, got {states!r}"[:200])
     for its in states:
-        if not isinstance(its, str):
-            raise ValueError(f"the state of a generator is a string, got {its!r}"[:200])
-        try:
-            torch.Generator().set_state(unpacked(its))
-        except RuntimeError as error:
-            raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
+        _check_generator(its)
+
+
+def check_drawn(state: dict[str, Any]) -> None:
+    """Refuse what is no state of the global generator.
+
+    Raises:
+        ValueError: Why.
+    """
+    for name, its in state.items():
+        if name.startswith("drawn"):
+            _check_generator(its)
+
+
+def _check_generator(state: Any) -> None:
+    if not isinstance(state, str):
+        raise ValueError(f"the state of a generator is a string, got {state!r}"[:200])
+    try:
+        torch.Generator().set_state(unpacked(state))
+    except RuntimeError as error:
+        raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
 
 
 def _chain(sampler: Any) -> Iterator[Any]:
@@ -163,12 +203,18 @@ def is_repeatable(sampler: Any) -> bool:
     return True
 
 
-def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], *, resumed: bool = False) -> Any:
-    """The keys of one epoch of `sampler`, that can be had again: with its state when it tells one, else drawn."""
+def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], **how: Any) -> Any:
+    """The keys of one epoch of `sampler`, that can be had again: with its state when it tells one, else drawn.
+
+    Args:
+        sampler: A sampler or batch sampler.
+        open_keys: Begins an epoch of it.
+        how: See `Drawn`.
+    """
     for part in _chain(sampler):
         if is_stateful(part):
-            return _Stateful(part, open_keys, resumed=resumed)
-    return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), resumed=resumed)
+            return _Stateful(part, open_keys, resumed=how.get("resumed", False))
+    return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), **how)
 
 
 class _Stateful:

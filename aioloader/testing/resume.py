@@ -229,7 +229,7 @@ def _same(one: Any, other: Any) -> bool:
         if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
             return False
         first, second = (tensor.detach().cpu().contiguous().flatten() for tensor in (one, other))
-        return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
+        return bool(torch.equal(first.view(torch.uint8), second.view(torch.uint8)))
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     if isinstance(one, Mapping):

@@ -1,0 +1,336 @@
+"""`DataLoader` resumes exactly: with any number and kind of workers, from torch's samplers and others' (promise 8)."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from aioloader import DataLoader, StateError
+from aioloader.sources import Lines
+from aioloader.testing import assert_resumes_exactly
+from tests._support import Face, Steps, collect, on_both_faces
+from tests.test_resume import AsyncStateful, Stateful, StatefulIterators
+
+WORKERS: list[dict[str, Any]] = [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 8}]
+PROCESSES: list[dict[str, Any]] = [{"num_workers": 0}, {"num_workers": 2, "worker_type": "process"}]
+
+
+class Numbers:
+    """Ten samples; one of them is broken."""
+
+    def __init__(self, length: int = 10, *, broken: int | None = None) -> None:
+        self.length = length
+        self.broken = broken
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        if index == self.broken:
+            raise ValueError(f"sample {index} is broken")
+        return index, torch.full((2,), float(index))
+
+
+class AsyncNumbers(Numbers):
+    """Each sample takes another number of turns."""
+
+    async def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:  # type: ignore[override]
+        for _ in range(index % 4):
+            await asyncio.sleep(0)
+        return super().__getitem__(index)
+
+
+class AsyncBatches(Numbers):
+    """Whole batches at once."""
+
+    async def __getitems__(self, indices: list[int]) -> list[tuple[int, torch.Tensor]]:
+        for _ in range(indices[0] % 4):
+            await asyncio.sleep(0)
+        return [self[index] for index in indices]
+
+
+class Stream(IterableDataset[int]):
+    """Eleven numbers."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(11))
+
+
+class AsyncStream:
+    """The same, async."""
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        for number in range(11):
+            await asyncio.sleep(0)
+            yield number
+
+
+class StatefulSampler(Sampler[int]):
+    """Tells where it is; what it gives depends on that, so that skipping in it would show."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.given = 0
+        self.start = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.given, self.start = self.start, 0
+        while self.given < self.length:
+            self.given += 1
+            yield (self.given * 7) % self.length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["given"]
+
+
+class OddFirst(Sampler[int]):
+    """Somebody's own, random sampler."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.length).tolist()
+        yield from (index for index in order if index % 2)
+        yield from (index for index in order if not index % 2)
+
+
+def seeded(seed: int = 5) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
+    "sequential": lambda **w: DataLoader(Numbers(), 3, **w),
+    "drop_last": lambda **w: DataLoader(Numbers(), 3, drop_last=True, **w),
+    "batch_size=None": lambda **w: DataLoader(Numbers(), None, **w),
+    "batch_size=None, shuffle": lambda **w: DataLoader(Numbers(), None, shuffle=True, **w),
+    "shuffle, global generator": lambda **w: DataLoader(Numbers(), 3, shuffle=True, **w),
+    "shuffle, generator=": lambda **w: DataLoader(Numbers(), 3, shuffle=True, generator=seeded(), **w),
+    "shuffle, seed=": lambda **w: DataLoader(Numbers(), 3, shuffle=True, seed=7, **w),
+    "sequential, generator=": lambda **w: DataLoader(Numbers(), 3, generator=seeded(), **w),
+    "an error": lambda **w: DataLoader(Numbers(broken=7), 3, shuffle=True, **w),
+    "with replacement": lambda **w: DataLoader(
+        Numbers(), 9, sampler=RandomSampler(range(10), replacement=True, num_samples=75), **w
+    ),
+    "with replacement, own generator": lambda **w: DataLoader(
+        Numbers(), 9, sampler=RandomSampler(range(10), replacement=True, num_samples=75, generator=seeded()), **w
+    ),
+    "more than there are": lambda **w: DataLoader(Numbers(), 4, sampler=RandomSampler(range(10), num_samples=25), **w),
+    "a subset": lambda **w: DataLoader(Numbers(), 2, sampler=SubsetRandomSampler([1, 3, 5, 7, 9]), **w),
+    "weights": lambda **w: DataLoader(Numbers(), 2, sampler=WeightedRandomSampler([1.0] * 10, 9), **w),
+    "weights, own generator": lambda **w: DataLoader(
+        Numbers(), 2, sampler=WeightedRandomSampler([1.0] * 10, 9, generator=seeded()), **w
+    ),
+    "batch_sampler": lambda **w: DataLoader(
+        Numbers(), batch_sampler=BatchSampler(RandomSampler(range(10)), 4, drop_last=False), **w
+    ),
+    "a list of batches": lambda **w: DataLoader(Numbers(), batch_sampler=[[3, 1], [2], [0, 5, 9]], **w),
+    "a stateful sampler": lambda **w: DataLoader(Numbers(260), 1, sampler=StatefulSampler(260), **w),
+    "somebody's sampler": lambda **w: DataLoader(Numbers(), 3, sampler=OddFirst(10), **w),
+    "distributed": lambda **w: DataLoader(
+        Numbers(), 2, sampler=DistributedSampler(range(10), num_replicas=2, rank=1, seed=3), **w
+    ),
+    "async samples": lambda **w: DataLoader(AsyncNumbers(), 3, shuffle=True, **w),
+    "async samples, one by one": lambda **w: DataLoader(AsyncNumbers(), None, shuffle=True, **w),
+    "async samples, an error": lambda **w: DataLoader(AsyncNumbers(broken=4), 3, shuffle=True, generator=seeded(), **w),
+    "async batches": lambda **w: DataLoader(AsyncBatches(), 3, shuffle=True, **w),
+    "a stream": lambda **w: DataLoader(Stream(), 3, **w),
+    "a stream, drop_last": lambda **w: DataLoader(Stream(), 3, drop_last=True, **w),
+    "a stream, one by one": lambda **w: DataLoader(Stream(), None, **w),
+    "a stream, generator=": lambda **w: DataLoader(Stream(), 3, generator=seeded(), **w),
+    "an async stream": lambda **w: DataLoader(AsyncStream(), 3, **w),
+}
+
+MOST_STATES = 12
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_loader_resumes_from_every_state(name: str) -> None:
+    """With other numbers of workers and by both faces; the next epoch too."""
+    epochs = 1 if name == "a stateful sampler" else 2
+    assert_resumes_exactly(LOADERS[name], variants=WORKERS, limit=MOST_STATES // (3 - epochs), epochs=epochs)
+
+
+def outcomes_of(batches: Iterator[Any]) -> list[str]:
+    """Batches and errors, as text."""
+    found: list[str] = []
+    while len(found) < 100:
+        try:
+            found.append(str(next(batches)))
+        except StopIteration:
+            break
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_loader_resumes_with_worker_processes() -> None:
+    """From a state without workers, and back again."""
+    for way, other in (PROCESSES, PROCESSES[::-1]):
+        torch.manual_seed(0)
+        loader = LOADERS["an error"](**way)
+        iterator = iter(loader)
+        next(iterator)
+        state = json.loads(json.dumps(loader.state_dict()))
+        resumed = LOADERS["an error"](**other)
+        resumed.load_state_dict(state)
+        assert outcomes_of(iter(resumed)) == outcomes_of(iterator)
+        assert loader.state_dict() == resumed.state_dict()
+        loader.close()
+        resumed.close()
+
+
+class StatefulDataset(Stateful, IterableDataset[int]):
+    pass
+
+
+class StatefulIteratorsDataset(StatefulIterators, IterableDataset[int]):
+    pass
+
+
+@pytest.mark.parametrize("make_stream", [StatefulDataset, StatefulIteratorsDataset, AsyncStateful])
+def test_a_stream_that_tells_its_state_is_asked_by_all_kinds_of_workers(make_stream: Any) -> None:
+    """Inline as well."""
+
+    def make(**workers: Any) -> DataLoader[Any]:
+        return DataLoader(make_stream(), 50, **workers)
+
+    states = assert_resumes_exactly(make, variants=WORKERS[:2], limit=MOST_STATES)
+    assert states[9]["cursor"][0]["at"] == 256
+
+
+def test_a_source_that_seeks_does_so_under_a_loader(tmp_path: Path) -> None:
+    """`Lines` as a dataset: exact."""
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"line {number}\n" for number in range(10)))
+    states = assert_resumes_exactly(lambda **w: DataLoader(Lines(path), 3, **w), variants=WORKERS[:2])
+    assert {state["guarantee"] for state in states} == {"exact"}
+
+
+@pytest.mark.parametrize("dataset", [Numbers(40), AsyncBatches(40)])
+def test_in_order_false_gives_each_sample_once(dataset: Any) -> None:
+    """Also from a state without workers to one with them, and back."""
+
+    def samples(batch: Any) -> list[int]:
+        found: list[int] = batch[0].tolist()
+        return found
+
+    def make(**workers: Any) -> DataLoader[Any]:
+        return DataLoader(dataset, 2, in_order=False, shuffle=True, **workers)
+
+    for variants in (WORKERS, WORKERS[::-1]):
+        assert_resumes_exactly(make, variants=variants, samples=samples, limit=MOST_STATES, epochs=1)
+
+
+def test_the_caller_does_not_notice_that_an_order_is_drawn_again() -> None:
+    """The global generator is left alone by a resumed epoch: it was drawn from when the epoch began."""
+    for workers in (0, 2):
+        loader: DataLoader[Any] = DataLoader(Numbers(), 3, shuffle=True, num_workers=workers)
+        iterator = iter(loader)
+        next(iterator)
+        state = loader.state_dict()
+        expected = [batch[0].tolist() for batch in iterator]
+        resumed: DataLoader[Any] = DataLoader(Numbers(), 3, shuffle=True, num_workers=workers)
+        resumed.load_state_dict(state)
+        torch.manual_seed(123)
+        before = torch.get_rng_state()
+        assert [batch[0].tolist() for batch in resumed] == expected
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_generator_is_left_where_the_epoch_leaves_it() -> None:
+    """So that all later epochs are those that were to come."""
+    generator = seeded()
+    loader: DataLoader[Any] = DataLoader(Numbers(), 3, shuffle=True, generator=generator)
+    epochs = []
+    states = []
+    for _ in range(3):
+        epochs.append([])
+        for batch in loader:
+            epochs[-1].append(batch[0].tolist())
+            states.append(loader.state_dict())
+    other = seeded(99)
+    resumed: DataLoader[Any] = DataLoader(Numbers(), 3, shuffle=True, generator=other)
+    resumed.load_state_dict(states[1])
+    assert [batch[0].tolist() for batch in resumed] == epochs[0][2:]
+    assert [batch[0].tolist() for batch in resumed] == epochs[1]
+    assert [batch[0].tolist() for batch in resumed] == epochs[2]
+    assert torch.equal(other.get_state(), generator.get_state())
+
+
+def test_persistent_workers_keep_their_base_seed() -> None:
+    """It is drawn once: in later epochs nothing is drawn for it, after a resume neither."""
+
+    def make(**_: Any) -> DataLoader[Any]:
+        return DataLoader(Numbers(), 3, shuffle=True, num_workers=2, persistent_workers=True)
+
+    assert_resumes_exactly(make, epochs=3)
+
+
+@on_both_faces
+def test_a_sampler_is_told_the_epoch_that_it_was_told(face: Face) -> None:
+    """A resumed program that has not called `set_epoch` yet has the order of the state."""
+
+    def make() -> DataLoader[Any]:
+        sampler: DistributedSampler[int] = DistributedSampler(range(10), num_replicas=2, rank=0)
+        return DataLoader(Numbers(), 2, sampler=sampler)
+
+    loader = make()
+    loader.set_epoch(4)
+    with Steps(loader, face) as steps:
+        steps.next()
+        state = json.loads(json.dumps(loader.state_dict()))
+        expected = [batch[0].tolist() for batch in steps.rest()]
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert [batch[0].tolist() for batch in collect(resumed, face)] == expected
+
+
+def test_worker_processes_that_read_their_own_copies_begin_again() -> None:
+    """Nobody knows where they are: the state says "at-least-once", and one from the middle is refused with words."""
+    loader: DataLoader[Any] = DataLoader(Stream(), 3, num_workers=1, worker_type="process")
+    iterator = iter(loader)
+    assert next(iterator).tolist() == [0, 1, 2]
+    state = loader.state_dict()
+    loader.close()
+    assert (state["guarantee"], state["epoch"], state["cursor"]) == ("at-least-once", 0, None)
+    loader.load_state_dict(state)
+    assert len(list(loader)) == 4
+    threads: DataLoader[Any] = DataLoader(Stream(), 3, num_workers=1)
+    iterator = iter(threads)
+    next(iterator)
+    with pytest.raises(StateError, match="worker_type='thread'"):
+        loader.load_state_dict(threads.state_dict())
+    threads.close()
+
+
+def test_guarantees() -> None:
+    """What is known to repeat, and what only may."""
+    for name, expected in {
+        "shuffle, global generator": "exact",
+        "weights": "exact",
+        "a stateful sampler": "exact",
+        "somebody's sampler": "replayed",
+        "a stream": "replayed",
+        "an async stream": "replayed",
+    }.items():
+        assert LOADERS[name]().state_dict()["guarantee"] == expected, name
