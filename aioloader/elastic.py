@@ -20,7 +20,7 @@ from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 
-__all__ = ["check_one_order", "check_shard_state", "shard_state", "stage_labels"]
+__all__ = ["batch_of_all_ranks", "check_one_order", "check_shard_state", "is_sharded", "shard_state"]
 
 
 class _Shared(IntEnum):
@@ -54,9 +54,21 @@ class _Ranks:
         return self if shared <= self.shared else replace(self, shared=shared, because=because)
 
     @property
+    def elastic(self) -> bool:
+        """Whether any number of ranks can go on, with the same global batch: steps are what is counted."""
+        return self.shared is _Shared.ANY_WORLD and self.batch_size is not None
+
+    @property
     def global_batch(self) -> int | None:
         """Samples of one batch on all ranks together."""
         return None if self.batch_size is None else self.batch_size * self.world_size
+
+
+def is_sharded(plan: Plan) -> bool:
+    """Whether the samples, or those of one of several sources, are dealt to ranks."""
+    if isinstance(plan.source, Combined) and any(map(is_sharded, plan.source.plans)):
+        return True
+    return any(isinstance(stage, Shard) for stage in plan.stages)
 
 
 def shard_state(plan: Plan) -> dict[str, Any] | None:
@@ -72,7 +84,7 @@ def shard_state(plan: Plan) -> dict[str, Any] | None:
     return {
         "world_size": ranks.world_size,
         "global_batch": ranks.global_batch,
-        "elastic": ranks.shared is _Shared.ANY_WORLD,
+        "elastic": ranks.elastic,
         "rank": ranks.rank if ranks.shared is _Shared.SAME_RANK else None,
     }
 
@@ -95,7 +107,12 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None) -> None:
         )
     world_size, global_batch, elastic, rank = _read(state)
     now = f"rank {ranks.rank} of {ranks.world_size}"
-    if world_size != ranks.world_size and not (elastic and ranks.shared is _Shared.ANY_WORLD):
+    if world_size != ranks.world_size and global_batch is None:
+        raise StateError(
+            f"the state is of world_size={world_size}, and this is {now}: without batch() a step is one sample for "
+            f"each rank, and these ranks would make others; start {world_size} ranks, or add batch() from the beginning"
+        )
+    if world_size != ranks.world_size and not (elastic and ranks.elastic):
         behind = f"behind {ranks.because} " if ranks.because else ""
         raise StateError(
             f"the state is of world_size={world_size}, and this is {now}: {behind}a position of one rank is none "
@@ -180,7 +197,9 @@ def _ranks(plan: Plan) -> _Ranks | None:
                 ranks = replace(ranks, rank=ranks.rank + ranks.world_size * stage.rank, world_size=world_size)
                 ranks = ranks.limited(_Shared.SAME_WORLD, f"a second {stage.label}")
         elif ranks is not None:
-            ranks = ranks.limited(_shared_behind(stage, batched=ranks.batch_size is not None), stage.label)
+            batched = ranks.batch_size is not None
+            steady = batched and all(_same_steps(other) for other in plan.stages)
+            ranks = ranks.limited(_shared_behind(stage, batched=batched, steady=steady), stage.label)
         if ranks is not None:
             ranks = replace(ranks, batch_size=batch_size)
     if ranks is not None and (label := _unordered(plan)):
@@ -188,19 +207,36 @@ def _ranks(plan: Plan) -> _Ranks | None:
     return ranks
 
 
-def _shared_behind(stage: Stage, *, batched: bool) -> _Shared:
+def _shared_behind(stage: Stage, *, batched: bool, steady: bool) -> _Shared:
     """Who may go on from a state behind `stage`, which stands behind `shard`.
 
     Behind `batch` all ranks are counted in steps, and a step is the same whatever their number.
+
+    Args:
+        stage: The stage.
+        batched: It stands behind `batch`.
+        steady: There are as many steps, whatever the number of ranks.
     """
     match stage:
-        case Map() | Batch() | Repeat() | To() | PinMemory():
+        case Map() | Batch() | To() | PinMemory():
             return _Shared.ANY_WORLD
+        case Repeat(times):
+            return _Shared.ANY_WORLD if steady or times is None else _Shared.SAME_WORLD
         case Take() | Skip() | Enumerate() | Shuffle():
             return _Shared.ANY_WORLD if batched else _Shared.SAME_WORLD
         case Unbatch(collated) if collated:
             return _Shared.SAME_WORLD
     return _Shared.SAME_RANK  # what it gives depends on the samples
+
+
+def _same_steps(stage: Stage) -> bool:
+    """Whether ranks of any number make as many steps of an order, the last ones included."""
+    match stage:
+        case Shard(even=even):
+            return even != "drop"
+        case Batch(drop_last=drop_last):
+            return not drop_last
+    return True
 
 
 def _combined(source: Combined) -> _Ranks | None:
@@ -278,28 +314,20 @@ def _unordered(part: "Plan | list[Stage]") -> str:
 
 
 def _gives_as_finished(stage: Stage) -> bool:
-    return isinstance(stage, Map) and not stage.ordered
+    return isinstance(stage, Map) and not stage.ordered and stage.replay_order is None
 
 
-# -- for the shape that a state keeps of its pipeline ------------------------------------------------------------------
+def batch_of_all_ranks(plan: Plan) -> dict[int, int]:
+    """The number of the `batch` stage that may have another size on other ranks, and its size over all ranks.
 
-
-def stage_labels(plan: Plan) -> list[str]:
-    """The stages as they have to be again for a state to fit, whatever the rank and the number of ranks.
-
-    `shard` without its numbers; and the size of batches behind it over all ranks, where their number may change.
+    Empty: there is none. Batches of batches are counted in steps, and so are the same whatever the ranks.
     """
     ranks = _ranks(placed(plan))
-    elastic = ranks is not None and ranks.shared is _Shared.ANY_WORLD
-    labels = []
+    if ranks is None or not ranks.elastic:
+        return {}
     sharded = False
-    for stage in plan.stages:
-        if isinstance(stage, Shard):
-            sharded = True
-            labels.append("shard()" if stage.even == "pad" else f"shard(even={stage.even!r})")
-        elif isinstance(stage, Batch) and sharded and elastic and ranks is not None:
-            sharded = False  # the batches of batches behind it are counted in steps
-            labels.append(f"batch({stage.batch_size * ranks.world_size} over all ranks)")
-        else:
-            labels.append(stage.label)
-    return labels
+    for number, stage in enumerate(plan.stages):
+        sharded = sharded or isinstance(stage, Shard)
+        if sharded and isinstance(stage, Batch):
+            return {number: stage.batch_size * ranks.world_size}
+    return {}

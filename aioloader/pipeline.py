@@ -14,7 +14,7 @@ from torch import Generator
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.device import Transfer, can_pin, check_device, open_backend
-from aioloader.elastic import check_one_order
+from aioloader.elastic import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.engine.progress import Progress
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
@@ -361,6 +361,8 @@ class Pipeline(Loader):
     def with_seed(self, seed: int | None) -> "Pipeline":
         """Let `sample_rng()` in its functions depend on `seed`; None: draw one, and keep it in the state.
 
+        With `shard`, None is 0, since all ranks need the same.
+
         It is not the seed of `shuffle` and `mix`, which have their own.
         """
         return self._of(replace(self._plan, seed=None if seed is None else check_integer("seed", seed)))
@@ -368,6 +370,15 @@ class Pipeline(Loader):
     def with_info(self) -> "Pipeline":
         """Pairs `(batch, info)` instead of batches: a `BatchInfo` says which samples are in it. The last stage."""
         return self._of(replace(self._plan, gives_info=True))
+
+    @property
+    def _seed(self) -> int | None:
+        """Of `sample_rng`; None: to be drawn.
+
+        With `shard` it is 0 unless told: ranks cannot agree on a drawn one without talking, and with one each, a
+        sample would get other random numbers on another rank.
+        """
+        return 0 if self._plan.seed is None and is_sharded(self._plan) else self._plan.seed
 
     # -- several sources ---------------------------------------------------------------------------------------------
 
@@ -424,7 +435,7 @@ class Pipeline(Loader):
                 stream.check_unused()
 
     def _build(self, progress: Progress, *, dry: bool = False) -> Window:
-        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._plan.seed))
+        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._seed))
         if dry:
             return build(self._plan, this_pass, processes=self._open_processes, dry=True)
         if self._transfer is None:
@@ -439,6 +450,12 @@ class Pipeline(Loader):
     def _shape(self) -> Shape:
         return shape_of(self._plan)
 
+    def _ranks(self) -> dict[str, Any] | None:
+        return shard_state(self._plan)
+
+    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
+        check_shard_state(self._plan, ranks)
+
     def _guarantee(self) -> Guarantee:
         return guarantee_of(self._plan)
 
@@ -451,7 +468,7 @@ class Pipeline(Loader):
             return None
 
     def _random_state(self) -> dict[str, Any]:
-        state = self._seed_state(self._plan.seed)
+        state = self._seed_state(self._seed)
         generators = _generators(self._plan)
         if generators:
             state["generators"] = [packed(generator.get_state()) for generator in generators]

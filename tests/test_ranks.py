@@ -17,9 +17,10 @@ from torch.utils.data import DistributedSampler, IterableDataset
 from torch.utils.data import Sampler as TorchSampler
 
 from aioloader import Pipeline
-from aioloader.elastic import check_shard_state, shard_state, stage_labels
+from aioloader.elastic import check_shard_state, shard_state
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, CursorSource, EntryReader
+from aioloader.engine.progress import Progress
 from aioloader.engine.window import Window
 from aioloader.errors import StateError
 from aioloader.plan import Plan
@@ -31,6 +32,8 @@ from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
+pytestmark = pytest.mark.filterwarnings("ignore::aioloader.errors.ReplayWarning")
+
 EVENS: tuple[Even, ...] = ("pad", "drop")
 WORLDS = range(1, 9)
 
@@ -39,14 +42,14 @@ Make = Callable[[int, int], Pipeline]
 
 
 def resumed(loader: Pipeline, cursor: Any) -> Pipeline:
-    """`loader`, whose next epoch goes on behind `cursor`, which has been in a file meanwhile."""
+    """`loader`, whose next epoch goes on behind `cursor`, whatever its state would say of ranks."""
     if cursor is None:
         return loader
     cursor = json.loads(json.dumps(cursor))
     build = loader._build
 
-    def build_resumed(epoch: int) -> Window:
-        window = build(epoch)
+    def build_resumed(progress: Progress, *, dry: bool = False) -> Window:
+        window = build(progress, dry=dry)
         window.resume(cursor)
         return window
 
@@ -54,27 +57,56 @@ def resumed(loader: Pipeline, cursor: Any) -> Pipeline:
     return loader
 
 
+def loaded(loader: Pipeline, state: dict[str, Any]) -> Pipeline:
+    """`loader`, which goes on from `state`, which has been in a file meanwhile."""
+    loader.load_state_dict(json.loads(json.dumps(state)))
+    return loader
+
+
+def going_on(make: Make, state: dict[str, Any]) -> Make:
+    """All ranks go on from one state."""
+    return lambda rank, world_size: loaded(make(rank, world_size), state)
+
+
 def steps_of(
-    make: Make, world_size: int, cursor: Any = None, *, limit: int | None = None, face: Face = "for"
+    make: Make,
+    world_size: int,
+    cursor: Any = None,
+    *,
+    limit: int | None = None,
+    face: Face = "for",
+    states: list[dict[str, Any]] | None = None,
 ) -> tuple[list[list[Any]], list[Any]]:
-    """The batches of each step behind `cursor`, one of each rank; and the cursor behind each, the same on all ranks."""
+    """The batches of each step behind `cursor`, one of each rank; and the cursor behind each, the same on all ranks.
+
+    `states` gets the states, which must be the same on all ranks too.
+    """
     batches: list[list[Any]] = []
     cursors: list[list[Any]] = []
+    known: list[list[dict[str, Any]]] = []
     for rank in range(world_size):
-        with Steps(resumed(make(rank, world_size), cursor), face) as steps:
+        loader = resumed(make(rank, world_size), cursor)
+        with Steps(loader, face) as steps:
             mine: list[Any] = []
             its: list[Any] = []
+            said: list[dict[str, Any]] = []
             while limit is None or len(mine) < limit:
                 try:
                     mine.append(steps.next())
                 except StopIteration:
                     break
                 its.append(steps._iterator.cursor)
+                if states is not None:
+                    said.append(loader.state_dict())
         batches.append(mine)
         cursors.append(its)
+        known.append(said)
     counts = [len(mine) for mine in batches]
     assert len(set(counts)) == 1, f"ranks are not in step: {counts} batches"
     assert all(its == cursors[0] for its in cursors), f"ranks have other cursors: {cursors}"
+    assert all(said == known[0] for said in known), f"ranks have other states: {known}"
+    if states is not None:
+        states += known[0]
     return [list(step) for step in zip(*batches, strict=True)], cursors[0]
 
 
@@ -115,11 +147,12 @@ def test_any_number_of_ranks_goes_on_from_any_other(before: int, even: Even) -> 
             loader = Pipeline(range(n)).shuffle(seed=5).shard(rank, world_size, even=even)
             return loader.batch(global_batch // world_size, collate_fn=list)
 
-        first, cursors = steps_of(make, before, limit=at)
+        states: list[dict[str, Any]] = []
+        first, cursors = steps_of(make, before, limit=at, states=states)
         assert dealt(first) == order[: at * global_batch]
         assert cursors == [number * global_batch for number in range(1, at + 1)]
 
-        rest, _ = steps_of(make, after, cursors[-1])
+        rest, _ = steps_of(going_on(make, states[-1]), after)
         assert dealt(rest) == filled(order, at * global_batch, after, even)
 
         whole, _ = steps_of(make, after)
@@ -144,9 +177,10 @@ def test_any_number_of_ranks_goes_on_in_a_stream(before: int) -> None:
             loader = Pipeline(source).filter(lambda number: number % 2 == 0).shard(rank, world_size)
             return loader.batch(global_batch // world_size, collate_fn=list)
 
-        first, cursors = steps_of(make, before, limit=at)
+        states: list[dict[str, Any]] = []
+        first, _ = steps_of(make, before, limit=at, states=states)
         assert dealt(first) == order[: at * global_batch]
-        rest, _ = steps_of(make, after, cursors[-1])
+        rest, _ = steps_of(going_on(make, states[-1]), after)
         assert dealt(rest) == filled(order, at * global_batch, after, "pad")
 
 
@@ -666,11 +700,14 @@ Shared = Literal["any world", "same world", "same rank"]
 @pytest.mark.parametrize(
     ("stages", "shared", "global_batch"),
     [
-        (lambda loader: loader, "any world", None),
+        (lambda loader: loader, "same world", None),
         (lambda loader: loader.batch(4), "any world", 12),
         (lambda loader: loader.map(plus).batch(4).map(len).pin_memory(), "any world", 12),
         (lambda loader: loader.batch(4).skip(1).take(9).enumerate().shuffle(3), "any world", 12),
-        (lambda loader: loader.repeat(2).batch(4).repeat(), "any world", 12),
+        (lambda loader: loader.batch(4).repeat(2), "any world", 12),
+        (lambda loader: loader.repeat().batch(4), "any world", 12),
+        (lambda loader: loader.repeat(2).batch(4), "same world", 12),
+        (lambda loader: loader.batch(4, drop_last=True).repeat(2), "same world", 12),
         (lambda loader: loader.batch(4).batch(2), "any world", 24),
         (lambda loader: loader.take(9).batch(4), "same world", 12),
         (lambda loader: loader.skip(9).batch(4), "same world", 12),
@@ -722,6 +759,10 @@ def test_a_state_of_other_ranks_is_taken_or_refused_with_the_numbers() -> None:
         check_shard_state(plan(0, 5, 2), two)
     with pytest.raises(StateError, match=r"one of None \(no batch\(\)\)"):
         check_shard_state(Pipeline(range(8)).shard(0, 2)._plan, two)
+    single = shard_state(Pipeline(range(8)).shard(0, 2)._plan)
+    check_shard_state(Pipeline(range(8)).shard(1, 2)._plan, single)
+    with pytest.raises(StateError, match=r"world_size=2, and this is rank 0 of 4: without batch\(\) .* start 2 ranks"):
+        check_shard_state(Pipeline(range(8)).shard(0, 4)._plan, single)
 
     taken = shard_state(plan(0, 2, 6, lambda loader: loader.take(20)))
     check_shard_state(plan(1, 2, 6, lambda loader: loader.take(20)), taken)
@@ -771,13 +812,30 @@ def test_a_broken_state_is_refused(part: dict[str, Any]) -> None:
             check_shard_state(plan(0, 2, 6), broken)
 
 
-def test_labels_are_those_of_all_ranks() -> None:
-    """So that a state can tell whether its pipeline is another one, and not only on other ranks."""
-    two = Pipeline(range(96)).shuffle(seed=3).shard(1, 2, even="drop").batch(6).batch(4)
-    three = Pipeline(range(96)).shuffle(seed=3).shard(0, 3, even="drop").batch(4).batch(4)
-    assert stage_labels(two._plan) == stage_labels(three._plan)
-    assert stage_labels(two._plan) == ["shuffle()", "shard(even='drop')", "batch(12 over all ranks)", "batch(4)"]
-    assert stage_labels(plan(0, 2, 6, lambda loader: loader.take(9))) == ["shard()", "take(9)", "batch(6)"]
+def test_a_state_tells_other_ranks_from_another_pipeline() -> None:
+    """The size of batches may change with the number of ranks, the rest of the description may not."""
+
+    def state_of(batches: int, rank: int, world_size: int, size: int, *, seed: int = 3, even: Even = "drop") -> Any:
+        loader = Pipeline(range(960)).shuffle(seed=seed).shard(rank, world_size, even=even).batch(size, collate_fn=list)
+        loader = loader.batch(4, collate_fn=list)
+        collect(loader, "for", limit=batches)
+        return loader, loader.state_dict()
+
+    _, two = state_of(3, 1, 2, 6)
+    assert two["ranks"] == {"world_size": 2, "global_batch": 48, "elastic": True, "rank": None}
+    other, _ = state_of(0, 0, 3, 4)
+    other.load_state_dict(two)
+    assert dealt([[sum(batch, [])] for batch in collect(other, "for", limit=1)])  # noqa: RUF017
+    for others, said in (
+        (state_of(0, 0, 3, 4, seed=4), "shuffle"),
+        (state_of(0, 0, 3, 4, even="pad"), "even='pad', and was|even='drop'"),
+        (state_of(0, 0, 3, 6), "global batch of 48.*72"),
+        (state_of(0, 1, 2, 12), "global batch of 48"),
+    ):
+        loader, before = others
+        with pytest.raises(StateError, match=said):
+            loader.load_state_dict(two)
+        assert loader.state_dict() == before
 
 
 @on_both_faces

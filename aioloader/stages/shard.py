@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.rank import check_group, check_mesh, check_rank, current_rank, group_rank, mesh_rank
 
@@ -159,7 +160,7 @@ class ShardFold:
         self._after = (upstream, seen)
         if self._again_from == "all" and self.head:
             self._again = self._seen
-            return _beginning(upstream)
+            return beginning(upstream)
         self._again = self.head if self._again_from == "head" else 0
         return upstream
 
@@ -203,13 +204,6 @@ class ShardFold:
         if self._mine is None:
             self._mine = _copy(self._first[(self._rank - self._in_round) % len(self._first)])
         return [self._end_round()]
-
-
-def _beginning(cursor: Any) -> Any:
-    """Where the stream of a source's `cursor` began: what a sampler drew its order from, and nothing of it read."""
-    if isinstance(cursor, list | tuple) and len(cursor) == 2 and isinstance(cursor[0], dict):
-        return (cursor[0], 0)
-    return None
 
 
 def _copy(entry: Entry) -> Entry:
