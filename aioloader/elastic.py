@@ -14,7 +14,9 @@ from aioloader.errors import StateError
 from aioloader.plan import Combined, Plan, Repeat, placed
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch, Unbatch
+from aioloader.stages.cache import Cache
 from aioloader.stages.device import PinMemory, To
+from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import Filter, Map
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
@@ -218,7 +220,7 @@ def _shared_behind(stage: Stage, *, batched: bool, steady: bool) -> _Shared:
         steady: There are as many steps, whatever the number of ranks.
     """
     match stage:
-        case Map() | Batch() | To() | PinMemory():
+        case Map() | Batch(max_wait=None) | Cache() | To() | PinMemory():
             return _Shared.ANY_WORLD
         case Repeat(times):
             return _Shared.ANY_WORLD if steady or times is None else _Shared.SAME_WORLD
@@ -283,21 +285,28 @@ def _draws_by_rank(sampler: Any) -> bool:
     return hasattr(make, "num_replicas") and hasattr(make, "rank")
 
 
-def _realised(plan: Plan) -> str:
-    """The stage behind which the order of samples is made while it runs, if there is one."""
+def _realised(plan: Plan, *, closed: bool = False) -> str:
+    """The stage behind which the order of samples is made while it runs, if there is one.
+
+    Args:
+        plan: What comes before `shard`.
+        closed: Something is between the last stage and `shard`.
+    """
     label = ""
     if isinstance(plan.source, Combined):
         if plan.source.how == "merge" and len(plan.source.plans) > 1:
             label = "Pipeline.merge(...)"
-        label = label or next((found for inner in plan.source.plans if (found := _unordered(inner))), "")
+        label = label or next((found for inner in plan.source.plans if (found := _realised(inner, closed=True))), "")
     journey: list[Stage] = []  # neighbouring stages: of maps alone it commutes with `shard`, which then runs first
     for stage in plan.stages:
+        if isinstance(stage, DropIf) or (isinstance(stage, Batch) and stage.max_wait is not None):
+            label = label or stage.label
         if isinstance(stage, Map | Filter):
             journey.append(stage)
         elif not isinstance(stage, Shard | PinMemory) or not all(isinstance(other, Map) for other in journey):
             label = label or _unordered(journey)
             journey = []
-    if not all(isinstance(other, Map) for other in journey):
+    if closed or not all(isinstance(other, Map) for other in journey):
         label = label or _unordered(journey)
     return label
 

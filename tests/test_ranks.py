@@ -532,8 +532,8 @@ def test_a_sampler_is_iterated_once_when_it_is_resumed() -> None:
 
 def test_what_does_not_come_again_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A live source is read on, and a last round is filled with the first samples since."""
-    assert CursorSource.repeats
-    monkeypatch.setattr(Lines, "repeats", False)
+    assert CursorSource.replayable
+    monkeypatch.setattr(Lines, "replayable", False)
     path = write_lines(tmp_path / "lines.txt", 10)
 
     def make(rank: int, world_size: int) -> Pipeline:
@@ -665,6 +665,8 @@ def plus(number: int) -> int:
         (lambda: Pipeline(range(9)).map(plus, ordered=False).repeat(2), r"map\(plus, ordered=False\)"),
         (lambda: Pipeline.zip(range(9), Pipeline(range(9)).map(plus, ordered=False)), r"map\(plus, ordered=False\)"),
         (lambda: Pipeline.mix([Pipeline.merge(range(3), range(3))], [1]).take(4), r"Pipeline.merge\(...\)"),
+        (lambda: Pipeline(range(9)).batch(2, max_wait=1), r"batch\(2, max_wait=1\)"),
+        (lambda: Pipeline(range(9)).drop_if(bool), r"drop_if\(bool\)"),
     ],
 )
 def test_what_each_rank_would_see_in_another_order_is_not_dealt(make: Callable[[], Pipeline], said: str) -> None:
@@ -721,6 +723,9 @@ Shared = Literal["any world", "same world", "same rank"]
         (lambda loader: loader.batch(4, collate_fn=list).unbatch().batch(2), "same rank", 6),
         (lambda loader: loader.map(plus, ordered=False).batch(4), "same rank", 12),
         (lambda loader: loader.batch(4).map(len, ordered=False), "same rank", 12),
+        (lambda loader: loader.batch(4, max_wait=1), "same rank", 12),
+        (lambda loader: loader.cache(memory_bytes=99).batch(4), "any world", 12),
+        (lambda loader: Pipeline.interleave(loader, loader).batch(4), "same world", 12),
         (lambda loader: Pipeline.zip(loader, loader).batch(4), "any world", 12),
         (lambda loader: Pipeline.zip(loader, range(9)).batch(4), "same world", 12),
         (lambda loader: Pipeline.mix([loader, range(9)], [1, 1]).batch(4), "same world", 12),
