@@ -78,6 +78,17 @@ class Loader(Opener):
     def _shape(self) -> Shape:
         """What decides which sample comes when."""
 
+    def _ranks(self) -> dict[str, Any] | None:
+        """What a state says of the ranks that share the samples; None: it knows of no others."""
+        return None
+
+    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
+        """Refuse what a state says of ranks, if this one cannot go on from it.
+
+        Raises:
+            StateError: Why.
+        """
+
     @abstractmethod
     def _guarantee(self) -> Guarantee:
         """What a resume gives."""
@@ -219,7 +230,7 @@ class Loader(Opener):
             StateError: Not a state, or one of another version, of other stages or of another dataset; the loader is
                 as it was.
         """
-        loaded = check_state(state, loader=self._kind, pipeline=self._shape())
+        loaded = check_state(state, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
         leave_out = ranges_of(loaded["left_out"])
         progress = Progress(loaded["epoch"], loaded["cursor"], loaded["batches"])
         try:
@@ -252,6 +263,7 @@ class Loader(Opener):
             cursor=cursor,
             guarantee=self._guarantee(),
             pipeline=self._shape(),
+            ranks=self._ranks(),
             random=random,
             left_out=self._leave_out,
         )

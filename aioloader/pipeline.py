@@ -14,6 +14,7 @@ from torch import Generator
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.device import Transfer, can_pin, check_device, open_backend
+from aioloader.elastic import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.engine.progress import Progress
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
@@ -31,7 +32,7 @@ from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
 from aioloader.stages.select import Enumerate, Skip, Take
-from aioloader.stages.shard import Shard
+from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.state import Guarantee, Shape, guarantee_of, shape_of
 
@@ -297,17 +298,37 @@ class Pipeline(Loader):
         """Pairs `(number, sample)`, from 0 in each epoch."""
         return self._then(Enumerate())
 
-    def shard(self, rank: int | None = None, world_size: int | None = None) -> "Pipeline":
+    def shard(
+        self,
+        rank: int | None = None,
+        world_size: int | None = None,
+        *,
+        group: Any = None,
+        mesh: Any = None,
+        even: Even = "pad",
+    ) -> "Pipeline":
         """This rank's part: every `world_size`-th sample, the same number on every rank.
 
-        The last round is filled from the beginning, as torch's DistributedSampler does.
+        Without arguments, rank and world size are those of torch.distributed when it is initialised, else of the
+        environment's RANK and WORLD_SIZE, else there is one rank. They are looked up when iteration begins; nothing
+        here ever communicates.
 
         Args:
             rank: In [0, world_size).
-            world_size: How many ranks there are. Default of both: torch.distributed, else the environment's RANK and
-                WORLD_SIZE, else one rank; looked up when iteration begins.
+            world_size: How many ranks there are.
+            group: A torch.distributed.ProcessGroup instead: the ranks are those in it.
+            mesh: A DeviceMesh of one dimension instead, such as `mesh["dp"]`, or a pair `(mesh, "dp")`: the ranks are
+                those along it, and all that differ in other dimensions only, as in tensor parallelism, get the same.
+            even: When the last round has fewer samples than there are ranks: `"pad"` fills it from the beginning, as
+                torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start when the length
+                is known, else at the end.
+
+        Raises:
+            TypeError, ValueError: The arguments do not fit, or the samples before come in no order that all ranks
+                would see alike.
         """
-        return self._then(Shard(rank, world_size))
+        check_one_order(self._plan)
+        return self._then(Shard(rank, world_size, group, mesh, even))
 
     def pin_memory(self) -> "Pipeline":
         """Batches in page-locked memory, for copies to a device that you make yourself; `to` does both.
@@ -340,6 +361,8 @@ class Pipeline(Loader):
     def with_seed(self, seed: int | None) -> "Pipeline":
         """Let `sample_rng()` in its functions depend on `seed`; None: draw one, and keep it in the state.
 
+        With `shard`, None is 0, since all ranks need the same.
+
         It is not the seed of `shuffle` and `mix`, which have their own.
         """
         return self._of(replace(self._plan, seed=None if seed is None else check_integer("seed", seed)))
@@ -347,6 +370,15 @@ class Pipeline(Loader):
     def with_info(self) -> "Pipeline":
         """Pairs `(batch, info)` instead of batches: a `BatchInfo` says which samples are in it. The last stage."""
         return self._of(replace(self._plan, gives_info=True))
+
+    @property
+    def _seed(self) -> int | None:
+        """Of `sample_rng`; None: to be drawn.
+
+        With `shard` it is 0 unless told: ranks cannot agree on a drawn one without talking, and with one each, a
+        sample would get other random numbers on another rank.
+        """
+        return 0 if self._plan.seed is None and is_sharded(self._plan) else self._plan.seed
 
     # -- several sources ---------------------------------------------------------------------------------------------
 
@@ -403,7 +435,7 @@ class Pipeline(Loader):
                 stream.check_unused()
 
     def _build(self, progress: Progress, *, dry: bool = False) -> Window:
-        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._plan.seed))
+        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._seed))
         if dry:
             return build(self._plan, this_pass, processes=self._open_processes, dry=True)
         if self._transfer is None:
@@ -425,6 +457,12 @@ class Pipeline(Loader):
     def _shape(self) -> Shape:
         return shape_of(self._plan)
 
+    def _ranks(self) -> dict[str, Any] | None:
+        return shard_state(self._plan)
+
+    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
+        check_shard_state(self._plan, ranks)
+
     def _guarantee(self) -> Guarantee:
         return guarantee_of(self._plan)
 
@@ -439,7 +477,7 @@ class Pipeline(Loader):
             return None
 
     def _random_state(self) -> dict[str, Any]:
-        state = self._seed_state(self._plan.seed)
+        state = self._seed_state(self._seed)
         generators = _generators(self._plan)
         if generators:
             state["generators"] = [packed(generator.get_state()) for generator in generators]

@@ -5,6 +5,7 @@ Pure: nothing is started, no user code runs. `Source` and the stages are what a 
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from aioloader.cache.disk import DiskStore
 from aioloader.cores import usable_cores
 from aioloader.device import Transfer, pin_batch
 from aioloader.engine.cached import KeepInMemory, KeepOnDisk, LookUp, PlacedNode
-from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
+from aioloader.engine.combine import HeadNode, InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
+from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
@@ -25,7 +27,7 @@ from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
 from aioloader.sources.drawn import keys_of
-from aioloader.sources.order import KeyOrder, is_order_stage, order_of
+from aioloader.sources.order import is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
@@ -35,7 +37,7 @@ from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf, FreshGroup
 from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
-from aioloader.stages.shard import Shard
+from aioloader.stages.shard import Again, Shard, ShardFold
 from aioloader.stages.shuffle import Shuffle
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "in_front_of_cache",
     "is_permutable",
     "length_of",
+    "placed",
 ]
 
 DEFAULT_PREFETCH = 2
@@ -155,6 +158,27 @@ def any_order(source: Single | Combined, stages: Sequence[Stage]) -> bool:
     return any(isinstance(stage, Map) and not stage.ordered and stage.replay_order is None for stage in stages)
 
 
+def placed(plan: Plan) -> Plan:
+    """The plan with each `shard` as it is now: looked up once, so that a whole epoch is of one rank.
+
+    Raises:
+        ValueError: `shard(even="error")`, and it is known that the samples do not share out evenly; or the rank that
+            the environment names is none.
+    """
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(placed(inner) for inner in source.plans))
+    plan = replace(plan, source=source)
+    for at, stage in enumerate(plan.stages):
+        if isinstance(stage, Shard):
+            shard = stage.placed()
+            plan = replace(plan, stages=(*plan.stages[:at], shard, *plan.stages[at + 1 :]))
+            if shard.even == "error":
+                with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
+                    length_of(replace(plan, stages=plan.stages[: at + 1]))
+    return plan
+
+
 def build(
     plan: Plan,
     this_pass: Pass,
@@ -178,6 +202,7 @@ def build(
         resumed: `resume` will be called: the epoch has begun before.
         drawn: Gets what samplers draw their order from, and has it in a resumed epoch.
     """
+    plan = placed(plan)
     builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
@@ -288,14 +313,38 @@ class _Builder:
             rest: Sequence[Stage] = plan.stages[at + 1 :]
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
-        at = len(plan.stages) - len(rest)
-        for number, stage in enumerate(rest, at):
+        for number, stage in enumerate(rest, len(plan.stages) - len(rest)):
             if isinstance(stage, DropIf):
                 node, journey = self._check_late(node, journey, stage, plan)
-                continue
-            loose = any_order(plan.source, plan.stages[:number])
-            node, journey = self._add(node, journey, stage, loose=loose)
+            elif isinstance(stage, Shard):
+                node, journey = self._shard(node, journey, stage, replace(plan, stages=plan.stages[:number]))
+            else:
+                loose = any_order(plan.source, plan.stages[:number])
+                node, journey = self._add(node, journey, stage, loose=loose)
         return node, journey
+
+    def _shard(self, node: Node, journey: _Journey, stage: Shard, before: Plan) -> tuple[Node, _Journey]:
+        """`stage` behind the plan `before`, of which `node` and `journey` are made.
+
+        A map gives one sample for one, so that maps in front run on this rank's samples alone; so does a cache that
+        knows samples by their keys.
+        """
+        one_for_one = Map | Cache if journey.keyed else Map
+        commutes = all(isinstance(other, one_for_one) for other in journey.stages)
+        if not commutes:
+            node, journey = self._close(node, journey), _Journey()
+        assert stage.rank is not None  # `placed`
+        assert stage.world_size is not None
+        again_from = _again(before)
+        fold = ShardFold(stage.rank, stage.world_size, stage.even, again_from)
+        if fold.head and again_from == "head":
+
+            def again() -> Node:
+                builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, resumed=True)
+                return builder.stream(before)[0] if commutes else builder.closed(before)
+
+            node = HeadNode(node, again, fold.head)
+        return FoldNode(node, fold), journey
 
     def _check_late(self, node: Node, journey: _Journey, stage: DropIf, plan: Plan) -> tuple[Node, _Journey]:
         """A window that begins what it is asked for, over one that holds what is made ahead."""
@@ -366,13 +415,7 @@ class _Builder:
                 break
         else:
             rest = ()
-        if self._dry:
-            length = data.length
-            for stage in order_stages:
-                length = stage.length(length)
-            order = KeyOrder(range(length))
-        else:
-            order = order_of(data.length, order_stages, self._pass)
+        order = order_of(data.length, order_stages, self._pass, permute=not self._dry)
         return KeySource(order, data.data if data.load is None else None, name), journey, rest
 
     def _combine(self, source: Combined, nodes: list[Node]) -> Node:
@@ -407,7 +450,7 @@ class _Builder:
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
-        loose_fold = loose and isinstance(stage, Unbatch | Shuffle | Shard)
+        loose_fold = loose and isinstance(stage, Unbatch | Shuffle)
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
@@ -610,6 +653,19 @@ def _open_sampler(sampler: Stream, epoch: int, how: dict[str, Any]) -> Any:
     if sampler.call or not isinstance(sampler.make, Iterable):
         return sampler.make() if sampler.call else sampler.make
     return keys_of(sampler.make, partial(iter, sampler.make), **how)
+
+
+def _again(plan: Plan) -> Again:
+    """How a resumed `shard` behind `plan` gets the first samples of the epoch."""
+    if isinstance(plan.source, Combined):
+        hows = {_again(inner) for inner in plan.source.plans}
+        return "none" if "none" in hows else "all" if "all" in hows else "head"
+    data = plan.source.data
+    if isinstance(data, Stream) and isinstance(data.make, CursorSource) and not data.make.replayable:
+        return "none"
+    # A sampler may draw another order when it is iterated once more.
+    once = plan.source.sampler is not None or (isinstance(data, Stream) and data.single_use)
+    return "all" if once else "head"
 
 
 def is_permutable(plan: Plan) -> bool:

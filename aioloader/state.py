@@ -3,9 +3,10 @@
 `docs/checkpoint.md` has the schema.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
+from aioloader.elastic import batch_of_all_ranks
 from aioloader.engine.located import CursorSource
 from aioloader.engine.resumable import is_stateful
 from aioloader.errors import StateError
@@ -57,6 +58,7 @@ def make_state(
     cursor: Any,
     guarantee: Guarantee,
     pipeline: Shape,
+    ranks: dict[str, Any] | None,
     random: dict[str, Any] | None,
     left_out: Mapping[int, Sequence[range]],
 ) -> dict[str, Any]:
@@ -74,6 +76,7 @@ def make_state(
         "cursor": _plain(cursor),
         "guarantee": guarantee,
         "pipeline": _plain(pipeline),
+        "ranks": ranks,
         "random": _plain(random or None),
         "left_out": [
             [number, steps.start, steps.stop]
@@ -98,8 +101,16 @@ def ranges_of(left_out: Any) -> dict[int, list[range]]:
     return found
 
 
-def check_state(state: Any, *, loader: str, pipeline: Shape) -> dict[str, Any]:
+def check_state(
+    state: Any, *, loader: str, pipeline: Shape, check_ranks: Callable[[dict[str, Any] | None], None]
+) -> dict[str, Any]:
     """A copy of `state`, if it is one of such a loader.
+
+    Args:
+        state: From anywhere.
+        loader: The kind of loader.
+        pipeline: Its shape.
+        check_ranks: Refuses what the state says of the ranks that it comes from, where it does not do for this one.
 
     Raises:
         StateError: It is not; says what is different.
@@ -124,6 +135,7 @@ def check_state(state: Any, *, loader: str, pipeline: Shape) -> dict[str, Any]:
         "batches": (int,),
         "guarantee": (str,),
         "pipeline": (list, tuple),
+        "ranks": (dict, type(None)),
         "random": (dict, type(None)),
         "left_out": (list,),
     }
@@ -141,6 +153,7 @@ def check_state(state: Any, *, loader: str, pipeline: Shape) -> dict[str, Any]:
         raise StateError(f"'guarantee' of the state must be one of {_STRENGTH}, got {state['guarantee']!r}"[:300])
     if state["loader"] != loader:
         raise StateError(f"the state is of a {state['loader']}"[:200] + f", and this is a {loader}")
+    check_ranks(state["ranks"])
     difference = _difference(pipeline, state["pipeline"])
     if difference is not None:
         raise StateError(f"the state is of another pipeline: {difference}")
@@ -170,7 +183,13 @@ def _plain(value: Any) -> Any:
 
 def shape_of(plan: Plan) -> Shape:
     """The source and the stages of `plan` that decide which sample comes when, and maps for whoever reads it."""
-    stages = [_stage(stage) for stage in plan.stages if not isinstance(stage, To | PinMemory)]
+    of_all = batch_of_all_ranks(plan)
+    stages = []
+    for number, stage in enumerate(plan.stages):
+        if number in of_all and isinstance(stage, Batch):
+            stages.append({"stage": "batch", "global_batch": of_all[number], "drop_last": stage.drop_last})
+        elif not isinstance(stage, To | PinMemory):
+            stages.append(_stage(stage))
     return [_source(plan.source), *stages]
 
 
@@ -220,7 +239,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         case Enumerate():
             return {"stage": "enumerate"}
         case Shard():
-            return {"stage": "shard", "world_size": stage.place()[1]}
+            return {"stage": "shard", "even": stage.even}  # and the state says of how many ranks it is
     return {"stage": stage.label}
 
 
@@ -309,7 +328,7 @@ def guarantee_of(plan: Plan) -> Guarantee:
             continue
         arithmetic = False
         before: Sequence[Stage] = ()
-        if isinstance(stage, FlatMap | Unbatch | Shuffle | Shard):
+        if isinstance(stage, FlatMap | Unbatch | Shuffle):
             before = plan.stages[:at]
         elif isinstance(stage, Map) and not stage.ordered:  # neighbouring maps are one window, with one order
             fold = [number for number in range(at) if not isinstance(plan.stages[number], Map | Filter)]
@@ -318,8 +337,6 @@ def guarantee_of(plan: Plan) -> Guarantee:
             continue
         if any_order(source, before):
             found.append("at-least-once")
-        elif isinstance(stage, Shard):  # it reads a stream from its beginning
-            found.append("replayed")
     return max(found, key=_STRENGTH.index)
 
 

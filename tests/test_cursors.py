@@ -71,10 +71,11 @@ def test_unbatch_resumes_before_its_batch() -> None:
 
 
 def test_the_shard_of_a_stream_keeps_its_cursors() -> None:
-    """With the count over all ranks; the filler of the last round repeats a sample, but its cursor is the end."""
-    out = folded(Shard(1, 3), range(7))
-    assert [entry.value for entry in out] == [1, 4, 0]
-    assert cursors(out) == [(2, 2), (5, 5), (7, 9)]
+    """Those of the round's last entry, the same on all ranks, with the count over all of them."""
+    for rank, samples in enumerate(([0, 3, 6], [1, 4, 0], [2, 5, 1])):  # the last round is filled from the beginning
+        out = folded(Shard(rank, 3), range(7))
+        assert [entry.value for entry in out] == samples
+        assert cursors(out) == [(3, 3), (6, 6), (7, 7)]
 
 
 def test_the_keys_of_a_batch_come_together_again() -> None:

@@ -32,9 +32,12 @@ IMPORTS: dict[str, set[str]] = {
     "sources": {"engine", "errors", "executors", "memory", "stages"},
     "plan": {"cache", "cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
     "rng": {"executors", "seeds"},
-    "state": {"cache", "engine", "errors", "plan", "sources", "stages"},
+    "elastic": {"errors", "plan", "stages"},
+    "state": {"cache", "elastic", "engine", "errors", "plan", "sources", "stages"},
     "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages", "state"},
-    "pipeline": {"cache", "device", "engine", "errors", "executors", "loader", "plan", "sources", "stages", "state"},
+    "pipeline": {
+        "cache", "device", "elastic", "engine", "errors", "executors", "loader", "plan", "sources", "stages", "state",
+    },
     "dataloader": {
         "device", "engine", "errors", "executors", "insight", "loader", "plan", "seeds", "sources", "stages", "state",
     },

@@ -1,4 +1,4 @@
-"""Nodes with several upstreams, or with one after the other: `merge`, `interleave`, `mix`, `zip`, `repeat`."""
+"""Nodes with several upstreams, or with one after the other: `merge`, `interleave`, `mix`, `zip`, `repeat`, a head."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from aioloader.engine.progress import cursor_parts, cursor_sequence, whole
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "ZipNode"]
+__all__ = ["HeadNode", "InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "ZipNode"]
 
 
 class _Several(Node):
@@ -316,4 +316,51 @@ class RepeatNode(Node):
         self._upstream_may_give = True
 
     def close(self) -> None:
+        self._upstream.close()
+
+
+class HeadNode(Node):
+    """An upstream that, when it is resumed, first gives the beginning of its stream once more.
+
+    Args:
+        upstream: What goes on behind a cursor.
+        again: Gives the same from its beginning; called after a resume only.
+        count: How many entries come once more, if there are as many.
+    """
+
+    def __init__(self, upstream: Node, again: Callable[[], Node], count: int) -> None:
+        self._upstream = upstream
+        self._again = again
+        self._left = count
+        self._head: Node | None = None
+
+    def resume(self, cursor: Any) -> None:
+        if self._left:
+            self._head = self._again()
+        self._upstream.resume(cursor)
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run, self._kick = run, kick
+        (self._head or self._upstream).start(run, kick)
+
+    def poll(self, limit: int) -> list[Entry]:
+        if self._head is not None:
+            taken = self._head.poll(min(limit, self._left))
+            self._left -= len(taken)
+            if taken and taken[-1].state == LAST:
+                self.ended = True
+                return taken
+            if not self._left or self._head.ended:
+                self._head.close()
+                self._head = None
+                self._upstream.start(self._run, self._kick)
+            if taken or self._head is not None:
+                return taken
+        taken = self._upstream.poll(limit)
+        self.ended = self._upstream.ended
+        return taken
+
+    def close(self) -> None:
+        if self._head is not None:
+            self._head.close()
         self._upstream.close()

@@ -78,7 +78,7 @@ class Fold(Protocol):
         """Give what `run` (finished entries, maybe with errors, never `LAST`) makes possible."""
 
     def flush(self) -> Iterable[Entry]:
-        """Upstream has ended: give what is left."""
+        """Upstream has ended: give what is left. Its last entry may be `LAST`, when such an end is a failure."""
 
     def failed_at(self, cursor: Any) -> Any:
         """Where to go on, behind what `flush` gave, after a source that failed with `cursor`: it is tried again."""
@@ -129,6 +129,8 @@ class FoldNode(Node):
                     self._finish()
                 if failed is not None:
                     failed.cursor = fold.failed_at(failed.cursor)
+                    if ready and ready[-1].state == LAST:
+                        ready.pop()  # what the fold says of an end that is none
                     ready.append(failed)
             elif upstream.ended:
                 self._finish()

@@ -65,7 +65,7 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
 
 def beginning(cursor: Any) -> Any:
     """Where an epoch begins of which `cursor` is a later place: its order is drawn as it was."""
-    if isinstance(cursor, tuple) and len(cursor) == 2 and isinstance(cursor[0], dict) and "drawn" in cursor[0]:
+    if isinstance(cursor, list | tuple) and len(cursor) == 2 and isinstance(cursor[0], dict) and "drawn" in cursor[0]:
         return cursor[0], 0
     return None
 

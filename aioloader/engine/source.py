@@ -27,9 +27,16 @@ __all__ = ["FlatMapNode", "KeySource", "Keys", "StreamSource", "warn_of_replay"]
 
 
 class Keys(Protocol):
-    """The keys of one epoch, in order: a `range`, or anything that slices to integers."""
+    """The keys of one epoch, in order: all of them, or those of this rank."""
+
+    @property
+    def stride(self) -> int:
+        """How many positions of the whole order each key stands for: one for each rank."""
 
     def __len__(self) -> int: ...
+
+    def behind(self, position: int) -> "Keys":
+        """Those behind a position of the whole order."""
 
     def slice(self, start: int, stop: int) -> Sequence[int]:
         """Keys `start` to `stop` as Python integers; fewer at the end."""
@@ -41,7 +48,8 @@ SKIP_SAMPLES: Final = 4096  # a resumed stream reads so many at a time
 class KeySource(Node):
     """Gives the keys of an indexable source, or its samples when reading one runs no user code.
 
-    Cursor: the position in the epoch's order after the sample; seed and epoch give the order again.
+    Cursor: the position in the epoch's order after the sample; seed and epoch give the order again. The order is that
+    of all ranks: when each has got as many samples, their cursors are the same.
 
     Args:
         keys: The epoch's order.
@@ -53,12 +61,14 @@ class KeySource(Node):
         self._keys = keys
         self._values = values
         self._position = 0
+        self._cursor = 0  # where `keys` begin
         self.meter = StageMeter(name, "source")
         self.ended = not len(keys)
 
     def resume(self, cursor: Any) -> None:
-        self._position = whole(cursor, len(self._keys))
-        self.ended = self._position == len(self._keys)
+        self._cursor = whole(cursor)
+        self._keys = self._keys.behind(self._cursor)
+        self.ended = not len(self._keys)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
@@ -70,7 +80,9 @@ class KeySource(Node):
         start = self._position
         keys = self._keys.slice(start, start + limit)
         self._position = stop = start + len(keys)
-        self.meter.samples = stop
+        stride = self._keys.stride
+        before = self._cursor // stride  # samples of this rank
+        self.meter.samples = before + stop
         self.ended = stop >= len(self._keys)
         if self._values is None:
             keys = list(keys)  # `values` and `names` are the same objects, of which a range makes new ones each time
@@ -85,7 +97,8 @@ class KeySource(Node):
                 names = values
             else:
                 names = [v if isinstance(v, _NAMES) else k for k, v in zip(keys, values, strict=True)]
-        return list(map(Entry, values, range(start + 1, stop + 1), names, range(start, stop)))
+        cursors = range(self._cursor + (start + 1) * stride, self._cursor + stop * stride + 1, stride)
+        return list(map(Entry, values, cursors, names, range(before + start, before + stop)))
 
 
 _NAMES = (str, int, PurePath)  # samples that name themselves in an error note

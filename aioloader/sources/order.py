@@ -4,60 +4,153 @@
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.select import Skip, Take
-from aioloader.stages.shard import Shard
+from aioloader.stages.shard import Even, Shard, uneven
 from aioloader.stages.shuffle import Shuffle
 
 __all__ = ["KeyOrder", "is_order_stage", "order_of"]
 
 
 class KeyOrder:
-    """The keys of one epoch: a range where that will do, else an int64 tensor of one entry per sample.
+    """The keys of one epoch, all of them or one rank's: a range where that will do, else an int64 tensor.
 
     Not a list: a permutation of 180 million keys is 1.4 GB as a tensor and about 100 GB in time and garbage as a list
     of Python integers.
+
+    Positions, which are cursors, are those of the order of all ranks, before it was dealt: a rank's key number `i`
+    stands behind `i * stride` others.
+
+    Args:
+        keys: In order.
+        stride: How many ranks have been dealt keys, so that each key stands for as many positions.
+        deal: What was dealt from, where nothing has been done to this rank's keys since.
+        filler: A key behind the last one that fills the last round.
     """
 
-    def __init__(self, keys: range | torch.Tensor) -> None:
+    def __init__(
+        self,
+        keys: range | torch.Tensor,
+        stride: int = 1,
+        deal: "_Deal | None" = None,
+        filler: Sequence[int] = (),
+    ) -> None:
         self._keys = keys
+        self._deal = deal
+        self._filler = tuple(filler)
+        self.stride = stride
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._keys) + len(self._filler)
 
     def slice(self, start: int, stop: int) -> Sequence[int]:
         """Keys `start` to `stop` as Python integers; fewer at the end."""
         keys = self._keys[start:stop]
-        return keys if isinstance(keys, range) else keys.tolist()
+        taken: Sequence[int] = keys if isinstance(keys, range) else keys.tolist()
+        if stop > len(self._keys) and self._filler:
+            taken = [*taken, *self._filler[max(0, start - len(self._keys)) : stop - len(self._keys)]]
+        return taken
 
-    def apply(self, stage: Stage, this_pass: Pass) -> "KeyOrder":
-        """The order after one more stage."""
-        keys = self._keys
+    def behind(self, position: int) -> "KeyOrder":
+        """What is left behind `position`, which may be that of another number of ranks.
+
+        Raises:
+            ValueError: `position` is none, or it lies within a round of these ranks, and what stands behind `shard`
+                needs whole ones.
+        """
+        if type(position) is not int or position < 0:
+            raise ValueError(f"a position must be an integer of at least 0, got {position!r}")
+        if self._deal is None and self.stride == 1 and position > len(self):
+            raise ValueError(f"position {position} is behind the end of an order of {len(self)} keys")
+        if self._deal is not None:
+            return self._deal.behind(position)
+        if position >= len(self) * self.stride:
+            return KeyOrder(range(0), self.stride)
+        number, rest = divmod(position, self.stride)
+        if rest:
+            raise ValueError(
+                f"position {position} lies within a round of {self.stride} ranks: {number} samples each, and {rest} "
+                f"more; resume with the world size that the position comes from"
+            )
+        return KeyOrder(self._keys[number:], self.stride, filler=self._filler)
+
+    def apply(self, stage: Stage, this_pass: Pass, *, permute: bool = True) -> "KeyOrder":
+        """The order after one more stage; without `permute` the positions are those, and `shuffle` moves no key."""
         match stage:
             case Take(n):
-                return KeyOrder(keys[:n])
+                return self._cut(0, n)
             case Skip(n):
-                return KeyOrder(keys[n:])
+                return self._cut(n, len(self))
+            case Shuffle(None) if not permute:
+                return KeyOrder(self._keys, self.stride, filler=self._filler)
             case Shuffle(None, seed):
                 generator = torch.Generator().manual_seed(this_pass.seed(seed, "shuffle"))
+                keys = self._all()
                 permutation = torch.randperm(len(keys), generator=generator, device="cpu")
-                return KeyOrder(permutation if keys == range(len(keys)) else _tensor(keys)[permutation])
+                plain = isinstance(keys, range) and keys == range(len(keys))
+                shuffled = permutation if plain else _tensor(keys)[permutation]
+                return KeyOrder(shuffled, self.stride)
             case Shard():
-                return self._shard(*stage.place())
+                rank, world_size = stage.place()
+                dealt = _Deal(self._all(), rank, world_size, stage.even, self.stride)
+                return dealt.behind(0)
         raise AssertionError(f"{stage.label} is no arithmetic on keys")
 
-    def _shard(self, rank: int, world_size: int) -> "KeyOrder":
-        total = len(self._keys)
-        rounds = -(-total // world_size)
-        mine = self._keys[rank::world_size]
-        if len(mine) == rounds or not total:
-            return KeyOrder(mine)
-        # The last round is filled from the beginning, and again if there are fewer samples than ranks.
-        filler = (rounds * world_size - world_size + rank - total) % total
-        return KeyOrder(torch.cat([_tensor(mine), _tensor(self._keys[filler : filler + 1])]))
+    def _cut(self, start: int, stop: int) -> "KeyOrder":
+        count = len(self._keys)
+        filler = self._filler[max(0, start - count) : max(0, stop - count)]
+        return KeyOrder(self._keys[start:stop], self.stride, filler=filler)
+
+    def _all(self) -> range | torch.Tensor:
+        """The keys in one piece."""
+        if not self._filler:
+            return self._keys
+        return torch.cat([_tensor(self._keys), torch.tensor(self._filler, dtype=torch.int64, device="cpu")])
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """Keys that are dealt to ranks, one each in a round.
+
+    Args:
+        keys: Those of all ranks.
+        rank: Of this process.
+        world_size: Of all.
+        even: See `Shard`.
+        stride: How many ranks `keys` had been dealt to before.
+    """
+
+    keys: range | torch.Tensor
+    rank: int
+    world_size: int
+    even: Even
+    stride: int
+
+    def behind(self, position: int) -> KeyOrder:
+        """This rank's keys of the rounds that begin at `position`.
+
+        They are dealt from there on, whatever the position: it need not be the end of a round of this many ranks.
+        """
+        stride = self.stride * self.world_size
+        total = len(self.keys)
+        done = min(total, -(-position // self.stride))
+        rounds, rest = divmod(total - done, self.world_size)
+        if rest and self.even == "error":
+            raise uneven(total, self.world_size, done)
+        mine = self.keys[done + self.rank :: self.world_size]
+        filler: Sequence[int] = ()
+        if rest and self.even == "drop":
+            mine = mine[:rounds]
+        elif rest and len(mine) == rounds:
+            # The last round is filled from the beginning, and again if there are fewer samples than ranks.
+            at = (done + self.rank + rounds * self.world_size) % total
+            key = self.keys[at]
+            filler = (int(key),)
+        return KeyOrder(mine, stride, self if self.stride == 1 else None, filler)
 
 
 def _tensor(keys: range | torch.Tensor) -> torch.Tensor:
@@ -71,9 +164,9 @@ def is_order_stage(stage: Stage) -> bool:
     return isinstance(stage, Take | Skip | Shard) or (isinstance(stage, Shuffle) and stage.buffer_size is None)
 
 
-def order_of(length: int, stages: Sequence[Stage], this_pass: Pass) -> KeyOrder:
-    """The order of a source of `length` samples after `stages`."""
+def order_of(length: int, stages: Sequence[Stage], this_pass: Pass, *, permute: bool = True) -> KeyOrder:
+    """The order of a source of `length` samples after `stages`; without `permute`, only its positions are right."""
     order = KeyOrder(range(length))
     for stage in stages:
-        order = order.apply(stage, this_pass)
+        order = order.apply(stage, this_pass, permute=permute)
     return order

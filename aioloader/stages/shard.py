@@ -1,136 +1,209 @@
 """`shard`: this rank's part, the same number of samples on every rank."""
 
-import os
-from dataclasses import dataclass
-from typing import Any
-
-import torch
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
-from aioloader.stages.checks import check_count
+from aioloader.stages.rank import check_group, check_mesh, check_rank, current_rank, group_rank, mesh_rank
 
-__all__ = ["Shard", "current_rank"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
+__all__ = ["Again", "Even", "Shard", "ShardFold", "uneven"]
 
-def current_rank() -> tuple[int, int]:
-    """Rank and world size of this process: of torch.distributed when it is initialised, else of RANK and WORLD_SIZE.
+Even = Literal["pad", "drop", "error"]
+_EVEN: Final = get_args(Even)
 
-    Raises:
-        ValueError: The environment variables do not fit.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        numbers = int(rank), int(world_size)
-    except ValueError:
-        raise ValueError(
-            f"RANK and WORLD_SIZE must be integers, got RANK={rank!r} and WORLD_SIZE={world_size!r}; "
-            f"pass shard(rank, world_size)"
-        ) from None
-    _check(*numbers, "the environment variables RANK and WORLD_SIZE")
-    return numbers
-
-
-def _check(rank: int, world_size: int, where: str) -> None:
-    if world_size < 1:
-        raise ValueError(f"world_size must be at least 1, got {world_size=} from {where}")
-    if not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank must be in [0, world_size), got {rank=} with {world_size=} from {where}; "
-            f"pass torch.distributed.get_rank()"
-        )
+Again = Literal["head", "all", "none"]
 
 
 @dataclass(frozen=True)
 class Shard(FoldStage):
     """Every `world_size`-th sample, from number `rank` on.
 
-    All ranks get the same number: the last round is filled from the beginning, as torch's DistributedSampler does, so
-    that no rank waits for ever in a collective.
+    All ranks get the same number, so that none waits for ever in a collective. The samples are dealt in *rounds*, one
+    to each rank, and it is rounds that count: a cursor is the position in the order of all ranks behind a round, so it
+    is the same on every rank that has got as many samples, and however many ranks go on from it, what they get between
+    them is what comes behind it.
 
     Args:
-        rank: None: found out when iteration begins, see `current_rank`.
+        rank: None: found out when iteration begins, see `place`.
         world_size: Likewise.
+        group: The ranks are those of this process group.
+        mesh: The ranks are those along one dimension of a mesh, see `check_mesh`.
+        even: What becomes of a last round with fewer samples than ranks: it is filled from the beginning, as torch's
+            DistributedSampler does, or dropped, or an error.
     """
 
     rank: int | None = None
     world_size: int | None = None
+    group: "ProcessGroup | None" = None
+    mesh: "DeviceMesh | tuple[DeviceMesh, Any] | None" = None
+    even: Even = "pad"
 
     def __post_init__(self) -> None:
-        if (self.rank is None) != (self.world_size is None):
-            raise ValueError(
-                f"rank and world_size go together, got rank={self.rank} and world_size={self.world_size}; "
-                f"pass both, or neither to take them from torch.distributed or RANK and WORLD_SIZE"
+        numbers = self.rank is not None or self.world_size is not None
+        said = [
+            name
+            for name, there in (
+                ("rank and world_size", numbers),
+                ("group", self.group is not None),
+                ("mesh", self.mesh is not None),
             )
-        if self.rank is not None and self.world_size is not None:
-            check_count("world_size", self.world_size, least=1)
-            if isinstance(self.rank, bool) or not isinstance(self.rank, int):
-                raise TypeError(f"rank must be an integer, got {self.rank!r}")
-            _check(self.rank, self.world_size, "the arguments")
+            if there
+        ]
+        if len(said) > 1:
+            raise ValueError(f"shard takes one of rank and world_size, group, and mesh, got {' and '.join(said)}")
+        if numbers:
+            check_rank(self.rank, self.world_size)
+        if self.group is not None:
+            check_group(self.group)
+        if self.mesh is not None:
+            check_mesh(self.mesh)
+        if self.even not in _EVEN:
+            raise ValueError(f"even must be one of {', '.join(map(repr, _EVEN))}, got {self.even!r}")
 
     @property
     def label(self) -> str:
-        return "shard()" if self.rank is None else f"shard({self.rank}, {self.world_size})"
+        said = []
+        if self.rank is not None:
+            said = [f"{self.rank}, {self.world_size}"]
+        elif self.group is not None:
+            said = ["group=..."]
+        elif self.mesh is not None:
+            said = ["mesh=..."]
+        if self.even != "pad":
+            said.append(f"even={self.even!r}")
+        return f"shard({', '.join(said)})"
 
     def place(self) -> tuple[int, int]:
-        """Rank and world size, now."""
-        if self.rank is None or self.world_size is None:
-            return current_rank()
-        return self.rank, self.world_size
+        """Rank and world size, now. Never a collective call."""
+        if self.rank is not None and self.world_size is not None:
+            return self.rank, self.world_size
+        if self.group is not None:
+            return group_rank(self.group)
+        if self.mesh is not None:
+            return mesh_rank(check_mesh(self.mesh))
+        return current_rank()
+
+    def placed(self) -> "Shard":
+        """The same with rank and world size as they are now."""
+        rank, world_size = self.place()
+        return replace(self, rank=rank, world_size=world_size, group=None, mesh=None)
 
     def length(self, upstream: int) -> int:
-        return -(-upstream // self.place()[1])
+        _, world_size = self.place()
+        rounds, rest = divmod(upstream, world_size)
+        if rest and self.even == "error":
+            raise uneven(upstream, world_size)
+        return rounds + 1 if rest and self.even == "pad" else rounds
 
     def fold(self, this_pass: Pass) -> Fold:
-        return _ShardFold(*self.place())
+        return ShardFold(*self.place(), self.even)
 
 
-class _ShardFold:
-    """The part of a stream. Cursor: that of the entry, and how many of all ranks' samples were seen by then."""
+def uneven(samples: int, world_size: int, resumed_at: int = 0) -> ValueError:
+    """The error for a source of `samples`, of which `resumed_at` had been delivered before this run."""
+    left = samples - resumed_at
+    behind = f" behind position {resumed_at}" if resumed_at else ""
+    return ValueError(
+        f"shard(even='error') needs as many samples for each rank, but {left} samples{behind} on {world_size} ranks "
+        f"leave {left % world_size} over; take a number that {world_size} divides, or even='pad' or even='drop'"
+    )
+
+
+class ShardFold:
+    """The part of a stream, given round by round.
+
+    A rank's sample goes on when its round is complete: so every rank has the same cursor behind it, and a round that
+    stays incomplete can be dropped by all of them.
+
+    Cursor: that of the round's last entry, and how many entries of all ranks came up to there.
+
+    Args:
+        rank: Of this process.
+        world_size: Of all.
+        even: See `Shard`.
+        again: What comes once more after a resume, since it may have to fill the last round: the first `head` entries,
+            before those that are to come; or all, from the beginning; or none, where nothing comes twice.
+    """
 
     full = False
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, even: Even, again: Again = "all") -> None:
         self._rank = rank
         self._world_size = world_size
-        self._seen = 0
+        self._even = even
+        self._again_from = again
+        self._seen = 0  # entries of all ranks
+        self._resumed_at = 0  # of them
+        self._in_round = 0
+        self._mine: Entry | None = None  # of the round that is not complete
         self._newest: Any = None  # cursor
-        self._first: list[Entry] = []  # at most world_size - 1 samples, to fill the last round
-        self._delivered = 0  # what was seen before a resume
+        self._after: Any = None  # cursor and count of the last complete round
+        self._first: list[Entry] = []
+        self._again = 0  # entries that come once more after a resume
 
-    def failed_at(self, cursor: Any) -> Any:
-        return (cursor, self._seen)
+    @property
+    def head(self) -> int:
+        """How many of the first samples are kept, to fill the last round."""
+        return self._world_size - 1 if self._even == "pad" else 0
 
     def resume(self, cursor: Any) -> Any:
-        self._delivered = whole(cursor_parts(cursor, 2)[1])
-        return None  # from the beginning: its first samples may have to fill the last round
+        upstream, seen = cursor_parts(cursor, 2)
+        self._seen = self._resumed_at = whole(seen)
+        self._after = (upstream, seen)
+        if self._again_from == "all" and self.head:
+            self._again = self._seen
+            return beginning(upstream)
+        self._again = self.head if self._again_from == "head" else 0
+        return upstream
+
+    def failed_at(self, cursor: Any) -> Any:
+        return (cursor, self._seen) if self._even == "pad" else self._after
 
     def wants(self, limit: int) -> int:
-        return (limit - 1) * self._world_size + (self._rank - self._seen) % self._world_size + 1
+        return self._again + limit * self._world_size - self._in_round
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         mine = []
         for entry in run:
-            if len(self._first) < self._world_size - 1:
+            if len(self._first) < self.head:
                 self._first.append(_copy(entry))
+            if self._again:
+                self._again -= 1
+                continue
+            if self._in_round == self._rank:
+                self._mine = entry
             self._newest = entry.cursor
             self._seen += 1
-            if self._seen > self._delivered and (self._seen - 1) % self._world_size == self._rank:
-                entry.cursor = (entry.cursor, self._seen)
-                mine.append(entry)
+            self._in_round += 1
+            if self._in_round == self._world_size:
+                mine.append(self._end_round())
         return mine
 
+    def _end_round(self) -> Entry:
+        entry, self._mine = self._mine, None
+        assert entry is not None
+        entry.cursor = self._after = (self._newest, self._seen)
+        self._in_round = 0
+        return entry
+
     def flush(self) -> list[Entry]:
-        missing = self._seen % self._world_size
-        if not missing or self._rank < missing or self._delivered > self._seen:
+        if not self._in_round or self._even == "drop":
             return []
-        filler = _copy(self._first[(self._rank - missing) % len(self._first)])
-        filler.cursor = (self._newest, self._seen - missing + self._world_size)  # the end: it is not read again
-        return [filler]
+        if self._even == "error":
+            complete = self._seen - self._in_round
+            error = uneven(self._seen, self._world_size, self._resumed_at)
+            return [Entry.last(error, self._after, complete // self._world_size)]
+        if self._mine is None:
+            self._mine = _copy(self._first[(self._rank - self._in_round) % len(self._first)])
+        return [self._end_round()]
 
 
 def _copy(entry: Entry) -> Entry:
