@@ -29,6 +29,7 @@ from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
+from aioloader.stages.fetch import FetchBatch, FetchGroup
 from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
 from aioloader.stages.shard import Shard
@@ -291,6 +292,8 @@ class _Builder:
             warns = not (self._dry or source.keys)
             source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
             return source_node, _Journey(), stages
+        if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
+            return self._batches_of(data, stages, at)
         journey = _Journey()
         name = f"source({source_name(data.data)})"
         if data.load is not None:
@@ -317,14 +320,43 @@ class _Builder:
                 break
         else:
             rest = ()
-        if self._dry:
-            length = data.length
-            for stage in order_stages:
-                length = stage.length(length)
-            order = KeyOrder(range(length))
-        else:
-            order = order_of(data.length, order_stages, self._pass)
-        return KeySource(order, data.data if data.load is None else None, name), journey, rest
+        source_node = KeySource(
+            self._order(data, order_stages), data.data if data.load is None else None, name, data.names
+        )
+        return source_node, journey, rest
+
+    def _order(self, data: Indexable, stages: Sequence[Stage]) -> KeyOrder:
+        if not self._dry:
+            return order_of(data.length, stages, self._pass)
+        length = data.length
+        for stage in stages:
+            length = stage.length(length)
+        return KeyOrder(range(length))
+
+    def _batches_of(self, data: Indexable, stages: Sequence[Stage], at: int) -> tuple[Node, _Journey, Sequence[Stage]]:
+        """Whole batches of a dataset that loads many samples at once; `stages[at]` is the batch.
+
+        Keys are batched, and loading a batch is one step with collating it. Cursors are as they would be otherwise.
+        """
+        batch = stages[at]
+        assert isinstance(batch, Batch)
+        name = f"source({source_name(data.data)})"
+        node: Node = KeySource(self._order(data, stages[:at]), None, name, data.names)
+        node = FoldNode(node, batch.fold(self._pass))
+        collate = batch.collate
+        journey = _Journey(batches=True)
+        fetch = FetchBatch(data.data, collate.fn, Collate(self._alloc))
+        journey.add(
+            Map(
+                FetchGroup(fetch),
+                False,
+                collate.workers or usable_cores(),
+                name=f"{type(data.data).__name__}[...]",
+                thread_name="aioloader-fetch",
+            ),
+            self._seed(),
+        )
+        return node, journey, stages[at + 1 :]
 
     def _combine(self, source: Combined, nodes: list[Node]) -> Node:
         match source.how:
@@ -355,6 +387,16 @@ class _Builder:
             journey.add(collate_stage(stage.collate, self._alloc))
             return node, journey
         return node, _Journey()
+
+
+def _batch_of_keys(stages: Sequence[Stage]) -> int | None:
+    """Where in `stages` keys are batched, when nothing is done to single samples before that."""
+    for at, stage in enumerate(stages):
+        if isinstance(stage, Batch):
+            return None if stage.collate.is_async else at
+        if not is_order_stage(stage):
+            return None
+    return None
 
 
 def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:
