@@ -25,7 +25,6 @@ from aioloader.executors.chunk import Call
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
-from aioloader.executors.sample import Fetching, current_sample
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
@@ -48,6 +47,7 @@ from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
 from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
+from aioloader.stages.fetch import FetchBatch
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
 from aioloader.state import Guarantee, Shape, guarantee_of_stream
@@ -582,7 +582,7 @@ class DataLoader(Loader, Generic[T_co]):
     def _fetch(self, alloc: Alloc) -> Callable[[Any], Any]:
         if self._torch.batch_sampler is None:
             return _FetchOne(self.dataset, self.collate_fn or default_convert)
-        return _FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
+        return FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
 
     def _collate_call(self, alloc: Alloc) -> Callable[[Any], Any]:
         """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
@@ -605,35 +605,6 @@ class _FetchOne:
 
     def __call__(self, key: Any) -> Any:
         return self.convert(self.dataset[key])
-
-
-class _FetchBatch:
-    """A list of keys to a batch."""
-
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, collate: Collate) -> None:
-        self._dataset = dataset
-        self._collate_fn = collate_fn
-        self._collate = collate
-
-    def __call__(self, keys: Any) -> Any:
-        dataset = self._dataset
-        if getattr(dataset, "__getitems__", None):  # torch also looks whether it is true
-            samples = dataset.__getitems__(keys)
-        else:
-            samples = []
-            key = None
-            sample = current_sample.get()
-            if sample is not None:
-                sample.name = Fetching(keys, samples)
-            try:
-                for key in keys:
-                    samples.append(dataset[key])
-            except Exception as error:
-                error.add_note(f"aioloader: dataset index {key!r}, sample {len(samples)} of its batch")
-                raise
-        if self._collate_fn is not None:
-            return self._collate_fn(samples)
-        return self._collate(samples, keys)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
 from aioloader.sources.drawn import keys_of
-from aioloader.sources.order import is_order_stage, order_of
+from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
@@ -35,6 +35,7 @@ from aioloader.stages.cache import Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf, FreshGroup
+from aioloader.stages.fetch import FetchBatch, FetchGroup
 from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
 from aioloader.stages.shard import Again, Shard, ShardFold
@@ -385,6 +386,8 @@ class _Builder:
             warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
             source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
             return source_node, _Journey(), stages
+        if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
+            return self._batches_of(data, stages, at)
         journey = _Journey(keyed=True)
         name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
@@ -415,8 +418,36 @@ class _Builder:
                 break
         else:
             rest = ()
-        order = order_of(data.length, order_stages, self._pass, permute=not self._dry)
-        return KeySource(order, data.data if data.load is None else None, name), journey, rest
+        values = data.data if data.load is None else None
+        return KeySource(self._order(data, order_stages), values, name, data.names), journey, rest
+
+    def _order(self, data: Indexable, stages: Sequence[Stage]) -> KeyOrder:
+        return order_of(data.length, stages, self._pass, permute=not self._dry)
+
+    def _batches_of(self, data: Indexable, stages: Sequence[Stage], at: int) -> tuple[Node, _Journey, Sequence[Stage]]:
+        """Whole batches of a dataset that loads many samples at once; `stages[at]` is the batch.
+
+        Keys are batched, and loading a batch is one step with collating it. Cursors are as they would be otherwise.
+        """
+        batch = stages[at]
+        assert isinstance(batch, Batch)
+        name = f"source({source_name(data.data)})"
+        node: Node = KeySource(self._order(data, stages[:at]), None, name, data.names)
+        node = FoldNode(node, batch.fold(self._pass))
+        collate = batch.collate
+        journey = _Journey(batches=True)
+        fetch = FetchBatch(data.data, collate.fn, Collate(self._alloc))
+        journey.add(
+            Map(
+                FetchGroup(fetch),
+                False,
+                collate.workers or usable_cores(),
+                name=f"{type(data.data).__name__}[...]",
+                thread_name="aioloader-fetch",
+            ),
+            self._seed(),
+        )
+        return node, journey, stages[at + 1 :]
 
     def _combine(self, source: Combined, nodes: list[Node]) -> Node:
         match source.how:
@@ -467,6 +498,16 @@ class _Builder:
 def _fresh_stage(check: DropIf, step: Step) -> Filter:
     """What looks through a batch once more, in the crossing of its collate; counts where the first look counts."""
     return Filter(FreshGroup(check.fn, lambda: step.meter), is_async=False, name=check.label)
+
+
+def _batch_of_keys(stages: Sequence[Stage]) -> int | None:
+    """Where in `stages` keys are batched, when nothing is done to single samples before that."""
+    for at, stage in enumerate(stages):
+        if isinstance(stage, Batch):
+            return None if stage.collate.is_async or stage.max_wait is not None else at
+        if not is_order_stage(stage):
+            return None
+    return None
 
 
 def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:

@@ -28,7 +28,7 @@ IMPORTS: dict[str, set[str]] = {
     "cache": {"errors", "executors"},
     "device": {"errors"},
     "engine": {"cache", "errors", "executors", "insight"},
-    "stages": {"cache", "cores", "engine", "insight", "seeds"},
+    "stages": {"cache", "cores", "engine", "executors", "insight", "seeds"},
     "sources": {"engine", "errors", "executors", "memory", "stages"},
     "plan": {"cache", "cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
     "rng": {"executors", "seeds"},

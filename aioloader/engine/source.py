@@ -55,11 +55,13 @@ class KeySource(Node):
         keys: The epoch's order.
         values: A built-in sequence to read; None: the key itself goes on, and a step of the window loads it.
         name: For statistics.
+        names: What the samples are called in notes of errors; None: by their keys, or themselves.
     """
 
-    def __init__(self, keys: Keys, values: Sequence[Any] | None, name: str) -> None:
+    def __init__(self, keys: Keys, values: Sequence[Any] | None, name: str, names: Sequence[Any] | None = None) -> None:
         self._keys = keys
         self._values = values
+        self._names = names
         self._position = 0
         self._cursor = 0  # where `keys` begin
         self.meter = StageMeter(name, "source")
@@ -87,7 +89,7 @@ class KeySource(Node):
         if self._values is None:
             keys = list(keys)  # `values` and `names` are the same objects, of which a range makes new ones each time
         values: Sequence[Any] = keys
-        names: Sequence[Any] = keys
+        names: Sequence[Any] = keys if self._names is None else list(map(self._names.__getitem__, keys))
         if self._values is not None:
             if isinstance(keys, range) and keys.step == 1:
                 values = self._values[keys.start : keys.stop]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["Lease", "lease", "tensor_over"]
+__all__ = ["Lease", "lease", "tensor_over", "writable"]
 
 Lease: TypeAlias = "ctypes.Array[ctypes.c_char]"
 """Has the buffer protocol, and keeps the block that it was made of alive."""
@@ -67,6 +67,15 @@ def tensor_over(lent: Lease, shape: Sequence[int], dtype: torch.dtype, offset: i
     # Not `.view(dtype).view(shape)`: the result would be a view, with a `_base` and the rules that autograd has for it.
     tensor: torch.Tensor = torch.empty(0, dtype=dtype, device="cpu")
     return tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]  # stride may be left out
+
+
+def writable(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, to be read into; it must not outlive the tensor, which it does not keep.
+
+    Without numpy, which torch can do without.
+    """
+    memory = _array_type(tensor.numel() * tensor.itemsize).from_address(tensor.data_ptr())
+    return memoryview(memory).cast("B")
 
 
 @lru_cache(maxsize=64)

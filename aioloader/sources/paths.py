@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Paths", "expand_braces", "find_files"]
+__all__ = ["Paths", "expand_braces", "files_in", "find_files"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def find_files(paths: Paths, *, source: str) -> tuple[str, ...]:
+def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str, ...]:
     """The files of `paths`, in a stable order: as given, those of a glob sorted.
 
     A path is taken as it is, whether or not the file is there. What looks like a glob is one, unless a file has that
@@ -21,12 +21,21 @@ def find_files(paths: Paths, *, source: str) -> tuple[str, ...]:
     Args:
         paths: A path, a glob, or a sequence of these.
         source: Who asks, for errors.
+        folders: A single path may be a folder, and stands for the files in it and in the folders in it.
 
     Raises:
         TypeError: Something is no path.
-        FileNotFoundError: A glob matches no file.
+        FileNotFoundError: A glob matches no file, or there is none in a folder.
         ValueError: No path at all.
     """
+    if folders and isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
+        inside = sorted(files_in(os.fspath(paths)))
+        if not inside:
+            raise FileNotFoundError(
+                f"{source}: no file in the folder {os.fspath(paths)!r} or in the folders in it, but for hidden ones, "
+                f"looked at from {str(Path.cwd())!r}; check the path"
+            )
+        return tuple(inside)
     found: list[str] = []
     for path in each_path(paths, source=source):
         if not glob.has_magic(path) or os.path.lexists(path):
@@ -41,6 +50,26 @@ def find_files(paths: Paths, *, source: str) -> tuple[str, ...]:
             )
         found += matches
     return tuple(found)
+
+
+def files_in(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """The files in a folder and in the folders in it, in any order; without hidden ones, as globs go.
+
+    Links are followed, but for those that lead back to where they are.
+
+    Args:
+        folder: Where to look.
+        above: The folders that it is in, as device and number.
+    """
+    with os.scandir(folder) as listing:
+        entries = [entry for entry in listing if not entry.name.startswith(".")]
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry.path
+            continue
+        status = os.stat(entry.path)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) not in above:
+            yield from files_in(entry.path, (*above, (status.st_dev, status.st_ino)))
 
 
 def each_path(paths: Any, *, source: str) -> list[str]:

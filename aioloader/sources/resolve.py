@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 from array import array
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
 from typing import Any, Final
@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from aioloader.engine.located import CursorSource
 from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
+from aioloader.sources.files import Files
 
 __all__ = ["Indexable", "Stream", "describe", "describe_content", "resolve", "source_name"]
 
@@ -34,11 +35,19 @@ class Indexable:
         data: The user's object.
         load: Its `__getitem__`, when calling that may run user code; None: read on the loop.
         is_async: Whether `load` is awaited.
+        names: What samples are called in notes of errors, instead of their numbers.
     """
 
     data: Any
     load: Callable[[int], Any] | None
     is_async: bool
+    names: Sequence[Any] | None = None
+
+    @property
+    def loads_many(self) -> bool:
+        """Whether a whole batch is loaded by one call, off the loop."""
+        many = getattr(self.data, "__getitems__", None)
+        return self.load is not None and not self.is_async and bool(many) and not is_async_callable(many)
 
     @property
     def length(self) -> int:
@@ -134,6 +143,10 @@ def resolve(source: Any) -> Indexable | Stream:
 
 def _indexable(source: Any) -> Indexable | None:
     kind = type(source)
+    if isinstance(source, Files):
+        if source.read is None:
+            return Indexable(source, None, is_async=False)  # the paths are there
+        return Indexable(source, source.__getitem__, is_async=False, names=source.paths)
     if isinstance(source, torch.Tensor) or kind.__module__ == "numpy":
         if not getattr(source, "ndim", 1):
             raise TypeError(f"a source must be {TAKEN}; got {describe(source)} without dimensions")

@@ -1,4 +1,4 @@
-"""Waiting for a file to grow, by the notifications of the system."""
+"""Waiting for a file to grow, or for files to arrive, by the notifications of the system."""
 
 from threading import Event
 from typing import Any, Final
@@ -22,7 +22,7 @@ def require_watchfiles(what: str) -> None:
 
 
 class Growth:
-    """Changes of one file, from the moment of construction on."""
+    """Changes of one file, or of a folder and all in it, from the moment of construction on."""
 
     def __init__(self, path: str) -> None:
         # Its documented lower layer: the generators around it begin to watch at their first `next`, which would be
@@ -31,12 +31,23 @@ class Growth:
         from watchfiles.main import _default_force_polling
 
         polling = _default_force_polling(None)  # file systems without notifications: WATCHFILES_FORCE_POLLING=1
-        self._notify: Any = RustNotify([path], False, polling, 300, False, False)
+        self._notify: Any = RustNotify([path], False, polling, 300, True, False)
         self._stop = Event()
 
-    def wait(self) -> None:
-        """Block until something happened since the last call, or `stop`."""
-        self._notify.watch(STEP_MS, STEP_MS, 0, self._stop)
+    def wait(self, timeout: float | None = None) -> set[str]:
+        """Block until something happened since the last call, or `stop`, or `timeout` seconds are over.
+
+        Returns:
+            The paths that were touched, in any way.
+        """
+        limit_ms = 0 if timeout is None else max(1, round(timeout * 1000))
+        found = self._notify.watch(STEP_MS, STEP_MS, limit_ms, self._stop)
+        return set() if isinstance(found, str) else {path for _, path in found}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """End `wait`, from any thread."""

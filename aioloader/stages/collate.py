@@ -33,6 +33,16 @@ class Collate:
     def __init__(self, alloc: Alloc | None = None) -> None:
         self.alloc = alloc
 
+    @property
+    def stacks_tensors(self) -> bool:
+        """Whether the user left torch's function for tensors in its place."""
+        return torch_collate.default_collate_fn_map.get(torch.Tensor) is torch_collate.collate_tensor_fn
+
+    @property
+    def alloc_or_empty(self) -> Alloc:
+        """Where a batch goes: `alloc`, or fresh memory."""
+        return self.alloc or _fresh
+
     def __call__(self, samples: Sequence[Any], keys: Sequence[Any] | None = None) -> Any:
         """Collate `samples` into one batch, batch dimension first.
 
@@ -54,7 +64,7 @@ class Collate:
     def _collate_fn_map(self) -> CollateFnMap:
         """The map of torch as it is now, with our function for tensors unless the user put another one there."""
         collate_fn_map: CollateFnMap = dict(torch_collate.default_collate_fn_map)
-        if collate_fn_map.get(torch.Tensor) is torch_collate.collate_tensor_fn:
+        if self.stacks_tensors:
             # torch's own function takes shared memory where `get_worker_info()` says that this is a worker process:
             # our batches never cross to another process as torch's do.
             collate_fn_map[torch.Tensor] = self._stack
@@ -70,6 +80,10 @@ class Collate:
         if self.alloc is not None and _fits_out(tensors):
             out = self.alloc((len(tensors), *first.shape), first.dtype)
         return torch.stack(tensors, 0, out=out)  # type: ignore[arg-type]  # torch takes a list or a tuple
+
+
+def _fresh(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
 
 def _fits_out(tensors: Sequence[torch.Tensor]) -> bool:
