@@ -19,6 +19,7 @@ from aioloader.stages.checks import callable_name
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
@@ -170,7 +171,7 @@ def _plain(value: Any) -> Any:
 
 def shape_of(plan: Plan) -> Shape:
     """The source and the stages of `plan` that decide which sample comes when, and maps for whoever reads it."""
-    stages = [_stage(stage) for stage in plan.stages if not isinstance(stage, To | PinMemory)]
+    stages = [_stage(stage) for stage in plan.stages if not isinstance(stage, To | PinMemory | OwnProcess)]
     return [_source(plan.source), *stages]
 
 
