@@ -21,7 +21,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
 from aioloader.plan import Combined, Plan, Repeat, Single, build, in_front_of_cache, is_permutable, length_of
-from aioloader.sources.drawn import check_drawn, check_generators, generators_of, packed, unpacked
+from aioloader.sources.drawn import check_drawn, check_generators, draws_globally, generators_of, packed, unpacked
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
@@ -31,6 +31,7 @@ from aioloader.stages.checks import check_callable, check_count, check_integer, 
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
+from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
@@ -330,6 +331,36 @@ class Pipeline(Loader):
         check_one_order(self._plan)
         return self._then(Shard(rank, world_size, group, mesh, even))
 
+    def in_process(self) -> "Pipeline":
+        """Everything before this in a process of its own: for a loop whose main thread is busy in Python.
+
+        There it has an event loop, threads and a GIL of its own, and finished batches come in shared memory that is
+        used again. Order, errors at their place, bounds and state are as without it. What is different: all of it is
+        pickled (cloudpickle takes what is defined in `__main__`), async sources and functions run on the event loop of
+        that process, so that clients must be made there, in a source function or at first use, and what functions
+        change is changed there. The process stays from one epoch to the next until the loader is closed or collected.
+
+        Raises:
+            ValueError: Something before this cannot go there, or has gone already.
+        """
+        check_processes("in_process()")
+        for stage in self._plan.stages:
+            if isinstance(stage, PinMemory | OwnProcess | DropIf):
+                raise ValueError(f"in_process() must come before {stage.label}, got {self!r}; put it first, once")
+        for stream in _streams(self._plan):
+            if stream.single_use:
+                raise ValueError(
+                    f"in_process() sends its source to another process, but {describe(stream.make)} is at work here; "
+                    f"pass the generator function itself (without calling it)"
+                )
+        for sampler in _samplers(self._plan):
+            if draws_globally(sampler) or generators_of(sampler):
+                raise ValueError(
+                    f"in_process() leaves this process's random generators behind, but {describe(sampler)} draws from "
+                    f"one; use shuffle(seed=...) instead of it"
+                )
+        return self._then(OwnProcess())
+
     def pin_memory(self) -> "Pipeline":
         """Batches in page-locked memory, for copies to a device that you make yourself; `to` does both.
 
@@ -556,6 +587,13 @@ def _streams(plan: Plan) -> list[Stream]:
     if isinstance(plan.source, Combined):
         return [stream for inner in plan.source.plans for stream in _streams(inner)]
     return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, Stream)]
+
+
+def _samplers(plan: Plan) -> list[Any]:
+    """All samplers of a plan."""
+    if isinstance(plan.source, Combined):
+        return [sampler for inner in plan.source.plans for sampler in _samplers(inner)]
+    return [] if plan.source.sampler is None else [plan.source.sampler.make]
 
 
 def _all_indexable(plan: Plan) -> bool:

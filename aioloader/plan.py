@@ -3,11 +3,11 @@
 Pure: nothing is started, no user code runs. `Source` and the stages are what a pipeline is; `build` says how it runs.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from aioloader.cache.disk import DiskStore
@@ -18,14 +18,17 @@ from aioloader.engine.combine import HeadNode, InterleaveNode, MergeNode, MixNod
 from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.order_log import Recorded, Replayed
+from aioloader.engine.own_process import OwnProcessNode, Serving
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
 from aioloader.engine.steps import AsyncStep, ExecutorStep, Step, ThreadStep
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
 from aioloader.executors.processes.host import Processes
+from aioloader.executors.processes.remote import Remote
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
+from aioloader.memory.pool import BatchMemory
 from aioloader.sources.drawn import keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
@@ -38,6 +41,7 @@ from aioloader.stages.drop_if import DropIf, FreshGroup
 from aioloader.stages.fetch import FetchBatch, FetchGroup
 from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, InProcesses, Map
+from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.shard import Again, Shard, ShardFold
 from aioloader.stages.shuffle import Shuffle
 
@@ -55,6 +59,7 @@ __all__ = [
 ]
 
 DEFAULT_PREFETCH = 2
+SAMPLES_BETWEEN = 64  # samples, not batches, on their way from a process of its own
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,11 @@ def build(
     """
     plan = placed(plan)
     builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
+    return _output(plan, this_pass, builder, processes)
+
+
+def _output(plan: Plan, this_pass: Pass, builder: "_Builder", processes: Callable[[], Processes]) -> Window:
+    """The nodes of `plan` and the window that ends them."""
     prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
     node, journey = builder.stream(plan)
     if not journey.stages:
@@ -302,16 +312,22 @@ class _Builder:
 
     def stream(self, plan: Plan) -> tuple[Node, _Journey]:
         """The nodes of `plan`, and the stages at its end that still want a window."""
-        plan = replace(plan, stages=with_copies(plan.stages))
-        repeats = [i for i, stage in enumerate(plan.stages) if isinstance(stage, Repeat)]
-        if repeats:
-            at = repeats[-1]
-            repeat = plan.stages[at]
-            assert isinstance(repeat, Repeat)
+        original, plan = plan, replace(plan, stages=with_copies(plan.stages))
+        splits = [i for i, stage in enumerate(plan.stages) if isinstance(stage, Repeat | OwnProcess)]
+        if splits:
+            at = splits[-1]
+            split = plan.stages[at]
             inner = Plan(plan.source, plan.stages[:at])
-            node: Node = RepeatNode(lambda repetition: self._repetition(inner, repetition), repeat.times)
-            journey = _Journey(loose=any_order(plan.source, plan.stages[:at]))
             rest: Sequence[Stage] = plan.stages[at + 1 :]
+            node: Node
+            loose = any_order(plan.source, plan.stages[:at])
+            if isinstance(split, OwnProcess):
+                inner = Plan(plan.source, original.stages[: original.stages.index(split)])
+                node, journey = self._own_process(inner, loose=loose)
+            else:
+                assert isinstance(split, Repeat)
+                node = RepeatNode(lambda repetition: self._repetition(inner, repetition), split.times)
+                journey = _Journey(loose=loose)
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
         for number, stage in enumerate(rest, len(plan.stages) - len(rest)):
@@ -365,6 +381,22 @@ class _Builder:
         this_pass = self._pass.repeated(repetition)
         builder = _Builder(this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=resumed)
         return builder.closed(plan)
+
+    def _own_process(self, plan: Plan, *, loose: bool) -> tuple[Node, _Journey]:
+        """The node for a plan that runs in a process of its own."""
+        # What would run here: it numbers the stages, and says whether a cursor fits.
+        builder = _Builder(self._pass, None, None, Processes, dry=True, resumed=self._resumed)
+        builder._numbered = self._numbered
+        node, journey = builder.stream(plan)
+        inner = _InProcess(_placed(plan), self._numbered)
+        self._numbered = builder._numbered
+        batches = journey.batches
+        if self._dry:
+            return self._close(node, journey), _Journey(batches=batches, loose=loose)
+        key = (id(plan.source), *map(id, plan.stages), repr(inner.places))
+        remote = partial(_remote, self._processes(), key, plan, inner)
+        room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
+        return OwnProcessNode(remote, self._pass, room=room, batches=batches), _Journey(batches=batches, loose=loose)
 
     def closed(self, plan: Plan) -> Node:
         """The nodes of a plan inside another one."""
@@ -674,6 +706,61 @@ def _team(
         return make()
     team: Team = host.kept(place.key or tuple(map(id, together)), make)
     return team
+
+
+def _placed(plan: Plan) -> Plan:
+    """`plan`, with what only this process knows: its rank."""
+    stages = [
+        replace(stage, **dict(zip(("rank", "world_size"), stage.place(), strict=True)))
+        if isinstance(stage, Shard)
+        else stage
+        for stage in plan.stages
+    ]
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(map(_placed, source.plans)))
+    return replace(plan, source=source, stages=tuple(stages))
+
+
+@dataclass(frozen=True)
+class _InProcess:
+    """In the other process: the nodes of `plan`.
+
+    Args:
+        plan: What runs there.
+        numbered: Stages before it whose samples have random numbers.
+    """
+
+    plan: Plan
+    numbered: int
+
+    @property
+    def places(self) -> list[tuple[int | None, int | None]]:
+        """Ranks and world sizes in it."""
+        return [(stage.rank, stage.world_size) for stage in self.plan.stages if isinstance(stage, Shard)]
+
+    def __call__(self, this_pass: Pass, resumed: bool) -> Window:
+        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, resumed=resumed)
+        builder._numbered = self.numbered
+        return _output(self.plan, this_pass, builder, Processes)
+
+    @cached_property
+    def _memory(self) -> BatchMemory:
+        return BatchMemory()
+
+
+def _remote(host: Processes, key: Hashable, plan: Plan, inner: _InProcess) -> Remote:
+    """The process of its own, that of the epoch before if there was one."""
+
+    def make() -> Remote:
+        return Remote(host, program)
+
+    def program() -> Serving:
+        return Serving(inner)
+
+    program.plan = plan  # type: ignore[attr-defined]  # while the process lives, no others have these ids
+    remote: Remote = host.kept(("own process", key), make)
+    return remote
 
 
 def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:

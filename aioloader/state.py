@@ -20,6 +20,7 @@ from aioloader.stages.checks import callable_name
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
@@ -188,7 +189,7 @@ def shape_of(plan: Plan) -> Shape:
     for number, stage in enumerate(plan.stages):
         if number in of_all and isinstance(stage, Batch):
             stages.append({"stage": "batch", "global_batch": of_all[number], "drop_last": stage.drop_last})
-        elif not isinstance(stage, To | PinMemory):
+        elif not isinstance(stage, To | PinMemory | OwnProcess):
             stages.append(_stage(stage))
     return [_source(plan.source), *stages]
 

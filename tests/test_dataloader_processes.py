@@ -31,8 +31,8 @@ def zygote() -> Iterator[None]:
         yield
 
 
-def loader(dataset: Any, *args: Any, num_workers: int = 2, **kwargs: Any) -> DataLoader[Any]:
-    return DataLoader(dataset, *args, num_workers=num_workers, worker_type="process", **kwargs)
+def loader(dataset: Any, batch_size: int | None = 1, *, num_workers: int = 2, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size, num_workers=num_workers, worker_type="process", **kwargs)
 
 
 def workers() -> set[int]:

@@ -30,7 +30,7 @@ IMPORTS: dict[str, set[str]] = {
     "engine": {"cache", "errors", "executors", "insight"},
     "stages": {"cache", "cores", "engine", "executors", "insight", "seeds"},
     "sources": {"engine", "errors", "executors", "memory", "stages"},
-    "plan": {"cache", "cores", "device", "engine", "errors", "executors", "insight", "sources", "stages"},
+    "plan": {"cache", "cores", "device", "engine", "errors", "executors", "insight", "memory", "sources", "stages"},
     "rng": {"executors", "seeds"},
     "elastic": {"errors", "plan", "stages"},
     "state": {"cache", "elastic", "engine", "errors", "plan", "sources", "stages"},

@@ -37,6 +37,7 @@ class Stuck:
 
 SCRIPTS = {
     "pipeline": "for _ in Pipeline(range(1000)).map(forever, executor='process', concurrency=2): pass",
+    "own process": "for _ in Pipeline(range(1000)).map(forever).in_process(): pass",
     "loader": "for _ in DataLoader(Stuck(), num_workers=2, worker_type='process'): pass",
     "forked": """
 batches = iter(Pipeline(range(1000)).map(forever, executor='process', concurrency=2))

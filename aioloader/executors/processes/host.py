@@ -86,10 +86,13 @@ class Peer:
                 os.close(fd)
         body = memoryview(message.body)
         if not layout or len(layout[0]) == 2:
-            return decode(body[stream_at:], open_buffers(body, layout))
-        used = {number for number, _, _ in layout}
-        lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
-        return decode(body[stream_at:], [lent[number][offset : offset + size] for number, offset, size in layout])
+            buffers = open_buffers(body, layout)
+        else:
+            used = {number for number, _, _ in layout}
+            lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
+            buffers = [lent[number][offset : offset + size] for number, offset, size in layout]
+        stream = buffers.pop() if stream_at < 0 else body[stream_at:]
+        return decode(stream, buffers)
 
     def close(self) -> None:
         """Let the worker end after what it is doing; kill it if that takes too long."""

@@ -1,7 +1,6 @@
 """Workers that share one program and the tasks that are submitted to it."""
 
 import contextlib
-import os
 from asyncio import Future
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
@@ -13,7 +12,7 @@ from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.host import Peer, Processes
 from aioloader.executors.processes.progress import Progress
-from aioloader.executors.processes.segments import Mapping, create_file
+from aioloader.executors.processes.stored import StoredProgram
 from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
 from aioloader.executors.processes.worker import Program, lay_out
 from aioloader.executors.threads import call_loop
@@ -99,7 +98,7 @@ class Team:
         self._loads: dict[Peer, OrderedDict[int, _Task]] = {}
         self._waiting: deque[_Task] = deque()
         self._number = 0
-        self._program: tuple[int, int, int, list[tuple[int, int]]] | None = None
+        self._program: StoredProgram | None = None
         self._progress: Progress | None = None  # the workers write to it; it outlives them
         self._closed = False
         self._loop: Any = None
@@ -209,13 +208,10 @@ class Team:
 
     def _send_program(self, peer: Peer) -> None:
         if self._program is None:
-            self._program = _store(self._make_program())
+            self._program = StoredProgram(self._make_program())
         if self._progress is None:
             self._progress = Progress.create(len(self._seats))
-        fd, size, stream_at, layout = self._program
-        fds = [os.dup(fd), self._progress.descriptor()]
-        peer.send(("program", peer.seat, size, stream_at, layout, len(self._seats)), fds=fds)
-        peer.has_program = True
+        self._program.send_to(peer, self._progress.descriptor(), seats=len(self._seats))
 
     def _forget(self, owner: Hashable) -> None:
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
@@ -307,7 +303,7 @@ class Team:
 
     def _end(self) -> None:
         if self._program is not None:
-            os.close(self._program[0])
+            self._program.close()
             self._program = None
         if self._progress is not None:
             self._progress.close()
@@ -323,28 +319,3 @@ def _closed() -> LoaderClosedError:
 def _complete(future: Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _store(program: Program) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """Write a program into a file in memory, once for all workers.
-
-    Returns:
-        The file, its size, where the pickle begins, and the layout of the buffers before it.
-
-    Raises:
-        PicklingError: It cannot be pickled.
-    """
-    try:
-        stream, buffers = encode(program)
-    except BaseException as error:
-        raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
-    layout, pieces = lay_out(buffers)
-    stream_at = sum(map(len, pieces))
-    size = stream_at + len(stream)
-    fd = create_file(size)
-    memory = memoryview(Mapping(fd, size).memory()).cast("B")
-    offset = 0
-    for piece in (*pieces, stream):
-        memory[offset : offset + len(piece)] = piece
-        offset += len(piece)
-    return fd, size, stream_at, layout

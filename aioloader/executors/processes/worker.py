@@ -132,9 +132,10 @@ class Channel:
         if message.head[0] == "close":
             return None, 0
         _, seat, size, stream_at, layout, count = message.head
-        fd, progress_fd = message.fds
-        self.progress = Progress(progress_fd, count)
-        os.close(progress_fd)
+        fd, *progress_fds = message.fds
+        for progress_fd in progress_fds:
+            self.progress = Progress(progress_fd, count)
+            os.close(progress_fd)
         # Tensors and arrays of a dataset lie in this one file, whose pages all workers share until they write to them.
         memory = memoryview(Mapping(fd, size, private=True).memory()).cast("B")
         os.close(fd)
@@ -143,7 +144,7 @@ class Channel:
         except BaseException as error:
             if not can_pickle_by_value():
                 error.add_note(f"aioloader: {BY_VALUE}")
-            self.send(("broken",), portable(error, f"worker process {seat}, which loads its functions"))
+            self.send(("broken", 0), portable(error, f"worker process {seat}, which loads its functions"))
             return None, seat
         return program, seat
 
@@ -154,8 +155,8 @@ class Channel:
     def send(self, head: tuple[Any, ...], value: Any) -> None:
         """Send `value`; large tensors and arrays in it in shared memory.
 
-        The message's head is `head` and: where the pickle begins in the body, the places of its buffers in the body or
-        in segments, the new segments, and those to forget.
+        The message's head is `head` and: where the pickle begins in the body (-1: it is the last of the buffers), the
+        places of its buffers in the body or in segments, the new segments, and those to forget.
 
         Raises:
             Exception: `value` cannot be pickled; nothing has been sent.
@@ -166,6 +167,9 @@ class Channel:
         except BaseException:
             arena.abandon()
             raise
+        stream_is_buffer = len(stream) >= SHARED_BYTES
+        if stream_is_buffer:  # the user's process need not read it from the socket, piece by piece
+            buffers.append(memoryview(stream))
         fds: list[int] = []
         new: list[tuple[int, int]] = []
         places: list[Place] | None = None
@@ -181,8 +185,10 @@ class Channel:
             new = [(number, size) for number, size, _ in made]
             fds = [fd for _, _, fd in made]
             layout, parts = places, []
-        stream_at = sum(map(len, parts))
-        self._connection.send((*head, stream_at, layout, new, arena.trim()), [*parts, stream], fds)
+        stream_at = -1 if stream_is_buffer else sum(map(len, parts))
+        if not stream_is_buffer:
+            parts = [*parts, stream]
+        self._connection.send((*head, stream_at, layout, new, arena.trim()), parts, fds)
 
 
 def lay_out(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], list[Any]]:

@@ -1,0 +1,61 @@
+"""A program in memory that all its workers map: pickled once, and its large arrays are there once."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.segments import Mapping, create_file
+from aioloader.executors.processes.wire import can_pickle_by_value, encode
+from aioloader.executors.processes.worker import Program, lay_out
+
+if TYPE_CHECKING:
+    from aioloader.executors.processes.host import Peer
+
+__all__ = ["StoredProgram"]
+
+
+class StoredProgram:
+    """A program on its way to workers.
+
+    Args:
+        program: It is pickled now.
+
+    Raises:
+        PicklingError: It cannot be.
+        OSError: No memory to share.
+    """
+
+    def __init__(self, program: Program) -> None:
+        try:
+            stream, buffers = encode(program)
+        except BaseException as error:
+            raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
+        self._layout, pieces = lay_out(buffers)
+        self._stream_at = sum(map(len, pieces))
+        self._size = self._stream_at + len(stream)
+        self._fd = create_file(self._size)
+        memory = memoryview(Mapping(self._fd, self._size).memory()).cast("B")
+        offset = 0
+        for piece in (*pieces, stream):
+            memory[offset : offset + len(piece)] = piece
+            offset += len(piece)
+
+    def send_to(self, peer: "Peer", *more: int, seats: int = 1) -> None:
+        """Send it, as the first message.
+
+        Args:
+            peer: The worker.
+            more: Another descriptor for it, which is closed when it was sent.
+            seats: How many workers there are.
+        """
+        head = ("program", peer.seat, self._size, self._stream_at, self._layout, seats)
+        fds: Sequence[int] = [os.dup(self._fd), *more]
+        peer.send(head, fds=fds)
+        peer.has_program = True
+
+    def close(self) -> None:
+        """Let go of the memory; workers keep theirs. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

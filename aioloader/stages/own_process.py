@@ -1,0 +1,19 @@
+"""`in_process`: what is before it runs in a process of its own."""
+
+from dataclasses import dataclass
+
+from aioloader.stages.base import Stage
+
+__all__ = ["OwnProcess"]
+
+
+@dataclass(frozen=True)
+class OwnProcess(Stage):
+    """All that is before it runs in a process of its own, what is behind it in the consumer's."""
+
+    @property
+    def label(self) -> str:
+        return "in_process()"
+
+    def length(self, upstream: int) -> int:
+        return upstream
