@@ -388,7 +388,7 @@ class _Builder:
         builder = _Builder(self._pass, None, None, Processes, dry=True, resumed=self._resumed)
         builder._numbered = self._numbered
         node, journey = builder.stream(plan)
-        inner = _InProcess(_placed(plan), self._numbered)
+        inner = _InProcess(placed(plan), self._numbered)
         self._numbered = builder._numbered
         batches = journey.batches
         if self._dry:
@@ -706,20 +706,6 @@ def _team(
         return make()
     team: Team = host.kept(place.key or tuple(map(id, together)), make)
     return team
-
-
-def _placed(plan: Plan) -> Plan:
-    """`plan`, with what only this process knows: its rank."""
-    stages = [
-        replace(stage, **dict(zip(("rank", "world_size"), stage.place(), strict=True)))
-        if isinstance(stage, Shard)
-        else stage
-        for stage in plan.stages
-    ]
-    source = plan.source
-    if isinstance(source, Combined):
-        source = replace(source, plans=tuple(map(_placed, source.plans)))
-    return replace(plan, source=source, stages=tuple(stages))
 
 
 @dataclass(frozen=True)
