@@ -67,7 +67,7 @@ def assert_resumes_exactly(
                 loader = make_loader(**variant)
                 loader.load_state_dict(json.loads(point.state))
                 _same_state(loader.state_dict(), point.state, f"{where}: the state before the first batch", samples)
-                rest = _collect(loader, face, epochs - point.epoch - (not whole.outcomes[point.epoch][point.batches :]))
+                rest = _collect(loader, face, epochs - point.epoch - _is_an_end(whole, point))
                 _compare(whole, point, rest, where, samples)
     finally:
         torch.set_rng_state(before)
@@ -180,6 +180,11 @@ def _spread(count: int, limit: int | None) -> Sequence[int]:
     return sorted({round(number * (count - 1) / max(1, limit - 1)) for number in range(limit)})
 
 
+def _is_an_end(whole: _Epochs, point: _Point) -> bool:
+    """Whether the state is that of a last batch: it leads to the beginning of the next epoch."""
+    return 0 < point.batches == len(whole.outcomes[point.epoch])
+
+
 def _compare(
     whole: _Epochs, point: _Point, rest: _Epochs, where: str, samples: Callable[[Any], Iterable[Hashable]] | None
 ) -> None:
@@ -188,7 +193,7 @@ def _compare(
     expected = [outcomes[batches:], *whole.outcomes[epoch + 1 :]]
     states = [whole.states[epoch][batches:], *whole.states[epoch + 1 :]]
     got = rest.outcomes
-    if not expected[0]:  # the state is the beginning of the next epoch
+    if _is_an_end(whole, point):
         del expected[0], states[0]
         ended_by = outcomes[-1] if outcomes else None
         if isinstance(ended_by, BaseException) and got and len(got[0]) == 1 and _same(got[0][0], ended_by):
@@ -231,7 +236,7 @@ def _same(one: Any, other: Any) -> bool:
         first, second = (tensor.detach().cpu().contiguous().flatten() for tensor in (one, other))
         return bool(torch.equal(first.view(torch.uint8), second.view(torch.uint8)))
     if isinstance(one, np.ndarray):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and bool(one.tobytes() == other.tobytes())
     if isinstance(one, Mapping):
         return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
