@@ -219,7 +219,7 @@ class StreamSource(_Pump):
         self._resume_at = self._failed_at = cursor
         if isinstance(self._make, CursorSource):
             return
-        if type(cursor) is int or not self._unknown:
+        if not self._unknown or not isinstance(cursor, list | tuple | str) or not cursor:
             split_cursor(cursor)
         if self._warns:
             warn_of_replay(self._make, cursor, self.meter.name)
