@@ -55,6 +55,7 @@ class Loader(Opener):
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_is_asked_for = False  # `set_epoch` has named its epoch since
+        self._known_guarantee: Guarantee | None = None
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
         self._transfer: Transfer | None = None
@@ -250,18 +251,23 @@ class Loader(Opener):
             if self._loaded is not None:
                 return self.state_dict()
             return self._make_state(self._next_epoch, 0, None, self._random_state())
-        if progress.over or (progress.batches and progress.batches == self._sure_length()):
+        if progress.length is None:
+            length = self._sure_length()
+            progress.length = -1 if length is None else length
+        if progress.over or (progress.batches and progress.batches == progress.length):
             epoch = self._next_epoch if progress is self._progress else progress.epoch + 1
             return self._make_state(epoch, 0, None, self._random_state())
         return self._make_state(progress.epoch, progress.batches, progress.cursor, dict(progress.begun_with))
 
     def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
+        if self._known_guarantee is None:
+            self._known_guarantee = self._guarantee()
         return make_state(
             loader=self._kind,
             epoch=epoch,
             batches=batches,
             cursor=cursor,
-            guarantee=self._guarantee(),
+            guarantee=self._known_guarantee,
             pipeline=self._shape(),
             ranks=self._ranks(),
             random=random,

@@ -416,7 +416,10 @@ class _Builder:
             name = source.name or f"source({source_name(data.make)})"
             # Behind a cache it is no surprise: what is not kept is read again in every epoch.
             warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
-            source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
+            unknown = data.call and not source.keys
+            source_node = StreamSource(
+                data.make, call=data.call, name=name, keys=source.keys, warns=warns, unknown=unknown
+            )
             return source_node, _Journey(), stages
         if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
             return self._batches_of(data, stages, at)

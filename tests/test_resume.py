@@ -255,6 +255,27 @@ def test_archives_resume(files: Path) -> None:
     assert {state["guarantee"] for state in states} == {"exact"}
 
 
+def test_a_function_that_gives_a_source_of_ours_resumes(files: Path) -> None:
+    """It is called anew for the resumed epoch, and what it gives is opened at the place."""
+    assert_resumes_exactly(
+        lambda concurrency: Pipeline(lambda: Lines(files / "2.txt")).map(later, concurrency=concurrency),
+        variants=CONCURRENCIES,
+    )
+
+
+def test_a_dataset_of_hugging_face_is_asked() -> None:
+    """It keeps what was loaded for all its epochs; the one after the resumed one is whole all the same."""
+    datasets = pytest.importorskip("datasets")
+
+    def make(concurrency: int) -> Pipeline:
+        source = datasets.Dataset.from_dict({"number": list(range(600))}).to_iterable_dataset(num_shards=3)
+        return Pipeline(source).map(lambda row: row["number"], concurrency=concurrency).batch(100)
+
+    states = assert_resumes_exactly(make, variants=CONCURRENCIES[:2], limit=6, states=False)
+    assert states[4]["cursor"][0]["at"] == 256
+    assert {state["guarantee"] for state in states} == {"exact"}
+
+
 @pytest.mark.parametrize("make_stream", [Stateful, StatefulIterators, AsyncStateful])
 def test_a_stream_that_tells_its_state_is_asked(make_stream: Any) -> None:
     """Once in many samples; only those since then are read again."""

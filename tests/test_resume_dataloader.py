@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import (
     BatchSampler,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -42,6 +43,10 @@ class Numbers:
         if index == self.broken:
             raise ValueError(f"sample {index} is broken")
         return index, torch.full((2,), float(index))
+
+
+class Map(Numbers, Dataset[Any]):
+    """As torch has them."""
 
 
 class AsyncNumbers(Numbers):
@@ -147,7 +152,7 @@ LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
     "a stateful sampler": lambda **w: DataLoader(Numbers(260), 1, sampler=StatefulSampler(260), **w),
     "somebody's sampler": lambda **w: DataLoader(Numbers(), 3, sampler=OddFirst(10), **w),
     "distributed": lambda **w: DataLoader(
-        Numbers(), 2, sampler=DistributedSampler(range(10), num_replicas=2, rank=1, seed=3), **w
+        Numbers(), 2, sampler=DistributedSampler(Map(), num_replicas=2, rank=1, seed=3), **w
     ),
     "async samples": lambda **w: DataLoader(AsyncNumbers(), 3, shuffle=True, **w),
     "async samples, one by one": lambda **w: DataLoader(AsyncNumbers(), None, shuffle=True, **w),
@@ -261,8 +266,8 @@ def test_a_generator_is_left_where_the_epoch_leaves_it() -> None:
     """So that all later epochs are those that were to come."""
     generator = seeded()
     loader: DataLoader[Any] = DataLoader(Numbers(), 3, shuffle=True, generator=generator)
-    epochs = []
-    states = []
+    epochs: list[list[Any]] = []
+    states: list[dict[str, Any]] = []
     for _ in range(3):
         epochs.append([])
         for batch in loader:
@@ -291,7 +296,7 @@ def test_a_sampler_is_told_the_epoch_that_it_was_told(face: Face) -> None:
     """A resumed program that has not called `set_epoch` yet has the order of the state."""
 
     def make() -> DataLoader[Any]:
-        sampler: DistributedSampler[int] = DistributedSampler(range(10), num_replicas=2, rank=0)
+        sampler: DistributedSampler[int] = DistributedSampler(Map(), num_replicas=2, rank=0)
         return DataLoader(Numbers(), 2, sampler=sampler)
 
     loader = make()

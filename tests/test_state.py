@@ -373,11 +373,10 @@ TRAINS = """
 
 
 def test_a_killed_process_is_continued_by_another(tmp_path: Any) -> None:
-    """`kill -9` in the middle of an epoch, twice: each sample is seen once."""
-    for concurrency, stop_after in ((16, 3), (2, 4)):
-        with Child(TRAINS, str(tmp_path), str(concurrency), str(stop_after)) as child:
-            child.until_line("now")
-            child.process.kill()
+    """`kill -9` in the middle of an epoch: each sample is seen once."""
+    with Child(TRAINS, str(tmp_path), "16", "6") as child:
+        child.until_line("now")
+        child.process.kill()
     with Child(TRAINS, str(tmp_path), "5", "-1") as child:
         status, out, err = child.finish()
     assert status == 0, err

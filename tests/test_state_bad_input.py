@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import RandomSampler
 
 from aioloader import AioloaderError, DataLoader, Pipeline, StateError
-from tests.test_resume import numbers, pairs_of
+from tests.test_resume import Stream, numbers, pairs_of
 
 
 def pipeline(length: int = 10) -> Pipeline:
@@ -92,9 +92,9 @@ MANY: dict[str, Callable[[], Pipeline]] = {
     "flat_map": lambda: Pipeline(numbers).flat_map(pairs_of).batch(2),
     "unbatch": lambda: Pipeline(range(9)).batch(2).unbatch().batch(3),
     "repeat": lambda: Pipeline(range(9)).repeat(2).batch(2),
-    "zip": lambda: Pipeline.zip(range(9), numbers).batch(2),
+    "zip": lambda: Pipeline.zip(range(9), Stream()).batch(2),
     "mix": lambda: Pipeline.mix([range(9), numbers], [1, 1]).batch(2),
-    "merge": lambda: Pipeline.merge(range(9), numbers).batch(2),
+    "merge": lambda: Pipeline.merge(range(9), Stream()).batch(2),
     "ordered=False": lambda: Pipeline(range(9)).map(str, ordered=False).batch(2),
     "shard": lambda: Pipeline(numbers).shard(0, 2).batch(2),
     "sampler": lambda: Pipeline(range(9), sampler=RandomSampler(range(9))).batch(2),

@@ -25,6 +25,7 @@ class Progress:
         resumed: It began in the middle.
         asked_for: Whoever resumed it named this epoch himself (`set_epoch`).
         over: The consumer was told that there is no more.
+        length: Batches of the epoch, -1 when only its end tells; None: nobody has looked.
         begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         leave_out: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
@@ -40,6 +41,7 @@ class Progress:
         "epoch",
         "history",
         "leave_out",
+        "length",
         "meter",
         "over",
         "resumed",
@@ -53,6 +55,7 @@ class Progress:
         self.resumed = cursor is not None
         self.asked_for = False
         self.over = False
+        self.length: int | None = None
         self.begun_with: dict[str, Any] = {}
         self.leave_out: list[range] = []
         self.history: deque[Any] = deque(maxlen=HISTORY)

@@ -201,21 +201,26 @@ class StreamSource(_Pump):
         name: For notes and statistics.
         keys: Its samples are keys, or lists of the keys of a batch.
         warns: Say so when samples are read again only to be dropped.
+        unknown: `make` may give a `CursorSource`.
     """
 
-    def __init__(self, make: Any, *, call: bool, name: str, keys: bool = False, warns: bool = False) -> None:
+    def __init__(
+        self, make: Any, *, call: bool, name: str, keys: bool = False, warns: bool = False, unknown: bool = False
+    ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
         self._make = make
         self._call = call
         self._keys = keys
         self._warns = warns
+        self._unknown = unknown
         self._resume_at: Any = None
 
     def resume(self, cursor: Any) -> None:
         self._resume_at = self._failed_at = cursor
         if isinstance(self._make, CursorSource):
             return
-        split_cursor(cursor)
+        if not self._unknown or not isinstance(cursor, list | tuple | str) or not cursor:
+            split_cursor(cursor)
         if self._warns:
             warn_of_replay(self._make, cursor, self.meter.name)
 
