@@ -109,6 +109,7 @@ class Shard(FoldStage):
 
 def uneven(samples: int, world_size: int, resumed_at: int = 0) -> ValueError:
     """The error for a source of `samples`, of which `resumed_at` had been delivered before this run."""
+    resumed_at = resumed_at if resumed_at % world_size else 0  # whole rounds make no difference
     left = samples - resumed_at
     behind = f" behind position {resumed_at}" if resumed_at else ""
     return ValueError(
