@@ -1,25 +1,16 @@
 """What a sample costs beyond its own work: `python -m bench.overhead`.
 
 The op is an async function that does not suspend, 64 side by side, batches of 256: all that is left is the loader. The
-rival is the bare loop that makes the same batches, `torch.stack([rows[key] for key in keys])`. The aim of the project
-is to stay within 3 µs per sample of it. torch's DataLoader on the same data is there for scale.
+limit is the bare loop that makes the same batches, `torch.stack([rows[key] for key in keys])`. Rivals: SPDL with an
+async stage per sample, as its documentation writes it, and once more with a source and settings that spare it all it
+can spare; torch's DataLoader and torchdata.nodes, which know no async op, with the same lookup.
 
-Each round measures all of them one after the other, beginning with another one each time, so that a machine that gets
-slower or faster meanwhile does so for all. Epochs are whole ones, garbage collection is on, and the first round only
-warms up. Prints a table, then one line of JSON per row.
+Contenders that cost a hundred times more run shorter epochs: all figures are per sample.
 """
 
-import argparse
-import asyncio
-import gc
-import json
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -27,15 +18,21 @@ import torch.utils.data
 from torch import Tensor
 
 from aioloader import Pipeline
-from aioloader.doctor import collect
+from bench._harness import Contender, Epoch, Report, Target, by_async_for, by_for, parser_for, pick
+from bench._rivals import async_items, spdl_loader
 
 BATCH: Final = 256
 CONCURRENCY: Final = 64
 ROWS: Final = 4096  # different samples; few enough to stay in the cache, since memory is not what is measured
 WIDTH: Final = 16  # numbers in a sample
-AIM_US: Final = 3.0
 
 BARE: Final = "bare loop"
+SPDL: Final = "SPDL, async op per sample"
+TARGETS: Final = [
+    Target(ours, measure, rival, reach)
+    for ours in ("aioloader, async for", "aioloader, for")
+    for measure, rival, reach in (("speed", SPDL, 60), ("time", BARE, 3))
+]
 
 
 class Data:
@@ -44,6 +41,9 @@ class Data:
     def __init__(self, samples: int) -> None:
         self.keys = [position * 7 % ROWS for position in range(samples)]
         self.rows = list(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).unbind())
+
+    def batches(self) -> list[list[int]]:
+        return [self.keys[start : start + BATCH] for start in range(0, len(self.keys), BATCH)]
 
 
 class MapStyle(torch.utils.data.Dataset[Tensor]):
@@ -60,26 +60,16 @@ class MapStyle(torch.utils.data.Dataset[Tensor]):
         return self._rows[self._keys[index]]
 
 
-Epoch = Callable[[], int]
-"""One epoch; returns how many samples came."""
-
-
-def bare_loop(data: Data) -> Epoch:
+def bare_loop(samples: int) -> Epoch:
     """No loader at all."""
-    keys, rows = data.keys, data.rows
-
-    def epoch() -> int:
-        count = 0
-        for start in range(0, len(keys), BATCH):
-            batch = torch.stack([rows[key] for key in keys[start : start + BATCH]])
-            count += len(batch)
-        return count
-
-    return epoch
+    data = Data(samples)
+    rows = data.rows
+    return by_for(lambda: (torch.stack([rows[key] for key in keys]) for keys in data.batches()))
 
 
-def pipeline(data: Data) -> Pipeline:
+def pipeline(samples: int) -> Pipeline:
     """What is measured."""
+    data = Data(samples)
     rows = data.rows
 
     async def load(key: int) -> Tensor:
@@ -88,136 +78,64 @@ def pipeline(data: Data) -> Pipeline:
     return Pipeline(data.keys).map(load, concurrency=CONCURRENCY).batch(BATCH)
 
 
-def by_for(loader: Any) -> Epoch:
-    """Consume any loader by `for`."""
+def by_spdl(samples: int, *, spare: bool) -> Epoch:
+    """SPDL: a source, an async stage per sample, an aggregate and a stage per batch."""
+    data = Data(samples)
+    rows = data.rows
 
-    def epoch() -> int:
-        return sum(len(batch) for batch in loader)
+    async def load(key: int) -> Tensor:
+        return rows[key]
 
-    return epoch
+    def describe(builder: Any) -> Any:
+        source = async_items(data.keys) if spare else data.keys
+        return builder.add_source(source).pipe(load, concurrency=CONCURRENCY).aggregate(BATCH).pipe(torch.stack)
 
-
-def by_async_for(loader: Any) -> Epoch:
-    """Consume any loader by `async for`."""
-
-    async def count() -> int:
-        count = 0
-        async for batch in loader:
-            count += len(batch)
-        return count
-
-    return lambda: asyncio.run(count())
+    return by_for(spdl_loader(describe, threads=2, stats=not spare))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender.
-
-    Attributes:
-        us_per_sample: Median over the rounds, in microseconds.
-        us_low: The fastest round.
-        us_high: The slowest round.
-        us_above_bare: Median over the rounds of the difference to the bare loop in the same round.
-    """
-
-    what: str
-    us_per_sample: float
-    us_low: float
-    us_high: float
-    us_above_bare: float
-
-
-def contenders(data: Data, workers: Sequence[int]) -> dict[str, Epoch]:
-    """What takes part, by name."""
-    dataset = MapStyle(data)
-    loader = pipeline(data)
-    by_torch = {
-        f"torch DataLoader, {count} workers": by_for(
-            # Kept alive, so that the start of the processes is not counted.
-            torch.utils.data.DataLoader(dataset, BATCH, num_workers=count, persistent_workers=count > 0)
+def by_torch(samples: int, workers: int) -> Epoch:
+    """torch's loader; worker processes stay, so that only the first epoch starts them."""
+    return by_for(
+        torch.utils.data.DataLoader(
+            MapStyle(Data(samples)), BATCH, num_workers=workers, persistent_workers=workers > 0
         )
-        for count in workers
-    }
-    return {
-        BARE: bare_loop(data),
-        "aioloader, async for": by_async_for(loader),
-        "aioloader, for": by_for(loader),
-        **by_torch,
-    }
+    )
 
 
-def measure(epochs: dict[str, Epoch], samples: int, rounds: int) -> list[Row]:
-    """All rows, from interleaved rounds."""
-    names = list(epochs)
-    # Those with processes begin: forking is safest before there are threads.
-    for name in reversed(names):
-        _seconds(epochs[name], samples)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(epochs[name], samples))
-    bare = seconds[BARE]
-    rows = []
-    for name in names:
-        each = [taken / samples * 1e6 for taken in seconds[name]]
-        above = [(taken - least) / samples * 1e6 for taken, least in zip(seconds[name], bare, strict=True)]
-        rows.append(Row(name, statistics.median(each), min(each), max(each), statistics.median(above)))
-    return rows
+def by_nodes(samples: int) -> Epoch:
+    """torchdata.nodes: a parallel map, a batcher, a collate."""
+    from torchdata.nodes import Batcher, IterableWrapper, Loader, Mapper, ParallelMapper
 
-
-def _seconds(epoch: Epoch, samples: int) -> float:
-    gc.collect()
-    began = time.perf_counter()
-    count = epoch()
-    taken = time.perf_counter() - began
-    if count != samples:
-        raise RuntimeError(f"an epoch must give {samples} samples, got {count}")
-    return taken
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    facts = collect()
-    return {
-        "python": platform.python_version(),
-        "torch": facts.versions["torch"],
-        "cores": facts.usable_cores,
-        "loop_of_for": facts.event_loop,
-        "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-    }
+    data = Data(samples)
+    node: Any = ParallelMapper(IterableWrapper(data.keys), data.rows.__getitem__, num_workers=2)
+    return by_for(Loader(Mapper(Batcher(node, BATCH, drop_last=False), torch.stack)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--samples", type=int, default=256_000, help="per epoch; rounded down to whole batches")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = parser_for(__doc__)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="of torch's DataLoader")
-    parser.add_argument("--quick", action="store_true", help="3 rounds of 204,800 samples")
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.samples, options.rounds = 204_800, 3
-    samples = max(1, options.samples // BATCH) * BATCH
-    rounds = max(1, options.rounds)
-    facts = machine()
-    print(
-        f"Python {facts['python']}, torch {facts['torch']}, {facts['cores']} cores, `for` over {facts['loop_of_for']}, "
-        f"`async for` over asyncio; load before: {facts['load_before']}"
+    samples = pick(options, full=1000, quick=400, smallest=2) * BATCH
+    few = pick(options, full=60, quick=16, smallest=2) * BATCH
+    report = Report("overhead", options)
+    report.compare(
+        f"an async op that does not suspend, batches of {BATCH}, {CONCURRENCY} side by side",
+        [
+            Contender(BARE, partial(bare_loop, samples), samples, limit=True),
+            Contender("aioloader, async for", lambda: by_async_for(pipeline(samples)), samples),
+            Contender("aioloader, for", lambda: by_for(pipeline(samples)), samples),
+            Contender("torchdata.nodes, 2 threads", partial(by_nodes, few), few, needs=("torchdata",)),
+            Contender(SPDL, partial(by_spdl, few, spare=False), few, needs=("spdl",)),
+            Contender(f"{SPDL}, spared", partial(by_spdl, few, spare=True), few, needs=("spdl",)),
+            *(
+                Contender(f"torch DataLoader, {count} workers", partial(by_torch, samples, count), samples)
+                for count in options.workers
+            ),
+        ],
+        TARGETS,
     )
-    print(f"{samples} samples per epoch, batches of {BATCH}, concurrency {CONCURRENCY}; median of {rounds} rounds\n")
-    rows = measure(contenders(Data(samples), options.workers), samples, rounds)
-    print(f"{'µs per sample':<30}{'median':>8}{'fastest':>9}{'slowest':>9}{'above bare':>12}")
-    for row in rows:
-        above = "" if row.what == BARE else f"{row.us_above_bare:.2f}"
-        print(f"{row.what:<30}{row.us_per_sample:>8.2f}{row.us_low:>9.2f}{row.us_high:>9.2f}{above:>12}")
-    worst = max(row.us_above_bare for row in rows if row.what.startswith("aioloader"))
-    verdict = "reached" if worst <= AIM_US else "missed"
-    print(f"\nat most {AIM_US:g} µs above the bare loop is the aim: {verdict} with {worst:.2f}\n")
-    for row in rows:
-        figures = {name: value if isinstance(value, str) else round(value, 3) for name, value in asdict(row).items()}
-        print(json.dumps({"bench": "overhead", **figures, "samples": samples, "rounds": rounds, **facts}))
-    return 0
+    return report.finish()
 
 
 if __name__ == "__main__":
