@@ -9,6 +9,9 @@ from typing import Final
 SCRIPTS: Final[dict[str, list[str]]] = {
     "overhead": ["--quick"],
     "state": ["--quick"],
+    "sources_lines": ["--quick"],
+    "sources_objects": ["--quick"],
+    "sources_tar": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

@@ -68,6 +68,11 @@ def warm_up() -> None:
     torch.get_num_threads()
     torch.ones(512, 512) @ torch.ones(512, 512)
     psutil.Process().children(recursive=True)
+    _touch_obstore()
+
+
+def _touch_obstore() -> None:
+    """Call obstore, if it is installed."""
     with contextlib.suppress(ImportError):
         import obstore
 
@@ -134,9 +139,10 @@ def nothing_left(never_hangs: None) -> Iterator[None]:
     left_threads = sorted(thread.name for thread in _ours(threads))
     left_children = _children_left(children, deadline)
     # Threads of libraries, not to be joined, let go of theirs a little later: that of watchfiles of what it watches
-    # with, those of obstore of futures whose callbacks lead to a store.
+    # with, those of obstore of futures whose callbacks lead to a store, and these only when it is called again.
     while (left_files := _files_left(files)) and time.monotonic() < deadline:
         time.sleep(0.001)
+        _touch_obstore()
         gc.collect()
     assert not left_threads, f"threads left: {left_threads}"
     assert not left_children, f"child processes left: {left_children}"

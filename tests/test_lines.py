@@ -180,6 +180,17 @@ def test_a_cursor_that_does_not_fit_is_refused(write: Write) -> None:
     )
 
 
+@in_every_compression
+def test_a_thread_whose_time_is_always_up_gives_all_lines(
+    write: Write, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether more lines follow or none: a turn of the thread that gives none is no end."""
+    monkeypatch.setattr("aioloader.sources.parsing.PARSE_SECONDS", -1.0)
+    paths = [write(f"{number}.jsonl{suffix}", b"1\n\n2\n \n[\n3\n\n") for number in range(2)]
+    found = assert_opens_at_every_cursor(Lines(paths, decode="json"))
+    assert [found[place] for place in (0, 1, 3, 4, 5, 7)] == [1, 2, 3, 1, 2, 3]
+
+
 LINES = st.lists(st.sampled_from([b"1", b'{"a": [2]}', b"", b" ", b"\xff", b"{", b"12345678", b"x\r"]), max_size=12)
 
 

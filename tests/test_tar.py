@@ -296,6 +296,12 @@ def test_a_cursor_that_does_not_fit_is_refused(shards: list[str]) -> None:
     )
 
 
+def test_a_thread_whose_time_is_always_up_gives_all_samples(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of the thread that completes no sample is no end."""
+    monkeypatch.setattr("aioloader.sources.parsing.PARSE_SECONDS", -1.0)
+    assert keys(assert_opens_at_every_cursor(TarShards(shards))) == ALL_KEYS
+
+
 NAMES = st.sampled_from(
     ["1.txt", "1.cls", "2.txt", "x" * 120 + ".txt", "folder/1.txt", "no_extension", "/1.txt", "ä.txt"]
 )

@@ -18,13 +18,13 @@ class Ahead(EntryReader):
 
     Args:
         access: The source's.
-        make: Gives lists of entries, none of them empty. What it raises, the reader raises, after what came before.
+        make: Gives lists of entries. What it raises, the reader raises, after what came before.
         lists: How many lists may lie ready; while they do, the generator stands still.
     """
 
     def __init__(self, access: Access, make: Callable[[], AsyncGenerator[list[Entry]]], *, lists: int = 1) -> None:
         self._make = make
-        self._lists: asyncio.Queue[list[Entry]] = asyncio.Queue(lists)
+        self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists)  # None: the end
         self._current: list[Entry] = []
         self._next = 0  # in `current`
         self._error: Exception | None = None
@@ -35,11 +35,12 @@ class Ahead(EntryReader):
         try:
             async with aclosing(self._make()) as made:
                 async for entries in made:
-                    await self._lists.put(entries)
+                    if entries:
+                        await self._lists.put(entries)
                     del entries  # it is the consumer's now
         except Exception as error:
             self._error = error
-        await self._lists.put([])
+        await self._lists.put(None)
 
     @property
     def ready(self) -> bool:
@@ -52,13 +53,15 @@ class Ahead(EntryReader):
         if self._next == len(self._current):
             self._current = []  # not kept while waiting
             self._next = 0
-            self._current = await self._lists.get()
-            if not self._current:
+            entries = await self._lists.get()
+            if entries is None:
                 self._ended = True
                 error, self._error = self._error, None
                 if error is not None:
                     raise error
                 return []
+            self._current = entries
+            del entries
         start = self._next
         self._next = min(start + limit, len(self._current))
         return self._current[start : self._next]

@@ -1,10 +1,12 @@
 """`Lines`: the lines of text files, or the JSON values in them."""
 
 import json
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from itertools import chain
+from functools import partial
+from itertools import accumulate, repeat
 from math import inf
+from operator import methodcaller
 from time import perf_counter
 from typing import Any, Final, Literal
 
@@ -14,7 +16,7 @@ from aioloader.errors import BrokenDataError
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
-from aioloader.sources.parsing import Parser, parsed
+from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
 from aioloader.sources.paths import Paths, find_files
 from aioloader.sources.watching import require_watchfiles
 from aioloader.stages.checks import check_callable, check_count
@@ -22,6 +24,9 @@ from aioloader.stages.checks import check_callable, check_count
 __all__ = ["Lines"]
 
 Decode = Callable[[bytes], Any]
+
+MOST_LINES: Final = 256
+"""Decoded between two looks at the clock."""
 
 SHOWN_BYTES: Final = 40
 """Of a line that is wrong, in its error."""
@@ -176,7 +181,8 @@ class _LinesOf(Parser):
     """The lines of one file.
 
     What stands behind the last line end of a piece is kept for the next; of a line that grows past the limit only the
-    length and the beginning are kept.
+    length and the beginning are kept. Lines are decoded, and made entries, some at a time by loops that run in C: with
+    a fast parser these would cost as much as it does.
     """
 
     def __init__(self, source: Lines, index: int, start: tuple[int, int]) -> None:
@@ -186,10 +192,12 @@ class _LinesOf(Parser):
         self._encoding = source.encoding
         self._ours = not callable(source.decode)
         self._skips_blank = source.decode == "json"
-        self._decode = _decoder(source.decode, source.encoding)
+        self._decode_all = _decoder(source.decode, source.encoding)
         self._longest = source.max_line_bytes
         self._too_long: tuple[int, bytes] | None = None  # a line that comes before `lines`: length and beginning
-        self._lines: Iterator[bytes] = iter(())
+        self._lines: list[bytes] = []
+        self._at = 0  # in `lines`: those before it have been used
+        self._some = 1  # lines at a time
         self._half: list[bytes] = []  # of the line whose end has not come yet
         self._half_bytes = 0
         self._cut_off = False  # the line at hand has no end
@@ -200,7 +208,7 @@ class _LinesOf(Parser):
             first = piece.index(b"\n")
             self._end_half(piece[:first])
             if first < end:
-                self._lines = chain(self._lines, piece[first + 1 : end].split(b"\n"))
+                self._lines += piece[first + 1 : end].split(b"\n")
             piece = piece[end + 1 :]
         self._keep(piece)
 
@@ -227,47 +235,80 @@ class _LinesOf(Parser):
     def _end_half(self, piece: bytes) -> None:
         """`piece` ends the line that was kept; it is the next one."""
         self._keep(piece)
+        self._at = 0
         if self._half_bytes > self._longest:
             self._too_long = (self._half_bytes, self._half[0])
-            self._lines = iter(())
+            self._lines = []
         else:
-            self._lines = iter([b"".join(self._half)])
+            self._lines = [b"".join(self._half)]
         self._half.clear()
         self._half_bytes = 0
 
     def _take(self, entries: list[Entry], deadline: float) -> bool:
-        decode, path, index, longest = self._decode, self.path, self._index, self._longest
-        offset, number = self._offset, self._number
-        try:
-            if self._too_long is not None:
-                (length, line), self._too_long = self._too_long, None
-                number += 1
-                offset += length + 1
-                entries.append(self._failed(_refusal(length, longest), line, offset - length - 1, number, offset))
-            for line in self._lines:
-                begin = offset
-                number += 1
-                offset += len(line) + 1
-                try:
-                    if len(line) > longest:
-                        raise _refusal(len(line), longest)
-                    value = decode(line)
-                except BaseException as error:  # also what ends a program: it is the consumer's, at this place
-                    if not self._skips_blank or line.strip():
-                        entries.append(self._failed(error, line, begin, number, offset))
-                else:
-                    entries.append(Entry(value, (index, offset, number), f"{path}:{number}", 0))
-                if perf_counter() > deadline:
-                    return True
-            return False
-        finally:
-            self._offset, self._number = offset, number
+        if self._too_long is not None:
+            (length, beginning), self._too_long = self._too_long, None
+            entries.append(self._failed(_refusal(length, self._longest), beginning, length))
+        now = perf_counter()
+        while self._at < len(self._lines):
+            self._take_some(entries, self._lines[self._at : self._at + self._some])
+            before, now = now, perf_counter()
+            if now > deadline:
+                self._some = max(1, self._some // 2)
+                return True
+            if now - before < PARSE_SECONDS / 16:
+                self._some = min(2 * self._some, MOST_LINES)
+        return False
 
-    def _failed(self, error: BaseException, line: bytes, begin: int, number: int, offset: int) -> Entry:
-        """The entry of a line that cannot be used: our errors say where in their message, the user's in a note."""
-        if error.__traceback__ is not None:  # without the frame of `_take`, which holds the entries before it
+    def _take_some(self, entries: list[Entry], lines: list[bytes]) -> None:
+        """The entries of the next `lines`, up to one that fails."""
+        ends = list(accumulate([len(line) + 1 for line in lines], initial=self._offset))
+        values: list[Any] = []
+        failure: BaseException | None = None
+        try:
+            if max(map(len, lines)) > self._longest:
+                fine = next(at for at, line in enumerate(lines) if len(line) > self._longest)
+                values += self._decode_all(lines[:fine])
+                raise _refusal(len(lines[fine]), self._longest)
+            values += self._decode_all(lines)  # `+=` keeps what came before a failure
+        except BaseException as error:  # also what ends a program: it is the consumer's, at this place
+            failure = error
+        count = len(values)
+        numbers = range(self._number + 1, self._number + 1 + count)
+        path = self.path
+        entries += map(
+            Entry,
+            values,
+            zip(repeat(self._index), ends[1:], numbers),
+            [f"{path}:{number}" for number in numbers],
+            repeat(0),
+        )
+        self._at += count
+        self._offset = ends[count]
+        self._number += count
+        if failure is not None:
+            self._at += 1
+            line = lines[count]
+            if self._skips_blank and not line.strip():
+                self._offset = ends[count + 1]
+                self._number += 1
+            else:
+                entries.append(self._failed(failure, line, len(line)))
+
+    def _failed(self, error: BaseException, line: bytes, length: int) -> Entry:
+        """The entry of the next line, which cannot be used: our errors say where themselves, the user's in a note.
+
+        Args:
+            error: What is wrong.
+            line: The line, or its beginning.
+            length: Of all of it.
+        """
+        if error.__traceback__ is not None:  # without the frame of `_take_some`, which holds the entries before it
             error.__traceback__ = error.__traceback__.tb_next
-        what = f"{self.path}, line {number}, byte {begin}"
+        begin = self._offset
+        self._offset += length + 1
+        self._number += 1
+        cursor, key = (self._index, self._offset, self._number), f"{self.path}:{self._number}"
+        what = f"{self.path}, line {self._number}, byte {begin}"
         if self._cut_off:
             what += " (the last line, which has no line end: the file was cut off, or is still being written)"
         if isinstance(error, UnicodeDecodeError) and self._ours:
@@ -278,12 +319,12 @@ class _LinesOf(Parser):
             what += f": {error}"
         else:
             error.add_note(f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
-            return failed(error, (self._index, offset, number), f"{self.path}:{number}")
+            return failed(error, cursor, key)
         if line:
             what += f"; the line begins {line[:SHOWN_BYTES]!r}"
         broken = BrokenDataError(what)
         broken.__cause__ = error if not isinstance(error, _LongLineError) else None
-        return failed(broken, (self._index, offset, number), f"{self.path}:{number}")
+        return failed(broken, cursor, key)
 
 
 class _LongLineError(Exception):
@@ -311,11 +352,17 @@ def _check_encoding(encoding: str) -> None:
         )
 
 
-def _decoder(decode: Literal["json"] | Decode | None, encoding: str) -> Decode:
-    """From a line as bytes to the sample."""
+def _decoder(decode: Literal["json"] | Decode | None, encoding: str) -> Callable[[list[bytes]], Iterable[Any]]:
+    """From lines as bytes to samples, each as it is asked for."""
     if decode is None:
-        return lambda line: line.removesuffix(b"\r").decode(encoding)
+        return partial(_texts, methodcaller("decode", encoding))
     if callable(decode):
-        return lambda line: decode(line.removesuffix(b"\r"))
-    loads = json.loads
-    return lambda line: loads(line.decode(encoding))  # as bytes it would look for the encoding in each line
+        return partial(_texts, decode)
+    # What `json.loads` comes to, without its looking for the encoding of each line.
+    to_text, to_value = methodcaller("decode", encoding), json.JSONDecoder().decode
+    return lambda lines: map(to_value, map(to_text, lines))
+
+
+def _texts(decode: Decode, lines: list[bytes]) -> Iterable[Any]:
+    """Of lines without the first half of CR LF."""
+    return map(decode, [line.removesuffix(b"\r") for line in lines])

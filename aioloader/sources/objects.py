@@ -140,6 +140,8 @@ class Objects(FetchSource):
             BrokenDataError: It has fewer bytes than the range.
             Exception: The store's own; FileNotFoundError for one that is missing.
         """
+        import obstore
+
         start, end = 0, 0
         if isinstance(key, tuple):
             key, start, end = key
@@ -148,7 +150,15 @@ class Objects(FetchSource):
         elif self._range_of:
             start, end = self._range_of.get(key, (0, 0))
         try:
-            content = await self._content(key, start, end)
+            if not end:
+                content: Any = await (await obstore.get_async(self._store, key)).bytes_async()
+            else:
+                content = await obstore.get_range_async(self._store, key, start=start, end=end)
+                if len(content) < end - start:
+                    there = start + len(content)
+                    raise BrokenDataError(
+                        f"the object {key!r} ends at byte {there}, but bytes {start} to {end} are asked for"
+                    )
         except Exception as error:
             part = f", bytes {start} to {end}" if end else ""
             error.add_note(f"aioloader: object {key!r}{part} of {self._store!r}")
@@ -158,18 +168,6 @@ class Objects(FetchSource):
         elif self._read == "tensor":
             content = tensor_over(content)
         return (key, content) if self._with_key else content
-
-    async def _content(self, key: str, start: int, end: int) -> Any:
-        import obstore
-
-        if not end:
-            return await (await obstore.get_async(self._store, key)).bytes_async()
-        content = await obstore.get_range_async(self._store, key, start=start, end=end)
-        if len(content) < end - start:
-            raise BrokenDataError(
-                f"the object {key!r} ends at byte {start + len(content)}, but bytes {start} to {end} are asked for"
-            )
-        return content
 
 
 class _Listing(CursorSource):

@@ -100,7 +100,7 @@ class Parser(ABC):
 async def parsed(
     chunks: AsyncGenerator[Any], parser: Parser, thread: AccessThreads, *, after: Any
 ) -> AsyncGenerator[list[Entry]]:
-    """Feed `chunks` to `parser`, in `thread`; what fails is the last entry.
+    """Feed `chunks` to `parser`, in `thread`; what fails is the last entry. Lists may be empty.
 
     Args:
         chunks: The bytes of the file; closed at the end.
@@ -111,14 +111,11 @@ async def parsed(
     try:
         async with aclosing(chunks):
             async for data in chunks:
-                entries = await thread.call(parser.parse, data)
-                if entries:
-                    yield entries
+                yield await thread.call(parser.parse, data)
                 while parser.has_more:
                     yield await thread.call(parser.parse, b"")
         entries = await thread.call(parser.finish)
     except Exception as error:
         entries = [Entry(None, after, parser.path, 0)]
         entries[0].error = error
-    if entries:
-        yield entries
+    yield entries
