@@ -16,6 +16,7 @@ from aioloader.device import Transfer, pin_batch
 from aioloader.engine.cached import KeepInMemory, KeepOnDisk, LookUp, PlacedNode
 from aioloader.engine.combine import HeadNode, InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.located import CursorSource
+from aioloader.engine.many_step import ManyStep
 from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.own_process import OwnProcessNode, Serving
@@ -71,12 +72,14 @@ class Single:
         sampler: Gives the keys of an epoch instead of 0, 1, 2, ...
         name: In statistics; None: that of the user's object.
         keys: `data` gives keys, or the keys of batches.
+        tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
     """
 
     data: Indexable | Stream
     sampler: Stream | None = None
     name: str | None = None
     keys: bool = False
+    tells_epoch: bool = False
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""
@@ -416,14 +419,22 @@ class _Builder:
             name = source.name or f"source({source_name(data.make)})"
             # Behind a cache it is no surprise: what is not kept is read again in every epoch.
             warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
-            source_node = StreamSource(data.make, call=data.call, name=name, keys=source.keys, warns=warns)
+            source_node = StreamSource(
+                data.make, call=data.call, name=name, keys=source.keys, warns=warns, tells_epoch=source.tells_epoch
+            )
             return source_node, _Journey(), stages
         if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
             return self._batches_of(data, stages, at)
         journey = _Journey(keyed=True)
         name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
-            load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
+            load = Map(
+                data.load,
+                data.is_async,
+                name=f"{type(data.data).__name__}[...]",
+                flexible=True,
+                many=data.data.__getitems__ if data.loads_many else None,
+            )
             journey.add(load, self._seed())
         if source.sampler is not None:
             if not self._dry:
@@ -627,8 +638,14 @@ def _steps(
             together.clear()
             their_seeds.clear()
 
-    for stage, seed in zip(stages, seeds, strict=True):
-        if isinstance(stage, Cache):
+    for at, (stage, seed) in enumerate(zip(stages, seeds, strict=True)):
+        if isinstance(stage, Map) and stage.many is not None:
+            width = _width_beside(stage, stages[at + 1 :])
+            call = Call(stage.fn, False, stage.label, seed)
+            steps.append(
+                ManyStep(call, stage.many, width if limit is None else min(width, limit), elastic=limit is None)
+            )
+        elif isinstance(stage, Cache):
             cross()
             keep = _keep(stage, limit, keyed=keyed)
             for step in steps:
@@ -646,6 +663,13 @@ def _steps(
             their_seeds.append(seed)
     cross()
     return [LookUp(keeps, placed=not keyed), *steps] if keeps else steps
+
+
+def _width_beside(load: Map, following: Sequence[Map | Filter | Cache]) -> int:
+    """As many loads side by side as of what follows in threads, or the usual number."""
+    stage = following[0] if following else None
+    beside = isinstance(stage, Map) and not (stage.is_async or stage.flexible) and stage.executor is None
+    return stage.width if beside and stage is not None else load.width
 
 
 def _keep(stage: Cache, limit: int | None, *, keyed: bool) -> KeepInMemory | KeepOnDisk:
