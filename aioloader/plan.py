@@ -31,11 +31,12 @@ from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
 from aioloader.memory.pool import BatchMemory
 from aioloader.sources.drawn import keys_of
+from aioloader.sources.files import Files
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
-from aioloader.stages.cache import Cache, with_copies
+from aioloader.stages.cache import COPY, Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf, FreshGroup
@@ -451,7 +452,7 @@ class _Builder:
         order_stages = []
         for at, stage in enumerate(stages):
             if isinstance(stage, Map):
-                journey.add(stage, self._seed())
+                journey.add(stage, None if stage is COPY else self._seed())
             elif isinstance(stage, Cache):
                 journey.add(stage)
             elif is_order_stage(stage):
@@ -505,7 +506,7 @@ class _Builder:
 
     def _add(self, node: Node, journey: _Journey, stage: Stage, *, loose: bool) -> tuple[Node, _Journey]:
         if isinstance(stage, Map | Filter):
-            journey.add(stage, self._seed())
+            journey.add(stage, None if stage is COPY else self._seed())
             return node, journey
         if isinstance(stage, To | PinMemory):
             journey.batches = True  # whatever it is made of, it is held as batches are
@@ -520,7 +521,7 @@ class _Builder:
         if isinstance(stage, Cache):
             placed = _Journey(are_batches)
             placed.add(stage)
-            return PlacedNode(node, stage.store, stage.pipeline), placed
+            return node if self._dry else PlacedNode(node, stage.store, stage.pipeline), placed
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
@@ -835,8 +836,12 @@ def in_front_of_cache(plan: Plan) -> str:
     """
     if isinstance(plan.source, Single) and isinstance(plan.source.data, Indexable) and _is_keyed(plan):
         data = plan.source.data
-        named = data.load is None and isinstance(data.data, list | tuple)
-        first = "samples by name" if named else f"samples by index of {source_name(data.data)}({data.length})"
+        if isinstance(data.data, Files):
+            first = f"samples by name of Files(read={data.data.read!r}, with_path={data.data.with_path})"
+        elif data.load is None and isinstance(data.data, list | tuple):
+            first = "samples by name"
+        else:
+            first = f"samples by index of {source_name(data.data)}({data.length})"
         return " > ".join([first, *(stage.label for stage in plan.stages if isinstance(stage, Map | Filter))])
     return " > ".join(["samples by position", *_in_order(plan)])
 
@@ -857,12 +862,12 @@ def _is_keyed(plan: Plan) -> bool:
 def _in_order(plan: Plan) -> list[str]:
     """`plan` in words, if its epochs are all the same."""
     if isinstance(plan.source, Combined):
-        if plan.source.how != "zip":
+        if plan.source.how not in ("zip", "interleave"):
             raise ValueError(
                 f"cache() behind {plan.source.how}() cannot tell samples apart: they come in another order in each "
                 f"epoch; put cache() into each of the pipelines that are combined"
             )
-        words = [f"zip({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
+        words = [f"{plan.source.how}({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
     else:
         if plan.source.sampler is not None:
             raise ValueError(

@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{rows} rows of {len(columns)} columns ({columns[0]}, ...) to tensors, {batch_rows} at a time",
                 [
                     Contender(BARE, partial(bare_loop, paths, columns, batch_rows), rows, limit=True),
-                    Contender("ParquetRows(batch_rows), for", lambda ours=ours: by_for(ours), rows),
-                    Contender("ParquetRows(batch_rows), async for", lambda ours=ours: by_async_for(ours), rows),
+                    Contender("ParquetRows(batch_rows), for", partial(by_for, ours), rows),
+                    Contender("ParquetRows(batch_rows), async for", partial(by_async_for, ours), rows),
                 ],
                 TARGETS,
             )
