@@ -70,7 +70,7 @@ class Pipeline(Loader):
             fetch = Map(source.fetch, True, source.concurrency, name=f"{kind}.fetch")
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
         elif not isinstance(source, Pipeline):
-            self._plan = Plan(Single(*_resolve(source, sampler)))
+            self._plan = Plan(Single(*_resolve(source, sampler), tells_epoch=True))
         elif sampler is None:
             self._plan = source._plan
         else:

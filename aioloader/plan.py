@@ -16,6 +16,7 @@ from aioloader.device import Transfer, pin_batch
 from aioloader.engine.cached import KeepInMemory, KeepOnDisk, LookUp, PlacedNode
 from aioloader.engine.combine import HeadNode, InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.located import CursorSource
+from aioloader.engine.many_step import ManyStep
 from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.own_process import OwnProcessNode, Serving
@@ -30,11 +31,12 @@ from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
 from aioloader.memory.pool import BatchMemory
 from aioloader.sources.drawn import keys_of
+from aioloader.sources.files import Files
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage, UnknownLengthError
 from aioloader.stages.batch import Batch, CollateWith, Group, Unbatch
-from aioloader.stages.cache import Cache, with_copies
+from aioloader.stages.cache import COPY, Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf, FreshGroup
@@ -71,12 +73,14 @@ class Single:
         sampler: Gives the keys of an epoch instead of 0, 1, 2, ...
         name: In statistics; None: that of the user's object.
         keys: `data` gives keys, or the keys of batches.
+        tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
     """
 
     data: Indexable | Stream
     sampler: Stream | None = None
     name: str | None = None
     keys: bool = False
+    tells_epoch: bool = False
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""
@@ -416,9 +420,14 @@ class _Builder:
             name = source.name or f"source({source_name(data.make)})"
             # Behind a cache it is no surprise: what is not kept is read again in every epoch.
             warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
-            unknown = data.call and not source.keys
             source_node = StreamSource(
-                data.make, call=data.call, name=name, keys=source.keys, warns=warns, unknown=unknown
+                data.make,
+                call=data.call,
+                name=name,
+                keys=source.keys,
+                warns=warns,
+                unknown=data.call and not source.keys,
+                tells_epoch=source.tells_epoch,
             )
             return source_node, _Journey(), stages
         if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
@@ -426,7 +435,13 @@ class _Builder:
         journey = _Journey(keyed=True)
         name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
-            load = Map(data.load, data.is_async, name=f"{type(data.data).__name__}[...]", flexible=True)
+            load = Map(
+                data.load,
+                data.is_async,
+                name=f"{type(data.data).__name__}[...]",
+                flexible=True,
+                many=data.data.__getitems__ if data.loads_many else None,
+            )
             journey.add(load, self._seed())
         if source.sampler is not None:
             if not self._dry:
@@ -443,7 +458,7 @@ class _Builder:
         order_stages = []
         for at, stage in enumerate(stages):
             if isinstance(stage, Map):
-                journey.add(stage, self._seed())
+                journey.add(stage, None if stage is COPY else self._seed())
             elif isinstance(stage, Cache):
                 journey.add(stage)
             elif is_order_stage(stage):
@@ -497,7 +512,7 @@ class _Builder:
 
     def _add(self, node: Node, journey: _Journey, stage: Stage, *, loose: bool) -> tuple[Node, _Journey]:
         if isinstance(stage, Map | Filter):
-            journey.add(stage, self._seed())
+            journey.add(stage, None if stage is COPY else self._seed())
             return node, journey
         if isinstance(stage, To | PinMemory):
             journey.batches = True  # whatever it is made of, it is held as batches are
@@ -512,7 +527,7 @@ class _Builder:
         if isinstance(stage, Cache):
             placed = _Journey(are_batches)
             placed.add(stage)
-            return PlacedNode(node, stage.store, stage.pipeline), placed
+            return node if self._dry else PlacedNode(node, stage.store, stage.pipeline), placed
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), _Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
@@ -630,8 +645,14 @@ def _steps(
             together.clear()
             their_seeds.clear()
 
-    for stage, seed in zip(stages, seeds, strict=True):
-        if isinstance(stage, Cache):
+    for at, (stage, seed) in enumerate(zip(stages, seeds, strict=True)):
+        if isinstance(stage, Map) and stage.many is not None:
+            width = _width_beside(stage, stages[at + 1 :])
+            call = Call(stage.fn, False, stage.label, seed)
+            steps.append(
+                ManyStep(call, stage.many, width if limit is None else min(width, limit), elastic=limit is None)
+            )
+        elif isinstance(stage, Cache):
             cross()
             keep = _keep(stage, limit, keyed=keyed)
             for step in steps:
@@ -649,6 +670,13 @@ def _steps(
             their_seeds.append(seed)
     cross()
     return [LookUp(keeps, placed=not keyed), *steps] if keeps else steps
+
+
+def _width_beside(load: Map, following: Sequence[Map | Filter | Cache]) -> int:
+    """As many loads side by side as of what follows in threads, or the usual number."""
+    stage = following[0] if following else None
+    beside = isinstance(stage, Map) and not (stage.is_async or stage.flexible) and stage.executor is None
+    return stage.width if beside and stage is not None else load.width
 
 
 def _keep(stage: Cache, limit: int | None, *, keyed: bool) -> KeepInMemory | KeepOnDisk:
@@ -800,8 +828,12 @@ def in_front_of_cache(plan: Plan) -> str:
     """
     if isinstance(plan.source, Single) and isinstance(plan.source.data, Indexable) and _is_keyed(plan):
         data = plan.source.data
-        named = data.load is None and isinstance(data.data, list | tuple)
-        first = "samples by name" if named else f"samples by index of {source_name(data.data)}({data.length})"
+        if isinstance(data.data, Files):
+            first = f"samples by name of Files(read={data.data.read!r}, with_path={data.data.with_path})"
+        elif data.load is None and isinstance(data.data, list | tuple):
+            first = "samples by name"
+        else:
+            first = f"samples by index of {source_name(data.data)}({data.length})"
         return " > ".join([first, *(stage.label for stage in plan.stages if isinstance(stage, Map | Filter))])
     return " > ".join(["samples by position", *_in_order(plan)])
 
@@ -822,12 +854,12 @@ def _is_keyed(plan: Plan) -> bool:
 def _in_order(plan: Plan) -> list[str]:
     """`plan` in words, if its epochs are all the same."""
     if isinstance(plan.source, Combined):
-        if plan.source.how != "zip":
+        if plan.source.how not in ("zip", "interleave"):
             raise ValueError(
                 f"cache() behind {plan.source.how}() cannot tell samples apart: they come in another order in each "
                 f"epoch; put cache() into each of the pipelines that are combined"
             )
-        words = [f"zip({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
+        words = [f"{plan.source.how}({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
     else:
         if plan.source.sampler is not None:
             raise ValueError(

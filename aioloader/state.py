@@ -16,6 +16,7 @@ from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch, Unbatch
+from aioloader.stages.cache import Cache
 from aioloader.stages.checks import callable_name
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
@@ -189,7 +190,7 @@ def shape_of(plan: Plan) -> Shape:
     for number, stage in enumerate(plan.stages):
         if number in of_all and isinstance(stage, Batch):
             stages.append({"stage": "batch", "global_batch": of_all[number], "drop_last": stage.drop_last})
-        elif not isinstance(stage, To | PinMemory | OwnProcess):
+        elif not isinstance(stage, To | PinMemory | OwnProcess | Cache):
             stages.append(_stage(stage))
     return [_source(plan.source), *stages]
 

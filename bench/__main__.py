@@ -12,6 +12,8 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "sources_lines": ["--quick"],
     "sources_objects": ["--quick"],
     "sources_tar": ["--quick"],
+    "sources_parquet": ["--quick"],
+    "cache": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioloader import BrokenDataError, Pipeline
+from aioloader import BrokenDataError, Pipeline, sample_rng
 from aioloader.cache import disk as disk_cache
 from aioloader.cache.samples import copied, kept, size_of
 from aioloader.sources import Lines
@@ -444,8 +444,8 @@ def test_cursors_pass_through(cached: Cached, keyed: bool) -> None:
         if cursor is not None:
             build = pipeline._build
 
-            def resumed(epoch: int) -> Any:
-                window = build(epoch)
+            def resumed(*args: Any, **how: Any) -> Any:
+                window = build(*args, **how)
                 window.resume(json.loads(json.dumps(cursor)))
                 return window
 
@@ -796,3 +796,66 @@ def test_the_stage_is_shown_as_it_was_written(tmp_path: Path) -> None:
     stage = Pipeline(range(3)).cache(disk=tmp_path / "c")._plan.stages[0]
     assert isinstance(stage, Cache)
     assert stage.label == f"cache(disk={str(tmp_path / 'c')!r})"
+
+
+@on_both_faces
+def test_a_state_goes_on_in_a_pipeline_with_a_cache(cached: Cached, face: Face) -> None:
+    """From the middle of an epoch: empty, full, or not there at all, the cache makes no difference."""
+    for source in (list(range(20)), Stream(20)):
+        keyed = isinstance(source, list)
+
+        def stages(pipeline: Pipeline, keyed: bool = keyed) -> Pipeline:
+            return (pipeline.shuffle(seed=1) if keyed else pipeline).map(lambda n: torch.tensor([n]))
+
+        loader = cached(stages(Pipeline(source))).batch(3)
+        expected = first_values([torch.cat(collect(loader, face)[3:])])
+        loader.set_epoch(0)
+        with Steps(loader, face) as steps:
+            done = [steps.next() for _ in range(3)]
+            state = json.loads(json.dumps(loader.state_dict()))
+        loader.close()
+        for other in (loader, cached(stages(Pipeline(source))).batch(3)):
+            other.load_state_dict(state)
+            rest = collect(other, face)
+            assert sorted(torch.cat(done + rest).flatten().tolist()) == list(range(20))
+            assert first_values(rest[:1]) == expected
+
+
+def test_files_are_known_by_their_paths(tmp_path: Path) -> None:
+    """One that is added later is read, the others are not read again."""
+    from aioloader.sources import Files
+
+    for name in "ac":
+        (tmp_path / name).write_text(name)
+    decode = Calls(lambda content: bytes(content).decode())
+
+    def loader() -> Pipeline:
+        return Pipeline(Files([tmp_path / name for name in "abc" if (tmp_path / name).exists()])).map(decode)
+
+    assert collect(loader().cache(disk=tmp_path / "cache"), "for") == ["a", "c"]
+    decode.take()
+    (tmp_path / "b").write_text("b")
+    again = loader().cache(disk=tmp_path / "cache")
+    assert collect(again, "for") == ["a", "b", "c"]
+    assert [bytes(content) for content in decode.take()] == [b"b"]
+
+
+def test_a_fixed_turn_is_an_order(cached: Cached) -> None:
+    """`interleave` and `zip` give the same samples in each epoch."""
+    first, second = Stream(3), Stream(3)
+    loader = cached(Pipeline.interleave(first, second)).batch(2, collate_fn=list)
+    for _ in range(2):
+        assert collect(loader, "for") == [[0, 0], [1, 1], [2, 2]]
+    assert (first.opened, second.opened) == (1, 1)
+
+
+def test_a_cache_changes_no_random_numbers_behind_it(cached: Cached) -> None:
+    """Those of a sample depend on the stage that draws them, and the cache is none of these."""
+
+    def augment(n: float) -> float:
+        return n + sample_rng().random().random()
+
+    plain = Pipeline(range(5)).with_seed(3).map(float)
+    loader, expected = cached(plain).map(augment), plain.map(augment)
+    for _ in range(2):
+        assert collect(loader, "for") == collect(expected, "for")

@@ -20,3 +20,12 @@ def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.split()
     assert said[:2] == ["mean", "reward"]
     assert float(said[5]) > float(said[2])
+
+
+def test_huggingface_trains_on_a_cached_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of a `datasets.Dataset`, decoded once and augmented in each epoch."""
+    pytest.importorskip("datasets")
+    example("huggingface")["main"](["--rows", "400", "--epochs", "30"])
+    said = capsys.readouterr().out.split()
+    assert float(said[1]) > 0.9
+    assert said[3] == said[5] == "400"

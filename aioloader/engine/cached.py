@@ -445,11 +445,11 @@ class PlacedNode(Node):
         """The number of the sample behind the cursor to go on at."""
         if self._resume_at is None:
             return
-        wanted = _hashable(self._resume_at)
+        wanted = _alike(self._resume_at)
         position = 0
         while (place := self._store.place(position)) is not None:
             position += 1
-            if _hashable(place.cursor) == wanted:
+            if _alike(place.cursor) == wanted:
                 self._position = position
                 return
         self._numbered = False
@@ -474,5 +474,8 @@ class PlacedNode(Node):
         self._upstream.close()
 
 
-def _hashable(cursor: Any) -> Any:
-    return tuple(map(_hashable, cursor)) if isinstance(cursor, list | tuple) else cursor
+def _alike(cursor: Any) -> Any:
+    """`cursor` as it is compared: across JSON, tuples become lists."""
+    if isinstance(cursor, dict):
+        return {key: _alike(value) for key, value in cursor.items()}
+    return tuple(map(_alike, cursor)) if isinstance(cursor, list | tuple) else cursor

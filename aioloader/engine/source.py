@@ -202,10 +202,19 @@ class StreamSource(_Pump):
         keys: Its samples are keys, or lists of the keys of a batch.
         warns: Say so when samples are read again only to be dropped.
         unknown: `make` may give a `CursorSource`.
+        tells_epoch: Call `set_epoch` of what is read, if it has one.
     """
 
     def __init__(
-        self, make: Any, *, call: bool, name: str, keys: bool = False, warns: bool = False, unknown: bool = False
+        self,
+        make: Any,
+        *,
+        call: bool,
+        name: str,
+        keys: bool = False,
+        warns: bool = False,
+        unknown: bool = False,
+        tells_epoch: bool = False,
     ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
         self._make = make
@@ -213,6 +222,7 @@ class StreamSource(_Pump):
         self._keys = keys
         self._warns = warns
         self._unknown = unknown
+        self._tells_epoch = tells_epoch
         self._resume_at: Any = None
 
     def resume(self, cursor: Any) -> None:
@@ -232,6 +242,8 @@ class StreamSource(_Pump):
         if isinstance(iterable, CursorSource):
             await self._pump_entries(iterable)
             return
+        if self._tells_epoch and callable(tell := getattr(iterable, "set_epoch", None)):
+            await self._run.in_thread(self._threads, tell, self._run.epoch)
         origin, since = split_cursor(self._resume_at)
         reader = await self._open(iterable, origin)
         del iterable

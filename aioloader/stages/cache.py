@@ -15,7 +15,7 @@ from aioloader.stages.select import Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 
-__all__ = ["Cache", "with_copies"]
+__all__ = ["COPY", "Cache", "with_copies"]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Map(Stage):
         initializer: Called in each of our threads with its number.
         thread_name: Of our threads.
         flexible: The concurrency is nobody's wish: beside another sync stage, it takes that one's.
+        many: The same as `fn` for a list of samples at once, where that may be cheaper.
         record_order: With `ordered=False`: a folder for the order in which results left.
         replay_order: With `ordered=False`: such a folder, whose order is taken.
     """
@@ -67,6 +68,7 @@ class Map(Stage):
     initializer: Callable[[int], None] | None = None
     thread_name: str = "aioloader-map"
     flexible: bool = False
+    many: Callable[[list[Any]], Any] | None = None
     record_order: Path | None = None
     replay_order: Path | None = None
 

@@ -1,0 +1,95 @@
+"""A second epoch from a cache against the same samples in a list: `python -m bench.cache`.
+
+Both go through the same shuffle and batch stage, which copies each sample once, into its batch. In memory the aim
+is at most 1.2 times the time of the list. The cache on disk is shown beside it: its files are in the memory of the
+system by then, so what is measured is reading, checking and unpickling.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from aioloader import Pipeline
+from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, by_async_for, by_for, parser_for, pick
+
+LIST: Final = "a list of the same tensors"
+MEMORY: Final = "cache(memory_bytes), for"
+MEMORY_ASYNC: Final = "cache(memory_bytes), async for"
+MAPPED: Final = "cache(memory_bytes) and a map behind it"
+DISK: Final = "cache(disk), for"
+TARGETS: Final = [Target(ours, "time", LIST, 1.2) for ours in (MEMORY, MEMORY_ASYNC)]
+
+
+class Fetch:
+    """Stands for a request: an async function that gives a new tensor."""
+
+    def __init__(self, numbers: int) -> None:
+        self._numbers = numbers
+
+    async def __call__(self, key: int) -> Tensor:
+        return torch.full((self._numbers,), float(key))
+
+
+def filled(pipeline: Pipeline) -> Pipeline:
+    """`pipeline` after a first epoch."""
+    for _ in pipeline:
+        pass
+    return pipeline
+
+
+def from_list(samples: int, numbers: int, batch: int) -> Epoch:
+    data = [torch.full((numbers,), float(key)) for key in range(samples)]
+    return by_for(Pipeline(data).shuffle(seed=0).batch(batch))
+
+
+def cached(samples: int, numbers: int, folder: str | None) -> Pipeline:
+    pipeline = Pipeline(range(samples)).shuffle(seed=0).map(Fetch(numbers), concurrency=64)
+    return pipeline.cache(memory_bytes=8 << 30) if folder is None else pipeline.cache(disk=folder)
+
+
+def from_memory(samples: int, numbers: int, batch: int, *, by_async: bool = False, mapped: bool = False) -> Epoch:
+    pipeline = cached(samples, numbers, None)
+    if mapped:
+        pipeline = pipeline.map(Tensor.neg_)
+    pipeline = filled(pipeline.batch(batch))
+    return by_async_for(pipeline) if by_async else by_for(pipeline)
+
+
+def from_disk(samples: int, numbers: int, batch: int, folder: str) -> Epoch:
+    return by_for(filled(cached(samples, numbers, folder).batch(batch)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = parser_for(__doc__)
+    options = parser.parse_args(arguments)
+    megabytes = pick(options, full=512, quick=256, smallest=1)
+    report = Report("cache", options)
+    for kib, batch in ((4, 256), (64, 64), (588, 64)):  # 588 KiB: 3×224×224 float32
+        numbers = kib * 256
+        samples = max(batch, min(40_000, megabytes * 1024 // kib) // batch * batch)
+        with tempfile.TemporaryDirectory() as folder:
+            sizes = (samples, numbers, batch)
+            report.compare(
+                f"{samples} samples of {kib} KiB, shuffled, in batches of {batch}",
+                [
+                    Contender(LIST, partial(from_list, *sizes), samples, limit=True),
+                    Contender(MEMORY, partial(from_memory, *sizes), samples),
+                    Contender(MEMORY_ASYNC, partial(from_memory, *sizes, by_async=True), samples),
+                    Contender(MAPPED, partial(from_memory, *sizes, mapped=True), samples),
+                    Contender(DISK, partial(from_disk, *sizes, str(Path(folder) / "cache")), samples),
+                ],
+                TARGETS,
+                unit=MB_PER_SECOND(kib * 1024),
+            )
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
