@@ -8,6 +8,7 @@ from typing import Final
 
 SCRIPTS: Final[dict[str, list[str]]] = {
     "overhead": ["--quick"],
+    "endless": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

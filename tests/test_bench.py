@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as all_benches
-from bench import overhead
+from bench import endless, overhead
 
 
 def test_overhead_prints_a_table_and_a_line_of_json_per_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +30,17 @@ def test_an_epoch_that_loses_samples_is_no_figure() -> None:
     """A contender that gives fewer samples would look fast."""
     with pytest.raises(RuntimeError, match="an epoch must give 512 samples, got 0"):
         overhead.measure({overhead.BARE: lambda: 0}, 512, 1)
+
+
+def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """The lead is bounded by rooms, not by the number of samples; the rest is not judged here."""
+    assert endless.main(["--batches", "20"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["samples"] == 20 * endless.BATCH
+        rooms = 2 * endless.CONCURRENCY + 4 * endless.BATCH + 256 + 8 + 2 * endless.MERGED
+        assert row["ahead"] <= rooms
 
 
 def test_every_script_is_run_by_python_m_bench() -> None:
