@@ -6,19 +6,18 @@ ahead, `TURNS` times for each batch. Told are how far ahead they were at most, a
 and in the end. What would have been held without a bound is the size of all samples.
 """
 
-import argparse
 import asyncio
 import gc
-import json
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 import psutil
 
 from aioloader import Pipeline
 from aioloader.sources import Channel
+from bench._harness import Report, Target, parser_for, pick
 
 SAMPLE_BYTES: Final = 16 << 10
 BATCH: Final = 64
@@ -32,7 +31,6 @@ class Row:
     """What one source gave.
 
     Attributes:
-        what: The source.
         samples: That were delivered.
         ahead: The most samples that were made and not delivered at any time.
         mib_first: Memory of the process after a tenth of the samples.
@@ -40,7 +38,6 @@ class Row:
         mib_all: Of all samples together.
     """
 
-    what: str
     samples: int
     ahead: int
     mib_first: float
@@ -48,9 +45,9 @@ class Row:
     mib_all: float
 
     @property
-    def growth(self) -> float:
-        """MiB since the first tenth, for each GiB of samples since then."""
-        return (self.mib_last - self.mib_first) / max(1e-9, 0.9 * self.mib_all / 1024)
+    def kept(self) -> float:
+        """How much memory has grown since the first tenth, as a part of the samples that came since then."""
+        return max(0.0, self.mib_last - self.mib_first) / (0.9 * self.mib_all)
 
 
 class Made:
@@ -80,7 +77,7 @@ def _memory() -> float:
     return float(psutil.Process().memory_info().rss) / (1 << 20)
 
 
-async def _consume(what: str, made: Made, source: Any, batches: int) -> Row:
+async def _consume(made: Made, source: Any, batches: int) -> Row:
     loader = Pipeline(source).map(_fetch, concurrency=CONCURRENCY).batch(BATCH, collate_fn=len)
     samples = ahead = count = 0
     first = 0.0
@@ -95,13 +92,13 @@ async def _consume(what: str, made: Made, source: Any, batches: int) -> Row:
                 first = _memory()
             if count == batches:
                 break
-    return Row(what, samples, ahead, first, _memory(), samples * SAMPLE_BYTES / (1 << 20))
+    return Row(samples, ahead, first, _memory(), samples * SAMPLE_BYTES / (1 << 20))
 
 
 async def from_generator(batches: int) -> Row:
     """One async generator."""
     made = Made()
-    return await _consume("an async generator", made, lambda: _endless(made), batches)
+    return await _consume(made, lambda: _endless(made), batches)
 
 
 async def from_channel(batches: int) -> Row:
@@ -116,7 +113,7 @@ async def from_channel(batches: int) -> Row:
     channel = Channel(maxsize=256)
     tasks = [asyncio.create_task(produce(channel.sender())) for _ in range(8)]
     try:
-        return await _consume("a Channel, eight tasks", made, channel, batches)
+        return await _consume(made, channel, batches)
     finally:
         for task in tasks:
             task.cancel()
@@ -127,30 +124,32 @@ async def from_many(batches: int) -> Row:
     """Many generators, merged."""
     made = Made()
     source = Pipeline.merge(*((lambda: _endless(made)) for _ in range(MERGED)))
-    return await _consume(f"{MERGED} async generators, merged", made, source, batches)
+    return await _consume(made, source, batches)
+
+
+SOURCES: Final = {
+    "an async generator": from_generator,
+    "a Channel, eight tasks": from_channel,
+    f"{MERGED} async generators, merged": from_many,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="in a few seconds")
-    parser.add_argument("--batches", type=int, help="for each source")
-    options = parser.parse_args(arguments)
-    batches = options.batches or (300 if options.quick else 2000)
-    rows = [asyncio.run(measure(batches)) for measure in (from_generator, from_channel, from_many)]
-    print(f"batches of {BATCH} samples of {SAMPLE_BYTES >> 10} KiB, {CONCURRENCY} side by side\n")
-    print(
-        f"{'source':<34}{'samples':>9}{'ahead':>7}{'MiB first':>11}{'MiB last':>10}{'MiB per GiB':>13}{'all, MiB':>10}"
-    )
-    for row in rows:
-        print(
-            f"{row.what:<34}{row.samples:>9}{row.ahead:>7}{row.mib_first:>11.1f}{row.mib_last:>10.1f}"
-            f"{row.growth:>13.2f}{row.mib_all:>10.0f}"
-        )
-    print()
-    for row in rows:
-        print(json.dumps({"bench": "endless", **asdict(row), "mib_per_gib": round(row.growth, 3)}))
-    return 0
+    options = parser_for(__doc__).parse_args(arguments)
+    batches = pick(options, full=2000, quick=300, smallest=20)
+    report = Report("endless", options)
+    for name, measure in SOURCES.items():
+        if options.only and not any(text in name for text in options.only):
+            continue
+        row = asyncio.run(measure(batches))
+        report.figure(f"{name}, ahead of the consumer", row.ahead, "samples at most", samples=row.samples)
+        report.figure(f"{name}, memory after a tenth", row.mib_first, "MiB")
+        report.figure(f"{name}, memory in the end", row.mib_last, "MiB", mib_of_all_samples=row.mib_all)
+        phrase = "{ours}: {value} of what came since the first tenth is still there; at most {reach}"
+        report.judge(Target(name, "memory", "all samples", 0.02), row.kept, phrase)
+        report.note("")
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -335,5 +335,6 @@ def test_a_failure_is_the_last_entry() -> None:
     node = InterleaveNode([Failing(), _Slow([1, 2], itertools.repeat(9))])
     (only,) = node.poll(5)
     assert only.state == LAST
+    assert only.cursor == ((0, None), 0, ())  # it has its turn again
     assert node.ended
     assert node.poll(5) == []
