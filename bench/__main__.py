@@ -14,6 +14,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "sources_tar": ["--quick"],
     "sources_parquet": ["--quick"],
     "cache": ["--quick"],
+    "endless": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

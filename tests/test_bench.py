@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as all_benches
-from bench import overhead, state
+from bench import endless, overhead, state
 
 
 def test_overhead_prints_a_table_and_a_line_of_json_per_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +39,18 @@ def test_state_shows_calls_beside_batches(capsys: pytest.CaptureFixture[str]) ->
     assert {row["what"] for row in rows} >= {"aioloader, 0 workers", "torch, 0 workers"}
     assert all(row["us_per_batch"] > 0 for row in rows)
     assert next(row["state_bytes"] for row in rows if row["what"].startswith("aioloader")) > 0
+
+
+def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """The lead is bounded by rooms, not by the number of samples; memory is not judged here."""
+    assert endless.main(["--smallest"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    ahead = [row for row in rows if row.get("unit") == "samples at most"]
+    assert len(ahead) == len(endless.SOURCES)
+    for row in ahead:
+        assert row["samples"] == 20 * endless.BATCH
+        rooms = 2 * endless.CONCURRENCY + 4 * endless.BATCH + 256 + 8 + 2 * endless.MERGED
+        assert row["median"] <= rooms
 
 
 def test_every_script_is_run_by_python_m_bench() -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -49,8 +50,11 @@ def test_samples_come_in_the_order_in_which_they_were_sent(face: Face) -> None:
 @on_both_faces
 def test_the_drop_in_takes_a_channel_as_an_iterable(face: Face) -> None:
     """`DataLoader(channel, batch_size=...)`, awaited like an async dataset."""
-    loader: DataLoader[Any] = DataLoader(filled(range(5)), batch_size=2)
-    assert [batch.tolist() for batch in collect(loader, face)] == [[0, 1], [2, 3], [4]]
+    for workers in (0, 2):
+        loader: DataLoader[Any] = DataLoader(filled(range(5)), batch_size=2, num_workers=workers)
+        assert [batch.tolist() for batch in collect(loader, face)] == [[0, 1], [2, 3], [4]]
+    with pytest.raises(ValueError, match="worker_type='process' is for sync datasets"):
+        DataLoader(Channel(1), batch_size=2, num_workers=1, worker_type="process")
 
 
 def test_a_task_sends_while_the_loader_reads_on_the_same_loop() -> None:
@@ -206,6 +210,32 @@ def test_a_sync_send_gives_up_after_its_time() -> None:
     channel = filled([0], maxsize=1, close=False)
     with pytest.raises(TimeoutError, match="no room for 0 s; the sample was not sent"):
         channel.sender_sync().send(1, timeout=0)
+    channel.close()
+    assert list(Pipeline(channel)) == [0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
+def test_ctrl_c_ends_a_sync_send() -> None:
+    """In the main thread, while it waits for room: it has not sent."""
+    channel = filled([0], maxsize=1, close=False)
+    over = threading.Event()
+
+    def press() -> None:
+        while not waits_for_room(channel):
+            over.wait(0.001)
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        while not over.wait(0.05):  # see `Child.finish`: it may have come just before the wait
+            signal.pthread_kill(main, signal.SIGURG)
+
+    pressing = Started(press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            channel.sender_sync().send(1)
+    finally:
+        over.set()
+        pressing.outcome()
     channel.close()
     assert list(Pipeline(channel)) == [0]
 
@@ -441,6 +471,33 @@ def test_what_the_thread_of_the_consumer_has_not_taken_goes_back(face: Face) -> 
 def any_loop() -> bool:
     """Whether a private loop is alive."""
     return any(thread.name == "aioloader-loop" for thread in threading.enumerate())
+
+
+@on_both_faces
+def test_a_dropped_iterator_gives_back_too(face: Face) -> None:
+    """`break` and nothing else: it comes back as soon as the iterator is gone."""
+    channel = filled(range(10))
+
+    def read() -> list[int]:
+        return [batch[0] for batch, _ in zip(Pipeline(channel).batch(1, collate_fn=list), range(2), strict=False)]
+
+    async def read_async() -> list[int]:
+        found = []
+        async for batch in Pipeline(channel).batch(1, collate_fn=list):
+            found.append(batch[0])
+            if len(found) == 2:
+                break
+        return found
+
+    async def main() -> list[int]:
+        found = read() if face == "for" else await read_async()
+        gc.collect()
+        left = 10 - len(found) - (face == "for")  # `zip` takes one more before it stops
+        await until(lambda: channel.qsize() == left)
+        return found
+
+    assert run(main) == [0, 1]
+    assert collect(Pipeline(channel), face) == list(range(3 if face == "for" else 2, 10))
 
 
 @on_both_faces

@@ -19,7 +19,7 @@ from aioloader.engine.node import Kick, Node, TimedFoldNode
 from aioloader.sources import Channel
 from aioloader.stages.batch import BatchFold
 from aioloader.testing import Gate
-from tests._support import Face, Steps, collect, on_both_faces, turns
+from tests._support import Face, Steps, collect, on_both_faces
 
 
 class StoppedClock:
@@ -567,15 +567,23 @@ def test_the_predicate_is_sync_and_takes_one_sample() -> None:
     )
 
 
-@pytest.mark.asyncio
-async def test_a_deadline_holds_on_a_real_clock() -> None:
-    """Once without the stopped clock, for the loop's own timers."""
+@on_both_faces
+def test_a_deadline_holds_on_a_real_clock(face: Face) -> None:
+    """Once without the stopped clock, for the loops' own timers."""
     channel = Channel(10)
-    iterator = aiter(Pipeline(channel).batch(10, max_wait=0.01, collate_fn=list))
-    channel.send_nowait(1)
-    assert await anext(iterator) == [1]
-    channel.send_nowait(2)
-    await turns(10)
-    channel.send_nowait(3)
-    assert await anext(iterator) == [2, 3]
-    await iterator.aclose()
+    with Steps(Pipeline(channel).batch(10, max_wait=0.01, collate_fn=list), face) as steps:
+        channel.send_nowait(1)
+        assert steps.next() == [1]
+        channel.send_nowait(2)
+        channel.send_nowait(3)
+        assert steps.next() == [2, 3]
+        channel.close()
+        assert steps.rest() == []
+
+
+@on_both_faces
+def test_what_a_filter_leaves_out_is_counted(face: Face) -> None:
+    """In the same column as `drop_if`."""
+    loader = Pipeline(range(10)).filter(lambda sample: sample % 3 == 0)
+    assert collect(loader, face) == [0, 3, 6, 9]
+    assert loader.stats().stages[-1].dropped == 6

@@ -303,6 +303,21 @@ def test_merge_takes_from_who_has_something(face: Face) -> None:
         assert steps.rest() == [-1]
 
 
+@on_both_faces
+def test_merge_of_many_reads_a_share_of_each_ahead(face: Face) -> None:
+    """What 50 endless generators are ahead together is what one would be, and one sample each."""
+    sources = [RecordingSource(itertools.count()) for _ in range(50)]
+    loader = Pipeline.merge(*sources).batch(4, collate_fn=list).prefetch(2)
+    with Steps(loader, face) as steps:
+        for count in range(1, 40):
+            steps.next()
+            if count % 10 == 1:
+                for _ in range(3):
+                    steps.settle(sources[0].events[0].loop)
+            read = sum(source.started for source in sources)
+            assert read <= 4 * (count + 2 + 1) + 2 * 50
+
+
 def test_a_failure_is_the_last_entry() -> None:
     """What the node itself gives when one of its sources has failed."""
 
@@ -320,5 +335,6 @@ def test_a_failure_is_the_last_entry() -> None:
     node = InterleaveNode([Failing(), _Slow([1, 2], itertools.repeat(9))])
     (only,) = node.poll(5)
     assert only.state == LAST
+    assert only.cursor == ((0, None), 0, ())  # it has its turn again
     assert node.ended
     assert node.poll(5) == []

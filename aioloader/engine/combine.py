@@ -55,13 +55,18 @@ class _Several(Node):
 
 
 class MergeNode(_Several):
-    """Entries of all upstreams, as they come. Cursor: that of each upstream; the realised order is not in it."""
+    """Entries of all upstreams, as they come. Cursor: that of each upstream; the realised order is not in it.
+
+    Each is asked for its share of what is wanted: what is read ahead is bounded by that, and not by it times the number
+    of upstreams.
+    """
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
         if self.ended:
             return taken
         upstreams = self._upstreams
+        share = -(-limit // max(1, sum(not upstream.ended for upstream in upstreams)))
         turn = self._position % len(upstreams)  # the first to be asked changes, so that a fast one starves nobody
         for index in (*range(turn, len(upstreams)), *range(turn)):
             if len(taken) == limit:
@@ -69,7 +74,7 @@ class MergeNode(_Several):
             upstream = upstreams[index]
             if upstream.ended:
                 continue
-            for entry in upstream.poll(limit - len(taken)):
+            for entry in upstream.poll(min(share, limit - len(taken))):
                 taken.append(self._emit(entry, index))
                 if entry.state == LAST:
                     return taken

@@ -70,6 +70,7 @@ class Channel(CursorSource):
         Raises:
             ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
         """
+        self._check_process()
         with self._lock:
             if self._put(sample):
                 return
@@ -90,6 +91,7 @@ class Channel(CursorSource):
             asyncio.QueueFull: There is none.
             ChannelClosedError: The channel is closed.
         """
+        self._check_process()
         with self._lock:
             if self._put(sample):
                 return
@@ -186,7 +188,6 @@ class Channel(CursorSource):
 
     def _put(self, sample: Any) -> bool:
         """Take `sample` in if there is room, and tell who waits for it. Under the lock."""
-        self._check_process()
         if self._closed:
             raise self._refusal()
         if len(self._samples) >= self._maxsize:
@@ -228,6 +229,7 @@ class Channel(CursorSource):
         _wake(readers)
 
     def _count_handle(self, change: int, error: Exception | None = None) -> None:
+        self._check_process()
         with self._lock:
             if self._handle_error is None:
                 self._handle_error = error
@@ -237,6 +239,7 @@ class Channel(CursorSource):
         self.close(self._handle_error)
 
     def _check_process(self) -> None:
+        """Before the lock is taken: in a forked child another thread of the parent may hold it for ever."""
         if self._process is not _process:
             raise RuntimeError(
                 "this Channel was made before a fork and belongs to the parent process: nobody would read what is sent "
@@ -266,6 +269,7 @@ class _Handle:
         self._close(None)
 
     def _close(self, error: Exception | None) -> None:
+        self._channel._check_process()
         with self._channel._lock:
             if not self._open:
                 return
@@ -315,6 +319,7 @@ class SyncSender(_Handle):
         if asyncio._get_running_loop() is not None:
             raise RuntimeError("send() of a sync sender blocks, and this thread runs an event loop; await channel.send")
         channel = self._channel
+        channel._check_process()
         with channel._lock:
             if channel._put(sample):
                 return
