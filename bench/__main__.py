@@ -8,6 +8,9 @@ from typing import Final
 
 SCRIPTS: Final[dict[str, list[str]]] = {
     "overhead": ["--quick"],
+    "processes": ["--quick"],
+    "memory_pss": ["--quick"],
+    "own_process": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""
