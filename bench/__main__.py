@@ -15,6 +15,9 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "sources_parquet": ["--quick"],
     "cache": ["--quick"],
     "endless": ["--quick"],
+    "processes": ["--quick"],
+    "memory_pss": ["--quick"],
+    "own_process": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

@@ -112,6 +112,29 @@ print(next(alive))
     assert not done.stderr
 
 
+def test_a_process_that_multiprocessing_has_spawned_has_workers(tmp_path: Path) -> None:
+    """As ranks of `torch.multiprocessing.spawn` are; the script's functions are those of `__mp_main__` there."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing
+from aioloader import Pipeline
+
+def triple(sample):
+    return 3 * sample
+
+def rank():
+    print(list(Pipeline(range(3)).map(triple, executor="process")))
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=rank)
+    process.start()
+    process.join()
+""")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90, check=False)
+    assert done.stdout == "[0, 3, 6]\n"
+    assert not done.stderr
+
+
 def test_without_cloudpickle_the_error_says_what_to_install() -> None:
     """Functions of importable modules go, a lambda does not."""
     script = """

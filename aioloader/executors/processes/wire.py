@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
@@ -66,6 +67,11 @@ def _pickler() -> Any:
     if can_pickle_by_value():
         import cloudpickle
 
+        main = sys.modules.get("__mp_main__")
+        if getattr(main, "__name__", None) == "__mp_main__":
+            # This process was spawned by multiprocessing, for instance by torch's `mp.spawn`: that is what the user's
+            # script is called here. cloudpickle knows the name `__main__` only.
+            cloudpickle.register_pickle_by_value(main)
         base = cloudpickle.Pickler
         otherwise = base.reducer_override
 
