@@ -320,10 +320,9 @@ class _Builder:
                 break
         else:
             rest = ()
-        source_node = KeySource(
-            self._order(data, order_stages), data.data if data.load is None else None, name, data.names
-        )
-        return source_node, journey, rest
+        values = data.data if data.load is None else None
+        key_source = KeySource(self._order(data, order_stages), values, name, data.names)
+        return key_source, journey, rest
 
     def _order(self, data: Indexable, stages: Sequence[Stage]) -> KeyOrder:
         if not self._dry:
