@@ -24,8 +24,8 @@ collated into at 6 GB/s and ours at 16, at 16 MiB at 0.9 and 8."""
 IDLE_ALLOCATIONS: Final = 64
 """A block that was free through so many allocations goes back to the system."""
 
-HUGE_PAGES_FROM: Final = 8 << 20
-"""From here on the sizes of blocks are multiples of 2 MiB, the huge pages of x86 and most of ARM."""
+HUGE_PAGES_FROM: Final = 4 << 20
+"""From here on blocks ask for huge pages, which on x86 and most of ARM are of 2 MiB."""
 
 
 class BatchMemory:

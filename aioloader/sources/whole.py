@@ -15,6 +15,8 @@ Read = Literal["bytes", "tensor"]
 
 _READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take CR LF for a line end
 
+_HAS_READV = hasattr(os, "readv")  # not on Windows
+
 
 def read_bytes(path: str) -> bytes:
     """The content of a file.
@@ -47,17 +49,19 @@ def read_tensor(path: str) -> torch.Tensor:
     fd = _open(path)
     try:
         size = os.fstat(fd).st_size
-        content = bytearray(size)
-        fits = _read_into(fd, memoryview(content), bytearray(1)) == size
+        content = torch.empty(size, dtype=torch.uint8, device="cpu")
+        # Not a bytearray, which may begin 16 bytes behind a multiple of 32: the kernel then copies at a third of the
+        # speed (measured on an EPYC); torch's memory begins at multiples of 64.
+        memory = writable(content) if size else memoryview(b"")
+        fits = _read_into(fd, memory, bytearray(1)) == size
     except OSError as error:
         raise _named(error, path) from None
     finally:
         os.close(fd)
     if not fits:  # it changes meanwhile
-        content = bytearray(read_bytes(path))
-    if not content:
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    return torch.frombuffer(content, dtype=torch.uint8)
+        changed = bytearray(read_bytes(path))
+        return torch.frombuffer(changed, dtype=torch.uint8) if changed else torch.empty(0, dtype=torch.uint8)
+    return content
 
 
 def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
@@ -80,40 +84,42 @@ def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
     batch = alloc((len(paths), size), torch.uint8)
     memory = writable(batch) if size else memoryview(b"")
     beyond = bytearray(1)
-    for number, path in enumerate(paths):
-        place = memory[number * size : (number + 1) * size]
+    begin = 0
+    for path in paths:
         fd = _open(path)
         try:
-            got = _read_into(fd, place, beyond)
+            got = _read_into(fd, memory[begin : begin + size], beyond)
             if got != size:
                 _differ(paths[0], size, path, max(got, os.fstat(fd).st_size))
         except OSError as error:
             raise _named(error, path) from None
         finally:
             os.close(fd)
+        begin += size
     return batch
 
 
 def _read_into(fd: int, place: memoryview, beyond: bytearray) -> int:
     """Fill `place` from the beginning of a file; how many bytes there were, one more than fit if there are more."""
-    if not hasattr(os, "readv"):  # Windows
-        content = os.read(fd, len(place) + 1)
-        if len(content) == len(place):
+    size = len(place)
+    if not _HAS_READV:
+        content = os.read(fd, size + 1)
+        if len(content) == size:
             place[:] = content
         return len(content)
-    got = total = os.readv(fd, (place, beyond) if len(place) else (beyond,))
-    while got and total < len(place):  # a signal, or a file system that gives less than there is
+    got = total = os.readv(fd, (place, beyond))
+    while got and total < size:  # a signal, or a file system that gives less than there is
         got = os.readv(fd, (place[total:], beyond))
         total += got
     return total
 
 
 def _size(path: str) -> int:
-    fd = _open(path)
     try:
-        return os.fstat(fd).st_size
-    finally:
-        os.close(fd)
+        return os.stat(path).st_size  # noqa: PTH116
+    except OSError as error:
+        _advise(error, path)
+        raise
 
 
 def _open(path: str) -> int:
