@@ -48,6 +48,7 @@ __all__ = [
     "Comparison",
     "Contender",
     "Epoch",
+    "Measure",
     "Report",
     "Target",
     "Tick",

@@ -26,7 +26,7 @@ import torch.utils.data
 from torch import Tensor
 
 from aioloader import DataLoader
-from bench.overhead import machine
+from bench._harness import machine
 
 BATCH: Final = 32
 WIDTH: Final = 16

@@ -1,44 +1,55 @@
 """The benchmarks run, in small; what they measure is nobody's assertion here."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import bench.__main__ as all_benches
-from bench import endless, overhead, state
+from bench import endless
+from bench._harness import Contender, Report, Target, parser_for
+from bench._measure import race
+
+SMALLEST = {"gpu": None}
+"""Scripts whose smallest run is another one than `--smallest`; None: it says why it cannot run, and ends."""
 
 
-def test_overhead_prints_a_table_and_a_line_of_json_per_row(capsys: pytest.CaptureFixture[str]) -> None:
-    """At its smallest size, each contender gives every sample."""
-    assert overhead.main(["--samples", "512", "--rounds", "1", "--workers", "0"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [row["what"] for row in rows] == [
-        "bare loop",
-        "aioloader, async for",
-        "aioloader, for",
-        "torch DataLoader, 0 workers",
-    ]
-    for row in rows:
-        assert row["samples"] == 512
-        assert row["us_low"] <= row["us_per_sample"] <= row["us_high"]
-        assert any(line.startswith(row["what"]) for line in lines)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", all_benches.SCRIPTS)
+def test_a_script_runs_at_its_smallest_size(script: str) -> None:
+    """Each contender gives every sample, each figure is a line of JSON, and a missed target is no failure."""
+    options = [] if script in SMALLEST else ["--smallest"]
+    command = [sys.executable, "-m", f"bench.{script}", *options]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if script not in SMALLEST:
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        assert rows
+        assert all(row["bench"] == script for row in rows)
 
 
 def test_an_epoch_that_loses_samples_is_no_figure() -> None:
     """A contender that gives fewer samples would look fast."""
-    with pytest.raises(RuntimeError, match="an epoch must give 512 samples, got 0"):
-        overhead.measure({overhead.BARE: lambda: 0}, 512, 1)
+    with pytest.raises(RuntimeError, match="cheat: an epoch must give 512 samples, got 0"):
+        race([Contender("cheat", lambda: lambda _: None, 512)], 1)
 
 
-def test_state_shows_calls_beside_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    """At its smallest size, without workers."""
-    assert state.main(["--smallest"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert {row["what"] for row in rows} >= {"aioloader, 0 workers", "torch, 0 workers"}
-    assert all(row["us_per_batch"] > 0 for row in rows)
-    assert next(row["state_bytes"] for row in rows if row["what"].startswith("aioloader")) > 0
+def test_targets_are_judged_by_the_ratios_within_a_round(capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice the seconds are half the speed; the verdict is told and is no exit status."""
+    report = Report("test", parser_for("test").parse_args(["--smallest"]))
+    slow = Contender("slow", lambda: lambda tick: tick(10) or 2.0, 10)
+    fast = Contender("fast", lambda: lambda tick: tick(10) or 1.0, 10)
+    report.compare("two", [slow, fast], [Target("fast", "speed", "slow", 2), Target("slow", "time", "fast", 1)])
+    assert report.finish() == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    verdicts = [(row["value"], row["reached"]) for row in rows if row["what"] == "target"]
+    assert verdicts == [(2.0, True), (2.0, False)]
+    page = all_benches.page_of({"test": out.splitlines(keepends=True)}, "A note.")
+    assert "- test: slow takes 2.00 of the time of fast; at most 1." in page
+    assert "A note." in page
 
 
 def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +66,6 @@ def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixtu
 
 def test_every_script_is_run_by_python_m_bench() -> None:
     """A new benchmark cannot be forgotten."""
-    folder = Path(overhead.__file__).parent
-    scripts = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__"}
+    folder = Path(all_benches.__file__).parent
+    scripts = {path.stem for path in folder.glob("[!_]*.py")}
     assert set(all_benches.SCRIPTS) == scripts
