@@ -16,7 +16,7 @@ def example(name: str) -> dict[str, Any]:
 
 def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
     """A channel fed by tasks: the policy gets better while they play."""
-    example("rollouts")["main"](["--updates", "60"])
+    example("rollouts")["main"](["--updates", "40"])
     said = capsys.readouterr().out.split()
     assert said[:2] == ["mean", "reward"]
     assert float(said[5]) > float(said[2])
