@@ -97,4 +97,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
     main()

@@ -1,10 +1,12 @@
 """The examples run, on small data, and do what they say."""
 
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -14,9 +16,18 @@ def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=f"examples_{name}")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of torch's own: on a machine that does other things too, they wait for each other for most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
     """A channel fed by tasks: the policy gets better while they play."""
-    example("rollouts")["main"](["--updates", "60"])
+    example("rollouts")["main"](["--updates", "40"])
     said = capsys.readouterr().out.split()
     assert said[:2] == ["mean", "reward"]
     assert float(said[5]) > float(said[2])

@@ -249,7 +249,8 @@ class SyncDelivery(Delivery):
         item = self._queue.get(timeout=timeout)
         if isinstance(item, _Ended):
             self._queue.put(item)  # for whoever asks next
-            self.run.drained()
+            if self.progress.batches - self.progress.batches_before >= self._put:  # else another thread has one in hand
+                self.run.drained()
             if self._own_loop is not None:
                 self._own_loop.join()
             if self.run.failure is not None and not self.closed:
