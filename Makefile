@@ -35,7 +35,7 @@ clean: ## remove the virtual environment and every cache
 
 # The stamps are made anew when a dependency may have changed. A running demo needs no test tools, hence two of them.
 $(VENV)/.installed-demo: EXTRAS := demo,progress,uvloop
-$(VENV)/.installed-dev: EXTRAS := dev
+$(VENV)/.installed-dev: EXTRAS := bench,dev
 $(VENV)/.installed-demo $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

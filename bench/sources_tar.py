@@ -28,7 +28,7 @@ TARGETS: Final = [Target(name, "speed", THEIRS, 1) for name in OURS]
 def write_shards(folder: Path, samples: int, image_bytes: int) -> list[str]:
     """Archives by webdataset's own writer."""
     import numpy
-    import webdataset  # type: ignore[import-untyped]
+    import webdataset
 
     paths = [str(folder / f"{image_bytes}-{number:03}.tar") for number in range(SHARDS)]
     noise = numpy.random.default_rng(0).bytes(image_bytes + samples)

@@ -9,7 +9,7 @@ import pytest
 
 import bench.__main__ as all_benches
 from bench import endless
-from bench._harness import Contender, Report, Target, parser_for
+from bench._harness import Contender, Epoch, Report, Target, Tick, parser_for
 from bench._measure import race
 
 SMALLEST = {"gpu": None}
@@ -39,8 +39,16 @@ def test_an_epoch_that_loses_samples_is_no_figure() -> None:
 def test_targets_are_judged_by_the_ratios_within_a_round(capsys: pytest.CaptureFixture[str]) -> None:
     """Twice the seconds are half the speed; the verdict is told and is no exit status."""
     report = Report("test", parser_for("test").parse_args(["--smallest"]))
-    slow = Contender("slow", lambda: lambda tick: tick(10) or 2.0, 10)
-    fast = Contender("fast", lambda: lambda tick: tick(10) or 1.0, 10)
+
+    def taking(seconds: float) -> Epoch:
+        def epoch(tick: Tick) -> float:
+            tick(10)
+            return seconds
+
+        return epoch
+
+    slow = Contender("slow", lambda: taking(2.0), 10)
+    fast = Contender("fast", lambda: taking(1.0), 10)
     report.compare("two", [slow, fast], [Target("fast", "speed", "slow", 2), Target("slow", "time", "fast", 1)])
     assert report.finish() == 0
     out = capsys.readouterr().out

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy
 import pytest
 import torch
-import webdataset  # type: ignore[import-untyped]
+import webdataset
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
