@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as all_benches
-from bench import overhead, state
+from bench import overhead
 
 
 def test_overhead_prints_a_table_and_a_line_of_json_per_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,15 +30,6 @@ def test_an_epoch_that_loses_samples_is_no_figure() -> None:
     """A contender that gives fewer samples would look fast."""
     with pytest.raises(RuntimeError, match="an epoch must give 512 samples, got 0"):
         overhead.measure({overhead.BARE: lambda: 0}, 512, 1)
-
-
-def test_state_shows_calls_beside_batches(capsys: pytest.CaptureFixture[str]) -> None:
-    """At its smallest size, without workers."""
-    assert state.main(["--smallest"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert {row["what"] for row in rows} >= {"aioloader, 0 workers", "torch, 0 workers"}
-    assert all(row["us_per_batch"] > 0 for row in rows)
-    assert next(row["state_bytes"] for row in rows if row["what"].startswith("aioloader")) > 0
 
 
 def test_every_script_is_run_by_python_m_bench() -> None:

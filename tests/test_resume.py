@@ -362,7 +362,6 @@ LOOSE: dict[str, Make] = {
     "ordered=False of a merge": lambda n: (
         Pipeline.merge(range(9), numbers).map(later, concurrency=n, ordered=False).batch(2)
     ),
-    "shard": lambda _: Pipeline.merge(range(9), numbers).shard(0, 1).batch(3),
 }
 
 

@@ -73,7 +73,7 @@ def test_a_state_that_lacks_something(key: str) -> None:
         ("pipeline", [], "stage 0 is a source"),
         ("random", [], "must be dict or None"),
         ("cursor", "3", "does not fit this loader, or is broken: an integer of at least 0 was expected, got '3'"),
-        ("cursor", 99, "an integer of at most 10 was expected, got 99"),
+        ("cursor", 99, "position 99 is behind the end of an order of 10 keys"),
         ("cursor", [3, 1], "was expected"),
         ("cursor", {"a": 1}, "was expected"),
         ("cursor", True, "was expected"),
