@@ -301,6 +301,7 @@ class _Builder:
         self._resumed = resumed
         self._drawn = drawn
         self._samplers = 0
+        self._place = ""  # within enclosing repeats, for names of samplers
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
@@ -330,7 +331,9 @@ class _Builder:
                 node, journey = self._own_process(inner, loose=loose)
             else:
                 assert isinstance(split, Repeat)
-                node = RepeatNode(lambda repetition: self._repetition(inner, repetition), split.times)
+                place = f"{self._place}{self._samplers}."
+                self._samplers += 1
+                node = RepeatNode(lambda repetition: self._repetition(inner, repetition, place), split.times)
                 journey = _Journey(loose=loose)
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
@@ -380,10 +383,12 @@ class _Builder:
         window = Window(node, steps, room=0)
         return window, _Journey(checks=[*journey.checks, (stage, steps[0])])
 
-    def _repetition(self, plan: Plan, repetition: int) -> Node:
-        resumed, self._resumed = self._resumed, False  # the first that is made; those after it begin
+    def _repetition(self, plan: Plan, repetition: int, place: str) -> Node:
         this_pass = self._pass.repeated(repetition)
-        builder = _Builder(this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=resumed)
+        builder = _Builder(
+            this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=self._resumed, drawn=self._drawn
+        )
+        builder._place = place
         return builder.closed(plan)
 
     def _own_process(self, plan: Plan, *, loose: bool) -> tuple[Node, _Journey]:
@@ -446,7 +451,12 @@ class _Builder:
         if source.sampler is not None:
             if not self._dry:
                 source.sampler.use()
-            how = {"resumed": self._resumed, "record": self._drawn, "name": f"drawn {self._samplers}"}
+            how = {
+                "resumed": self._resumed,
+                "record": self._drawn,
+                "name": f"drawn {self._place}{self._samplers}",
+                "repetitions": self._pass.repetitions,
+            }
             self._samplers += 1
             open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, how)
             node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from aioloader import DataLoader, Pipeline, ReplayWarning
 from aioloader.testing import Gate, assert_resumes_exactly
+from bench import state as state_bench
 from tests._support import Child, Face, Steps, collect, on_both_faces
 from tests.test_resume import later, numbers, pairs_of
 
@@ -27,11 +28,12 @@ def lists(batches: Any) -> list[Any]:
 
 def test_a_state_is_small_flat_and_readable() -> None:
     """What it says after two of four batches; JSON gives it back as it is."""
-    loader = pipeline().with_seed(0)
+    loader = pipeline()
     iterator = iter(loader)
     next(iterator)
     next(iterator)
     state = loader.state_dict()
+    assert state.pop("random").keys() == {"sample_seed"}  # drawn once, for `sample_rng`
     assert state == {
         "format": "aioloader",
         "version": 1,
@@ -45,9 +47,8 @@ def test_a_state_is_small_flat_and_readable() -> None:
             {"stage": "shuffle", "buffer_size": None, "seed": 3},
             {"stage": "batch", "batch_size": 3, "drop_last": False},
         ],
-        "random": None,
-        "left_out": [],
         "ranks": None,
+        "left_out": [],
     }
     assert json.loads(json.dumps(state)) == state
     loader.close()
@@ -385,3 +386,11 @@ def test_a_killed_process_is_continued_by_another(tmp_path: Any) -> None:
     assert sorted(seen) == list(range(60))
     loader = Pipeline(range(60)).shuffle(seed=1).shuffle(7).batch(4)
     assert torch.cat(list(loader)).tolist() == seen
+
+
+def test_the_benchmark_runs_in_small(capsys: pytest.CaptureFixture[str]) -> None:
+    """Calls beside batches; what they cost is nobody's assertion here."""
+    assert state_bench.main(["--smallest", "--only", "aioloader"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["what"] for row in rows][:2] == ["aioloader, 0 workers", "aioloader, 0 workers, asked"]
+    assert rows[2]["state_bytes"] > 0

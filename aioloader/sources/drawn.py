@@ -15,6 +15,7 @@ from torch.utils.data import (
 )
 
 from aioloader.engine.resumable import Origin, Redrawn, is_stateful
+from aioloader.seeds import derive_seed
 
 __all__ = [
     "Drawn",
@@ -49,6 +50,9 @@ class Drawn(Redrawn):
         record: Keeps what the epoch was drawn from, under `name`; the loader then sets the generators back itself.
             None: it becomes a part of each cursor, since the keys are asked for several times in an epoch.
         name: See `record`.
+        repetitions: Of the enclosing `repeat` stages. Those after the first do not draw from the global generator,
+            which the consumer may be using meanwhile: they go on from what the first one drew from. And the states of
+            generators are a part of each cursor, for they are others in each repetition.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Drawn(Redrawn):
         resumed: bool = False,
         record: dict[str, Any] | None = None,
         name: str = "drawn",
+        repetitions: tuple[int, ...] = (),
     ) -> None:
         self._open = open_keys
         self._generators = generators
@@ -67,6 +72,7 @@ class Drawn(Redrawn):
         self._resumed = resumed
         self._record = record
         self._name = name
+        self._repetitions = repetitions
         self.origin: Origin | None = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -90,17 +96,30 @@ class Drawn(Redrawn):
             for generator, state in zip(self._generators, drawn["generators"], strict=True):
                 generator.set_state(unpacked(state))
             known: str | None = drawn["global"]
+            if known is None and self._record is not None and self._uses_global:
+                known = self._recorded(self._record, None)
             return known
         now = packed(torch.get_rng_state()) if self._uses_global else None
         if self._record is not None:
-            if self._resumed and self._name in self._record:
-                known = self._record[self._name]
-                return known
-            if now is not None:
-                self._record[self._name] = now
-        elif self._uses_global or self._generators:
+            if self._repetitions and self._generators:
+                states = [packed(generator.get_state()) for generator in self._generators]
+                self.origin = {"at": 0, "drawn": {"global": None, "generators": states}}
+            return self._recorded(self._record, now)
+        if self._uses_global or self._generators:
             states = [packed(generator.get_state()) for generator in self._generators]
             self.origin = {"at": 0, "drawn": {"global": now, "generators": states}}
+        return None
+
+    def _recorded(self, record: dict[str, Any], now: str | None) -> str | None:
+        """As `_before`, with what the record knows; `now` is the state of the global generator, if it matters."""
+        first = record.get(self._name)
+        if any(self._repetitions) and first is not None:
+            again = torch.Generator().manual_seed(derive_seed(0, str(first), *self._repetitions))
+            return packed(again.get_state())
+        if self._resumed and first is not None:
+            return str(first)
+        if now is not None:
+            record[self._name] = now
         return None
 
 
