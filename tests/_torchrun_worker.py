@@ -39,7 +39,7 @@ def main() -> None:
     found["mesh"] = list(Pipeline(range(N)).shard(mesh=mesh["data"]))
     found["pair"] = list(Pipeline(range(N)).shard(mesh=(mesh, "data")))
     found["stream"] = list(Pipeline(lambda: iter(range(N))).map(abs).shard(even="drop"))
-    sampler: Any = DistributedSampler(range(N), shuffle=True, seed=2)
+    sampler: Any = DistributedSampler(range(N), shuffle=True, seed=2)  # type: ignore[arg-type]
     loader: Any = DataLoader(range(N), batch_size=4, sampler=sampler, num_workers=2)
     found["sampler"] = []
     for epoch in range(2):
