@@ -40,7 +40,7 @@ def main() -> None:
     found["pair"] = list(Pipeline(range(N)).shard(mesh=(mesh, "data")))
     found["stream"] = list(Pipeline(lambda: iter(range(N))).map(abs).shard(even="drop"))
     sampler: Any = DistributedSampler(range(N), shuffle=True, seed=2)  # type: ignore[arg-type]
-    loader: Any = DataLoader(range(N), batch_size=4, sampler=sampler, num_workers=2)  # type: ignore[arg-type]
+    loader: Any = DataLoader(range(N), batch_size=4, sampler=sampler, num_workers=2)
     found["sampler"] = []
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -50,7 +50,7 @@ def main() -> None:
     next(steps)
     state = json.loads(json.dumps(loader.state_dict()))
     found["rest"] = [batch.tolist() for batch in steps]
-    again: Any = DataLoader(range(N), batch_size=4, sampler=sampler, num_workers=0)  # type: ignore[arg-type]
+    again: Any = DataLoader(range(N), batch_size=4, sampler=sampler, num_workers=0)
     again.load_state_dict(state)
     again.set_epoch(state["epoch"])
     found["resumed"] = [batch.tolist() for batch in again]

@@ -985,3 +985,54 @@ def test_a_batch_of_a_rank_is_made_once_more() -> None:
         assert info is not None
         assert list(info.keys) == batch
     assert [loader.replay(number) for number in range(len(batches))] == batches
+
+
+FRONT: dict[str, Callable[[Pipeline], Pipeline]] = {
+    "map": lambda loader: loader.map(plus),
+    "filter": lambda loader: loader.filter(lambda number: number % 3 != 0),
+    "flat_map": lambda loader: loader.flat_map(lambda number: [number, number + 1000]),
+    "take": lambda loader: loader.take(40),
+    "skip": lambda loader: loader.skip(3),
+    "shuffle(5)": lambda loader: loader.shuffle(5, seed=4),
+    "repeat": lambda loader: loader.repeat(2),
+    "batch": lambda loader: loader.batch(3).unbatch().map(int),
+}
+BEHIND: dict[str, Callable[[Pipeline], Pipeline]] = {
+    "take": lambda loader: loader.take(5),
+    "skip": lambda loader: loader.skip(1),
+    "map": lambda loader: loader.map(list),
+    "batch": lambda loader: loader.batch(2, collate_fn=lambda batches: sum(batches, [])),  # noqa: RUF017
+}
+
+
+@settings(max_examples=25)
+@given(
+    front=st.lists(st.sampled_from(sorted(FRONT)), max_size=3),
+    behind=st.lists(st.sampled_from(sorted(BEHIND)), max_size=2),
+    stream=st.booleans(),
+    even=st.sampled_from(EVENS),
+    worlds=st.sampled_from([(1, 2), (2, 3), (3, 2), (3, 1), (2, 6), (6, 3), (3, 3)]),
+    at=st.integers(1, 6),
+)
+def test_any_pipeline_goes_on_with_other_ranks(
+    front: list[str], behind: list[str], stream: bool, even: Even, worlds: tuple[int, int], at: int
+) -> None:
+    """The steps of the first ranks and those of the others together are those of a run that was never stopped."""
+    before, after = worlds
+
+    def make(rank: int, world_size: int) -> Pipeline:
+        loader = Pipeline(iter_of(50) if stream else range(50))
+        for name in front:
+            loader = FRONT[name](loader)
+        loader = loader.shard(rank, world_size, even=even).batch(6 // world_size, collate_fn=list)
+        for name in behind:
+            loader = BEHIND[name](loader)
+        return loader
+
+    states: list[dict[str, Any]] = []
+    first, _ = steps_of(make, before, limit=at, states=states)
+    whole, _ = steps_of(make, after)
+    if len(first) < at or len(whole) <= at or not states:
+        return  # it was over by then
+    rest, _ = steps_of(going_on(make, states[-1]), after)
+    assert [sorted(sum(step, [])) for step in first + rest] == [sorted(sum(step, [])) for step in whole]  # noqa: RUF017
