@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["inline", "threads", "processes", "pipeline"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *product(KINDS, ["inline", "threads", "pipeline"]),
+        ("tensors", "processes"),
+        ("paths and bytes", "processes"),
+    ],
+)
 def test_batches_are_those_of_torch(folder: Path, kind: str, how: str) -> None:
     """The same structure, in the same order, however they are loaded."""
     files = Files(folder, **KINDS[kind])

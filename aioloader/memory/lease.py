@@ -74,7 +74,8 @@ def writable(tensor: torch.Tensor) -> memoryview:
 
     Without numpy, which torch can do without; and not by a ctypes array, of which each size would be a type of its own.
     """
-    return _view_of_memory(tensor.data_ptr(), tensor.numel() * tensor.itemsize, _WRITABLE)
+    view: memoryview = _view_of_memory(tensor.data_ptr(), tensor.numel() * tensor.itemsize, _WRITABLE)
+    return view
 
 
 _view_of_memory = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
