@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 
@@ -72,10 +72,16 @@ def tensor_over(lent: Lease, shape: Sequence[int], dtype: torch.dtype, offset: i
 def writable(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, to be read into; it must not outlive the tensor, which it does not keep.
 
-    Without numpy, which torch can do without.
+    Without numpy, which torch can do without; and not by a ctypes array, of which each size would be a type of its own.
     """
-    memory = _array_type(tensor.numel() * tensor.itemsize).from_address(tensor.data_ptr())
-    return memoryview(memory).cast("B")
+    view: memoryview = _view_of_memory(tensor.data_ptr(), tensor.numel() * tensor.itemsize, _WRITABLE)
+    return view
+
+
+_view_of_memory = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_WRITABLE: Final = 0x200  # PyBUF_WRITE
 
 
 @lru_cache(maxsize=64)

@@ -184,8 +184,8 @@ class _Folder:
             due = min((seen.due for seen in self._waiting.values()), default=None)
             now = monotonic()
             if due is None or due > now:
-                for path in self._growth.wait(None if due is None else due - now):
-                    self._touched(path)
+                for path, removed in self._growth.wait(None if due is None else due - now).items():
+                    self._touched(path, removed)
             self._look_again()
         taken = []
         for name in list(islice(self._complete, limit)):
@@ -210,7 +210,7 @@ class _Folder:
             if seen is not None and seen.size and seen.changed / 1e9 < clock - self._source.settle:
                 self._finish(name)
 
-    def _touched(self, path: str) -> None:
+    def _touched(self, path: str, removed: bool = False) -> None:
         if not path.startswith(f"{self._root}/"):
             if not os.path.isdir(self._root):  # noqa: PTH112
                 raise FileNotFoundError(
@@ -221,7 +221,10 @@ class _Folder:
             return
         if "\ufffd" in path:  # a name that is no UTF-8 is not told as it is
             path = os.path.dirname(path)  # noqa: PTH120
-        self._look(path[len(self._root) + 1 :], monotonic())
+        name = path[len(self._root) + 1 :]
+        if removed:
+            self._given.forget(name)  # what is there now is another file
+        self._look(name, monotonic())
 
     def _look(self, name: str, now: float) -> None:
         """Something happened to what has this name."""

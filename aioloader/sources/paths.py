@@ -52,7 +52,7 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
     return tuple(found)
 
 
-def files_in(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def files_in(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """The files in a folder and in the folders in it, in any order; without hidden ones, as globs go.
 
     Links are followed, but for those that lead back to where they are.
@@ -61,15 +61,17 @@ def files_in(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[s
         folder: Where to look.
         above: The folders that it is in, as device and number.
     """
+    status = os.stat(folder)  # noqa: PTH116
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
     with os.scandir(folder) as listing:
         entries = [entry for entry in listing if not entry.name.startswith(".")]
     for entry in entries:
-        if not entry.is_dir():
+        if entry.is_dir():
+            yield from files_in(entry.path, above | {identity})
+        else:
             yield entry.path
-            continue
-        status = os.stat(entry.path)  # noqa: PTH116
-        if (status.st_dev, status.st_ino) not in above:
-            yield from files_in(entry.path, (*above, (status.st_dev, status.st_ino)))
 
 
 def each_path(paths: Any, *, source: str) -> list[str]:

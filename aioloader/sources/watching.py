@@ -8,6 +8,8 @@ __all__ = ["Growth", "require_watchfiles"]
 STEP_MS: Final = 20
 """How long watchfiles gathers changes before it tells of them, and how soon it sees that it shall end."""
 
+_DELETED: Final = 3  # `watchfiles.Change.deleted`
+
 
 def require_watchfiles(what: str) -> None:
     """Say how to install watchfiles before anything waits for it.
@@ -34,15 +36,18 @@ class Growth:
         self._notify: Any = RustNotify([path], False, polling, 300, True, False)
         self._stop = Event()
 
-    def wait(self, timeout: float | None = None) -> set[str]:
+    def wait(self, timeout: float | None = None) -> dict[str, bool]:
         """Block until something happened since the last call, or `stop`, or `timeout` seconds are over.
 
         Returns:
-            The paths that were touched, in any way.
+            The paths that were touched, and whether what was there was removed: there may be something again.
         """
         limit_ms = 0 if timeout is None else max(1, round(timeout * 1000))
         found = self._notify.watch(STEP_MS, STEP_MS, limit_ms, self._stop)
-        return set() if isinstance(found, str) else {path for _, path in found}
+        touched: dict[str, bool] = {}
+        for change, path in () if isinstance(found, str) else found:
+            touched[path] = touched.get(path, False) or change == _DELETED
+        return touched
 
     @property
     def stopped(self) -> bool:

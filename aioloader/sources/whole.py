@@ -52,7 +52,7 @@ def read_tensor(path: str) -> torch.Tensor:
         content = torch.empty(size, dtype=torch.uint8, device="cpu")
         # Not a bytearray, which may begin 16 bytes behind a multiple of 32: the kernel then copies at a third of the
         # speed (measured on an EPYC); torch's memory begins at multiples of 64.
-        memory = writable(content) if size else memoryview(b"")
+        memory = writable(content) if size else memoryview(bytearray())
         fits = _read_into(fd, memory, bytearray(1)) == size
     except OSError as error:
         raise _named(error, path) from None
@@ -82,7 +82,7 @@ def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
     """
     size = _size(paths[0])
     batch = alloc((len(paths), size), torch.uint8)
-    memory = writable(batch) if size else memoryview(b"")
+    memory = writable(batch) if size else memoryview(bytearray())
     beyond = bytearray(1)
     begin = 0
     for path in paths:
