@@ -34,7 +34,7 @@ def write_rows(path: Path, count: int) -> None:
     """A file of JSON objects, each with its line end `ROW_BYTES` long."""
     with path.open("w") as file:
         for number in range(count):
-            row = {"id": number, "label": number % 10, "scores": [number / 7, number / 11], "text": ""}
+            row: dict[str, Any] = {"id": number, "label": number % 10, "scores": [number / 7, number / 11], "text": ""}
             row["text"] = "lorem ipsum " * (ROW_BYTES // 12)
             row["text"] = row["text"][: ROW_BYTES - 1 - len(json.dumps({**row, "text": ""}))]
             file.write(json.dumps(row) + "\n")
