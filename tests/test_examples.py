@@ -1,12 +1,20 @@
 """The examples run, on small data, and do what they say."""
 
+import io
+import json
 import runpy
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests._servers import S3Server
+from tests._support import Started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -40,3 +48,59 @@ def test_huggingface_trains_on_a_cached_dataset(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out.split()
     assert float(said[1]) > 0.9
     assert said[3] == said[5] == "400"
+
+
+def test_s3_tar_training_streams_shards_each_epoch(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a server that speaks S3."""
+    image_module = pytest.importorskip("PIL.Image")
+
+    def shard(first: int) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for number in range(first, first + 20):
+                image = io.BytesIO()
+                image_module.new("RGB", (8, 8), (number, 0, 255 - number)).save(image, "PNG")
+                for extension, content in (("png", image.getvalue()), ("cls", str(number % 10).encode())):
+                    info = tarfile.TarInfo(f"{number:05}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        return file.getvalue()
+
+    bucket = s3_server.make_bucket()
+    store = s3_server.store(bucket)
+    for number in range(3):
+        store.put(f"train/shard-{number:03}.tar", shard(20 * number))
+    del store
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    example("s3_tar_training")["main"]([bucket, "train/shard-{000..002}.tar", "--endpoint", s3_server.endpoint])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in said] == ["epoch 0: 60 samples", "epoch 1: 60 samples"]
+
+
+def test_jsonl_that_grows_makes_a_step_when_its_rows_are_written(tmp_path: Path) -> None:
+    """Another process than the one that writes: this one."""
+    pytest.importorskip("watchfiles")
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+
+    def rows(first: int) -> str:
+        found: list[dict[str, Any]] = [{"x": [number / 10, 1.0], "y": number / 5} for number in range(first, first + 4)]
+        return "".join(f"{json.dumps(row)}\n" for row in found)
+
+    script = str(EXAMPLES / "jsonl_that_grows.py")
+    command = [sys.executable, script, str(path), "--steps", "3", "--batch-size", "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, path.open("a") as file:
+        assert process.stdout is not None
+        try:
+            for step in range(1, 4):
+                file.write(rows(4 * step))
+                file.flush()
+                line = Started(process.stdout.readline).outcome()
+                assert line.startswith(f"step {step}: 4 rows, loss ")
+            assert process.stdout.read() == ""
+        finally:
+            process.kill()
+    assert process.returncode == 0

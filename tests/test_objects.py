@@ -144,6 +144,33 @@ def test_a_listing_has_no_length_and_no_numbers(memory: MemoryStore) -> None:
         DataLoader(objects, shuffle=True)
 
 
+@on_both_faces
+@pytest.mark.parametrize("how", ["keys, shuffled", "keys, in the drop-in", "prefix", "prefix, in a buffer"])
+def test_it_goes_on_where_its_state_says(memory: MemoryStore, face: Face, how: str) -> None:
+    """With any concurrency; for a listing from the last key on."""
+
+    def loader(concurrency: int) -> Any:
+        keyed = Objects(memory, KEYS, read="tensor", concurrency=concurrency)
+        listed = Objects(memory, prefix="train", read="tensor", concurrency=concurrency)
+        match how:
+            case "keys, shuffled":
+                return Pipeline(keyed).shuffle(seed=3).batch(3)
+            case "keys, in the drop-in":
+                return DataLoader(keyed, batch_size=3, shuffle=True, seed=3)
+            case "prefix":
+                return Pipeline(listed).batch(3)
+        return Pipeline(listed).shuffle(buffer_size=5, seed=3).batch(3)
+
+    whole = [batch[:, 0].tolist() for batch in collect(loader(64), face)]
+    first = loader(5)
+    with Steps(first, face) as steps:
+        assert [batch[:, 0].tolist() for batch in steps.rest(3)] == whole[:3]
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+    second = loader(2)
+    second.load_state_dict(state)
+    assert [batch[:, 0].tolist() for batch in collect(second, face)] == whole[3:]
+
+
 # -- ranges ------------------------------------------------------------------------------------------------------------
 
 
