@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -67,11 +67,6 @@ def _pickler() -> Any:
     if can_pickle_by_value():
         import cloudpickle
 
-        main = sys.modules.get("__mp_main__")
-        if getattr(main, "__name__", None) == "__mp_main__":
-            # This process was spawned by multiprocessing, for instance by torch's `mp.spawn`: that is what the user's
-            # script is called here. cloudpickle knows the name `__main__` only.
-            cloudpickle.register_pickle_by_value(main)
         base = cloudpickle.Pickler
         otherwise = base.reducer_override
 
@@ -83,9 +78,28 @@ def _pickler() -> Any:
                 # cloudpickle forgets the file, and tracebacks from the worker would show no source.
                 make, args, *_ = self.dispatch_table[CodeType](value)
                 return make, tuple(value.co_filename if arg == "<dynamic-code>" else arg for arg in args)
-            return NotImplemented if otherwise is None else otherwise(self, value)
+            if otherwise is None:
+                return NotImplemented
+            if isinstance(value, FunctionType | type):
+                _by_value_if_need_be(value.__module__)
+            return otherwise(self, value)
 
     return Pickler
+
+
+def _by_value_if_need_be(name: str) -> None:
+    """Let cloudpickle send what a module defines by value, as it does for `__main__`, where a worker cannot import it.
+
+    That is so for modules that were made by hand (of code that was `exec`uted), and for `__mp_main__`: what the user's
+    script is called in a process that multiprocessing has spawned, for instance by torch's `mp.spawn`.
+    """
+    import cloudpickle
+
+    module = sys.modules.get(name)
+    if module is None or "." in name or name == "__main__" or name in cloudpickle.list_registry_pickle_by_value():
+        return  # what has a dot belongs to a package; those of torch have parts that look like made by hand
+    if (name == "__mp_main__" or getattr(module, "__spec__", None) is None) and module.__name__ == name:
+        cloudpickle.register_pickle_by_value(module)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
