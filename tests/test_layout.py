@@ -29,7 +29,7 @@ IMPORTS: dict[str, set[str]] = {
     "device": {"errors"},
     "engine": {"cache", "errors", "executors", "insight"},
     "stages": {"cache", "cores", "engine", "executors", "insight", "seeds"},
-    "sources": {"engine", "errors", "executors", "memory", "stages"},
+    "sources": {"engine", "errors", "executors", "memory", "seeds", "stages"},
     "plan": {"cache", "cores", "device", "engine", "errors", "executors", "insight", "memory", "sources", "stages"},
     "rng": {"executors", "seeds"},
     "elastic": {"errors", "plan", "stages"},
