@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK_SECONDS", "ProcessStep", "Turns"]
 
-CHUNK_SECONDS: Final = 0.003  # the work that one crossing should be worth
+CHUNK_SECONDS: Final = 0.005  # the work that one crossing should be worth
 CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued behind one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
@@ -47,7 +47,7 @@ class Turns(AsyncIterator[tuple[int]]):
 class ProcessStep(SyncStep):
     """Runs calls in worker processes, in chunks.
 
-    A crossing costs about 0.2 ms of both sides, so a chunk is worth three milliseconds. A worker has the next chunk
+    A crossing costs about 0.2 ms of both sides, so a chunk is worth five milliseconds. A worker has the next chunk
     before it is done with one; not so where chunks take long, for then nothing is gained, and a sample would wait
     behind another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
     chunk turns out to take twice as long as it should, and the rest goes on elsewhere.
@@ -81,6 +81,7 @@ class ProcessStep(SyncStep):
         turns: Turns | None = None,
     ) -> None:
         super().__init__(calls, concurrency, elastic=elastic)
+        self.meter.kind = "process"
         self._make_team = team
         self._seeds = [None if turns else call.seed for call in calls]
         self._in_turn = in_turn

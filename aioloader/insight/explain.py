@@ -36,9 +36,10 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
         key=lambda stage: stage.utilization,
         default=None,
     )
-    computing = sum(stage.cpu_seconds for stage in stats.stages) / stats.seconds
+    threads = [stage for stage in stats.stages if stage.kind != "process"]  # which have a GIL each
+    computing = sum(stage.cpu_seconds for stage in threads) / stats.seconds
     if busiest is not None and computing >= COMPUTING:
-        most = max(stats.stages, key=lambda stage: stage.cpu_seconds)
+        most = max(threads, key=lambda stage: stage.cpu_seconds)
         return (
             f"{most.name} is the limit: {waited}; the loader's threads compute, {computing:.1f} cores' worth of the "
             f"{usable_cores()} there are: {_cores_advice(computing)} {numbers}."
@@ -63,7 +64,7 @@ def _use(stage: StageStats) -> str:
 def _cores_advice(computing: float) -> str:
     if computing >= COMPUTING * usable_cores():
         return "more cores help, more threads do not"
-    return "Python code holds the GIL, and more threads do not help; a ProcessPoolExecutor as executor= may"
+    return 'Python code holds the GIL, and more threads do not help; worker processes may: executor="process"'
 
 
 def _advice(stage: StageStats, knob: str) -> str:
@@ -71,7 +72,7 @@ def _advice(stage: StageStats, knob: str) -> str:
         return "; one task reads it: move work from it into map(fn, concurrency=...)"
     if stage.kind == "async":
         return "; if its server and network can bear more, raise its concurrency"
-    if not stage.cpu_seconds:  # in another process
+    if stage.kind == "process" or not stage.cpu_seconds:  # in another process
         return f"; raise {knob}, if there are cores for it"
     computing = stage.cpu_seconds / stage.busy_seconds
     return f", {computing:.0%} of it computing, the rest waiting: raise {knob}"

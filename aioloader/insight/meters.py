@@ -11,7 +11,7 @@ from typing import Literal
 
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
-Kind = Literal["source", "async", "sync", "fold"]
+Kind = Literal["source", "async", "sync", "process", "fold"]
 Why = Literal["input", "room"]
 
 
@@ -29,7 +29,7 @@ class StageMeter:
         dropped_late: How many more `drop_if` left out of batches just before collate; written in threads, under a lock.
         partial: Batches that were given before they were full, because their time was up.
         busy_seconds: Time in user code, summed over samples that were under way side by side.
-        cpu_seconds: CPU time of its threads; 0 for what runs on the loop or in another process.
+        cpu_seconds: CPU time of its threads or worker processes; 0 for what runs on the loop or in a user's executor.
         idle: When the stage had nothing under way, and why.
         room: Entries under way or finished that its window holds at most; stages of one window share it.
         finished_sum: Finished entries in the window at each hand-over, summed.

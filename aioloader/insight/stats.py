@@ -17,7 +17,8 @@ class StageStats:
     Attributes:
         name: The stage as written in the pipeline, `map(fetch)`; neighbouring sync stages that run in one hop are one.
         kind: `"source"` (read by one task; `flat_map` too), `"async"` (awaited on the loop), `"sync"` (in threads or
-            an executor) or `"fold"` (on the loop, without user code; only `batch` with `max_wait` is shown).
+            an executor), `"process"` (in worker processes) or `"fold"` (on the loop, without user code; only `batch`
+            with `max_wait` is shown).
         concurrency: Samples that may be under way side by side.
         samples: Samples, or batches, that went through.
         errors: How many of them failed.
