@@ -11,6 +11,7 @@ import torch.utils.data
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, default_convert
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
+from aioloader.assembly.nodes import build
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
@@ -27,7 +28,7 @@ from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
-from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, build
+from aioloader.plan import DEFAULT_PREFETCH, Plan, Single
 from aioloader.seeds import derive_seed
 from aioloader.sources.drawn import (
     Drawn,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Generator
 
+from aioloader.assembly.nodes import build
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.device import Transfer, can_pin, check_device, open_backend
@@ -20,7 +21,7 @@ from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
-from aioloader.plan import Combined, Plan, Repeat, Single, build, in_front_of_cache, is_permutable, length_of
+from aioloader.plan import Combined, Plan, Repeat, Single, in_front_of_cache, is_permutable, length_of
 from aioloader.sources.drawn import check_drawn, check_generators, draws_globally, generators_of, packed, unpacked
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name

@@ -1,0 +1,435 @@
+"""From a plan to the nodes that run it. Pure: nothing is started, no user code runs."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+from aioloader.assembly.windows import Journey, collate_stage, device_stage, steps_of
+from aioloader.cores import usable_cores
+from aioloader.device import Transfer
+from aioloader.engine.cached import PlacedNode
+from aioloader.engine.combine import HeadNode, InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
+from aioloader.engine.located import CursorSource
+from aioloader.engine.node import FoldNode, Node, TimedFoldNode
+from aioloader.engine.own_process import OwnProcessNode, Serving
+from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
+from aioloader.engine.steps import Step
+from aioloader.engine.window import Window
+from aioloader.executors.processes.host import Processes
+from aioloader.executors.processes.remote import Remote
+from aioloader.memory.pool import BatchMemory
+from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, any_order, placed
+from aioloader.sources.drawn import keys_of
+from aioloader.sources.order import KeyOrder, is_order_stage, order_of
+from aioloader.sources.resolve import Indexable, Stream, source_name
+from aioloader.stages.base import FoldStage, Pass, Stage
+from aioloader.stages.batch import Batch, Unbatch
+from aioloader.stages.cache import COPY, Cache, with_copies
+from aioloader.stages.collate import Alloc, Collate
+from aioloader.stages.device import PinMemory, To
+from aioloader.stages.drop_if import DropIf, FreshGroup
+from aioloader.stages.fetch import FetchBatch, FetchGroup
+from aioloader.stages.keyed import JoinBatches
+from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.own_process import OwnProcess
+from aioloader.stages.shard import Again, Shard, ShardFold
+from aioloader.stages.shuffle import Shuffle
+
+__all__ = ["build"]
+
+SAMPLES_BETWEEN = 64  # samples, not batches, on their way from a process of its own
+
+
+def build(
+    plan: Plan,
+    this_pass: Pass,
+    transfer: Transfer | None = None,
+    alloc: Alloc | None = None,
+    processes: Callable[[], Processes] = Processes,
+    *,
+    dry: bool = False,
+    resumed: bool = False,
+    drawn: dict[str, Any] | None = None,
+) -> Window:
+    """The nodes of one epoch; the last is always a window, which holds what is made ahead.
+
+    Args:
+        plan: What to run.
+        this_pass: Which epoch, for seeds.
+        transfer: The loader's way to its device, when `plan` ends in `to` or `pin_memory` and there is such a device.
+        alloc: Where the default collate puts batches; None: into fresh memory.
+        processes: Gives the loader's worker processes; called when a stage runs there.
+        dry: The nodes will never be started, only `resume` will tell whether a cursor fits.
+        resumed: `resume` will be called: the epoch has begun before.
+        drawn: Gets what samplers draw their order from, and has it in a resumed epoch.
+    """
+    plan = placed(plan)
+    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
+    return _output(plan, this_pass, builder, processes)
+
+
+def _output(plan: Plan, this_pass: Pass, builder: "_Builder", processes: Callable[[], Processes]) -> Window:
+    """The nodes of `plan` and the window that ends them."""
+    prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
+    node, journey = builder.stream(plan)
+    if not journey.stages:
+        if isinstance(node, Window) and plan.stages and isinstance(plan.stages[-1], DropIf):
+            return node  # it has no room: what is made ahead is held by the window before it
+        return Window(node, (), room=prefetch)
+    if plan.room is not None or journey.batches:
+        return journey.window(node, prefetch if plan.room is None else plan.room, processes, this_pass, exact=True)
+    return journey.window(node, journey.room(plan.prefetch), processes, this_pass)
+
+
+class _Builder:
+    def __init__(
+        self,
+        this_pass: Pass,
+        transfer: Transfer | None,
+        alloc: Alloc | None,
+        processes: Callable[[], Processes],
+        *,
+        dry: bool,
+        resumed: bool,
+        drawn: dict[str, Any] | None = None,
+    ) -> None:
+        self._pass = this_pass
+        self._dry = dry
+        self._resumed = resumed
+        self._drawn = drawn
+        self._samplers = 0
+        self._place = ""  # within enclosing repeats, for names of samplers
+        self._transfer = transfer
+        self._alloc = alloc
+        self._processes = processes
+        self._numbered = 0  # stages whose samples have random numbers
+
+    def _seed(self) -> int | None:
+        """For the random numbers of samples in the next stage."""
+        self._numbered += 1
+        this_pass = self._pass
+        if this_pass.sample_seed is None:
+            return None
+        return this_pass.seed(this_pass.sample_seed, f"sample {len(this_pass.repetitions)} {self._numbered}")
+
+    def stream(self, plan: Plan) -> tuple[Node, Journey]:
+        """The nodes of `plan`, and the stages at its end that still want a window."""
+        original, plan = plan, replace(plan, stages=with_copies(plan.stages))
+        splits = [i for i, stage in enumerate(plan.stages) if isinstance(stage, Repeat | OwnProcess)]
+        if splits:
+            at = splits[-1]
+            split = plan.stages[at]
+            inner = Plan(plan.source, plan.stages[:at])
+            rest: Sequence[Stage] = plan.stages[at + 1 :]
+            node: Node
+            loose = any_order(plan.source, plan.stages[:at])
+            if isinstance(split, OwnProcess):
+                inner = Plan(plan.source, original.stages[: original.stages.index(split)])
+                node, journey = self._own_process(inner, loose=loose)
+            else:
+                assert isinstance(split, Repeat)
+                place = f"{self._place}{self._samplers}."
+                self._samplers += 1
+                node = RepeatNode(lambda repetition: self._repetition(inner, repetition, place), split.times)
+                journey = Journey(loose=loose)
+        else:
+            node, journey, rest = self._source(plan.source, plan.stages)
+        for number, stage in enumerate(rest, len(plan.stages) - len(rest)):
+            if isinstance(stage, DropIf):
+                node, journey = self._check_late(node, journey, stage, plan)
+            elif isinstance(stage, Shard):
+                node, journey = self._shard(node, journey, stage, replace(plan, stages=plan.stages[:number]))
+            else:
+                loose = any_order(plan.source, plan.stages[:number])
+                node, journey = self._add(node, journey, stage, loose=loose)
+        return node, journey
+
+    def _shard(self, node: Node, journey: Journey, stage: Shard, before: Plan) -> tuple[Node, Journey]:
+        """`stage` behind the plan `before`, of which `node` and `journey` are made.
+
+        A map gives one sample for one, so that maps in front run on this rank's samples alone; so does a cache that
+        knows samples by their keys.
+        """
+        one_for_one = Map | Cache if journey.keyed else Map
+        commutes = all(isinstance(other, one_for_one) for other in journey.stages)
+        if not commutes:
+            node, journey = self._close(node, journey), Journey()
+        assert stage.rank is not None  # `placed`
+        assert stage.world_size is not None
+        again_from = _again(before)
+        fold = ShardFold(stage.rank, stage.world_size, stage.even, again_from)
+        if fold.head and again_from == "head":
+
+            def again() -> Node:
+                builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, resumed=True)
+                return builder.stream(before)[0] if commutes else builder.closed(before)
+
+            node = HeadNode(node, again, fold.head)
+        return FoldNode(node, fold), journey
+
+    def _check_late(self, node: Node, journey: Journey, stage: DropIf, plan: Plan) -> tuple[Node, Journey]:
+        """A window that begins what it is asked for, over one that holds what is made ahead."""
+        prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
+        if journey.batches:
+            node = journey.window(node, prefetch, self._processes, self._pass, exact=True)
+        elif journey.stages:
+            node = self._close(node, journey)
+        elif stage is plan.stages[-1]:
+            node = Window(node, (), room=prefetch)
+        steps = steps_of([stage.check()], [None], None, self._processes, keyed=False)
+        window = Window(node, steps, room=0)
+        return window, Journey(checks=[*journey.checks, (stage, steps[0])])
+
+    def _repetition(self, plan: Plan, repetition: int, place: str) -> Node:
+        this_pass = self._pass.repeated(repetition)
+        builder = _Builder(
+            this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=self._resumed, drawn=self._drawn
+        )
+        builder._place = place
+        return builder.closed(plan)
+
+    def _own_process(self, plan: Plan, *, loose: bool) -> tuple[Node, Journey]:
+        """The node for a plan that runs in a process of its own."""
+        # What would run here: it numbers the stages, and says whether a cursor fits.
+        builder = _Builder(self._pass, None, None, Processes, dry=True, resumed=self._resumed)
+        builder._numbered = self._numbered
+        node, journey = builder.stream(plan)
+        inner = _InProcess(placed(plan), self._numbered)
+        self._numbered = builder._numbered
+        batches = journey.batches
+        if self._dry:
+            return self._close(node, journey), Journey(batches=batches, loose=loose)
+        key = (id(plan.source), *map(id, plan.stages), repr(inner.places))
+        remote = partial(_remote, self._processes(), key, plan, inner)
+        room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
+        return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches, loose=loose)
+
+    def closed(self, plan: Plan) -> Node:
+        """The nodes of a plan inside another one."""
+        return self._close(*self.stream(plan))
+
+    def _close(self, node: Node, journey: Journey) -> Node:
+        return journey.window(node, journey.room(), self._processes, self._pass) if journey.stages else node
+
+    def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, Journey, Sequence[Stage]]:
+        if isinstance(source, Combined):
+            inner = [self.closed(plan) for plan in source.plans]
+            return self._combine(source, inner), Journey(loose=any_order(source, ())), stages
+        data = source.data
+        if isinstance(data, Stream):
+            if not self._dry:
+                data.use()
+            name = source.name or f"source({source_name(data.make)})"
+            # Behind a cache it is no surprise: what is not kept is read again in every epoch.
+            warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
+            source_node = StreamSource(
+                data.make,
+                call=data.call,
+                name=name,
+                keys=source.keys,
+                warns=warns,
+                unknown=data.call and not source.keys,
+                tells_epoch=source.tells_epoch,
+            )
+            return source_node, Journey(), stages
+        if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
+            return self._batches_of(data, stages, at)
+        journey = Journey(keyed=True)
+        name = source.name or f"source({source_name(data.data)})"
+        if data.load is not None:
+            load = Map(
+                data.load,
+                data.is_async,
+                name=f"{type(data.data).__name__}[...]",
+                flexible=True,
+                many=data.data.__getitems__ if data.loads_many else None,
+            )
+            journey.add(load, self._seed())
+        if source.sampler is not None:
+            if not self._dry:
+                source.sampler.use()
+            how = {
+                "resumed": self._resumed,
+                "record": self._drawn,
+                "name": f"drawn {self._place}{self._samplers}",
+                "repetitions": self._pass.repetitions,
+            }
+            self._samplers += 1
+            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, how)
+            node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True)
+            if data.load is None:
+                values = data.data
+                journey.add(Map(values.__getitem__, False, name=f"{type(values).__name__}[...]", flexible=True))
+            return node, journey, stages
+        # Each map gives one sample for one, so that order stages behind it may as well choose its input.
+        order_stages = []
+        for at, stage in enumerate(stages):
+            if isinstance(stage, Map):
+                journey.add(stage, None if stage is COPY else self._seed())
+            elif isinstance(stage, Cache):
+                journey.add(stage)
+            elif is_order_stage(stage):
+                order_stages.append(stage)
+            else:
+                rest = stages[at:]
+                break
+        else:
+            rest = ()
+        values = data.data if data.load is None else None
+        return KeySource(self._order(data, order_stages), values, name, data.names), journey, rest
+
+    def _order(self, data: Indexable, stages: Sequence[Stage]) -> KeyOrder:
+        return order_of(data.length, stages, self._pass, permute=not self._dry)
+
+    def _batches_of(self, data: Indexable, stages: Sequence[Stage], at: int) -> tuple[Node, Journey, Sequence[Stage]]:
+        """Whole batches of a dataset that loads many samples at once; `stages[at]` is the batch.
+
+        Keys are batched, and loading a batch is one step with collating it. Cursors are as they would be otherwise.
+        """
+        batch = stages[at]
+        assert isinstance(batch, Batch)
+        name = f"source({source_name(data.data)})"
+        node: Node = KeySource(self._order(data, stages[:at]), None, name, data.names)
+        node = FoldNode(node, batch.fold(self._pass))
+        collate = batch.collate
+        journey = Journey(batches=True)
+        fetch = FetchBatch(data.data, collate.fn, Collate(self._alloc))
+        journey.add(
+            Map(
+                FetchGroup(fetch),
+                False,
+                collate.workers or usable_cores(),
+                name=f"{type(data.data).__name__}[...]",
+                thread_name="aioloader-fetch",
+            ),
+            self._seed(),
+        )
+        return node, journey, stages[at + 1 :]
+
+    def _combine(self, source: Combined, nodes: list[Node]) -> Node:
+        match source.how:
+            case "interleave":
+                return InterleaveNode(nodes)
+            case "merge":
+                return MergeNode(nodes)
+            case "zip":
+                return ZipNode(nodes)
+            case "mix":
+                return MixNode(nodes, source.weights, self._pass.seed(source.seed, "mix"))
+
+    def _add(self, node: Node, journey: Journey, stage: Stage, *, loose: bool) -> tuple[Node, Journey]:
+        if isinstance(stage, Map | Filter):
+            journey.add(stage, None if stage is COPY else self._seed())
+            return node, journey
+        if isinstance(stage, To | PinMemory):
+            journey.batches = True  # whatever it is made of, it is held as batches are
+            if self._transfer is not None:
+                journey.add(device_stage(stage, self._transfer))
+            return node, journey
+        if isinstance(stage, Cache) and journey.keyed:
+            journey.add(stage)
+            return node, journey
+        are_batches = journey.batches
+        node = self._close(node, journey)
+        if isinstance(stage, Cache):
+            placed = Journey(are_batches)
+            placed.add(stage)
+            return node if self._dry else PlacedNode(node, stage.store, stage.pipeline), placed
+        if isinstance(stage, FlatMap):
+            return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey(loose=loose)
+        assert isinstance(stage, FoldStage), stage
+        loose_fold = loose and isinstance(stage, Unbatch | Shuffle)
+        if isinstance(stage, Batch) and stage.max_wait is not None:
+            node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
+        else:
+            node = FoldNode(node, stage.fold(self._pass), loose=loose_fold)
+        if isinstance(stage, Batch | JoinBatches):
+            batches = Journey(batches=True, loose=loose)
+            for check, step in journey.checks:
+                batches.add(_fresh_stage(check, step))
+            batches.add(collate_stage(stage.collate, self._alloc))
+            return node, batches
+        return node, Journey(loose=loose)
+
+
+def _fresh_stage(check: DropIf, step: Step) -> Filter:
+    """What looks through a batch once more, in the crossing of its collate; counts where the first look counts."""
+    return Filter(FreshGroup(check.fn, lambda: step.meter), is_async=False, name=check.label)
+
+
+def _batch_of_keys(stages: Sequence[Stage]) -> int | None:
+    """Where in `stages` keys are batched, when nothing is done to single samples before that."""
+    for at, stage in enumerate(stages):
+        if isinstance(stage, Batch):
+            return None if stage.collate.is_async or stage.max_wait is not None else at
+        if not is_order_stage(stage):
+            return None
+    return None
+
+
+@dataclass(frozen=True)
+class _InProcess:
+    """In the other process: the nodes of `plan`.
+
+    Args:
+        plan: What runs there.
+        numbered: Stages before it whose samples have random numbers.
+    """
+
+    plan: Plan
+    numbered: int
+
+    @property
+    def places(self) -> list[tuple[int | None, int | None]]:
+        """Ranks and world sizes in it."""
+        return [(stage.rank, stage.world_size) for stage in self.plan.stages if isinstance(stage, Shard)]
+
+    def __call__(self, this_pass: Pass, resumed: bool) -> Window:
+        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, resumed=resumed)
+        builder._numbered = self.numbered
+        return _output(self.plan, this_pass, builder, Processes)
+
+    @cached_property
+    def _memory(self) -> BatchMemory:
+        return BatchMemory()
+
+
+def _remote(host: Processes, key: Hashable, plan: Plan, inner: _InProcess) -> Remote:
+    """The process of its own, that of the epoch before if there was one."""
+
+    def make() -> Remote:
+        return Remote(host, program)
+
+    def program() -> Serving:
+        return Serving(inner)
+
+    program.plan = plan  # type: ignore[attr-defined]  # while the process lives, no others have these ids
+    remote: Remote = host.kept(("own process", key), make)
+    return remote
+
+
+def _open_sampler(sampler: Stream, epoch: int, how: dict[str, Any]) -> Any:
+    """The keys of an epoch; called in the source's thread.
+
+    A sampler with `set_epoch`, such as torch's DistributedSampler, is told the epoch: else each has the same order.
+    """
+    set_epoch = getattr(sampler.make, "set_epoch", None)
+    if callable(set_epoch):
+        set_epoch(epoch)
+    if sampler.call or not isinstance(sampler.make, Iterable):
+        return sampler.make() if sampler.call else sampler.make
+    return keys_of(sampler.make, partial(iter, sampler.make), **how)
+
+
+def _again(plan: Plan) -> Again:
+    """How a resumed `shard` behind `plan` gets the first samples of the epoch."""
+    if isinstance(plan.source, Combined):
+        hows = {_again(inner) for inner in plan.source.plans}
+        return "none" if "none" in hows else "all" if "all" in hows else "head"
+    data = plan.source.data
+    if isinstance(data, Stream) and isinstance(data.make, CursorSource) and not data.make.replayable:
+        return "none"
+    # A sampler may draw another order when it is iterated once more.
+    once = plan.source.sampler is not None or (isinstance(data, Stream) and data.single_use)
+    return "all" if once else "head"
