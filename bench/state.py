@@ -72,8 +72,8 @@ def epochs(library: str, samples: int, workers: int, *, ask: bool) -> Epoch:
 def calls(library: str, samples: int, workers: int) -> tuple[float, int]:
     """Median seconds of a call of `state_dict()` over an epoch; and its bytes, as JSON or else pickled."""
     loader = make_loader(library, samples, workers)
-    seconds = []
-    sizes = []
+    seconds: list[float] = []
+    sizes: list[int] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in loader:
