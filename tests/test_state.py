@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from aioloader import DataLoader, Pipeline, ReplayWarning
 from aioloader.testing import Gate, assert_resumes_exactly
-from bench import state as state_bench
 from tests._support import Child, Face, Steps, collect, on_both_faces
 from tests.test_resume import later, numbers, pairs_of
 
@@ -386,11 +385,3 @@ def test_a_killed_process_is_continued_by_another(tmp_path: Any) -> None:
     assert sorted(seen) == list(range(60))
     loader = Pipeline(range(60)).shuffle(seed=1).shuffle(7).batch(4)
     assert torch.cat(list(loader)).tolist() == seen
-
-
-def test_the_benchmark_runs_in_small(capsys: pytest.CaptureFixture[str]) -> None:
-    """Calls beside batches; what they cost is nobody's assertion here."""
-    assert state_bench.main(["--smallest", "--only", "aioloader"]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [row["what"] for row in rows][:2] == ["aioloader, 0 workers", "aioloader, 0 workers, asked"]
-    assert rows[2]["state_bytes"] > 0
