@@ -32,6 +32,7 @@ class Collate:
 
     def __init__(self, alloc: Alloc | None = None) -> None:
         self.alloc = alloc
+        self._from_bytes: int = getattr(alloc, "from_bytes", 0)  # below, its memory is as fresh as any
 
     @property
     def stacks_tensors(self) -> bool:
@@ -77,7 +78,11 @@ class Collate:
             stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors)  # refused, with torch's words
             return stacked
         out = None
-        if self.alloc is not None and _fits_out(tensors):
+        if (
+            self.alloc is not None
+            and len(tensors) * first.numel() * first.itemsize >= self._from_bytes
+            and _fits_out(tensors)
+        ):
             out = self.alloc((len(tensors), *first.shape), first.dtype)
         return torch.stack(tensors, 0, out=out)  # type: ignore[arg-type]  # torch takes a list or a tuple
 

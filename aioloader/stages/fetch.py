@@ -56,8 +56,9 @@ class FetchBatch:
             if sample is not None:
                 sample.name = Fetching(keys, samples)
             try:
+                append = samples.append
                 for key in keys:
-                    samples.append(dataset[key])
+                    append(dataset[key])
             except Exception as error:
                 error.add_note(f"aioloader: dataset index {key!r}, sample {len(samples)} of its batch")
                 raise
