@@ -20,10 +20,14 @@ REQUIRED = ("aioloader", "torch", "anyio", "aiofiles")
 OPTIONAL = {
     "uvloop": ("uvloop", "a faster private loop under `for`"),
     "cloudpickle": ("process", "lambdas, closures and what is defined in `__main__` in worker processes"),
+    "obstore": ("objects", "objects and tar shards in S3, GCS, Azure or behind HTTP"),
+    "pyarrow": ("parquet", "Parquet files"),
+    "watchfiles": ("watch", "files and folders that grow"),
+    "zstandard": ("zstd", "`.zst` files before Python 3.14"),
     "tqdm": ("progress", "progress bars"),
     "aiohttp": ("demo", "the demo's server and its clients"),
     "numpy": ("demo", "arrays in samples, and the demo"),
-    "pillow": ("demo", "the demo's images"),
+    "pillow": ("images", "images in tar shards, and the demo's"),
     "psutil": ("demo", "the demo's figures of memory"),
     "scikit-learn": ("demo", "the demo's digits"),
 }

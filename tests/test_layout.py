@@ -37,12 +37,12 @@ IMPORTS: dict[str, set[str]] = {
     "state": {"cache", "elastic", "engine", "errors", "plan", "sources", "stages"},
     "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages", "state"},
     "pipeline": {
-        "assembly", "cache", "device", "elastic", "engine", "errors", "executors", "loader", "plan", "sources", "stages",
-        "state",
+        "assembly", "cache", "device", "elastic", "engine", "errors", "executors", "loader", "plan", "sources",
+        "stages", "state",
     },
     "dataloader": {
-        "assembly", "device", "engine", "errors", "executors", "insight", "loader", "plan", "seeds", "sources", "stages",
-        "state",
+        "assembly", "device", "engine", "errors", "executors", "insight", "loader", "plan", "seeds", "sources",
+        "stages", "state",
     },
     "testing": {"device", "errors"},
     "doctor": {"cores", "engine"},
