@@ -21,7 +21,7 @@ from bench._harness import PER_SECOND, Contender, Epoch, Report, Target, Tick, b
 from bench._rivals import spdl_loader
 
 BATCH: Final = 32
-DISTINCT: Final = 64
+DISTINCT: Final = 16
 SIZE: Final = (500, 375)
 
 LOADER: Final = "aioloader, DataLoader, 2 workers"

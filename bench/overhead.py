@@ -18,7 +18,7 @@ import torch.utils.data
 from torch import Tensor
 
 from aioloader import Pipeline
-from bench._harness import Contender, Epoch, Measure, Report, Target, by_async_for, by_for, parser_for, pick
+from bench._harness import Contender, Epoch, Report, Target, by_async_for, by_for, parser_for, pick
 from bench._rivals import async_items, spdl_loader
 
 BATCH: Final = 256
@@ -28,12 +28,9 @@ WIDTH: Final = 16  # numbers in a sample
 
 BARE: Final = "bare loop"
 SPDL: Final = "SPDL, async op per sample"
-REACH: Final[list[tuple[Measure, str, float]]] = [("speed", SPDL, 60), ("time", BARE, 3)]
-TARGETS: Final = [
-    Target(ours, measure, rival, reach)
-    for ours in ("aioloader, async for", "aioloader, for")
-    for measure, rival, reach in REACH
-]
+OURS: Final = ("aioloader, async for", "aioloader, for")
+TARGETS: Final = [Target(ours, "speed", SPDL, 60) for ours in OURS]
+INDEXING: Final = "bare loop, stack([X[key] ...])"
 
 
 class Data:
@@ -75,6 +72,23 @@ def pipeline(samples: int) -> Pipeline:
 
     async def load(key: int) -> Tensor:
         return rows[key]
+
+    return Pipeline(data.keys).map(load, concurrency=CONCURRENCY).batch(BATCH)
+
+
+def bare_indexing(samples: int) -> Epoch:
+    """The same where a sample is taken out of a tensor."""
+    data = Data(samples)
+    x = torch.stack(data.rows)
+    return by_for(lambda: (torch.stack([x[key] for key in keys]) for keys in data.batches()))
+
+
+def pipeline_indexing(samples: int) -> Pipeline:
+    data = Data(samples)
+    x = torch.stack(data.rows)
+
+    async def load(key: int) -> Tensor:
+        return x[key]
 
     return Pipeline(data.keys).map(load, concurrency=CONCURRENCY).batch(BATCH)
 
@@ -133,6 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
         ],
         TARGETS,
+    )
+    report.compare(
+        "the same op on one tensor: the loop that the design began with",
+        [
+            Contender(INDEXING, partial(bare_indexing, samples), samples, limit=True),
+            Contender(OURS[0], lambda: by_async_for(pipeline_indexing(samples)), samples),
+            Contender(OURS[1], lambda: by_for(pipeline_indexing(samples)), samples),
+        ],
+        [Target(ours, "time", INDEXING, 3) for ours in OURS],
     )
     return report.finish()
 
