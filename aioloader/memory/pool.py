@@ -14,7 +14,7 @@ import torch
 
 from aioloader.memory.lease import lease, tensor_over
 
-__all__ = ["IDLE_ALLOCATIONS", "SMALLEST_BYTES", "BatchMemory"]
+__all__ = ["IDLE_ALLOCATIONS", "SMALLEST_BYTES", "BatchMemory", "smallest_bytes_of"]
 
 SMALLEST_BYTES: Final = 1 << 20
 """Smaller tensors are torch's own: malloc mostly finds memory for them that is still mapped. Measured with two worker
@@ -156,6 +156,11 @@ class BatchMemory:
         found = self._free[best][0]
         del self._free[best]
         return found
+
+
+def smallest_bytes_of(alloc: object) -> int:
+    """The size from which on `alloc` gives other memory than torch's own, where that is known."""
+    return SMALLEST_BYTES if isinstance(getattr(alloc, "__self__", None), BatchMemory) else 0
 
 
 class _Returned(deque[mmap.mmap]):

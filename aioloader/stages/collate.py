@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data._utils import collate as torch_collate
 
+from aioloader.memory.pool import smallest_bytes_of
+
 __all__ = ["Alloc", "Collate"]
 
 Alloc = Callable[[Sequence[int], torch.dtype], torch.Tensor]
@@ -32,6 +34,7 @@ class Collate:
 
     def __init__(self, alloc: Alloc | None = None) -> None:
         self.alloc = alloc
+        self._smallest_bytes = smallest_bytes_of(alloc)
 
     @property
     def stacks_tensors(self) -> bool:
@@ -77,7 +80,8 @@ class Collate:
             stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors)  # refused, with torch's words
             return stacked
         out = None
-        if self.alloc is not None and _fits_out(tensors):
+        if self.alloc is not None and len(tensors) * first.nbytes >= self._smallest_bytes and _fits_out(tensors):
+            # The size comes first: to look at each of 256 small tensors costs more than to stack them.
             out = self.alloc((len(tensors), *first.shape), first.dtype)
         return torch.stack(tensors, 0, out=out)  # type: ignore[arg-type]  # torch takes a list or a tuple
 
