@@ -28,7 +28,7 @@ IMPORTS: dict[str, set[str]] = {
     "cache": {"errors", "executors"},
     "device": {"errors"},
     "engine": {"cache", "errors", "executors", "insight"},
-    "stages": {"cache", "cores", "engine", "executors", "insight", "seeds"},
+    "stages": {"cache", "cores", "engine", "executors", "insight", "memory", "seeds"},
     "sources": {"engine", "errors", "executors", "memory", "stages"},
     "plan": {"cache", "cores", "device", "engine", "errors", "executors", "insight", "memory", "sources", "stages"},
     "rng": {"executors", "seeds"},
