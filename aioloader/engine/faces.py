@@ -173,6 +173,7 @@ class _Ended:
     """The last thing in a thread queue: the run is over."""
 
 
+LARGE_ROOM: Final = 8
 _ENDED: Final = _Ended()
 _LEFT_OUT: Final = object()  # instead of a batch that is not to be handed out
 
@@ -181,8 +182,8 @@ class SyncDelivery(Delivery):
     """Hands batches from the loop's thread to the consumer's through a plain thread queue, which the loop fills.
 
     Room in the last window counts until the consumer really has a batch (`Window.lend`). The loop is told of free room
-    for a quarter of a window at once, or when the consumer is about to wait: with room for 16 the two threads need not
-    wake each other for every batch.
+    for half of a large window at once, or when the consumer is about to wait: with room for 16 the two threads need not
+    wake each other for every batch (8.5 µs a batch; for a quarter at once 9.5). In a small one each place counts.
     """
 
     def __init__(self, run: Run, shared: LoopThread | None) -> None:
@@ -192,7 +193,7 @@ class SyncDelivery(Delivery):
         self._put = 0  # on the loop: batches put into the queue
         self._given = 0  # on the loop: those of them whose room was given back
         self._unreported = 0  # about how many the consumer took since it told the loop; only decides when to tell
-        self._report_at = max(1, run.output.room // 4)
+        self._report_at = run.output.room // 2 if run.output.room >= LARGE_ROOM else 1
         self._lazy = run.output.room == 0
         self._asked = 0  # on the loop: how many consumers wait
         self._pumping = False

@@ -31,7 +31,10 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 class LoopThread:
-    """A thread named `aioloader-loop` that runs an event loop of its own until it is told to stop."""
+    """A thread named `aioloader-loop` that runs an event loop of its own until it is told to stop.
+
+    The thread begins with the first task, and finds it on its loop: nothing has to wake it for it.
+    """
 
     def __init__(self) -> None:
         self.loop = new_event_loop()
@@ -41,7 +44,6 @@ class LoopThread:
         self._coming: set[Callable[[], None]] = set()  # refusals of tasks that have not been started yet
         self._ended = False
         self._thread = threading.Thread(target=self._main, name="aioloader-loop", daemon=True)
-        self._thread.start()
         _alive.add(self)
 
     def start_task(
@@ -79,6 +81,8 @@ class LoopThread:
             if not self._ended:
                 self._coming.add(refuse)
                 self.loop.call_soon_threadsafe(start)
+                if self._thread.ident is None:
+                    self._thread.start()
                 return
         refuse()
 
@@ -88,7 +92,7 @@ class LoopThread:
 
     def join(self, seconds: float = 2 * CLOSE_SECONDS) -> bool:
         """Wait for the end of the thread. False: it did not end in time."""
-        if not self.is_current():
+        if self._thread.ident is not None and not self.is_current():
             self._thread.join(seconds)
         return not self._thread.is_alive()
 

@@ -101,9 +101,16 @@ class Run:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.fail(error)  # a user's exception goes with its sample: this is one of ours
 
-    def threads(self, limit: int, name: str, initializer: Callable[[int], None] | None = None) -> Threads:
-        """Up to `limit` threads that end with this run at the latest."""
-        pool = Threads(limit, name, self.loop, self.context, initializer)
+    def threads(
+        self,
+        limit: int,
+        name: str,
+        initializer: Callable[[int], None] | None = None,
+        *,
+        computes: bool = True,
+    ) -> Threads:
+        """Up to `limit` threads that end with this run at the latest; for the other arguments see `Threads`."""
+        pool = Threads(limit, name, self.loop, self.context, initializer, computes=computes)
         self.own(pool)
         return pool
 

@@ -110,6 +110,8 @@ _PLAIN_NAMES = {str, int}
 class _Pump(Node):
     """A node with a task of its own, which reads user iterables as far as downstream asked."""
 
+    _computes = True  # see `Threads`
+
     def __init__(self, meter: StageMeter, thread_name: str) -> None:
         self.meter = meter
         self._thread_name = thread_name
@@ -126,7 +128,7 @@ class _Pump(Node):
         self._run = run
         self._kick = kick
         self.meter = run.adopt(self.meter)
-        self._threads = run.threads(1, self._thread_name)
+        self._threads = run.threads(1, self._thread_name, computes=self._computes)
         self._task = run.spawn(self._main)
 
     def poll(self, limit: int) -> list[Entry]:
@@ -220,6 +222,7 @@ class StreamSource(_Pump):
         self._make = make
         self._call = call
         self._keys = keys
+        self._computes = not keys  # the first batch does not wait for what a sampler has no use for
         self._warns = warns
         self._unknown = unknown
         self._tells_epoch = tells_epoch

@@ -332,6 +332,8 @@ class ThreadStep(SyncStep):
         super().bind(run, window, forward)
         if self._executor is None:
             self._threads = run.threads(self.concurrency, self._thread_name, self._initializer)
+            if window.room:
+                self._threads.prepare()  # while the first samples are being read
 
     def close(self) -> None:
         super().close()

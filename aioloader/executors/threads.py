@@ -31,6 +31,7 @@ class Threads:
         context: Every thread runs in a copy of it, so that user functions see the consumer's context variables.
         initializer: Called once in each thread with its number. What it raises is given to the thread's first job, as
             torch gives what `worker_init_fn` raises.
+        computes: Its jobs do what torch may spread over several cores, see `limit_intraop_threads`.
     """
 
     def __init__(
@@ -40,12 +41,15 @@ class Threads:
         loop: AbstractEventLoop,
         context: Context,
         initializer: Callable[[int], None] | None = None,
+        *,
+        computes: bool = True,
     ) -> None:
         self._limit = limit
         self._name = name
         self._loop = loop
         self._context = context
         self._initializer = initializer
+        self._computes = computes
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding = 0
@@ -70,6 +74,11 @@ class Threads:
             more = self._outstanding > len(self.threads) and len(self.threads) < self._limit
         self._jobs.put(job)
         if more:
+            self._start_thread()
+
+    def prepare(self) -> None:
+        """Start the first thread for a job that is sure to come: getting ready takes it as long as a small batch."""
+        if not self.threads:
             self._start_thread()
 
     def close(self) -> None:
@@ -117,7 +126,8 @@ class Threads:
             self.ended.set_result(None)
 
     def _initialize(self, number: int) -> BaseException | None:
-        limit_intraop_threads()
+        if self._computes:
+            limit_intraop_threads()
         if self._initializer is not None:
             try:
                 self._initializer(number)
