@@ -16,7 +16,6 @@ from aioloader.errors import (
 )
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.stats import StageStats, Stats
-from aioloader.memory.malloc import keep_freed_memory
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
 
@@ -38,6 +37,5 @@ __all__ = [
     "StateError",
     "Stats",
     "WorkerDiedError",
-    "keep_freed_memory",
     "sample_rng",
 ]

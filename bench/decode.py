@@ -16,7 +16,7 @@ import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
-from aioloader import DataLoader, Pipeline, keep_freed_memory
+from aioloader import DataLoader, Pipeline
 from bench._harness import PER_SECOND, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick
 from bench._rivals import spdl_loader
 
@@ -25,7 +25,6 @@ DISTINCT: Final = 16
 SIZE: Final = (500, 375)
 
 LOADER: Final = "aioloader, DataLoader, 2 workers"
-KEEPING: Final = "the same, keep_freed_memory()"
 PIPELINE: Final = "aioloader, Pipeline, 2 threads"
 
 Decode = Callable[[bytes], Tensor]
@@ -91,12 +90,6 @@ def by_loader(samples: int, decode: Decode) -> Epoch:
     return by_for(DataLoader(Decoded(samples, decode), BATCH, num_workers=2))
 
 
-def by_loader_that_keeps(samples: int, decode: Decode) -> Epoch:
-    """The same in a process that was advised to keep freed memory."""
-    keep_freed_memory()
-    return by_loader(samples, decode)
-
-
 def by_pipeline(samples: int, decode: Decode) -> Epoch:
     contents = pictures()
     source = [contents[index % DISTINCT] for index in range(samples)]
@@ -132,12 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [
                 Contender("one thread", partial(bare, samples, decode), samples, limit=True, needs=needs),
                 Contender(LOADER, partial(by_loader, samples, decode), samples, needs=needs),
-                Contender(KEEPING, partial(by_loader_that_keeps, samples, decode), samples, needs=needs),
                 Contender(PIPELINE, partial(by_pipeline, samples, decode), samples, needs=needs),
                 Contender(spdl_name, partial(by_spdl, samples, decode), samples, needs=("spdl", *needs)),
                 Contender(torch_name, partial(by_torch, samples, decode), samples, needs=needs),
             ],
-            [Target(ours, "speed", rival, 1.1) for ours in (LOADER, KEEPING) for rival in (torch_name, spdl_name)],
+            [Target(LOADER, "speed", rival, 1.1) for rival in (torch_name, spdl_name)],
             unit=PER_SECOND,
             apart=True,
         )

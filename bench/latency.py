@@ -11,6 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing import get_context
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -31,7 +32,6 @@ from bench._harness import (
     by_for,
     parser_for,
     pick,
-    size_of,
 )
 from bench._object_server import ObjectServer
 
@@ -56,7 +56,7 @@ def store_of(url: str) -> Any:
     """A client that is good at many requests side by side."""
     from obstore.store import HTTPStore
 
-    return HTTPStore.from_url(url, client_options={"allow_http": True, "pool_max_idle_per_host": str(IN_FLIGHT)})
+    return HTTPStore(url, client_options={"allow_http": True})
 
 
 async def fetch_from(store: Any, key: int) -> Tensor:
@@ -112,11 +112,12 @@ class Remote(torch.utils.data.Dataset[Tensor]):
 
 
 def by_torch(url: str, samples: int) -> Epoch:
-    def epoch(tick: Tick) -> None:
-        for batch in torch.utils.data.DataLoader(Remote(url, samples), BATCH, num_workers=WORKERS):
-            tick(size_of(batch))
-
-    return epoch
+    # Forked, as they are by default: the process that measures this was itself started in another way.
+    return by_for(
+        torch.utils.data.DataLoader(
+            Remote(url, samples), BATCH, num_workers=WORKERS, multiprocessing_context=get_context("fork")
+        )
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ IMPORTS: dict[str, set[str]] = {
     "doctor": {"cores", "engine"},
     "demo": {"dataloader", "pipeline"},
     "__main__": {"demo", "doctor"},
-    "__init__": {"dataloader", "errors", "insight", "memory", "pipeline", "rng"},
+    "__init__": {"dataloader", "errors", "insight", "pipeline", "rng"},
 }  # fmt: skip
 """What the files of each folder, or a single file, may import of the others."""
 
