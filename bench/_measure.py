@@ -143,7 +143,8 @@ class Apart:
         if method == "forkserver":
             context.set_forkserver_preload(["torch", "torch.utils.data", "aioloader", "bench._measure"])
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, contender), name=f"bench {contender.name}")
+        usual = multiprocessing.get_start_method()
+        self._process = context.Process(target=_serve, args=(theirs, contender, usual), name=f"bench {contender.name}")
         self._process.start()
         theirs.close()
 
@@ -181,8 +182,13 @@ class Apart:
             self._process.join()
 
 
-def _serve(connection: "Connection[Any, Any]", contender: Contender) -> None:
-    """In the contender's process: an epoch for each message, until the connection is closed."""
+def _serve(connection: "Connection[Any, Any]", contender: Contender, start_method: str) -> None:
+    """In the contender's process: an epoch for each message, until the connection is closed.
+
+    A process that multiprocessing has started takes its own start method for its default, and torch's workers would be
+    spawned: seconds to the first batch, and a copy of torch in each. They are to be started as in a user's program.
+    """
+    multiprocessing.set_start_method(start_method, force=True)
     place = Here(contender)
     while True:
         try:

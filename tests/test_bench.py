@@ -1,6 +1,7 @@
 """The benchmarks run, in small; what they measure is nobody's assertion here."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,33 @@ def test_an_epoch_that_loses_samples_is_no_figure() -> None:
     """A contender that gives fewer samples would look fast."""
     with pytest.raises(RuntimeError, match="cheat: an epoch must give 512 samples, got 0"):
         race([Contender("cheat", lambda: lambda _: None, 512)], 1)
+
+
+APART = """
+import multiprocessing
+from bench._measure import Contender, race
+
+def opened():
+    return lambda tick: tick(len(multiprocessing.get_start_method()))
+
+if __name__ == "__main__":
+    usual = len(multiprocessing.get_start_method())
+    for memory in (False, True):
+        timings, _ = race([Contender("c", opened)], 1, warm_up=0, apart=True, memory=memory)
+        assert timings["c"][0].samples == usual, memory
+"""
+
+
+def test_workers_of_a_contender_apart_start_as_in_a_users_program(tmp_path: Path) -> None:
+    """Not spawned because the contender was: torch's first batch would come seconds later, its workers be larger."""
+    script = tmp_path / "apart.py"
+    script.write_text(APART)
+    root = Path(all_benches.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, script], check=False, capture_output=True, text=True, timeout=90, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_targets_are_judged_by_the_ratios_within_a_round(capsys: pytest.CaptureFixture[str]) -> None:
