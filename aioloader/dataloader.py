@@ -470,6 +470,10 @@ class DataLoader(Loader, Generic[T_co]):
             return "exact"
         return "exact" if is_repeatable(self._index_sampler) else "replayed"
 
+    def _never_again(self) -> str | None:
+        why = super()._never_again()
+        return "samples come in another order each time" if why is None and not self._ordered else why
+
     def _sure_length(self) -> int | None:
         if self._iterable or not is_repeatable(self._index_sampler) or self._generators():
             return None  # a generator may be drawn from once more behind the last batch

@@ -284,16 +284,19 @@ class Loader(Opener):
         """The very batch that the newest epoch gave as number `step`, made once more. An error is raised again.
 
         The epoch goes on undisturbed, and no random generator is left changed. What a source cannot enter in the middle
-        is read again up to there. In async code: `await asyncio.to_thread(loader.replay, step)`; it runs on a loop of
-        its own.
+        is read again up to there, and must give the same again. It runs on a loop of its own; in async code:
+        `await asyncio.to_thread(loader.replay, step)`.
 
         Args:
             step: From 0, as in `BatchInfo`; one of the last 4096.
 
         Raises:
-            LookupError: That step is not known (any more).
+            LookupError: That step is not known (any more), or it would be another batch: samples that come in another
+                order each time, or cannot be had again.
         """
         step = check_count("step", step, least=0)
+        if (why := self._never_again()) is not None:
+            raise LookupError(f"replay gives the very batch of an earlier step, but {why}; keep the batch, or its keys")
         progress = self._progress
         done, history = (0, []) if progress is None else (progress.batches, list(progress.history))
         first = done - len(history)
@@ -318,6 +321,15 @@ class Loader(Opener):
                     return next(iter(again))
         finally:
             self._set_random_state(before)
+
+    def _never_again(self) -> str | None:
+        """Why a batch cannot be made once more; None: it can."""
+        match self._guarantee():
+            case "live":
+                return "what has been sent cannot be read again"
+            case "at-least-once":
+                return "samples come in another order each time"
+        return None
 
     def skip_steps(self, first: int, stop: int, *, epoch: int | None = None) -> None:
         """Leave out the batches number `first` to `stop - 1` of an epoch, errors included; the state records it.

@@ -21,7 +21,17 @@ from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
-from aioloader.plan import Combined, Plan, Repeat, Single, in_front_of_cache, is_permutable, length_of
+from aioloader.plan import (
+    Combined,
+    Plan,
+    Repeat,
+    Single,
+    any_order,
+    depends_on_time,
+    in_front_of_cache,
+    is_permutable,
+    length_of,
+)
 from aioloader.sources.drawn import check_drawn, check_generators, draws_globally, generators_of, packed, unpacked
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
@@ -497,6 +507,14 @@ class Pipeline(Loader):
 
     def _guarantee(self) -> Guarantee:
         return guarantee_of(self._plan)
+
+    def _never_again(self) -> str | None:
+        why = super()._never_again()
+        if why is None and any_order(self._plan.source, self._plan.stages):
+            why = "samples come in another order each time"
+        if why is None and depends_on_time(self._plan):
+            why = "which samples a batch holds depends on time"
+        return why
 
     def _sure_length(self) -> int | None:
         if not _all_indexable(self._plan):

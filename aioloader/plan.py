@@ -9,7 +9,9 @@ from aioloader.sources.files import Files
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.stages.batch import Batch
 from aioloader.stages.cache import Cache
+from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import Filter, Map
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
@@ -21,6 +23,7 @@ __all__ = [
     "Repeat",
     "Single",
     "any_order",
+    "depends_on_time",
     "in_front_of_cache",
     "is_permutable",
     "length_of",
@@ -132,6 +135,14 @@ def any_order(source: Single | Combined, stages: Sequence[Stage]) -> bool:
     ):
         return True
     return any(isinstance(stage, Map) and not stage.ordered and stage.replay_order is None for stage in stages)
+
+
+def depends_on_time(plan: Plan) -> bool:
+    """Whether it is a matter of time which samples a batch holds."""
+    inner = plan.source.plans if isinstance(plan.source, Combined) else ()
+    return any(map(depends_on_time, inner)) or any(
+        isinstance(stage, DropIf) or (isinstance(stage, Batch) and stage.max_wait is not None) for stage in plan.stages
+    )
 
 
 def placed(plan: Plan) -> Plan:

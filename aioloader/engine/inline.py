@@ -213,6 +213,8 @@ class InlineBatches(Iterator[T_co]):
             self._receive = self._opener._receiver()
         progress = self._progress
         run = self._node.poll(1)
+        while run and progress.leave_out and progress.leaves_out(run[0]):
+            run = self._node.poll(1)
         if not run:
             progress.over = True
             progress.meter.finish()
@@ -222,8 +224,6 @@ class InlineBatches(Iterator[T_co]):
             self._over = True
             raise StopIteration
         entry = run[0]
-        if progress.leave_out and progress.leaves_out(entry):
-            return self.__next__()
         progress.hand_out(entry, asked)
         if entry.error is not None:
             raise presentable(entry.error)

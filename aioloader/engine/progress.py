@@ -34,6 +34,7 @@ class Progress:
     __slots__ = (
         "_key",
         "_left_out",
+        "_step",
         "asked_for",
         "batches_before",
         "begun_with",
@@ -61,6 +62,7 @@ class Progress:
         self.history: deque[Any] = deque(maxlen=HISTORY)
         self._left_out = 0
         self._key: Any = None  # of the last batch
+        self._step = 0
 
     @property
     def batches(self) -> int:
@@ -72,6 +74,7 @@ class Progress:
         self.history.append(self.cursor)
         self.cursor = entry.cursor
         self._key = entry.key
+        self._step = self.batches
         self.meter.delivered(asked)
 
     def leaves_out(self, entry: Entry) -> bool:
@@ -90,7 +93,7 @@ class Progress:
         if not self.meter.batches:
             return None
         keys = tuple(self._key) if type(self._key) is list else (self._key,)
-        return BatchInfo(self.epoch, self.batches - 1, keys, self.meter.last_waited_seconds)
+        return BatchInfo(self.epoch, self._step, keys, self.meter.last_waited_seconds)
 
     @property
     def nothing_was_left(self) -> bool:
