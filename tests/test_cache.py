@@ -5,8 +5,10 @@ import json
 import os
 import random
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -640,6 +642,32 @@ def test_any_cut_and_any_flipped_byte_is_found_out(tmp_path: Path) -> None:
             found = collect(again, "for")
             assert [sample.tolist() for sample in found] == [[float(n)] * 300 for n in range(20)]
         assert cache_stats(again) == (20, 0)
+
+
+def test_two_threads_that_open_a_file_at_once_both_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find it closed and open it; the later one is kept, and the other must stay open until it has been read."""
+    store = disk_cache.DiskStore(tmp_path / "cache", "")
+    store.open("any")
+    for key in range(2):
+        store.put(key, torch.full((1000,), key), None)
+    both_open, both_read = threading.Barrier(2), threading.Barrier(2)
+
+    class Opened(disk_cache._File):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            both_open.wait(10)
+
+    def read(*args: Any) -> Any:
+        both_read.wait(10)
+        return read_now(*args)
+
+    read_now = disk_cache._read
+    monkeypatch.setattr(disk_cache, "_File", Opened)
+    monkeypatch.setattr(disk_cache, "_read", read)
+    with ThreadPoolExecutor(2) as threads:
+        samples = list(threads.map(store.load, [store.find(0), store.find(1)]))
+    assert [int(sample[0]) for sample in samples] == [0, 1]
+    store.close()
 
 
 def test_a_lost_sample_of_a_stream_says_so(tmp_path: Path) -> None:

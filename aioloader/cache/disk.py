@@ -237,7 +237,10 @@ class DiskStore(Store):
             LostError: It is not what was written; it will be missing from now on.
         """
         try:
-            data = _read(location.segment.open().fd, location.length, location.offset)
+            # Held while it is read. Two threads may open a segment's file at once, and the one that is kept is the
+            # later; without a holder the other would close its descriptor here, and read whatever file gets it next.
+            file = location.segment.open()
+            data = _read(file.fd, location.length, location.offset)
             if len(data) != location.length or zlib.crc32(data) != location.checksum:
                 raise LostError(f"{location.segment.samples}: what is at byte {location.offset} is not what was kept")
         except (OSError, LostError) as error:
