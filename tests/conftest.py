@@ -47,6 +47,10 @@ GONE_SECONDS = 10.0
 """How long threads, processes and files that are on their way out may take."""
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warm_up() -> None:
     """Open what a process opens once and keeps, so that no test is blamed for it.

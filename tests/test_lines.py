@@ -191,7 +191,10 @@ def test_a_thread_whose_time_is_always_up_gives_all_lines(
     assert [found[place] for place in (0, 1, 3, 4, 5, 7)] == [1, 2, 3, 1, 2, 3]
 
 
-LINES = st.lists(st.sampled_from([b"1", b'{"a": [2]}', b"", b" ", b"\xff", b"{", b"12345678", b"x\r"]), max_size=12)
+SPANNING = [b"[", b"1,", b"2]", b'"a', b'b"']  # two or three of them would be a value, were it not for the line ends
+SPACED = [b"", b" ", b" 3", b"3 \t\r", b"3\x0b", b"3\x00"]
+KINDS = [b"1", b'{"a": [2]}', b"\xff", '"é"'.encode(), b"{", b"12345678", b"x\r", *SPANNING, *SPACED]
+LINES = st.lists(st.sampled_from(KINDS), max_size=12)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -199,12 +202,13 @@ LINES = st.lists(st.sampled_from([b"1", b'{"a": [2]}', b"", b" ", b"\xff", b"{",
 def test_where_the_pieces_end_makes_no_difference(
     lines: list[bytes], ended: bool, cuts: list[int], longest: int, tmp_path: Path
 ) -> None:
-    """The entries of a content that comes in any pieces are those of the content in one."""
+    """The entries of a content that comes in any pieces are those of the content in one, and those of its lines."""
     source = Lines(tmp_path / "any.txt", decode="json", max_line_bytes=longest)
     content = b"\n".join(lines) + (b"\n" if ended else b"")
 
-    def entries(pieces: list[bytes]) -> list[Any]:
+    def entries(pieces: list[bytes], *, scans: bool = True) -> list[Any]:
         parser = _LinesOf(source, 0, (0, 0))
+        parser._may_scan = parser._may_scan and scans
         found: list[Entry] = []
         for piece in pieces:
             found += parser.parse(piece) if piece else []
@@ -216,6 +220,7 @@ def test_where_the_pieces_end_makes_no_difference(
     bounds = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
     whole = entries([content])
     assert entries([content[start:stop] for start, stop in pairwise(bounds)]) == whole
+    assert entries([content], scans=False) == whole
     assert whole == [] or whole[-1][2][1] <= len(content)
 
 
