@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from typing import Any, Final, NamedTuple
 
-__all__ = ["END", "MISSING", "REFUSED", "Place", "Store", "at_position"]
+__all__ = ["END", "MISSING", "REFUSED", "Mark", "Place", "Store", "at_position"]
 
 
-class _Mark:
+class Mark:
+    """What stands in a cache and is no sample."""
+
     def __init__(self, name: str) -> None:
         self._name = name
 
@@ -14,10 +16,10 @@ class _Mark:
         return self._name  # one object in every process
 
 
-MISSING: Final = _Mark("MISSING")
+MISSING: Final = Mark("MISSING")
 """Nothing is kept under this key."""
 
-REFUSED: Final = _Mark("REFUSED")
+REFUSED: Final = Mark("REFUSED")
 """Kept instead of a sample that a filter refused."""
 
 END: Final = "end"

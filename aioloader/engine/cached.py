@@ -9,11 +9,13 @@ and cursors are what they would be without the cache.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.cache.disk import DiskStore, Location, LostError
 from aioloader.cache.memory import MemoryStore
-from aioloader.cache.store import END, MISSING, REFUSED, Place, Store, at_position
+from aioloader.cache.store import END, MISSING, REFUSED, Mark, Place, Store, at_position
 from aioloader.engine.entry import DONE, LAST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.steps import Forward, Step, ThreadStep
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from aioloader.engine.window import Window
 
 __all__ = ["KeepInMemory", "KeepOnDisk", "LookUp", "PlacedNode"]
+
+_KEY: Final = attrgetter("key")
+_VALUE: Final = attrgetter("value")
 
 HITS_ROOM: Final = 256
 """Slots more while all samples are found: they take no memory that is not taken already."""
@@ -155,20 +160,22 @@ class LookUp(Step):
 
     def _look_up_in_place(self, keep: "KeepInMemory") -> bool:
         """The same for one cache in memory with nothing behind it: what is found is done, and costs half as much."""
-        find, placed = keep.store.samples.get, self._placed
         entries = list(self.inbox)
         self.inbox.clear()
+        keys = [entry.kept_as for entry in entries] if self._placed else _keys_of(entries)
+        samples = list(map(keep.store.samples.get, keys, repeat(MISSING)))
         missing: list[Entry] = []
-        for entry in entries:
-            key = entry.kept_as if placed else entry.key
-            if type(key) is not str and not placed and (type(key) is not int or key is not entry.value):
-                key = _key_of(entry)
-            found = find(key, MISSING)
-            if found is MISSING or found is REFUSED:
-                entry.kept_as = key
-                missing.append(entry)
-            else:
-                entry.value = found
+        if Mark in set(map(type, samples)):
+            for entry, key, sample in zip(entries, keys, samples, strict=True):
+                if type(sample) is Mark:
+                    entry.kept_as = key
+                    missing.append(entry)
+                else:
+                    entry.value = sample
+                    entry.state = DONE
+        else:
+            for entry, sample in zip(entries, samples, strict=True):
+                entry.value = sample
                 entry.state = DONE
         meter = keep.meter
         hits = len(entries) - len(missing)
@@ -194,6 +201,15 @@ class LookUp(Step):
         if not self.closed and hasattr(self, "_opening"):
             self._opening.close()
         super().close()
+
+
+def _keys_of(entries: list[Entry]) -> list[Any]:
+    """What each sample is kept as, see `_key_of`; at once where all are names, or integers that name themselves."""
+    keys = list(map(_KEY, entries))
+    kinds = set(map(type, keys))
+    if kinds == {str} or (kinds == {int} and all(map(is_, keys, map(_VALUE, entries)))):
+        return keys
+    return list(map(_key_of, entries))
 
 
 def _key_of(entry: Entry) -> Any:

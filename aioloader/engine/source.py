@@ -95,16 +95,16 @@ class KeySource(Node):
                 values = self._values[keys.start : keys.stop]
             else:
                 values = list(map(self._values.__getitem__, keys))
-            if set(map(type, values)) <= _PLAIN_NAMES:
+            naming = {kind: issubclass(kind, _NAMES) for kind in set(map(type, values))}
+            if all(naming.values()):
                 names = values
-            else:
-                names = [v if isinstance(v, _NAMES) else k for k, v in zip(keys, values, strict=True)]
+            elif any(naming.values()):
+                names = [v if naming[type(v)] else k for k, v in zip(keys, values, strict=True)]
         cursors = range(self._cursor + (start + 1) * stride, self._cursor + stop * stride + 1, stride)
         return list(map(Entry, values, cursors, names, range(before + start, before + stop)))
 
 
 _NAMES = (str, int, PurePath)  # samples that name themselves in an error note
-_PLAIN_NAMES = {str, int}
 
 
 class _Pump(Node):
