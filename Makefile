@@ -26,7 +26,7 @@ check: $(VENV)/.installed-dev ## lint, format and types
 bench: $(VENV)/.installed-dev ## measure against the rivals, in full
 	$(BIN)/python -m bench
 
-bench-quick: $(VENV)/.installed-dev ## the same in short: ten minutes
+bench-quick: $(VENV)/.installed-dev ## the same in short: two minutes
 	$(BIN)/python -m bench --quick
 
 clean: ## remove the virtual environment and every cache

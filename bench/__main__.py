@@ -1,16 +1,19 @@
 """Runs every script of this folder, each in a process of its own: `python -m bench`, or `python -m bench --quick`.
 
+The processes come from a server that has imported torch already: nineteen imports would be half of the quick run.
+
 With `--write FILE` the tables also go into a page: what was measured, on what, and which aims were missed.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
+
+from bench._script import run_script
 
 SCRIPTS: Final[dict[str, list[str]]] = {
     "overhead": ["--quick"],
@@ -41,23 +44,16 @@ NOTES: Final = Path(__file__).with_name("NOTES.md")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run them all, whatever fails in between, and return 1 when something did."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="in ten minutes, with figures that vary more")
+    parser.add_argument("--quick", action="store_true", help="in two minutes, with figures that vary much")
     parser.add_argument("--only", action="append", metavar="SCRIPT", choices=sorted(SCRIPTS), help="not all of them")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write what was found into FILE")
     options = parser.parse_args(arguments)
     failed, outputs = [], {}
     for script in options.only or SCRIPTS:
         print(f"== {script}", flush=True)
-        command = [sys.executable, "-m", f"bench.{script}", *(SCRIPTS[script] if options.quick else ())]
-        lines = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines.append(line)
-        if process.returncode != 0:
+        outputs[script], status = run_script(script, SCRIPTS[script] if options.quick else [])
+        if status != 0:
             failed.append(script)
-        outputs[script] = lines
         print(flush=True)
     if options.write is not None:
         options.write.write_text(page_of(outputs, NOTES.read_text()), encoding="utf-8")

@@ -71,7 +71,7 @@ def parser_for(doc: str | None) -> argparse.ArgumentParser:
     """The options that every script has."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a few seconds, with figures that vary more")
+    size.add_argument("--quick", action="store_true", help="a few seconds, with figures that vary much")
     size.add_argument("--smallest", action="store_true", help="only to see that it runs: the figures mean nothing")
     parser.add_argument("--rounds", type=int, help="how often each contender runs; without it the size decides")
     parser.add_argument(
@@ -87,7 +87,7 @@ def pick(options: argparse.Namespace, *, full: T, quick: T, smallest: T) -> T:
 
 
 def _rounds(options: argparse.Namespace) -> int:
-    return max(1, options.rounds or pick(options, full=7, quick=3, smallest=1))
+    return max(1, options.rounds or pick(options, full=5, quick=2, smallest=1))
 
 
 # -- epochs of loaders -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from aioloader.demo.memory import tree_memory_bytes
 
-__all__ = ["Contender", "Epoch", "Tick", "Timing", "race"]
+__all__ = ["Contender", "Epoch", "Tick", "Timing", "race", "server"]
 
 Tick = Callable[[int], None]
 """Called by an epoch at each batch that came, with the number of its samples."""
@@ -98,6 +98,13 @@ def time_epoch(epoch: Epoch, contender: Contender) -> Timing:
     return Timing(first - began if first else whole, whole, steady, count)
 
 
+def server() -> Any:
+    """Starts processes by a server that has imported torch and done nothing else; there is one, whoever asks."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.utils.data", "aioloader", "bench._harness"])
+    return context
+
+
 class Place(Protocol):
     """Where a contender runs."""
 
@@ -137,11 +144,8 @@ class Apart:
 
     def __init__(self, contender: Contender, *, memory: bool) -> None:
         self._name = contender.name
-        # From a server that has imported torch and done nothing else a process comes at once; but they share pages.
-        method = "spawn" if memory or sys.platform == "win32" else "forkserver"
-        context: Any = multiprocessing.get_context(method)
-        if method == "forkserver":
-            context.set_forkserver_preload(["torch", "torch.utils.data", "aioloader", "bench._measure"])
+        # A process comes from the server at once; but they share pages.
+        context: Any = multiprocessing.get_context("spawn") if memory or sys.platform == "win32" else server()
         self._connection, theirs = context.Pipe()
         usual = multiprocessing.get_start_method()
         self._process = context.Process(target=_serve, args=(theirs, contender, usual), name=f"bench {contender.name}")

@@ -27,6 +27,9 @@ MEMORY: Final = "cache(memory_bytes), for"
 MEMORY_ASYNC: Final = "cache(memory_bytes), async for"
 MAPPED: Final = "cache(memory_bytes) and a map behind it"
 DISK: Final = "cache(disk), for"
+SIZES: Final = [(4, 256), (64, 64), (588, 64)]
+"""KiB per sample, and samples per batch; the last one is 3×224×224 float32."""
+
 TARGETS: Final = [Target(MEMORY, "time", DATASET, 1.2), Target(MEMORY_ASYNC, "time", DATASET_ASYNC, 1.2)]
 
 
@@ -87,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = parser_for(__doc__)
     options = parser.parse_args(arguments)
-    megabytes = pick(options, full=512, quick=256, smallest=1)
+    megabytes = pick(options, full=192, quick=32, smallest=1)
     report = Report("cache", options)
-    for kib, batch in ((4, 256), (64, 64), (588, 64)):  # 588 KiB: 3×224×224 float32
+    for kib, batch in pick(options, full=SIZES, quick=SIZES[:2], smallest=SIZES):
         numbers = kib * 256
         samples = max(batch, min(40_000, megabytes * 1024 // kib) // batch * batch)
         with tempfile.TemporaryDirectory() as folder:

@@ -77,7 +77,7 @@ def by_spdl(samples: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=24, quick=8, smallest=2) * BATCH
+    samples = pick(options, full=8, quick=3, smallest=2) * BATCH
     report = Report("collate", options)
     report.compare(
         f"{BATCH} x 3x224x224 float32",

@@ -116,7 +116,7 @@ def by_spdl(samples: int, decode: Decode) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=40, quick=16, smallest=2) * BATCH
+    samples = pick(options, full=12, quick=3, smallest=2) * BATCH
     report = Report("decode", options)
     for name, decode, needs in (("Pillow", with_pillow, ()), ("simplejpeg", with_simplejpeg, ("simplejpeg",))):
         torch_name, spdl_name = "torch, 2 workers", "SPDL, per batch, 2 threads"
@@ -131,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ],
             [Target(LOADER, "speed", rival, 1.1) for rival in (torch_name, spdl_name)],
             unit=PER_SECOND,
+            rounds=pick(options, full=5, quick=1, smallest=1),
             apart=True,
         )
     return report.finish()

@@ -137,7 +137,7 @@ SOURCES: Final = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    batches = pick(options, full=2000, quick=300, smallest=20)
+    batches = pick(options, full=1000, quick=200, smallest=20)
     report = Report("endless", options)
     for name, measure in SOURCES.items():
         if options.only and not any(text in name for text in options.only):

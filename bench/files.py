@@ -120,8 +120,8 @@ def by_aiofiles(folder: str, limit: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    files = pick(options, full=24, quick=12, smallest=2) * BATCH
-    few = pick(options, full=6, quick=4, smallest=2) * BATCH
+    files = pick(options, full=12, quick=4, smallest=2) * BATCH
+    few = pick(options, full=4, quick=2, smallest=2) * BATCH
     report = Report("files", options)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(files):

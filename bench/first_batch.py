@@ -77,7 +77,7 @@ def theirs(*, persistent: bool) -> Iterable[Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    rounds = pick(options, full=25, quick=9, smallest=1)
+    rounds = pick(options, full=15, quick=3, smallest=1)
     options.rounds = options.rounds or rounds
     report = Report("first_batch", options)
     new, second = "aioloader, 2 workers", "aioloader, 2 workers, second epoch"

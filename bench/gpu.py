@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -50,14 +50,14 @@ class Row:
     overlap: float | None = None
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 64, 256], help="sizes of a batch")
     parser.add_argument("--batches", type=int, default=30, help="batches per round")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if torch.cuda.device_count() == 0:
         print(f"no CUDA device was found (torch {torch.__version__}): nothing to measure")
         return 0

@@ -60,7 +60,7 @@ def theirs(kind: type[Rows], samples: int, workers: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=400, quick=120, smallest=2) * BATCH
+    samples = pick(options, full=120, quick=40, smallest=2) * BATCH
     report = Report("in_memory", options)
     report.compare(
         f"tensors in memory, batches of {BATCH}",

@@ -123,8 +123,8 @@ def by_torch(url: str, samples: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=384, quick=128, smallest=2) * BATCH
-    few = pick(options, full=32, quick=24, smallest=2) * BATCH
+    samples = pick(options, full=128, quick=24, smallest=2) * BATCH
+    few = pick(options, full=24, quick=18, smallest=2) * BATCH
     report = Report("latency", options)
     skip = pick(options, full=2 * IN_FLIGHT, quick=2 * IN_FLIGHT, smallest=BATCH)
     with ObjectServer(OBJECT_BYTES, LATENCY_S) as server:
@@ -150,8 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for measure, rival, reach in REACH
             ],
             unit=PER_SECOND,
-            rounds=3,
-            memory=True,
+            rounds=pick(options, full=3, quick=1, smallest=1),
+            memory=not options.quick,
         )
     return report.finish()
 

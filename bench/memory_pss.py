@@ -65,7 +65,7 @@ def by_torch(samples: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=2_000_000, quick=500_000, smallest=4096)
+    samples = pick(options, full=2_000_000, quick=100_000, smallest=4096)
     report = Report("memory_pss", options)
     report.compare(
         f"{samples:,} small Python objects, one shuffled epoch",
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Contender(TORCH, partial(by_torch, samples), samples),
         ],
         [Target(THREADS, "memory", TORCH, 0.5), Target(THREADS, "speed", TORCH, 1.0)],
-        rounds=2,
+        rounds=pick(options, full=2, quick=1, smallest=1),
         memory=True,
     )
     return report.finish()

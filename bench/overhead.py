@@ -129,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_for(__doc__)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="of torch's DataLoader")
     options = parser.parse_args(arguments)
-    samples = pick(options, full=1000, quick=400, smallest=2) * BATCH
-    few = pick(options, full=60, quick=16, smallest=2) * BATCH
+    samples = pick(options, full=400, quick=40, smallest=2) * BATCH
+    few = pick(options, full=16, quick=3, smallest=2) * BATCH
     report = Report("overhead", options)
     report.compare(
         f"an async op that does not suspend, batches of {BATCH}, {CONCURRENCY} side by side",

@@ -101,7 +101,7 @@ def by_torch(samples: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=250, quick=100, smallest=4) * BATCH
+    samples = pick(options, full=100, quick=16, smallest=4) * BATCH
     report = Report("own_process", options)
     report.compare(
         f"a main thread that is busy in Python, {LOOP_STEPS} steps per batch of {BATCH}",

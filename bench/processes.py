@@ -91,7 +91,7 @@ def by_pipeline(samples: int) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    samples = pick(options, full=160, quick=60, smallest=4) * BATCH
+    samples = pick(options, full=60, quick=10, smallest=4) * BATCH
     report = Report("processes", options)
     report.compare(
         f"a pure-Python transform, batches of {BATCH}",
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         [Target(OURS, "speed", TORCH, 1.0), Target(PIPELINE, "speed", TORCH, 1.0)],
         apart=True,
     )
-    batches = pick(options, full=120, quick=40, smallest=4)
+    batches = pick(options, full=40, quick=12, smallest=4)
     large = batches * LARGE[0]
     size = 4 * LARGE[1]
     report.compare(

@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import orjson
 
     options = parser_for(__doc__).parse_args(arguments)
-    count = pick(options, full=128 << 10, quick=32 << 10, smallest=4 * BATCH)
-    few = pick(options, full=8 << 10, quick=4 << 10, smallest=BATCH)
+    count = pick(options, full=32 << 10, quick=8 << 10, smallest=4 * BATCH)
+    few = pick(options, full=4 << 10, quick=1 << 10, smallest=BATCH)
     report = Report("sources_lines", options)
     with tempfile.TemporaryDirectory() as folder:
         path, short = Path(folder) / "rows.jsonl", Path(folder) / "few.jsonl"

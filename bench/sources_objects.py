@@ -95,7 +95,7 @@ def objects(url: str, count: int, *, batches: bool, asynchronous: bool) -> Epoch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, judge."""
     options = parser_for(__doc__).parse_args(arguments)
-    count = pick(options, full=16384, quick=8192, smallest=128)
+    count = pick(options, full=8192, quick=1536, smallest=128)
     report = Report("sources_objects", options)
     with ObjectServer(SIZE, LATENCY_S) as server:
 

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser_for(__doc__).parse_args(arguments)
     report = Report("sources_tar", options)
     with tempfile.TemporaryDirectory() as name:
-        for image_bytes, full, quick in ((60_000, 8192, 2048), (1000, 32768, 8192)):
+        for image_bytes, full, quick in ((60_000, 2048, 512), (1000, 8192, 2048)):
             samples = pick(options, full=full, quick=quick, smallest=4 * BATCH)
             paths = write_shards(Path(name), samples, image_bytes)
             report.compare(

@@ -95,7 +95,7 @@ def _size(state: Any) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    batches = pick(options, full=1000, quick=300, smallest=4)
+    batches = pick(options, full=300, quick=60, smallest=4)
     samples = batches * BATCH
     report = Report("state", options)
     for workers in pick(options, full=(0, 2), quick=(0, 2), smallest=(0,)):

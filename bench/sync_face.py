@@ -67,8 +67,8 @@ def ready(loader: Any) -> Epoch:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     options = parser_for(__doc__).parse_args(arguments)
-    count = pick(options, full=10_000, quick=3_000, smallest=20)
-    few = pick(options, full=1_000, quick=400, smallest=10)
+    count = pick(options, full=3_000, quick=600, smallest=20)
+    few = pick(options, full=400, quick=100, smallest=10)
     report = Report("sync_face", options)
     name = "aioloader, for"
     for room, reach in ((2, 1 / 3), (16, 0.05)):

@@ -97,6 +97,17 @@ def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixtu
         assert row["median"] <= rooms
 
 
+@pytest.mark.slow
+def test_python_m_bench_writes_a_page(tmp_path: Path) -> None:
+    """Of what its scripts print in processes of their own."""
+    page = tmp_path / "page.md"
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "endless", "--only", "gpu", "--write", page]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "== gpu" in done.stdout
+    assert "| endless | an async generator: " in page.read_text()
+
+
 def test_every_script_is_run_by_python_m_bench() -> None:
     """A new benchmark cannot be forgotten."""
     folder = Path(all_benches.__file__).parent
