@@ -4,7 +4,7 @@ import warnings
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Literal
+from typing import Any, Final, Generic, Literal
 
 import torch
 import torch.utils.data
@@ -35,6 +35,7 @@ from aioloader.sources.drawn import (
     check_drawn,
     check_generators,
     generators_of,
+    is_plain,
     is_repeatable,
     keys_of,
     kind_of,
@@ -56,6 +57,9 @@ from aioloader.state import Guarantee, Shape, guarantee_of_stream
 __all__ = ["DataLoader"]
 
 T_co = TypeVar("T_co", covariant=True, default=Any)
+
+KEYS_AHEAD: Final = 8
+"""Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
 
 _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
 
@@ -388,8 +392,7 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        name = "source" if self._iterable else "sampler"
-        plan = Plan(Single(source, name=name, keys=not self._iterable), tuple(stages), room=self._room)
+        plan = Plan(self._single(source), tuple(stages), room=self._room)
         return build(plan, self._pass(progress), transfer, alloc, dry=dry)
 
     def _build_processes(self, progress: Progress, transfer: Transfer | None, *, dry: bool) -> Window:
@@ -417,9 +420,14 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        name = "source" if self._iterable else "sampler"
-        plan = Plan(Single(source, name=name, keys=not self._iterable), tuple(stages), room=self._room)
+        plan = Plan(self._single(source), tuple(stages), room=self._room)
         return build(plan, self._pass(progress), transfer, processes=self._open_processes, dry=dry)
+
+    def _single(self, source: Stream) -> Single:
+        if self._iterable:
+            return Single(source, name="source")
+        ahead = KEYS_AHEAD if is_plain(self._index_sampler) else 0
+        return Single(source, name="sampler", keys=True, ahead=ahead)
 
     def _pass(self, progress: Progress) -> Pass:
         return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))

@@ -42,6 +42,7 @@ class Single:
         sampler: Gives the keys of an epoch instead of 0, 1, 2, ...
         name: In statistics; None: that of the user's object.
         keys: `data` gives keys, or the keys of batches.
+        ahead: Of these so many may be read before they are asked for.
         tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
     """
 
@@ -49,6 +50,7 @@ class Single:
     sampler: Stream | None = None
     name: str | None = None
     keys: bool = False
+    ahead: int = 0
     tells_epoch: bool = False
 
     def length(self) -> int:

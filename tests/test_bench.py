@@ -101,7 +101,7 @@ def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixtu
 def test_python_m_bench_writes_a_page(tmp_path: Path) -> None:
     """Of what its scripts print in processes of their own."""
     page = tmp_path / "page.md"
-    command = [sys.executable, "-m", "bench", "--quick", "--only", "endless", "--only", "gpu", "--write", page]
+    command = [sys.executable, "-m", "bench", "--quick", "--only", "endless", "--only", "gpu", "--write", str(page)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== gpu" in done.stdout

@@ -6,7 +6,7 @@ it is simplest; ours with 0 and 2, as threads must not change what comes out.
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from aioloader import DataLoader
+from aioloader.sources.drawn import is_plain
 from tests._datasets import (
     AsyncBroken,
     AsyncMade,
@@ -650,3 +651,41 @@ def test_set_epoch_reaches_the_sampler_through_batch_sampler(face: Face) -> None
             loader.batch_sampler.sampler.set_epoch(epoch)
             assert ours.epoch == epoch
             assert_same(collect(loader, face), list(torch_loader))
+
+
+class Counting(SequentialSampler):
+    """A sampler of the user's, which may want to know what the training loop has done by now."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for index in super().__iter__():
+            self.read += 1
+            yield index
+
+
+def test_a_sampler_of_the_users_is_read_no_further_than_asked() -> None:
+    """Room for two batches, and one that is handed out. Keys of torch's samplers may be read ahead: nobody can tell."""
+    sampler = Counting(range(1000))
+    with Steps(DataLoader(range(1000), batch_size=1, sampler=sampler, num_workers=1), "for") as steps:
+        for number in range(1, 100):
+            steps.next()
+            assert sampler.read <= number + 2
+
+
+@pytest.mark.parametrize(
+    ("sampler", "plain"),
+    [
+        (SequentialSampler(range(9)), True),
+        (RandomSampler(range(9)), True),
+        (BatchSampler(RandomSampler(range(9)), 2, drop_last=False), True),
+        (DistributedSampler(pairs(), 2, 0), True),
+        (BatchSampler([3, 1], 2, drop_last=False), True),
+        (RandomSampler(range(9), generator=torch.Generator()), False),
+        (BatchSampler(RandomSampler(range(9), generator=torch.Generator()), 2, drop_last=False), False),
+        (Counting(range(9)), False),
+        (BatchSampler(Counting(range(9)), 2, drop_last=False), False),
+    ],
+)
+def test_keys_are_read_ahead_where_nobody_can_tell(sampler: Any, plain: bool) -> None:
+    assert is_plain(sampler) is plain

@@ -228,6 +228,7 @@ class _Builder:
                 call=data.call,
                 name=name,
                 keys=source.keys,
+                ahead=source.ahead,
                 warns=warns,
                 unknown=data.call and not source.keys,
                 tells_epoch=source.tells_epoch,

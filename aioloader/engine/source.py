@@ -111,6 +111,7 @@ class _Pump(Node):
     """A node with a task of its own, which reads user iterables as far as downstream asked."""
 
     _computes = True  # see `Threads`
+    _ahead = 0  # entries that may be read before anybody asks for them
 
     def __init__(self, meter: StageMeter, thread_name: str) -> None:
         self.meter = meter
@@ -135,6 +136,8 @@ class _Pump(Node):
         buffer = self._buffer
         taken = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
         self._wanted = limit - len(taken)
+        if self._ahead and self._position and len(buffer) <= self._ahead // 2:
+            self._wanted += self._ahead - len(buffer)
         if self._wanted and self._demand is not None and not self._demand.done():
             self._demand.set_result(None)
         self.ended = self._over and not buffer
@@ -202,6 +205,7 @@ class StreamSource(_Pump):
         call: Whether `make` is such a function.
         name: For notes and statistics.
         keys: Its samples are keys, or lists of the keys of a batch.
+        ahead: So many samples may be read before they are asked for, though none before the first.
         warns: Say so when samples are read again only to be dropped.
         unknown: `make` may give a `CursorSource`.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
@@ -214,6 +218,7 @@ class StreamSource(_Pump):
         call: bool,
         name: str,
         keys: bool = False,
+        ahead: int = 0,
         warns: bool = False,
         unknown: bool = False,
         tells_epoch: bool = False,
@@ -222,6 +227,7 @@ class StreamSource(_Pump):
         self._make = make
         self._call = call
         self._keys = keys
+        self._ahead = ahead
         self._computes = not keys  # the first batch does not wait for what a sampler has no use for
         self._warns = warns
         self._unknown = unknown

@@ -22,6 +22,7 @@ __all__ = [
     "check_drawn",
     "check_generators",
     "generators_of",
+    "is_plain",
     "is_repeatable",
     "keys_of",
     "kind_of",
@@ -218,6 +219,16 @@ def is_repeatable(sampler: Any) -> bool:
         if is_stateful(part):
             return True
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler) and not isinstance(part, range | list | tuple):
+            return False
+    return True
+
+
+def is_plain(sampler: Any) -> bool:
+    """Whether nobody can tell when its keys are read: torch's own samplers, without a generator of the user's."""
+    for part in _chain(sampler):
+        if type(part) not in (*_DRAWING, *_FIXED, BatchSampler, range, list, tuple):
+            return False
+        if getattr(part, "generator", None) is not None:
             return False
     return True
 
