@@ -46,12 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="in two minutes, with figures that vary much")
     parser.add_argument("--only", action="append", metavar="SCRIPT", choices=sorted(SCRIPTS), help="not all of them")
+    parser.add_argument("--plot", metavar="DIR", help="also draw DIR/<script>.png, of each script that compares")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write what was found into FILE")
     options = parser.parse_args(arguments)
     failed, outputs = [], {}
     for script in options.only or SCRIPTS:
         print(f"== {script}", flush=True)
-        outputs[script], status = run_script(script, SCRIPTS[script] if options.quick else [])
+        arguments = list(SCRIPTS[script] if options.quick else ())
+        if options.plot is not None and script != "gpu":
+            arguments += ["--plot", options.plot]
+        outputs[script], status = run_script(script, arguments)
         if status != 0:
             failed.append(script)
         print(flush=True)
@@ -74,12 +78,13 @@ def page_of(outputs: dict[str, list[str]], notes: str) -> str:
     page = ["# Results", ""]
     page += [f"Taken on {datetime.now(UTC):%Y-%m-%d} by `python -m bench`: {_machine(rows)}.", ""]
     page += ["Ratios are medians over the rounds of one run, in which all contenders run by turns.", ""]
-    page += ["## Aims", "", "| script | aim | measured | |", "| --- | --- | --- | --- |"]
+    page += ["## Aims", "", "| script | of what | aim | measured | |", "| --- | --- | --- | --- | --- |"]
     for row in targets:
-        page.append(f"| {row['bench']} | {row['sentence']} | {row['value']:.3g} | {_verdict(row)} |")
+        of = row.get("of") or row["ours"]
+        page.append(f"| {row['bench']} | {of} | {row['sentence']} | {row['value']:.3g} | {_verdict(row)} |")
     missed = [row for row in targets if not row["reached"]]
     page += ["", "## What we miss, and the cases we lose", ""]
-    page += [f"- {row['bench']}: {row['sentence']}." for row in missed] or ["Nothing in this run."]
+    page += [f"- {row['bench']}, {row.get('of')}: {row['sentence']}." for row in missed] or ["Nothing in this run."]
     page += ["", notes.strip(), "", "## Tables", ""]
     for script, lines in outputs.items():
         text = "".join(line for line in lines if not line.startswith("{")).strip()

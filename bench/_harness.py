@@ -204,6 +204,8 @@ class Comparison:
         title: What was compared.
         timings: By contender, one per round.
         memory: Peak bytes by contender, where it was measured.
+        limit: The bare loop.
+        ours: What is not a rival.
     """
 
     title: str
@@ -211,6 +213,7 @@ class Comparison:
     timings: dict[str, list[Timing]]
     memory: dict[str, int]
     limit: str | None = None
+    ours: frozenset[str] = frozenset()
 
     def ratio(self, measure: Measure, ours: str, rival: str) -> float:
         """See `Target`: the median of the ratios within a round."""
@@ -305,7 +308,9 @@ class Report:
             memory=memory and not smallest,
         )
         limit = next((contender.name for contender in chosen if contender.limit), None)
-        comparison = Comparison(title, unit, timings, peaks, limit)
+        ours = {name for name in timings if "aioloader" in name} | {target.ours for target in targets}
+        ours |= {contender.name for contender in chosen if contender.ours}
+        comparison = Comparison(title, unit, timings, peaks, limit, frozenset(ours))
         self.comparisons.append(comparison)
         self._print(comparison)
         for target in targets:
@@ -313,7 +318,7 @@ class Report:
                 continue
             if target.ours in timings and target.rival in timings:
                 value = comparison.ratio(target.measure, target.ours, target.rival)
-                self.judge(target, value)
+                self.judge(target, value, of=title)
         print(flush=True)
         return comparison
 
@@ -338,20 +343,21 @@ class Report:
         print(f"{what}: {_short(value)} {unit}")
         self._lines.append({"what": what, "median": value, "unit": unit, **more})
 
-    def judge(self, target: Target, value: float, phrase: str | None = None) -> bool:
+    def judge(self, target: Target, value: float, phrase: str | None = None, *, of: str = "") -> bool:
         """Say whether `value` reaches `target`.
 
         Args:
             target: Of `ours` and `rival` only the names matter.
             value: What was measured.
             phrase: Instead of the usual one, with the fields of `Target` and `{value}`.
+            of: The comparison's title, where a script has several.
         """
         reached = target.holds(value)
         words = {**asdict(target), "reach": f"{target.reach:g}", "value": _short(value)}
         sentence = (phrase or _PHRASES[target.measure]).format(**words)
         print(f"\n{sentence}: {'reached' if reached else 'missed'}", end="")
         self._lines.append(
-            {"what": "target", **asdict(target), "value": value, "reached": reached, "sentence": sentence}
+            {"what": "target", "of": of, **asdict(target), "value": value, "reached": reached, "sentence": sentence}
         )
         return reached
 

@@ -38,6 +38,7 @@ class Contender:
         skip: So many samples at the beginning of an epoch do not count as steady: as many as are under way at once,
             where that is much beside an epoch. At least the first batch never counts.
         limit: The bare loop that the others are compared with in the table.
+        ours: Not a rival, though neither its name nor a target says so.
         needs: Modules without which it is left out.
     """
 
@@ -46,6 +47,7 @@ class Contender:
     samples: int | None = None
     skip: int = 0
     limit: bool = False
+    ours: bool = False
     needs: tuple[str, ...] = ()
 
 

@@ -28,7 +28,7 @@ def draw(bench: str, comparisons: "Sequence[Comparison]", folder: Path) -> Path:
         rows = [comparison.row(name) for name in names]
         medians = [row["median"] for row in rows]
         spread = [[row["median"] - row["low"] for row in rows], [row["high"] - row["median"] for row in rows]]
-        colors = [LIMIT if name == comparison.limit else OURS if "aioloader" in name else RIVAL for name in names]
+        colors = [LIMIT if name == comparison.limit else OURS if name in comparison.ours else RIVAL for name in names]
         axis.barh(names, medians, xerr=spread, color=colors, error_kw={"elinewidth": 1, "capsize": 2})
         if max(medians) > 30 * max(min(medians), 1e-12):
             axis.set_xscale("log")

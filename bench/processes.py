@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"a pure-Python transform, batches of {BATCH}",
         [
             Contender(BARE, partial(bare_loop, samples), samples, limit=True),
-            Contender("DataLoader, 2 threads", partial(by_threads, samples), samples),
+            Contender("DataLoader, 2 threads", partial(by_threads, samples), samples, ours=True),
             Contender(PIPELINE, partial(by_pipeline, samples), samples, skip=4 * BATCH),
             Contender(OURS, partial(by_ours, Transformed(samples), BATCH), samples, skip=4 * BATCH),
             Contender(TORCH, partial(by_torch, Transformed(samples), BATCH), samples, skip=4 * BATCH),

@@ -81,7 +81,7 @@ def test_targets_are_judged_by_the_ratios_within_a_round(capsys: pytest.CaptureF
     verdicts = [(row["value"], row["reached"]) for row in rows if row["what"] == "target"]
     assert verdicts == [(2.0, True), (2.0, False)]
     page = all_benches.page_of({"test": out.splitlines(keepends=True)}, "A note.")
-    assert "- test: slow takes 2.00 of the time of fast; at most 1." in page
+    assert "- test, two: slow takes 2.00 of the time of fast; at most 1." in page
     assert "A note." in page
 
 
@@ -105,7 +105,7 @@ def test_python_m_bench_writes_a_page(tmp_path: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "== gpu" in done.stdout
-    assert "| endless | an async generator: " in page.read_text()
+    assert "| endless | an async generator | an async generator: " in page.read_text()
 
 
 def test_every_script_is_run_by_python_m_bench() -> None:
