@@ -14,7 +14,8 @@ from aioloader.engine.many_step import ManyStep
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
-from aioloader.engine.steps import AsyncStep, ExecutorStep, Step, ThreadStep
+from aioloader.engine.steps import AsyncStep, Step
+from aioloader.engine.sync_steps import ExecutorStep, ThreadStep
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
 from aioloader.executors.processes.host import Processes

@@ -6,7 +6,7 @@ from math import inf
 from time import perf_counter, thread_time
 from typing import Any, Final
 
-from aioloader.engine.steps import CHUNK_SECONDS, ThreadStep, _Crossing
+from aioloader.engine.sync_steps import CHUNK_SECONDS, Crossing, ThreadStep
 from aioloader.executors.chunk import Call, ChunkResult, Failed, apply_chunk
 from aioloader.executors.sample import Sample
 from aioloader.executors.threads import call_loop
@@ -71,7 +71,7 @@ class ManyStep(ThreadStep):
     def _size(self) -> int:
         return max(self._count.now, super()._size)
 
-    def _work(self, crossing: _Crossing, broken: BaseException | None = None) -> None:
+    def _work(self, crossing: Crossing, broken: BaseException | None = None) -> None:
         """In a thread."""
         sample = Sample()
         samples = crossing.samples(self.inbox, sample)
@@ -106,7 +106,7 @@ class ManyStep(ThreadStep):
         return loaded if len(loaded) == len(keys) else None
 
     @staticmethod
-    def _named(crossing: _Crossing, keys: list[Any], sample: Sample) -> Any:
+    def _named(crossing: Crossing, keys: list[Any], sample: Sample) -> Any:
         """`keys`, while `sample` tells which one is at hand."""
         for entry, key in zip(crossing.claimed[-len(keys) :], keys, strict=True):
             sample.name = entry

@@ -7,7 +7,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import Entry
-from aioloader.engine.steps import Forward, SyncStep
+from aioloader.engine.steps import Forward
+from aioloader.engine.sync_steps import SyncStep
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import DROP, Call, ChunkResult
 from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
