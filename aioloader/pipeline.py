@@ -229,7 +229,8 @@ class Pipeline(Loader):
             drop_last: Leave out a last batch that is shorter. It is about the end of the source alone: what `max_wait`
                 cuts short is given.
             collate_fn: From a list of samples to a batch, off the event loop (an async one on it). Default: torch's
-                `default_collate`, which says which samples do not fit.
+                `default_collate`, which says which samples do not fit. `list` or `tuple`: the samples as they are,
+                which costs nothing.
             max_wait: Seconds, 0 or more, after which a batch is given as it is, counted from its first sample: for
                 sources whose samples come when they come. None: a batch waits until it is full. How many were given
                 short stands in `stats()` as `partial`.

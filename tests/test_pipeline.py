@@ -360,6 +360,24 @@ def test_batch_collates_as_torch(face: Face) -> None:
 
 
 @on_both_faces
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_batches_that_are_just_the_samples_need_no_thread(kind: Any, face: Face) -> None:
+    """Nor does a predicate before them or a map behind them make a difference to what comes."""
+    loader = Pipeline(later(range(5))).batch(2, collate_fn=kind)
+    with Steps(loader, face) as steps:
+        assert steps.next() == kind([0, 1])
+        assert not [thread.name for thread in threading.enumerate() if "collate" in thread.name]
+        assert steps.outcomes() == [kind([2, 3]), kind([4])]
+    fresh = Pipeline(range(6)).drop_if(lambda sample: sample == 3).batch(2, collate_fn=kind).map(kind)
+    assert collect(fresh, face) == [kind([0, 1]), kind([2, 4]), kind([5])]
+    broken = Pipeline(range(6)).map(lambda sample: 6 // (sample - 2)).batch(2, collate_fn=kind)
+    with Steps(broken, face) as steps:
+        first, error, last = steps.outcomes()
+    assert (first, last) == (kind([-3, -6]), kind([3, 2]))
+    assert isinstance(error, ZeroDivisionError)
+
+
+@on_both_faces
 def test_batch_awaits_an_async_collate(face: Face) -> None:
     """`collate_fn` may be async."""
 

@@ -14,7 +14,7 @@ from aioloader.engine.many_step import ManyStep
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
-from aioloader.engine.steps import AsyncStep, Step
+from aioloader.engine.steps import AsyncStep, InPlaceStep, Step
 from aioloader.engine.sync_steps import ExecutorStep, ThreadStep
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
@@ -128,6 +128,9 @@ def steps_of(
                 step.drops_to = step.drops_to or keep.refused
             keeps.append((keep, stage.pipeline))
             steps.append(keep)
+        elif isinstance(stage, Map) and stage.in_place:
+            cross()
+            steps.append(InPlaceStep(stage.fn, stage.label))
         elif stage.is_async:
             cross()
             width = stage.width if limit is None else min(stage.width, limit)
@@ -218,6 +221,8 @@ def _same_place(together: Sequence[Map | Filter], stage: Map | Filter) -> bool:
 def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:
     """The step behind the fold of a batch stage."""
     fn: Callable[[Group], Any]
+    if collate.fn in (list, tuple):
+        return Map(_UserCollate(collate.fn), False, 1, name=collate.label, in_place=True)
     if collate.fn is None:
         fn = _DefaultCollate(Collate(alloc))
     elif collate.is_async:

@@ -57,6 +57,7 @@ class Map(Stage):
         many: The same as `fn` for a list of samples at once, where that may be cheaper.
         record_order: With `ordered=False`: a folder for the order in which results left.
         replay_order: With `ordered=False`: such a folder, whose order is taken.
+        in_place: `fn` runs no code of the user's and takes less time than a crossing: it is called on the loop.
     """
 
     fn: Callable[[Any], Any]
@@ -71,6 +72,7 @@ class Map(Stage):
     many: Callable[[list[Any]], Any] | None = None
     record_order: Path | None = None
     replay_order: Path | None = None
+    in_place: bool = False
 
     @property
     def label(self) -> str:
