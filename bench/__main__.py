@@ -87,7 +87,7 @@ def page_of(outputs: dict[str, list[str]], notes: str) -> str:
     page += [f"- {row['bench']}, {row.get('of')}: {row['sentence']}." for row in missed] or ["Nothing in this run."]
     page += ["", notes.strip(), "", "## Tables", ""]
     for script, lines in outputs.items():
-        text = "".join(line for line in lines if not line.startswith("{")).strip()
+        text = "".join(line for line in lines if not line.startswith(("{", "drawn: "))).strip()
         page += [f"### {script}", "", "```", text, "```", ""]
     return "\n".join(page)
 
