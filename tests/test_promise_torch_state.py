@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import (
+    BatchSampler,
+    Dataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from aioloader import DataLoader, Pipeline
+from aioloader.sources.drawn import _DrawnFrom
 from tests._support import Face, Steps, collect, on_both_faces
 
 
@@ -76,6 +84,67 @@ def test_a_dataloader_draws_what_torchs_draws(face: Face, shuffle: bool, num_wor
 
     assert torch.equal(torch.get_rng_state(), expected)
     assert random_states()[:-1] == before
+
+
+class Halted(Sampler[int]):
+    """Draws its order as people write it, and stands still in the middle of that when it is iterated again."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self.drawing = threading.Event()
+        self.go_on = threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        self.rounds += 1
+        order = torch.randperm(50).tolist()
+        if self.rounds == 2:
+            self.drawing.set()
+            assert self.go_on.wait(10)
+        yield from [key % 4 for key in order if key < 4]
+
+
+def test_the_global_generator_is_the_consumers_while_a_later_round_draws() -> None:
+    """It is drawn in a thread, at any time: what the consumer sees, keeps and draws meanwhile must not be its."""
+    sampler = Halted()
+    batches = iter(Pipeline(range(4), sampler=sampler).repeat(2))
+    first = [next(batches) for _ in range(4)]
+    mine = torch.get_rng_state()
+    try:
+        assert sampler.drawing.wait(10)
+        assert torch.equal(torch.get_rng_state(), mine)
+        drawn = torch.rand(3)
+    finally:
+        sampler.go_on.set()
+    assert sorted(batches) == sorted(first) == [0, 1, 2, 3]
+    after = torch.get_rng_state()
+    torch.set_rng_state(mine)
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomSampler(range(20)),
+        RandomSampler(range(20), replacement=True),
+        SubsetRandomSampler(range(20)),
+        WeightedRandomSampler([1.0, 2.0, 3.0], 20),
+        BatchSampler(RandomSampler(range(20)), 3, drop_last=False),
+        Halted(),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_what_is_drawn_again_is_what_the_global_generator_gave(sampler: Any) -> None:
+    """From a generator in its state, which is another one."""
+    mine = torch.get_rng_state()
+    expected = list(sampler)
+    after = torch.get_rng_state()
+    if isinstance(sampler, Halted):
+        sampler.go_on.set()
+    with _DrawnFrom(mine):
+        found = list(sampler)
+    assert found == expected
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 @on_both_faces

@@ -2,9 +2,11 @@
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Final
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -39,9 +41,13 @@ class Drawn(Redrawn):
 
     Which random state an order comes from is decided when the first key is asked for: torch's samplers draw all that
     they need from the global generator then, and from one of their own whenever they need more. So the state of the
-    global one is kept as it was before, and in a resumed epoch it is put back for that moment only: the caller had it
-    drawn from once, when the epoch began, and is not to notice that it happens again. A sampler's own generator is left
-    where the epoch leaves it, so that later epochs go on with it as they would have.
+    global one is kept as it was before, and a resumed epoch draws from another generator in that state: the caller had
+    the global one drawn from once, when the epoch began, and is not to notice that it happens again. A sampler's own
+    generator is left where the epoch leaves it, so that later epochs go on with it as they would have.
+
+    Why the state is not simply put into the global generator for that moment: this is a thread, and the generator is
+    the whole process's. A consumer who drew from it meanwhile, or kept its state in a checkpoint, would have met
+    somebody else's numbers, and what he drew would have been undone. `_DrawnFrom` acts on this thread alone.
 
     Args:
         open_keys: Begins an epoch of the sampler; what it draws counts too.
@@ -78,15 +84,13 @@ class Drawn(Redrawn):
 
     def __iter__(self) -> Iterator[Any]:
         before = self._before()
-        callers = torch.get_rng_state() if before is not None or self._resumed else None
-        try:
-            if before is not None:
-                torch.set_rng_state(unpacked(before))
+        if before is None and not self._resumed:
             keys = self._open()
-            first = list(_first(keys))
-        finally:
-            if callers is not None:
-                torch.set_rng_state(callers)
+            first = list(islice(keys, 1))
+        else:
+            with _DrawnFrom(torch.get_rng_state() if before is None else unpacked(before)):
+                keys = self._open()
+                first = list(islice(keys, 1))
         yield from first
         yield from keys
 
@@ -124,10 +128,44 @@ class Drawn(Redrawn):
         return None
 
 
-def _first(keys: Iterator[Any]) -> Iterator[Any]:
-    for key in keys:
-        yield key
-        return
+_DRAWS: Final = {
+    *("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"),
+    *("rand_like", "randn_like", "randint_like", "random_", "uniform_", "normal_", "bernoulli_"),
+    *("exponential_", "geometric_", "cauchy_", "log_normal_"),
+}
+"""Functions and methods of torch that draw, and take a `generator`, if not in every version."""
+
+
+class _DrawnFrom(TorchFunctionMode):
+    """Lets this thread's functions of torch draw from a generator in `state` where they would take the global one.
+
+    Args:
+        state: Of the global generator of the CPU.
+    """
+
+    def __init__(self, state: torch.Tensor) -> None:
+        super().__init__()
+        self._generator = torch.Generator()
+        self._generator.set_state(state)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", "") in _DRAWS and _draws_on_cpu(args, kwargs):
+            generator = kwargs.get("generator")
+            if generator is None or generator is torch.default_generator:
+                try:
+                    return func(*args, **{**kwargs, "generator": self._generator})
+                except TypeError:  # it takes none
+                    pass
+        return func(*args, **kwargs)
+
+
+def _draws_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if args and isinstance(args[0], torch.Tensor) and kwargs.get("device") is None:
+        return args[0].device.type == "cpu"
+    return torch.device(kwargs.get("device") or torch.get_default_device()).type == "cpu"
 
 
 def packed(state: torch.Tensor) -> str:
