@@ -23,10 +23,10 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
 
-bench: $(VENV)/.installed-dev ## measure against the rivals, in full
-	$(BIN)/python -m bench
+bench: $(VENV)/.installed-dev ## measure against the rivals, in full, with plots in build/bench
+	$(BIN)/python -m bench --plot build/bench
 
-bench-quick: $(VENV)/.installed-dev ## the same in short: two minutes
+bench-quick: $(VENV)/.installed-dev ## the same in short: two to three minutes
 	$(BIN)/python -m bench --quick
 
 clean: ## remove the virtual environment and every cache

@@ -283,7 +283,8 @@ class Loader(Opener):
     def replay(self, step: int) -> Any:
         """The very batch that the newest epoch gave as number `step`, made once more. An error is raised again.
 
-        The epoch goes on undisturbed, and no random generator is left changed. What a source cannot enter in the middle
+        The epoch goes on undisturbed, and no random generator is left changed: torch's global one is put back as it was
+        before, so draw nothing from it meanwhile in another thread or task. What a source cannot enter in the middle
         is read again up to there, and must give the same again. It runs on a loop of its own; in async code:
         `await asyncio.to_thread(loader.replay, step)`.
 

@@ -44,7 +44,7 @@ NOTES: Final = Path(__file__).with_name("NOTES.md")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run them all, whatever fails in between, and return 1 when something did."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="in two minutes, with figures that vary much")
+    parser.add_argument("--quick", action="store_true", help="in two to three minutes, with figures that vary much")
     parser.add_argument("--only", action="append", metavar="SCRIPT", choices=sorted(SCRIPTS), help="not all of them")
     parser.add_argument("--plot", metavar="DIR", help="also draw DIR/<script>.png, of each script that compares")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write what was found into FILE")

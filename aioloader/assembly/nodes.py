@@ -8,11 +8,11 @@ from typing import Any
 from aioloader.assembly.windows import Journey, collate_stage, device_stage, steps_of
 from aioloader.cores import usable_cores
 from aioloader.device import Transfer
+from aioloader.engine.cached_stream import PlacedNode
 from aioloader.engine.combine import HeadNode, InterleaveNode, MergeNode, MixNode, RepeatNode, ZipNode
 from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node, TimedFoldNode
 from aioloader.engine.own_process import OwnProcessNode, Serving
-from aioloader.engine.placed import PlacedNode
 from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
 from aioloader.engine.steps import Step
 from aioloader.engine.window import Window

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from aioloader.cache.disk import DiskStore, Location, LostError
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.store import MISSING, REFUSED, Mark, Place
+from aioloader.engine.cache_opening import Opening
 from aioloader.engine.entry import DONE, Entry
-from aioloader.engine.opening import Opening
 from aioloader.engine.steps import Forward, Step
 from aioloader.engine.sync_steps import ThreadStep
 from aioloader.executors.chunk import DROP, Call
@@ -107,18 +107,12 @@ class LookUp(Step):
         entries = list(self.inbox)
         self.inbox.clear()
         keys = [entry.kept_as for entry in entries] if self._placed else _keys_of(entries)
-        samples = list(map(keep.store.samples.get, keys, repeat(MISSING)))
         missing: list[Entry] = []
-        if Mark in set(map(type, samples)):
-            for entry, key, sample in zip(entries, keys, samples, strict=True):
-                if type(sample) is Mark:
-                    entry.kept_as = key
-                    missing.append(entry)
-                else:
-                    entry.value = sample
-                    entry.state = DONE
-        else:
-            for entry, sample in zip(entries, samples, strict=True):
+        for entry, key, sample in zip(entries, keys, map(keep.store.samples.get, keys, repeat(MISSING)), strict=True):
+            if type(sample) is Mark:
+                entry.kept_as = key
+                missing.append(entry)
+            else:
                 entry.value = sample
                 entry.state = DONE
         meter = keep.meter

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 from aioloader.cache.store import END, MISSING, Store, at_position
+from aioloader.engine.cache_opening import Opening
 from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.opening import Opening
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
