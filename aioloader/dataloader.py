@@ -347,6 +347,12 @@ class DataLoader(Loader, Generic[T_co]):
         self._watch(progress, meters)
         return node, progress
 
+    def _begin_epoch(self) -> Progress:
+        progress = super()._begin_epoch()
+        if not self._iterable:
+            progress.batch_size = self.batch_size
+        return progress
+
     def _inline_nodes(self, progress: Progress) -> tuple[Node, list[StageMeter]]:
         epoch = progress.epoch
         transfer = self._open_transfer()
@@ -569,7 +575,7 @@ class DataLoader(Loader, Generic[T_co]):
         elif _is_async(data, "__getitem__"):
             # Samples of one batch may overtake each other only inside it: the join goes by their order.
             load = Map(data.__getitem__, True, self.concurrency, name="dataset[...]")
-            return [SplitBatches(), load, JoinBatches(collate)]
+            return [SplitBatches(self.batch_size), load, JoinBatches(collate)]
         return [
             Map(
                 self._fetch(alloc),

@@ -1,12 +1,12 @@
 """Random numbers that belong to a sample: the same for any concurrency, worker type and number of ranks."""
 
 import random
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from aioloader.executors.sample import current_sample
+from aioloader.keys import key_text
 from aioloader.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -75,19 +75,10 @@ def sample_rng() -> SampleRng:
             "sample_rng() gives the random numbers of a sample, got a call where there is none; call it inside a "
             "function that a loader runs: of map or filter, or a dataset's __getitem__"
         )
-    key = name.key
     whose = (name, name.position, sample.seed)
     if sample.drawn is not None and sample.drawn[0] == whose:
         found: SampleRng = sample.drawn[1]
         return found
-    rng = SampleRng.of(derive_seed(sample.seed, _text(name.position if key is None else key)))
+    rng = SampleRng.of(derive_seed(sample.seed, key_text(name.key)))
     sample.drawn = (whose, rng)
     return rng
-
-
-def _text(key: Any) -> str:
-    """A key in words; a number is one whether it comes as Python's, numpy's or a tensor."""
-    try:
-        return str(index(key))
-    except TypeError:
-        return repr(key)

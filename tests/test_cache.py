@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from aioloader import BrokenDataError, Pipeline, sample_rng
 from aioloader.cache import disk as disk_cache
 from aioloader.cache.samples import copied, kept, size_of
+from aioloader.keys import PartKey, SourceKey, key_text, read_key, source_of, written_key
 from aioloader.sources import Lines
 from aioloader.stages.cache import Cache
 from tests import _work
@@ -887,3 +888,57 @@ def test_a_cache_changes_no_random_numbers_behind_it(cached: Cached) -> None:
     loader, expected = cached(plain).map(augment), plain.map(augment)
     for _ in range(2):
         assert collect(loader, "for") == collect(expected, "for")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Pipeline(lambda: ([n] for n in range(4))),
+        lambda: Pipeline(lambda: iter([Path("a"), Path("b")])),
+        lambda: Pipeline(range(3)).flat_map(lambda n: [n, n]),
+        lambda: Pipeline(lambda: ([n] for n in range(3))).repeat(2),
+        lambda: Pipeline.zip(range(3), list("abc")),
+        lambda: Pipeline.interleave(list("ab"), list("ab")),
+        lambda: Pipeline(range(6)).batch(2, collate_fn=list),
+        lambda: Pipeline(range(6)).batch(2, collate_fn=list).unbatch(),
+    ],
+    ids=["stream", "paths", "flat_map", "repeat", "zip", "interleave", "batches", "unbatch"],
+)
+def test_a_cache_on_disk_gives_keys_back_as_they_were(make: Callable[[], Pipeline], tmp_path: Path) -> None:
+    """In another process, too: a resumed run has the random numbers of the one that filled the cache."""
+
+    def augment(sample: Any) -> Any:
+        return sample, sample_rng().random().random()
+
+    def run(pipeline: Pipeline) -> Any:
+        return [(sample, info.keys, info.positions) for sample, info in pipeline.with_seed(1).map(augment).with_info()]
+
+    expected = run(make())
+    for _ in range(2):  # the second store finds what the first one wrote
+        assert run(make().cache(disk=tmp_path / "cache")) == expected
+
+
+class Odd:
+    """A key of the user's own."""
+
+    def __repr__(self) -> str:
+        return "odd"
+
+
+keys = st.recursive(
+    st.none() | st.integers() | st.text() | st.builds(Path, st.text("ab/.")) | st.builds(Odd) | st.floats(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.builds(PartKey, inner, st.integers(1, 9))
+        | st.builds(SourceKey, st.integers(0, 9), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(keys)
+def test_a_key_that_was_written_down_says_the_same(key: Any) -> None:
+    read = read_key(json.loads(json.dumps(written_key(key))))
+    assert key_text(read) == key_text(key)
+    assert source_of(read) == source_of(key)

@@ -80,8 +80,9 @@ def test_the_shard_of_a_stream_keeps_its_cursors() -> None:
 
 def test_the_keys_of_a_batch_come_together_again() -> None:
     """Split: the last key of a batch carries the batch's cursor, the others none. Join: the batch's."""
-    split = folded(SplitBatches(), [[7, 8], [], [9]])
+    split = folded(SplitBatches(2), [[7, 8], [], [9]])
     assert [entry.key for entry in split] == [7, 8, 1, 9]
+    assert [entry.position for entry in split] == [0, 1, 1, 4]
     assert cursors(split) == [INSIDE, 1, 2, 3]
     joined = run_fold(JoinBatches(CollateWith()).fold(FIRST), split)
     assert [entry.value.samples for entry in joined] == [[7, 8], [], [9]]

@@ -4,15 +4,16 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 import aioloader
 from aioloader import BatchInfo, DataLoader, Pipeline
-from aioloader.sources import Channel
+from aioloader.sources import Channel, Lines
 from tests._support import Face, Steps, collect, on_both_faces
 
 
@@ -54,6 +55,108 @@ def test_keys_say_which_source_part_or_round_they_are_of() -> None:
     assert [(key.key, key.part) for key in info.keys] == [("ab", 1), ("ab", 2)]
     ((_, info),) = Pipeline(["x"]).repeat(2).batch(2).with_info()
     assert repr(info.keys) == "('x', 'x' (1))"
+
+
+def places_of(loader: Any) -> list[tuple[tuple[Any, ...], tuple[int | None, ...], tuple[int | None, ...]]]:
+    """Keys, positions and sources of each batch that is left of an epoch."""
+    found = []
+    for _ in loader:
+        info = loader.last_batch_info()
+        found.append((info.keys, info.positions, info.sources))
+    return found
+
+
+ITEMS = [[index] for index in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("make", "positions", "sources"),
+    [
+        (lambda: Pipeline(ITEMS).batch(2), [(0, 1), (2, 3), (4, 5)], None),
+        (lambda: Pipeline(ITEMS).shuffle(seed=1).batch(4), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: Pipeline(lambda: iter(ITEMS)).filter(lambda item: item[0] % 3).batch(2), [(1, 2), (4, 5)], None),
+        (lambda: Pipeline(ITEMS).shard(1, 2).batch(2), [(1, 3), (5,)], None),
+        (lambda: Pipeline(ITEMS).shard(1, 2).shard(0, 2).batch(1), [(1,), (5,)], None),
+        (lambda: Pipeline(lambda: iter(ITEMS)).shard(1, 2).batch(2), [(1, 3), (5,)], None),
+        (lambda: Pipeline(ITEMS).flat_map(list).batch(4), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: Pipeline(ITEMS).batch(3).unbatch().batch(2), [(0, 1), (2, 3), (4, 5)], None),
+        (lambda: Pipeline(ITEMS), [(0,), (1,), (2,), (3,), (4,), (5,)], None),
+        (lambda: Pipeline(ITEMS[:3]).repeat(2).batch(3), [(0, 1, 2), (0, 1, 2)], None),
+        (lambda: Pipeline.zip(ITEMS, ITEMS[::-1]).batch(4), [(0, 1, 2, 3), (4, 5)], None),
+        (
+            lambda: Pipeline.interleave(ITEMS, ITEMS[:2]).batch(4),
+            [(0, 0, 1, 1), (2, 3, 4, 5)],
+            [(0, 1, 0, 1), (0, 0, 0, 0)],
+        ),
+        (
+            lambda: Pipeline.interleave(Pipeline(ITEMS).batch(4), Pipeline(ITEMS).batch(3)).repeat(1),
+            [(0, 1, 2, 3), (0, 1, 2), (4, 5), (3, 4, 5)],
+            [(0,) * 4, (1,) * 3, (0,) * 2, (1,) * 3],
+        ),
+        (lambda: Pipeline(ITEMS).in_process().batch(4), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: Pipeline(ITEMS).batch(4).in_process(), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: DataLoader(ITEMS, batch_size=4, shuffle=True, seed=1), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: DataLoader(ITEMS, batch_size=4, num_workers=2), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: DataLoader(ITEMS, batch_size=None, num_workers=2), [(0,), (1,), (2,), (3,), (4,), (5,)], None),
+        (lambda: DataLoader(OnTheLoop(), batch_size=4), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: DataLoader(IterableItems(), batch_size=4), [(0, 1, 2, 3), (4, 5)], None),
+        (lambda: DataLoader(ITEMS, batch_sampler=[[5, 0, 1], [2]]), [(None,) * 3, (None,)], None),
+    ],
+    ids=[
+        "sequence", "shuffle", "filter", "shard", "shard of a shard", "shard of a stream", "flat_map", "unbatch",
+        "no batch", "repeat", "zip", "interleave", "interleaved batches", "behind a process", "in a process",
+        "drop-in inline", "drop-in", "drop-in of samples", "drop-in async", "drop-in iterable", "batch sampler",
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::aioloader.ReplayWarning")
+def test_positions_and_sources_are_the_same_after_a_resume(
+    make: Callable[[], Any], positions: list[Any], sources: list[Any] | None
+) -> None:
+    """Only sources count: a count of a stage's own would begin anew."""
+    found = places_of(make())
+    assert [places for _, places, _ in found] == positions
+    expected = [(None,) * len(places) for places in positions] if sources is None else sources
+    assert [numbers for _, _, numbers in found] == expected
+    assert all(len(keys) == len(places) for keys, places, _ in found)
+    for done in range(1, len(found)):
+        loader = make()
+        batches = iter(loader)
+        for _ in range(done):
+            next(batches)
+        state = json.loads(json.dumps(loader.state_dict()))
+        batches.close()
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert places_of(resumed) == found[done:]
+
+
+def test_where_a_source_does_not_count_positions_are_not_made_up(tmp_path: Path) -> None:
+    """Its keys say where its samples are."""
+    path = tmp_path / "lines.txt"
+    path.write_text("a\nb\nc\nd\n")
+    loader = Pipeline(Lines(path)).batch(2, collate_fn=list)
+    batches = iter(loader)
+    next(batches)
+    info = loader.last_batch_info()
+    assert info is not None
+    assert (info.positions, info.keys) == ((0, 1), (f"{path}:1", f"{path}:2"))
+    resumed = Pipeline(Lines(path)).batch(2, collate_fn=list)
+    resumed.load_state_dict(loader.state_dict())
+    assert places_of(resumed) == [((f"{path}:3", f"{path}:4"), (None, None), (None, None))]
+    batches.close()
+
+
+class OnTheLoop:
+    def __len__(self) -> int:
+        return len(ITEMS)
+
+    async def __getitem__(self, index: int) -> list[int]:
+        return ITEMS[index]
+
+
+class IterableItems(IterableDataset[list[int]]):
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(ITEMS)
 
 
 @on_both_faces

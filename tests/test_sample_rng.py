@@ -1,7 +1,9 @@
 """`sample_rng`: numbers that belong to a sample, whoever loads it, wherever, and however many at once."""
 
 import asyncio
+import json
 import random
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 import aioloader
-from aioloader import DataLoader, Pipeline
+from aioloader import DataLoader, Pipeline, ReplayWarning
 from tests._support import Face, collect, on_both_faces
 
 
@@ -39,6 +41,11 @@ class DrawingOnTheLoop:
 
     async def __getitem__(self, index: int) -> tuple[int, int]:
         return draw(index)
+
+
+def nameless(count: int) -> Callable[[], Iterator[list[int]]]:
+    """A stream of samples that have no name."""
+    return lambda: ([index] for index in range(count))
 
 
 def pairs(batches: list[Any]) -> dict[int, int]:
@@ -141,15 +148,43 @@ def test_asking_again_goes_on_and_all_three_kinds_are_there() -> None:
         lambda: Pipeline.mix([range(3), range(3)], [1, 1]).map(draw),
         lambda: Pipeline.zip(range(6), range(6)).map(draw),
         lambda: Pipeline(range(12)).filter(lambda sample: sample % 2 == 0).map(draw),
-        lambda: Pipeline(lambda: iter([0.0] * 6)).shuffle(3).map(draw),
+        lambda: Pipeline(nameless(6)).map(draw),
+        lambda: Pipeline(nameless(6)).shuffle(3).map(draw),
+        lambda: Pipeline.mix([nameless(3), nameless(3)], [1, 1]).map(draw),
+        lambda: Pipeline.interleave(nameless(3), nameless(3)).batch(2, collate_fn=list).unbatch().map(draw),
+        lambda: Pipeline.zip(nameless(6), nameless(6)).map(draw),
+        lambda: Pipeline(nameless(3)).repeat(2).map(draw),
+        lambda: Pipeline(nameless(3)).flat_map(lambda sample: [sample] * 2).map(draw),
+        lambda: Pipeline(nameless(12)).batch(2, collate_fn=list).map(draw),
+        lambda: Pipeline(nameless(6)).batch(2, collate_fn=list).repeat(2).map(draw),
+        lambda: Pipeline.interleave(*[Pipeline(range(6)).batch(2) for _ in range(2)]).map(draw),
+        lambda: Pipeline(nameless(6)).filter(lambda _: True).batch(2, collate_fn=list).unbatch().map(draw),
+        lambda: Pipeline(range(4)).batch(2, collate_fn=list).map(lambda pair: [*pair, 9]).unbatch().map(draw),
+        lambda: Pipeline(range(6)).batch(2, collate_fn=list).batch(2, collate_fn=list).unbatch().unbatch().map(draw),
     ],
-    ids=["stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "mix", "zip", "filter", "shuffle"],
-)
-def test_no_two_samples_share_their_numbers(make: Callable[[], Pipeline]) -> None:
-    """Also where several come from one, or one comes again."""
+    ids=[
+        "stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "mix", "zip", "filter", "nameless",
+        "nameless in a shuffle", "nameless in a mix", "nameless in an interleave", "nameless in a zip",
+        "nameless in a repeat", "nameless in a flat_map", "batches", "batches in a repeat", "batches in an interleave",
+        "out of a batch", "out of a batch that has grown", "out of batches of batches",
+    ],
+)  # fmt: skip
+def test_no_two_samples_share_their_numbers_before_and_after_a_resume(make: Callable[[], Pipeline]) -> None:
+    """Also where several come from one, or one comes again, or none has a name."""
     first = [number for _, number in make().with_seed(0)]
     assert len(first) == len(set(first)) == 6
     assert [number for _, number in make().with_seed(0)] == first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReplayWarning)
+        for done in range(1, 6):
+            loader = make().with_seed(0)
+            samples = iter(loader)
+            for _ in range(done):
+                next(samples)
+            resumed = make().with_seed(0)
+            resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+            samples.close()
+            assert [number for _, number in resumed] == first[done:]
 
 
 @on_both_faces

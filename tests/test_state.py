@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import aioloader
 from aioloader import DataLoader, Pipeline, ReplayWarning
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Child, Face, Steps, collect, on_both_faces
@@ -295,8 +296,17 @@ def _as_is(samples: list[Any]) -> list[Any]:
     return samples
 
 
+def _draws(sample: Any) -> Any:
+    return sample, aioloader.sample_rng().random().random()
+
+
+def nameless() -> Iterator[tuple[int]]:
+    return zip(range(13))
+
+
 stages = st.one_of(
     st.just(("map", lambda p, n: p.map(later, concurrency=n))),
+    st.just(("draws", lambda p, n: p.map(_draws, concurrency=n))),
     st.just(("fails", lambda p, n: p.map(_fails, concurrency=n))),
     st.just(("filter", lambda p, _: p.filter(_third))),
     st.just(("flat_map", lambda p, _: p.map(_number).flat_map(pairs_of))),
@@ -319,7 +329,8 @@ sources = st.sampled_from(
         ("range", lambda: Pipeline(range(13))),
         ("shuffled", lambda: Pipeline(range(13)).shuffle(seed=2)),
         ("stream", lambda: Pipeline(numbers)),
-        ("mix", lambda: Pipeline.mix([range(6), numbers], [1, 2])),
+        ("nameless", lambda: Pipeline(nameless)),
+        ("mix", lambda: Pipeline.mix([range(6), nameless], [1, 2])),
     ]
 )
 

@@ -15,10 +15,11 @@ from typing import Any, Final
 from aioloader.cache.store import END, MISSING, Place, Store
 from aioloader.errors import BrokenDataError
 from aioloader.executors.processes.wire import decode, encode
+from aioloader.keys import read_key, written_key
 
 __all__ = ["DiskStore", "Location", "LostError"]
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 DESCRIPTION: Final = "cache.json"
 
 _RECORD: Final = struct.Struct("<IIQQI")
@@ -211,9 +212,9 @@ class DiskStore(Store):
             self._count = rest[0]
             return
         if kind == "@":
-            position, cursor, name = rest
-            self._place_of.setdefault(position, Place(_as_tuples(cursor), name))
-            name = ("@", position)
+            number, cursor, name, *positions = rest
+            self._place_of.setdefault(number, Place(_as_tuples(cursor), read_key(name), *positions))
+            name = ("@", number)
         elif kind == "":
             name = rest[0]
         else:
@@ -271,7 +272,9 @@ class DiskStore(Store):
         parts = _put_together([memoryview(pickled), *(memoryview(buffer).cast("B") for buffer in buffers)])
         if isinstance(key, tuple):
             kind, name = key
-            written: list[Any] = [kind, name, *(() if place is None else (place.cursor, _plain(place.key)))]
+            written: list[Any] = [kind, name]
+            if place is not None:
+                written += [place.cursor, written_key(place.key), place.position, place.places]
         else:
             written = ["", key]
         self._append(written, parts)
@@ -391,10 +394,6 @@ def _read(fd: int, length: int, offset: int) -> bytearray:
             break
         done += count
     return data[:done] if done < length else data
-
-
-def _plain(key: Any) -> Any:
-    return key if isinstance(key, str | int | None) else str(key)
 
 
 def _as_tuples(cursor: Any) -> Any:

@@ -31,11 +31,15 @@ class Place(NamedTuple):
 
     Attributes:
         cursor: Where to go on after it.
-        key: What names it in an error note.
+        key: Its key.
+        position: Where it stands in its source; None: not known.
+        places: Of a batch: where its samples stand; None: it is none, or not known.
     """
 
     cursor: Any
     key: Any
+    position: int | None
+    places: list[int | None] | None
 
 
 def at_position(position: int) -> tuple[str, int]:

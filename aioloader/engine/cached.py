@@ -17,7 +17,7 @@ from aioloader.cache.disk import DiskStore, Location, LostError
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.store import MISSING, REFUSED, Mark, Place
 from aioloader.engine.cache_opening import Opening
-from aioloader.engine.entry import DONE, Entry
+from aioloader.engine.entry import DONE, Entry, places_of
 from aioloader.engine.steps import Forward, Step
 from aioloader.engine.sync_steps import ThreadStep
 from aioloader.executors.chunk import DROP, Call
@@ -318,5 +318,5 @@ def _place_of(entry: Entry) -> Place | None:
     """What is kept beside a sample of a stream."""
     key = entry.kept_as
     if type(key) is tuple and key[0] == "@":
-        return Place(entry.cursor, entry.key)
+        return Place(entry.cursor, entry.key, entry.position, places_of(entry))
     return None

@@ -106,7 +106,9 @@ class PlacedNode(Node):
         while len(entries) < limit and (place := self._store.place(self._position)) is not None:
             if self._store.find(at_position(self._position)) is MISSING:
                 break
-            entry = Entry(None, place.cursor, place.key, self._position)
+            entry = Entry(None, place.cursor, place.key, place.position)
+            if place.places is not None:
+                entry.places = place.places
             entry.kept_as = at_position(self._position)
             entries.append(entry)
             self._position += 1

@@ -2,13 +2,15 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import LAST, Entry, SourceKey, part_key
+from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import cursor_parts, cursor_sequence, whole
+from aioloader.keys import PartKey, SourceKey, each_key
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -22,7 +24,6 @@ class _Several(Node):
     def __init__(self, upstreams: Sequence[Node]) -> None:
         self._upstreams = list(upstreams)
         self._cursors: list[object] = [None] * len(self._upstreams)
-        self._position = 0
 
     def resume(self, cursor: Any) -> None:
         self._cursors = list(cursor_parts(cursor, len(self._upstreams)))
@@ -41,10 +42,9 @@ class _Several(Node):
     def _emit(self, entry: Entry, index: int) -> Entry:
         """`entry` of upstream `index` is the next output."""
         self._cursors[index] = entry.cursor
-        entry.key = SourceKey(index, entry.key)
+        key = entry.key
+        entry.key = each_key(key, partial(SourceKey, index)) if type(key) is list else SourceKey(index, key)
         entry.cursor = tuple(self._cursors)
-        entry.position = self._position
-        self._position += 1
         if entry.state == LAST:  # a source that fails ends the epoch, its siblings' too
             self._end()
         return entry
@@ -61,13 +61,15 @@ class MergeNode(_Several):
     of upstreams.
     """
 
+    _given = 0
+
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
         if self.ended:
             return taken
         upstreams = self._upstreams
         share = -(-limit // max(1, sum(not upstream.ended for upstream in upstreams)))
-        turn = self._position % len(upstreams)  # the first to be asked changes, so that a fast one starves nobody
+        turn = self._given % len(upstreams)  # the first to be asked changes, so that a fast one starves nobody
         for index in (*range(turn, len(upstreams)), *range(turn)):
             if len(taken) == limit:
                 break
@@ -75,6 +77,7 @@ class MergeNode(_Several):
             if upstream.ended:
                 continue
             for entry in upstream.poll(min(share, limit - len(taken))):
+                self._given += 1
                 taken.append(self._emit(entry, index))
                 if entry.state == LAST:
                     return taken
@@ -215,7 +218,7 @@ class ZipNode(_Several):
         """Ask in order, as Python's `zip` does: whoever comes first fails, or ends it, or is waited for."""
         for upstream, pending in zip(self._upstreams, self._pending, strict=True):
             if pending and pending[0].state == LAST:
-                last = Entry.last(pending[0].error or AssertionError(), tuple(self._cursors), self._position)
+                last = Entry.last(pending[0].error or AssertionError(), tuple(self._cursors), pending[0].position)
                 self._end()
                 return [last]
             if not pending:
@@ -231,9 +234,8 @@ class ZipNode(_Several):
             tuple(entry.value for entry in entries),
             tuple(self._cursors),
             tuple(entry.key for entry in entries),
-            self._position,
+            entries[0].position,
         )
-        self._position += 1
         for entry in entries:
             if entry.state == LAST:
                 paired.state = LAST
@@ -262,7 +264,6 @@ class RepeatNode(Node):
         self._repetition = 0
         self._upstream = make(0)
         self._given = 0  # entries of this repetition
-        self._position = 0
         self._upstream_may_give = False  # a new repetition has not been polled yet
         self._failure: Exception | None = None
         self.ended = times == 0
@@ -284,14 +285,12 @@ class RepeatNode(Node):
         while not self.ended:
             if self._failure is not None:
                 self.ended = True
-                return [Entry.last(self._failure, (self._repetition, None), self._position)]
+                return [Entry.last(self._failure, (self._repetition, None), None)]
             taken = self._upstream.poll(limit)
             for entry in taken:
                 entry.cursor = (self._repetition, entry.cursor)
-                if self._repetition and type(entry.key) is not list:
-                    entry.key = part_key(entry, self._repetition)
-                entry.position = self._position
-                self._position += 1
+                if self._repetition and entry.state != LAST:
+                    entry.key = each_key(entry.key, partial(PartKey, part=self._repetition))
             self._given += len(taken)
             if taken and taken[-1].state == LAST:
                 self.ended = True

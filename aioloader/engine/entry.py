@@ -2,7 +2,7 @@
 
 import contextlib
 from asyncio import CancelledError
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from aioloader.errors import SampleCancelledError
 
@@ -12,10 +12,8 @@ __all__ = [
     "LAST",
     "UNDER_WAY",
     "Entry",
-    "PartKey",
-    "SourceKey",
     "annotate",
-    "part_key",
+    "places_of",
     "presentable",
 ]
 
@@ -32,17 +30,21 @@ class Entry:
     Attributes:
         value: The sample as the last stage left it.
         cursor: Where to go on *after* this entry; small, immutable, JSON-able (integers and tuples).
-        key: What names the sample: the index or key it was loaded by, else None. Of a batch: the list of its samples'.
-        position: How many entries came before it in the epoch, counted where it was made.
+        key: What names the sample in its epoch, see `aioloader.keys`. Of a batch: the list of its samples' keys.
+        position: Where it stands in its source, in the order of this epoch and of all ranks, from 0; of a batch: where
+            its first sample stands. What is made of an entry keeps its position. None: not known, in a source with
+            cursors of its own that was entered in the middle.
         error: The user's exception, raised at this entry's place.
         state: One of the constants above.
         kept_as: Its key in the caches of its window; set by the step that looks it up there, and not before.
+        places: The positions of its samples; set for a batch that was made of entries, and for nothing else.
     """
 
-    __slots__ = ("cursor", "error", "kept_as", "key", "position", "state", "value")
+    __slots__ = ("cursor", "error", "kept_as", "key", "places", "position", "state", "value")
     kept_as: Any
+    places: list[int | None]
 
-    def __init__(self, value: Any, cursor: Any, key: Any, position: int) -> None:
+    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None) -> None:
         self.value = value
         self.cursor = cursor
         self.key = key
@@ -51,7 +53,7 @@ class Entry:
         self.state: int = UNDER_WAY
 
     @classmethod
-    def last(cls, error: BaseException, cursor: Any, position: int) -> "Entry":
+    def last(cls, error: BaseException, cursor: Any, position: int | None) -> "Entry":
         """The entry that a failed source ends with."""
         entry = cls(None, cursor, None, position)
         entry.error = error
@@ -63,39 +65,9 @@ class Entry:
         return f"Entry({outcome}, cursor={self.cursor!r}, key={self.key!r}, position={self.position})"
 
 
-class PartKey(NamedTuple):
-    """The key of one of several entries that come from one: of `flat_map`, `unbatch`, or a later round of `repeat`.
-
-    Attributes:
-        key: Of the entry that it comes from; its position, when that has none.
-        part: Which of them it is, from 1; of `repeat` from 1 too, since the entries of the first round keep their keys.
-    """
-
-    key: Any
-    part: int
-
-    def __repr__(self) -> str:
-        return f"{self.key!r} ({self.part})"
-
-
-def part_key(entry: "Entry", part: int) -> PartKey:
-    """The key of part `part` of what `entry` is made into."""
-    return PartKey(entry.position if entry.key is None else entry.key, part)
-
-
-class SourceKey(NamedTuple):
-    """The key of an entry of one of several sources.
-
-    Attributes:
-        source: Its number, from 0.
-        key: In that source; None: it has none.
-    """
-
-    source: int
-    key: Any
-
-    def __repr__(self) -> str:
-        return f"{self.key!r} of source {self.source}"
+def places_of(entry: Entry) -> list[int | None] | None:
+    """The positions of the samples of a batch; None: it was not made of entries."""
+    return getattr(entry, "places", None)
 
 
 def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None:
@@ -105,7 +77,8 @@ def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None
     and at most a few, so that its notes do not grow with the epoch.
     """
     name = "" if entry.key is None or type(entry.key) is list else f"key {_short(entry.key)}, "  # a list is a batch's
-    note = f"aioloader: stage {stage}, {name}epoch {epoch}, position {entry.position}"
+    place = "" if entry.position is None else f", position {entry.position}"
+    note = f"aioloader: stage {stage}, {name}epoch {epoch}{place}"
     notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, str)]
     if note not in notes and sum(n.startswith("aioloader: stage ") for n in notes) < 4:
         with contextlib.suppress(Exception):  # a frozen dataclass takes none, and must not be replaced by that error

@@ -18,6 +18,7 @@ from aioloader.engine.window import Left
 from aioloader.executors.chunk import Call, refuse_coroutine
 from aioloader.executors.sample import Sample, current_sample
 from aioloader.insight.meters import StageMeter
+from aioloader.keys import NAMES
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -80,7 +81,7 @@ class InlineSource(Node):
         self._position = self.meter.samples = position + 1
         self._since += 1
         cursor = self._since if self._origin is None else (self._origin, self._since)
-        entry = Entry(sample, cursor, sample if self._keys or isinstance(sample, int | str) else None, position)
+        entry = Entry(sample, cursor, sample if self._keys or isinstance(sample, NAMES) else position, position)
         entry.state = DONE
         return [entry]
 

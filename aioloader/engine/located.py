@@ -31,8 +31,9 @@ class EntryReader(ABC):
     async def read(self, limit: int) -> list[Entry]:
         """Give 1 to `limit` entries, those that are there; `[]` at the end.
 
-        Each with its `cursor`, where to go on after it, and its `key`, which names it in an error note; `position` is
-        filled in by the caller. An entry with `error` raises at its place, and the next one follows.
+        Each with its `cursor`, where to go on after it, and its `key`, which names it and no other sample of the epoch,
+        wherever it was opened; `position` is filled in by the caller. An entry with `error` raises at its place, and
+        the next one follows.
 
         Raises:
             Exception: The source cannot go on; raised once, after the entries before it, and the epoch ends.

@@ -27,7 +27,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.engine.entry import DONE, LAST, Entry
+from aioloader.engine.entry import DONE, LAST, Entry, places_of
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.run import Run
@@ -68,7 +68,6 @@ class OwnProcessNode(Node):
         self._ready: deque[Entry] = deque()
         self._over = False
         self._closed = False
-        self._position = 0
         self._meters: list[StageMeter] = []
         self._number = 0
 
@@ -116,7 +115,7 @@ class OwnProcessNode(Node):
                     f"the process that the loader runs in (pid {pid}) {reason}; "
                     f"without in_process() the same happens where you can see it"
                 )
-                self._ready.append(Entry.last(error, self._cursor, self._position))
+                self._ready.append(Entry.last(error, self._cursor, None))
                 self._over = True
         self._kick()
 
@@ -126,13 +125,14 @@ class OwnProcessNode(Node):
             self._count(meters)
         else:
             values = keys = [None] * len(heard.places)
-        for (cursor, position, state, failed), value, key in zip(heard.places, values, keys, strict=True):
+        for (cursor, position, places, state, failed), value, key in zip(heard.places, values, keys, strict=True):
             entry = Entry(None if failed else value, cursor, key, position)
+            if places is not None:
+                entry.places = places
             entry.state = state
             entry.error = value if failed else heard.error
             self._ready.append(entry)
             self._cursor = cursor
-            self._position = position + 1
 
     def _count(self, meters: list[StageMeter] | None) -> None:
         """The newest counters of the stages there."""
@@ -333,7 +333,7 @@ class _Sender:
     @staticmethod
     def _head(number: int, taken: list[Entry], failed: list[bool]) -> tuple[Any, ...]:
         places = [
-            (entry.cursor, entry.position, entry.state if entry.state == LAST else DONE, bad)
+            (entry.cursor, entry.position, places_of(entry), entry.state if entry.state == LAST else DONE, bad)
             for entry, bad in zip(taken, failed, strict=True)
         ]
         return "entries", number, places

@@ -150,7 +150,7 @@ class ProcessStep(SyncStep):
         values = [entry.value for entry in chunk]
         keys = None
         if any(entry.key is not entry.value for entry in chunk):
-            keys = [entry.position if entry.key is None else entry.key for entry in chunk]
+            keys = [entry.key for entry in chunk]
         return self._seeds, keys, values
 
     def _next_seat(self) -> int:
@@ -215,6 +215,4 @@ class ProcessStep(SyncStep):
 
 def _named(entry: Entry) -> str:
     """A sample, for a sentence; a batch by its keys."""
-    if entry.key is not None:
-        return f"{'samples' if type(entry.key) is list else 'key'} {entry.key!r}"[:200]
-    return f"the sample at position {entry.position}"
+    return f"{'samples' if type(entry.key) is list else 'key'} {entry.key!r}"[:200]

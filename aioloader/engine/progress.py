@@ -1,9 +1,10 @@
 """How far an epoch has come, as its consumer sees it, and how parts of a cursor are read."""
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final
 
-from aioloader.engine.entry import Entry
+from aioloader.engine.entry import Entry, places_of
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
 
@@ -29,13 +30,15 @@ class Progress:
         begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         leave_out: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
+        batch_size: Of a sampler that gives whole batches, all of this size but the last; None: of any size.
     """
 
     __slots__ = (
-        "_key",
+        "_last",
         "_left_out",
         "_step",
         "asked_for",
+        "batch_size",
         "batches_before",
         "begun_with",
         "cursor",
@@ -61,7 +64,8 @@ class Progress:
         self.leave_out: list[range] = []
         self.history: deque[Any] = deque(maxlen=HISTORY)
         self._left_out = 0
-        self._key: Any = None  # of the last batch
+        self.batch_size: int | None = None
+        self._last: tuple[Any, int | None, Sequence[int | None] | None] = (None, None, None)  # key, position, places
         self._step = 0
 
     @property
@@ -73,7 +77,7 @@ class Progress:
         """`entry`, which was asked for at `asked`, is the consumer's now."""
         self.history.append(self.cursor)
         self.cursor = entry.cursor
-        self._key = entry.key
+        self._last = (entry.key, entry.position, places_of(entry))
         self._step = self.batches
         self.meter.delivered(asked)
 
@@ -92,8 +96,17 @@ class Progress:
         """About the last batch that was handed out."""
         if not self.meter.batches:
             return None
-        keys = tuple(self._key) if type(self._key) is list else (self._key,)
-        return BatchInfo(self.epoch, self._step, keys, self.meter.last_waited_seconds)
+        key, position, places = self._last
+        keys = key if type(key) is list else [key]
+        if places is None:
+            places = self._positions(position, len(keys)) if type(key) is list else (position,)
+        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), self.meter.last_waited_seconds)
+
+    def _positions(self, number: int | None, count: int) -> Sequence[int | None]:
+        """Those of `count` samples that a sampler gave as its batch `number`."""
+        if self.batch_size is None or number is None:
+            return [None] * count
+        return range(number * self.batch_size, number * self.batch_size + count)
 
     @property
     def nothing_was_left(self) -> bool:

@@ -6,11 +6,10 @@ from abc import abstractmethod
 from asyncio import CancelledError, Future, Task
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aioloader.engine.entry import LAST, Entry, annotate, part_key
+from aioloader.engine.entry import LAST, Entry, annotate
 from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import cursor_parts, whole
@@ -19,6 +18,7 @@ from aioloader.engine.resumable import Origin, is_stateful, split_cursor
 from aioloader.errors import ReplayWarning, SampleCancelledError
 from aioloader.executors.threads import Threads
 from aioloader.insight.meters import StageMeter
+from aioloader.keys import NAMES, PartKey
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -32,6 +32,10 @@ class Keys(Protocol):
     @property
     def stride(self) -> int:
         """How many positions of the whole order each key stands for: one for each rank."""
+
+    @property
+    def offset(self) -> int:
+        """Which of them is its own."""
 
     def __len__(self) -> int: ...
 
@@ -95,16 +99,15 @@ class KeySource(Node):
                 values = self._values[keys.start : keys.stop]
             else:
                 values = list(map(self._values.__getitem__, keys))
-            naming = {kind: issubclass(kind, _NAMES) for kind in set(map(type, values))}
+            naming = {kind: issubclass(kind, NAMES) for kind in set(map(type, values))}
             if all(naming.values()):
                 names = values
             elif any(naming.values()):
                 names = [v if naming[type(v)] else k for k, v in zip(keys, values, strict=True)]
-        cursors = range(self._cursor + (start + 1) * stride, self._cursor + stop * stride + 1, stride)
-        return list(map(Entry, values, cursors, names, range(before + start, before + stop)))
-
-
-_NAMES = (str, int, PurePath)  # samples that name themselves in an error note
+        first, end = self._cursor + start * stride, self._cursor + stop * stride
+        offset = self._keys.offset
+        cursors, positions = range(first + stride, end + 1, stride), range(first + offset, end + offset, stride)
+        return list(map(Entry, values, cursors, names, positions))
 
 
 class _Pump(Node):
@@ -112,6 +115,7 @@ class _Pump(Node):
 
     _computes = True  # see `Threads`
     _ahead = 0  # entries that may be read before anybody asks for them
+    _numbered = True  # how many came before `_position` is known
 
     def __init__(self, meter: StageMeter, thread_name: str) -> None:
         self.meter = meter
@@ -185,7 +189,7 @@ class _Pump(Node):
         self._kick()
 
     def _put_last(self, error: BaseException) -> None:
-        last = Entry.last(error, self._failed_at, self._position)
+        last = Entry.last(error, self._failed_at, self._position if self._numbered else None)
         annotate(error, self.meter.name, last, self._run.epoch)
         self.meter.errors += 1
         self._buffer.append(last)
@@ -254,25 +258,22 @@ class StreamSource(_Pump):
         if self._tells_epoch and callable(tell := getattr(iterable, "set_epoch", None)):
             await self._run.in_thread(self._threads, tell, self._run.epoch)
         origin, since = split_cursor(self._resume_at)
+        self._position = since + (0 if origin is None else origin["at"])
         reader = await self._open(iterable, origin)
         del iterable
         marks = reader.marks
-        number = 0  # samples that this reader gave
         try:
             await self._skip(reader, since)
-            if origin is not None:
-                self._position = origin["at"]
-            self._position += since
-            number = since
+            number = since  # samples that this reader gave
             while samples := await reader.read(await self._demanded()):
                 for sample in samples:
                     while marks and marks[0][0] <= number:
                         at, origin = marks.popleft()
                         since = number - at
-                    key = sample if self._keys or isinstance(sample, _NAMES) else None
+                    position = self._position
+                    key = sample if self._keys or isinstance(sample, NAMES) else position
                     number += 1
                     since += 1
-                    position = self._position
                     self._position += 1
                     self._failed_at = since if origin is None else (origin, since)
                     self._put(Entry(sample, self._failed_at, key, position))
@@ -292,6 +293,7 @@ class StreamSource(_Pump):
         meter = self.meter
         access = Access(self._run, meter.name)
         reader = source.open(access, self._resume_at)
+        self._numbered = self._resume_at is None  # its cursors do not count
         try:
             while True:
                 limit = await self._demanded()
@@ -301,7 +303,7 @@ class StreamSource(_Pump):
                 if not entries:
                     break
                 for position, entry in enumerate(entries, self._position):
-                    entry.position = position
+                    entry.position = position if self._numbered else None
                     if entry.error is not None:
                         annotate(entry.error, meter.name, entry, self._run.epoch)
                         meter.errors += 1
@@ -343,6 +345,8 @@ class FlatMapNode(_Pump):
         name: For notes and statistics.
         loose: As in `FoldNode`.
     """
+
+    _numbered = False
 
     def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str, *, loose: bool = False) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-flat-map")
@@ -422,14 +426,14 @@ class FlatMapNode(_Pump):
                     offset += 1
                     if offset <= skipped:
                         continue
-                    self._put(Entry(item, (before, offset), part_key(sample, offset), self._position))
+                    self._put(Entry(item, (before, offset), PartKey(sample.key, offset), sample.position))
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds
                 del items, item
         except (Exception, SystemExit) as error:
             if offset >= skipped:
-                failed = Entry(None, (before, offset + 1), sample.key, self._position)
+                failed = Entry(None, (before, offset + 1), sample.key, sample.position)
                 self._position += 1
                 annotate(error, self.meter.name, sample, self._run.epoch)
                 failed.error = error

@@ -16,11 +16,11 @@ class SampleName(Protocol):
 
     @property
     def key(self) -> Any:
-        """The index or key it was loaded by; None: its position names it."""
+        """The index or key it was loaded by, or its number in its stream."""
 
     @property
-    def position(self) -> int:
-        """Its number where it was made."""
+    def position(self) -> int | None:
+        """Tells samples apart that one object names, one after the other."""
 
 
 class Sample:
@@ -44,7 +44,7 @@ class Named:
     """A sample by its key alone: in a worker process, where its entry is not.
 
     Args:
-        key: Its key, or its position when it has none.
+        key: Its key.
     """
 
     __slots__ = ("key",)

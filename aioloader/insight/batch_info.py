@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from aioloader.keys import source_of
+
 __all__ = ["BatchInfo"]
 
 
@@ -13,13 +15,22 @@ class BatchInfo:
     Attributes:
         epoch: The number of its epoch.
         step: Its number in the epoch, from 0; steps before a resume, failed batches and left out steps are counted.
-        keys: Of its samples, in order: the index or key that each was loaded by, None for one that has none. Behind
+        keys: Of its samples, in order: the index or key that each was loaded by, or its number in its stream. Behind
             `merge`, `mix` or `interleave` each says which source it is from, behind `flat_map`, `unbatch` and `repeat`
             which part or round it is. Without `batch`, the key of the one sample.
+        positions: Of its samples: where each stands in its source, in the order of this epoch and of all ranks, from 0.
+            None where nobody counts: behind a batch sampler of your own, and in a source whose cursor is no count
+            (`Lines`, `TarShards`, `ParquetRows`) after a resume.
         seconds_waited: How long the consumer stood still for it.
     """
 
     epoch: int
     step: int
     keys: tuple[Any, ...]
+    positions: tuple[int | None, ...]
     seconds_waited: float
+
+    @property
+    def sources(self) -> tuple[int | None, ...]:
+        """Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from, else None."""
+        return tuple(map(source_of, self.keys))

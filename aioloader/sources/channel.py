@@ -6,7 +6,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from itertools import repeat
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -446,7 +445,7 @@ class _Ledger(RunEnd):
         self._read = stop = start + len(samples)
         self._kept.extend(samples)
         cursors = [("channel", name, number) for number in range(start + 1, stop + 1)]
-        return list(map(Entry, samples, cursors, repeat(None), range(start, stop)))
+        return list(map(Entry, samples, cursors, range(start, stop), range(start, stop)))
 
     def forget(self, handed_out: Any) -> None:
         """The entry with the cursor `handed_out` has reached the consumer, and all before it."""

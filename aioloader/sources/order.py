@@ -30,6 +30,7 @@ class KeyOrder:
         stride: How many ranks have been dealt keys, so that each key stands for as many positions.
         deal: What was dealt from, where nothing has been done to this rank's keys since.
         filler: A key behind the last one that fills the last round.
+        offset: Which of a round's positions is this rank's.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class KeyOrder:
         stride: int = 1,
         deal: "_Deal | None" = None,
         filler: Sequence[int] = (),
+        offset: int = 0,
     ) -> None:
         self._keys = keys
         self._deal = deal
         self._filler = tuple(filler)
         self.stride = stride
+        self.offset = offset
 
     def __len__(self) -> int:
         return len(self._keys) + len(self._filler)
@@ -69,14 +72,14 @@ class KeyOrder:
         if self._deal is not None:
             return self._deal.behind(position)
         if position >= len(self) * self.stride:
-            return KeyOrder(range(0), self.stride)
+            return KeyOrder(range(0), self.stride, offset=self.offset)
         number, rest = divmod(position, self.stride)
         if rest:
             raise ValueError(
                 f"position {position} lies within a round of {self.stride} ranks: {number} samples each, and {rest} "
                 f"more; resume with the world size that the position comes from"
             )
-        return KeyOrder(self._keys[number:], self.stride, filler=self._filler)
+        return KeyOrder(self._keys[number:], self.stride, filler=self._filler, offset=self.offset)
 
     def apply(self, stage: Stage, this_pass: Pass, *, permute: bool = True) -> "KeyOrder":
         """The order after one more stage; without `permute` the positions are those, and `shuffle` moves no key."""
@@ -86,24 +89,24 @@ class KeyOrder:
             case Skip(n):
                 return self._cut(n, len(self))
             case Shuffle(None) if not permute:
-                return KeyOrder(self._keys, self.stride, filler=self._filler)
+                return KeyOrder(self._keys, self.stride, filler=self._filler, offset=self.offset)
             case Shuffle(None, seed):
                 generator = torch.Generator().manual_seed(this_pass.seed(seed, "shuffle"))
                 keys = self._all()
                 permutation = torch.randperm(len(keys), generator=generator, device="cpu")
                 plain = isinstance(keys, range) and keys == range(len(keys))
                 shuffled = permutation if plain else _tensor(keys)[permutation]
-                return KeyOrder(shuffled, self.stride)
+                return KeyOrder(shuffled, self.stride, offset=self.offset)
             case Shard():
                 rank, world_size = stage.place()
-                dealt = _Deal(self._all(), rank, world_size, stage.even, self.stride)
+                dealt = _Deal(self._all(), rank, world_size, stage.even, self.stride, self.offset)
                 return dealt.behind(0)
         raise AssertionError(f"{stage.label} is no arithmetic on keys")
 
     def _cut(self, start: int, stop: int) -> "KeyOrder":
         count = len(self._keys)
         filler = self._filler[max(0, start - count) : max(0, stop - count)]
-        return KeyOrder(self._keys[start:stop], self.stride, filler=filler)
+        return KeyOrder(self._keys[start:stop], self.stride, filler=filler, offset=self.offset)
 
     def _all(self) -> range | torch.Tensor:
         """The keys in one piece."""
@@ -122,6 +125,7 @@ class _Deal:
         world_size: Of all.
         even: See `Shard`.
         stride: How many ranks `keys` had been dealt to before.
+        offset: Which of those this process belongs to.
     """
 
     keys: range | torch.Tensor
@@ -129,6 +133,7 @@ class _Deal:
     world_size: int
     even: Even
     stride: int
+    offset: int
 
     def behind(self, position: int) -> KeyOrder:
         """This rank's keys of the rounds that begin at `position`.
@@ -150,7 +155,8 @@ class _Deal:
             at = (done + self.rank + rounds * self.world_size) % total
             key = self.keys[at]
             filler = (int(key),)
-        return KeyOrder(mine, stride, self if self.stride == 1 else None, filler)
+        offset = self.offset + self.rank * self.stride
+        return KeyOrder(mine, stride, self if self.stride == 1 else None, filler, offset)
 
 
 def _tensor(keys: range | torch.Tensor) -> torch.Tensor:

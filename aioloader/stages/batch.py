@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from aioloader.engine.entry import Entry, PartKey, annotate
+from aioloader.engine.entry import Entry, annotate, places_of
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.source import is_async_callable
+from aioloader.keys import PartKey
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
 from aioloader.stages.checks import callable_name
 
@@ -138,17 +139,18 @@ class BatchFold:
         return [self._group(pending)] if pending else []
 
     def _group(self, entries: list[Entry]) -> Entry:
-        group = group_entries(entries, self._count)
+        group = group_entries(entries)
         self._count += 1
         self._after = group.cursor
         return group
 
 
-def group_entries(entries: list[Entry], position: int) -> Entry:
+def group_entries(entries: list[Entry]) -> Entry:
     """One entry of many. The first error among them is its error; the note names how many others there are."""
     samples = [entry.value for entry in entries]
     keys = [entry.key for entry in entries]
-    group = Entry(Group(samples, keys), entries[-1].cursor, keys, position)
+    group = Entry(Group(samples, keys), entries[-1].cursor, keys, entries[0].position)
+    group.places = [entry.position for entry in entries]
     errors = [entry.error for entry in entries if entry.error is not None]
     if errors:
         group.value = None
@@ -192,7 +194,6 @@ class _UnbatchFold:
         self._epoch = epoch
         self._before: Any = None
         self._skipped = 0  # samples of the first batch that were delivered before a resume
-        self._count = 0
 
     def resume(self, cursor: Any) -> Any:
         self._before, skipped = cursor_parts(cursor, 2)
@@ -220,9 +221,11 @@ class _UnbatchFold:
             if entry.error is not None:
                 entry.cursor = (after, 0)  # nothing of what comes after it
                 out.append(entry)
-            for offset, sample in enumerate(samples[self._skipped :], self._skipped + 1):
-                out.append(Entry(sample, (self._before, offset), _key_of_row(entry, offset), self._count))
-                self._count += 1
+            elif samples:
+                names = _names_of_rows(entry, len(samples))
+                for number in range(self._skipped, len(samples)):
+                    key, position = names[number]
+                    out.append(Entry(samples[number], (self._before, number + 1), key, position))
             self._before = after
             self._skipped = 0
         return out
@@ -231,12 +234,14 @@ class _UnbatchFold:
         return []
 
 
-def _key_of_row(batch: Entry, number: int) -> Any:
-    """The key of a sample that was put into the batch, if it still is one of as many."""
-    keys = batch.key
-    if type(keys) is list and number <= len(keys) and keys[number - 1] is not None:
-        return keys[number - 1]
-    return PartKey(batch.position, number)
+def _names_of_rows(batch: Entry, count: int) -> list[tuple[Any, int | None]]:
+    """Key and position of each of `count` samples: those that were put into the batch, if it still has as many."""
+    key = batch.key
+    if type(key) is list and len(key) == count:
+        return list(zip(key, places_of(batch) or [batch.position] * count, strict=True))
+    while type(key) is list and key:
+        key = key[0]  # a batch is named by its first sample
+    return [(PartKey(key, number), batch.position) for number in range(1, count + 1)]
 
 
 def _rows(batch: Any, collated: bool) -> Sequence[Any]:

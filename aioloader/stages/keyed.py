@@ -30,7 +30,12 @@ class SplitBatches(FoldStage):
 
     Cursor: the last key of a batch carries the batch's own, those before it carry `INSIDE`. `JoinBatches` tells the end
     of a batch by that.
+
+    Args:
+        batch_size: Of all batches but the last; None: the sampler decides.
     """
+
+    batch_size: int | None
 
     @property
     def label(self) -> str:
@@ -40,14 +45,14 @@ class SplitBatches(FoldStage):
         raise UnknownLengthError("the batch sampler decides how many samples there are")
 
     def fold(self, this_pass: Pass) -> Fold:
-        return _SplitFold()
+        return _SplitFold(self.batch_size)
 
 
 class _SplitFold:
     full = False
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, batch_size: int | None) -> None:
+        self._batch_size = batch_size
 
     def resume(self, cursor: Any) -> Any:
         return cursor  # what `JoinBatches` gives are whole batches
@@ -62,13 +67,13 @@ class _SplitFold:
         out: list[Entry] = []
         for entry in run:
             keys = list(entry.value) if entry.error is None else []
+            first = None if self._batch_size is None or entry.position is None else entry.position * self._batch_size
             if not keys:  # nothing to load, but it is a batch: as an error it passes by the loading stages
                 entry.error = _EmptyBatchError() if entry.error is None else entry.error
                 out.append(entry)
             for offset, key in enumerate(keys, 1):
                 cursor = entry.cursor if offset == len(keys) else INSIDE
-                out.append(Entry(key, cursor, key, self._count))
-                self._count += 1
+                out.append(Entry(key, cursor, key, None if first is None else first + offset - 1))
         return out
 
     def flush(self) -> list[Entry]:
@@ -97,7 +102,6 @@ class _JoinFold:
 
     def __init__(self) -> None:
         self._pending: list[Entry] = []
-        self._count = 0
 
     def resume(self, cursor: Any) -> Any:
         return cursor
@@ -121,11 +125,10 @@ class _JoinFold:
 
     def _group(self) -> Entry:
         if isinstance(self._pending[0].error, _EmptyBatchError):
-            group = Entry(Group([], []), self._pending[0].cursor, None, self._count)
+            group = Entry(Group([], []), self._pending[0].cursor, [], self._pending[0].position)
         else:
-            group = group_entries(self._pending, self._count)
+            group = group_entries(self._pending)
         self._pending = []
-        self._count += 1
         return group
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from aioloader.engine.entry import Entry
+from aioloader.engine.entry import Entry, places_of
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
@@ -210,5 +210,7 @@ class ShardFold:
 def _copy(entry: Entry) -> Entry:
     copy = Entry(entry.value, entry.cursor, entry.key, entry.position)
     copy.error = entry.error
+    if (places := places_of(entry)) is not None:
+        copy.places = places
     copy.state = entry.state
     return copy
