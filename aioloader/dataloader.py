@@ -17,11 +17,11 @@ from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
 from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node
-from aioloader.engine.process_step import Turns
 from aioloader.engine.progress import Progress
 from aioloader.engine.source import is_async_callable, warn_of_replay
+from aioloader.engine.turns import Turns
 from aioloader.engine.window import Window
-from aioloader.errors import StateError
+from aioloader.errors import ReplayWarning, StateError
 from aioloader.executors.chunk import Call
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
@@ -52,7 +52,7 @@ from aioloader.stages.device import PinMemory, To
 from aioloader.stages.fetch import FetchBatch
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
-from aioloader.state import Guarantee, Shape, guarantee_of_stream
+from aioloader.state import Guarantee, Shape, guarantee_of_stream, identity_of
 
 __all__ = ["DataLoader"]
 
@@ -409,12 +409,12 @@ class DataLoader(Loader, Generic[T_co]):
             key="fetch",
             in_turn=self.in_order or self._iterable,
             prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
-            turns=Turns() if self._iterable else None,
+            turns=Turns(self.num_workers) if self._iterable else None,
         )
         fetch: Callable[[Any], Any]
         if place.turns is not None:
             if not dry:
-                self._index_iterator(progress.epoch, base)
+                self._begin_turns(progress, base)
             source = Stream(place.turns, call=False, single_use=False)
             collate = self._collate_call(shared_memory)
             fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
@@ -428,6 +428,21 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(PinMemory())
         plan = Plan(self._single(source), tuple(stages), room=self._room)
         return build(plan, self._pass(progress), transfer, processes=self._open_processes, dry=dry)
+
+    def _begin_turns(self, progress: Progress, base: "_BaseSeed") -> None:
+        """Give workers that iterate the dataset their base seed: that which they had, where the epoch goes on."""
+        record = progress.begun_with
+        if progress.cursor is None or self.generator is not None or "base_seed" not in record:
+            self._index_iterator(progress.epoch, base)
+            record["base_seed"] = base.value
+            return
+        base.value = record["base_seed"]
+        warnings.warn(
+            f"worker processes cannot enter their parts of an IterableDataset in the middle: the resumed epoch reads "
+            f"the {progress.batches_before} batches before it again and drops them",
+            ReplayWarning,
+            stacklevel=2,
+        )
 
     def _single(self, source: Stream) -> Single:
         if self._iterable:
@@ -454,6 +469,11 @@ class DataLoader(Loader, Generic[T_co]):
         """Each worker process iterates a copy of the dataset, and nobody else knows where it is."""
         return self._in_processes and self._iterable
 
+    @property
+    def _reading_workers(self) -> int:
+        """How many iterate the dataset each; 0: it is iterated once."""
+        return self.num_workers if self._workers_read else 0
+
     def _shape(self) -> Shape:
         try:
             length = len(self.dataset)
@@ -470,14 +490,14 @@ class DataLoader(Loader, Generic[T_co]):
             if self.seed is not None:
                 keys["seed"] = self.seed
         return [
-            {"stage": "source", "name": type(self.dataset).__name__, "length": length},
+            {"stage": "source", "name": type(self.dataset).__name__, "length": length} | identity_of(self.dataset),
             keys,
             {"stage": "batch", "batch_size": self.batch_size, "drop_last": self.drop_last, "ordered": self._ordered},
         ]
 
     def _guarantee(self) -> Guarantee:
         if self._workers_read:
-            return "at-least-once"
+            return "replayed" if self.in_order else "at-least-once"
         if self._iterable:
             return guarantee_of_stream(self.dataset)
         if self.seed is not None and self._shuffled:
@@ -528,16 +548,21 @@ class DataLoader(Loader, Generic[T_co]):
             self._tell_epoch(told)
 
     def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
-        if self._workers_read:  # the epoch is begun again
+        if self._workers_read and not self.in_order:  # the epoch is begun again
             batches, cursor = 0, None
+        elif self._workers_read and cursor is not None:
+            cursor = (self.num_workers, batches)
         return super()._make_state(epoch, batches, cursor, random)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._workers_read and isinstance(state, dict) and state.get("cursor") is not None:
-            raise StateError(
-                "the state is in the middle of an epoch, and worker processes that iterate their own copies of a "
-                "dataset cannot go on there; use worker_type='thread' or num_workers=0 for this epoch"
-            )
+        if self._iterable and isinstance(state, dict) and state.get("cursor") is not None:
+            theirs, ours = _reading_workers(state["cursor"]), self._reading_workers
+            if theirs != ours or (ours and not self.in_order):
+                raise StateError(
+                    f"the state is in the middle of an epoch of an IterableDataset that {_readers(theirs)} read, and "
+                    f"this loader has {_readers(ours)}{'' if self.in_order else ', in_order=False'}, so its parts or "
+                    f"their order are others; go on with the former, or begin the epoch anew"
+                )
         super().load_state_dict(state)
 
     @property
@@ -608,6 +633,16 @@ class DataLoader(Loader, Generic[T_co]):
         if self._torch.batch_sampler is None:
             return self.collate_fn or default_convert
         return _CollateAny(self.collate_fn, Collate(alloc))
+
+
+def _reading_workers(cursor: Any) -> int:
+    """Of how many worker processes that iterate a dataset each a cursor is; 0: of none."""
+    of_workers = isinstance(cursor, list | tuple) and len(cursor) == 2 and all(type(part) is int for part in cursor)
+    return cursor[0] if of_workers else 0
+
+
+def _readers(workers: int) -> str:
+    return f"{workers} worker processes" if workers else "one reader (num_workers=0 or worker_type='thread')"
 
 
 def _is_async(dataset: Any, method: str) -> bool:

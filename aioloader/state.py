@@ -33,6 +33,8 @@ __all__ = [
     "Shape",
     "check_state",
     "guarantee_of",
+    "guarantee_of_stream",
+    "identity_of",
     "make_state",
     "ranges_of",
     "shape_of",
@@ -208,7 +210,13 @@ def _source(source: Single | Combined) -> dict[str, Any]:
         kind, name = "stream", source_name(data.make)
     if source.sampler is not None:
         kind = "sampler"
-    return {"stage": "source", "kind": kind, "name": name, "length": _length(source)}
+    described = {"stage": "source", "kind": kind, "name": name, "length": _length(source)}
+    return described if isinstance(data, Indexable) else described | identity_of(data.make)
+
+
+def identity_of(stream: Any) -> dict[str, Any]:
+    """What its cursors depend on, where it can tell."""
+    return stream.identity() if isinstance(stream, CursorSource) else {}
 
 
 def _length(source: Single) -> int | None:
@@ -262,6 +270,8 @@ def _difference(now: Shape, then: Any, where: str = "") -> str | None:
             elif mine[key] != its.get(key):
                 if key == "length":
                     return _length_difference(mine, its.get(key), where)
+                if mine["stage"] == its["stage"] == "source" and mine.get("kind") == its.get("kind"):
+                    return _source_difference(mine, its, key, where)
                 return f"{place} is {_words(mine)}, and was {_words(its)}"
     if len(here) != len(there):
         longer, verb = (here, "is") if len(here) > len(there) else (there, "was")
@@ -290,6 +300,13 @@ def _length_difference(mine: dict[str, Any], then: Any, where: str) -> str:
     return (
         f"{what} has {'shrunk' if now < then else 'grown'} from {then} samples to {now}, and the order depends on that"
     )
+
+
+def _source_difference(mine: dict[str, Any], its: dict[str, Any], key: str, where: str) -> str:
+    what = f"{where}the source ({mine['name']})"
+    if key == "names":
+        return f"{what} has as many files as it had, but of other names, or in another order"
+    return f"{what} has {key}={mine[key]!r}, and had {its.get(key)!r}"[:300]
 
 
 def _is_ordered_map(part: Mapping[str, Any]) -> bool:

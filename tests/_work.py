@@ -103,6 +103,35 @@ class Counting(IterableDataset[Any]):
         yield from range(100 * info.id, 100 * info.id + 5 * (info.id + 1))
 
 
+class FailingParts(IterableDataset[Any]):
+    """The first worker fails at once, the second in the middle, the third gives all."""
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        assert info is not None
+        if info.id == 0:
+            raise ValueError("no part")
+        return self._part(info.id)
+
+    def _part(self, worker: int) -> Iterator[int]:
+        yield from range(10 * worker, 10 * worker + 3)
+        if worker == 1:
+            raise ValueError("half a part")
+        yield from range(100, 107)
+
+
+class Logged:
+    """A `collate_fn` that writes down what it was given."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, samples: list[Any]) -> list[Any]:
+        with self._path.open("a") as file:
+            file.write(f"{samples}\n")
+        return samples
+
+
 class Opened:
     """Gives what it gets, once a file is there."""
 

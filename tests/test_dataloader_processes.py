@@ -3,6 +3,7 @@
 import gc
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, RandomSampler, get_worker_info
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from aioloader import DataLoader, WorkerDiedError
+from aioloader import DataLoader, ReplayWarning, StateError, WorkerDiedError
+from aioloader.engine.turns import dealt
+from aioloader.testing import assert_resumes_exactly
 from tests import _work
 from tests._datasets import Broken, Made, MadeInBulk, ShardingStream, Stream, assert_same, join, noisy, pair, record
 from tests._support import Face, Started, Steps, collect, notes, on_both_faces
@@ -231,3 +236,134 @@ def test_many_small_tensors_take_one_segment_or_none() -> None:
         assert psutil.Process().num_fds() < before + 10
     assert len(kept[0]) == 100
     assert torch.equal(kept[3][7], torch.tensor([[6.0] * 8, [7.0] * 8]) + 7)
+
+
+# -- resume of an IterableDataset that each worker has a part of -------------------------------------------------------
+
+PARTS: dict[str, Callable[[], Arguments]] = {
+    "parts": lambda: {"dataset": ShardingStream(23, seeded), "batch_size": 2},
+    "no batches": lambda: {"dataset": ShardingStream(7, pair), "batch_size": None},
+    "drop_last": lambda: {"dataset": ShardingStream(23, pair), "batch_size": 2, "drop_last": True},
+    "different lengths": lambda: {"dataset": _work.Counting(), "batch_size": 2, "num_workers": 3},
+    "an error in each part": lambda: {"dataset": _work.FailingParts(), "batch_size": 2, "num_workers": 3},
+    "persistent_workers": lambda: {"dataset": ShardingStream(9, pair), "batch_size": 2, "persistent_workers": True},
+    "generator": lambda: {
+        "dataset": ShardingStream(9, seeded),
+        "batch_size": 2,
+        "generator": torch.Generator().manual_seed(3),
+    },
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_workers_had_given_is_read_again_and_dropped(name: str) -> None:
+    """From every state, also where some parts had ended: in `guarantee` words, `replayed`."""
+
+    def make() -> DataLoader[Any]:
+        return loader(**PARTS[name]())
+
+    states = assert_resumes_exactly(make, limit=9)
+    assert {state["guarantee"] for state in states} == {"replayed"}
+
+
+def test_a_resume_that_reads_again_warns_of_it_and_collates_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "collated"
+    make = partial(loader, ShardingStream(8, int), 2, collate_fn=_work.Logged(log))
+    with make() as ours:
+        batches = iter(ours)
+        seen = [next(batches) for _ in range(3)]
+        state = ours.state_dict()
+        batches.close()
+    assert seen == [[0, 2], [1, 3], [4, 6]]
+    assert state["cursor"] == [2, 3]
+    log.unlink()
+    with make() as ours:
+        ours.load_state_dict(state)
+        with pytest.warns(ReplayWarning, match="reads the 3 batches before it again and drops them"):
+            assert list(ours) == [[5, 7]]
+    assert log.read_text() == "[5, 7]\n"
+
+
+def test_parts_are_those_of_a_number_of_workers() -> None:
+    """A state in the middle is refused by another number, by none, and by workers that keep no order."""
+    dataset = ShardingStream(8, int)
+    with loader(dataset, 2) as ours:
+        batches = iter(ours)
+        next(batches)
+        middle, _ = ours.state_dict(), batches.close()
+    for other in (
+        loader(dataset, 2, num_workers=3),
+        loader(dataset, 2, in_order=False),
+        DataLoader(dataset, 2),
+        DataLoader(dataset, 2, num_workers=2),
+    ):
+        with pytest.raises(StateError, match="in the middle of an epoch of an IterableDataset that 2 worker processes"):
+            other.load_state_dict(middle)
+        assert other.state_dict()["cursor"] is None
+    single = DataLoader(dataset, 2)
+    next(iter(single))
+    with pytest.raises(StateError, match=r"that one reader \(num_workers=0 or worker_type='thread'\) read"):
+        loader(dataset, 2).load_state_dict(single.state_dict())
+    for broken in ((2, -1), (2, "3"), (2, 3, 4), [2]):
+        with pytest.raises(StateError):
+            loader(dataset, 2).load_state_dict({**middle, "cursor": broken})
+
+
+def test_between_epochs_any_number_of_workers_goes_on() -> None:
+    with loader(ShardingStream(8, int), 2) as ours:
+        list(ours)
+        state = ours.state_dict()
+    assert (state["epoch"], state["cursor"]) == (1, None)
+    with loader(ShardingStream(8, int), 2, num_workers=3) as ours:
+        ours.load_state_dict(state)
+        assert sorted(sample for batch in ours for sample in batch.tolist()) == list(range(8))
+
+
+def test_a_step_of_workers_parts_can_be_had_again() -> None:
+    with loader(ShardingStream(12, int), 2) as ours:
+        seen = [batch.tolist() for batch in ours]
+        with pytest.warns(ReplayWarning):
+            assert ours.replay(4).tolist() == seen[4]
+
+
+def test_a_worker_that_dies_while_it_reads_again_ends_the_epoch() -> None:
+    with loader(ShardingStream(12, int), 1) as ours:
+        batches = iter(ours)
+        for _ in range(8):
+            next(batches)
+        state = ours.state_dict()
+        batches.close()
+    with loader(ShardingStream(12, _work.killed_at_five), 1) as ours:
+        ours.load_state_dict(state)
+        with pytest.warns(ReplayWarning), pytest.raises(WorkerDiedError, match="while it read again what was given"):
+            list(ours)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    count=st.integers(0, 30),
+    known=st.sets(st.integers(0, 3)),
+)
+def test_turns_are_dealt_round_by_round(lengths: list[int], count: int, known: set[int]) -> None:
+    """As one after the other; asking those who turn out to have ended comes to the same."""
+    given_, turn = [0] * len(lengths), 0
+    total = min(count, sum(lengths))
+    for _ in range(total):
+        while given_[turn] == lengths[turn]:
+            turn = (turn + 1) % len(lengths)
+        given_[turn] += 1
+        turn = (turn + 1) % len(lengths)
+    limits = [length if seat in known else None for seat, length in enumerate(lengths)]
+    while True:
+        found, following = dealt(count, limits)
+        over = [seat for seat, wanted in enumerate(found) if wanted > lengths[seat]]
+        if not over:
+            break
+        for seat in over:
+            limits[seat] = lengths[seat]
+    assert found == given_
+    if total < sum(lengths):
+        order = [(following + n) % len(lengths) for n in range(len(lengths))]
+        left = [seat for seat in order if lengths[seat] > found[seat]]
+        expected = [(turn + n) % len(lengths) for n in range(len(lengths))]
+        assert left == [seat for seat in expected if lengths[seat] > found[seat]]

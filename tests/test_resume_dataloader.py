@@ -310,9 +310,9 @@ def test_a_sampler_is_told_the_epoch_that_it_was_told(face: Face) -> None:
     assert [batch[0].tolist() for batch in collect(resumed, face)] == expected
 
 
-def test_worker_processes_that_read_their_own_copies_begin_again() -> None:
+def test_worker_processes_that_read_their_own_copies_in_any_order_begin_again() -> None:
     """Nobody knows where they are: the state says "at-least-once", and one from the middle is refused with words."""
-    loader: DataLoader[Any] = DataLoader(Stream(), 3, num_workers=1, worker_type="process")
+    loader: DataLoader[Any] = DataLoader(Stream(), 3, num_workers=1, worker_type="process", in_order=False)
     iterator = iter(loader)
     assert next(iterator).tolist() == [0, 1, 2]
     state = loader.state_dict()

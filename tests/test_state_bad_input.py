@@ -1,14 +1,20 @@
 """States that cannot be loaded are refused with the difference, and the loader is as it was."""
 
 import json
+import tarfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from obstore.store import MemoryStore
 from torch.utils.data import RandomSampler
 
 from aioloader import AioloaderError, DataLoader, Pipeline, StateError
+from aioloader.sources import Lines, Objects, ParquetRows, TarShards
 from tests.test_resume import Stream, numbers, pairs_of
 
 
@@ -185,6 +191,69 @@ def test_another_data_loader() -> None:
     for broken in ("x", "AAAA", 3, None):
         refused(DataLoader(data, 3, shuffle=True), state | {"random": {"drawn": broken}}, "broken|Incorrect|string")
     DataLoader(data, 3, shuffle=True, num_workers=2).load_state_dict(state)
+
+
+FILES: dict[str, tuple[Callable[[list[str]], Any], str]] = {
+    "Lines": (Lines, "txt"),
+    "Lines side by side": (lambda paths: Lines(paths, interleave=2), "txt"),
+    "TarShards": (TarShards, "tar"),
+    "ParquetRows": (ParquetRows, "parquet"),
+    "ParquetRows in batches": (lambda paths: ParquetRows(paths, batch_rows=3), "parquet"),
+}
+
+
+def written(folder: Path, kind: str) -> list[str]:
+    """Three files of four samples."""
+    folder.mkdir()
+    paths = [folder / f"{number}.{kind}" for number in range(3)]
+    for path in paths:
+        if kind == "txt":
+            path.write_text("a\nb\nc\nd\n")
+        elif kind == "parquet":
+            pq.write_table(pa.table({"x": [1, 2, 3, 4]}), path)
+        else:
+            with tarfile.open(path, "w") as archive:
+                for number in range(4):
+                    archive.addfile(tarfile.TarInfo(f"{number}.bin"))
+    return list(map(str, paths))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_other_files(name: str, tmp_path: Path) -> None:
+    """Fewer, more, others, or in another order; but it does not matter where they lie."""
+    make, kind = FILES[name]
+    paths = written(tmp_path / "here", kind)
+    state = state_of(Pipeline(make(paths)))
+    refused(Pipeline(make(paths[:2])), state, "the source .* has files=2, and had 3")
+    refused(Pipeline(make([*paths, paths[0]])), state, "the source .* has files=4, and had 3")
+    for others in (paths[::-1], [*paths[:2], paths[2].replace("2.", "3.")]):
+        refused(Pipeline(make(others)), state, "as many files as it had, but of other names, or in another order")
+    if "side" not in name:
+        refused(DataLoader(make(paths[:2]), 1), state_of(DataLoader(make(paths), 1)), "has files=2, and had 3")
+    moved = Pipeline(make(written(tmp_path / "there", kind)))
+    moved.load_state_dict(state)
+    assert len(list(moved)) == len(list(Pipeline(make(paths)))) - 1
+
+
+@pytest.mark.parametrize(
+    "cursor", ["x", -1, [], [1], [0, -1], [9, 0], [1.5, 0, 0], [0, 0, -1], [9, 0, 0], {}, [2, [[]]]]
+)
+@pytest.mark.parametrize("name", FILES)
+def test_garbage_in_the_cursor_of_files(name: str, cursor: Any, tmp_path: Path) -> None:
+    """Refused when it is loaded, not when the epoch begins."""
+    make, kind = FILES[name]
+    paths = written(tmp_path / "here", kind)
+    state = state_of(Pipeline(make(paths)))
+    refused(Pipeline(make(paths)), state | {"cursor": cursor}, "does not fit this loader, or is broken")
+
+
+def test_another_listing(tmp_path: Path) -> None:
+    store = MemoryStore()
+    for number in range(6):
+        store.put(f"a/{number}", b"")
+    state = state_of(Pipeline(Objects(store, prefix="a")))
+    refused(Pipeline(Objects(store, prefix="")), state, "the source .* has prefix='', and had 'a'")
+    refused(Pipeline(Objects(store, prefix="a")), state | {"cursor": 3}, "the cursor of a listing is a key, got 3")
 
 
 def test_nothing_happens_to_a_source_that_can_be_read_once() -> None:

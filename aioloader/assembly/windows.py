@@ -16,6 +16,7 @@ from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.steps import AsyncStep, InPlaceStep, Step
 from aioloader.engine.sync_steps import ExecutorStep, ThreadStep
+from aioloader.engine.turns import TurnStep
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
 from aioloader.executors.processes.host import Processes
@@ -170,15 +171,10 @@ def _sync_step(
     executor = leading.executor
     if isinstance(executor, InProcesses):
         team = partial(_team, processes(), executor, together, calls, width)
-        return ProcessStep(
-            calls,
-            width,
-            team,
-            elastic=limit is None,
-            in_turn=executor.in_turn,
-            owned=not executor.kept,
-            turns=executor.turns,
-        )
+        elastic, owned = limit is None, not executor.kept
+        if executor.turns is not None:
+            return TurnStep(calls, width, team, elastic=elastic, owned=owned, turns=executor.turns)
+        return ProcessStep(calls, width, team, elastic=elastic, in_turn=executor.in_turn, owned=owned)
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)
     return ThreadStep(

@@ -55,6 +55,20 @@ class CursorSource(ABC):
 
     replayable: ClassVar[bool] = True
 
+    def identity(self) -> dict[str, Any]:
+        """What cursors depend on: which files, in which order. A state of another identity is refused.
+
+        A small dict that JSON can hold. Asked for with each state, so what is costly is computed once.
+        """
+        return {}
+
+    def check_cursor(self, cursor: Any) -> None:  # noqa: B027 - what there is to check is the source's own matter
+        """Refuse what is no cursor of this source. May have been through JSON: lists for tuples.
+
+        Raises:
+            ValueError: Why.
+        """
+
     @abstractmethod
     def open(self, access: "Access", cursor: Any) -> EntryReader:
         """Begin an epoch behind `cursor`, or at its start when that is None. On the loop; must not block or wait."""

@@ -1,48 +1,28 @@
 """The step whose calls run in worker processes."""
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_steps import SyncStep
 from aioloader.errors import WorkerDiedError
-from aioloader.executors.chunk import DROP, Call, ChunkResult
+from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
-from aioloader.executors.processes.torch_worker import EXHAUSTED
 from aioloader.executors.threads import call_loop
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
     from aioloader.engine.window import Window
 
-__all__ = ["CHUNK_SECONDS", "ProcessStep", "Turns"]
+__all__ = ["CHUNK_SECONDS", "ProcessStep", "hint", "who"]
 
 CHUNK_SECONDS: Final = 0.005  # the work that one crossing should be worth
 CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued behind one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
-
-
-class Turns(AsyncIterator[tuple[int]]):
-    """The source of workers that read an iterable dataset: turns to give a batch, until all of them have ended.
-
-    Each is the same small tuple: the number of the epoch among all of this process.
-    """
-
-    _numbers = count()
-
-    def __init__(self) -> None:
-        self._epoch = (next(self._numbers),)
-        self.over = False
-
-    async def __anext__(self) -> tuple[int]:
-        if self.over:
-            raise StopAsyncIteration
-        return self._epoch
 
 
 class ProcessStep(SyncStep):
@@ -56,8 +36,7 @@ class ProcessStep(SyncStep):
     What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? It has noted
     which sample it was at: that one fails, at its place. What was done before it in the chunk died with the worker and
     is done again, sample by sample, and the rest goes on elsewhere. When workers die again and again and nothing is
-    ever done, the epoch ends. Where workers read an iterable dataset, nobody else knows where one of them stood: its
-    part ends with the error, and those of the others go on.
+    ever done, the epoch ends.
 
     Args:
         calls: See `SyncStep`.
@@ -67,7 +46,6 @@ class ProcessStep(SyncStep):
         in_turn: Task k is for worker k modulo `concurrency`, as in torch: with seeded workers, random transforms are
             repeatable.
         owned: The workers end with the run.
-        turns: The source, when only workers know when there is no more: each gives `EXHAUSTED` then.
     """
 
     def __init__(
@@ -79,17 +57,14 @@ class ProcessStep(SyncStep):
         elastic: bool = True,
         in_turn: bool = False,
         owned: bool = False,
-        turns: Turns | None = None,
     ) -> None:
         super().__init__(calls, concurrency, elastic=elastic)
         self.meter.kind = "process"
         self._make_team = team
-        self._seeds = [None if turns else call.seed for call in calls]
+        self._seeds = [call.seed for call in calls]
         self._in_turn = in_turn
         self._owned = owned
-        self._turns = turns
         self._turn = 0
-        self._active_seats = list(range(concurrency))  # those that are not exhausted
         self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
         self._team: Team
@@ -136,9 +111,6 @@ class ProcessStep(SyncStep):
             else:
                 fair = -(-len(inbox) // (self._places - self._active))
                 chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
-            if not self._active_seats:
-                self._drop(chunk[0])
-                continue
             self._active += 1
             self.meter.idle.wait_for(None)
             seat = self._next_seat() if self._in_turn else None
@@ -155,8 +127,7 @@ class ProcessStep(SyncStep):
 
     def _next_seat(self) -> int:
         """The worker whose turn it is."""
-        later = [seat for seat in self._active_seats if seat >= self._turn]
-        seat = (later or self._active_seats)[0]
+        seat = self._turn % self.concurrency
         self._turn = seat + 1
         return seat
 
@@ -164,12 +135,6 @@ class ProcessStep(SyncStep):
         if self.closed:
             return
         match outcome:
-            case ChunkResult(outcomes=[last]) if last is EXHAUSTED and self._turns is not None:
-                self._exhausted(seat, self._turns)
-                self._landed(chunk, ChunkResult([DROP], outcome.busy_seconds, outcome.cpu_seconds))
-            case ChunkResult() if self._turns is not None and seat not in self._active_seats:
-                # From a worker that took the place of a dead one, before that was known here: it began anew.
-                self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
             case ChunkResult():
                 self._deaths = 0
                 tried = len(outcome.outcomes)
@@ -182,24 +147,9 @@ class ProcessStep(SyncStep):
             case Died():
                 self._died(chunk, seat, outcome)
 
-    def _exhausted(self, seat: int | None, turns: Turns) -> bool:
-        """No more of this worker; False: that was known."""
-        if seat not in self._active_seats:
-            return False
-        self._active_seats.remove(seat)
-        turns.over = not self._active_seats
-        return True
-
     def _died(self, chunk: list[Entry], seat: int | None, death: Died) -> None:
         self._deaths += 1
-        who = f"worker process {death.seat} (pid {death.pid}) {death.reason}"
-        hint = "; if memory ran out, use fewer workers" if "SIGKILL" in death.reason else ""
-        if self._turns is not None:
-            if self._exhausted(seat, self._turns):
-                self._lost(chunk, WorkerDiedError(f"{who}, and with it what was left of its part of the dataset{hint}"))
-            else:  # asked for ahead
-                self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
-        elif self._deaths > self.concurrency + MORE_DEATHS:
+        if self._deaths > self.concurrency + MORE_DEATHS:
             self._run.fail(
                 WorkerDiedError(
                     f"{self._deaths} worker processes in a row died and none got anything done; the last one, "
@@ -210,7 +160,17 @@ class ProcessStep(SyncStep):
             self._again.extend(chunk[: death.at])
             self.inbox.extendleft(reversed(chunk[death.at + 1 :]))
             held = chunk[death.at]
-            self._lost([held], WorkerDiedError(f"{who}, with {_named(held)}{hint}"))
+            self._lost([held], WorkerDiedError(f"{who(death)}, with {_named(held)}{hint(death)}"))
+
+
+def who(death: Died) -> str:
+    """Which worker died, and how, for a sentence."""
+    return f"worker process {death.seat} (pid {death.pid}) {death.reason}"
+
+
+def hint(death: Died) -> str:
+    """What may help, for the end of a sentence."""
+    return "; if memory ran out, use fewer workers" if "SIGKILL" in death.reason else ""
 
 
 def _named(entry: Entry) -> str:

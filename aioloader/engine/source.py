@@ -241,6 +241,7 @@ class StreamSource(_Pump):
     def resume(self, cursor: Any) -> None:
         self._resume_at = self._failed_at = cursor
         if isinstance(self._make, CursorSource):
+            self._make.check_cursor(cursor)
             return
         if not self._unknown or not isinstance(cursor, list | tuple | str) or not cursor:
             split_cursor(cursor)

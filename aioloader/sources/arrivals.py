@@ -72,6 +72,12 @@ class WatchedFiles(CursorSource):
                 f"{os.getcwd()!r}; make it first, or for a file that grows use Lines(follow=True)"  # noqa: PTH109
             )
 
+    def identity(self) -> dict[str, Any]:
+        return {"pattern": "/".join(self.pattern)}
+
+    def check_cursor(self, cursor: Any) -> None:
+        _Given(cursor)
+
     def open(self, access: Access, cursor: Any) -> EntryReader:
         return _Reader(self, access, _Given(cursor))
 
@@ -112,8 +118,11 @@ class _Given:
 
     def __init__(self, cursor: Any) -> None:
         full, current = ((), ()) if cursor is None else cursor_parts(cursor, 2)
-        names = [name for part in cursor_sequence(full) for name in part.split(SEPARATOR)]
-        self._names = dict.fromkeys([*names, *cursor_sequence(current)])
+        parts = cursor_sequence(full), cursor_sequence(current)
+        if not all(isinstance(name, str) for part in parts for name in part):
+            raise ValueError(f"names of files were expected, got {cursor!r}"[:200])
+        names = [name for part in parts[0] for name in part.split(SEPARATOR)]
+        self._names = dict.fromkeys([*names, *parts[1]])
         self._pack()
 
     def _pack(self) -> None:

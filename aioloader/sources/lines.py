@@ -4,7 +4,7 @@ import codecs
 import json
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
-from functools import partial
+from functools import cached_property, partial
 from io import BytesIO
 from itertools import accumulate, repeat
 from math import inf
@@ -14,12 +14,13 @@ from typing import Any, Final, Literal
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import BrokenDataError
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
-from aioloader.sources.paths import Paths, find_files
+from aioloader.sources.paths import Paths, find_files, names_of
 from aioloader.sources.watching import require_watchfiles
 from aioloader.stages.checks import check_callable, check_count
 
@@ -105,25 +106,47 @@ class Lines(CursorSource):
         if is_compressed(self.paths[-1]):
             raise ValueError(f"follow=True needs a plain file, got {self.paths[-1]!r}: pass it without follow")
 
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        return names_of(self.paths)
+
+    def identity(self) -> dict[str, Any]:
+        return {**self._names, "interleave": self.interleave}
+
+    def check_cursor(self, cursor: Any) -> None:
+        if self.interleave == 1:
+            self._place(0, cursor)
+        else:
+            _, cursors = self._places(cursor)
+            for first, one in enumerate(cursors):
+                self._place(first, one)
+
     def open(self, access: Access, cursor: Any) -> EntryReader:
         if self.interleave == 1:
             return self._reader(access, 0, cursor)
-        if cursor is None:
-            cursor = (0, [None] * self.interleave)
-        turn, cursors = cursor
-        if len(cursors) != self.interleave:
-            raise ValueError(
-                f"the cursor is of {len(cursors)} files side by side, but interleave is {self.interleave}; "
-                f"open it as it was when the state was taken"
-            )
+        turn, cursors = self._places(cursor)
         readers = [self._reader(access, first, one) for first, one in enumerate(cursors)]
         return _InTurn(readers, turn, [None if one is None else tuple(one) for one in cursors])
 
+    def _places(self, cursor: Any) -> tuple[int, list[Any]]:
+        """Whose turn is next, and the cursors of all."""
+        if cursor is None:
+            return 0, [None] * self.interleave
+        turn, cursors = cursor_parts(cursor, 2)
+        return whole(turn, self.interleave - 1), cursor_parts(cursors, self.interleave)
+
+    def _place(self, first: int, cursor: Any) -> tuple[int, int, int]:
+        """File, offset and line number of a reader whose first file is `first`."""
+        if cursor is None:
+            return first, 0, 0
+        index, offset, number = map(whole, cursor_parts(cursor, 3))
+        if index >= len(self.paths) + self.interleave or index % self.interleave != first:
+            raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
+        return index, offset, number
+
     def _reader(self, access: Access, first: int, cursor: Any) -> Ahead:
         """Reads every `interleave`-th file from `first` on, behind `cursor`."""
-        index, offset, number = (first, 0, 0) if cursor is None else cursor
-        if not 0 <= index <= len(self.paths) + self.interleave:
-            raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
+        index, offset, number = self._place(first, cursor)
         thread = access.threads(1)
 
         async def read() -> AsyncGenerator[list[Entry]]:

@@ -180,6 +180,13 @@ class _Listing(CursorSource):
         self._store = store
         self._prefix = prefix
 
+    def identity(self) -> dict[str, Any]:
+        return {"prefix": self._prefix}
+
+    def check_cursor(self, cursor: Any) -> None:
+        if not isinstance(cursor, str):
+            raise ValueError(f"the cursor of a listing is a key, got {cursor!r}"[:200])
+
     def open(self, access: Access, cursor: Any) -> EntryReader:
         return Ahead(access, lambda: self._pages(cursor), lists=PAGES_AHEAD)
 

@@ -4,16 +4,18 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, islice, repeat
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.parquet_footer import Footer, open_parquet, row_bytes, same_columns, selected
-from aioloader.sources.paths import Paths, each_path, find_files
+from aioloader.sources.paths import Paths, each_path, find_files, names_of
 from aioloader.stages.checks import check_count
 
 if TYPE_CHECKING:
@@ -85,11 +87,25 @@ class ParquetRows(CursorSource):
             else check_count("batch_rows", batch_rows, least=1, hint="leave it out for one sample per row")
         )
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
-        index, group, row = (0, 0, 0) if cursor is None else cursor
-        if not 0 <= index <= len(self.paths):
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        return names_of(self.paths)
+
+    def identity(self) -> dict[str, Any]:
+        return {**self._names, "batch_rows": self.batch_rows}
+
+    def check_cursor(self, cursor: Any) -> None:
+        self._place(cursor)
+
+    def _place(self, cursor: Any) -> tuple[int, int, int]:
+        """File, row group, and the row in it."""
+        index, group, row = (0, 0, 0) if cursor is None else map(whole, cursor_parts(cursor, 3))
+        if index > len(self.paths):
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
-        return _Reader(self, access, (index, group, row))
+        return index, group, row
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        return _Reader(self, access, self._place(cursor))
 
 
 def _require_pyarrow() -> None:

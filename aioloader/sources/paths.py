@@ -4,10 +4,11 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Paths", "expand_braces", "files_in", "find_files"]
+__all__ = ["Paths", "each_path", "expand_braces", "files_in", "find_files", "names_of"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -50,6 +51,18 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
             )
         found += matches
     return tuple(found)
+
+
+def names_of(paths: Sequence[str]) -> dict[str, Any]:
+    """What a state says of files, in their order: how many there are, and a checksum of their names.
+
+    Folders that all have in common do not count, so that data may be mounted elsewhere. A checksum, since the names of
+    a hundred thousand files do not belong into a checkpoint.
+    """
+    common = os.path.commonprefix(paths)  # noqa: RUF071 - URLs too; and it is cut at a slash
+    cut = 1 + max(common.rfind("/"), common.rfind(os.sep))
+    names = "\n".join(path[cut:] for path in paths)
+    return {"files": len(paths), "names": sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
 
 def files_in(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:

@@ -4,6 +4,7 @@ import re
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from time import perf_counter
 from typing import Any, Final
@@ -11,12 +12,13 @@ from urllib.parse import unquote, urlsplit
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
+from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import BrokenDataError
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.parsing import Parser, parsed
-from aioloader.sources.paths import each_path, expand_braces, find_files
+from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import Member, TarMembers
 from aioloader.stages.checks import check_count
@@ -106,10 +108,25 @@ class TarShards(CursorSource):
         """The archives, in order."""
         return tuple(shard.url for shard in self._shards)
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
-        index, offset = (0, 0) if cursor is None else cursor
-        if not 0 <= index <= len(self._shards):
+    @cached_property
+    def _names(self) -> dict[str, Any]:
+        return names_of(self.urls)
+
+    def identity(self) -> dict[str, Any]:
+        return self._names
+
+    def check_cursor(self, cursor: Any) -> None:
+        self._place(cursor)
+
+    def _place(self, cursor: Any) -> tuple[int, int]:
+        """Archive and offset."""
+        index, offset = (0, 0) if cursor is None else map(whole, cursor_parts(cursor, 2))
+        if index > len(self._shards):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
+        return index, offset
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        index, offset = self._place(cursor)
         return _InOrder(access, self._shards, self._decode, self._open_ahead, index, offset)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aioloader.cores import usable_cores
-from aioloader.engine.process_step import Turns
+from aioloader.engine.turns import Turns
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.checks import callable_name
 

@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -67,16 +68,40 @@ class FetchNext:
         self._batch_size = batch_size
         self._drop_last = drop_last
         self._collate_fn = collate_fn
-        self._epoch: Any = None
+        self._epoch: int | None = None
         self._fetcher: Any = None
+        self._reads_again = False
 
-    def __call__(self, epoch: tuple[int]) -> Any:
-        """The next batch of `epoch`, any number that grows; a greater one begins the dataset anew."""
+    def __call__(self, turn: tuple[int, int]) -> Any:
+        """The next batch of an epoch, `EXHAUSTED` when there is no more.
+
+        Args:
+            turn: The epoch, any number that grows: a greater one begins the dataset anew. And how many batches were
+                given before a resume, if any: they are read again and dropped, and that is all; the result is how
+                many there were.
+        """
+        epoch, given = turn
+        if not given:
+            return self._next(epoch)
+        self._reads_again = True
+        try:
+            for number in range(given):
+                with suppress(Exception):  # it was raised in its time
+                    if self._next(epoch) is EXHAUSTED:
+                        return number
+        finally:
+            self._reads_again = False
+        return given
+
+    def _collate(self, samples: Any) -> Any:
+        return None if self._reads_again else self._collate_fn(samples)
+
+    def _next(self, epoch: int) -> Any:
         if self._epoch is None or epoch > self._epoch:
             self._fetcher = None
             self._epoch = epoch
             self._fetcher = _DatasetKind.create_fetcher(
-                _DatasetKind.Iterable, self._dataset, self._batch_size is not None, self._collate_fn, self._drop_last
+                _DatasetKind.Iterable, self._dataset, self._batch_size is not None, self._collate, self._drop_last
             )
         elif epoch < self._epoch:
             raise RuntimeError(

@@ -1,0 +1,206 @@
+"""Worker processes that iterate an iterable dataset each: only they know where they are, and when there is no more.
+
+They give batches in turn, as torch's workers do. A worker that has come to its end says so when it is its turn, which
+nobody counts, and drops out of the round; so which batch is the n-th of the epoch depends on their parts alone, and not
+on when somebody learned of an end. That number is the cursor.
+
+To go on behind batch n, each worker reads again what it had given. How many that is, is found out by asking: the turns
+up to n are dealt as if no part ended, and when a worker says that its part did, the rest is dealt among the others.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from aioloader.engine.entry import Entry
+from aioloader.engine.located import Access, CursorSource, EntryReader
+from aioloader.engine.process_step import ProcessStep, hint, who
+from aioloader.engine.progress import cursor_parts, whole
+from aioloader.errors import WorkerDiedError
+from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed
+from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
+from aioloader.executors.processes.torch_worker import EXHAUSTED
+from aioloader.executors.threads import call_loop
+
+__all__ = ["TurnStep", "Turns", "dealt"]
+
+
+class Turns(CursorSource):
+    """The source of such workers: turns to give a batch, until all of them have ended.
+
+    Cursor: the number of workers, and that of the batches that were given.
+
+    Args:
+        workers: How many there are.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.epoch = next(self._numbers)  # among all of this process
+        self.given = 0  # batches before a resume
+        self.over = False
+
+    def check_cursor(self, cursor: Any) -> None:
+        workers, _ = map(whole, cursor_parts(cursor, 2))
+        if workers != self.workers:
+            raise ValueError(f"a cursor of {self.workers} workers was expected, got one of {workers}")
+
+    def open(self, access: Access, cursor: Any) -> EntryReader:
+        if cursor is not None:
+            _, self.given = cursor
+        return _TurnReader(self)
+
+
+class _TurnReader(EntryReader):
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._given = turns.given
+
+    async def read(self, limit: int) -> list[Entry]:
+        turns = self._turns
+        if turns.over:
+            return []
+        entries = []
+        for _ in range(limit):
+            self._given += 1  # a turn of which nothing comes counts here; the loader knows how many came
+            entries.append(Entry((turns.epoch, 0), (turns.workers, self._given), None, 0))
+        return entries
+
+
+def dealt(count: int, limits: Sequence[int | None]) -> tuple[list[int], int]:
+    """How many of the first `count` batches each worker gave, and whose turn is next.
+
+    Args:
+        count: Batches of all.
+        limits: How many batches each has; None: enough.
+    """
+    given = [0] * len(limits)
+    while active := [seat for seat, limit in enumerate(limits) if limit is None or limit > given[seat]]:
+        left = [limit - given[seat] for seat in active if (limit := limits[seat]) is not None]
+        rounds = min([count // len(active), *left])
+        for seat in active:
+            given[seat] += rounds
+        count -= rounds * len(active)
+        if not rounds:
+            for seat in active[:count]:
+                given[seat] += 1
+            return given, active[count]
+    return given, 0
+
+
+class TurnStep(ProcessStep):
+    """Asks workers for batches in turn; those that have ended drop out.
+
+    A turn may be under way to a worker that turns out to have ended: it is dropped, like the one that found out.
+
+    Args:
+        calls: See `SyncStep`.
+        concurrency: Worker processes.
+        team: Gives the workers when the run begins.
+        elastic: See `SyncStep`.
+        owned: The workers end with the run.
+        turns: The source.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        concurrency: int,
+        team: Callable[[], Team],
+        *,
+        elastic: bool,
+        owned: bool,
+        turns: Turns,
+    ) -> None:
+        super().__init__(calls, concurrency, team, elastic=elastic, in_turn=True, owned=owned)
+        self._seeds = [None] * len(calls)
+        self._turns = turns
+        self._active_seats = list(range(concurrency))  # those that have not ended
+        self._begun = False
+        self._asked = [0] * concurrency  # batches that each was told to read again
+        self._limits: list[int | None] = [None] * concurrency  # how many each turned out to have
+        self._reading = 0  # workers that read again now
+
+    def dispatch(self) -> None:
+        if not self._begun and self.inbox:  # the source has been opened, so it knows
+            self._begun = True
+            self._read_again()
+        if self._reading:
+            self._scheduled = False
+            return
+        if not self._active_seats:
+            while self.inbox:
+                self._drop(self.inbox.popleft())
+        super().dispatch()
+
+    def _next_seat(self) -> int:
+        later = [seat for seat in self._active_seats if seat >= self._turn]
+        seat = (later or self._active_seats)[0]
+        self._turn = seat + 1
+        return seat
+
+    # -- what was given before a resume ------------------------------------------------------------------------------
+
+    def _read_again(self) -> None:
+        wanted, following = dealt(self._turns.given, self._limits)
+        for seat, count in enumerate(wanted):
+            if count > self._asked[seat]:
+                payload = (self._seeds, None, [(self._turns.epoch, count - self._asked[seat])])
+                done = partial(call_loop, self._run.loop, self._run.guarded, self._has_read, seat, self._asked[seat])
+                self._asked[seat] = count
+                self._reading += 1
+                self._team.submit(self, payload, done, seat)
+        self._turn = following
+
+    def _has_read(self, seat: int, before: int, outcome: Outcome) -> None:
+        if self.closed:
+            return
+        self._reading -= 1
+        match outcome:
+            case ChunkResult(outcomes=[int() as count]):
+                if before + count < self._asked[seat]:
+                    self._limits[seat] = before + count
+                    self._ends(seat)
+            case ChunkResult(outcomes=[Failed(error=error)]) | Lost(error) | Broken(error):
+                self._run.fail(error)
+            case Died():
+                self._run.fail(
+                    WorkerDiedError(
+                        f"{who(outcome)}, while it read again what was given before the resume{hint(outcome)}"
+                    )
+                )
+        if not self._reading:
+            self._read_again()
+            if not self._reading:
+                self.dispatch()
+
+    # -- turns -------------------------------------------------------------------------------------------------------
+
+    def _ends(self, seat: int | None) -> bool:
+        """No more of this worker; False: that was known."""
+        if seat not in self._active_seats:
+            return False
+        self._active_seats.remove(seat)
+        self._turns.over = not self._active_seats
+        return True
+
+    def _back(self, chunk: list[Entry], seat: int | None, outcome: Outcome) -> None:
+        match outcome:
+            case ChunkResult(outcomes=[last]) if last is EXHAUSTED and not self.closed:
+                self._ends(seat)
+                self._landed(chunk, ChunkResult([DROP], outcome.busy_seconds, outcome.cpu_seconds))
+            case ChunkResult() if seat not in self._active_seats and not self.closed:
+                # From a worker that took the place of a dead one, before that was known here: it began anew.
+                self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
+            case _:
+                super()._back(chunk, seat, outcome)
+
+    def _died(self, chunk: list[Entry], seat: int | None, death: Died) -> None:
+        if self._ends(seat):
+            error = WorkerDiedError(f"{who(death)}, and with it what was left of its part of the dataset{hint(death)}")
+            self._lost(chunk, error)
+        else:  # asked for ahead
+            self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
