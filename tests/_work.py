@@ -53,6 +53,13 @@ def killed_at_every_hundredth(sample: int) -> int:
     return sample
 
 
+def noted_then_killed_at_every_hundredth(sample: int, path: str) -> int:
+    """Says in a file that it was called."""
+    with Path(path).open("ab", buffering=0) as file:
+        file.write(b"%d\n" % sample)
+    return killed_at_every_hundredth(sample)
+
+
 def exits(sample: int) -> int:
     os._exit(3)
 

@@ -1,11 +1,13 @@
 """Datasets with `__getitems__` in a pipeline: several samples by one call, where that is cheaper, and never else."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from aioloader import Pipeline, sample_rng
 from aioloader.engine.many_step import MOST, _Size
+from aioloader.keys import PartKey
 from aioloader.testing import Gate
 from tests._support import Face, Started, Steps, collect, on_both_faces
 
@@ -78,6 +80,43 @@ def test_a_failed_row_raises_at_its_place(size: int, monkeypatch: pytest.MonkeyP
     assert [str(error) for error in found if isinstance(error, Exception)] == ["no 0", "no 77", "no 199"]
     assert [str(found[n]) for n in (0, 77, 199)] == ["no 0", "no 77", "no 199"]
     assert [n for n in found if isinstance(n, int)] == [n for n in range(200) if n not in (0, 77, 199)]
+
+
+@pytest.mark.parametrize("behind", ["batch", "unbatch", "flat_map", "zip", "shard"])
+def test_rows_that_were_asked_for_again_say_so(behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through all stages that make one entry of others. Of a batch: the most of its samples."""
+    grow_to(8, monkeypatch)
+    asked: Counter[int] = Counter()
+
+    class Counts(Table):
+        def __getitem__(self, key: int) -> int:
+            asked[key] += 1
+            return super().__getitem__(key)
+
+        def __getitems__(self, keys: list[int]) -> list[int]:
+            asked.update(keys)
+            return super().__getitems__(keys)
+
+    rows = Pipeline(Counts(64, *range(1, 64, 4))).map(abs)
+    samples = {
+        "batch": rows.batch(2),
+        "unbatch": rows.batch(2).unbatch(),
+        "flat_map": rows.flat_map(lambda row: [row]),
+        "zip": Pipeline.zip(range(64), rows),
+        "shard": rows.filter(lambda row: row >= 0).shard(1, 2),
+    }[behind]
+    attempts: dict[int, int] = {}
+    with Steps(samples.with_info(), "for") as steps:
+        for outcome in steps.outcomes():
+            if not isinstance(outcome, ValueError):
+                for key in outcome[1].keys:
+                    while not isinstance(key, int):
+                        key = key.key if isinstance(key, PartKey) else key[1]
+                    attempts[key] = outcome[1].attempts
+    pairs = behind in ("batch", "unbatch")
+    most = {key: max(asked[key], asked[key ^ 1]) if pairs else asked[key] for key in attempts}
+    assert attempts == most
+    assert 2 in most.values()
 
 
 def test_a_getitems_that_does_not_work_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import gc
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from aioloader import LoaderClosedError, Pipeline, WorkerDiedError
+from aioloader.executors.processes.host import Processes
 from tests import _work
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
@@ -37,6 +40,31 @@ def workers() -> set[int]:
     for child in psutil.Process().children():
         found |= {worker.pid for worker in child.children()}
     return found
+
+
+def the_zygote() -> psutil.Process:
+    """The process that workers are forked from."""
+    with pipeline(1, _work.double, 1) as loader:
+        list(loader)
+        return psutil.Process(psutil.Process(min(workers())).ppid())
+
+
+@contextlib.contextmanager
+def resumed_after(process: psutil.Process, event: threading.Event) -> Iterator[None]:
+    """Whoever waits for `process`, which is stopped, waits until `event` is set."""
+    found: list[bool] = []
+
+    def resume() -> None:
+        found.append(event.wait(10))
+        process.resume()
+
+    thread = threading.Thread(target=resume)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+        assert found == [True]
 
 
 def segments() -> int:
@@ -193,6 +221,26 @@ def test_a_death_in_a_chunk_fails_the_sample_that_was_under_way_alone() -> None:
     assert [outcome for outcome in outcomes if isinstance(outcome, int)] == [i for i in range(400) if i % 100 != 99]
 
 
+@pytest.mark.parametrize("in_process", [False, True])
+@on_both_faces
+def test_batches_tell_how_often_their_samples_were_begun(face: Face, in_process: bool, tmp_path: Path) -> None:
+    """Those that died finished, in the chunk of one that killed its worker, are made again: the calls count them.
+
+    The others of a chunk, that were behind it, had not begun.
+    """
+    path = tmp_path / "calls"
+    noted = partial(_work.noted_then_killed_at_every_hundredth, path=str(path))
+    found: dict[int, int] = {}
+    samples = pipeline(400, noted)
+    with samples.in_process() if in_process else samples as loader, Steps(loader.with_info(), face) as steps:
+        for outcome in steps.outcomes():
+            if not isinstance(outcome, WorkerDiedError):
+                sample, info = outcome
+                found[sample] = info.attempts
+    calls = Counter(map(int, path.read_text().split()))
+    assert found == {sample: count for sample, count in calls.items() if sample % 100 != 99}
+
+
 def test_workers_that_die_again_and_again_end_the_epoch() -> None:
     """And do not keep it going for ever."""
     with pipeline(1000, _work.exits) as loader, Steps(loader, "for") as steps:
@@ -278,6 +326,32 @@ def test_closing_kills_a_worker_whose_function_never_returns() -> None:
         while workers() == before:
             pass
     first.join(10)
+    assert workers() == before
+
+
+def test_closing_waits_for_a_worker_that_it_has_not_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is forked, and the answer that says so has come and is not read yet, when its loader is closed.
+
+    The process that forks is stopped meanwhile, so that nobody else ends that worker.
+    """
+    zygote = the_zygote()
+    closed, read = threading.Event(), threading.Event()
+    control_ready = Processes._control_ready
+
+    def closes_before_it_reads(self: Processes, events: int) -> None:
+        if not closed.is_set():
+            zygote.suspend()
+            self.close()
+            closed.set()
+        else:
+            control_ready(self, events)
+            read.set()
+
+    before = workers()
+    with pipeline(4, _work.double) as loader:
+        monkeypatch.setattr(Processes, "_control_ready", closes_before_it_reads)
+        with pytest.raises(LoaderClosedError), resumed_after(zygote, read):
+            next(iter(loader))
     assert workers() == before
 
 

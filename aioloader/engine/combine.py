@@ -236,6 +236,7 @@ class ZipNode(_Several):
             tuple(entry.key for entry in entries),
             entries[0].position,
         )
+        paired.attempts = max(entry.attempts for entry in entries)
         for entry in entries:
             if entry.state == LAST:
                 paired.state = LAST

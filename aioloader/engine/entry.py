@@ -34,13 +34,15 @@ class Entry:
         position: Where it stands in its source, in the order of this epoch and of all ranks, from 0; of a batch: where
             its first sample stands. What is made of an entry keeps its position. None: not known, in a source with
             cursors of its own that was entered in the middle.
+        attempts: How often making it was begun: 1, unless work was lost and done again; of a batch: the most of its
+            samples.
         error: The user's exception, raised at this entry's place.
         state: One of the constants above.
         kept_as: Its key in the caches of its window; set by the step that looks it up there, and not before.
         places: The positions of its samples; set for a batch that was made of entries, and for nothing else.
     """
 
-    __slots__ = ("cursor", "error", "kept_as", "key", "places", "position", "state", "value")
+    __slots__ = ("attempts", "cursor", "error", "kept_as", "key", "places", "position", "state", "value")
     kept_as: Any
     places: list[int | None]
 
@@ -49,6 +51,7 @@ class Entry:
         self.cursor = cursor
         self.key = key
         self.position = position
+        self.attempts: int = 1
         self.error: BaseException | None = None
         self.state: int = UNDER_WAY
 
@@ -58,6 +61,12 @@ class Entry:
         entry = cls(None, cursor, None, position)
         entry.error = error
         entry.state = LAST
+        return entry
+
+    def derived(self, value: Any, cursor: Any, key: Any, position: int | None) -> "Entry":
+        """One that is made of this one."""
+        entry = Entry(value, cursor, key, position)
+        entry.attempts = self.attempts
         return entry
 
     def __repr__(self) -> str:

@@ -83,6 +83,9 @@ class ManyStep(ThreadStep):
                 crossing.outcomes.extend(loaded)
             else:
                 before = len(crossing.outcomes)
+                if len(keys) > 1:
+                    for entry in crossing.claimed[-len(keys) :]:
+                        entry.attempts += 1
                 apply_chunk(self._calls, self._named(crossing, keys, sample), inf, crossing.outcomes, sample)
                 if len(keys) > 1:
                     if not any(type(outcome) is Failed for outcome in crossing.outcomes[before:]):

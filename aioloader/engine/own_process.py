@@ -125,10 +125,13 @@ class OwnProcessNode(Node):
             self._count(meters)
         else:
             values = keys = [None] * len(heard.places)
-        for (cursor, position, places, state, failed), value, key in zip(heard.places, values, keys, strict=True):
+        for (cursor, position, places, attempts, state, failed), value, key in zip(
+            heard.places, values, keys, strict=True
+        ):
             entry = Entry(None if failed else value, cursor, key, position)
             if places is not None:
                 entry.places = places
+            entry.attempts = attempts
             entry.state = state
             entry.error = value if failed else heard.error
             self._ready.append(entry)
@@ -333,7 +336,14 @@ class _Sender:
     @staticmethod
     def _head(number: int, taken: list[Entry], failed: list[bool]) -> tuple[Any, ...]:
         places = [
-            (entry.cursor, entry.position, places_of(entry), entry.state if entry.state == LAST else DONE, bad)
+            (
+                entry.cursor,
+                entry.position,
+                places_of(entry),
+                entry.attempts,
+                entry.state if entry.state == LAST else DONE,
+                bad,
+            )
             for entry, bad in zip(taken, failed, strict=True)
         ]
         return "entries", number, places

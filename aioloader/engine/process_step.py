@@ -157,7 +157,9 @@ class ProcessStep(SyncStep):
                 )
             )
         else:
-            self._again.extend(chunk[: death.at])
+            for entry in chunk[: death.at]:
+                entry.attempts += 1
+                self._again.append(entry)
             self.inbox.extendleft(reversed(chunk[death.at + 1 :]))
             held = chunk[death.at]
             self._lost([held], WorkerDiedError(f"{who(death)}, with {_named(held)}{hint(death)}"))

@@ -65,7 +65,7 @@ class Progress:
         self.history: deque[Any] = deque(maxlen=HISTORY)
         self._left_out = 0
         self.batch_size: int | None = None
-        self._last: tuple[Any, int | None, Sequence[int | None] | None] = (None, None, None)  # key, position, places
+        self._last: tuple[Any, int | None, Sequence[int | None] | None, int] = (None, None, None, 1)  # as of an Entry
         self._step = 0
 
     @property
@@ -77,7 +77,7 @@ class Progress:
         """`entry`, which was asked for at `asked`, is the consumer's now."""
         self.history.append(self.cursor)
         self.cursor = entry.cursor
-        self._last = (entry.key, entry.position, places_of(entry))
+        self._last = (entry.key, entry.position, places_of(entry), entry.attempts)
         self._step = self.batches
         self.meter.delivered(asked)
 
@@ -96,11 +96,12 @@ class Progress:
         """About the last batch that was handed out."""
         if not self.meter.batches:
             return None
-        key, position, places = self._last
+        key, position, places, attempts = self._last
         keys = key if type(key) is list else [key]
         if places is None:
             places = self._positions(position, len(keys)) if type(key) is list else (position,)
-        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), self.meter.last_waited_seconds)
+        waited = self.meter.last_waited_seconds
+        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), attempts, waited)
 
     def _positions(self, number: int | None, count: int) -> Sequence[int | None]:
         """Those of `count` samples that a sampler gave as its batch `number`."""

@@ -427,7 +427,8 @@ class FlatMapNode(_Pump):
                     offset += 1
                     if offset <= skipped:
                         continue
-                    self._put(Entry(item, (before, offset), PartKey(sample.key, offset), sample.position))
+                    key = PartKey(sample.key, offset)
+                    self._put(sample.derived(item, (before, offset), key, sample.position))
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds

@@ -21,6 +21,8 @@ class BatchInfo:
         positions: Of its samples: where each stands in its source, in the order of this epoch and of all ranks, from 0.
             None where nobody counts: behind a batch sampler of your own, and in a source whose cursor is no count
             (`Lines`, `TarShards`, `ParquetRows`) after a resume.
+        attempts: How often work for it was begun: 1, or the most that one of its samples took. Work is done again where
+            a worker process died before it had given it back, and where a `__getitems__` for many samples failed.
         seconds_waited: How long the consumer stood still for it.
     """
 
@@ -28,6 +30,7 @@ class BatchInfo:
     step: int
     keys: tuple[Any, ...]
     positions: tuple[int | None, ...]
+    attempts: int
     seconds_waited: float
 
     @property

@@ -151,6 +151,7 @@ def group_entries(entries: list[Entry]) -> Entry:
     keys = [entry.key for entry in entries]
     group = Entry(Group(samples, keys), entries[-1].cursor, keys, entries[0].position)
     group.places = [entry.position for entry in entries]
+    group.attempts = max([entry.attempts for entry in entries])
     errors = [entry.error for entry in entries if entry.error is not None]
     if errors:
         group.value = None
@@ -225,7 +226,7 @@ class _UnbatchFold:
                 names = _names_of_rows(entry, len(samples))
                 for number in range(self._skipped, len(samples)):
                     key, position = names[number]
-                    out.append(Entry(samples[number], (self._before, number + 1), key, position))
+                    out.append(entry.derived(samples[number], (self._before, number + 1), key, position))
             self._before = after
             self._skipped = 0
         return out

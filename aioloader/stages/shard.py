@@ -208,7 +208,7 @@ class ShardFold:
 
 
 def _copy(entry: Entry) -> Entry:
-    copy = Entry(entry.value, entry.cursor, entry.key, entry.position)
+    copy = entry.derived(entry.value, entry.cursor, entry.key, entry.position)
     copy.error = entry.error
     if (places := places_of(entry)) is not None:
         copy.places = places

@@ -120,7 +120,6 @@ class Processes:
         self._owners: dict[Any, Owner] = {}
         self._zygote: Zygote | None = None
         self._control: Connection | None = None
-        self._born = False  # the zygote has answered
         self._peers: set[Peer] = set()
         self._tickets: dict[int, Peer] = {}
         self._ticket = 0
@@ -210,7 +209,6 @@ class Processes:
             self._zygote, sock = Zygote.join()
             sock.setblocking(False)
             self._control = Connection(sock)
-            self._born = False
             self._selector.register(self._control, selectors.EVENT_READ)
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -226,7 +224,7 @@ class Processes:
 
     def _main(self) -> None:
         try:
-            while not (self._closing and not (self._peers and self._born)):
+            while not self._closing or (self._peers and self._zygote is not None and self._zygote.born):
                 if self._closing:
                     for peer in list(self._peers):
                         peer.close()
@@ -317,12 +315,13 @@ class Processes:
     def _control_ready(self, events: int) -> None:
         control = self._control
         assert control is not None
+        assert self._zygote is not None
         try:
             if events & selectors.EVENT_WRITE:
                 control.flush()
                 self._watch_control()
             for message in control.receive():
-                self._born = True
+                self._zygote.born = True
                 match message.head:
                     case ("forked", ticket, pid):
                         peer = self._tickets.pop(ticket)
@@ -346,7 +345,7 @@ class Processes:
         self._control = None
         zygote, self._zygote = self._zygote, None
         reason = f"was lost, because the process that starts workers {zygote.exit_reason()}"
-        zygote.leave(born=True)
+        zygote.leave()
         self._tickets.clear()
         for peer in list(self._peers):
             if peer.pid is not None:
@@ -366,7 +365,7 @@ class Processes:
             for peer in list(self._peers):
                 self._lost(peer, "was not needed any more")
             if self._zygote is not None:
-                self._zygote.leave(born=self._born)
+                self._zygote.leave()
             for owner in self._owners.values():
                 owner.close()
         finally:  # whoever waits for something hears of the end, whatever is broken here

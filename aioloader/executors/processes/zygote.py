@@ -48,9 +48,14 @@ _zygote: "Zygote | None" = None
 
 
 class Zygote:
-    """The process, as seen from outside; all loaders of this process share it, and it ends with the last of them."""
+    """The process, as seen from outside; all loaders of this process share it, and it ends with the last of them.
+
+    Attributes:
+        born: It has answered somebody. Until then it imports torch, and there are no workers to wait for.
+    """
 
     def __init__(self) -> None:
+        self.born = False
         ours, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from aioloader.executors.processes.zygote import main; "
@@ -88,12 +93,8 @@ class Zygote:
             _zygote._clients += 1
             return _zygote, ours
 
-    def leave(self, *, born: bool) -> None:
-        """One loader less; the last one waits for the end of the process.
-
-        Args:
-            born: Whether it has ever answered. It need not be waited for while it imports torch.
-        """
+    def leave(self) -> None:
+        """One loader less; the last one waits for the end of the process, which it kills while that imports torch."""
         global _zygote
         with _lock:
             self._clients -= 1
@@ -102,7 +103,7 @@ class Zygote:
             if _zygote is self:
                 _zygote = None
         self._connection.close()
-        if not born:
+        if not self.born:
             self._process.kill()
         try:
             self._process.wait(END_SECONDS)
