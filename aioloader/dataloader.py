@@ -1,14 +1,14 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, Callable, Mapping
+from copy import copy
 from functools import partial
 from typing import Any, Final, Generic, Literal
 
 import torch
 import torch.utils.data
-from torch.utils.data import BatchSampler, IterableDataset, RandomSampler, default_convert
+from torch.utils.data import IterableDataset, default_convert
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
 from aioloader.assembly.nodes import build
@@ -29,29 +29,18 @@ from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single
-from aioloader.seeds import derive_seed
-from aioloader.sources.drawn import (
-    Drawn,
-    check_drawn,
-    check_generators,
-    generators_of,
-    is_plain,
-    is_repeatable,
-    keys_of,
-    kind_of,
-    packed,
-    unpacked,
-)
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.index_keys import BaseSeed, IndexKeys
 from aioloader.sources.resolve import Stream
 from aioloader.stages.base import Pass, Stage
-from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
+from aioloader.stages.batch import Batch, BatchFold, CollateWith
 from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
-from aioloader.stages.fetch import FetchBatch
+from aioloader.stages.fetch import CollateAny, FetchBatch, FetchOne
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
+from aioloader.stand_ins import AsyncStandIn, BatchSamplerView
 from aioloader.state import Guarantee, Shape, guarantee_of_stream, identity_of
 
 __all__ = ["DataLoader"]
@@ -146,7 +135,7 @@ class DataLoader(Loader, Generic[T_co]):
         # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
         # most, since it warns of more processes than cores.
         self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-            _AsyncStandIn(dataset) if is_async_iterable else dataset,
+            AsyncStandIn(dataset) if is_async_iterable else dataset,
             batch_size,
             shuffle,
             sampler,
@@ -182,7 +171,6 @@ class DataLoader(Loader, Generic[T_co]):
         self.timeout = timeout
         self.worker_init_fn = worker_init_fn
         self.multiprocessing_context = multiprocessing_context
-        self.generator = generator
         self.prefetch_factor = self._torch.prefetch_factor
         self.persistent_workers = persistent_workers
         self.pin_memory_device = pin_memory_device
@@ -193,10 +181,8 @@ class DataLoader(Loader, Generic[T_co]):
         else:
             self.concurrency = dataset.concurrency if isinstance(dataset, FetchSource) else ASYNC_CONCURRENCY
         self.worker_type = worker_type
-        self.seed = None if seed is None else check_integer("seed", seed)
-        self._shuffled = bool(shuffle)
-        self._base_seed: int | None = None  # of persistent workers, once drawn
-        self._told_epoch: int | None = None  # by `set_epoch`
+        seed = None if seed is None else check_integer("seed", seed)
+        self._keys = IndexKeys(self._torch, shuffled=bool(shuffle), seed=seed, persistent=persistent_workers)
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._awaited = self._awaited or (collate_fn is not None and is_async_callable(collate_fn))
@@ -224,9 +210,23 @@ class DataLoader(Loader, Generic[T_co]):
         super().__setattr__(name, value)
 
     @property
-    def batch_sampler(self) -> "_BatchSamplerView":
+    def generator(self) -> torch.Generator | None:
+        """See torch."""
+        return self._keys.generator
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        self._keys.generator = generator
+
+    @property
+    def seed(self) -> int | None:
+        """With it the order depends on the seed and the epoch alone."""
+        return self._keys.seed
+
+    @property
+    def batch_sampler(self) -> BatchSamplerView:
         """A view of the batch sampler, for trainers: `batch_sampler.sampler.set_epoch(n)` reaches the loader."""
-        return _BatchSamplerView(self)
+        return BatchSamplerView(self._torch.batch_sampler, self.__len__, self.set_epoch)
 
     # -- iteration ---------------------------------------------------------------------------------------------------
 
@@ -269,69 +269,7 @@ class DataLoader(Loader, Generic[T_co]):
     def set_epoch(self, epoch: int) -> None:
         """Let the next epoch be number `epoch`, and tell the samplers and the dataset that have a `set_epoch`."""
         super().set_epoch(epoch)
-        self._told_epoch = epoch
-        self._tell_epoch(epoch)
-
-    def _tell_epoch(self, epoch: int) -> None:
-        batch_sampler = self._torch.batch_sampler
-        for part in (batch_sampler, getattr(batch_sampler, "sampler", self._torch.sampler), self.dataset):
-            tell = getattr(part, "set_epoch", None)
-            if callable(tell):
-                tell(epoch)
-
-    def _keys(self, progress: Progress, base: "_BaseSeed | None" = None) -> Any:
-        """The keys of an epoch, drawn when the first of them is asked for, as they were when it began.
-
-        Args:
-            progress: Where it stands.
-            base: Gets the base seed.
-        """
-        record = progress.begun_with
-        resumed = progress.cursor is not None or "drawn" in record
-        open_keys = partial(self._index_iterator, progress.epoch, base)
-        if self.seed is not None and self._shuffled:
-            return Drawn(open_keys, [], uses_global=False, resumed=resumed, record=record)
-        return keys_of(self._index_sampler, open_keys, resumed=resumed, record=record)
-
-    @property
-    def _index_sampler(self) -> Any:
-        return self._torch.batch_sampler if self._torch.batch_sampler is not None else self._torch.sampler
-
-    def _draw_base_seed(self, progress: Progress) -> None:
-        """What an epoch without a sampler draws; a resumed one has drawn it before."""
-        if progress.cursor is None or self.generator is not None:
-            self._index_iterator(progress.epoch)
-        elif self.persistent_workers and self._base_seed is None:
-            self._base_seed = 0  # drawn, and of no use to threads
-
-    def _index_iterator(self, epoch: int, base: "_BaseSeed | None" = None) -> Iterator[Any]:
-        """The keys of an epoch: lists of them, or single ones with `batch_size=None`.
-
-        As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
-        generator; so that everything drawn later, by samplers or by the user, is the same. Persistent workers have one
-        base seed for all epochs.
-
-        Args:
-            epoch: Its number.
-            base: Gets the base seed.
-        """
-        index_sampler = self._index_sampler
-        generator = self.generator
-        if self.seed is not None:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
-            if self._shuffled:
-                sampler = RandomSampler(self.dataset, generator=generator)
-                size = self.batch_size
-                index_sampler = sampler if size is None else BatchSampler(sampler, size, self.drop_last)
-        indices: Iterator[Any] = iter(index_sampler)
-        seed = self._base_seed
-        if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
-            if self.persistent_workers:
-                self._base_seed = seed
-        if base is not None:
-            base.value = seed
-        return indices
+        self._keys.set_epoch(epoch)
 
     # -- without workers ---------------------------------------------------------------------------------------------
 
@@ -359,13 +297,13 @@ class DataLoader(Loader, Generic[T_co]):
         alloc = self._alloc(transfer)
         source: Node
         if self._iterable:
-            self._draw_base_seed(progress)
+            self._keys.draw_base_seed(progress)
             source = inline_source = InlineSource(self.dataset, "source", epoch)
             if self.batch_size is not None:
                 source = FoldNode(source, BatchFold(self.batch_size, drop_last=self.drop_last))
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
-            source = inline_source = InlineSource(self._keys(progress), "sampler", epoch, keys=True)
+            source = inline_source = InlineSource(self._keys.of(progress), "sampler", epoch, keys=True)
             seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 0 1")  # as `plan.build` numbers it
             calls = [Call(self._fetch(alloc), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
@@ -388,10 +326,10 @@ class DataLoader(Loader, Generic[T_co]):
             return self._build_processes(progress, transfer, dry=dry)
         if self._iterable:
             if not dry:
-                self._draw_base_seed(progress)
+                self._keys.draw_base_seed(progress)
             source = Stream(self.dataset, call=False, single_use=False)
         else:
-            source = Stream(partial(self._keys, progress), call=True, single_use=False)
+            source = Stream(partial(self._keys.of, progress), call=True, single_use=False)
         alloc = self._alloc(transfer)
         stages = self._stages(alloc)
         if self.device is not None:
@@ -403,7 +341,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _build_processes(self, progress: Progress, transfer: Transfer | None, *, dry: bool) -> Window:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
-        base = _BaseSeed()
+        base = BaseSeed()
         place = InProcesses(
             kept=self.persistent_workers,
             key="fetch",
@@ -419,7 +357,7 @@ class DataLoader(Loader, Generic[T_co]):
             collate = self._collate_call(shared_memory)
             fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
         else:
-            source = Stream(partial(self._keys, progress, base), call=True, single_use=False)
+            source = Stream(partial(self._keys.of, progress, base), call=True, single_use=False)
             fetch = self._fetch(shared_memory)
         stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
         if self.device is not None:
@@ -429,11 +367,11 @@ class DataLoader(Loader, Generic[T_co]):
         plan = Plan(self._single(source), tuple(stages), room=self._room)
         return build(plan, self._pass(progress), transfer, processes=self._open_processes, dry=dry)
 
-    def _begin_turns(self, progress: Progress, base: "_BaseSeed") -> None:
+    def _begin_turns(self, progress: Progress, base: BaseSeed) -> None:
         """Give workers that iterate the dataset their base seed: that which they had, where the epoch goes on."""
         record = progress.begun_with
         if progress.cursor is None or self.generator is not None or "base_seed" not in record:
-            self._index_iterator(progress.epoch, base)
+            self._keys.draw(progress.epoch, base)
             record["base_seed"] = base.value
             return
         base.value = record["base_seed"]
@@ -447,8 +385,7 @@ class DataLoader(Loader, Generic[T_co]):
     def _single(self, source: Stream) -> Single:
         if self._iterable:
             return Single(source, name="source")
-        ahead = KEYS_AHEAD if is_plain(self._index_sampler) else 0
-        return Single(source, name="sampler", keys=True, ahead=ahead)
+        return Single(source, name="sampler", keys=True, ahead=KEYS_AHEAD if self._keys.plain else 0)
 
     def _pass(self, progress: Progress) -> Pass:
         return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))
@@ -479,19 +416,9 @@ class DataLoader(Loader, Generic[T_co]):
             length = len(self.dataset)
         except (TypeError, NotImplementedError):
             length = None
-        index_sampler = self._index_sampler
-        if self._iterable:
-            keys: dict[str, Any] = {"stage": "stream"}
-        elif self.seed is not None and self._shuffled:
-            keys = {"stage": "shuffle", "seed": self.seed}
-        else:
-            inner = getattr(index_sampler, "sampler", index_sampler)
-            keys = {"stage": "sampler", "kind": kind_of(inner), "name": type(inner).__name__}
-            if self.seed is not None:
-                keys["seed"] = self.seed
         return [
             {"stage": "source", "name": type(self.dataset).__name__, "length": length} | identity_of(self.dataset),
-            keys,
+            {"stage": "stream"} if self._iterable else self._keys.shape(),
             {"stage": "batch", "batch_size": self.batch_size, "drop_last": self.drop_last, "ordered": self._ordered},
         ]
 
@@ -500,52 +427,31 @@ class DataLoader(Loader, Generic[T_co]):
             return "replayed" if self.in_order else "at-least-once"
         if self._iterable:
             return guarantee_of_stream(self.dataset)
-        if self.seed is not None and self._shuffled:
-            return "exact"
-        return "exact" if is_repeatable(self._index_sampler) else "replayed"
+        return "exact" if self._keys.repeatable else "replayed"
 
     def _never_again(self) -> str | None:
         why = super()._never_again()
         return "samples come in another order each time" if why is None and not self._ordered else why
 
     def _sure_length(self) -> int | None:
-        if self._iterable or not is_repeatable(self._index_sampler) or self._generators():
+        if self._iterable or not self._keys.repeatable or self._keys.generators:
             return None  # a generator may be drawn from once more behind the last batch
         try:
             return len(self)
         except TypeError:
             return None
 
-    def _generators(self) -> list[torch.Generator]:
-        return generators_of(self, self._index_sampler)
-
     def _random_state(self) -> dict[str, Any]:
-        state = self._seed_state(self.seed)
-        generators = self._generators()
-        if generators:
-            state["generators"] = [packed(generator.get_state()) for generator in generators]
-        if self._base_seed is not None:
-            state["base_seed"] = self._base_seed
-        if self._told_epoch is not None:
-            state["set_epoch"] = self._told_epoch
-        return state
+        return self._seed_state(self.seed) | self._keys.state()
 
     def _check_random_state(self, state: dict[str, Any]) -> None:
-        check_generators(state, self._generators())
-        check_drawn(state)
-        for name in ("base_seed", "sample_seed", "set_epoch"):
-            if name in state:
-                check_integer(name, state[name])
+        self._keys.check_state(state)
+        if "sample_seed" in state:
+            check_integer("sample_seed", state["sample_seed"])
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         self._drawn_seed = state.get("sample_seed", self._drawn_seed)
-        for generator, its in zip(self._generators(), state.get("generators", ()), strict=False):
-            generator.set_state(unpacked(its))
-        if self.persistent_workers:
-            self._base_seed = state.get("base_seed")
-        self._told_epoch = told = state.get("set_epoch")
-        if told is not None and not self._loaded_is_asked_for:
-            self._tell_epoch(told)
+        self._keys.set_state(state, tell=not self._loaded_is_asked_for)
 
     def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
         if self._workers_read and not self.in_order:  # the epoch is begun again
@@ -553,6 +459,9 @@ class DataLoader(Loader, Generic[T_co]):
         elif self._workers_read and cursor is not None:
             cursor = (self.num_workers, batches)
         return super()._make_state(epoch, batches, cursor, random)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_keys": copy(state["_keys"])})  # what the copy draws is its own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if self._iterable and isinstance(state, dict) and state.get("cursor") is not None:
@@ -625,14 +534,14 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _fetch(self, alloc: Alloc) -> Callable[[Any], Any]:
         if self._torch.batch_sampler is None:
-            return _FetchOne(self.dataset, self.collate_fn or default_convert)
+            return FetchOne(self.dataset, self.collate_fn or default_convert)
         return FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
 
     def _collate_call(self, alloc: Alloc) -> Callable[[Any], Any]:
         """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
         if self._torch.batch_sampler is None:
             return self.collate_fn or default_convert
-        return _CollateAny(self.collate_fn, Collate(alloc))
+        return CollateAny(self.collate_fn, Collate(alloc))
 
 
 def _reading_workers(cursor: Any) -> int:
@@ -650,90 +559,8 @@ def _is_async(dataset: Any, method: str) -> bool:
     return fn is not None and is_async_callable(fn)
 
 
-@dataclass(frozen=True)
-class _FetchOne:
-    """One key to one sample, as it is: `batch_size=None`."""
-
-    dataset: Any
-    convert: Callable[[Any], Any]
-
-    def __call__(self, key: Any) -> Any:
-        return self.convert(self.dataset[key])
-
-
-@dataclass(frozen=True)
-class _CollateAny:
-    """A list of samples, or a group of the batch fold, to a batch."""
-
-    collate_fn: Callable[[list[Any]], Any] | None
-    collate: Collate
-
-    def __call__(self, samples: Any) -> Any:
-        keys = None
-        if isinstance(samples, Group):
-            samples, keys = samples.samples, samples.keys
-        if self.collate_fn is not None:
-            return self.collate_fn(samples)
-        return self.collate(samples, keys)
-
-
-@dataclass
-class _BaseSeed:
-    """What the workers' seeds begin with, once it has been drawn."""
-
-    value: int = 0
-
-
 def _torch_worker(
-    dataset: Any, num_workers: int, base: _BaseSeed, worker_init_fn: Callable[[int], None] | None
+    dataset: Any, num_workers: int, base: BaseSeed, worker_init_fn: Callable[[int], None] | None
 ) -> TorchWorker:
     """Not a closure over the loader: its workers must not keep it alive."""
     return TorchWorker(dataset, num_workers, base.value, worker_init_fn)
-
-
-class _AsyncStandIn(IterableDataset[Any]):
-    """An async iterable, for torch's constructor: what it checks of iterable datasets holds for it."""
-
-    def __new__(cls, dataset: Any) -> "_AsyncStandIn":
-        return super().__new__(_SizedAsyncStandIn if hasattr(dataset, "__len__") else cls)
-
-    def __init__(self, dataset: AsyncIterable[Any]) -> None:
-        self.dataset = dataset
-
-    def __iter__(self) -> Iterator[Any]:
-        raise TypeError("an async dataset is iterated by the loader, not by torch")
-
-
-class _SizedAsyncStandIn(_AsyncStandIn):
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # made only for those that have a length
-
-
-class _SamplerView:
-    """What `loader.batch_sampler.sampler` shows to trainers: a place to set the epoch."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-
-    def set_epoch(self, epoch: int) -> None:
-        """See `DataLoader.set_epoch`."""
-        self._loader.set_epoch(epoch)
-
-
-class _BatchSamplerView(Iterable[Any]):
-    """The loader's batch sampler, for trainers that read it, with a `sampler` whose `set_epoch` reaches the loader."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-        self.sampler = _SamplerView(loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader._torch.batch_sampler or ())
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._loader._torch.batch_sampler, name)

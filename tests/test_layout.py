@@ -23,6 +23,7 @@ IMPORTS: dict[str, set[str]] = {
     "seeds": set(),
     "cores": set(),
     "keys": set(),
+    "stand_ins": set(),
     "insight": {"cores", "keys"},
     "executors": {"errors", "memory"},
     "memory": set(),
@@ -42,8 +43,8 @@ IMPORTS: dict[str, set[str]] = {
         "stages", "state",
     },
     "dataloader": {
-        "assembly", "device", "engine", "errors", "executors", "insight", "loader", "plan", "seeds", "sources",
-        "stages", "state",
+        "assembly", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
+        "stand_ins", "state",
     },
     "testing": {"device", "errors"},
     "doctor": {"cores", "engine"},

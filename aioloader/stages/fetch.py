@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aioloader.executors.sample import Fetching, current_sample
 from aioloader.stages.batch import Group
 from aioloader.stages.collate import Alloc, Collate
 
-__all__ = ["FetchBatch", "FetchGroup", "LoadsBatches"]
+__all__ = ["CollateAny", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
 
 
 class LoadsBatches(ABC):
@@ -75,3 +76,40 @@ class FetchGroup:
 
     def __call__(self, group: Group) -> Any:
         return self._fetch(group.samples, group.keys)
+
+
+@dataclass(frozen=True)
+class FetchOne:
+    """One key to one sample, which is handed out alone.
+
+    Args:
+        dataset: Map-style.
+        convert: What is done with the sample.
+    """
+
+    dataset: Any
+    convert: Callable[[Any], Any]
+
+    def __call__(self, key: Any) -> Any:
+        return self.convert(self.dataset[key])
+
+
+@dataclass(frozen=True)
+class CollateAny:
+    """A list of samples, or a group of the batch fold, to a batch.
+
+    Args:
+        collate_fn: From a list of samples to a batch; None: `collate`.
+        collate: The default.
+    """
+
+    collate_fn: Callable[[list[Any]], Any] | None
+    collate: Collate
+
+    def __call__(self, samples: Any) -> Any:
+        keys = None
+        if isinstance(samples, Group):
+            samples, keys = samples.samples, samples.keys
+        if self.collate_fn is not None:
+            return self.collate_fn(samples)
+        return self.collate(samples, keys)

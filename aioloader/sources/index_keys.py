@@ -1,0 +1,187 @@
+"""`IndexKeys`: the keys of a `DataLoader`'s epochs, drawn as torch's iterator draws them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.data
+from torch.utils.data import BatchSampler, RandomSampler
+
+from aioloader.engine.progress import Progress
+from aioloader.seeds import derive_seed
+from aioloader.sources.drawn import (
+    Drawn,
+    check_drawn,
+    check_generators,
+    generators_of,
+    is_plain,
+    is_repeatable,
+    keys_of,
+    kind_of,
+    packed,
+    unpacked,
+)
+from aioloader.stages.checks import check_integer
+
+__all__ = ["BaseSeed", "IndexKeys"]
+
+
+@dataclass
+class BaseSeed:
+    """What the seeds of an epoch's workers begin with, once it has been drawn."""
+
+    value: int = 0
+
+
+class IndexKeys:
+    """What an epoch draws when it begins: the order of its keys, and a base seed for its workers.
+
+    Args:
+        loader: torch's own, which has made the samplers.
+        shuffled: By `shuffle=True`.
+        seed: With it the order depends on the seed and the epoch alone.
+        persistent: Workers stay, and have one base seed for all epochs.
+    """
+
+    def __init__(
+        self, loader: "torch.utils.data.DataLoader[Any]", *, shuffled: bool, seed: int | None, persistent: bool
+    ) -> None:
+        self.seed = seed
+        self.generator: torch.Generator | None = loader.generator
+        self._loader = loader
+        self._seeded = seed is not None and shuffled
+        self._persistent = persistent
+        self._base_seed: int | None = None  # of persistent workers, once drawn
+        self._told_epoch: int | None = None  # by `set_epoch`
+
+    @property
+    def sampler(self) -> Any:
+        """What gives the keys: lists of them, or single ones with `batch_size=None`."""
+        return self._loader.sampler if self._loader.batch_sampler is None else self._loader.batch_sampler
+
+    @property
+    def plain(self) -> bool:
+        """Whether nobody can tell when keys are read."""
+        return is_plain(self.sampler)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a resumed epoch surely has the same keys."""
+        return self._seeded or is_repeatable(self.sampler)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that an epoch draws from, the global one aside."""
+        return generators_of(self, self.sampler)
+
+    def shape(self) -> dict[str, Any]:
+        """What decides their order, for the comparison of pipelines."""
+        if self._seeded:
+            return {"stage": "shuffle", "seed": self.seed}
+        inner = getattr(self.sampler, "sampler", self.sampler)
+        shape = {"stage": "sampler", "kind": kind_of(inner), "name": type(inner).__name__}
+        return shape if self.seed is None else shape | {"seed": self.seed}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the samplers and the dataset that have a `set_epoch`."""
+        self._told_epoch = epoch
+        for part in (self.sampler, getattr(self.sampler, "sampler", self._loader.sampler), self._loader.dataset):
+            tell = getattr(part, "set_epoch", None)
+            if callable(tell):
+                tell(epoch)
+
+    # -- drawing -----------------------------------------------------------------------------------------------------
+
+    def of(self, progress: Progress, base: BaseSeed | None = None) -> Any:
+        """The keys of an epoch, drawn when the first of them is asked for, as they were when it began.
+
+        Args:
+            progress: Where it stands.
+            base: Gets the base seed.
+        """
+        record = progress.begun_with
+        resumed = progress.cursor is not None or "drawn" in record
+        open_keys = partial(self.draw, progress.epoch, base)
+        if self._seeded:
+            return Drawn(open_keys, [], uses_global=False, resumed=resumed, record=record)
+        return keys_of(self.sampler, open_keys, resumed=resumed, record=record)
+
+    def draw_base_seed(self, progress: Progress) -> None:
+        """What an epoch without a sampler draws; a resumed one has drawn it before."""
+        if progress.cursor is None or self.generator is not None:
+            self.draw(progress.epoch)
+        elif self._persistent and self._base_seed is None:
+            self._base_seed = 0  # drawn, and of no use to threads
+
+    def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
+        """The keys of an epoch, drawn now.
+
+        As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
+        generator; so that everything drawn later, by samplers or by the user, is the same. Persistent workers have one
+        base seed for all epochs.
+
+        Args:
+            epoch: Its number.
+            base: Gets the base seed.
+        """
+        sampler = self.sampler
+        generator = self.generator
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
+            if self._seeded:
+                size = self._loader.batch_size
+                sampler = RandomSampler(self._loader.dataset, generator=generator)  # type: ignore[arg-type]  # shuffle=True: sized
+                if size is not None:
+                    sampler = BatchSampler(sampler, size, self._loader.drop_last)
+        keys: Iterator[Any] = iter(sampler)
+        seed = self._base_seed
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
+            if self._persistent:
+                self._base_seed = seed
+        if base is not None:
+            base.value = seed
+        return keys
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What the next epoch would draw from, but for the global generator; JSON-able."""
+        state: dict[str, Any] = {}
+        if generators := self.generators:
+            state["generators"] = [packed(generator.get_state()) for generator in generators]
+        if self._base_seed is not None:
+            state["base_seed"] = self._base_seed
+        if self._told_epoch is not None:
+            state["set_epoch"] = self._told_epoch
+        return state
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse what `set_state` could not take.
+
+        Raises:
+            ValueError: Why.
+        """
+        check_generators(state, self.generators)
+        check_drawn(state)
+        for name in ("base_seed", "set_epoch"):
+            if name in state:
+                check_integer(name, state[name])
+
+    def set_state(self, state: dict[str, Any], *, tell: bool) -> None:
+        """Draw from what `state` tells of.
+
+        Args:
+            state: What `state` gave.
+            tell: The samplers their epoch; False: somebody has told them since.
+        """
+        for generator, its in zip(self.generators, state.get("generators", ()), strict=False):
+            generator.set_state(unpacked(its))
+        if self._persistent:
+            self._base_seed = state.get("base_seed")
+        told = state.get("set_epoch")
+        if told is not None and tell:
+            self.set_epoch(told)
+        self._told_epoch = told
