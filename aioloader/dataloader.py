@@ -451,7 +451,10 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         self._drawn_seed = state.get("sample_seed", self._drawn_seed)
-        self._keys.set_state(state, tell=not self._loaded_is_asked_for)
+        self._keys.set_state(state)
+
+    def _set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
+        self._keys.set_epochs(state, told=told)
 
     def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
         if self._workers_read and not self.in_order:  # the epoch is begun again

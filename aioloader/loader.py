@@ -105,6 +105,14 @@ class Loader(Opener):
     def _set_random_state(self, state: dict[str, Any]) -> None:
         """The opposite; `state` is what `_random_state` gave."""
 
+    def _set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
+        """Let samplers of the user's be in the epochs that `state` tells of, which is as above.
+
+        Args:
+            state: What `_random_state` gave.
+            told: Also those that were told one and do not say so themselves.
+        """
+
     def _check_random_state(self, state: dict[str, Any]) -> None:
         """Refuse what `_set_random_state` could not take.
 
@@ -167,6 +175,8 @@ class Loader(Opener):
         progress.asked_for = self._loaded_is_asked_for
         progress.begun_with = loaded["random"] or {}
         self._set_random_state(progress.begun_with)
+        if progress.cursor is not None:  # the rest of it comes in that order, whatever they were told since
+            self._set_epochs(progress.begun_with, told=not progress.asked_for)
         return progress
 
     def _sample_seed(self, seed: int | None) -> int:
@@ -245,6 +255,7 @@ class Loader(Opener):
             self._loaded_is_asked_for = False
             self._next_epoch = loaded["epoch"]
             self._leave_out = leave_out
+        self._set_epochs(loaded["random"] or {})  # now: who tells them another one before that epoch begins means it
 
     def _state_of(self, progress: Progress | None) -> dict[str, Any]:
         if progress is None:
@@ -322,6 +333,7 @@ class Loader(Opener):
                     return next(iter(again))
         finally:
             self._set_random_state(before)
+            self._set_epochs(before)
 
     def _never_again(self) -> str | None:
         """Why a batch cannot be made once more; None: it can."""

@@ -186,6 +186,109 @@ def test_a_failing_predicate_stands_at_its_place(face: Face, asynchronous: bool)
 
 
 @on_both_faces
+@pytest.mark.parametrize("how", ["sync", "async", "in place of a chunk", "in a process"])
+def test_a_predicate_without_a_truth_value_fails_at_its_place(face: Face, how: str) -> None:
+    """A tensor of two elements is neither true nor false: it says so when it is asked, outside the function."""
+
+    def keep(key: int) -> Any:
+        return torch.ones(2) if key == 4 else key % 2 == 0
+
+    async def async_keep(key: int) -> Any:
+        await asyncio.sleep(0)
+        return keep(key)
+
+    pipeline = Pipeline(range(10))
+    if how == "in place of a chunk":
+        pipeline = pipeline.cache(memory_bytes=1 << 20)
+    pipeline = pipeline.filter(async_keep if how == "async" else keep)
+    with pipeline.in_process() if how == "in a process" else pipeline as loader, Steps(loader, face) as steps:
+        outcomes = steps.outcomes()
+    assert [outcome for outcome in outcomes if isinstance(outcome, int)] == [0, 2, 6, 8]
+    assert isinstance(outcomes[2], RuntimeError)
+    assert "key 4" in notes(outcomes[2])
+
+
+class UnspeakableError(Exception):
+    """Nothing of it can be asked for."""
+
+    def __repr__(self) -> str:
+        raise AttributeError("no response")
+
+    __str__ = __repr__
+
+    def add_note(self, note: str) -> None:
+        raise AttributeError("no notes")
+
+
+@on_both_faces
+@pytest.mark.parametrize("executor", [None, "process"])
+def test_exceptions_that_cannot_be_shown_stand_at_their_place(face: Face, executor: Any) -> None:
+    """Also two in one batch, where one tells of the other."""
+
+    def fail(key: int) -> int:
+        if key in (1, 2):
+            raise UnspeakableError(key)
+        return key
+
+    async def outcomes(batches: AsyncIterator[Any]) -> list[Any]:  # in one task: asyncio shows those that fail
+        found: list[Any] = []
+        for _ in range(2):
+            try:
+                found.append(await anext(batches))
+            except Exception as error:
+                found.append(error)
+        return found
+
+    with Pipeline(range(6)).map(fail, executor=executor).batch(4) as loader:
+        if face == "for":
+            with Steps(loader, face) as steps:
+                error, batch = steps.outcomes()
+        else:
+
+            async def both() -> list[Any]:
+                async with loader:
+                    return await outcomes(aiter(loader))
+
+            error, batch = run(both)
+    assert type(error).__name__ == "UnspeakableError"
+    assert batch.tolist() == [4, 5]
+
+
+@on_both_faces
+def test_the_first_of_several_errors_names_the_others(face: Face) -> None:
+    """Each with its key."""
+    broken = Broken(1, 2)
+    with Steps(Pipeline(range(4)).map(broken).batch(4), face) as steps:
+        assert steps.outcomes() == [broken.errors[1]]
+    assert "1 more samples of this batch failed: key 2: BrokenSampleError(2, 'broken')" in notes(broken.errors[1])
+
+
+@on_both_faces
+def test_a_failing_collate_fn_names_the_samples(face: Face) -> None:
+    """By the keys that they were loaded by: in a pipeline, and in `DataLoader` in a worker and without."""
+    error = ValueError("no batch of these")
+
+    def collate(samples: list[int]) -> list[int]:
+        if 3 in samples:
+            raise error
+        return samples
+
+    async def async_collate(samples: list[int]) -> list[int]:
+        return collate(samples)
+
+    for loader in (
+        Pipeline([1, 3, 5]).map(int).batch(2, collate_fn=collate),
+        Pipeline([1, 3, 5]).map(int).batch(2, collate_fn=async_collate),
+        DataLoader([1, 3, 5], 2, collate_fn=collate),
+        DataLoader([1, 3, 5], 2, collate_fn=collate, num_workers=2),
+    ):
+        error.__notes__ = []
+        with Steps(loader, face) as steps:
+            assert steps.outcomes() == [error, [5]]
+        assert re.search(r"cannot collate: samples with keys \[(1, 3|0, 1)\]", notes(error)), notes(error)
+
+
+@on_both_faces
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_flat_map_fails_in_the_middle_and_goes_on(face: Face, asynchronous: bool) -> None:
     """What a sample gave before its failure comes first, then the error, then the next sample's."""
@@ -347,7 +450,7 @@ def test_dataloader_raises_at_the_batch_and_goes_on(face: Face, kind: type[Items
     ]
     assert re.search(r"\b(key|index) 5\b", notes(broken.errors[5]))
     assert "epoch 0" in notes(broken.errors[5])
-    assert re.search(r"\bposition \d", notes(broken.errors[5]))
+    assert re.search(r"\b(position 5|batch 2)$", notes(broken.errors[5]))
 
 
 class BrokenStream(IterableDataset[int]):

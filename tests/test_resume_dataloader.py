@@ -291,6 +291,93 @@ def test_persistent_workers_keep_their_base_seed() -> None:
     assert_resumes_exactly(make, epochs=3)
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_whether_workers_are_persistent_may_be_another(seed: int | None, persistent: bool) -> None:
+    """As in torch their epochs draw less, so the orders are others; a loader goes on as the one that it comes from."""
+
+    def make(persistent: bool) -> DataLoader[Any]:
+        return DataLoader(
+            Numbers(), 3, shuffle=True, num_workers=2 * persistent, persistent_workers=persistent, seed=seed
+        )
+
+    def epochs(loader: DataLoader[Any], count: int) -> list[list[Any]]:
+        return [[batch[0].tolist() for batch in loader] for _ in range(count)]
+
+    for done in range(1, 3):  # whole epochs before the one that is left
+        torch.manual_seed(1)
+        loader = make(persistent)
+        epochs(loader, done)
+        batches = iter(loader)
+        next(batches)
+        state = json.loads(json.dumps(loader.state_dict()))
+        randomly = torch.get_rng_state()
+        expected = [[batch[0].tolist() for batch in batches], *epochs(loader, 2)]
+        torch.set_rng_state(randomly)
+        other = make(not persistent)
+        other.load_state_dict(state)
+        assert epochs(other, 3) == expected
+
+
+def test_with_a_seed_an_epoch_has_one_order() -> None:
+    """Whatever came before it, and whichever workers there are."""
+    orders = []
+    for persistent in (False, True):
+        loader: DataLoader[Any] = DataLoader(
+            Numbers(), 3, shuffle=True, num_workers=2, persistent_workers=persistent, seed=3
+        )
+        for before in (0, 1):
+            loader.set_epoch(5 - before)
+            for _ in range(before):
+                list(loader)
+            orders.append([batch[0].tolist() for batch in loader])
+    assert all(order == orders[0] for order in orders)
+
+
+def epoch_sampler() -> "DistributedSampler[int]":
+    return DistributedSampler(Map(), num_replicas=2, rank=0)
+
+
+@on_both_faces
+@pytest.mark.parametrize("how", ["nobody tells", "the loader is told", "the sampler is told"])
+def test_a_sampler_that_was_told_its_epoch_directly_has_it_again(face: Face, how: str) -> None:
+    """The loader's own count is another one then."""
+    sampler = epoch_sampler()
+    loader: DataLoader[Any] = DataLoader(Numbers(), 2, sampler=sampler)
+    sampler.set_epoch(6)
+    list(loader)
+    sampler.set_epoch(7)
+    with Steps(loader, face) as steps:
+        steps.next()
+        state = json.loads(json.dumps(loader.state_dict()))
+        expected = [batch[0].tolist() for batch in steps.rest()]
+    other = epoch_sampler()
+    resumed: DataLoader[Any] = DataLoader(Numbers(), 2, sampler=other)
+    resumed.load_state_dict(state)
+    if how == "the loader is told":
+        resumed.set_epoch(state["epoch"])
+    elif how == "the sampler is told":
+        other.set_epoch(7)
+    assert [batch[0].tolist() for batch in collect(resumed, face)] == expected
+    assert other.epoch == 7
+
+
+def test_a_sampler_that_is_told_its_next_epoch_after_a_load_has_that() -> None:
+    """The state is of the end of an epoch; it says which one the sampler was in."""
+    sampler = epoch_sampler()
+    loader: DataLoader[Any] = DataLoader(Numbers(), 2, sampler=sampler)
+    sampler.set_epoch(6)
+    list(loader)
+    state = loader.state_dict()
+    other = epoch_sampler()
+    resumed: DataLoader[Any] = DataLoader(Numbers(), 2, sampler=other)
+    resumed.load_state_dict(state)
+    assert other.epoch == 6
+    other.set_epoch(7)
+    sampler.set_epoch(7)
+    assert [batch[0].tolist() for batch in resumed] == [batch[0].tolist() for batch in loader]
+
+
 @on_both_faces
 def test_a_sampler_is_told_the_epoch_that_it_was_told(face: Face) -> None:
     """A resumed program that has not called `set_epoch` yet has the order of the state."""

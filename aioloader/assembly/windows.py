@@ -22,12 +22,14 @@ from aioloader.executors.chunk import Call
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
+from aioloader.notes import add_note
 from aioloader.stages.base import Pass
 from aioloader.stages.batch import CollateWith, Group
 from aioloader.stages.cache import Cache
-from aioloader.stages.collate import Alloc, Collate
+from aioloader.stages.collate import Alloc, Collate, named
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
+from aioloader.stages.fetch import CollateAny
 from aioloader.stages.map import Filter, InProcesses, Map
 
 __all__ = ["Journey", "collate_stage", "device_stage", "steps_of"]
@@ -218,13 +220,13 @@ def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:
     """The step behind the fold of a batch stage."""
     fn: Callable[[Group], Any]
     if collate.fn in (list, tuple):
-        return Map(_UserCollate(collate.fn), False, 1, name=collate.label, in_place=True)
+        return Map(CollateAny(collate.fn), False, 1, name=collate.label, in_place=True)
     if collate.fn is None:
-        fn = _DefaultCollate(Collate(alloc))
+        fn = CollateAny(None, Collate(alloc))
     elif collate.is_async:
         fn = _AsyncUserCollate(collate.fn)
     else:
-        fn = _UserCollate(collate.fn)
+        fn = CollateAny(collate.fn)
     return Map(
         fn,
         collate.is_async,
@@ -250,24 +252,12 @@ def device_stage(stage: To | PinMemory, transfer: Transfer) -> Map:
 
 
 @dataclass(frozen=True)
-class _DefaultCollate:
-    collate: Collate
-
-    def __call__(self, group: Group) -> Any:
-        return self.collate(group.samples, group.keys)
-
-
-@dataclass(frozen=True)
-class _UserCollate:
-    collate_fn: Callable[[list[Any]], Any]
-
-    def __call__(self, group: Group) -> Any:
-        return self.collate_fn(group.samples)
-
-
-@dataclass(frozen=True)
 class _AsyncUserCollate:
     collate_fn: Callable[[list[Any]], Any]
 
     async def __call__(self, group: Group) -> Any:
-        return await self.collate_fn(group.samples)
+        try:
+            return await self.collate_fn(group.samples)
+        except Exception as error:
+            add_note(error, f"aioloader: cannot collate: {named(group.keys)}")
+            raise

@@ -1,10 +1,10 @@
 """What travels through the engine: one sample or batch, with the cursor to go on after it."""
 
-import contextlib
 from asyncio import CancelledError
 from typing import Any, Final
 
 from aioloader.errors import SampleCancelledError
+from aioloader.notes import add_note, shown
 
 __all__ = [
     "DONE",
@@ -85,13 +85,13 @@ def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None
     One exception object may be raised for many samples (a cached error): it gets one note per place it was seen at,
     and at most a few, so that its notes do not grow with the epoch.
     """
-    name = "" if entry.key is None or type(entry.key) is list else f"key {_short(entry.key)}, "  # a list is a batch's
-    place = "" if entry.position is None else f", position {entry.position}"
+    name = "" if entry.key is None or type(entry.key) is list else f"key {shown(entry.key)}, "  # a list is a batch's
+    counts = "batch" if type(entry.key) is list and places_of(entry) is None else "position"  # a sampler's batch
+    place = "" if entry.position is None else f", {counts} {entry.position}"
     note = f"aioloader: stage {stage}, {name}epoch {epoch}{place}"
     notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, str)]
     if note not in notes and sum(n.startswith("aioloader: stage ") for n in notes) < 4:
-        with contextlib.suppress(Exception):  # a frozen dataclass takes none, and must not be replaced by that error
-            error.add_note(note)
+        add_note(error, note)
 
 
 def presentable(error: BaseException) -> BaseException:
@@ -108,13 +108,5 @@ def presentable(error: BaseException) -> BaseException:
         return error
     replacement.__cause__ = error
     for note in getattr(error, "__notes__", ()):
-        replacement.add_note(note)
+        add_note(replacement, note)
     return replacement
-
-
-def _short(key: Any) -> str:
-    try:
-        text = repr(key)
-    except Exception as broken:  # a user's __repr__ must not replace the user's error
-        text = f"<{type(key).__name__} whose repr raises {type(broken).__name__}>"
-    return text if len(text) <= 200 else f"{text[:197]}..."

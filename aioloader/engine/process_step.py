@@ -12,6 +12,7 @@ from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
 from aioloader.executors.threads import call_loop
+from aioloader.notes import shown
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -177,4 +178,4 @@ def hint(death: Died) -> str:
 
 def _named(entry: Entry) -> str:
     """A sample, for a sentence; a batch by its keys."""
-    return f"{'samples' if type(entry.key) is list else 'key'} {entry.key!r}"[:200]
+    return f"{'samples' if type(entry.key) is list else 'key'} {shown(entry.key)}"

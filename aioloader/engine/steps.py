@@ -209,6 +209,7 @@ class AsyncStep(Step):
             sample.name = entry
             try:
                 result = await fn(entry.value)
+                dropped = self._predicate and not result
             except CancelledError as error:
                 if run.stopping:
                     raise
@@ -223,13 +224,12 @@ class AsyncStep(Step):
             except BaseException as error:
                 self._fail(entry, error, meter.name)
             else:
-                if not self._predicate:
-                    entry.value = result
-                    forward(entry)
-                elif result:
-                    forward(entry)
-                else:
+                if dropped:
                     self._drop(entry)
+                else:
+                    if not self._predicate:
+                        entry.value = result
+                    forward(entry)
                 del result  # or a sample would live as long as its worker is idle
             count += 1
             del entry

@@ -109,15 +109,15 @@ def apply_chunk(
                 result = call.fn(value)
                 if type(result) is CoroutineType:
                     result = refuse_coroutine(result, call.label)
+                if not call.predicate:
+                    value = result
+                elif not result:  # here: a tensor of several elements is neither true nor false, and raises
+                    value = DROP
+                    break
             except (
                 BaseException
             ) as error:  # KeyboardInterrupt and SystemExit too: they belong to the consumer, not to us
                 value = Failed(error, call.label)
-                break
-            if not call.predicate:
-                value = result
-            elif not result:
-                value = DROP
                 break
         outcomes.append(value)
         now = perf_counter()

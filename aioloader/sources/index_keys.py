@@ -42,7 +42,9 @@ class IndexKeys:
         loader: torch's own, which has made the samplers.
         shuffled: By `shuffle=True`.
         seed: With it the order depends on the seed and the epoch alone.
-        persistent: Workers stay, and have one base seed for all epochs.
+        persistent: Workers stay, and have one base seed for all epochs: as in torch only the first epoch draws one,
+            so that the orders of the later ones are others than without. A loader that goes on from a state does as
+            the one that the state is of, whatever its own workers do. With `seed` no order depends on it.
     """
 
     def __init__(
@@ -52,8 +54,8 @@ class IndexKeys:
         self.generator: torch.Generator | None = loader.generator
         self._loader = loader
         self._seeded = seed is not None and shuffled
-        self._persistent = persistent
-        self._base_seed: int | None = None  # of persistent workers, once drawn
+        self._draws_once = persistent and seed is None
+        self._base_seed: int | None = None  # once drawn, where that happens once
         self._told_epoch: int | None = None  # by `set_epoch`
 
     @property
@@ -84,13 +86,22 @@ class IndexKeys:
         shape = {"stage": "sampler", "kind": kind_of(inner), "name": type(inner).__name__}
         return shape if self.seed is None else shape | {"seed": self.seed}
 
+    @property
+    def _with_epochs(self) -> list[Any]:
+        """The samplers and the dataset that have a `set_epoch`."""
+        parts = (self.sampler, getattr(self.sampler, "sampler", self._loader.sampler), self._loader.dataset)
+        return [part for part in parts if callable(getattr(part, "set_epoch", None))]
+
+    @property
+    def _that_tell(self) -> list[Any]:
+        """Those of them that say which epoch they are in."""
+        return [part for part in self._with_epochs if type(getattr(part, "epoch", None)) is int]
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the samplers and the dataset that have a `set_epoch`."""
         self._told_epoch = epoch
-        for part in (self.sampler, getattr(self.sampler, "sampler", self._loader.sampler), self._loader.dataset):
-            tell = getattr(part, "set_epoch", None)
-            if callable(tell):
-                tell(epoch)
+        for part in self._with_epochs:
+            part.set_epoch(epoch)
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
@@ -112,34 +123,33 @@ class IndexKeys:
         """What an epoch without a sampler draws; a resumed one has drawn it before."""
         if progress.cursor is None or self.generator is not None:
             self.draw(progress.epoch)
-        elif self._persistent and self._base_seed is None:
+        elif self._draws_once and self._base_seed is None:
             self._base_seed = 0  # drawn, and of no use to threads
 
     def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
         """The keys of an epoch, drawn now.
 
         As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
-        generator; so that everything drawn later, by samplers or by the user, is the same. Persistent workers have one
-        base seed for all epochs.
+        generator; so that everything drawn later, by samplers or by the user, is the same.
 
         Args:
             epoch: Its number.
             base: Gets the base seed.
         """
         sampler = self.sampler
-        generator = self.generator
+        seed = self._base_seed
         if self.seed is not None:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
+            seed = derive_seed(self.seed, "workers", epoch)
             if self._seeded:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
                 size = self._loader.batch_size
                 sampler = RandomSampler(self._loader.dataset, generator=generator)  # type: ignore[arg-type]  # shuffle=True: sized
                 if size is not None:
                     sampler = BatchSampler(sampler, size, self._loader.drop_last)
         keys: Iterator[Any] = iter(sampler)
-        seed = self._base_seed
         if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator))
-            if self._persistent:
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self.generator))
+            if self._draws_once:
                 self._base_seed = seed
         if base is not None:
             base.value = seed
@@ -152,10 +162,14 @@ class IndexKeys:
         state: dict[str, Any] = {}
         if generators := self.generators:
             state["generators"] = [packed(generator.get_state()) for generator in generators]
+        if self._draws_once:
+            state["draws_once"] = True
         if self._base_seed is not None:
             state["base_seed"] = self._base_seed
         if self._told_epoch is not None:
             state["set_epoch"] = self._told_epoch
+        if parts := self._that_tell:
+            state["epochs"] = [part.epoch for part in parts]
         return state
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -169,19 +183,29 @@ class IndexKeys:
         for name in ("base_seed", "set_epoch"):
             if name in state:
                 check_integer(name, state[name])
+        if not isinstance(epochs := state.get("epochs", []), list) or len(epochs) not in (0, len(self._that_tell)):
+            raise ValueError(f"epochs of {len(self._that_tell)} samplers were expected, got {epochs!r}"[:200])
+        for epoch in epochs:
+            check_integer("the epoch of a sampler", epoch)
 
-    def set_state(self, state: dict[str, Any], *, tell: bool) -> None:
-        """Draw from what `state` tells of.
-
-        Args:
-            state: What `state` gave.
-            tell: The samplers their epoch; False: somebody has told them since.
-        """
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Draw from what `state` tells of; what `check_state` has let pass."""
         for generator, its in zip(self.generators, state.get("generators", ()), strict=False):
             generator.set_state(unpacked(its))
-        if self._persistent:
-            self._base_seed = state.get("base_seed")
-        told = state.get("set_epoch")
-        if told is not None and tell:
-            self.set_epoch(told)
-        self._told_epoch = told
+        self._draws_once = state.get("draws_once", False)
+        self._base_seed = state.get("base_seed") if self._draws_once else None
+        self._told_epoch = state.get("set_epoch")
+
+    def set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
+        """Let samplers and dataset be in the epochs that `state` tells of.
+
+        Args:
+            state: See `set_state`.
+            told: Also those that do not say which they are in.
+        """
+        epoch = state.get("set_epoch")
+        if told and epoch is not None:
+            self.set_epoch(epoch)
+        for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
+            if part.epoch != epoch:
+                part.set_epoch(epoch)

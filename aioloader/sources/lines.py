@@ -16,6 +16,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import BrokenDataError
+from aioloader.notes import add_note
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
@@ -388,7 +389,7 @@ class _LinesOf(Parser):
         elif isinstance(error, _LongLineError):
             what += f": {error}"
         else:
-            error.add_note(f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
+            add_note(error, f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
             return failed(error, cursor, key)
         if line:
             what += f"; the line begins {line[:SHOWN_BYTES]!r}"

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, CursorSource, EntryReader
 from aioloader.errors import BrokenDataError
+from aioloader.notes import add_note
 from aioloader.sources.ahead import Ahead
 from aioloader.sources.buffers import tensor_over
 from aioloader.sources.fetch import FetchSource
@@ -161,7 +162,7 @@ class Objects(FetchSource):
                     )
         except Exception as error:
             part = f", bytes {start} to {end}" if end else ""
-            error.add_note(f"aioloader: object {key!r}{part} of {self._store!r}")
+            add_note(error, f"aioloader: object {key!r}{part} of {self._store!r}")
             raise
         if self._read == "bytes":
             content = bytes(content)

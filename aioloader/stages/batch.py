@@ -11,6 +11,7 @@ from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.source import is_async_callable
 from aioloader.keys import PartKey
+from aioloader.notes import add_note, shown
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
 from aioloader.stages.checks import callable_name
 
@@ -152,14 +153,14 @@ def group_entries(entries: list[Entry]) -> Entry:
     group = Entry(Group(samples, keys), entries[-1].cursor, keys, entries[0].position)
     group.places = [entry.position for entry in entries]
     group.attempts = max([entry.attempts for entry in entries])
-    errors = [entry.error for entry in entries if entry.error is not None]
-    if errors:
+    failed = [entry for entry in entries if entry.error is not None]
+    if failed:
         group.value = None
-        group.error = first = errors[0]
-        others = [error for error in errors if error is not first]
-        if others:
-            shown = "; ".join(repr(error)[:200] for error in others[:3])
-            first.add_note(f"aioloader: {len(others)} more samples of this batch failed: {shown}")
+        group.error = first = failed[0].error
+        others = [entry for entry in failed if entry.error is not first]
+        if first is not None and others:
+            named = "; ".join(f"key {shown(entry.key)}: {shown(entry.error)}" for entry in others[:3])
+            add_note(first, f"aioloader: {len(others)} more samples of this batch failed: {named}")
     return group
 
 

@@ -4,12 +4,14 @@ import operator
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch.utils.data._utils import collate as torch_collate
 
-__all__ = ["Alloc", "Collate"]
+from aioloader.notes import add_note
+
+__all__ = ["DEFAULT", "Alloc", "Collate", "collate_samples", "named"]
 
 Alloc = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 """Gives uninitialised, contiguous host memory of this shape and dtype, for instance page-locked or used before."""
@@ -59,7 +61,7 @@ class Collate:
         try:
             return torch_collate.collate(samples, collate_fn_map=self._collate_fn_map())
         except Exception as error:
-            error.add_note(f"aioloader: cannot collate: {_explain(samples, keys)}")
+            add_note(error, f"aioloader: cannot collate: {_explain(samples, keys)}")
             raise
 
     def _collate_fn_map(self) -> CollateFnMap:
@@ -110,6 +112,32 @@ def _fits_out(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
+DEFAULT: Final = Collate()
+"""Into fresh memory."""
+
+
+def collate_samples(
+    samples: Any, keys: Sequence[Any] | None, collate_fn: Callable[[Any], Any] | None, default: Collate
+) -> Any:
+    """One batch of `samples`, by the user's function or else the default.
+
+    Raises:
+        Exception: What either raises, with a note that names the samples.
+    """
+    if collate_fn is None:
+        return default(samples, keys)
+    try:
+        return collate_fn(samples)
+    except Exception as error:
+        add_note(error, f"aioloader: cannot collate: {named(keys)}")
+        raise
+
+
+def named(keys: Sequence[Any] | None) -> str:
+    """The samples of a batch, for a note."""
+    return "these samples" if keys is None else f"samples with keys {reprlib.repr(list(keys))}"
+
+
 def _explain(samples: Sequence[Any], keys: Sequence[Any] | None) -> str:
     """Which samples do not fit, and where in them: each is tried with sample 0, then the pair is followed inwards.
 
@@ -119,7 +147,7 @@ def _explain(samples: Sequence[Any], keys: Sequence[Any] | None) -> str:
     try:
         return _Misfit(samples, keys).sentence()
     except Exception:
-        return "these samples" if keys is None else f"samples with keys {reprlib.repr(list(keys))}"
+        return named(keys)
 
 
 class _Place(NamedTuple):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from aioloader.executors.sample import Fetching, current_sample
+from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
-from aioloader.stages.collate import Alloc, Collate
+from aioloader.stages.collate import DEFAULT, Alloc, Collate, collate_samples
 
 __all__ = ["CollateAny", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
 
@@ -61,11 +62,9 @@ class FetchBatch:
                 for key in keys:
                     append(dataset[key])
             except Exception as error:
-                error.add_note(f"aioloader: dataset index {key!r}, sample {len(samples)} of its batch")
+                add_note(error, f"aioloader: dataset index {shown(key)}, sample {len(samples)} of its batch")
                 raise
-        if collate_fn is not None:
-            return collate_fn(samples)
-        return self._collate(samples, keys if names is None else names)
+        return collate_samples(samples, keys if names is None else names, collate_fn, self._collate)
 
 
 class FetchGroup:
@@ -104,12 +103,10 @@ class CollateAny:
     """
 
     collate_fn: Callable[[list[Any]], Any] | None
-    collate: Collate
+    collate: Collate = DEFAULT
 
     def __call__(self, samples: Any) -> Any:
         keys = None
         if isinstance(samples, Group):
             samples, keys = samples.samples, samples.keys
-        if self.collate_fn is not None:
-            return self.collate_fn(samples)
-        return self.collate(samples, keys)
+        return collate_samples(samples, keys, self.collate_fn, self.collate)

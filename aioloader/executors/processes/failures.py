@@ -5,6 +5,7 @@ import traceback
 from typing import Any, Final
 
 from aioloader.executors.processes.wire import decode, encode
+from aioloader.notes import add_note, said
 
 __all__ = ["BY_VALUE", "cannot_travel", "portable"]
 
@@ -31,10 +32,10 @@ def portable(error: BaseException, where: str) -> BaseException:
     except Exception:
         faithful = False
     if not faithful:
-        error = _Rebuilt.of(error) or RuntimeError(f"{type(error).__qualname__}: {error}")
+        error = _Rebuilt.of(error) or RuntimeError(f"{type(error).__qualname__}: {said(error)}")
     for note in (*notes, f"aioloader: in {where}:\n{text}"):
         if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+            add_note(error, note)
     return error
 
 
