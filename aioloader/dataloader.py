@@ -1,10 +1,9 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Mapping
-from copy import copy
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, Generic, Literal
+from typing import Any, Final, Generic, Literal, Self
 
 import torch
 import torch.utils.data
@@ -274,22 +273,17 @@ class DataLoader(Loader, Generic[T_co]):
     # -- without workers ---------------------------------------------------------------------------------------------
 
     def _open_inline(self) -> tuple[Node, Progress]:
-        loaded = self._loaded
-        progress = self._begin_epoch()
-        try:
+        with self._beginning() as progress:
             node, meters = self._inline_nodes(progress)
-        except BaseException:
-            if loaded is not None:  # whatever it was: the state is not lost with it
-                self._loaded, self._next_epoch = loaded, progress.epoch
-            raise
         self._watch(progress, meters)
         return node, progress
 
-    def _begin_epoch(self) -> Progress:
-        progress = super()._begin_epoch()
+    def _begins(self, progress: Progress) -> None:
         if not self._iterable:
             progress.batch_size = self.batch_size
-        return progress
+        if progress.cursor is not None:  # the rest of it comes in that order, whatever they were told since
+            self._keys.set_epochs(progress.begun_with, told=not progress.asked_for)
+        progress.begun_with |= self._keys.epochs()
 
     def _inline_nodes(self, progress: Progress) -> tuple[Node, list[StageMeter]]:
         epoch = progress.epoch
@@ -453,21 +447,31 @@ class DataLoader(Loader, Generic[T_co]):
         self._drawn_seed = state.get("sample_seed", self._drawn_seed)
         self._keys.set_state(state)
 
-    def _set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
-        self._keys.set_epochs(state, told=told)
+    def _set_epochs(self, state: dict[str, Any]) -> None:
+        self._keys.set_epochs(state)
 
-    def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
+    def _apart(self) -> Self:
+        again = super()._apart()
+        again._keys = self._keys.apart()
+        again.__dict__["dataset"] = again._keys.dataset  # what the constructor was told cannot be set
+        return again
+
+    def _make_state(
+        self,
+        epoch: int,
+        batches: int,
+        cursor: Any,
+        random: dict[str, Any] | None,
+        lengths: Sequence[int | None] | None = None,
+    ) -> dict[str, Any]:
         if self._workers_read and not self.in_order:  # the epoch is begun again
             batches, cursor = 0, None
         elif self._workers_read and cursor is not None:
             cursor = (self.num_workers, batches)
-        return super()._make_state(epoch, batches, cursor, random)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_keys": copy(state["_keys"])})  # what the copy draws is its own
+        return super()._make_state(epoch, batches, cursor, random, lengths)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._iterable and isinstance(state, dict) and state.get("cursor") is not None:
+        if self._iterable and isinstance(state, Mapping) and state.get("cursor") is not None:  # type: ignore[redundant-expr]  # anything may come
             theirs, ours = _reading_workers(state["cursor"]), self._reading_workers
             if theirs != ours or (ours and not self.in_order):
                 raise StateError(

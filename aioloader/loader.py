@@ -4,7 +4,8 @@ import asyncio
 import threading
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from secrets import randbits
 from time import perf_counter
 from typing import Any, Self
@@ -20,7 +21,7 @@ from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
-from aioloader.errors import StateError
+from aioloader.errors import SourceUsedUpError, StateError
 from aioloader.executors.processes.host import Processes
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
@@ -29,7 +30,7 @@ from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
-from aioloader.state import Guarantee, Shape, check_state, make_state, ranges_of
+from aioloader.state import Guarantee, Shape, check_state, lengths_of, make_state, ranges_of, with_lengths
 
 __all__ = ["Loader"]
 
@@ -47,7 +48,7 @@ class Loader(Opener):
 
     def __init__(self) -> None:
         self._next_epoch = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask for the state, in the thread that it has stopped
         self._deliveries: WeakSet[Delivery] = WeakSet()
         self._meters: list[StageMeter] = []
         self._consumer: ConsumerMeter | None = None
@@ -79,6 +80,10 @@ class Loader(Opener):
     def _shape(self) -> Shape:
         """What decides which sample comes when."""
 
+    def _lengths(self) -> list[int | None]:
+        """Those of the datasets in `_shape`, in its order; they may change from one moment to the next."""
+        return lengths_of(self._shape())
+
     def _ranks(self) -> dict[str, Any] | None:
         """What a state says of the ranks that share the samples; None: it knows of no others."""
         return None
@@ -105,13 +110,8 @@ class Loader(Opener):
     def _set_random_state(self, state: dict[str, Any]) -> None:
         """The opposite; `state` is what `_random_state` gave."""
 
-    def _set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
-        """Let samplers of the user's be in the epochs that `state` tells of, which is as above.
-
-        Args:
-            state: What `_random_state` gave.
-            told: Also those that were told one and do not say so themselves.
-        """
+    def _set_epochs(self, state: dict[str, Any]) -> None:
+        """Let samplers of the user's be in the epochs that `state` tells of, which is as above."""
 
     def _check_random_state(self, state: dict[str, Any]) -> None:
         """Refuse what `_set_random_state` could not take.
@@ -158,26 +158,49 @@ class Loader(Opener):
                 )
         self._next_epoch = number
 
-    def _begin_epoch(self) -> Progress:
-        """Count an epoch; one that was loaded begins where its state says."""
-        loaded, self._loaded = self._loaded, None
-        epoch = self._next_epoch
-        self._next_epoch = epoch + 1
-        leave_out = self._leave_out.get(epoch, [])
-        self._leave_out = {epoch: leave_out} | {number: steps for number, steps in self._leave_out.items() if steps}
-        if loaded is None:
-            progress = Progress(epoch)
-            progress.leave_out = leave_out
-            progress.begun_with = self._random_state()
-            return progress
-        progress = Progress(epoch, loaded["cursor"], loaded["batches"])
-        progress.leave_out = leave_out
-        progress.asked_for = self._loaded_is_asked_for
-        progress.begun_with = loaded["random"] or {}
-        self._set_random_state(progress.begun_with)
-        if progress.cursor is not None:  # the rest of it comes in that order, whatever they were told since
-            self._set_epochs(progress.begun_with, told=not progress.asked_for)
-        return progress
+    @contextmanager
+    def _beginning(self) -> Iterator[Progress]:
+        """Count an epoch; one that was loaded begins where its state says. If the block fails, none has begun.
+
+        `state_dict` may be asked meanwhile, in another thread or a signal handler, which cannot wait for a lock of the
+        code that it has interrupted. So the place of the epoch is there before what was loaded is taken, and it finds
+        one of them.
+        """
+        with self._lock:
+            loaded, asked_for, before, epoch = self._loaded, self._loaded_is_asked_for, self._progress, self._next_epoch
+            if loaded is None:
+                progress = Progress(epoch)
+                progress.begun_with = self._random_state()
+            else:
+                progress = Progress(epoch, loaded["cursor"], loaded["batches"])
+                progress.begun_with = dict(loaded["random"] or {})
+                progress.asked_for = asked_for
+            progress.leave_out = self._leave_out.get(epoch, [])
+            others = {number: steps for number, steps in self._leave_out.items() if steps}
+            self._leave_out = {epoch: progress.leave_out} | others
+            with suppress(Exception):  # a `__len__` of the user's, which may never be needed
+                progress.lengths = self._lengths()
+            self._progress = progress
+            self._loaded = None
+            self._next_epoch = epoch + 1
+        try:
+            if loaded is not None and progress.cursor is not None:  # the dataset may have grown since it was loaded
+                check_state(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
+            if loaded is not None:
+                self._set_random_state(progress.begun_with)
+            self._begins(progress)
+            with suppress(Exception):
+                progress.length = self._sure_length()
+            yield progress
+        except BaseException:
+            with self._lock:
+                if loaded is not None or self._progress is progress:  # whatever it was: the state is not lost with it
+                    self._loaded, self._loaded_is_asked_for, self._next_epoch = loaded, asked_for, epoch
+                    self._progress = before
+            raise
+
+    def _begins(self, progress: Progress) -> None:
+        """An epoch begins: tell those of the user's who are to know, and note on it what they said."""
 
     def _sample_seed(self, seed: int | None) -> int:
         """For the random numbers of samples: the user's `seed`, else one that is drawn once for this loader."""
@@ -193,23 +216,16 @@ class Loader(Opener):
         return {} if seed is not None else {"sample_seed": self._sample_seed(None)}
 
     def _open_run(self) -> Run:
-        loaded = self._loaded
-        progress = self._begin_epoch()
-        try:
+        with self._beginning() as progress:
             window = self._build(progress)
             if progress.cursor is not None:
                 window.resume(progress.cursor)
-        except BaseException:
-            if loaded is not None:  # whatever it was: the state is not lost with it
-                self._loaded, self._next_epoch = loaded, progress.epoch
-            raise
-        run = Run(window, progress.epoch, progress)
+            run = Run(window, progress.epoch, progress)
         self._watch(progress, run.meters)
         return run
 
     def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
-        """`stats` and `state_dict` are about this epoch from now on."""
-        self._progress = progress
+        """`stats` is about this epoch from now on."""
         self._epoch, self._meters, self._consumer = progress.epoch, meters, progress.meter
         progress.meter.began = perf_counter()
 
@@ -262,15 +278,33 @@ class Loader(Opener):
             if self._loaded is not None:
                 return self.state_dict()
             return self._make_state(self._next_epoch, 0, None, self._random_state())
-        if progress.length is None:
-            length = self._sure_length()
-            progress.length = -1 if length is None else length
-        if progress.over or (progress.batches and progress.batches == progress.length):
-            epoch = self._next_epoch if progress is self._progress else progress.epoch + 1
-            return self._make_state(epoch, 0, None, self._random_state())
-        return self._make_state(progress.epoch, progress.batches, progress.cursor, dict(progress.begun_with))
+        if not progress.complete:
+            random, lengths = dict(progress.begun_with), progress.lengths
+            return self._make_state(progress.epoch, progress.batches, progress.cursor, random, lengths)
+        newest = self._progress
+        if newest is None or progress is newest:
+            return self._make_state(self._next_epoch, 0, None, self._random_state())
+        epoch = progress.epoch + 1
+        random = dict(newest.begun_with) if newest.epoch == epoch else self._random_state()
+        return self._make_state(epoch, 0, None, random)
 
-    def _make_state(self, epoch: int, batches: int, cursor: Any, random: dict[str, Any] | None) -> dict[str, Any]:
+    def _make_state(
+        self,
+        epoch: int,
+        batches: int,
+        cursor: Any,
+        random: dict[str, Any] | None,
+        lengths: Sequence[int | None] | None = None,
+    ) -> dict[str, Any]:
+        """A state.
+
+        Args:
+            epoch: See `docs/checkpoint.md`, as for all that follows.
+            batches: See there.
+            cursor: See there.
+            random: See there.
+            lengths: Of the datasets, where they are not those of now.
+        """
         if self._known_guarantee is None:
             self._known_guarantee = self._guarantee()
         return make_state(
@@ -279,7 +313,7 @@ class Loader(Opener):
             batches=batches,
             cursor=cursor,
             guarantee=self._known_guarantee,
-            pipeline=self._shape(),
+            pipeline=self._shape() if lengths is None else with_lengths(self._shape(), lengths),
             ranks=self._ranks(),
             random=random,
             left_out=self._leave_out,
@@ -294,10 +328,10 @@ class Loader(Opener):
     def replay(self, step: int) -> Any:
         """The very batch that the newest epoch gave as number `step`, made once more. An error is raised again.
 
-        The epoch goes on undisturbed, and no random generator is left changed: torch's global one is put back as it was
-        before, so draw nothing from it meanwhile in another thread or task. What a source cannot enter in the middle
-        is read again up to there, and must give the same again. It runs on a loop of its own; in async code:
-        `await asyncio.to_thread(loader.replay, step)`.
+        The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables that
+        know where they are are copied, and torch's global generator is put back as it was before, so draw nothing from
+        it meanwhile in another thread. What a source cannot enter in the middle is read again up to there, and must
+        give the same again. It runs on a loop of its own, as `for` does; `areplay` runs on the caller's.
 
         Args:
             step: From 0, as in `BatchInfo`; one of the last 4096.
@@ -306,6 +340,27 @@ class Loader(Opener):
             LookupError: That step is not known (any more), or it would be another batch: samples that come in another
                 order each time, or cannot be had again.
         """
+        with self._replaying(step) as again, torch.random.fork_rng(devices=()), again:
+            return next(iter(again))
+
+    async def areplay(self, step: int) -> Any:
+        """`replay` for async code: on the caller's event loop, where its clients and sessions work.
+
+        What your functions draw from torch's global generator meanwhile stays drawn.
+
+        Args:
+            step: See `replay`.
+
+        Raises:
+            LookupError: See `replay`.
+        """
+        with self._replaying(step) as again:
+            async with again:
+                return await anext(aiter(again))
+
+    @contextmanager
+    def _replaying(self, step: int) -> Iterator[Self]:
+        """A loader of its own whose next batch is that of `step`."""
         step = check_count("step", step, least=0)
         if (why := self._never_again()) is not None:
             raise LookupError(f"replay gives the very batch of an earlier step, but {why}; keep the batch, or its keys")
@@ -321,19 +376,27 @@ class Loader(Opener):
         cursor = history[step - first]
         if cursor is None:
             cursor = beginning(progress.cursor)
+        again = self._apart()
+        random = self._random_state()
+        try:
+            again.load_state_dict(self._make_state(progress.epoch, step, cursor, progress.begun_with, progress.lengths))
+            again._leave_out = {}
+            yield again
+        except SourceUsedUpError as error:
+            raise LookupError(f"replay reads the source again, but {error}") from error
+        finally:
+            self._set_epochs(random)  # a dataset is not copied
+
+    def _apart(self) -> Self:
+        """Another loader of the same, that can be iterated without moving anything that this one draws or reads from.
+
+        Raises:
+            LookupError: Something of the user's cannot be copied.
+        """
         again = Loader.__new__(type(self))
         again.__setstate__(self.__getstate__())
         again._drawn_seed = self._drawn_seed
-        before = self._random_state()
-        try:
-            with torch.random.fork_rng(devices=()):
-                again.load_state_dict(self._make_state(progress.epoch, step, cursor, progress.begun_with))
-                again._leave_out = {}
-                with again:
-                    return next(iter(again))
-        finally:
-            self._set_random_state(before)
-            self._set_epochs(before)
+        return again
 
     def _never_again(self) -> str | None:
         """Why a batch cannot be made once more; None: it can."""

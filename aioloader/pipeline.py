@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import isfinite
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Generator
 
@@ -17,6 +17,7 @@ from aioloader.cache.memory import MemoryStore
 from aioloader.device import Transfer, can_pin, check_device, open_backend
 from aioloader.elastic import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.engine.progress import Progress
+from aioloader.engine.resumable import is_stateful
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
@@ -32,7 +33,15 @@ from aioloader.plan import (
     is_permutable,
     length_of,
 )
-from aioloader.sources.drawn import check_drawn, check_generators, draws_globally, generators_of, packed, unpacked
+from aioloader.sources.drawn import (
+    apart,
+    check_drawn,
+    check_generators,
+    draws_globally,
+    generators_of,
+    packed,
+    unpacked,
+)
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
 from aioloader.stages.base import Pass, Stage
@@ -527,6 +536,17 @@ class Pipeline(Loader):
         except TypeError:
             return None
 
+    def _apart(self) -> Self:
+        again = super()._apart()
+        samplers = set(map(id, _samplers(self._plan)))
+        moving = [
+            stream.make
+            for stream in _streams(self._plan)
+            if not stream.call and (id(stream.make) in samplers or is_stateful(stream.make))
+        ]
+        again._plan = _with_streams(self._plan, dict(zip(map(id, moving), apart(moving), strict=True)))
+        return again
+
     def _random_state(self) -> dict[str, Any]:
         state = self._seed_state(self._seed)
         generators = _generators(self._plan)
@@ -630,6 +650,21 @@ def _keeping_last(plan: Plan) -> Plan:
         source = replace(source, plans=tuple(_keeping_last(inner) for inner in source.plans))
     stages = [replace(stage, drop_last=False) if isinstance(stage, Batch) else stage for stage in plan.stages]
     return replace(plan, source=source, stages=tuple(stages))
+
+
+def _with_streams(plan: Plan, others: dict[int, Any]) -> Plan:
+    """`plan` with other objects to iterate, by the ids of those that they are for."""
+
+    def other(data: Any) -> Any:
+        known = isinstance(data, Stream) and id(data.make) in others
+        return replace(data, make=others[id(data.make)]) if known else data
+
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(_with_streams(inner, others) for inner in source.plans))
+    else:
+        source = replace(source, data=other(source.data), sampler=other(source.sampler))
+    return replace(plan, source=source)
 
 
 def _generators(plan: Plan) -> list[Generator]:

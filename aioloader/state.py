@@ -35,9 +35,11 @@ __all__ = [
     "guarantee_of",
     "guarantee_of_stream",
     "identity_of",
+    "lengths_of",
     "make_state",
     "ranges_of",
     "shape_of",
+    "with_lengths",
 ]
 
 FORMAT: Final = "aioloader"
@@ -195,6 +197,34 @@ def shape_of(plan: Plan) -> Shape:
         elif not isinstance(stage, To | PinMemory | OwnProcess | Cache):
             stages.append(_stage(stage))
     return [_source(plan.source), *stages]
+
+
+def lengths_of(shape: Shape) -> list[int | None]:
+    """Of the datasets in `shape`, in order."""
+    found: list[int | None] = []
+    for part in shape:
+        if "length" in part:
+            found.append(part["length"])
+        for inner in part.get("sources", ()):
+            found += lengths_of(inner)
+    return found
+
+
+def with_lengths(shape: Shape, lengths: Sequence[int | None]) -> Shape:
+    """`shape` as it was when its datasets had these `lengths`; as it is, if they are of another one."""
+    if len(lengths) != len(lengths_of(shape)):
+        return shape
+    left = iter(lengths)
+
+    def as_it_was(shape: Shape) -> Shape:
+        return [
+            part
+            | ({"length": next(left)} if "length" in part else {})
+            | ({"sources": [as_it_was(inner) for inner in part["sources"]]} if "sources" in part else {})
+            for part in shape
+        ]
+
+    return as_it_was(shape)
 
 
 def _source(source: Single | Combined) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from aioloader.engine.entry import DONE, LAST, Entry, annotate, presentable
 from aioloader.engine.faces import Opener, Receive, T_co
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import SNAPSHOT_SAMPLES, Origin, Redrawn, after_origin, open_at, snapshot, split_cursor
+from aioloader.engine.resumable import (
+    Origin,
+    Redrawn,
+    after_origin,
+    is_due,
+    note_first,
+    open_at,
+    snapshot,
+    split_cursor,
+)
 from aioloader.engine.torch_state import check_leak, context_state
 from aioloader.engine.window import Left
 from aioloader.executors.chunk import Call, refuse_coroutine
@@ -37,18 +46,23 @@ class InlineSource(Node):
         self._since = 0  # samples since the origin
         self._skipped = 0  # those that were delivered before a resume
         self._position = 0
+        self._before = 0  # samples of the epoch before the origin that it was opened at
+        self._count = 0  # samples read since then
         self._asked: Any = None
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
 
     def resume(self, cursor: Any) -> None:
         self._origin, self._skipped = split_cursor(cursor)
-        self._position = self._skipped + (0 if self._origin is None else self._origin["at"])
+        self._before = 0 if self._origin is None else self._origin["at"]
+        self._position = self._skipped + self._before
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")
 
     def poll(self, limit: int) -> list[Entry]:
+        if self.ended:
+            return []
         position = self._position
         before = context_state()
         began = perf_counter()
@@ -57,11 +71,8 @@ class InlineSource(Node):
                 assert self._iterable is not None
                 self._iterator, self._asked = open_at(self._iterable, self._origin)
             while self._since < self._skipped:  # read again, and dropped
-                next(self._iterator)
-                self._since += 1
-            if self._asked is not None and self._since and not position % SNAPSHOT_SAMPLES:
-                self._ask()
-            sample = next(self._iterator)
+                self._read(self._iterator)
+            sample = self._read(self._iterator)
             check_leak(before, self.meter.name)
             if self._iterable is not None:  # what the keys were drawn from is known with the first one
                 if isinstance(self._iterable, Redrawn):
@@ -79,18 +90,29 @@ class InlineSource(Node):
         finally:
             self.meter.busy_seconds += perf_counter() - began
         self._position = self.meter.samples = position + 1
-        self._since += 1
         cursor = self._since if self._origin is None else (self._origin, self._since)
         entry = Entry(sample, cursor, sample if self._keys or isinstance(sample, NAMES) else position, position)
         entry.state = DONE
         return [entry]
 
+    def _read(self, iterator: Iterator[Any]) -> Any:
+        sample = next(iterator)
+        self._count += 1
+        self._since += 1
+        if self._asked is not None:
+            if self._count == 1 and self._before:
+                note_first(self._asked, iterator)
+            elif is_due(self._before + self._count):
+                self._ask()
+        return sample
+
     def _ask(self) -> None:
-        origin = snapshot(self._asked, self._iterator, self._position)
+        origin = snapshot(self._asked, self._iterator, self._before + self._count)
         if origin is None:
             self._asked = None
         else:
-            self._origin, self._since, self._skipped = origin, 0, 0
+            self._skipped = max(0, self._skipped - self._since)
+            self._origin, self._since = origin, 0
 
     def close(self) -> None:
         close = getattr(self._iterator, "close", None)

@@ -26,7 +26,8 @@ class Progress:
         resumed: It began in the middle.
         asked_for: Whoever resumed it named this epoch himself (`set_epoch`).
         over: The consumer was told that there is no more.
-        length: Batches of the epoch, -1 when only its end tells; None: nobody has looked.
+        length: Batches of the epoch; None: only its end tells.
+        lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
         begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         leave_out: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
@@ -46,6 +47,7 @@ class Progress:
         "history",
         "leave_out",
         "length",
+        "lengths",
         "meter",
         "over",
         "resumed",
@@ -60,6 +62,7 @@ class Progress:
         self.asked_for = False
         self.over = False
         self.length: int | None = None
+        self.lengths: list[int | None] = []
         self.begun_with: dict[str, Any] = {}
         self.leave_out: list[range] = []
         self.history: deque[Any] = deque(maxlen=HISTORY)
@@ -72,6 +75,11 @@ class Progress:
     def batches(self) -> int:
         """Steps that are done: batches that were handed out, that raised, or were left out."""
         return self.batches_before + self.meter.batches + self._left_out
+
+    @property
+    def complete(self) -> bool:
+        """Whether a resume from here begins the next epoch."""
+        return self.over or (self.batches > 0 and self.batches == self.length)
 
     def hand_out(self, entry: Entry, asked: float) -> None:
         """`entry`, which was asked for at `asked`, is the consumer's now."""

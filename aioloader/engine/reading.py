@@ -9,12 +9,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.resumable import (
-    SNAPSHOT_SAMPLES,
     Origin,
     Redrawn,
     asked,
+    begin_again,
+    is_due,
     is_stateful,
     load_iterable,
+    note_first,
     open_at,
     snapshot,
 )
@@ -72,17 +74,15 @@ class AsyncReader(Reader):
         if origin is not None:
             self._at = origin["at"]
         if is_stateful(iterable):
-            await self._run.in_thread(self._threads, load_iterable, iterable, origin)
+            if origin is None:
+                await self._run.in_thread(self._threads, begin_again, iterable)
+            else:
+                await self._run.in_thread(self._threads, load_iterable, iterable, origin)
         self._iterator = aiter(iterable)
         if origin is not None or is_stateful(iterable) or is_stateful(self._iterator):
             self._asked = await self._run.in_thread(self._threads, asked, iterable, self._iterator, origin)
 
     async def read(self, limit: int) -> list[Any]:
-        if self._asked is not None and self._number and not (self._at + self._number) % SNAPSHOT_SAMPLES:
-            at = self._at + self._number
-            origin = await self._run.in_thread(self._threads, snapshot, self._asked, self._iterator, at)
-            if origin is not None:
-                self.marks.append((self._number, origin))
         before = context_state()
         began = perf_counter()
         try:
@@ -93,6 +93,10 @@ class AsyncReader(Reader):
             self.busy_seconds += perf_counter() - began
         check_leak(before, self._name)
         self._number += 1
+        if self._asked is not None and is_due(at := self._at + self._number):
+            origin = await self._run.in_thread(self._threads, snapshot, self._asked, self._iterator, at)
+            if origin is not None:
+                self.marks.append((self._number, origin))
         return [sample]
 
     async def aclose(self) -> None:
@@ -154,8 +158,6 @@ class ThreadReader(Reader):
                 if not isinstance(self._iterable, Redrawn):
                     self._iterable = None
             while count < limit and now - began < READ_SECONDS:
-                if self._asked is not None and self._number and not (self._at + self._number) % SNAPSHOT_SAMPLES:
-                    self._ask()
                 sample = next(self._iterator)
                 check_leak(before, self._name)
                 if self._iterable is not None:  # what the keys were drawn from is known with the first one
@@ -163,6 +165,11 @@ class ThreadReader(Reader):
                         self.marks.append((0, self._iterable.origin))
                     self._iterable = None
                 self._number += 1
+                if self._asked is not None:
+                    if self._number == 1 and self._at:
+                        note_first(self._asked, self._iterator)
+                    elif is_due(self._at + self._number):
+                        self._ask()
                 self._ready.append(sample)
                 del sample
                 count += 1

@@ -2,7 +2,8 @@
 
 The cursor of a sample is a count, or a pair of an *origin* and a count from there. An origin is one of two things: what
 a sampler drew its order from, or what a user's object with `state_dict` said about itself. Asking such an object may
-cost anything, so it is asked once in `SNAPSHOT_SAMPLES`; what was read since then is read again and dropped.
+cost anything, so it is asked behind the first sample and once in
+`SNAPSHOT_SAMPLES`; what was read since then is read again and dropped.
 """
 
 import contextlib
@@ -10,8 +11,9 @@ import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
+from itertools import islice
 from typing import Any, Final
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from aioloader.engine.progress import cursor_parts, whole
 
@@ -20,8 +22,11 @@ __all__ = [
     "Origin",
     "Redrawn",
     "after_origin",
+    "begin_again",
     "beginning",
+    "is_due",
     "is_stateful",
+    "note_first",
     "open_at",
     "snapshot",
     "split_cursor",
@@ -75,12 +80,46 @@ def after_origin(origin: Origin | None, since: int) -> Any:
     return since if origin is None else (origin, since)
 
 
-_initial: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""The states that objects had before we first loaded one into them: their next epoch begins with these."""
+class _Known:
+    """What is kept of an object of the user's that tells its state, as long as the object lives.
+
+    Attributes:
+        initial: Its state when we first saw it; None: nothing that JSON can hold.
+        loaded: One of ours was loaded into it since.
+        after: Its state behind the first sample that it gave then; None: it gave none.
+    """
+
+    __slots__ = ("after", "initial", "loaded")
+
+    def __init__(self, iterable: Any) -> None:
+        self.initial: Any = None
+        with contextlib.suppress(TypeError, ValueError):
+            self.initial = frozen(iterable.state_dict())
+        self.loaded = False
+        self.after: Any = None
+
+
+_known: dict[int, tuple[ref[Any], _Known]] = {}  # by id: an object may be equal to another one, or have no hash
+
+
+def _knowledge(iterable: Any) -> _Known:
+    """Of `iterable`; it is asked for its state when it is seen first."""
+    owner = getattr(iterable, "__wrapped__", iterable)
+    if (entry := _known.get(id(owner))) is not None:
+        return entry[1]
+    known = _Known(iterable)
+    key = id(owner)
+    with contextlib.suppress(TypeError):  # it cannot be referred to weakly
+        _known[key] = ref(owner, lambda _: _known.pop(key, None)), known
+    return known
 
 
 def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[Any], Any]:
     """Iterate `iterable` from `origin` on, or from its beginning; in the thread that will go on with it.
+
+    Some objects keep what was loaded for all epochs to come (Hugging Face's do, while they are told no other epoch),
+    others go on by themselves, and maybe in another order than before. What they do is seen at the first sample of the
+    epoch behind: whoever is where the loaded state had brought it then is sent back to its beginning.
 
     Returns:
         The iterator, and what can be asked where it is, if anything.
@@ -88,27 +127,58 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
     if isinstance(iterable, Redrawn):
         iterable.origin = origin
         return iter(iterable), None
-    load_iterable(iterable, origin)
+    known = load_iterable(iterable, origin)
     iterator = iter(iterable)
-    return iterator, asked(iterable, iterator, origin)
+    who = asked(iterable, iterator, origin)
+    if who is iterable and origin is None and known is not None and known.loaded:
+        known.loaded = False
+        first = list(islice(iterator, 1))
+        if first and known.after is not None and frozen(iterable.state_dict()) != known.after:
+            return _Begun(first, iterator), who
+        if (close := getattr(iterator, "close", None)) is not None:
+            close()
+        _begin_again(iterable, known)
+        iterator = iter(iterable)
+    return iterator, who
 
 
-def load_iterable(iterable: Any, origin: Origin | None) -> None:
+class _Begun(Iterator[Any]):
+    """An iterator whose first sample has been read."""
+
+    def __init__(self, first: list[Any], rest: Iterator[Any]) -> None:
+        self._first = first
+        self._rest = rest
+
+    def __next__(self) -> Any:
+        return self._first.pop() if self._first else next(self._rest)
+
+    def close(self) -> None:
+        """Close the iterator, if it can be."""
+        if (close := getattr(self._rest, "close", None)) is not None:
+            close()
+
+
+def load_iterable(iterable: Any, origin: Origin | None) -> _Known | None:
     """Let an iterable with a state begin at `origin`, unless its iterators have states of their own."""
     if not is_stateful(iterable):
-        return
-    owner = getattr(iterable, "__wrapped__", iterable)
+        return None
+    known = _knowledge(iterable)
     if origin is not None and origin.get("of") == "iterable":
-        with contextlib.suppress(TypeError):  # it cannot be referred to weakly, or has no hash
-            _initial.setdefault(owner, frozen(iterable.state_dict()))
+        known.loaded, known.after = True, None
         iterable.load_state_dict(origin["state"])
-        return
-    try:
-        initial = _initial.get(owner)
-    except TypeError:
-        return
-    if initial is not None:  # some keep what was loaded for all epochs to come
-        iterable.load_state_dict(initial)
+    return known
+
+
+def begin_again(iterable: Any) -> None:
+    """Let an async iterable into which a state was loaded begin where it did when it was seen first."""
+    if is_stateful(iterable) and (known := _knowledge(iterable)).loaded:
+        known.loaded = False
+        _begin_again(iterable, known)
+
+
+def _begin_again(iterable: Any, known: _Known) -> None:
+    if known.initial is not None:
+        iterable.load_state_dict(known.initial)
 
 
 def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
@@ -126,6 +196,22 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
             f"the state holds one of the source itself, but {type(iterable).__name__} has no load_state_dict"
         )
     return iterable if is_stateful(iterable) else None
+
+
+def is_due(at: int) -> bool:
+    """Whether an object is to be asked for its state, behind so many samples of the epoch.
+
+    Behind the first one: then it has drawn its order. Not before: what it says at the end of the last epoch is no
+    beginning of the next one.
+    """
+    return at == 1 or (at > 0 and not at % SNAPSHOT_SAMPLES)
+
+
+def note_first(thing: Any, iterator: Any) -> None:
+    """`thing`, into which a state was loaded, has given one sample."""
+    if thing is not iterator and (known := _knowledge(thing)).loaded:
+        with contextlib.suppress(TypeError, ValueError):
+            known.after = frozen(thing.state_dict())
 
 
 def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:

@@ -268,7 +268,7 @@ class StreamSource(_Pump):
             number = since  # samples that this reader gave
             while samples := await reader.read(await self._demanded()):
                 for sample in samples:
-                    while marks and marks[0][0] <= number:
+                    while marks and marks[0][0] <= number + 1:
                         at, origin = marks.popleft()
                         since = number - at
                     position = self._position

@@ -1,7 +1,8 @@
 """Samplers, whose order may be random: what they drew from is kept, so that a resumed epoch draws it again."""
 
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from aioloader.seeds import derive_seed
 
 __all__ = [
     "Drawn",
+    "apart",
     "check_drawn",
     "check_generators",
     "generators_of",
@@ -233,6 +235,37 @@ def generators_of(*samplers: Any) -> list[torch.Generator]:
             if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
                 found.append(generator)
     return found
+
+
+def apart(things: Sequence[Any], shared: Sequence[Any] = ()) -> list[Any]:
+    """Copies of samplers, generators and iterables that know where they are: using them moves none of the originals.
+
+    Args:
+        things: Lists, tuples and ranges do not move, and stay what they are.
+        shared: What they hold and the copies hold too, beside the datasets of samplers.
+
+    Raises:
+        LookupError: One of them cannot be copied.
+    """
+    memo = {id(thing): thing for thing in shared}
+    for thing in things:
+        for part in _chain(thing):
+            for held in (getattr(part, "data_source", None), getattr(part, "dataset", None)):
+                memo.setdefault(id(held), held)  # of which a sampler asks for its length
+    generators = [thing for thing in things if isinstance(thing, torch.Generator)]
+    for generator in [*generators, *generators_of(*things)]:
+        memo[id(generator)] = clone = torch.Generator(device=generator.device)
+        clone.set_state(generator.get_state())
+    copies = []
+    for thing in things:
+        try:
+            copies.append(thing if isinstance(thing, range | list | tuple | None) else deepcopy(thing, memo))
+        except Exception as error:
+            raise LookupError(
+                f"replay reads from copies of samplers and of iterables with a state_dict, so that the epoch goes on "
+                f"undisturbed, but {type(thing).__name__} cannot be copied ({error}); keep the batch, or its keys"
+            ) from error
+    return copies
 
 
 def draws_globally(sampler: Any) -> bool:

@@ -1,6 +1,7 @@
 """`IndexKeys`: the keys of a `DataLoader`'s epochs, drawn as torch's iterator draws them."""
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,9 +11,11 @@ import torch.utils.data
 from torch.utils.data import BatchSampler, RandomSampler
 
 from aioloader.engine.progress import Progress
+from aioloader.engine.resumable import is_stateful
 from aioloader.seeds import derive_seed
 from aioloader.sources.drawn import (
     Drawn,
+    apart,
     check_drawn,
     check_generators,
     generators_of,
@@ -52,16 +55,14 @@ class IndexKeys:
     ) -> None:
         self.seed = seed
         self.generator: torch.Generator | None = loader.generator
-        self._loader = loader
+        self.dataset: Any = loader.dataset
+        self.sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        self._batch_size = loader.batch_size
+        self._drop_last = loader.drop_last
         self._seeded = seed is not None and shuffled
         self._draws_once = persistent and seed is None
         self._base_seed: int | None = None  # once drawn, where that happens once
         self._told_epoch: int | None = None  # by `set_epoch`
-
-    @property
-    def sampler(self) -> Any:
-        """What gives the keys: lists of them, or single ones with `batch_size=None`."""
-        return self._loader.sampler if self._loader.batch_sampler is None else self._loader.batch_sampler
 
     @property
     def plain(self) -> bool:
@@ -89,7 +90,7 @@ class IndexKeys:
     @property
     def _with_epochs(self) -> list[Any]:
         """The samplers and the dataset that have a `set_epoch`."""
-        parts = (self.sampler, getattr(self.sampler, "sampler", self._loader.sampler), self._loader.dataset)
+        parts = (self.sampler, getattr(self.sampler, "sampler", None), self.dataset)
         return [part for part in parts if callable(getattr(part, "set_epoch", None))]
 
     @property
@@ -102,6 +103,19 @@ class IndexKeys:
         self._told_epoch = epoch
         for part in self._with_epochs:
             part.set_epoch(epoch)
+
+    def apart(self) -> "IndexKeys":
+        """The same keys, drawn without moving a sampler, generator or iterable of the user's.
+
+        Raises:
+            LookupError: One of them cannot be copied.
+        """
+        again = copy(self)
+        shared = [] if is_stateful(self.dataset) else [self.dataset]
+        things = [self.sampler, self.generator] if shared else [self.sampler, self.generator, self.dataset]
+        again.sampler, again.generator, *copied = apart(things, shared)
+        again.dataset = copied[0] if copied else self.dataset
+        return again
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
@@ -142,10 +156,9 @@ class IndexKeys:
             seed = derive_seed(self.seed, "workers", epoch)
             if self._seeded:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
-                size = self._loader.batch_size
-                sampler = RandomSampler(self._loader.dataset, generator=generator)  # type: ignore[arg-type]  # shuffle=True: sized
-                if size is not None:
-                    sampler = BatchSampler(sampler, size, self._loader.drop_last)
+                sampler = RandomSampler(self.dataset, generator=generator)
+                if self._batch_size is not None:
+                    sampler = BatchSampler(sampler, self._batch_size, self._drop_last)
         keys: Iterator[Any] = iter(sampler)
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self.generator))
@@ -166,6 +179,11 @@ class IndexKeys:
             state["draws_once"] = True
         if self._base_seed is not None:
             state["base_seed"] = self._base_seed
+        return state | self.epochs()
+
+    def epochs(self) -> dict[str, Any]:
+        """The part of it that says in which epochs samplers and dataset are."""
+        state: dict[str, Any] = {}
         if self._told_epoch is not None:
             state["set_epoch"] = self._told_epoch
         if parts := self._that_tell:
@@ -194,7 +212,6 @@ class IndexKeys:
             generator.set_state(unpacked(its))
         self._draws_once = state.get("draws_once", False)
         self._base_seed = state.get("base_seed") if self._draws_once else None
-        self._told_epoch = state.get("set_epoch")
 
     def set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
         """Let samplers and dataset be in the epochs that `state` tells of.
@@ -203,9 +220,10 @@ class IndexKeys:
             state: See `set_state`.
             told: Also those that do not say which they are in.
         """
-        epoch = state.get("set_epoch")
-        if told and epoch is not None:
-            self.set_epoch(epoch)
+        if told:
+            self._told_epoch = None
+            if (epoch := state.get("set_epoch")) is not None:
+                self.set_epoch(epoch)
         for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
             if part.epoch != epoch:
                 part.set_epoch(epoch)
