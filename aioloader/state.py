@@ -11,7 +11,7 @@ from aioloader.engine.located import CursorSource
 from aioloader.engine.resumable import is_stateful
 from aioloader.errors import StateError
 from aioloader.plan import Combined, Plan, Repeat, Single, any_order
-from aioloader.sources.drawn import is_repeatable
+from aioloader.sources.drawn import arguments_of, is_repeatable, kind_of
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import Stage
@@ -240,7 +240,9 @@ def _source(source: Single | Combined) -> dict[str, Any]:
         kind, name = "stream", source_name(data.make)
     if source.sampler is not None:
         kind = "sampler"
-    described = {"stage": "source", "kind": kind, "name": name, "length": _length(source)}
+    described: dict[str, Any] = {"stage": "source", "kind": kind, "name": name, "length": _length(source)}
+    if source.sampler is not None:
+        described |= {"sampler": kind_of(source.sampler.make), "arguments": arguments_of(source.sampler.make)}
     return described if isinstance(data, Indexable) else described | identity_of(data.make)
 
 
@@ -298,6 +300,8 @@ def _difference(now: Shape, then: Any, where: str = "") -> str | None:
                 if difference is not None:
                     return difference
             elif mine[key] != its.get(key):
+                if key == "arguments":
+                    return _arguments_difference(mine[key], its.get(key), place)
                 if key == "length":
                     return _length_difference(mine, its.get(key), where)
                 if mine["stage"] == its["stage"] == "source" and mine.get("kind") == its.get("kind"):
@@ -320,6 +324,13 @@ def _sources_difference(now: list[Shape], then: Any, place: str) -> str | None:
         if difference is not None:
             return difference
     return None
+
+
+def _arguments_difference(now: dict[str, Any], then: Any, place: str) -> str:
+    if not isinstance(then, dict):
+        return f"the arguments of the sampler of {place} in the state are broken: {then!r}"[:300]
+    name = next(name for name in {**now, **then} if now.get(name) != then.get(name))
+    return f"the sampler of {place} has {name}={now.get(name)!r}, and had {then.get(name)!r}"[:300]
 
 
 def _length_difference(mine: dict[str, Any], then: Any, where: str) -> str:

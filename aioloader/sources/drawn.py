@@ -1,7 +1,9 @@
 """Samplers, whose order may be random: what they drew from is kept, so that a resumed epoch draws it again."""
 
+import threading
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from itertools import islice
 from typing import Any, Final
@@ -23,6 +25,7 @@ from aioloader.seeds import derive_seed
 __all__ = [
     "Drawn",
     "apart",
+    "arguments_of",
     "check_drawn",
     "check_generators",
     "generators_of",
@@ -36,6 +39,9 @@ __all__ = [
 
 _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _FIXED: Final = (SequentialSampler, DistributedSampler)
+
+
+_drawing: Final = threading.Lock()
 
 
 class Drawn(Redrawn):
@@ -59,6 +65,8 @@ class Drawn(Redrawn):
         record: Keeps what the epoch was drawn from, under `name`; the loader then sets the generators back itself.
             None: it becomes a part of each cursor, since the keys are asked for several times in an epoch.
         name: See `record`.
+        alone: Nobody else's `Drawn` draws from the global generator between the moment when its state is noted and the
+            draw; not for samplers of the user's, which may wait for anything.
         repetitions: Of the enclosing `repeat` stages. Those after the first do not draw from the global generator,
             which the consumer may be using meanwhile: they go on from what the first one drew from. And the states of
             generators are a part of each cursor, for they are others in each repetition.
@@ -73,6 +81,7 @@ class Drawn(Redrawn):
         resumed: bool = False,
         record: dict[str, Any] | None = None,
         name: str = "drawn",
+        alone: bool = False,
         repetitions: tuple[int, ...] = (),
     ) -> None:
         self._open = open_keys
@@ -81,18 +90,20 @@ class Drawn(Redrawn):
         self._resumed = resumed
         self._record = record
         self._name = name
+        self._alone: AbstractContextManager[Any] = _drawing if alone and uses_global else nullcontext()
         self._repetitions = repetitions
         self.origin: Origin | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        before = self._before()
-        if before is None and not self._resumed:
-            keys = self._open()
-            first = list(islice(keys, 1))
-        else:
-            with _DrawnFrom(torch.get_rng_state() if before is None else unpacked(before)):
+        with self._alone:
+            before = self._before()
+            if before is None and not self._resumed:
                 keys = self._open()
                 first = list(islice(keys, 1))
+            else:
+                with _DrawnFrom(torch.get_rng_state() if before is None else unpacked(before)):
+                    keys = self._open()
+                    first = list(islice(keys, 1))
         yield from first
         yield from keys
 
@@ -284,6 +295,29 @@ def kind_of(sampler: Any) -> str:
     return type(sampler).__name__ if type(sampler) in (*_DRAWING, *_FIXED, BatchSampler) else "custom"
 
 
+_ARGUMENTS: Final[dict[type, tuple[tuple[str, str], ...]]] = {
+    BatchSampler: (("batch_size", "batch_size"), ("drop_last", "drop_last")),
+    RandomSampler: (("replacement", "replacement"), ("num_samples", "_num_samples")),
+    SubsetRandomSampler: (("indices", "indices"),),
+    WeightedRandomSampler: (("weights", "weights"), ("num_samples", "num_samples"), ("replacement", "replacement")),
+    DistributedSampler: tuple((name, name) for name in ("num_replicas", "shuffle", "seed", "drop_last")),
+}
+"""Of torch's samplers: names and attributes of what decides their order; of what is long, how much there is. Not the
+rank, since a state is that of all ranks."""
+
+
+def arguments_of(sampler: Any) -> dict[str, Any]:
+    """What torch's samplers were made with, as far as it decides the keys; JSON-able."""
+    found = {}
+    for part in _chain(sampler):
+        for name, attribute in _ARGUMENTS.get(type(part), ()):
+            value = getattr(part, attribute, None)
+            if not isinstance(value, int | None):
+                value = len(value)
+            found[f"{type(part).__name__}.{name}"] = value
+    return found
+
+
 def is_repeatable(sampler: Any) -> bool:
     """Whether a resumed epoch surely has the same keys: torch's own samplers, and those that tell their state."""
     for part in _chain(sampler):
@@ -315,7 +349,8 @@ def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], **how: Any) ->
     for part in _chain(sampler):
         if is_stateful(part):
             return _Stateful(part, open_keys, resumed=how.get("resumed", False))
-    return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), **how)
+    alone = is_repeatable(sampler)
+    return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), alone=alone, **how)
 
 
 class _Stateful:

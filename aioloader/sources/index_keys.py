@@ -16,6 +16,7 @@ from aioloader.seeds import derive_seed
 from aioloader.sources.drawn import (
     Drawn,
     apart,
+    arguments_of,
     check_drawn,
     check_generators,
     generators_of,
@@ -84,7 +85,13 @@ class IndexKeys:
         if self._seeded:
             return {"stage": "shuffle", "seed": self.seed}
         inner = getattr(self.sampler, "sampler", self.sampler)
-        shape = {"stage": "sampler", "kind": kind_of(inner), "name": type(inner).__name__}
+        of = inner if self._batch_size is not None else self.sampler  # else the batch sampler is the user's
+        shape = {
+            "stage": "sampler",
+            "kind": kind_of(inner),
+            "name": type(inner).__name__,
+            "arguments": arguments_of(of),
+        }
         return shape if self.seed is None else shape | {"seed": self.seed}
 
     @property
