@@ -157,7 +157,7 @@ def test_samples_that_wait_for_each_other_stand_side_by_side() -> None:
 
 @pytest.mark.parametrize("swallows", [False, True], ids=["", "swallows the error"])
 def test_random_numbers_of_samples_are_those_of_single_rows(swallows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dataset that draws from `sample_rng` is loaded row by row, also where it shows nobody that it could not draw."""
+    """A dataset that draws from `sample_rng` is loaded row by row, also if nobody sees that it could not draw."""
     grow_to(8, monkeypatch)
 
     class Drawing(Table):

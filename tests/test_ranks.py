@@ -966,6 +966,20 @@ def test_random_numbers_of_a_sample_are_the_same_on_any_rank(stream: bool, befor
         pytest.param(
             lambda: Pipeline.zip(Pipeline(range(9)).shard(3, 4), Pipeline(iter_of(9)).shard(3, 4)).batch(2), id="zip"
         ),
+        pytest.param(
+            lambda: Pipeline.zip(
+                Pipeline(range(9)).map(noisy), Pipeline(range(10)).map(noisy).filter(bool).shard(3, 4).map(noisy)
+            ),
+            id="filler of a second source",
+        ),
+        pytest.param(
+            lambda: Pipeline.interleave(
+                Pipeline(range(2)).map(noisy).repeat(2),
+                Pipeline(range(5)).map(noisy).repeat(2).flat_map(ones).shard(3, 4),
+                Pipeline(iter_of(10)).map(noisy).flat_map(ones).map(noisy).filter(bool).shard(3, 4).repeat(2),
+            ),
+            id="filler behind repeats",
+        ),
         pytest.param(lambda: Pipeline(range(60)).shard(0, 2).shard(1, 3).filter(is_odd).batch(2), id="nested"),
         pytest.param(lambda: Pipeline(iter_of(60)).shard(1, 2).shard(2, 4).filter(is_odd).batch(2), id="twice"),
     ],

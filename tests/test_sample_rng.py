@@ -247,6 +247,9 @@ def test_asking_again_goes_on_and_all_three_kinds_are_there() -> None:
         lambda: Pipeline(torch.zeros(6)).batch(2).unbatch().map(draw),
         lambda: Pipeline(range(3)).repeat(2).map(draw),
         lambda: Pipeline(range(3)).map(draw).repeat(2),
+        lambda: Pipeline.interleave(*[Pipeline(range(1)).map(draw).repeat(3) for _ in range(2)]),
+        lambda: Pipeline.interleave(*[Pipeline(range(1)).map(draw).repeat(1) for _ in range(3)]).repeat(2),
+        lambda: Pipeline.interleave(*[Pipeline(range(1)).map(draw).repeat(1).repeat(3) for _ in range(2)]),
         lambda: Pipeline.mix([range(3), range(3)], [1, 1]).map(draw),
         lambda: Pipeline.zip(range(6), range(6)).map(draw),
         lambda: Pipeline(range(12)).filter(lambda sample: sample % 2 == 0).map(draw),
@@ -265,7 +268,8 @@ def test_asking_again_goes_on_and_all_three_kinds_are_there() -> None:
         lambda: Pipeline(range(6)).batch(2, collate_fn=list).batch(2, collate_fn=list).unbatch().unbatch().map(draw),
     ],
     ids=[
-        "stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "mix", "zip", "filter", "nameless",
+        "stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "repeats side by side",
+        "repeats side by side in a repeat", "repeats in repeats side by side", "mix", "zip", "filter", "nameless",
         "nameless in a shuffle", "nameless in a mix", "nameless in an interleave", "nameless in a zip",
         "nameless in a repeat", "nameless in a flat_map", "batches", "batches in a repeat", "batches in an interleave",
         "out of a batch", "out of a batch that has grown", "out of batches of batches",
@@ -287,6 +291,24 @@ def test_no_two_samples_share_their_numbers_before_and_after_a_resume(make: Call
             resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
             samples.close()
             assert [number for _, number in resumed] == first[done:]
+
+
+def test_stages_have_numbers_of_their_own_in_processes_of_their_own() -> None:
+    """Those they would have here, in several repeats and of one pipeline that is there twice."""
+
+    def make(*, apart: bool) -> Pipeline:
+        part = Pipeline(range(2)).map(draw).repeat(2)
+        part = part.in_process() if apart else part
+        return Pipeline.interleave(part, part, Pipeline(range(2)).map(draw).repeat(2)).map(draw).with_seed(0)
+
+    with make(apart=True) as apart:
+        for epoch in range(2):
+            here = make(apart=False)
+            here.set_epoch(epoch)
+            samples = collect(apart, "for")
+            assert samples == list(here)
+            numbers = [number for sample in samples for number in (sample[1], sample[0][1])]
+            assert len(set(numbers)) == len(numbers) == 24
 
 
 @on_both_faces
