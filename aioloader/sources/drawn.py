@@ -21,6 +21,7 @@ from aioloader.seeds import derive_seed
 
 __all__ = [
     "Drawn",
+    "chain_of",
     "check_drawn",
     "check_generators",
     "generators_of",
@@ -215,7 +216,7 @@ def _check_generator(state: Any) -> None:
         raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
 
 
-def _chain(sampler: Any) -> Iterator[Any]:
+def chain_of(sampler: Any) -> Iterator[Any]:
     """A sampler and those that it takes its keys from, as torch's and most people's hold them."""
     seen = 0
     while sampler is not None and seen < 8:
@@ -228,7 +229,7 @@ def generators_of(*samplers: Any) -> list[torch.Generator]:
     """The generators that they draw from, each once."""
     found: list[torch.Generator] = []
     for outer in samplers:
-        for sampler in _chain(outer):
+        for sampler in chain_of(outer):
             generator = getattr(sampler, "generator", None)
             if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
                 found.append(generator)
@@ -237,7 +238,7 @@ def generators_of(*samplers: Any) -> list[torch.Generator]:
 
 def draws_globally(sampler: Any) -> bool:
     """Whether its order may depend on torch's global generator: nobody knows of those that are not torch's."""
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if type(part) in _DRAWING:
             if part.generator is None:
                 return True
@@ -253,7 +254,7 @@ def kind_of(sampler: Any) -> str:
 
 def is_repeatable(sampler: Any) -> bool:
     """Whether a resumed epoch surely has the same keys: torch's own samplers, and those that tell their state."""
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if is_stateful(part):
             return True
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler) and not isinstance(part, range | list | tuple):
@@ -263,7 +264,7 @@ def is_repeatable(sampler: Any) -> bool:
 
 def is_plain(sampler: Any) -> bool:
     """Whether nobody can tell when its keys are read: torch's own samplers, without a generator of the user's."""
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler, range, list, tuple):
             return False
         if getattr(part, "generator", None) is not None:
@@ -279,7 +280,7 @@ def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], **how: Any) ->
         open_keys: Begins an epoch of it.
         how: See `Drawn`.
     """
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if is_stateful(part):
             return _Stateful(part, open_keys, resumed=how.get("resumed", False))
     return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), **how)
