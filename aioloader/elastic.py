@@ -12,6 +12,8 @@ from typing import Any
 
 from aioloader.errors import StateError
 from aioloader.plan import Combined, Plan, Repeat, placed
+from aioloader.sources.drawn import chain_of
+from aioloader.sources.resolve import Stream
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch, Unbatch
 from aioloader.stages.cache import Cache
@@ -184,6 +186,7 @@ def _ranks(plan: Plan) -> _Ranks | None:
     """What `plan`, which has been `placed`, is; None: it has no `shard`."""
     ranks: _Ranks | None = _combined(plan.source) if isinstance(plan.source, Combined) else None
     batch_size = None if ranks is None else ranks.batch_size
+    steady = _same_steps(plan)
     for stage in plan.stages:
         if isinstance(stage, Batch):
             batch_size = (batch_size or 1) * stage.batch_size
@@ -200,8 +203,7 @@ def _ranks(plan: Plan) -> _Ranks | None:
                 ranks = ranks.limited(_Shared.SAME_WORLD, f"a second {stage.label}")
         elif ranks is not None:
             batched = ranks.batch_size is not None
-            steady = batched and all(_same_steps(other) for other in plan.stages)
-            ranks = ranks.limited(_shared_behind(stage, batched=batched, steady=steady), stage.label)
+            ranks = ranks.limited(_shared_behind(stage, batched=batched, steady=batched and steady), stage.label)
         if ranks is not None:
             ranks = replace(ranks, batch_size=batch_size)
     if ranks is not None and (label := _unordered(plan)):
@@ -224,20 +226,23 @@ def _shared_behind(stage: Stage, *, batched: bool, steady: bool) -> _Shared:
             return _Shared.ANY_WORLD
         case Repeat(times):
             return _Shared.ANY_WORLD if steady or times is None else _Shared.SAME_WORLD
-        case Take() | Skip() | Enumerate() | Shuffle():
+        case Shuffle():  # what leaves its buffer last depends on where the end is
+            return _Shared.ANY_WORLD if steady else _Shared.SAME_WORLD
+        case Take() | Skip() | Enumerate():
             return _Shared.ANY_WORLD if batched else _Shared.SAME_WORLD
         case Unbatch(collated) if collated:
             return _Shared.SAME_WORLD
     return _Shared.SAME_RANK  # what it gives depends on the samples
 
 
-def _same_steps(stage: Stage) -> bool:
+def _same_steps(plan: Plan) -> bool:
     """Whether ranks of any number make as many steps of an order, the last ones included."""
-    match stage:
-        case Shard(even=even):
-            return even != "drop"
-        case Batch(drop_last=drop_last):
-            return not drop_last
+    if isinstance(plan.source, Combined) and not all(map(_same_steps, plan.source.plans)):
+        return False
+    for stage in plan.stages:
+        match stage:
+            case Shard(even="drop") | Batch(drop_last=True):
+                return False
     return True
 
 
@@ -267,7 +272,7 @@ def check_one_order(plan: Plan) -> None:
     Raises:
         ValueError: Some samples would come on several ranks, and others on none.
     """
-    if not isinstance(plan.source, Combined) and _draws_by_rank(plan.source.sampler):
+    if _draws_by_rank(plan):
         raise ValueError(
             "shard() deals an order that all ranks see alike, but a DistributedSampler gives each rank its own part "
             "already; leave out one of the two"
@@ -280,9 +285,14 @@ def check_one_order(plan: Plan) -> None:
         )
 
 
-def _draws_by_rank(sampler: Any) -> bool:
-    make = None if sampler is None else sampler.make
-    return hasattr(make, "num_replicas") and hasattr(make, "rank")
+def _draws_by_rank(plan: Plan) -> bool:
+    """Whether samples of `plan` come from a sampler that gives each rank its part."""
+    source = plan.source
+    if isinstance(source, Combined):
+        return any(map(_draws_by_rank, source.plans))
+    drawn = source.data if source.sampler is None else source.sampler
+    parts = chain_of(drawn.make) if isinstance(drawn, Stream) else ()
+    return any(hasattr(part, "num_replicas") and hasattr(part, "rank") for part in parts)
 
 
 def _realised(plan: Plan, *, closed: bool = False) -> str:

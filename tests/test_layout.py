@@ -36,7 +36,7 @@ IMPORTS: dict[str, set[str]] = {
     "plan": {"sources", "stages"},
     "assembly": {"cache", "cores", "device", "engine", "executors", "memory", "notes", "plan", "sources", "stages"},
     "rng": {"executors", "keys", "seeds"},
-    "elastic": {"errors", "plan", "stages"},
+    "elastic": {"errors", "plan", "sources", "stages"},
     "state": {"cache", "elastic", "engine", "errors", "plan", "sources", "stages"},
     "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages", "state"},
     "pipeline": {

@@ -677,10 +677,34 @@ def test_what_each_rank_would_see_in_another_order_is_not_dealt(make: Callable[[
         make().shard(0, 2)
 
 
-def test_a_distributed_sampler_is_not_sharded_again() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sampler: Pipeline(range(8), sampler=sampler),
+        lambda sampler: Pipeline(range(8), sampler=Wrapping(Wrapping(sampler))),
+        lambda sampler: Pipeline(sampler),
+        lambda sampler: Pipeline.interleave(range(8), Pipeline(range(8), sampler=sampler).map(plus)),
+        lambda sampler: Pipeline.mix([Pipeline(range(8), sampler=Wrapping(sampler)), range(8)], [1, 1]),
+        lambda sampler: Pipeline.zip(Pipeline.zip(Pipeline(range(8), sampler=sampler)).batch(2), range(8)),
+        lambda sampler: Pipeline(range(8), sampler=sampler).repeat(2).filter(bool),
+    ],
+    ids=["sampler", "wrapped", "source", "in interleave", "in mix", "in zips", "in front of others"],
+)
+def test_a_distributed_sampler_is_not_sharded_again(make: Callable[[Any], Pipeline]) -> None:
+    """Wherever the shard's samples come from: each rank would deal a part of its part."""
     sampler: Any = DistributedSampler(range(8), num_replicas=2, rank=0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="DistributedSampler gives each rank its own part already"):
-        Pipeline(range(8), sampler=sampler).shard(0, 2)
+        make(sampler).shard(0, 2)
+
+
+class Wrapping:
+    """A sampler that takes its keys from another one."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.sampler)
 
 
 def test_maps_that_commute_with_shard_may_be_unordered() -> None:
@@ -720,6 +744,11 @@ Shared = Literal["any world", "same world", "same rank"]
         (lambda loader: loader.repeat().batch(4), "any world", 12),
         (lambda loader: loader.repeat(2).batch(4), "same world", 12),
         (lambda loader: loader.batch(4, drop_last=True).repeat(2), "same world", 12),
+        (lambda loader: loader.batch(4, drop_last=True).shuffle(3), "same world", 12),
+        (lambda loader: loader.batch(4).batch(2, drop_last=True).shuffle(3), "same world", 24),
+        (lambda loader: Pipeline.zip(loader.batch(4, drop_last=True)).repeat(2), "same world", 12),
+        (lambda loader: Pipeline.zip(loader.batch(4, drop_last=True)).shuffle(3), "same world", 12),
+        (lambda loader: loader.batch(4, drop_last=True).skip(1).take(9).enumerate(), "any world", 12),
         (lambda loader: loader.batch(4).batch(2), "any world", 24),
         (lambda loader: loader.take(9).batch(4), "same world", 12),
         (lambda loader: loader.skip(9).batch(4), "same world", 12),
@@ -965,6 +994,20 @@ def test_random_numbers_of_a_sample_are_the_same_on_any_rank(stream: bool, befor
         ),
         pytest.param(
             lambda: Pipeline.zip(Pipeline(range(9)).shard(3, 4), Pipeline(iter_of(9)).shard(3, 4)).batch(2), id="zip"
+        ),
+        pytest.param(
+            lambda: Pipeline.zip(
+                Pipeline(range(9)).map(noisy), Pipeline(range(10)).map(noisy).filter(bool).shard(3, 4).map(noisy)
+            ),
+            id="filler of a second source",
+        ),
+        pytest.param(
+            lambda: Pipeline.interleave(
+                Pipeline(range(2)).map(noisy).repeat(2),
+                Pipeline(range(5)).map(noisy).repeat(2).flat_map(ones).shard(3, 4),
+                Pipeline(iter_of(10)).map(noisy).flat_map(ones).map(noisy).filter(bool).shard(3, 4).repeat(2),
+            ),
+            id="filler behind repeats",
         ),
         pytest.param(lambda: Pipeline(range(60)).shard(0, 2).shard(1, 3).filter(is_odd).batch(2), id="nested"),
         pytest.param(lambda: Pipeline(iter_of(60)).shard(1, 2).shard(2, 4).filter(is_odd).batch(2), id="twice"),

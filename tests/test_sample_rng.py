@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import aioloader
 from aioloader import DataLoader, Pipeline, ReplayWarning
@@ -41,6 +41,37 @@ class DrawingOnTheLoop:
 
     async def __getitem__(self, index: int) -> tuple[int, int]:
         return draw(index)
+
+
+class DrawingInGroups(Drawing):
+    """Loads several samples by one call; notes how many each call was for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        self.asked.append(len(indices))
+        return [self[index] for index in indices]
+
+
+class DrawingInGroupsAlone:
+    """Has no other way to load a sample."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, int]]:
+        return [draw(index) for index in indices]
+
+
+class DrawingWhereItMay(DrawingInGroups):
+    """Lets nobody see that it could not draw."""
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        try:
+            return super().__getitems__(indices)
+        except RuntimeError:
+            return [(index, 0) for index in indices]
 
 
 def nameless(count: int) -> Callable[[], Iterator[list[int]]]:
@@ -90,6 +121,77 @@ def test_worker_processes_give_the_same_numbers(face: Face) -> None:
     with DataLoader(Drawing(), batch_size=4, shuffle=True, num_workers=2, worker_type="process", seed=3) as loader:
         for _ in range(2):
             assert pairs(collect(loader, face)) == pairs(list(reference))
+
+
+IN_GROUPS = {
+    "Subset": lambda: Subset(Drawing(), range(40)),
+    "both": DrawingInGroups,
+    "__getitems__ alone": DrawingInGroupsAlone,
+    "swallowed error": DrawingWhereItMay,
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("make", IN_GROUPS.values(), ids=IN_GROUPS)
+def test_samples_that_are_loaded_together_have_their_own_numbers(make: Callable[[], Any], face: Face) -> None:
+    """Those they would have alone, whatever the size and order of a batch."""
+    expected = pairs(list(DataLoader(Drawing(), batch_size=7, seed=3)))
+    for workers in (0, 2):
+        loader = DataLoader(make(), batch_size=4, shuffle=True, num_workers=workers, seed=3)
+        assert pairs(collect(loader, face)) == expected
+    for size in (3, 8):
+        assert pairs(collect(Pipeline(make()).with_seed(3).batch(size), face)) == expected
+        assert pairs(collect(Pipeline(make()).shuffle(seed=1).with_seed(3).batch(size), face)) == expected
+    assert dict(collect(Pipeline(make()).with_seed(3), face)) == expected
+
+
+@pytest.mark.parametrize("make", IN_GROUPS.values(), ids=IN_GROUPS)
+def test_samples_that_are_loaded_together_elsewhere_have_their_own_numbers(make: Callable[[], Any]) -> None:
+    expected = pairs(list(DataLoader(Drawing(), batch_size=7, seed=3)))
+    with DataLoader(make(), batch_size=4, shuffle=True, num_workers=1, worker_type="process", seed=3) as there:
+        assert pairs(list(there)) == expected
+    with Pipeline(make()).with_seed(3).batch(3).in_process() as apart:
+        assert pairs(list(apart)) == expected
+
+
+def test_samples_are_loaded_one_by_one_only_where_that_is_asked_for() -> None:
+    """And it is found out once in an epoch, not with each batch."""
+    asking = DrawingInGroups()
+    list(DataLoader(asking, batch_size=20, seed=3))
+    assert asking.asked == [20] + [1] * 40
+
+    class Silent(DrawingInGroups):
+        def __getitem__(self, index: int) -> tuple[int, int]:
+            return index, 0
+
+    silent = Silent()
+    list(DataLoader(silent, batch_size=20, seed=3))
+    list(Pipeline(silent).batch(20))
+    assert silent.asked == [20] * 4
+
+
+def test_samples_that_are_only_had_together_are_refused_numbers() -> None:
+    class Columns(DrawingInGroups):
+        def __getitems__(self, indices: list[int]) -> Any:
+            return {"number": [draw(index) for index in indices]}
+
+    with pytest.raises(TypeError, match=r"must return a list of one sample then, got \{'number'"):
+        list(DataLoader(Columns(), batch_size=4, collate_fn=lambda columns: columns, seed=3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_samples_loaded_together_is_that_of_the_sample(workers: int) -> None:
+    """One by one it has a note that says which; and where nobody asked for numbers, it stays as it is."""
+
+    class Broken(DrawingInGroups):
+        def __getitem__(self, index: int) -> tuple[int, int]:
+            if index == 2:
+                raise ValueError("no 2")
+            return draw(index)
+
+    with pytest.raises(ValueError, match="no 2") as caught:
+        list(DataLoader(Broken(), batch_size=4, num_workers=workers, seed=3))
+    assert "aioloader: dataset index 2, sample 2 of its batch" in caught.value.__notes__
 
 
 def test_numbers_do_not_depend_on_the_number_of_ranks() -> None:
@@ -145,6 +247,9 @@ def test_asking_again_goes_on_and_all_three_kinds_are_there() -> None:
         lambda: Pipeline(torch.zeros(6)).batch(2).unbatch().map(draw),
         lambda: Pipeline(range(3)).repeat(2).map(draw),
         lambda: Pipeline(range(3)).map(draw).repeat(2),
+        lambda: Pipeline.interleave(*[Pipeline(range(1)).map(draw).repeat(3) for _ in range(2)]),
+        lambda: Pipeline.interleave(*[Pipeline(range(1)).map(draw).repeat(1) for _ in range(3)]).repeat(2),
+        lambda: Pipeline.interleave(*[Pipeline(range(1)).map(draw).repeat(1).repeat(3) for _ in range(2)]),
         lambda: Pipeline.mix([range(3), range(3)], [1, 1]).map(draw),
         lambda: Pipeline.zip(range(6), range(6)).map(draw),
         lambda: Pipeline(range(12)).filter(lambda sample: sample % 2 == 0).map(draw),
@@ -163,7 +268,8 @@ def test_asking_again_goes_on_and_all_three_kinds_are_there() -> None:
         lambda: Pipeline(range(6)).batch(2, collate_fn=list).batch(2, collate_fn=list).unbatch().unbatch().map(draw),
     ],
     ids=[
-        "stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "mix", "zip", "filter", "nameless",
+        "stream", "flat_map", "unbatch", "rows", "repeat", "inside repeat", "repeats side by side",
+        "repeats side by side in a repeat", "repeats in repeats side by side", "mix", "zip", "filter", "nameless",
         "nameless in a shuffle", "nameless in a mix", "nameless in an interleave", "nameless in a zip",
         "nameless in a repeat", "nameless in a flat_map", "batches", "batches in a repeat", "batches in an interleave",
         "out of a batch", "out of a batch that has grown", "out of batches of batches",
@@ -185,6 +291,24 @@ def test_no_two_samples_share_their_numbers_before_and_after_a_resume(make: Call
             resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
             samples.close()
             assert [number for _, number in resumed] == first[done:]
+
+
+def test_stages_have_numbers_of_their_own_in_processes_of_their_own() -> None:
+    """Those they would have here, in several repeats and of one pipeline that is there twice."""
+
+    def make(*, apart: bool) -> Pipeline:
+        part = Pipeline(range(2)).map(draw).repeat(2)
+        part = part.in_process() if apart else part
+        return Pipeline.interleave(part, part, Pipeline(range(2)).map(draw).repeat(2)).map(draw).with_seed(0)
+
+    with make(apart=True) as apart:
+        for epoch in range(2):
+            here = make(apart=False)
+            here.set_epoch(epoch)
+            samples = collect(apart, "for")
+            assert samples == list(here)
+            numbers = [number for sample in samples for number in (sample[1], sample[0][1])]
+            assert len(set(numbers)) == len(numbers) == 24
 
 
 @on_both_faces
@@ -225,6 +349,15 @@ def test_numbers_are_those_of_the_index_however_it_is_spelled() -> None:
     assert [n for _, n in Pipeline(range(3), sampler=spelled).with_seed(0).map(draw)] == [n for _, n in plain]
 
 
+def collate_with_numbers(samples: list[Any]) -> Any:
+    return aioloader.sample_rng().random().random()
+
+
+def drained(loader: DataLoader) -> None:
+    with loader:
+        list(loader)
+
+
 async def one_by_one() -> AsyncIterator[int]:
     aioloader.sample_rng()
     yield 1
@@ -236,9 +369,26 @@ async def one_by_one() -> AsyncIterator[int]:
         aioloader.sample_rng,
         lambda: list(Pipeline(one_by_one)),
         lambda: list(Pipeline([1]).batch(1, collate_fn=lambda _: aioloader.sample_rng())),
+        lambda: list(Pipeline(Subset(Drawing(), [1])).batch(1, collate_fn=collate_with_numbers)),
+        lambda: list(DataLoader(Drawing(), batch_size=2, collate_fn=collate_with_numbers)),
+        lambda: list(DataLoader(Subset(Drawing(), [1, 2]), batch_size=2, collate_fn=collate_with_numbers)),
+        lambda: list(DataLoader(Drawing(), batch_size=2, collate_fn=collate_with_numbers, num_workers=1)),
+        lambda: drained(
+            DataLoader(Drawing(), batch_size=2, collate_fn=collate_with_numbers, num_workers=1, worker_type="process")
+        ),
         lambda: list(Pipeline([1]).flat_map(lambda _: [aioloader.sample_rng()])),
     ],
-    ids=["outside", "in a source", "in collate", "in flat_map"],
+    ids=[
+        "outside",
+        "in a source",
+        "in collate",
+        "in collate behind __getitems__",
+        "in collate_fn",
+        "in collate_fn behind __getitems__",
+        "in collate_fn in a thread",
+        "in collate_fn in a process",
+        "in flat_map",
+    ],
 )
 def test_where_there_is_no_sample_it_says_so(ask: Callable[[], Any]) -> None:
     with pytest.raises(RuntimeError, match=r"sample_rng\(\) gives the random numbers of a sample, got a call where"):

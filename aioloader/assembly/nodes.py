@@ -1,9 +1,10 @@
 """From a plan to the nodes that run it. Pure: nothing is started, no user code runs."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from aioloader.assembly.windows import Journey, collate_stage, device_stage, steps_of
 from aioloader.cores import usable_cores
@@ -39,6 +40,12 @@ from aioloader.stages.shuffle import Shuffle
 __all__ = ["build"]
 
 SAMPLES_BETWEEN = 64  # samples, not batches, on their way from a process of its own
+
+Numbered: TypeAlias = Counter[int]
+"""How many stages, whose samples have random numbers, there were so far within so many enclosing repeats.
+
+So each has a number of its own, and the same one wherever a part of the pipeline is built, and however often.
+"""
 
 
 def build(
@@ -103,19 +110,21 @@ class _Builder:
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
-        self._numbered = 0  # stages whose samples have random numbers
+        self._numbered: Numbered = Counter()
 
     def _seed(self) -> int | None:
         """For the random numbers of samples in the next stage."""
-        self._numbered += 1
         this_pass = self._pass
+        depth = len(this_pass.repetitions)
+        self._numbered[depth] += 1
         if this_pass.sample_seed is None:
             return None
-        return this_pass.seed(this_pass.sample_seed, f"sample {len(this_pass.repetitions)} {self._numbered}")
+        return this_pass.seed(this_pass.sample_seed, f"sample {depth} {self._numbered[depth]}")
 
     def stream(self, plan: Plan) -> tuple[Node, Journey]:
         """The nodes of `plan`, and the stages at its end that still want a window."""
         original, plan = plan, replace(plan, stages=with_copies(plan.stages))
+        numbered = self._numbered.copy()  # whatever builds a part of `plan` once more begins there
         splits = [i for i, stage in enumerate(plan.stages) if isinstance(stage, Repeat | OwnProcess)]
         if splits:
             at = splits[-1]
@@ -131,7 +140,7 @@ class _Builder:
                 assert isinstance(split, Repeat)
                 place = f"{self._place}{self._samplers}."
                 self._samplers += 1
-                node = RepeatNode(lambda repetition: self._repetition(inner, repetition, place), split.times)
+                node = RepeatNode(lambda repetition: self._repetition(inner, repetition, place, numbered), split.times)
                 journey = Journey(loose=loose)
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
@@ -139,14 +148,17 @@ class _Builder:
             if isinstance(stage, DropIf):
                 node, journey = self._check_late(node, journey, stage, plan)
             elif isinstance(stage, Shard):
-                node, journey = self._shard(node, journey, stage, replace(plan, stages=plan.stages[:number]))
+                before = replace(plan, stages=plan.stages[:number])
+                node, journey = self._shard(node, journey, stage, before, numbered)
             else:
                 loose = any_order(plan.source, plan.stages[:number])
                 node, journey = self._add(node, journey, stage, loose=loose)
         return node, journey
 
-    def _shard(self, node: Node, journey: Journey, stage: Shard, before: Plan) -> tuple[Node, Journey]:
-        """`stage` behind the plan `before`, of which `node` and `journey` are made.
+    def _shard(
+        self, node: Node, journey: Journey, stage: Shard, before: Plan, numbered: Numbered
+    ) -> tuple[Node, Journey]:
+        """`stage` behind the plan `before`, of which `node` and `journey` are made; `numbered` are stages before those.
 
         A map gives one sample for one, so that maps in front run on this rank's samples alone; so does a cache that
         knows samples by their keys.
@@ -163,6 +175,7 @@ class _Builder:
 
             def again() -> Node:
                 builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, resumed=True)
+                builder._numbered = numbered.copy()
                 return builder.stream(before)[0] if commutes else builder.closed(before)
 
             node = HeadNode(node, again, fold.head)
@@ -181,26 +194,30 @@ class _Builder:
         window = Window(node, steps, room=0)
         return window, Journey(checks=[*journey.checks, (stage, steps[0])])
 
-    def _repetition(self, plan: Plan, repetition: int, place: str) -> Node:
+    def _repetition(self, plan: Plan, repetition: int, place: str, numbered: Numbered) -> Node:
+        """Round `repetition` of `plan`; `numbered` are stages before it."""
         this_pass = self._pass.repeated(repetition)
         builder = _Builder(
             this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=self._resumed, drawn=self._drawn
         )
         builder._place = place
-        return builder.closed(plan)
+        builder._numbered = numbered.copy()
+        node = builder.closed(plan)
+        self._numbered |= builder._numbered  # the most of each: every round has the same numbers
+        return node
 
     def _own_process(self, plan: Plan, *, loose: bool) -> tuple[Node, Journey]:
         """The node for a plan that runs in a process of its own."""
         # What would run here: it numbers the stages, and says whether a cursor fits.
         builder = _Builder(self._pass, None, None, Processes, dry=True, resumed=self._resumed)
-        builder._numbered = self._numbered
+        builder._numbered = self._numbered.copy()
         node, journey = builder.stream(plan)
         inner = _InProcess(placed(plan), self._numbered)
         self._numbered = builder._numbered
         batches = journey.batches
         if self._dry:
             return self._close(node, journey), Journey(batches=batches, loose=loose)
-        key = (id(plan.source), *map(id, plan.stages), repr(inner.places))
+        key = (id(plan.source), *map(id, plan.stages), repr(inner.places), *sorted(inner.numbered.items()))
         remote = partial(_remote, self._processes(), key, plan, inner)
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
         return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches, loose=loose)
@@ -375,11 +392,11 @@ class _InProcess:
 
     Args:
         plan: What runs there.
-        numbered: Stages before it whose samples have random numbers.
+        numbered: Stages before it.
     """
 
     plan: Plan
-    numbered: int
+    numbered: Numbered
 
     @property
     def places(self) -> list[tuple[int | None, int | None]]:
@@ -388,7 +405,7 @@ class _InProcess:
 
     def __call__(self, this_pass: Pass, resumed: bool) -> Window:
         builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, resumed=resumed)
-        builder._numbered = self.numbered
+        builder._numbered = self.numbered.copy()
         return _output(self.plan, this_pass, builder, Processes)
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from aioloader.engine.sync_steps import CHUNK_SECONDS, Crossing, ThreadStep
 from aioloader.executors.chunk import Call, ChunkResult, Failed, apply_chunk
-from aioloader.executors.sample import Sample
+from aioloader.executors.sample import Sample, Several, current_sample
 from aioloader.executors.threads import call_loop
 
 __all__ = ["ManyStep"]
@@ -43,7 +43,7 @@ class _Size:
             self._settled = True
 
     def failed(self) -> None:
-        """Calls for many do not work where single ones do."""
+        """Calls for many do not work where single ones do, or ask whose random numbers they may have."""
         self.now = 1
         self._settled = True
 
@@ -100,10 +100,19 @@ class ManyStep(ThreadStep):
 
     def _load(self, keys: list[Any]) -> list[Any] | None:
         """The samples of `keys`; None: that does not work."""
+        sample = Sample(self._calls[0].seed)
+        sample.name = several = Several()
+        token = current_sample.set(sample)
         began = perf_counter()
         try:
             loaded = list(self._many(keys))
         except Exception:  # it comes again when they are loaded one by one
+            return None
+        finally:
+            current_sample.reset(token)
+            if several.asked:
+                self._count.failed()
+        if several.asked:
             return None
         self._count.measured(len(keys), perf_counter() - began)
         return loaded if len(loaded) == len(keys) else None

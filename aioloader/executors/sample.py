@@ -6,9 +6,9 @@ Nothing is computed per sample: whoever runs the user's function leaves a refere
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-__all__ = ["Fetching", "Named", "Sample", "SampleName", "current_sample"]
+__all__ = ["Fetching", "Named", "Sample", "SampleName", "Several", "current_sample"]
 
 
 class SampleName(Protocol):
@@ -75,6 +75,34 @@ class Fetching:
     def position(self) -> int:
         """Its place in the batch."""
         return len(self._samples)
+
+
+class Several:
+    """Samples that are loaded by one call: which of them is at hand, only the function itself knows.
+
+    Attributes:
+        asked: Somebody wanted to know. What the call gave, if it gave anything, is not to be used.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @property
+    def key(self) -> NoReturn:
+        """Of nobody."""
+        self._refuse()
+
+    @property
+    def position(self) -> NoReturn:
+        """Of nobody."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        self.asked = True
+        raise RuntimeError(
+            "sample_rng() gives the random numbers of one sample, got a call while several are loaded together; "
+            "let this error pass: they are loaded one by one then"
+        )
 
 
 current_sample: ContextVar[Sample | None] = ContextVar("current_sample", default=None)

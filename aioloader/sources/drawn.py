@@ -26,6 +26,7 @@ __all__ = [
     "Drawn",
     "apart",
     "arguments_of",
+    "chain_of",
     "check_drawn",
     "check_generators",
     "generators_of",
@@ -228,7 +229,7 @@ def _check_generator(state: Any) -> None:
         raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
 
 
-def _chain(sampler: Any) -> Iterator[Any]:
+def chain_of(sampler: Any) -> Iterator[Any]:
     """A sampler and those that it takes its keys from, as torch's and most people's hold them."""
     seen = 0
     while sampler is not None and seen < 8:
@@ -241,7 +242,7 @@ def generators_of(*samplers: Any) -> list[torch.Generator]:
     """The generators that they draw from, each once."""
     found: list[torch.Generator] = []
     for outer in samplers:
-        for sampler in _chain(outer):
+        for sampler in chain_of(outer):
             generator = getattr(sampler, "generator", None)
             if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
                 found.append(generator)
@@ -260,7 +261,7 @@ def apart(things: Sequence[Any], shared: Sequence[Any] = ()) -> list[Any]:
     """
     memo = {id(thing): thing for thing in shared}
     for thing in things:
-        for part in _chain(thing):
+        for part in chain_of(thing):
             for held in (getattr(part, "data_source", None), getattr(part, "dataset", None)):
                 memo.setdefault(id(held), held)  # of which a sampler asks for its length
     generators = [thing for thing in things if isinstance(thing, torch.Generator)]
@@ -281,7 +282,7 @@ def apart(things: Sequence[Any], shared: Sequence[Any] = ()) -> list[Any]:
 
 def draws_globally(sampler: Any) -> bool:
     """Whether its order may depend on torch's global generator: nobody knows of those that are not torch's."""
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if type(part) in _DRAWING:
             if part.generator is None:
                 return True
@@ -309,7 +310,7 @@ rank, since a state is that of all ranks."""
 def arguments_of(sampler: Any) -> dict[str, Any]:
     """What torch's samplers were made with, as far as it decides the keys; JSON-able."""
     found = {}
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         for name, attribute in _ARGUMENTS.get(type(part), ()):
             value = getattr(part, attribute, None)
             if not isinstance(value, int | None):
@@ -320,7 +321,7 @@ def arguments_of(sampler: Any) -> dict[str, Any]:
 
 def is_repeatable(sampler: Any) -> bool:
     """Whether a resumed epoch surely has the same keys: torch's own samplers, and those that tell their state."""
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if is_stateful(part):
             return True
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler) and not isinstance(part, range | list | tuple):
@@ -330,7 +331,7 @@ def is_repeatable(sampler: Any) -> bool:
 
 def is_plain(sampler: Any) -> bool:
     """Whether nobody can tell when its keys are read: torch's own samplers, without a generator of the user's."""
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler, range, list, tuple):
             return False
         if getattr(part, "generator", None) is not None:
@@ -346,7 +347,7 @@ def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], **how: Any) ->
         open_keys: Begins an epoch of it.
         how: See `Drawn`.
     """
-    for part in _chain(sampler):
+    for part in chain_of(sampler):
         if is_stateful(part):
             return _Stateful(part, open_keys, resumed=how.get("resumed", False))
     alone = is_repeatable(sampler)

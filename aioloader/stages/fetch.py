@@ -1,11 +1,11 @@
 """A list of keys to a batch, in one call: what a worker does where the samples of a batch are loaded together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from aioloader.executors.sample import Fetching, current_sample
+from aioloader.executors.sample import Fetching, Sample, Several, current_sample
 from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
 from aioloader.stages.collate import DEFAULT, Alloc, Collate, collate_samples
@@ -27,6 +27,10 @@ class LoadsBatches(ABC):
 class FetchBatch:
     """Keys to a batch.
 
+    A `__getitems__` that asks for `sample_rng()` is called for one key at a time from then on: a call for several
+    samples has no numbers that belong to one of them, and those of the batch would depend on its size and order. That
+    it asks is known when it does; what it had begun is begun again.
+
     Args:
         dataset: Map-style, with `__getitems__` or without.
         collate_fn: From a list of samples to a batch; None: `collate`.
@@ -37,34 +41,75 @@ class FetchBatch:
         self._dataset = dataset
         self._collate_fn = collate_fn
         self._collate = collate
+        self._singly = False  # `__getitems__` asks which sample is at hand
 
     def __call__(self, keys: Any, names: Sequence[Any] | None = None) -> Any:
         """Load and collate.
 
         Args:
             keys: In the order of the batch.
-            names: What the samples are called in notes of errors, when not by their keys.
+            names: The samples' keys in the epoch, for notes of errors and random numbers, when they are not `keys`.
         """
         dataset = self._dataset
         collate_fn = self._collate_fn
         if collate_fn is None and isinstance(dataset, LoadsBatches) and len(keys) and self._collate.stacks_tensors:
             return dataset.load_batch(keys, self._collate.alloc_or_empty)
-        if getattr(dataset, "__getitems__", None):  # torch also looks whether it is true
-            samples = dataset.__getitems__(keys)
-        else:
-            samples = []
-            key = None
-            sample = current_sample.get()
+        sample = current_sample.get()
+        name = None if sample is None else sample.name
+        try:
+            samples = self._load(keys, keys if names is None else names, sample)
             if sample is not None:
-                sample.name = Fetching(keys, samples)
+                sample.name = None  # none is at hand while they are collated
+            return collate_samples(samples, keys if names is None else names, collate_fn, self._collate)
+        finally:
+            if sample is not None:
+                sample.name = name
+
+    def _load(self, keys: Any, names: Sequence[Any], sample: Sample | None) -> Any:
+        """The samples of a batch; `sample` is told which one is at hand."""
+        dataset = self._dataset
+        many = getattr(dataset, "__getitems__", None) or None  # torch also looks whether it is true
+        if many is not None and not self._singly:
+            several = Several()
+            if sample is not None:
+                sample.name = several
             try:
-                append = samples.append
-                for key in keys:
-                    append(dataset[key])
-            except Exception as error:
-                add_note(error, f"aioloader: dataset index {shown(key)}, sample {len(samples)} of its batch")
-                raise
-        return collate_samples(samples, keys if names is None else names, collate_fn, self._collate)
+                together = many(keys)
+            except Exception:
+                if not several.asked:
+                    raise
+            else:
+                if not several.asked:
+                    return together
+            self._singly = True
+        samples: list[Any] = []
+        key = None
+        if sample is not None:
+            sample.name = Fetching(names, samples)
+        try:
+            append = samples.append
+            for key in keys:
+                append(dataset[key] if many is None else _one_of(many, key))
+        except Exception as error:
+            add_note(error, f"aioloader: dataset index {shown(key)}, sample {len(samples)} of its batch")
+            raise
+        return samples
+
+
+def _one_of(many: Callable[[list[Any]], Any], key: Any) -> Any:
+    """The sample of `key`, from what loads several.
+
+    Raises:
+        TypeError: It gave something else than a list of one sample.
+    """
+    loaded = many([key])
+    samples = [] if isinstance(loaded, Mapping) else list(loaded)
+    if len(samples) != 1:
+        raise TypeError(
+            f"a __getitems__ that asks for sample_rng() is called for one key at a time and must return a list of one "
+            f"sample then, got {shown(loaded)}; call sample_rng() in a map() or in __getitem__ instead"
+        )
+    return samples[0]
 
 
 class FetchGroup:
