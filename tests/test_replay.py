@@ -14,7 +14,6 @@ from tests._support import Face, Steps, on_both_faces
 from tests.test_resume import Stateful
 from tests.test_resume_again import OtherOrderEachEpoch
 
-
 TWELVE: Any = range(12)
 
 
