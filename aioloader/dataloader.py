@@ -36,7 +36,7 @@ from aioloader.stages.batch import Batch, BatchFold, CollateWith
 from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
-from aioloader.stages.fetch import CollateAny, FetchBatch, FetchOne
+from aioloader.stages.fetch import CollateAny, FetchAsync, FetchBatch, FetchOne
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
 from aioloader.stand_ins import AsyncStandIn, BatchSamplerView
@@ -511,7 +511,8 @@ class DataLoader(Loader, Generic[T_co]):
                 return [Map(data.__getitem__, True, self.concurrency, self.in_order, name="dataset[...]"), convert]
         elif _is_async(data, "__getitems__"):
             at_once = max(1, self.concurrency // (self.batch_size or 1))
-            fetch = Map(data.__getitems__, True, at_once, self.in_order, name="dataset.__getitems__")
+            many = FetchAsync(data.__getitems__)
+            fetch = Map(many, True, at_once, self.in_order, name="dataset.__getitems__")
             return [fetch, convert]
         elif _is_async(data, "__getitem__"):
             # Samples of one batch may overtake each other only inside it: the join goes by their order.

@@ -64,6 +64,16 @@ class DrawingInGroupsAlone:
         return [draw(index) for index in indices]
 
 
+class DrawingInGroupsOnTheLoop:
+    """The same, async."""
+
+    def __len__(self) -> int:
+        return 40
+
+    async def __getitems__(self, indices: list[int]) -> list[tuple[int, int]]:
+        return [draw(index) for index in indices]
+
+
 class DrawingWhereItMay(DrawingInGroups):
     """Lets nobody see that it could not draw."""
 
@@ -143,6 +153,14 @@ def test_samples_that_are_loaded_together_have_their_own_numbers(make: Callable[
         assert pairs(collect(Pipeline(make()).with_seed(3).batch(size), face)) == expected
         assert pairs(collect(Pipeline(make()).shuffle(seed=1).with_seed(3).batch(size), face)) == expected
     assert dict(collect(Pipeline(make()).with_seed(3), face)) == expected
+
+
+@on_both_faces
+def test_samples_that_are_loaded_together_on_the_loop_have_their_own_numbers(face: Face) -> None:
+    expected = pairs(list(DataLoader(Drawing(), batch_size=7, seed=3)))
+    for size in (4, 7):
+        loader: DataLoader[Any] = DataLoader(DrawingInGroupsOnTheLoop(), batch_size=size, shuffle=True, seed=3)
+        assert pairs(collect(loader, face)) == expected
 
 
 @pytest.mark.parametrize("make", IN_GROUPS.values(), ids=IN_GROUPS)

@@ -103,8 +103,8 @@ class InterleaveNode(_Several):
         super().resume(cursors)
         last = len(self._upstreams) - 1
         self._turn = whole(turn, last)
-        self._over = [whole(index, last) for index in cursor_sequence(over)]
-        self.ended = len(set(self._over)) > last
+        self._over = _distinct(over, last)
+        self.ended = len(self._over) > last
 
     def poll(self, limit: int) -> list[Entry]:
         if self.ended:
@@ -155,7 +155,7 @@ class MixNode(_Several):
         cursors, draws, over = cursor_parts(cursor, 3)
         super().resume(cursors)
         self._draws = whole(draws)
-        self._over = [whole(index, len(self._weights) - 1) for index in cursor_sequence(over)]
+        self._over = _distinct(over, len(self._weights) - 1)
         for index in self._over:
             self._weights[index] = 0.0
         self.ended = not any(self._weights)
@@ -369,3 +369,15 @@ class HeadNode(Node):
         if self._head is not None:
             self._head.close()
         self._upstream.close()
+
+
+def _distinct(over: Any, last: int) -> list[int]:
+    """The numbers of sources that have ended, each once.
+
+    Raises:
+        ValueError: They are none.
+    """
+    found = [whole(index, last) for index in cursor_sequence(over)]
+    if len(set(found)) < len(found):
+        raise ValueError(f"sources end once, got {over!r}"[:200])
+    return found

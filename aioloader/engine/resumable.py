@@ -65,7 +65,18 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
     if not isinstance(origin, dict) or not {"state", "drawn"} & origin.keys():
         raise ValueError(f"an origin was expected, got {origin!r}"[:200])
     whole(origin.get("at"))
+    if "drawn" in origin and not _can_be_drawn(origin["drawn"]):
+        raise ValueError(f"what an order was drawn from was expected, got {origin['drawn']!r}"[:200])
     return origin, whole(since)
+
+
+def _can_be_drawn(drawn: Any) -> bool:
+    return (
+        isinstance(drawn, dict)
+        and isinstance(drawn.get("global", 0), str | None)
+        and isinstance(drawn.get("generators"), list)
+        and all(isinstance(state, str) for state in drawn["generators"])
+    )
 
 
 def beginning(cursor: Any) -> Any:

@@ -1,7 +1,7 @@
 """A list of keys to a batch, in one call: what a worker does where the samples of a batch are loaded together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
 from aioloader.stages.collate import DEFAULT, Alloc, Collate, collate_samples
 
-__all__ = ["CollateAny", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
+__all__ = ["CollateAny", "FetchAsync", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
 
 
 class LoadsBatches(ABC):
@@ -89,20 +89,52 @@ class FetchBatch:
         try:
             append = samples.append
             for key in keys:
-                append(dataset[key] if many is None else _one_of(many, key))
+                append(dataset[key] if many is None else _one_of(many([key])))
         except Exception as error:
             add_note(error, f"aioloader: dataset index {shown(key)}, sample {len(samples)} of its batch")
             raise
         return samples
 
 
-def _one_of(many: Callable[[list[Any]], Any], key: Any) -> Any:
-    """The sample of `key`, from what loads several.
+class FetchAsync:
+    """The same for an async `__getitems__`, without collating.
+
+    Args:
+        many: It.
+    """
+
+    def __init__(self, many: Callable[[Any], Awaitable[Any]]) -> None:
+        self._many = many
+        self._singly = False
+
+    async def __call__(self, keys: Any) -> Any:
+        """Load."""
+        sample = current_sample.get()
+        assert sample is not None, "a step says which sample is at hand"
+        if not self._singly:
+            sample.name = several = Several()
+            try:
+                together = await self._many(keys)
+            except Exception:
+                if not several.asked:
+                    raise
+            else:
+                if not several.asked:
+                    return together
+            self._singly = True
+        samples: list[Any] = []
+        sample.name = Fetching(keys, samples)
+        for key in keys:
+            samples.append(_one_of(await self._many([key])))
+        return samples
+
+
+def _one_of(loaded: Any) -> Any:
+    """The sample in what was loaded for one key.
 
     Raises:
-        TypeError: It gave something else than a list of one sample.
+        TypeError: It is something else than a list of one sample.
     """
-    loaded = many([key])
     samples = [] if isinstance(loaded, Mapping) else list(loaded)
     if len(samples) != 1:
         raise TypeError(

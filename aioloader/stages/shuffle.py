@@ -66,6 +66,8 @@ class _ShuffleFold:
     def resume(self, cursor: Any) -> Any:
         oldest, drawn, arrived = cursor_parts(cursor, 3)
         self._drawn, self._resumed_at = whole(drawn, whole(arrived)), arrived
+        if arrived > drawn + self._size:
+            raise ValueError(f"a buffer of {self._size} holds no more, got {arrived} that came and {drawn} that went")
         self._last_cursor = oldest
         self._to_replay = True  # not now: it takes a moment, and this is also asked for only to see whether it fits
         return oldest
