@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from obstore.store import MemoryStore
-from torch.utils.data import RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler
 
 from aioloader import AioloaderError, DataLoader, Pipeline, StateError
 from aioloader.sources import Lines, Objects, ParquetRows, TarShards
@@ -89,6 +89,41 @@ def test_a_state_that_lacks_something(key: str) -> None:
 def test_a_state_with_something_else_in_it(key: str, value: Any, message: str) -> None:
     """Named, with what was found."""
     refused(pipeline(), state_of(pipeline()) | {key: value}, message)
+
+
+@pytest.mark.parametrize(
+    ("make", "cursor", "message"),
+    [
+        (lambda: Pipeline.interleave(range(4), range(4)).batch(2), [[4, 1], 1, [0, 0]], "sources end once"),
+        (lambda: Pipeline.mix([range(4), range(4)], [1, 1]).batch(2), [[4, 1], 5, [0, 0]], "sources end once"),
+        (lambda: Pipeline(numbers).shuffle(4).batch(2), [2, 2, 10**12], "a buffer of 4 holds no more"),
+        (
+            lambda: Pipeline(range(4), sampler=RandomSampler(range(4))).repeat(2).batch(2),
+            [0, [{"at": 0, "drawn": {"global": 3, "generators": []}}, 1]],
+            "what an order was drawn from",
+        ),
+        (
+            lambda: Pipeline(range(4), sampler=RandomSampler(range(4))).repeat(2).batch(2),
+            [0, [{"at": 0, "drawn": {"global": None}}, 1]],
+            "what an order was drawn from",
+        ),
+    ],
+)
+def test_a_cursor_that_leads_nowhere(make: Callable[[], Pipeline], cursor: Any, message: str) -> None:
+    """It would never come to an end, or fail inside."""
+    refused(make(), state_of(make()) | {"cursor": cursor}, message)
+
+
+@pytest.mark.parametrize("epochs", ["3", [1, 2], ["x"]])
+def test_epochs_of_samplers_that_are_none(epochs: Any) -> None:
+    """There is one sampler that tells its epoch."""
+    dataset: Any = range(8)
+
+    def make() -> DataLoader[Any]:
+        return DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, 0))
+
+    state = state_of(make())
+    refused(make(), state | {"random": state["random"] | {"epochs": epochs}}, "epoch")
 
 
 MANY: dict[str, Callable[[], Pipeline]] = {

@@ -19,8 +19,9 @@ class BatchInfo:
             `merge`, `mix` or `interleave` each says which source it is from, behind `flat_map`, `unbatch` and `repeat`
             which part or round it is. Without `batch`, the key of the one sample.
         positions: Of its samples: where each stands in its source, in the order of this epoch and of all ranks, from 0.
-            None where nobody counts: behind a batch sampler of your own, and in a source whose cursor is no count
-            (`Lines`, `TarShards`, `ParquetRows`) after a resume.
+            None where nobody counts: behind a batch sampler of your own, and after a resume in a source whose cursor is
+            no count (`Lines`, `TarShards`, `ParquetRows`, `Channel`).
+        sources: Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from, else None.
         attempts: How often work for it was begun: 1, or the most that one of its samples took. Work is done again where
             a worker process died before it had given it back, and where a `__getitems__` for many samples failed.
         seconds_waited: How long the consumer stood still for it.
