@@ -21,7 +21,8 @@ class BatchInfo:
         positions: Of its samples: where each stands in its source, in the order of this epoch and of all ranks, from 0.
             None where nobody counts: behind a batch sampler of your own, and after a resume in a source whose cursor is
             no count (`Lines`, `TarShards`, `ParquetRows`, `Channel`).
-        sources: Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from, else None.
+        sources: Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from; else
+            None.
         attempts: How often work for it was begun: 1, or the most that one of its samples took. Work is done again where
             a worker process died before it had given it back, and where a `__getitems__` for many samples failed.
         seconds_waited: How long the consumer stood still for it.
