@@ -201,6 +201,7 @@ class SyncDelivery(Delivery):
         self._own_loop = None if shared is not None else LoopThread()
         self._loop_thread = shared or self._own_loop
         assert self._loop_thread is not None
+        run.private_loop = True
         run.attach(self._loop_thread.loop)
         self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
 
