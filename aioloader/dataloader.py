@@ -30,7 +30,7 @@ from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.index_keys import BaseSeed, IndexKeys
-from aioloader.sources.resolve import Stream
+from aioloader.sources.resolve import Stream, check_dataset
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith
 from aioloader.stages.checks import check_count, check_integer
@@ -130,6 +130,7 @@ class DataLoader(Loader, Generic[T_co]):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        check_dataset(dataset)
         is_async_iterable = isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
         # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
         # most, since it warns of more processes than cores.

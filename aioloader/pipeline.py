@@ -1,5 +1,6 @@
 """`Pipeline`: the description of how samples become batches."""
 
+import asyncio
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -43,11 +44,11 @@ from aioloader.sources.drawn import (
     unpacked,
 )
 from aioloader.sources.fetch import FetchSource
-from aioloader.sources.resolve import Indexable, Stream, describe, resolve, source_name
+from aioloader.sources.resolve import Indexable, Stream, describe, is_live, is_one_source, resolve, source_name
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
 from aioloader.stages.cache import Cache
-from aioloader.stages.checks import check_callable, check_count, check_integer, check_seconds
+from aioloader.stages.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
@@ -140,10 +141,11 @@ class Pipeline(Loader):
                 order again. No more of them wait than were under way when it was recorded.
 
         Raises:
-            TypeError: `fn` cannot be called with one argument.
+            TypeError: `fn` cannot be called with one argument, or is a generator function.
             ValueError: `concurrency` is less than 1, or `executor`, `record_order` or `replay_order` do not fit.
         """
         check_callable("fn", fn, arguments=1, example="map(decode)")
+        check_gives_one("map", fn, "use flat_map(fn), which gives all of them as samples")
         if concurrency is not None:
             concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
         is_async = is_async_callable(fn)
@@ -166,6 +168,7 @@ class Pipeline(Loader):
     def filter(self, fn: Callable[[Any], Any]) -> "Pipeline":
         """The samples of which `fn`, sync or async, is true."""
         check_callable("fn", fn, arguments=1, example="filter(keep)")
+        check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
         return self._then(Filter(fn, is_async_callable(fn)))
 
     def drop_if(self, fn: Callable[[Any], Any]) -> "Pipeline":
@@ -453,6 +456,11 @@ class Pipeline(Loader):
             weights: One positive number for each; they need not add up to 1.
             seed: The draws depend on it and on the epoch.
         """
+        if is_one_source(sources) or isinstance(sources, range) or is_one_source(weights):
+            raise TypeError(
+                f"mix takes a list of sources and a list of weights, got {describe(sources)} and {describe(weights)}; "
+                f"write for instance mix([a, b], [3, 1])"
+            )
         plans = _plans("mix", sources)
         return Pipeline._of(Plan(Combined("mix", plans, _weights(weights, len(plans)), check_integer("seed", seed))))
 
@@ -480,6 +488,17 @@ class Pipeline(Loader):
 
     def __repr__(self) -> str:
         return ".".join((_describe_source(self._plan), *(stage.label for stage in self._plan.stages)))
+
+    def __iter__(self) -> Any:
+        """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
+        if asyncio._get_running_loop() is not None and any(map(is_live, _streams(self._plan))):
+            warnings.warn(
+                f"`for` over {self!r} blocks the event loop that runs in this thread, and its source is live: if tasks "
+                f"of that loop send to it, both wait for ever; use `async for`, or send from threads",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return super().__iter__()
 
     def _check_usable(self) -> None:
         for stream in _streams(self._plan):
@@ -598,6 +617,11 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
         raise TypeError(f"{how} takes a list of sources, got {describe(sources)}")
     if not sources:
         raise ValueError(f"{how} needs at least one source, got none")
+    if how != "mix" and len(sources) == 1 and _holds_pipelines(sources[0]):
+        raise TypeError(
+            f"{how} takes its sources one by one, got one {type(sources[0]).__name__} of {len(sources[0])} that has "
+            f"pipelines in it; write {how}(*sources)"
+        )
     pipelines = [source if isinstance(source, Pipeline) else Pipeline(source) for source in sources]
     for pipeline in pipelines:
         if pipeline._plan.gives_info:
@@ -605,6 +629,11 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
         if any(isinstance(stage, To | PinMemory) for stage in pipeline._plan.stages):
             raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() behind .{how}()")
     return tuple(pipeline._plan for pipeline in pipelines)
+
+
+def _holds_pipelines(source: Any) -> bool:
+    """Whether a list of pipelines was passed for several; other lists may be meant as samples."""
+    return isinstance(source, list | tuple) and any(isinstance(sample, Loader) for sample in source)
 
 
 def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:

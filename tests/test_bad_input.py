@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,37 @@ class Stream(IterableDataset[int]):
         return iter(SAMPLES)
 
 
+def pieces(sample: Any) -> Iterator[Any]:
+    yield sample
+
+
+async def pieces_later(sample: Any) -> AsyncIterator[Any]:
+    yield sample
+
+
+class Pieces:
+    def __call__(self, sample: Any) -> Iterator[Any]:
+        yield sample
+
+
+def finished() -> Iterator[int]:
+    """A generator that has given all."""
+    generator = (number for number in SAMPLES)
+    list(generator)
+    return generator
+
+
+def finished_async() -> AsyncIterator[int]:
+    generator = stream()
+
+    async def read() -> None:
+        async for _ in generator:
+            pass
+
+    asyncio.run(read())
+    return generator
+
+
 BAD: list[Any] = []
 
 
@@ -61,12 +93,35 @@ bad(lambda: Pipeline(lambda key: [key]), TypeError, "argument")
 bad(lambda: Pipeline.merge(range(3), 42), TypeError, "42")
 bad(lambda: Pipeline.zip(range(3), 42), TypeError, "42")
 bad(lambda: Pipeline.mix([range(3), 42], [1, 1]), TypeError, "42")
+bad(lambda: Pipeline.mix(Pipeline(SAMPLES), Pipeline(SAMPLES)), TypeError, "list of weights", "mix([a, b], [3, 1])")
+bad(lambda: Pipeline.mix(range(3), [1]), TypeError, "list of sources", "range", "mix([a, b], [3, 1])")
+bad(lambda: Pipeline.mix([SAMPLES, SAMPLES], Pipeline([3, 1])), TypeError, "list of weights", "mix([a, b], [3, 1])")
+for combine in ("merge", "interleave", "zip"):
+    bad(
+        lambda how=combine: getattr(Pipeline, how)([Pipeline(SAMPLES), Pipeline(SAMPLES)]),
+        TypeError,
+        "list of 2",
+        f"{combine}(*sources)",
+    )
 bad(lambda: Pipeline(SAMPLES, sampler=42), TypeError, "42")
 
 for not_callable in (None, 3, "decode", [abs]):
     bad(lambda fn=not_callable: Pipeline(SAMPLES).map(fn), TypeError, repr(not_callable))
     bad(lambda fn=not_callable: Pipeline(SAMPLES).filter(fn), TypeError, repr(not_callable))
     bad(lambda fn=not_callable: Pipeline(SAMPLES).flat_map(fn), TypeError, repr(not_callable))
+for generator_function in (pieces, pieces_later, Pieces(), partial(pieces)):
+    bad(lambda fn=generator_function: Pipeline(SAMPLES).map(fn), TypeError, "generator function", "flat_map")
+    bad(lambda fn=generator_function: Pipeline(SAMPLES).filter(fn), TypeError, "generator function", "flat_map")
+bad(lambda: Pipeline(finished()), SourceUsedUpError, "is over already", "generator function")
+bad(lambda: Pipeline(finished_async()), SourceUsedUpError, "stream", "is over already", "generator function")
+bad(lambda: DataLoader("/data/train"), TypeError, "'/data/train' of type str", "Dataset")
+bad(lambda: DataLoader(b"/data/train"), TypeError, "of type bytes", "Dataset")
+bad(lambda: DataLoader(Stream), TypeError, "class Stream", "instance")
+bad(lambda: DataLoader(iter(SAMPLES)), TypeError, "list_iterator", "IterableDataset")
+bad(lambda: DataLoader(finished()), TypeError, "generator", "IterableDataset")
+bad(lambda: DataLoader(set(SAMPLES)), TypeError, "set", "IterableDataset", "Pipeline")
+bad(lambda: DataLoader(stream), TypeError, "function stream", "what it returns")
+bad(lambda: DataLoader(None), TypeError, "None", "__getitem__")
 bad(lambda: Pipeline(SAMPLES).batch(2, collate_fn="stack"), TypeError, "collate_fn", "'stack'")
 bad(lambda: Pipeline(SAMPLES).map(stream()), TypeError, "async_generator")
 bad(lambda: Pipeline(SAMPLES).map(abs, executor="fibre"), ValueError, "executor", "fibre", "thread")
@@ -125,6 +180,49 @@ def test_a_wrong_argument_is_refused_at_once(make: Any, error: type[Exception], 
     for part in found:
         assert part in message
     assert WAY_OUT.search(message), message
+
+
+class OnlyItem:
+    def __getitem__(self, key: int) -> int:
+        return key
+
+
+class OnlyItems:
+    def __len__(self) -> int:
+        return 3
+
+    def __getitems__(self, keys: list[int]) -> list[int]:
+        return keys
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: DataLoader(OnlyItem(), sampler=[0, 1]), id="an object with __getitem__"),
+        pytest.param(lambda: DataLoader(OnlyItems(), batch_size=2), id="an object with __getitems__"),
+        pytest.param(lambda: DataLoader({0: "a", 1: "b"}), id="a mapping"),
+        pytest.param(lambda: DataLoader(stream()), id="an async iterable"),
+        pytest.param(lambda: Pipeline.merge([range(3), range(3)]).map(list), id="a list of ranges as samples"),
+        pytest.param(lambda: Pipeline.mix([SAMPLES, SAMPLES], np.array([0.5, 0.5])), id="weights of numpy"),
+        pytest.param(lambda: Pipeline.mix((range(3), Stream()), (1, 2)), id="a tuple of sources"),
+        pytest.param(lambda: Pipeline(SAMPLES).flat_map(pieces), id="flat_map of a generator function"),
+    ],
+)
+def test_what_looks_wrong_and_is_not_is_taken(make: Any) -> None:
+    """Torch takes any object with `__getitem__`; the checks refuse what could not work."""
+    assert list(make())
+
+
+def test_a_generator_that_is_at_work_is_no_source() -> None:
+    """It would raise at the first sample: "generator already executing"."""
+
+    def numbers() -> Iterator[Any]:
+        with pytest.raises(SourceUsedUpError, match="being iterated now"):
+            Pipeline(generator)
+        yield 1
+
+    generator = numbers()
+    assert list(generator) == [1]
 
 
 TORCHS: list[dict[str, Any]] = [

@@ -1,6 +1,7 @@
 """`Channel`: what tasks and threads send comes once, in order; room, the end and errors reach both sides."""
 
 import asyncio
+import contextlib
 import copy
 import gc
 import json
@@ -354,6 +355,49 @@ def test_the_channel_ends_with_its_last_sender() -> None:
     assert channel.closed
     with Steps(Pipeline(channel), "for") as steps:
         assert steps.outcomes() == [1, 3, broken]
+
+
+def test_a_sender_is_an_async_context_manager_too() -> None:
+    """As it is used in tasks; the block's end and its error mean the same as with `with`."""
+    channel = Channel(maxsize=8)
+
+    open_after: list[bool] = []
+
+    async def main() -> None:
+        async with channel.sender() as sender:
+            await sender.send(1)
+            other = channel.sender()
+        open_after.append(not channel.closed)
+        with contextlib.suppress(KeyError):
+            async with other:
+                await other.send(2)
+                raise KeyError("lost")
+        open_after.append(not channel.closed)
+
+    run(main)
+    assert open_after == [True, False]
+    with Steps(Pipeline(channel), "for") as steps:
+        first, second, error = steps.outcomes()
+    assert (first, second) == (1, 2)
+    assert isinstance(error, KeyError)
+
+
+def test_a_for_loop_that_stops_those_who_send_is_told() -> None:
+    """`for` in a running loop blocks it: its tasks cannot send. A closed channel needs nobody."""
+    channel = Channel(maxsize=8)
+    loader = Pipeline.merge(range(3), Pipeline(channel).map(abs)).batch(2)
+
+    async def main() -> None:
+        with pytest.warns(RuntimeWarning, match=r"`for` over .*Channel.* use `async for`") as caught:
+            iter(loader)
+        assert caught[0].filename == __file__
+        aiter(loader)
+        iter(Pipeline(range(3)))
+        channel.close()
+        iter(loader)
+
+    iter(loader)
+    run(main)
 
 
 def test_a_sender_that_was_closed_out_is_no_failure() -> None:

@@ -1,6 +1,7 @@
 """What the documentation says is true: its Python runs, prints what it says it prints, and its links lead somewhere."""
 
 import contextlib
+import inspect
 import io
 import re
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from aioloader import Pipeline
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -95,6 +98,23 @@ def _first_missing(said: list[str], printed: list[str]) -> str | None:
     """The first of `said` that does not come in `printed`, in this order."""
     rest = iter(printed)
     return next((line for line in said if line not in rest), None)
+
+
+STAGE = re.compile(r"`\.(\w+)\((.*?)\)`")
+
+
+def test_the_guide_shows_stages_as_they_are_called() -> None:
+    """Names, defaults, and what is passed by name alone; the guide may leave out none."""
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    table = text[text.index("| stage | meaning |") :].partition("\n\n")[0]
+    cells = [line.split(" | ")[0] for line in table.splitlines()[2:]]
+    shown = [match.groups() for cell in cells for match in STAGE.finditer(cell)]
+    assert len(shown) > 15
+    for name, arguments in shown:
+        signature = inspect.signature(getattr(Pipeline, name))
+        parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()][1:]
+        bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+        assert str(bare).replace("'", '"') == f"({arguments})", name
 
 
 def test_only_what_needs_a_gpu_or_the_network_is_left_out() -> None:

@@ -16,6 +16,7 @@ import pytest
 from torch.utils.data import IterableDataset
 
 from aioloader import DataLoader, Pipeline
+from aioloader.engine.run import Run
 from aioloader.errors import LoaderClosedError
 from aioloader.testing import Gate, RecordingSource, SyncRecordingSource
 from tests._support import (
@@ -461,6 +462,27 @@ def test_a_cancelled_sample_sees_its_cancellation(face: Face) -> None:
 
 
 # -- close while somebody waits
+
+
+def test_close_does_not_miss_an_epoch_that_another_thread_is_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its run is there before the iterator knows of it: nobody would end it, and `next()` would wait for ever."""
+    source = RecordingSource(range(4), gate=Gate())
+    iterator: Any = iter(Pipeline(source))
+    closing: list[Started] = []
+    begin = Run.attach
+
+    def attach(run: Run, loop: asyncio.AbstractEventLoop) -> None:
+        begin(run, loop)
+        closing.append(Started(iterator.close))
+        while not iterator._closed:
+            threading.Event().wait(0.001)
+        closing[0].join(0.05)  # without the lock it is over by now
+
+    monkeypatch.setattr(Run, "attach", attach)
+    asking = Started(lambda: next(iterator))
+    with pytest.raises(LoaderClosedError):
+        asking.outcome()
+    closing[0].outcome()
 
 
 def test_close_wakes_a_thread_that_waits_for_a_batch() -> None:

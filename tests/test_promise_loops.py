@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import pytest
+from aiohttp import ClientSession
 from torch.utils.data import Dataset, IterableDataset
 
 from aioloader import DataLoader, Pipeline
 from aioloader.testing import RecordingSource, SyncRecordingSource
-from tests._support import Face, Loader, collect, on_both_faces, run
+from tests._support import Face, Loader, collect, notes, on_both_faces, run
 
 
 @dataclass
@@ -395,3 +396,61 @@ def test_context_variables_of_the_consumer_are_seen(face: Face) -> None:
     finally:
         variable.reset(token)
     assert found == [["set", "set"]] * 3
+
+
+def test_a_client_of_another_loop_is_told() -> None:
+    """Under `for` the caller's loop is not the one that awaits: the errors of libraries do not say so, a note does."""
+
+    async def main() -> list[RuntimeError]:
+        future = asyncio.get_running_loop().create_future()
+        lock = asyncio.Lock()
+        await lock.acquire()
+        held = asyncio.create_task(lock.acquire())  # who waits binds it to this loop
+        await asyncio.sleep(0)
+
+        async def wait(_: int) -> None:
+            await future
+
+        async def enter(_: int) -> None:
+            await lock.acquire()
+
+        async with ClientSession() as session:
+
+            async def get(_: int) -> None:
+                await session.get("http://127.0.0.1:9/")
+
+            errors = [await asyncio.to_thread(_error_of, Pipeline([0]).map(fn)) for fn in (wait, enter, get)]
+        held.cancel()
+        return errors
+
+    for error in run(main):
+        assert notes(error).count("make it at the first sample") == 1
+        assert "`async for`" in notes(error)
+    for loader in (Pipeline([0]).map(_fail_plainly), Pipeline([0]).map(_fail_in_a_thread)):
+        assert "private event loop" not in notes(_error_of(loader))
+
+
+@on_both_faces
+def test_a_loop_that_is_closed_is_explained_where_it_is_ours(face: Face) -> None:
+    """Under `async for` it is the caller's matter."""
+
+    async def fetch(_: int) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    with pytest.raises(RuntimeError, match="is closed") as caught:
+        collect(Pipeline([0]).map(fetch), face)
+    assert ("private event loop" in notes(caught.value)) == (face == "for")
+
+
+async def _fail_plainly(_: int) -> None:
+    raise RuntimeError("no answer")
+
+
+def _fail_in_a_thread(_: int) -> None:
+    raise RuntimeError("Event loop is closed")
+
+
+def _error_of(loader: Loader) -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught:
+        collect(loader, "for")
+    return caught.value

@@ -36,14 +36,14 @@ def stage(name: str, **known: Any) -> StageStats:
     )
 
 
-def measured(*stages: StageStats, waited: float = 0.9, loop: float = 0.1) -> Stats:
+def measured(*stages: StageStats, waited: float = 0.9, loop: float = 0.1, seconds: float = 10.0) -> Stats:
     """Ten seconds of an epoch."""
     return Stats(
         epoch=0,
-        seconds=10.0,
+        seconds=seconds,
         first_batch_seconds=0.1,
         batches=100,
-        waited_seconds=10 * waited,
+        waited_seconds=seconds * waited,
         waited_fraction=waited,
         loop_cpu_fraction=loop,
         stages=stages,
@@ -91,6 +91,100 @@ def test_explain_names_the_limit(stats: Stats, said: list[str]) -> None:
         assert words in sentence
     assert sentence.endswith(".")
     assert "100 batches in 10.00 s" in sentence
+
+
+STRAGGLERS = {"busy_seconds": 53.0, "utilization": 0.08, "concurrency": 64, "finished_slots": 51.0, "room": 96}
+"""Of 2000 samples 0.5 % take 1 s and the others 20 ms: most of the time one place is busy, and the window is full."""
+
+
+def test_slow_samples_in_front_of_finished_ones_are_told() -> None:
+    """The places are empty because the window is full: neither prefetch nor more places help, another order does."""
+    for kind in ("async", "sync", "process"):
+        sentence = explain(measured(stage("map(f)", kind=kind, **STRAGGLERS), waited=0.99))
+        assert "map(f) is held up by slow samples" in sentence
+        assert "51 finished samples on average, of the 96" in sentence
+        assert "ordered=False" in sentence
+        assert "prefetch" not in sentence
+    assert "in_order=False" in explain(measured(stage("fetch", **STRAGGLERS)), "num_workers")
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        pytest.param({"ordered": False}, id="unordered"),
+        pytest.param({"waiting_for_room_seconds": 8.0}, id="nobody takes them"),
+        pytest.param({"waiting_for_input_seconds": 8.0}, id="nothing comes"),
+        pytest.param({"finished_slots": 3.0}, id="few are finished"),
+    ],
+)
+def test_a_full_window_is_no_matter_of_order_without_slow_samples(known: dict[str, Any]) -> None:
+    """Each number has its say."""
+    assert "held up" not in explain(measured(stage("map(f)", kind="async", **{**STRAGGLERS, **known})))
+
+
+def test_a_window_says_whether_it_gives_samples_in_order() -> None:
+    """What the advice depends on."""
+    for ordered in (True, False):
+        loader = Pipeline(range(4)).map(str, ordered=ordered)
+        assert sorted(loader) == ["0", "1", "2", "3"]
+        assert _stage(loader, "map(str)").ordered is ordered
+
+
+ONE_AT_A_TIME = {**STRAGGLERS, "busy_seconds": 10.0, "utilization": 0.016, "finished_slots": 93.0, "kind": "async"}
+
+
+def test_code_that_blocks_the_loop_is_told() -> None:
+    """Calls of an async function that has 64 places add up to one; threads have no such trouble."""
+    sentence = explain(measured(stage("map(f)", **ONE_AT_A_TIME)))
+    assert "map(f) blocks the event loop" in sentence
+    assert "make it sync (def), then it runs in threads" in sentence
+    assert "async map(f)" in explain(measured(stage("map(f)", **ONE_AT_A_TIME), loop=0.99))
+    for known in ({"kind": "sync"}, {"concurrency": 1}, {"finished_slots": 1.0}, {"busy_seconds": 3.0}):
+        assert "blocks" not in explain(measured(stage("map(f)", **{**ONE_AT_A_TIME, **known})))
+
+
+def test_a_limit_in_the_client_looks_like_a_slow_server() -> None:
+    """200 places are busy waiting for the 4 that a semaphore lets through: the advice names both."""
+    sentence = explain(measured(stage("map(f)", kind="async", **BUSY)))
+    assert "raise its concurrency" in sentence
+    assert "a limit in your client" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("collate(pad)", "collate_fn=list).map(collate, concurrency=...)"),
+        ("filter(keep)", "map(fn, concurrency=...) in front of it"),
+        ("drop_if(stale)", "map(fn, concurrency=...) in front of it"),
+        ("to(cuda)", "fewer bytes"),
+    ],
+)
+def test_no_knob_is_advised_that_a_stage_lacks(name: str, way_out: str) -> None:
+    """`batch()` takes no concurrency, and the sentence says what to do instead."""
+    for known in ({}, {"cpu_seconds": 1.0}, {"kind": "async"}, {"kind": "process"}):
+        sentence = explain(measured(stage(name, **BUSY, **known)))
+        assert "raise its concurrency" not in sentence
+        assert way_out in sentence
+    computing = stage(name, cpu_seconds=9.6, busy_seconds=20.0, utilization=0.5)
+    assert 'threads do not help; worker processes may: executor="process"' not in explain(measured(computing))
+
+
+def test_the_drop_in_is_told_of_its_own_arguments() -> None:
+    """Its collate runs in `num_workers` threads, and its processes are `worker_type`."""
+    assert "raise num_workers" in explain(measured(stage("collate", **BUSY)), "num_workers")
+    computing = stage("fetch", cpu_seconds=9.6, busy_seconds=20.0, utilization=0.5)
+    sentence = explain(measured(computing), "num_workers")
+    assert 'worker_type="process"' in sentence or "more cores help" in sentence
+
+
+def test_prefetch_is_for_bursts_and_short_is_what_is_short() -> None:
+    """Who waits nearly all of the time has nothing to hold ahead."""
+    quiet = stage("map(f)", busy_seconds=8.0, utilization=0.2)
+    assert "prefetch" not in explain(measured(quiet, waited=0.99))
+    assert "very different times" in explain(measured(quiet, waited=0.99))
+    assert "prefetch" in explain(measured(quiet, waited=0.3))
+    assert "short" not in explain(measured(quiet, waited=0.3))
+    assert "short" in explain(measured(quiet, waited=0.99, seconds=1.0))
 
 
 def test_the_advice_speaks_of_num_workers_to_users_of_the_drop_in() -> None:

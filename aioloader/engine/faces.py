@@ -201,6 +201,7 @@ class SyncDelivery(Delivery):
         self._own_loop = None if shared is not None else LoopThread()
         self._loop_thread = shared or self._own_loop
         assert self._loop_thread is not None
+        run.private_loop = True
         run.attach(self._loop_thread.loop)
         self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
 
@@ -310,7 +311,7 @@ class Batches(Iterator[T_co]):
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
         self._delivery: SyncDelivery | None = None
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()  # a signal handler may close the iterator while its thread is in here
         self._receive: Receive | None = None
         self._closed = False
 
@@ -323,6 +324,8 @@ class Batches(Iterator[T_co]):
         delivery = self._delivery
         if delivery is None:
             with self._starting:  # of several threads, one begins the epoch
+                if self._closed:
+                    raise StopIteration
                 delivery = self._delivery or self._start()
         opener = self._opener
         try:
@@ -371,8 +374,10 @@ class Batches(Iterator[T_co]):
     def close(self) -> None:
         """End the epoch now; returns when its tasks and threads are gone, in bounded time. Idempotent."""
         self._closed = True
-        if self._delivery is not None:
-            self._delivery.close()
+        with self._starting:  # an epoch that another thread has just begun is not to be missed: it would never end
+            delivery = self._delivery
+        if delivery is not None:
+            delivery.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("an iterator over batches is alive on its threads and cannot be pickled; pickle the loader")

@@ -78,6 +78,7 @@ class Run:
         self._over = False
         self._settling = threading.RLock()  # finalizers come here
         self.loop: asyncio.AbstractEventLoop
+        self.private_loop = False  # it is the loader's, as under `for`
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._pending: deque[Callable[[], None]] = deque()

@@ -11,6 +11,7 @@ from aioloader.engine.entry import DROPPED, Entry, annotate
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.sample import Sample, current_sample
 from aioloader.insight.meters import StageMeter
+from aioloader.notes import add_note, said
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 __all__ = ["AsyncStep", "Forward", "InPlaceStep", "Step"]
 
 Forward = Callable[[Entry], None]
+
+OTHER_LOOP: Final = (
+    "attached to a different loop",  # asyncio: a future or a task
+    "bound to a different event loop",  # asyncio: a lock, a semaphore, a queue
+    "should be used inside a task",  # aiohttp's and async_timeout's timeouts, which look for a task of their own loop
+    "Event loop is closed",  # asyncio: a client of an epoch before, or of an `asyncio.run` that is over
+)
+"""What errors say that are raised where a client of one event loop is used on another."""
+
+OTHER_LOOP_NOTE: Final = (
+    "aioloader: under `for`, async functions run on a private event loop, and this looks like a client that was made "
+    "on another one; make it at the first sample, and iterate within `with loader:`, which keeps that loop for all "
+    "epochs, or use `async for`, which runs on yours"
+)
 
 STREAK_SECONDS: Final = 0.001  # how long a worker goes on without a turn of the loop, when nothing suspends
 
@@ -141,6 +156,16 @@ class AsyncStep(Step):
             if not future.done():
                 future.set_result(None)
         self._idle.clear()
+
+    def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        super()._fail(entry, error, label)
+        if (
+            isinstance(error, RuntimeError)
+            and self._run.private_loop
+            and OTHER_LOOP_NOTE not in getattr(error, "__notes__", ())
+            and any(words in said(error) for words in OTHER_LOOP)
+        ):
+            add_note(error, OTHER_LOOP_NOTE)
 
     def _summon(self) -> None:
         """Bring up to two more workers.

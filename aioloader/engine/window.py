@@ -87,6 +87,7 @@ class Window(Node):
         for step, following in zip_longest(self.steps, self.steps[1:]):
             step.bind(run, self, following.accept if following is not None else self.finished)
             step.meter.room = self._base_room
+            step.meter.ordered = self.ordered
         if self._base_room:
             self.wake()
 

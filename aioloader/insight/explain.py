@@ -11,6 +11,12 @@ KEEPS_UP: Final = 0.05  # a consumer that waits less than this fraction of its t
 SATURATED: Final = 0.7  # a stage busier than this has no place free when a sample comes
 COMPUTING: Final = 0.8  # threads that compute this much of one core, or of all, are limited by the GIL, or by the cores
 LOOP_SATURATED: Final = 0.8  # an event loop busier than this delays everything that it drives
+HELD: Final = 0.15  # finished samples in more than this part of a window wait for one in front, or are not taken
+IDLE: Final = 0.5  # a stage without work for less than this part of the time has samples under way, if few
+ONE_AT_A_TIME: Final = (0.7, 1.15)  # of the time: calls side by side add up to one place
+ONE_BY_ONE_SECONDS: Final = 1e-3  # cheaper calls of sync functions travel, and are finished, in chunks
+SHORT_SECONDS: Final = 3.0  # in an epoch shorter than this, its beginning and its end count
+STARVED: Final = 0.8  # who waits for more of its time than this does not wait for bursts: there is too little
 
 
 def explain(stats: Stats, knob: str = "its concurrency") -> str:
@@ -18,7 +24,7 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
 
     Args:
         stats: Of one epoch.
-        knob: What the loader calls the number of its threads.
+        knob: What the loader calls the number of its threads: `num_workers` is the drop-in's.
     """
     if stats.batches < 2:
         return f"Nothing to explain yet: {stats.batches} batches were handed out; ask again after a few."
@@ -26,10 +32,12 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
     numbers = f"({stats.batches} batches in {stats.seconds:.2f} s, the first after {stats.first_batch_seconds:.3f} s)"
     if stats.waited_fraction < KEEPS_UP:
         return f"The loader keeps up: {waited}; the consumer is the limit {numbers}."
+    blocking = next((stage for stage in stats.stages if _blocks_loop(stage, stats)), None)
     if stats.loop_cpu_fraction >= LOOP_SATURATED:
+        whose = "async functions" if blocking is None else f"async {blocking.name}"
         return (
             f"The event loop is the limit: {waited}; the loop's thread computes {stats.loop_cpu_fraction:.0%} of the "
-            f"time; move computing out of async functions into sync ones, which run in threads {numbers}."
+            f"time; move computing out of {whose} into sync ones (def), which run in threads {numbers}."
         )
     busiest = max(
         (stage for stage in stats.stages if stage.concurrency and stage.samples),
@@ -42,16 +50,62 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
         most = max(threads, key=lambda stage: stage.cpu_seconds)
         return (
             f"{most.name} is the limit: {waited}; the loader's threads compute, {computing:.1f} cores' worth of the "
-            f"{usable_cores()} there are: {_cores_advice(computing)} {numbers}."
+            f"{usable_cores()} there are: {_cores_advice(most, computing, knob)} {numbers}."
         )
     if busiest is None:
         return f"No stage has done anything measurable, though {waited} {numbers}."
-    if busiest.utilization < SATURATED:
+    if busiest.utilization >= SATURATED:
+        return f"{busiest.name} is the limit: {waited}; it was {_use(busiest)}{_advice(busiest, knob)} {numbers}."
+    if blocking is not None:
         return (
-            f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
-            f"the epoch is short, or work comes in bursts, which a larger prefetch evens out {numbers}."
+            f"{blocking.name} blocks the event loop: {waited}; it was {_use(blocking)}, one after the other as if it "
+            f"had one place: an async function that never awaits while it works or waits (time.sleep, a sync client) "
+            f"stops all others; make it sync (def), then it runs in threads {numbers}."
         )
-    return f"{busiest.name} is the limit: {waited}; it was {_use(busiest)}{_advice(busiest, knob)} {numbers}."
+    held_up = next((stage for stage in stats.stages if _held_up(stage, stats)), None)
+    if held_up is not None:
+        return (
+            f"{held_up.name} is held up by slow samples: {waited}; it was {_use(held_up)}, while "
+            f"{held_up.finished_slots:.0f} finished samples on average, of the {held_up.room} it has room for, waited "
+            f"for a slower one in front of them: {_order_advice(held_up, knob)} {numbers}."
+        )
+    return (
+        f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
+        f"{_no_limit_advice(stats, busiest, knob)} {numbers}."
+    )
+
+
+def _blocks_loop(stage: StageStats, stats: Stats) -> bool:
+    """Whether its async calls run one after the other though there are samples and places for more.
+
+    Code that blocks the loop finishes all samples of the window before anybody can take one.
+    """
+    least, most = ONE_AT_A_TIME
+    return (
+        stage.kind == "async"
+        and stage.concurrency > 1
+        and _is_full(stage, stats)
+        and least <= stage.busy_seconds / stats.seconds <= most
+    )
+
+
+def _held_up(stage: StageStats, stats: Stats) -> bool:
+    """Whether finished samples of it wait for one in front: few are under way, but never none."""
+    return (
+        stage.ordered
+        and stage.concurrency > 1
+        and _is_full(stage, stats)
+        and stage.busy_seconds >= max(IDLE * stats.seconds, ONE_BY_ONE_SECONDS * stage.samples)
+    )
+
+
+def _is_full(stage: StageStats, stats: Stats) -> bool:
+    """Whether its window is full of finished samples, and neither for want of work nor because nobody takes them.
+
+    One finished sample there is at each hand-over.
+    """
+    idle = stage.waiting_for_input_seconds + stage.waiting_for_room_seconds
+    return stage.finished_slots - 1 >= HELD * stage.room > 0 and idle < IDLE * stats.seconds
 
 
 def _use(stage: StageStats) -> str:
@@ -61,17 +115,72 @@ def _use(stage: StageStats) -> str:
     return f"busy {stage.utilization:.0%} of the time{places}, {cost}"
 
 
-def _cores_advice(computing: float) -> str:
+def _is_drop_in(knob: str) -> bool:
+    return knob == "num_workers"
+
+
+def _has_concurrency(stage: StageStats) -> bool:
+    """Whether a pipeline's stage takes one: `map` does, alone or in one hop with others, and `Objects`."""
+    return any(part.startswith("map(") or part.endswith(".fetch") for part in stage.name.split(" + "))
+
+
+def _is_copy(stage: StageStats) -> bool:
+    return stage.name == "pin_memory()" or stage.name.startswith("to(")
+
+
+def _into_map(stage: StageStats, how: str) -> str:
+    """What to do with work in a stage that takes no concurrency."""
+    if stage.name.startswith("collate"):
+        return f"batch() has no concurrency: use batch(..., collate_fn=list).map(collate, {how})"
+    return f"it has no concurrency: do its work in map(fn, {how}) in front of it"
+
+
+def _cores_advice(stage: StageStats, computing: float, knob: str) -> str:
     if computing >= COMPUTING * usable_cores():
         return "more cores help, more threads do not"
-    return 'Python code holds the GIL, and more threads do not help; worker processes may: executor="process"'
+    words = "Python code holds the GIL, and more threads do not help; worker processes may: "
+    if _is_drop_in(knob):
+        return f'{words}worker_type="process"'
+    if _has_concurrency(stage):
+        return f'{words}executor="process"'
+    return f'{words}in_process() for all, or map(fn, executor="process")'
+
+
+def _order_advice(stage: StageStats, knob: str) -> str:
+    timeout = "give each call a timeout in the function"
+    if _is_drop_in(knob):
+        # Samples of an async `__getitem__` are put together by their order, whatever that of the batches.
+        return timeout if stage.name == "dataset[...]" else f"pass in_order=False, or {timeout}"
+    return f"pass ordered=False, or {timeout}" if stage.name.startswith("map(") else timeout
+
+
+def _no_limit_advice(stats: Stats, busiest: StageStats, knob: str) -> str:
+    ways = []
+    if stats.seconds < SHORT_SECONDS:
+        ways.append("the epoch is short, so that its beginning and end count")
+    if stats.waited_fraction < STARVED:
+        ways.append("work comes in bursts, which a larger prefetch evens out")
+    if not ways:
+        slow = ""
+        if busiest.ordered and busiest.kind != "source" and busiest.concurrency > 1:
+            slow = f" (then {_order_advice(busiest, knob)})"
+        return f"samples take very different times{slow}, or come in bursts: stats() says which stage waits for input"
+    return ", or ".join(ways)
 
 
 def _advice(stage: StageStats, knob: str) -> str:
     if stage.kind == "source":
         return "; one task reads it: move work from it into map(fn, concurrency=...)"
+    if _is_copy(stage):
+        return "; no setting makes copies faster: move fewer bytes, for instance uint8 instead of float32"
+    if not _is_drop_in(knob) and not _has_concurrency(stage):
+        return f"; {_into_map(stage, 'concurrency=...')}"
     if stage.kind == "async":
-        return "; if its server and network can bear more, raise its concurrency"
+        mine = knob if stage.name.startswith("collate") else "its concurrency"
+        return (
+            f"; if its server and network can bear more, raise {mine}, or look for a limit in your client (its "
+            f"connections, a semaphore) or for code that blocks"
+        )
     if stage.kind == "process" or not stage.cpu_seconds:  # in another process
         return f"; raise {knob}, if there are cores for it"
     computing = stage.cpu_seconds / stage.busy_seconds

@@ -32,6 +32,7 @@ class StageMeter:
         cpu_seconds: CPU time of its threads or worker processes; 0 for what runs on the loop or in a user's executor.
         idle: When the stage had nothing under way, and why.
         room: Entries under way or finished that its window holds at most; stages of one window share it.
+        ordered: That window gives them in the order of the input.
         finished_sum: Finished entries in the window at each hand-over, summed.
         handovers: How many hand-overs there were.
         retired: The stage has ended; if `repeat` makes it anew, it goes on counting here.
@@ -52,6 +53,7 @@ class StageMeter:
     cpu_seconds: float = 0.0
     idle: "IdleClock" = field(default_factory=lambda: IdleClock())
     room: int = 0
+    ordered: bool = True
     finished_sum: int = 0
     handovers: int = 0
     retired: bool = False

@@ -29,6 +29,7 @@ class StageStats:
         waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
         finished_slots: Finished samples that lay in the window when some were taken, on average.
         room: Samples under way and finished together that the window may hold.
+        ordered: They leave it in the order of the input, so that finished ones wait for a slower one in front of them.
         dropped: Samples (or batches) that a predicate of `filter` or `drop_if` left out.
         partial: Batches that were given before they were full, because `max_wait` was over.
         hits: Of a `cache`: samples that came from it in this epoch, and cost nothing of what is in front of it.
@@ -48,6 +49,7 @@ class StageStats:
     waiting_for_room_seconds: float
     finished_slots: float
     room: int
+    ordered: bool = True
     dropped: int = 0
     partial: int = 0
     hits: int = 0
@@ -119,6 +121,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waiting_for_room_seconds=meter.idle.seconds("room"),
         finished_slots=meter.finished_sum / meter.handovers if meter.handovers else 0.0,
         room=meter.room,
+        ordered=meter.ordered,
         dropped=meter.dropped + meter.dropped_late,
         partial=meter.partial,
         hits=meter.hits,

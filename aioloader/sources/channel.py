@@ -102,7 +102,7 @@ class Channel(CursorSource):
     def sender(self) -> "Sender":
         """A handle for one of several senders: the channel is closed when all handles that were made are closed.
 
-        Make them before the first one is closed, and use each as a context manager:
+        Make them before the first one is closed, and use each as a context manager, by `with` or `async with`:
 
         ```python
         async def rollout(sender):
@@ -297,6 +297,14 @@ class Sender(_Handle):
         """See `Channel.send`."""
         self._check_open()
         await self._channel.send(sample)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.__exit__(kind, error, traceback)
 
 
 class SyncSender(_Handle):

@@ -10,14 +10,24 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from aioloader.engine.located import CursorSource
 from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
 from aioloader.sources.files import Files
 
-__all__ = ["Indexable", "Stream", "describe", "describe_content", "resolve", "source_name"]
+__all__ = [
+    "Indexable",
+    "Stream",
+    "check_dataset",
+    "describe",
+    "describe_content",
+    "is_live",
+    "is_one_source",
+    "resolve",
+    "source_name",
+]
 
 TAKEN: Final = (
     "a map-style Dataset or Sequence, an IterableDataset or other iterable, an async iterable, "
@@ -118,6 +128,7 @@ def resolve(source: Any) -> Indexable | Stream:
 
     Raises:
         TypeError: None of what is taken.
+        SourceUsedUpError: A generator that has nothing to give.
     """
     if isinstance(source, type):
         raise TypeError(f"a source must be {TAKEN}; got the class {source.__name__}: pass an instance of it")
@@ -129,6 +140,7 @@ def resolve(source: Any) -> Indexable | Stream:
     indexable = _indexable(source)
     if indexable is not None:
         return indexable
+    _check_can_begin(source)
     if isinstance(source, AsyncIterable):
         return Stream(source, call=False, single_use=isinstance(source, AsyncIterator))
     if isinstance(source, Iterable):
@@ -139,6 +151,59 @@ def resolve(source: Any) -> Indexable | Stream:
     if inspect.isawaitable(source):
         raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, a coroutine: await it first")
     raise TypeError(f"a source must be {TAKEN}; got {describe(source)}")
+
+
+def is_live(stream: Stream) -> bool:
+    """Whether samples come when others send them, and more may come."""
+    live = isinstance(stream.make, CursorSource) and not stream.make.replayable
+    return live and not getattr(stream.make, "closed", False)
+
+
+def is_one_source(value: Any) -> bool:
+    """Whether this is a source itself, and no list of sources or of numbers."""
+    return isinstance(value, (Dataset, CursorSource, AsyncIterable))
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse for `DataLoader` what it could neither index nor iterate, at its first batch, and a name for a dataset.
+
+    Raises:
+        TypeError: Which of these it is, and the way out.
+    """
+    rule = "dataset must be a map-style Dataset with __getitem__, an IterableDataset or an async iterable"
+    if isinstance(dataset, type):
+        raise TypeError(f"{rule}; got the class {dataset.__name__}: pass an instance of it")
+    if isinstance(dataset, str | bytes | bytearray):
+        raise TypeError(
+            f"{rule}; got {describe(dataset)}, whose samples would be its characters: pass a Dataset that reads it, "
+            f"or aioloader.sources.Files"
+        )
+    if isinstance(dataset, (IterableDataset, AsyncIterable, CursorSource)):
+        return
+    if hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"):
+        return
+    hint = ": pass one of these"
+    if isinstance(dataset, Iterator):
+        hint = ": pass an IterableDataset whose __iter__ makes it, or its function to Pipeline"
+    elif isinstance(dataset, Iterable):
+        hint = ": make it an IterableDataset, or pass it to Pipeline"
+    elif callable(dataset):
+        hint = ": pass what it returns, or pass it to Pipeline"
+    raise TypeError(f"{rule}; got {describe(dataset)}{hint}")
+
+
+def _check_can_begin(source: Any) -> None:
+    """Refuse a generator that is over already, or is at work: it would give nothing, or raise."""
+    over = running = False
+    if inspect.isgenerator(source):
+        over, running = source.gi_frame is None, source.gi_running
+    elif inspect.isasyncgen(source):
+        over, running = source.ag_frame is None, source.ag_running
+    if over or running:
+        raise SourceUsedUpError(
+            f"{describe(source)} can be iterated once, and {'is over already' if over else 'is being iterated now'}; "
+            f"pass the generator function itself (without calling it), which is called anew for each epoch"
+        )
 
 
 def _indexable(source: Any) -> Indexable | None:

@@ -5,7 +5,7 @@ from math import isfinite
 from operator import index
 from typing import Any
 
-__all__ = ["callable_name", "check_callable", "check_count", "check_integer", "check_seconds"]
+__all__ = ["callable_name", "check_callable", "check_count", "check_gives_one", "check_integer", "check_seconds"]
 
 
 def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
@@ -73,9 +73,30 @@ def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
         ) from None
 
 
+def check_gives_one(stage: str, fn: Any, way_out: str) -> None:
+    """Refuse a generator function where one value per sample is wanted.
+
+    Raises:
+        TypeError: `fn` is one, sync or async, also behind `functools.partial` or as `__call__`.
+    """
+    plain = _without_arguments(fn)
+    call = getattr(type(plain), "__call__", None)  # noqa: B004 - the definition of the call is what is looked at
+    if any(inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one) for one in (plain, call)):
+        raise TypeError(
+            f"{stage} takes a function that returns one value, got the generator function {callable_name(fn)}, which "
+            f"yields several; {way_out}"
+        )
+
+
+def _without_arguments(fn: Any) -> Any:
+    """What a `functools.partial` calls."""
+    while hasattr(fn, "func") and hasattr(fn, "keywords"):
+        fn = fn.func
+    return fn
+
+
 def callable_name(fn: Any) -> str:
     """How a stage calls the user's function: its name, without module or `<locals>`."""
-    while hasattr(fn, "func") and hasattr(fn, "keywords"):  # functools.partial
-        fn = fn.func
+    fn = _without_arguments(fn)
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     return str(name).rpartition("<locals>.")[2]
