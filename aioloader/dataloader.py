@@ -451,6 +451,9 @@ class DataLoader(Loader, Generic[T_co]):
     def _set_epochs(self, state: dict[str, Any]) -> None:
         self._keys.set_epochs(state)
 
+    def _replayed(self, random: dict[str, Any]) -> None:
+        self._keys.set_epoch_of_dataset(random)
+
     def _apart(self) -> Self:
         again = super()._apart()
         again._keys = self._keys.apart()

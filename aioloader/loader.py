@@ -385,7 +385,10 @@ class Loader(Opener):
         except SourceUsedUpError as error:
             raise LookupError(f"replay reads the source again, but {error}") from error
         finally:
-            self._set_epochs(random)  # a dataset is not copied
+            self._replayed(random)
+
+    def _replayed(self, random: dict[str, Any]) -> None:
+        """Put back what a replay has told those of the user's that are not copied; `random` is from before."""
 
     def _apart(self) -> Self:
         """Another loader of the same, that can be iterated without moving anything that this one draws or reads from.

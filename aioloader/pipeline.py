@@ -563,7 +563,8 @@ class Pipeline(Loader):
             for stream in _streams(self._plan)
             if not stream.call and (id(stream.make) in samplers or is_stateful(stream.make))
         ]
-        again._plan = _with_streams(self._plan, dict(zip(map(id, moving), apart(moving), strict=True)))
+        copies = apart(moving, shared=_datasets(self._plan))
+        again._plan = _with_streams(self._plan, dict(zip(map(id, moving), copies, strict=True)))
         return again
 
     def _random_state(self) -> dict[str, Any]:
@@ -656,6 +657,13 @@ def _streams(plan: Plan) -> list[Stream]:
     if isinstance(plan.source, Combined):
         return [stream for inner in plan.source.plans for stream in _streams(inner)]
     return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, Stream)]
+
+
+def _datasets(plan: Plan) -> list[Any]:
+    """All datasets with an index."""
+    if isinstance(plan.source, Combined):
+        return [dataset for inner in plan.source.plans for dataset in _datasets(inner)]
+    return [plan.source.data.data] if isinstance(plan.source.data, Indexable) else []
 
 
 def _samplers(plan: Plan) -> list[Any]:

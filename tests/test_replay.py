@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset, RandomSampler, Sampler
 
 from aioloader import DataLoader, Pipeline
 from tests._support import Face, Steps, on_both_faces
@@ -123,6 +123,51 @@ def test_a_sampler_that_was_told_its_next_epoch_stays_there() -> None:
     assert loader.replay(2).tolist() == expected[3][2]
     assert sampler.epoch == 4
     assert [batch.tolist() for batch in loader] == expected[4]
+
+
+class Told(Dataset[int]):
+    """Is told its epoch, and cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.told: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.told.append(epoch)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        return index + 10 * self.told[-1]
+
+
+class OverTold(Sampler[int]):
+    """Holds its dataset by a name of its own."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(6))
+
+    def __len__(self) -> int:
+        return 6
+
+
+def test_a_dataset_is_not_copied_and_goes_on_in_its_epoch() -> None:
+    """Whoever holds it; a loader tells it the epoch that is replayed, and then its own again."""
+    data = Told()
+    loader: DataLoader[Any] = DataLoader(data, 2, sampler=OverTold(data))
+    loader.set_epoch(1)
+    assert [batch.tolist() for batch in loader][1] == [12, 13]
+    loader.set_epoch(2)
+    assert loader.replay(1).tolist() == [12, 13]
+    assert data.told[-1] == 2
+    data.told.append(0)
+    pipeline = Pipeline(data, sampler=OverTold(data)).batch(2)
+    assert [batch.tolist() for batch in pipeline] == [[0, 1], [2, 3], [4, 5]]
+    assert pipeline.replay(2).tolist() == [4, 5]
 
 
 class Locked(Sampler[int]):

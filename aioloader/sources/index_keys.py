@@ -124,6 +124,16 @@ class IndexKeys:
         again.dataset = copied[0] if copied else self.dataset
         return again
 
+    def set_epoch_of_dataset(self, state: dict[str, Any]) -> None:
+        """Let the dataset alone be in the epoch that `state` tells of."""
+        set_epoch = getattr(self.dataset, "set_epoch", None)
+        if callable(set_epoch):
+            told = state.get("set_epoch")
+            for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
+                told = epoch if part is self.dataset else told
+            if told is not None:
+                set_epoch(told)
+
     # -- drawing -----------------------------------------------------------------------------------------------------
 
     def of(self, progress: Progress, base: BaseSeed | None = None) -> Any:
