@@ -11,7 +11,7 @@ from aioloader.engine.located import CursorSource
 from aioloader.engine.resumable import is_stateful
 from aioloader.errors import StateError
 from aioloader.plan import Combined, Plan, Repeat, Single, any_order
-from aioloader.sources.drawn import arguments_of, is_repeatable, kind_of
+from aioloader.sources.drawn import arguments_of, generators_of, is_repeatable, kind_of
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import Stage
@@ -372,14 +372,21 @@ def _words(part: Mapping[str, Any]) -> str:
 # -- the guarantee -----------------------------------------------------------------------------------------------------
 
 
-def guarantee_of(plan: Plan) -> Guarantee:
-    """The weakest link of `plan`."""
+def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
+    """The weakest link of `plan`.
+
+    Args:
+        plan: It.
+        whole: It is no part of another one, which may end before it.
+    """
     found: list[Guarantee] = ["exact"]
     source = plan.source
     if isinstance(source, Combined):
-        found += [guarantee_of(inner) for inner in source.plans]
+        found += [guarantee_of(inner, whole=False) for inner in source.plans]
     elif source.sampler is not None:
-        found.append("exact" if is_repeatable(source.sampler.make) else "replayed")
+        sampler = source.sampler.make
+        sure = is_repeatable(sampler) and (whole or not generators_of(sampler))
+        found.append("exact" if sure and not _leaves_keys(plan, sampler) else "replayed")
     elif isinstance(source.data, Stream):
         found.append(guarantee_of_stream(source.data.make))
     arithmetic = source.indexable  # order stages are done on its keys
@@ -398,6 +405,14 @@ def guarantee_of(plan: Plan) -> Guarantee:
         if any_order(source, before):
             found.append("at-least-once")
     return max(found, key=_STRENGTH.index)
+
+
+def _leaves_keys(plan: Plan, sampler: Any) -> bool:
+    """Whether an epoch may end before `sampler` has given all keys, and its generator is where that leaves it.
+
+    A resumed epoch that takes no more of it draws nothing, and the epochs behind have another order.
+    """
+    return bool(generators_of(sampler)) and any(isinstance(stage, Take | Repeat | Shard) for stage in plan.stages)
 
 
 def guarantee_of_stream(stream: Any) -> Guarantee:

@@ -264,6 +264,47 @@ def test_samplers_that_draw_from_the_global_generator_side_by_side_resume(how: s
 
 TWELVE: Any = range(12)
 
+
+def with_generator() -> Pipeline:
+    sampler = RandomSampler(range(8), generator=torch.Generator().manual_seed(1))
+    return Pipeline(range(8), sampler=sampler)
+
+
+def test_a_buffer_behind_a_sampler_that_is_repeated_has_its_order_again() -> None:
+    """All of a round are in the buffer, and none of them has gone: its order is drawn from where it was."""
+
+    def make() -> Pipeline:
+        return with_generator().shuffle(7).repeat(3)
+
+    expected = list(make())
+    for done in range(1, len(expected)):
+        loader = make()
+        samples = iter(loader)
+        for _ in range(done):
+            next(samples)
+        state = json.loads(json.dumps(loader.state_dict()))
+        loader.close()
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert list(resumed) == expected[done:]
+
+
+@pytest.mark.parametrize(
+    ("make", "guarantee"),
+    [
+        (lambda: with_generator().batch(3), "exact"),
+        (lambda: with_generator().take(3), "replayed"),
+        (lambda: with_generator().repeat(2), "replayed"),
+        (lambda: with_generator().shard(0, 2), "replayed"),
+        (lambda: Pipeline.zip(with_generator(), range(3)), "replayed"),
+        (lambda: Pipeline(range(8), sampler=RandomSampler(range(8))).take(3), "exact"),
+    ],
+)
+def test_a_generator_that_an_epoch_may_leave_early_is_told_of(make: Callable[[], Any], guarantee: str) -> None:
+    """Where it is then, no state tells."""
+    assert make().state_dict()["guarantee"] == guarantee
+
+
 SAMPLERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "batch_size": (
         lambda: DataLoader(range(12), batch_sampler=BatchSampler(SequentialSampler(range(12)), 2, False)),

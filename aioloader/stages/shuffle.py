@@ -8,6 +8,7 @@ from typing import Any
 from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
 
 __all__ = ["Shuffle"]
@@ -97,6 +98,8 @@ class _ShuffleFold:
         out = []
         for entry in run:
             before, self._last_cursor = self._last_cursor, entry.cursor
+            if before is None:  # the order of the keys is to be the same one again
+                before = beginning(entry.cursor)
             self._arrived += 1
             if self._arrived <= self._resumed_at:
                 self._again(entry, before)
