@@ -30,7 +30,7 @@ from aioloader.loader import Loader
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.index_keys import BaseSeed, IndexKeys
-from aioloader.sources.resolve import Stream, check_dataset
+from aioloader.sources.resolve import Stream, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith
 from aioloader.stages.checks import check_count, check_integer
@@ -250,6 +250,7 @@ class DataLoader(Loader, Generic[T_co]):
         return super().__aiter__()
 
     def __iter__(self) -> Batches[T_co] | InlineBatches[T_co]:
+        warn_of_live(self, self.dataset)
         self._check_usable()
         if self.num_workers == 0 and not self._awaited:
             return InlineBatches(self, self._open_inline)

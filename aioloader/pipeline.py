@@ -1,6 +1,5 @@
 """`Pipeline`: the description of how samples become batches."""
 
-import asyncio
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -44,7 +43,7 @@ from aioloader.sources.drawn import (
     unpacked,
 )
 from aioloader.sources.fetch import FetchSource
-from aioloader.sources.resolve import Indexable, Stream, describe, is_live, is_one_source, resolve, source_name
+from aioloader.sources.resolve import Indexable, Stream, describe, is_one_source, resolve, source_name, warn_of_live
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
 from aioloader.stages.cache import Cache
@@ -491,13 +490,7 @@ class Pipeline(Loader):
 
     def __iter__(self) -> Any:
         """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
-        if asyncio._get_running_loop() is not None and any(map(is_live, _streams(self._plan))):
-            warnings.warn(
-                f"`for` over {self!r} blocks the event loop that runs in this thread, and its source is live: if tasks "
-                f"of that loop send to it, both wait for ever; use `async for`, or send from threads",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        warn_of_live(self, *(stream.make for stream in _streams(self._plan)))
         return super().__iter__()
 
     def _check_usable(self) -> None:

@@ -388,9 +388,10 @@ def test_a_for_loop_that_stops_those_who_send_is_told() -> None:
     loader = Pipeline.merge(range(3), Pipeline(channel).map(abs)).batch(2)
 
     async def main() -> None:
-        with pytest.warns(RuntimeWarning, match=r"`for` over .*Channel.* use `async for`") as caught:
-            iter(loader)
-        assert caught[0].filename == __file__
+        for live in (loader, DataLoader(channel, 2)):
+            with pytest.warns(RuntimeWarning, match=r"`for` over .*Channel.* use `async for`") as caught:
+                iter(live)
+            assert caught[0].filename == __file__
         aiter(loader)
         iter(Pipeline(range(3)))
         channel.close()

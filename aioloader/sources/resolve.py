@@ -1,7 +1,9 @@
 """What a user may pass as a source, and what it is."""
 
+import asyncio
 import contextlib
 import inspect
+import warnings
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -23,10 +25,10 @@ __all__ = [
     "check_dataset",
     "describe",
     "describe_content",
-    "is_live",
     "is_one_source",
     "resolve",
     "source_name",
+    "warn_of_live",
 ]
 
 TAKEN: Final = (
@@ -153,10 +155,23 @@ def resolve(source: Any) -> Indexable | Stream:
     raise TypeError(f"a source must be {TAKEN}; got {describe(source)}")
 
 
-def is_live(stream: Stream) -> bool:
+def warn_of_live(loader: Any, *streams: Any) -> None:
+    """Warn whoever begins a `for` loop in the thread of an event loop, if one of `streams` waits for others to send.
+
+    Called by what the caller has called.
+    """
+    if asyncio._get_running_loop() is not None and any(map(_is_live, streams)):
+        warnings.warn(
+            f"`for` over {loader!r} blocks the event loop that runs in this thread, and its source is live: if tasks "
+            f"of that loop send to it, both wait for ever; use `async for`, or send from threads",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _is_live(stream: Any) -> bool:
     """Whether samples come when others send them, and more may come."""
-    live = isinstance(stream.make, CursorSource) and not stream.make.replayable
-    return live and not getattr(stream.make, "closed", False)
+    return isinstance(stream, CursorSource) and not stream.replayable and not getattr(stream, "closed", False)
 
 
 def is_one_source(value: Any) -> bool:
