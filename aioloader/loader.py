@@ -424,7 +424,11 @@ class Loader(Opener):
         stop = check_count("stop", stop, least=first + 1, hint="skip_steps(3, 5) leaves out steps 3 and 4")
         if epoch is None:
             epoch = self.state_dict()["epoch"]
-        self._leave_out.setdefault(check_count("epoch", epoch, least=0), []).append(range(first, stop))
+        steps = self._leave_out.setdefault(check_count("epoch", epoch, least=0), [])
+        steps.append(range(first, stop))
+        for delivery in self._alive():  # one of an older epoch may have no part in that list any more
+            if delivery.progress.epoch == epoch:
+                delivery.progress.leave_out = steps
 
     def _opened(self, delivery: Delivery) -> None:
         with self._lock:

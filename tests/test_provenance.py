@@ -306,6 +306,20 @@ async def test_a_replay_from_async_code_runs_in_a_thread() -> None:
 
 
 @on_both_faces
+def test_steps_of_an_older_epoch_that_is_alive_are_left_out(face: Face) -> None:
+    """Though two newer ones have begun since."""
+    loader = Pipeline(range(10)).batch(2)
+    with Steps(loader, face) as old:
+        assert old.next().tolist() == [0, 1]
+        for _ in range(2):
+            with Steps(loader, face) as newer:
+                newer.next()
+                newer.rest()
+        loader.skip_steps(2, 4, epoch=0)
+        assert [batch.tolist() for batch in old.rest()] == [[2, 3], [8, 9]]
+
+
+@on_both_faces
 def test_steps_are_left_out_and_nothing_else_moves(face: Face) -> None:
     def fail(sample: int) -> int:
         if sample == 5:
