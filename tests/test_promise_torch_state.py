@@ -19,6 +19,7 @@ from torch.utils.data import (
 )
 
 from aioloader import DataLoader, Pipeline
+from aioloader.executors import threads
 from aioloader.sources.drawn import _DrawnFrom
 from tests._support import Face, Steps, collect, on_both_faces
 
@@ -218,6 +219,56 @@ def threads_elsewhere() -> int:
     thread.start()
     thread.join()
     return seen[0]
+
+
+@pytest.mark.skipif(not threads._libraries_of_torch(), reason="this build of torch has them elsewhere")
+def test_the_default_of_new_threads_is_never_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for the moment in which a thread of ours begins: one of the user's may begin in that, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen: list[tuple[int, int]] = []
+
+    def refuse(_: int) -> None:
+        raise AssertionError("it sets the default as well")
+
+    def ours() -> None:
+        threads.limit_intraop_threads()
+        seen.append((torch.get_num_threads(), threads_elsewhere()))
+        square = torch.ones(300, 300) @ torch.ones(300, 300)  # whatever torch looks at first here, it stays one
+        seen.append((torch.get_num_threads(), threads_elsewhere()))
+        assert square[0, 0] == 300
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "set_num_threads", refuse)
+            thread = threading.Thread(target=ours)
+            thread.start()
+            thread.join()
+        assert seen == [(1, 3), (1, 3)]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_where_the_libraries_are_not_found_the_default_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread that ends at once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(threads, "_libraries_of_torch", lambda: [])
+    seen: list[int] = []
+
+    def ours() -> None:
+        threads.limit_intraop_threads()
+        seen.append(torch.get_num_threads())
+
+    try:
+        thread = threading.Thread(target=ours)
+        thread.start()
+        thread.join()
+        assert seen == [1]
+        assert threads_elsewhere() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @on_both_faces

@@ -6,10 +6,13 @@ which an exit hook (`engine/loop_thread.py`) ends in bounded time.
 """
 
 import contextlib
+import ctypes
 import threading
 from asyncio import AbstractEventLoop, Future
 from collections.abc import Callable
 from contextvars import Context
+from functools import cache
+from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
 from weakref import WeakSet
@@ -171,15 +174,32 @@ def limit_intraop_threads() -> None:
     """Let torch use one thread for each operation of the calling thread, and change nothing for any other thread.
 
     The operations of several loader threads would otherwise fight for the same OpenMP threads (a copy of 64 KiB: 224 µs
-    against 2). `torch.set_num_threads` sets the calling thread *and* the default of threads to come, so the default is
-    put back from a thread that ends at once. Measured with torch 2.13: the caller, and threads started later, keep
-    their number.
+    against 2). `torch.set_num_threads` sets the calling thread *and* the default of threads to come. So the libraries
+    that it passes the number on to are told directly, which keep it for each thread. Where they are not found, the
+    default is put back from a thread that ends at once; a thread of the user's that starts in between has 1 as well.
+    Measured with torch 2.13: the caller, and threads started later, keep their number.
     """
+    if torch.get_num_threads() == 1:  # asked for here, torch has set this thread's number by now, and will not later
+        return
+    for tell in _libraries_of_torch():
+        tell(1)
+    if torch.get_num_threads() == 1:
+        return
     with _intraop_lock:
         before = torch.get_num_threads()
-        if before == 1:
-            return
         torch.set_num_threads(1)
         restorer = threading.Thread(target=torch.set_num_threads, args=(before,), daemon=True)
         restorer.start()
         restorer.join()
+
+
+@cache
+def _libraries_of_torch() -> list[Callable[[int], object]]:
+    """Functions that set the number of threads for the calling thread alone: of OpenMP, and of MKL if torch has it."""
+    found: list[Callable[[int], object]] = []
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    with contextlib.suppress(OSError, AttributeError):  # another system, another build
+        library = ctypes.CDLL(str(path))  # it is loaded already; what it depends on is looked through as well
+        found.append(library.omp_set_num_threads)
+        found.append(library.MKL_Set_Num_Threads_Local)
+    return found
