@@ -329,7 +329,7 @@ def _sources_difference(now: list[Shape], then: Any, place: str) -> str | None:
 def _arguments_difference(now: dict[str, Any], then: Any, place: str) -> str:
     if not isinstance(then, dict):
         return f"the arguments of the sampler of {place} in the state are broken: {then!r}"[:300]
-    name = next(name for name in {**now, **then} if now.get(name) != then.get(name))
+    name = next(name for name in {**now, **then} if now.get(name, "nothing") != then.get(name, "nothing"))
     return f"the sampler of {place} has {name}={now.get(name)!r}, and had {then.get(name)!r}"[:300]
 
 
@@ -385,8 +385,11 @@ def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
         found += [guarantee_of(inner, whole=False) for inner in source.plans]
     elif source.sampler is not None:
         sampler = source.sampler.make
-        sure = is_repeatable(sampler) and (whole or not generators_of(sampler))
-        found.append("exact" if sure and not _leaves_keys(plan, sampler) else "replayed")
+        leaves = not whole or any(isinstance(stage, Take | Repeat | Shard) for stage in plan.stages)
+        # An epoch may end before its keys do. If a resumed one takes no more of them, it draws nothing, and where the
+        # sampler's own generator stands then, no state tells: the epochs behind have another order.
+        sure = is_repeatable(sampler) and not (leaves and generators_of(sampler))
+        found.append("exact" if sure else "replayed")
     elif isinstance(source.data, Stream):
         found.append(guarantee_of_stream(source.data.make))
     arithmetic = source.indexable  # order stages are done on its keys
@@ -405,14 +408,6 @@ def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
         if any_order(source, before):
             found.append("at-least-once")
     return max(found, key=_STRENGTH.index)
-
-
-def _leaves_keys(plan: Plan, sampler: Any) -> bool:
-    """Whether an epoch may end before `sampler` has given all keys, and its generator is where that leaves it.
-
-    A resumed epoch that takes no more of it draws nothing, and the epochs behind have another order.
-    """
-    return bool(generators_of(sampler)) and any(isinstance(stage, Take | Repeat | Shard) for stage in plan.stages)
 
 
 def guarantee_of_stream(stream: Any) -> Guarantee:

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Rando
 
 from aioloader import DataLoader, Pipeline
 from tests._support import Face, Steps, on_both_faces
+from tests.test_around_resume import OtherOrderEachEpoch
 from tests.test_resume import Stateful
-from tests.test_resume_again import OtherOrderEachEpoch
 
 TWELVE: Any = range(12)
 

@@ -114,6 +114,18 @@ def test_a_cursor_that_leads_nowhere(make: Callable[[], Pipeline], cursor: Any, 
     refused(make(), state_of(make()) | {"cursor": cursor}, message)
 
 
+@pytest.mark.parametrize("arguments", [{}, None, {"RandomSampler.replacement": False}])
+def test_arguments_of_a_sampler_that_are_not_all_there(arguments: Any) -> None:
+    """One that was left to its default is missed by its name, too."""
+
+    def make() -> Pipeline:
+        return Pipeline(range(4), sampler=RandomSampler(range(4)))
+
+    state = state_of(make())
+    state["pipeline"][0]["arguments"] = arguments
+    refused(make(), state, "the sampler of stage 0")
+
+
 @pytest.mark.parametrize("epochs", ["3", [1, 2], ["x"]])
 def test_epochs_of_samplers_that_are_none(epochs: Any) -> None:
     """There is one sampler that tells its epoch."""

@@ -2,8 +2,8 @@
 
 The cursor of a sample is a count, or a pair of an *origin* and a count from there. An origin is one of two things: what
 a sampler drew its order from, or what a user's object with `state_dict` said about itself. Asking such an object may
-cost anything, so it is asked behind the first sample and once in
-`SNAPSHOT_SAMPLES`; what was read since then is read again and dropped.
+cost anything, so it is asked behind the first sample and once in `SNAPSHOT_SAMPLES`; what was
+read since then is read again and dropped.
 """
 
 import contextlib
