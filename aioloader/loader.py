@@ -30,7 +30,8 @@ from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
-from aioloader.state import Guarantee, Shape, check_state, lengths_of, make_state, ranges_of, with_lengths
+from aioloader.stages.flow import Guarantee
+from aioloader.state import Shape, check_state, lengths_of, make_state, ranges_of, with_lengths
 
 __all__ = ["Loader"]
 

@@ -4,22 +4,21 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from aioloader.elastic import batch_of_all_ranks
 from aioloader.engine.located import CursorSource
-from aioloader.engine.resumable import is_stateful
 from aioloader.errors import StateError
-from aioloader.plan import Combined, Plan, Repeat, Single, any_order
-from aioloader.sources.drawn import arguments_of, generators_of, is_repeatable, kind_of
-from aioloader.sources.order import is_order_stage
-from aioloader.sources.resolve import Indexable, Stream, source_name
+from aioloader.plan import Combined, Plan, Repeat, Single
+from aioloader.sources.drawn import arguments_of, kind_of
+from aioloader.sources.resolve import Indexable, source_name
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch, Unbatch
 from aioloader.stages.cache import Cache
 from aioloader.stages.checks import callable_name
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
+from aioloader.stages.flow import STRENGTH, Guarantee
 from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.select import Enumerate, Skip, Take
@@ -29,11 +28,8 @@ from aioloader.stages.shuffle import Shuffle
 __all__ = [
     "FORMAT",
     "VERSION",
-    "Guarantee",
     "Shape",
     "check_state",
-    "guarantee_of",
-    "guarantee_of_stream",
     "identity_of",
     "lengths_of",
     "make_state",
@@ -44,13 +40,6 @@ __all__ = [
 
 FORMAT: Final = "aioloader"
 VERSION: Final = 1
-
-Guarantee = Literal["exact", "replayed", "at-least-once", "live"]
-"""What a resume gives. `exact`: what was to come. `replayed`: that too, if a source that cannot be entered in the
-middle gives the same samples again. `at-least-once`: all that was to come, and maybe some samples once more. `live`:
-what comes from now on; live data cannot be read again."""
-
-_STRENGTH: Final[tuple[Guarantee, ...]] = ("exact", "replayed", "at-least-once", "live")
 
 Shape = list[dict[str, Any]]
 """What of a loader decides which sample comes when; names of functions are told and not compared."""
@@ -155,8 +144,8 @@ def check_state(
     for key in ("epoch", "batches"):
         if state[key] < 0:
             raise StateError(f"{key!r} of the state must be at least 0, got {state[key]}")
-    if state["guarantee"] not in _STRENGTH:
-        raise StateError(f"'guarantee' of the state must be one of {_STRENGTH}, got {state['guarantee']!r}"[:300])
+    if state["guarantee"] not in STRENGTH:
+        raise StateError(f"'guarantee' of the state must be one of {STRENGTH}, got {state['guarantee']!r}"[:300])
     if state["loader"] != loader:
         raise StateError(f"the state is of a {state['loader']}"[:200] + f", and this is a {loader}")
     check_ranks(state["ranks"])
@@ -367,51 +356,3 @@ def _words(part: Mapping[str, Any]) -> str:
         return f"{stage}({part['name']}{loose})"[:100]
     arguments = ", ".join(f"{key}={value!r}" for key, value in part.items() if key != "stage" and value is not None)
     return (stage if stage.endswith(")") else f"{stage}({arguments})")[:100]
-
-
-# -- the guarantee -----------------------------------------------------------------------------------------------------
-
-
-def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
-    """The weakest link of `plan`.
-
-    Args:
-        plan: It.
-        whole: It is no part of another one, which may end before it.
-    """
-    found: list[Guarantee] = ["exact"]
-    source = plan.source
-    if isinstance(source, Combined):
-        found += [guarantee_of(inner, whole=False) for inner in source.plans]
-    elif source.sampler is not None:
-        sampler = source.sampler.make
-        leaves = not whole or any(isinstance(stage, Take | Repeat | Shard) for stage in plan.stages)
-        # An epoch may end before its keys do. If a resumed one takes no more of them, it draws nothing, and where the
-        # sampler's own generator stands then, no state tells: the epochs behind have another order.
-        sure = is_repeatable(sampler) and not (leaves and generators_of(sampler))
-        found.append("exact" if sure else "replayed")
-    elif isinstance(source.data, Stream):
-        found.append(guarantee_of_stream(source.data.make))
-    arithmetic = source.indexable  # order stages are done on its keys
-    for at, stage in enumerate(plan.stages):
-        if arithmetic and (isinstance(stage, Map) or is_order_stage(stage)):
-            continue
-        arithmetic = False
-        before: Sequence[Stage] = ()
-        if isinstance(stage, FlatMap | Unbatch | Shuffle):
-            before = plan.stages[:at]
-        elif isinstance(stage, Map) and not stage.ordered:  # neighbouring maps are one window, with one order
-            fold = [number for number in range(at) if not isinstance(plan.stages[number], Map | Filter)]
-            before = plan.stages[: fold[-1] + 1] if fold else ()
-        else:
-            continue
-        if any_order(source, before):
-            found.append("at-least-once")
-    return max(found, key=_STRENGTH.index)
-
-
-def guarantee_of_stream(stream: Any) -> Guarantee:
-    """Whether `stream` can be entered in the middle."""
-    if isinstance(stream, CursorSource) and not stream.replayable:
-        return "live"
-    return "exact" if isinstance(stream, CursorSource) or is_stateful(stream) else "replayed"

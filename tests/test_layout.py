@@ -33,7 +33,7 @@ IMPORTS: dict[str, set[str]] = {
     "engine": {"cache", "errors", "executors", "insight", "keys", "notes"},
     "stages": {"cache", "cores", "engine", "executors", "insight", "keys", "notes", "seeds"},
     "sources": {"engine", "errors", "executors", "memory", "notes", "seeds", "stages"},
-    "plan": {"sources", "stages"},
+    "plan": {"engine", "sources", "stages"},
     "assembly": {"cache", "cores", "device", "engine", "executors", "memory", "notes", "plan", "sources", "stages"},
     "rng": {"executors", "keys", "seeds"},
     "elastic": {"errors", "plan", "sources", "stages"},

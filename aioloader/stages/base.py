@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["FoldStage", "Pass", "Stage", "UnknownLengthError"]
 
@@ -54,6 +55,18 @@ class Stage(ABC):
         Raises:
             UnknownLengthError: Only running it tells.
         """
+
+    def flow(self, before: Flow) -> Flow:
+        """What is known of the samples after this stage.
+
+        The default is right for any stage, and pessimistic: nothing is known by key any more, other ranks cannot go on
+        from this one's state, and where samples come in another order each time, some may come again after a resume.
+        A stage that can promise more says so here.
+
+        Args:
+            before: What is known of the samples that come in.
+        """
+        return before.counted().cut().limited(Shared.SAME_RANK, self.label).closed()
 
 
 class FoldStage(Stage):

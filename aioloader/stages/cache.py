@@ -10,6 +10,7 @@ from aioloader.cache.samples import copied
 from aioloader.cores import usable_cores
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch
+from aioloader.stages.flow import Flow
 from aioloader.stages.map import Map
 from aioloader.stages.select import Skip, Take
 from aioloader.stages.shard import Shard
@@ -47,6 +48,9 @@ class Cache(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def flow(self, before: Flow) -> Flow:
+        return before if before.by_key else before.closed()
 
 
 COPY: Final = Map(copied, False, name="copy", flexible=True)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aioloader.stages.base import Stage
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["OwnProcess"]
 
@@ -17,3 +18,6 @@ class OwnProcess(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def flow(self, before: Flow) -> Flow:
+        return before.limited(Shared.SAME_RANK, self.label).closed()

@@ -7,6 +7,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["Enumerate", "Skip", "Take"]
 
@@ -23,6 +24,11 @@ class _EachFold:
         return []
 
 
+def _by_number(before: Flow, label: str) -> Flow:
+    """After a stage that goes by the number of the entry: the ranks of one world, or of any if it counts steps."""
+    return before if before.batch_size is not None else before.limited(Shared.SAME_WORLD, label)
+
+
 @dataclass(frozen=True)
 class Take(FoldStage):
     """The first `n` entries, failed ones included. Cursor: that of the entry, and the count."""
@@ -35,6 +41,10 @@ class Take(FoldStage):
 
     def length(self, upstream: int) -> int:
         return min(self.n, upstream)
+
+    def flow(self, before: Flow) -> Flow:
+        after = _by_number(before.cut(), self.label)
+        return after if before.by_key else after.closed()
 
     def fold(self, this_pass: Pass) -> Fold:
         return _TakeFold(self.n)
@@ -80,6 +90,10 @@ class Skip(FoldStage):
     def length(self, upstream: int) -> int:
         return max(0, upstream - self.n)
 
+    def flow(self, before: Flow) -> Flow:
+        after = _by_number(before, self.label)
+        return after if before.by_key else after.closed()
+
     def fold(self, this_pass: Pass) -> Fold:
         return _SkipFold(self.n)
 
@@ -120,6 +134,9 @@ class Enumerate(FoldStage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def flow(self, before: Flow) -> Flow:
+        return _by_number(before, self.label).closed()
 
     def fold(self, this_pass: Pass) -> Fold:
         return _EnumerateFold()

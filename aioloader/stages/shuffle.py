@@ -10,6 +10,7 @@ from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["Shuffle"]
 
@@ -33,6 +34,12 @@ class Shuffle(FoldStage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def flow(self, before: Flow) -> Flow:
+        # What leaves last depends on where the end is.
+        free = before.batch_size is not None and before.steady
+        after = before if free else before.limited(Shared.SAME_WORLD, self.label)
+        return after if before.by_key and self.buffer_size is None else after.counted().closed()
 
     def fold(self, this_pass: Pass) -> Fold:
         assert self.buffer_size is not None
