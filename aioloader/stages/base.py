@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
@@ -70,7 +71,15 @@ class Stage(ABC):
 
 
 class FoldStage(Stage):
-    """A stage that runs as a fold."""
+    """A stage that runs as a fold.
+
+    Attributes:
+        holds_in_any_order: Its cursors are right even if the input comes in another order after a resume, since they
+            have no numbers of their own, or none that are about one entry. A cursor of any other fold is the input's
+            and numbers, which are then forgotten: some samples come twice rather than never.
+    """
+
+    holds_in_any_order: ClassVar[bool] = False
 
     @abstractmethod
     def fold(self, this_pass: Pass) -> Fold:

@@ -78,6 +78,8 @@ class Batch(FoldStage):
     collate: CollateWith = field(default_factory=CollateWith)
     max_wait: float | None = None
 
+    holds_in_any_order = True
+
     @property
     def label(self) -> str:
         return f"batch({self.batch_size}{'' if self.max_wait is None else f', max_wait={self.max_wait:g}'})"

@@ -35,6 +35,8 @@ class Take(FoldStage):
 
     n: int
 
+    holds_in_any_order = True
+
     @property
     def label(self) -> str:
         return f"take({self.n})"
@@ -83,6 +85,8 @@ class Skip(FoldStage):
 
     n: int
 
+    holds_in_any_order = True
+
     @property
     def label(self) -> str:
         return f"skip({self.n})"
@@ -127,6 +131,8 @@ class _SkipFold(_EachFold):
 @dataclass(frozen=True)
 class Enumerate(FoldStage):
     """Pairs of a number and the sample; a failed one uses up its number. Cursor: that of the entry, and the count."""
+
+    holds_in_any_order = True
 
     @property
     def label(self) -> str:
