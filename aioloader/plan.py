@@ -96,6 +96,9 @@ class Repeat(Stage):
             raise UnknownLengthError("repeat() without a number is endless")
         return upstream * self.times
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "repeat", "n": self.times}
+
     def flow(self, before: Flow) -> Flow:
         free = self.times is None or (before.batch_size is not None and before.steady)
         return (before if free else before.limited(Shared.SAME_WORLD, self.label)).cut().closed()

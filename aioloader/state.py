@@ -9,21 +9,10 @@ from typing import Any, Final
 from aioloader.elastic import batch_of_all_ranks
 from aioloader.engine.located import CursorSource
 from aioloader.errors import StateError
-from aioloader.plan import Combined, Plan, Repeat, Single
+from aioloader.plan import Combined, Plan, Single
 from aioloader.sources.drawn import arguments_of, kind_of
 from aioloader.sources.resolve import Indexable, source_name
-from aioloader.stages.base import Stage
-from aioloader.stages.batch import Batch, Unbatch
-from aioloader.stages.cache import Cache
-from aioloader.stages.checks import callable_name
-from aioloader.stages.device import PinMemory, To
-from aioloader.stages.drop_if import DropIf
 from aioloader.stages.flow import STRENGTH, Guarantee
-from aioloader.stages.map import Filter, FlatMap, Map
-from aioloader.stages.own_process import OwnProcess
-from aioloader.stages.select import Enumerate, Skip, Take
-from aioloader.stages.shard import Shard
-from aioloader.stages.shuffle import Shuffle
 
 __all__ = [
     "FORMAT",
@@ -179,13 +168,15 @@ def _plain(value: Any) -> Any:
 def shape_of(plan: Plan) -> Shape:
     """The source and the stages of `plan` that decide which sample comes when, and maps for whoever reads it."""
     of_all = batch_of_all_ranks(plan)
-    stages = []
+    shape = [_source(plan.source)]
     for number, stage in enumerate(plan.stages):
-        if number in of_all and isinstance(stage, Batch):
-            stages.append({"stage": "batch", "global_batch": of_all[number], "drop_last": stage.drop_last})
-        elif not isinstance(stage, To | PinMemory | OwnProcess | Cache):
-            stages.append(_stage(stage))
-    return [_source(plan.source), *stages]
+        part = stage.shape()
+        if part is not None and number in of_all:  # its size on this rank may be another one on others
+            part = {key: value for key, value in part.items() if key != "batch_size"}
+            part["global_batch"] = of_all[number]
+        if part is not None:
+            shape.append(part)
+    return shape
 
 
 def lengths_of(shape: Shape) -> list[int | None]:
@@ -245,33 +236,6 @@ def _length(source: Single) -> int | None:
         return source.length()
     except TypeError:
         return None
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    match stage:
-        case Map():
-            return {"stage": "map", "name": stage.name or callable_name(stage.fn), "ordered": stage.ordered}
-        case Filter():
-            return {"stage": "filter", "name": callable_name(stage.fn)}
-        case DropIf():
-            return {"stage": "drop_if", "name": callable_name(stage.fn)}
-        case FlatMap():
-            return {"stage": "flat_map", "name": callable_name(stage.fn)}
-        case Shuffle():
-            return {"stage": "shuffle", "buffer_size": stage.buffer_size, "seed": stage.seed}
-        case Batch():
-            return {"stage": "batch", "batch_size": stage.batch_size, "drop_last": stage.drop_last}
-        case Take() | Skip():
-            return {"stage": type(stage).__name__.lower(), "n": stage.n}
-        case Repeat():
-            return {"stage": "repeat", "n": stage.times}
-        case Unbatch():
-            return {"stage": "unbatch"}
-        case Enumerate():
-            return {"stage": "enumerate"}
-        case Shard():
-            return {"stage": "shard", "even": stage.even}  # and the state says of how many ranks it is
-    return {"stage": stage.label}
 
 
 def _difference(now: Shape, then: Any, where: str = "") -> str | None:

@@ -37,7 +37,7 @@ IMPORTS: dict[str, set[str]] = {
     "assembly": {"cache", "cores", "device", "engine", "executors", "memory", "notes", "plan", "sources", "stages"},
     "rng": {"executors", "keys", "seeds"},
     "elastic": {"errors", "plan", "sources", "stages"},
-    "state": {"cache", "elastic", "engine", "errors", "plan", "sources", "stages"},
+    "state": {"elastic", "engine", "errors", "plan", "sources", "stages"},
     "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages", "state"},
     "pipeline": {
         "assembly", "cache", "device", "elastic", "engine", "errors", "executors", "loader", "plan", "sources",

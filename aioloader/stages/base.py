@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
@@ -56,6 +56,14 @@ class Stage(ABC):
         Raises:
             UnknownLengthError: Only running it tells.
         """
+
+    def shape(self) -> dict[str, Any] | None:
+        """What a state says of this stage, and must find again: all that decides which sample comes when.
+
+        A dict that JSON can hold, with the kind of stage as "stage"; "name" is told and not compared. None: a stage
+        that moves no sample.
+        """
+        return {"stage": self.label}
 
     def flow(self, before: Flow) -> Flow:
         """What is known of the samples after this stage.

@@ -89,6 +89,9 @@ class Batch(FoldStage):
             raise UnknownLengthError(f"{self.label} gives as many batches as the time between samples makes of them")
         return upstream // self.batch_size if self.drop_last else -(-upstream // self.batch_size)
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "batch", "batch_size": self.batch_size, "drop_last": self.drop_last}
+
     def flow(self, before: Flow) -> Flow:
         after = before.closed()
         if self.max_wait is not None:
@@ -197,6 +200,9 @@ class Unbatch(FoldStage):
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError("unbatch() gives as many samples as the batches turn out to hold")
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "unbatch"}
 
     def flow(self, before: Flow) -> Flow:
         # A batch that the default collate has made has as many rows as samples; others may have any number.

@@ -49,6 +49,9 @@ class Cache(Stage):
     def length(self, upstream: int) -> int:
         return upstream
 
+    def shape(self) -> None:
+        return None
+
     def flow(self, before: Flow) -> Flow:
         return before if before.by_key else before.closed()
 

@@ -20,6 +20,9 @@ class PinMemory(Stage):
     def length(self, upstream: int) -> int:
         return upstream
 
+    def shape(self) -> None:
+        return None
+
     def flow(self, before: Flow) -> Flow:
         return replace(before, by_key=False)  # one more step of the window
 
@@ -40,6 +43,9 @@ class To(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> None:
+        return None
 
     def flow(self, before: Flow) -> Flow:
         return replace(before, by_key=False)  # one more step of the window

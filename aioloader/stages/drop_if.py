@@ -35,6 +35,9 @@ class DropIf(Stage):
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "drop_if", "name": callable_name(self.fn)}
+
     def flow(self, before: Flow) -> Flow:
         after = before.limited(Shared.SAME_RANK, self.label).closed()
         return replace(after, timed=after.timed or self.label, rank_order=after.rank_order or self.label)

@@ -87,6 +87,9 @@ class Map(Stage):
     def length(self, upstream: int) -> int:
         return upstream
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "map", "name": self.name or callable_name(self.fn), "ordered": self.ordered}
+
     def flow(self, before: Flow) -> Flow:
         if self.ordered:
             return before
@@ -129,6 +132,9 @@ class Filter(Stage):
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "filter", "name": callable_name(self.fn)}
+
     def flow(self, before: Flow) -> Flow:
         limited = before.limited(Shared.SAME_RANK, self.label)
         return replace(limited, by_key=False, steps=replace(before.steps, only_maps=False))
@@ -146,6 +152,9 @@ class FlatMap(Stage):
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} gives as many items as its function turns out to")
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "flat_map", "name": callable_name(self.fn)}
 
     def flow(self, before: Flow) -> Flow:
         return before.counted().limited(Shared.SAME_RANK, self.label).closed()

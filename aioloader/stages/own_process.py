@@ -19,5 +19,8 @@ class OwnProcess(Stage):
     def length(self, upstream: int) -> int:
         return upstream
 
+    def shape(self) -> None:
+        return None
+
     def flow(self, before: Flow) -> Flow:
         return before.limited(Shared.SAME_RANK, self.label).closed()

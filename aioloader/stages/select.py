@@ -44,6 +44,9 @@ class Take(FoldStage):
     def length(self, upstream: int) -> int:
         return min(self.n, upstream)
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "take", "n": self.n}
+
     def flow(self, before: Flow) -> Flow:
         after = _by_number(before.cut(), self.label)
         return after if before.by_key else after.closed()
@@ -94,6 +97,9 @@ class Skip(FoldStage):
     def length(self, upstream: int) -> int:
         return max(0, upstream - self.n)
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "skip", "n": self.n}
+
     def flow(self, before: Flow) -> Flow:
         after = _by_number(before, self.label)
         return after if before.by_key else after.closed()
@@ -140,6 +146,9 @@ class Enumerate(FoldStage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "enumerate"}
 
     def flow(self, before: Flow) -> Flow:
         return _by_number(before, self.label).closed()

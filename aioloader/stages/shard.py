@@ -104,6 +104,9 @@ class Shard(FoldStage):
             raise uneven(upstream, world_size)
         return rounds + 1 if rest and self.even == "pad" else rounds
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "shard", "even": self.even}  # the state itself says of how many ranks it is
+
     def flow(self, before: Flow) -> Flow:
         after = replace(before.before_shard().cut(), steady=before.steady and self.even != "drop")
         rank, world_size = self.rank or 0, self.world_size or 1  # before it is `placed`, one of one

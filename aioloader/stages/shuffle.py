@@ -35,6 +35,9 @@ class Shuffle(FoldStage):
     def length(self, upstream: int) -> int:
         return upstream
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "shuffle", "buffer_size": self.buffer_size, "seed": self.seed}
+
     def flow(self, before: Flow) -> Flow:
         # What leaves last depends on where the end is.
         free = before.batch_size is not None and before.steady
