@@ -397,13 +397,11 @@ def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
         if arithmetic and (isinstance(stage, Map) or is_order_stage(stage)):
             continue
         arithmetic = False
-        before: Sequence[Stage] = ()
-        if isinstance(stage, FlatMap | Unbatch | Shuffle):
-            before = plan.stages[:at]
-        elif isinstance(stage, Map) and not stage.ordered:  # neighbouring maps are one window, with one order
+        before: Sequence[Stage] = plan.stages[:at]
+        if isinstance(stage, Map) and not stage.ordered:  # neighbouring maps are one window, with one order
             fold = [number for number in range(at) if not isinstance(plan.stages[number], Map | Filter)]
             before = plan.stages[: fold[-1] + 1] if fold else ()
-        else:
+        elif stage.exact_in_any_order:
             continue
         if any_order(source, before):
             found.append("at-least-once")

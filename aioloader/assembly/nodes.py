@@ -25,7 +25,7 @@ from aioloader.sources.drawn import keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage
-from aioloader.stages.batch import Batch, Unbatch
+from aioloader.stages.batch import Batch
 from aioloader.stages.cache import COPY, Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
@@ -35,7 +35,6 @@ from aioloader.stages.keyed import JoinBatches
 from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.shard import Again, Shard, ShardFold
-from aioloader.stages.shuffle import Shuffle
 
 __all__ = ["build"]
 
@@ -357,11 +356,10 @@ class _Builder:
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
-        loose_fold = loose and isinstance(stage, Unbatch | Shuffle)
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
-            node = FoldNode(node, stage.fold(self._pass), loose=loose_fold)
+            node = FoldNode(node, stage.fold(self._pass), loose=loose and not stage.exact_in_any_order)
         if isinstance(stage, Batch | JoinBatches):
             batches = Journey(batches=True, loose=loose)
             for check, step in journey.checks:

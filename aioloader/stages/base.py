@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
@@ -40,7 +41,21 @@ class Pass:
 
 
 class Stage(ABC):
-    """The description of one step of a pipeline: immutable, checked when it is made."""
+    """The description of one step of a pipeline: immutable, checked when it is made.
+
+    What a stage says of itself is said in its own class. These are the defaults, and they promise nothing: a stage that
+    forgets to speak gets the weaker guarantee, never one that is not true.
+
+    Attributes:
+        exact_in_any_order: A resume stays exact when the samples before this stage come in another order each time: its
+            cursors are those of its input, and say nothing of them by number ("two rows of the next batch are out").
+        keeps_samples: It changes no sample and runs no code of the user's: what comes out is what came in.
+        same_each_epoch: If its input is the same in each epoch, in the same order, then so is its output.
+    """
+
+    exact_in_any_order: ClassVar[bool] = False
+    keeps_samples: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -57,7 +72,11 @@ class Stage(ABC):
 
 
 class FoldStage(Stage):
-    """A stage that runs as a fold."""
+    """A stage that runs as a fold.
+
+    While it does not say `exact_in_any_order`, a resume behind samples without a fixed order forgets the numbers in its
+    cursor, see `FoldNode`: some samples come again rather than never.
+    """
 
     @abstractmethod
     def fold(self, this_pass: Pass) -> Fold:

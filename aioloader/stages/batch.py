@@ -77,6 +77,9 @@ class Batch(FoldStage):
     collate: CollateWith = field(default_factory=CollateWith)
     max_wait: float | None = None
 
+    exact_in_any_order = True
+    same_each_epoch = True
+
     @property
     def label(self) -> str:
         return f"batch({self.batch_size}{'' if self.max_wait is None else f', max_wait={self.max_wait:g}'})"
@@ -176,6 +179,8 @@ class Unbatch(FoldStage):
     """
 
     collated: bool
+
+    same_each_epoch = True
 
     @property
     def label(self) -> str:

@@ -37,6 +37,8 @@ class SplitBatches(FoldStage):
 
     batch_size: int | None
 
+    exact_in_any_order = True
+
     @property
     def label(self) -> str:
         return "split"
@@ -85,6 +87,8 @@ class JoinBatches(FoldStage):
     """The groups that `SplitBatches` took apart. Cursor: that of the batch."""
 
     collate: CollateWith
+
+    exact_in_any_order = True
 
     @property
     def label(self) -> str:

@@ -29,6 +29,10 @@ class Take(FoldStage):
 
     n: int
 
+    exact_in_any_order = True
+    keeps_samples = True
+    same_each_epoch = True
+
     @property
     def label(self) -> str:
         return f"take({self.n})"
@@ -73,6 +77,10 @@ class Skip(FoldStage):
 
     n: int
 
+    exact_in_any_order = True
+    keeps_samples = True
+    same_each_epoch = True
+
     @property
     def label(self) -> str:
         return f"skip({self.n})"
@@ -113,6 +121,9 @@ class _SkipFold(_EachFold):
 @dataclass(frozen=True)
 class Enumerate(FoldStage):
     """Pairs of a number and the sample; a failed one uses up its number. Cursor: that of the entry, and the count."""
+
+    exact_in_any_order = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
