@@ -15,7 +15,6 @@ from aioloader.stages.cache import Cache
 from aioloader.stages.flow import STRENGTH, Flow, Guarantee, Shared, Steps
 from aioloader.stages.map import Filter, Map
 from aioloader.stages.shard import Shard
-from aioloader.stages.shuffle import Shuffle
 
 __all__ = [
     "DEFAULT_PREFETCH",
@@ -86,6 +85,9 @@ class Repeat(Stage):
     """All that is before it, again and again."""
 
     times: int | None
+
+    exact_in_any_order = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
@@ -266,7 +268,7 @@ def _in_order(plan: Plan) -> list[str]:
             )
         words = [describe_content(plan.source.data)]
     for stage in plan.stages:
-        if isinstance(stage, Shuffle) or (isinstance(stage, Map) and not stage.ordered):
+        if not stage.same_each_epoch:
             raise ValueError(
                 f"cache() behind {stage.label} cannot tell samples apart: they come in another order in each epoch; "
                 f"put cache() before it"

@@ -1,80 +1,16 @@
 """What is known of samples before anything runs: `Stage.flow`, from stage to stage."""
 
-import asyncio
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from aioloader import Pipeline
-from aioloader.engine.entry import Entry
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.plan import flow_of
-from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
-from tests._support import FACES, Face, Steps, collect
-
-
-@dataclass(frozen=True)
-class Each(FoldStage):
-    """Each sample `n` times: a stage as CONTRIBUTING says, which says nothing of itself.
-
-    Cursor: that before the sample, and how many of it are out.
-    """
-
-    n: int
-
-    @property
-    def label(self) -> str:
-        return f"each({self.n})"
-
-    def length(self, upstream: int) -> int:
-        return upstream * self.n
-
-    def fold(self, this_pass: Pass) -> "EachFold":
-        return EachFold(self.n)
-
-
-class EachFold:
-    """The rule of `Each`."""
-
-    full = False
-
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._before: Any = None
-        self._out = 0
-
-    def resume(self, cursor: Any) -> Any:
-        self._before, out = cursor_parts(cursor, 2)
-        self._out = whole(out, self._n)
-        return self._before
-
-    def failed_at(self, cursor: Any) -> Any:
-        return (cursor, 0)
-
-    def wants(self, limit: int) -> int:
-        return max(1, limit // self._n)
-
-    def feed(self, run: list[Entry]) -> list[Entry]:
-        given = []
-        for entry in run:
-            after = entry.cursor
-            for out in range(self._out + 1, self._n + 1):
-                cursor = (after, 0) if out == self._n else (self._before, out)
-                given.append(entry.derived(entry.value, cursor, entry.key, entry.position))
-            self._before, self._out = after, 0
-        return given
-
-    def flush(self) -> list[Entry]:
-        return []
-
-
-def each(pipeline: Pipeline, n: int) -> Pipeline:
-    """`pipeline` and one `Each` more."""
-    return pipeline._then(Each(n))
+from tests._support import FACES, Face, collect
+from tests.test_new_stage import each
 
 
 def add_one(sample: int) -> int:
@@ -94,36 +30,6 @@ def test_a_stage_that_says_nothing_promises_little() -> None:
     assert known.guarantee == "exact"  # each sample comes in the same order each time
     assert flow_of(each(Pipeline(range(8)).map(add_one, ordered=False), 2)._plan).guarantee == "at-least-once"
     assert flow_of(each(Pipeline.merge(range(8), range(8)), 2)._plan).guarantee == "at-least-once"
-
-
-async def later(sample: int) -> int:
-    """The sample, each after another number of turns of the loop."""
-    for _ in range(sample * 7 % 5):
-        await asyncio.sleep(0)
-    return sample
-
-
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("ordered", [True, False])
-def test_what_a_new_stage_claims_it_keeps(ordered: bool, face: Face) -> None:
-    """After a fixed order its cursors are exact; after any other it claims less, and loses nothing."""
-
-    def make(concurrency: int) -> Pipeline:
-        return each(Pipeline(range(12)).map(later, ordered=ordered, concurrency=concurrency), 3)
-
-    for given in range(36):
-        loader = make(3)
-        with Steps(loader, face) as steps:
-            first = [steps.next() for _ in range(given)]
-            state = loader.state_dict()
-        assert state["guarantee"] == ("exact" if ordered else "at-least-once")
-        resumed = make(7)
-        resumed.load_state_dict(state)
-        counts = Counter([*first, *collect(resumed, face)])
-        assert set(counts) == set(range(12))
-        assert min(counts.values()) >= 3
-        if ordered:
-            assert max(counts.values()) == 3
 
 
 DEALT: dict[str, Callable[[], Pipeline]] = {

@@ -360,11 +360,10 @@ class _Builder:
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey()
         assert isinstance(stage, FoldStage), stage
-        loose_fold = loose and not stage.holds_in_any_order
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
-            node = FoldNode(node, stage.fold(self._pass), loose=loose_fold)
+            node = FoldNode(node, stage.fold(self._pass), loose=loose and not stage.exact_in_any_order)
         if isinstance(stage, Batch | JoinBatches):
             batches = Journey(batches=True)
             for check, step in journey.checks:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aioloader.engine.entry import LAST, Entry
-from aioloader.engine.progress import cursor_sequence
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -58,7 +57,8 @@ class Node(ABC):
 class Fold(Protocol):
     """A sequential, cheap rule from entries to entries: it waits for nothing and runs no user code.
 
-    A fold says what its output resumes from: every entry it makes carries the cursor to go on after it.
+    A fold says what its output resumes from: every entry it makes carries the cursor to go on after it. That is one of
+    its input, or a tuple of one and of numbers.
     """
 
     def resume(self, cursor: Any) -> Any:
@@ -92,6 +92,7 @@ class FoldNode(Node):
         fold: The rule.
         loose: Upstream has no fixed order. What a fold knows by number (so many samples of the next batch are out)
             would be said of another entry then: a resume forgets it, and some entries come again rather than never.
+            (A number that is longer than JSON's decimal digits is a string.)
     """
 
     def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False) -> None:
@@ -102,9 +103,9 @@ class FoldNode(Node):
         self._flushed = False
 
     def resume(self, cursor: Any) -> None:
-        if self._loose:
-            first, *numbers = cursor_sequence(cursor)
-            cursor = (first, *(0 for _ in numbers))
+        if self._loose and isinstance(cursor, list | tuple) and cursor:
+            first, *numbers = cursor
+            cursor = (first, *(0 if isinstance(number, int | str) else number for number in numbers))
         upstream = self._fold.resume(cursor)
         if upstream is not None:
             self._upstream.resume(upstream)

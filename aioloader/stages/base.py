@@ -42,7 +42,21 @@ class Pass:
 
 
 class Stage(ABC):
-    """The description of one step of a pipeline: immutable, checked when it is made."""
+    """The description of one step of a pipeline: immutable, checked when it is made.
+
+    What a stage means is said in its own class. The defaults promise nothing: a stage that forgets to speak gets a
+    weaker guarantee, never a false one.
+
+    Attributes:
+        exact_in_any_order: A resume stays exact if the samples before this stage come in another order each time: its
+            cursors have no numbers of their own, or none that are about one entry ("two rows of the batch are out").
+        keeps_samples: It changes no sample and runs no user code: what comes out is what came in.
+        same_each_epoch: If its input is the same in each epoch, in the same order, then so is its output.
+    """
+
+    exact_in_any_order: ClassVar[bool] = False
+    keeps_samples: ClassVar[bool] = False
+    same_each_epoch: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -69,25 +83,22 @@ class Stage(ABC):
         """What is known of the samples after this stage.
 
         The default is right for any stage, and pessimistic: nothing is known by key any more, other ranks cannot go on
-        from this one's state, and where samples come in another order each time, some may come again after a resume.
-        A stage that can promise more says so here.
+        from this one's state, and where samples come in another order each time, some may come again after a resume,
+        unless it is `exact_in_any_order`. A stage that can promise more says so here.
 
         Args:
             before: What is known of the samples that come in.
         """
-        return before.counted().cut().limited(Shared.SAME_RANK, self.label).closed()
+        after = before.cut().limited(Shared.SAME_RANK, self.label).closed()
+        return after if self.exact_in_any_order else after.counted()
 
 
 class FoldStage(Stage):
     """A stage that runs as a fold.
 
-    Attributes:
-        holds_in_any_order: Its cursors are right even if the input comes in another order after a resume, since they
-            have no numbers of their own, or none that are about one entry. A cursor of any other fold is the input's
-            and numbers, which are then forgotten: some samples come twice rather than never.
+    Unless it is `exact_in_any_order`, a resume after samples without a fixed order forgets the numbers in its cursor
+    (see `FoldNode`): some samples come twice rather than never.
     """
-
-    holds_in_any_order: ClassVar[bool] = False
 
     @abstractmethod
     def fold(self, this_pass: Pass) -> Fold:

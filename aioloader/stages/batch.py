@@ -78,7 +78,8 @@ class Batch(FoldStage):
     collate: CollateWith = field(default_factory=CollateWith)
     max_wait: float | None = None
 
-    holds_in_any_order = True
+    exact_in_any_order = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
@@ -193,6 +194,8 @@ class Unbatch(FoldStage):
     """
 
     collated: bool
+
+    same_each_epoch = True
 
     @property
     def label(self) -> str:

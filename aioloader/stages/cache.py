@@ -12,9 +12,6 @@ from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch
 from aioloader.stages.flow import Flow
 from aioloader.stages.map import Map
-from aioloader.stages.select import Skip, Take
-from aioloader.stages.shard import Shard
-from aioloader.stages.shuffle import Shuffle
 
 __all__ = ["COPY", "Cache", "with_copies"]
 
@@ -34,6 +31,9 @@ class Cache(Stage):
     concurrency = None
     ordered = True
     is_async = False
+    exact_in_any_order = True  # which it refuses, see `plan.in_front_of_cache`
+    keeps_samples = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
@@ -69,11 +69,8 @@ def with_copies(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     for at, stage in enumerate(stages):
         found.append(stage)
         if isinstance(stage, Cache) and isinstance(stage.store, MemoryStore):
-            following: Any = next((s for s in stages[at + 1 :] if not isinstance(s, _MOVING)), None)
+            following: Any = next((s for s in stages[at + 1 :] if not s.keeps_samples), None)
             collates = isinstance(following, Batch) and following.collate.fn is None
             if following is not COPY and not collates:
                 found.append(COPY)
     return tuple(found)
-
-
-_MOVING: Final = (Shuffle, Shard, Skip, Take, Cache)  # which change no sample

@@ -13,6 +13,9 @@ __all__ = ["PinMemory", "To"]
 class PinMemory(Stage):
     """Page-locked batches, for a consumer who copies them himself."""
 
+    exact_in_any_order = True
+    same_each_epoch = True
+
     @property
     def label(self) -> str:
         return "pin_memory()"
@@ -36,6 +39,9 @@ class To(Stage):
     """
 
     device: Any
+
+    exact_in_any_order = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:

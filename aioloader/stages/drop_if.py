@@ -28,6 +28,9 @@ class DropIf(Stage):
 
     fn: Callable[[Any], Any]
 
+    exact_in_any_order = True
+    same_each_epoch = True
+
     @property
     def label(self) -> str:
         return f"drop_if({callable_name(self.fn)})"

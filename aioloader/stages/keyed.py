@@ -37,7 +37,7 @@ class SplitBatches(FoldStage):
 
     batch_size: int | None
 
-    holds_in_any_order = True
+    exact_in_any_order = True
 
     @property
     def label(self) -> str:
@@ -88,7 +88,7 @@ class JoinBatches(FoldStage):
 
     collate: CollateWith
 
-    holds_in_any_order = True
+    exact_in_any_order = True
 
     @property
     def label(self) -> str:

@@ -75,6 +75,12 @@ class Map(Stage):
     replay_order: Path | None = None
     in_place: bool = False
 
+    exact_in_any_order = True
+
+    @property
+    def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
+        return self.ordered
+
     @property
     def label(self) -> str:
         return self.name or f"map({callable_name(self.fn)})"
@@ -119,6 +125,8 @@ class Filter(Stage):
     initializer = None
     thread_name = "aioloader-map"
     flexible = True
+    exact_in_any_order = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
@@ -145,6 +153,8 @@ class FlatMap(Stage):
     """The items of `fn(sample)`, one sample after the other."""
 
     fn: Callable[[Any], Any]
+
+    same_each_epoch = True
 
     @property
     def label(self) -> str:

@@ -12,6 +12,9 @@ __all__ = ["OwnProcess"]
 class OwnProcess(Stage):
     """All that is before it runs in a process of its own, what is behind it in the consumer's."""
 
+    exact_in_any_order = True
+    same_each_epoch = True
+
     @property
     def label(self) -> str:
         return "in_process()"

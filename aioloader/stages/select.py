@@ -35,7 +35,9 @@ class Take(FoldStage):
 
     n: int
 
-    holds_in_any_order = True
+    exact_in_any_order = True
+    keeps_samples = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
@@ -88,7 +90,9 @@ class Skip(FoldStage):
 
     n: int
 
-    holds_in_any_order = True
+    exact_in_any_order = True
+    keeps_samples = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:
@@ -138,7 +142,8 @@ class _SkipFold(_EachFold):
 class Enumerate(FoldStage):
     """Pairs of a number and the sample; a failed one uses up its number. Cursor: that of the entry, and the count."""
 
-    holds_in_any_order = True
+    exact_in_any_order = True
+    same_each_epoch = True
 
     @property
     def label(self) -> str:

@@ -47,6 +47,10 @@ class Shard(FoldStage):
     mesh: "DeviceMesh | tuple[DeviceMesh, Any] | None" = None
     even: Even = "pad"
 
+    exact_in_any_order = True  # which it refuses, see `elastic.check_one_order`
+    keeps_samples = True
+    same_each_epoch = True
+
     def __post_init__(self) -> None:
         numbers = self.rank is not None or self.world_size is not None
         said = [

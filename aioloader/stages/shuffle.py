@@ -28,6 +28,8 @@ class Shuffle(FoldStage):
     buffer_size: int | None
     seed: int
 
+    keeps_samples = True
+
     @property
     def label(self) -> str:
         return f"shuffle({'' if self.buffer_size is None else self.buffer_size})"
