@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
@@ -15,10 +16,11 @@ import anyio
 import pytest
 from torch.utils.data import IterableDataset
 
-from aioloader import DataLoader, Pipeline
+from aioloader import DataLoader, Pipeline, sample_rng
 from aioloader.engine.run import Run
 from aioloader.errors import LoaderClosedError
 from aioloader.testing import Gate, RecordingSource, SyncRecordingSource
+from tests._datasets import AsyncMade, Made, MadeInBulk
 from tests._support import (
     DEADLINE,
     Face,
@@ -614,3 +616,111 @@ async def test_waiting_sets_no_timer() -> None:
     assert len(ours) == 1  # the deadline of the gate itself
     gate.open_all()
     assert (await waiting).tolist() == [0, 1]
+
+
+# -- errors
+
+
+def bad(key: int) -> int:
+    if key % 10 == 9:
+        raise ValueError(key)
+    return key
+
+
+async def bad_async(key: int) -> int:
+    return bad(key)
+
+
+async def bad_later(key: int) -> int:
+    await asyncio.sleep(0)
+    return bad(key)
+
+
+def bad_samples(samples: list[int]) -> list[int]:
+    return [bad(sample) for sample in samples]
+
+
+def bad_with_numbers(key: int) -> int:
+    sample_rng()
+    return bad(key)
+
+
+def bad_source() -> Iterator[int]:
+    return map(bad, itertools.count())
+
+
+async def bad_async_source() -> AsyncIterator[int]:
+    for key in itertools.count():
+        yield bad(key)
+
+
+def bad_items(key: int) -> Iterator[int]:
+    return map(bad, range(3 * key, 3 * key + 3))
+
+
+class BadStream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return bad_source()
+
+
+FAILING: dict[str, Callable[[], Any]] = {
+    "map": lambda: Pipeline(range(1000)).map(bad),
+    "map, batch": lambda: Pipeline(range(1000)).map(bad).batch(4),
+    "map, filter, batch": lambda: Pipeline(range(1000)).map(bad_with_numbers).filter(lambda key: True).batch(4),
+    "async map, batch": lambda: Pipeline(range(1000)).map(bad_async).batch(4),
+    "async map, the last sample": lambda: Pipeline(range(10)).map(bad_later, concurrency=4).batch(4),
+    "collate": lambda: Pipeline(range(1000)).batch(2, collate_fn=bad_samples).batch(2, collate_fn=list),
+    "unbatch": lambda: Pipeline(range(1000)).batch(2, collate_fn=bad_samples).unbatch().batch(3),
+    "source": lambda: Pipeline(bad_source).batch(4),
+    "async source": lambda: Pipeline(bad_async_source).batch(4),
+    "flat_map": lambda: Pipeline(range(1000)).flat_map(bad_items).batch(4),
+    "zip": lambda: Pipeline.zip(Pipeline(range(1000)).map(bad), Pipeline(range(1000))).batch(4),
+    "cache": lambda: Pipeline(range(1000)).map(bad).cache(memory_bytes=1000).batch(4),
+    "a cache that cannot be opened": lambda: Pipeline(range(1000)).cache(disk="/dev/null/here").batch(4),
+    "DataLoader": lambda: DataLoader(Made(1000, bad), batch_size=4, num_workers=2),
+    "DataLoader, many at once": lambda: DataLoader(MadeInBulk(1000, bad), batch_size=4, num_workers=2),
+    "DataLoader, async": lambda: DataLoader(AsyncMade(1000, bad), batch_size=4),
+    "DataLoader, stream": lambda: DataLoader(BadStream(), batch_size=4, num_workers=2),
+    "DataLoader without workers": lambda: DataLoader(BadStream(), batch_size=4),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("name", FAILING)
+def test_a_loop_that_ends_by_an_error_ends_its_epoch_without_the_garbage_collector(face: Face, name: str) -> None:
+    """An error keeps the frame of the loop that caught it, and with it the iterator: nothing may keep the error."""
+    gc.collect()
+    gc.disable()
+    try:
+        if face == "for":
+
+            def consume() -> Any:
+                batches = iter(FAILING[name]())
+                with contextlib.suppress(ValueError, OSError):
+                    for _ in batches:
+                        pass
+                return weakref.ref(batches)
+
+            batches = consume()
+            for thread in threading.enumerate():
+                if thread.name.startswith("aioloader"):
+                    thread.join(DEADLINE)
+                    assert not thread.is_alive()
+            assert batches() is None
+        else:
+
+            async def consume_async() -> Any:
+                batches = aiter(FAILING[name]())
+                with contextlib.suppress(ValueError, OSError):
+                    async for _ in batches:
+                        pass
+                return weakref.ref(batches)
+
+            async def main() -> None:
+                batches = await consume_async()
+                await until(lambda: batches() is None)
+                await until(lambda: len(asyncio.all_tasks()) == 1)
+
+            run(main)
+    finally:
+        gc.enable()

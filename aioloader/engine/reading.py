@@ -142,10 +142,13 @@ class ThreadReader(Reader):
         if self._ready:
             return [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
         failure, self._failure = self._failure, None
-        if failure is not None:
-            self._ended = True
+        if failure is None:
+            return []
+        self._ended = True
+        try:
             raise failure
-        return []
+        finally:
+            del failure  # an error keeps this frame: it must not keep the error
 
     def _read(self, limit: int) -> None:
         count = 0
