@@ -364,6 +364,95 @@ def test_a_generator_may_wait_while_it_is_closed(face: Face) -> None:
     assert closed == ["yes"]
 
 
+class Held:
+    """An async generator that stands in its `finally`, after its last sample, until a test lets it go on."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self.gate = Gate()
+        self.ends: list[str] = []
+
+    async def __call__(self, key: int = 0) -> AsyncIterator[int]:
+        try:
+            for sample in range(self._samples):
+                yield sample
+        finally:
+            try:
+                await self.gate.passing(key)
+            except asyncio.CancelledError:
+                self.ends.append("cut short")
+                raise
+            self.ends.append("closed")
+
+
+class Generated:
+    """An async iterable whose iterator is a generator."""
+
+    def __init__(self, make: Callable[[], AsyncIterator[int]]) -> None:
+        self._make = make
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self._make()
+
+
+EXHAUSTED: dict[str, Callable[[Held], Any]] = {
+    "source": lambda held: Pipeline(held),
+    "source, then take": lambda held: Pipeline(held).map(decode).take(4),
+    "flat_map": lambda held: Pipeline(range(1)).flat_map(held),
+    "zip": lambda held: Pipeline.zip(Pipeline(held), Pipeline(range(1000))).map(lambda pair: pair[0]),
+    "DataLoader": lambda held: DataLoader(Generated(held), batch_size=None, num_workers=1),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("name", EXHAUSTED)
+def test_a_generator_that_cleans_up_after_its_last_sample_is_not_cancelled(face: Face, name: str) -> None:
+    """It is read ahead, so its `finally` runs when the consumer closes the loader, who has had all there was."""
+    held = Held(4)
+    loader = EXHAUSTED[name](held)
+    with Steps(loader, face) as steps:
+        assert [steps.next() for _ in range(4)] == [0, 1, 2, 3]
+        steps.until_arrived(held.gate, 1)
+        run_of_epoch = steps._iterator._delivery.run
+        if face == "for":
+            closing = Started(loader.close)
+            while not run_of_epoch.stopping:
+                threading.Event().wait(0.001)
+            held.gate.open_all()
+            closing.outcome()
+        else:
+
+            async def close() -> None:
+                closing = asyncio.create_task(loader.aclose())
+                await until(lambda: run_of_epoch.stopping)
+                held.gate.open_all()
+                await closing
+
+            steps.do(close)
+    assert held.ends == ["closed"]
+
+
+@on_both_faces
+def test_a_generator_that_waits_for_ever_is_cancelled(face: Face) -> None:
+    """When it has had its moment, counted from when it was asked: so an idle one ends at once."""
+    gate = Gate()
+    ends: list[BaseException] = []
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        try:
+            await gate.passing(1)
+        except asyncio.CancelledError as error:
+            ends.append(error)
+            raise
+
+    with Steps(Pipeline(source), face) as steps:
+        assert steps.next() == 0
+        steps.until_arrived(gate, 1)
+    join_loader_threads()
+    assert len(ends) == 1
+
+
 @on_both_faces
 def test_a_generator_may_hold_a_cancel_scope(face: Face) -> None:
     """anyio insists that a scope is left by the task that entered it; so do asyncio's timeouts."""
