@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
@@ -15,10 +16,11 @@ import anyio
 import pytest
 from torch.utils.data import IterableDataset
 
-from aioloader import DataLoader, Pipeline
+from aioloader import DataLoader, Pipeline, sample_rng
 from aioloader.engine.run import Run
 from aioloader.errors import LoaderClosedError
 from aioloader.testing import Gate, RecordingSource, SyncRecordingSource
+from tests._datasets import AsyncMade, Made, MadeInBulk
 from tests._support import (
     DEADLINE,
     Face,
@@ -362,6 +364,95 @@ def test_a_generator_may_wait_while_it_is_closed(face: Face) -> None:
     assert closed == ["yes"]
 
 
+class Held:
+    """An async generator that stands in its `finally`, after its last sample, until a test lets it go on."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self.gate = Gate()
+        self.ends: list[str] = []
+
+    async def __call__(self, key: int = 0) -> AsyncIterator[int]:
+        try:
+            for sample in range(self._samples):
+                yield sample
+        finally:
+            try:
+                await self.gate.passing(key)
+            except asyncio.CancelledError:
+                self.ends.append("cut short")
+                raise
+            self.ends.append("closed")
+
+
+class Generated:
+    """An async iterable whose iterator is a generator."""
+
+    def __init__(self, make: Callable[[], AsyncIterator[int]]) -> None:
+        self._make = make
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self._make()
+
+
+EXHAUSTED: dict[str, Callable[[Held], Any]] = {
+    "source": lambda held: Pipeline(held),
+    "source, then take": lambda held: Pipeline(held).map(decode).take(4),
+    "flat_map": lambda held: Pipeline(range(1)).flat_map(held),
+    "zip": lambda held: Pipeline.zip(Pipeline(held), Pipeline(range(1000))).map(lambda pair: pair[0]),
+    "DataLoader": lambda held: DataLoader(Generated(held), batch_size=None, num_workers=1),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("name", EXHAUSTED)
+def test_a_generator_that_cleans_up_after_its_last_sample_is_not_cancelled(face: Face, name: str) -> None:
+    """It is read ahead, so its `finally` runs when the consumer closes the loader, who has had all there was."""
+    held = Held(4)
+    loader = EXHAUSTED[name](held)
+    with Steps(loader, face) as steps:
+        assert [steps.next() for _ in range(4)] == [0, 1, 2, 3]
+        steps.until_arrived(held.gate, 1)
+        run_of_epoch = steps._iterator._delivery.run
+        if face == "for":
+            closing = Started(loader.close)
+            while not run_of_epoch.stopping:
+                threading.Event().wait(0.001)
+            held.gate.open_all()
+            closing.outcome()
+        else:
+
+            async def close() -> None:
+                closing = asyncio.create_task(loader.aclose())
+                await until(lambda: run_of_epoch.stopping)
+                held.gate.open_all()
+                await closing
+
+            steps.do(close)
+    assert held.ends == ["closed"]
+
+
+@on_both_faces
+def test_a_generator_that_waits_for_ever_is_cancelled(face: Face) -> None:
+    """When it has had its moment, counted from when it was asked: so an idle one ends at once."""
+    gate = Gate()
+    ends: list[BaseException] = []
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        try:
+            await gate.passing(1)
+        except asyncio.CancelledError as error:
+            ends.append(error)
+            raise
+
+    with Steps(Pipeline(source), face) as steps:
+        assert steps.next() == 0
+        steps.until_arrived(gate, 1)
+    join_loader_threads()
+    assert len(ends) == 1
+
+
 @on_both_faces
 def test_a_generator_may_hold_a_cancel_scope(face: Face) -> None:
     """anyio insists that a scope is left by the task that entered it; so do asyncio's timeouts."""
@@ -614,3 +705,111 @@ async def test_waiting_sets_no_timer() -> None:
     assert len(ours) == 1  # the deadline of the gate itself
     gate.open_all()
     assert (await waiting).tolist() == [0, 1]
+
+
+# -- errors
+
+
+def bad(key: int) -> int:
+    if key % 10 == 9:
+        raise ValueError(key)
+    return key
+
+
+async def bad_async(key: int) -> int:
+    return bad(key)
+
+
+async def bad_later(key: int) -> int:
+    await asyncio.sleep(0)
+    return bad(key)
+
+
+def bad_samples(samples: list[int]) -> list[int]:
+    return [bad(sample) for sample in samples]
+
+
+def bad_with_numbers(key: int) -> int:
+    sample_rng()
+    return bad(key)
+
+
+def bad_source() -> Iterator[int]:
+    return map(bad, itertools.count())
+
+
+async def bad_async_source() -> AsyncIterator[int]:
+    for key in itertools.count():
+        yield bad(key)
+
+
+def bad_items(key: int) -> Iterator[int]:
+    return map(bad, range(3 * key, 3 * key + 3))
+
+
+class BadStream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return bad_source()
+
+
+FAILING: dict[str, Callable[[], Any]] = {
+    "map": lambda: Pipeline(range(1000)).map(bad),
+    "map, batch": lambda: Pipeline(range(1000)).map(bad).batch(4),
+    "map, filter, batch": lambda: Pipeline(range(1000)).map(bad_with_numbers).filter(lambda key: True).batch(4),
+    "async map, batch": lambda: Pipeline(range(1000)).map(bad_async).batch(4),
+    "async map, the last sample": lambda: Pipeline(range(10)).map(bad_later, concurrency=4).batch(4),
+    "collate": lambda: Pipeline(range(1000)).batch(2, collate_fn=bad_samples).batch(2, collate_fn=list),
+    "unbatch": lambda: Pipeline(range(1000)).batch(2, collate_fn=bad_samples).unbatch().batch(3),
+    "source": lambda: Pipeline(bad_source).batch(4),
+    "async source": lambda: Pipeline(bad_async_source).batch(4),
+    "flat_map": lambda: Pipeline(range(1000)).flat_map(bad_items).batch(4),
+    "zip": lambda: Pipeline.zip(Pipeline(range(1000)).map(bad), Pipeline(range(1000))).batch(4),
+    "cache": lambda: Pipeline(range(1000)).map(bad).cache(memory_bytes=1000).batch(4),
+    "a cache that cannot be opened": lambda: Pipeline(range(1000)).cache(disk="/dev/null/here").batch(4),
+    "DataLoader": lambda: DataLoader(Made(1000, bad), batch_size=4, num_workers=2),
+    "DataLoader, many at once": lambda: DataLoader(MadeInBulk(1000, bad), batch_size=4, num_workers=2),
+    "DataLoader, async": lambda: DataLoader(AsyncMade(1000, bad), batch_size=4),
+    "DataLoader, stream": lambda: DataLoader(BadStream(), batch_size=4, num_workers=2),
+    "DataLoader without workers": lambda: DataLoader(BadStream(), batch_size=4),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("name", FAILING)
+def test_a_loop_that_ends_by_an_error_ends_its_epoch_without_the_garbage_collector(face: Face, name: str) -> None:
+    """An error keeps the frame of the loop that caught it, and with it the iterator: nothing may keep the error."""
+    gc.collect()
+    gc.disable()
+    try:
+        if face == "for":
+
+            def consume() -> Any:
+                batches = iter(FAILING[name]())
+                with contextlib.suppress(ValueError, OSError):
+                    for _ in batches:
+                        pass
+                return weakref.ref(batches)
+
+            batches = consume()
+            for thread in threading.enumerate():
+                if thread.name.startswith("aioloader"):
+                    thread.join(DEADLINE)
+                    assert not thread.is_alive()
+            assert batches() is None
+        else:
+
+            async def consume_async() -> Any:
+                batches = aiter(FAILING[name]())
+                with contextlib.suppress(ValueError, OSError):
+                    async for _ in batches:
+                        pass
+                return weakref.ref(batches)
+
+            async def main() -> None:
+                batches = await consume_async()
+                await until(lambda: batches() is None)
+                await until(lambda: len(asyncio.all_tasks()) == 1)
+
+            run(main)
+    finally:
+        gc.enable()

@@ -1,6 +1,8 @@
 """How an epoch opens its caches: in a thread, since that may read."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from aioloader.cache.disk import DiskStore
@@ -30,7 +32,7 @@ class Opening:
         self._threads: Threads | None = None
         self._closed = False
         self.done = False
-        self.error: BaseException | None = None
+        self._error: BaseException | None = None
 
     def begin(self, ready: Kick) -> None:
         """Open them; `ready` is called when they are, unless that is at once."""
@@ -51,8 +53,16 @@ class Opening:
 
     def _landed(self, future: Any, ready: Kick) -> None:
         self.done = True
-        self.error = None if future.cancelled() else future.exception()
+        self._error = None if future.cancelled() else future.exception()
         ready()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What went wrong: another object each time, since one that was raised keeps the frames it went through."""
+        if self._error is not None:
+            with suppress(Exception):
+                return copy(self._error)
+        return self._error
 
     def close(self) -> None:
         """The epoch is over."""

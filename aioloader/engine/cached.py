@@ -73,10 +73,8 @@ class LookUp(Step):
             self._opening.begin(self.dispatch)
         if not self._opening.done or self.closed:
             return
-        if self._opening.error is not None:
-            while self.inbox:
-                self._fail(self.inbox.popleft(), self._opening.error, self._keeps[-1].meter.name)
-            return
+        while self.inbox and (error := self._opening.error) is not None:
+            self._fail(self.inbox.popleft(), error, self._keeps[-1].meter.name)
         missed = self._look_up() if self._only is None else self._look_up_in_place(self._only)
         extra_room = 0 if missed else HITS_ROOM
         if extra_room != self.extra_room:

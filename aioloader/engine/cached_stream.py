@@ -50,9 +50,9 @@ class PlacedNode(Node):
     def poll(self, limit: int) -> list[Entry]:
         if not self._opening.done or self.ended:
             return []
-        if self._opening.error is not None:
+        if (error := self._opening.error) is not None:
             self.ended = True
-            return [Entry.last(self._opening.error, self._resume_at, 0)]
+            return [Entry.last(error, self._resume_at, 0)]
         if not self._ready:
             self._ready = True
             self._find_position()

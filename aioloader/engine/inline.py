@@ -248,8 +248,12 @@ class InlineBatches(Iterator[T_co]):
             raise StopIteration
         entry = run[0]
         progress.hand_out(entry, asked)
-        if entry.error is not None:
-            raise presentable(entry.error)
+        error, entry.error = entry.error, None  # an error keeps frames that know its entry: it must not keep the error
+        if error is not None:
+            try:
+                raise presentable(error)
+            finally:
+                del self, error
         batch: T_co = entry.value if self._receive is None else self._receive(entry.value)
         return batch
 

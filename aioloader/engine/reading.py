@@ -37,7 +37,10 @@ class Reader(ABC):
     Attributes:
         marks: Pairs of a number of samples and the origin that cursors behind so many of them are counted from; there
             before the sample that they are about.
+        awaiting_since: When (`perf_counter`) the user's async iterator was asked for what it has not given yet.
     """
+
+    awaiting_since: float | None = None
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -84,12 +87,13 @@ class AsyncReader(Reader):
 
     async def read(self, limit: int) -> list[Any]:
         before = context_state()
-        began = perf_counter()
+        self.awaiting_since = began = perf_counter()
         try:
             sample = await anext(self._iterator)
         except StopAsyncIteration:
             return []
         finally:
+            self.awaiting_since = None
             self.busy_seconds += perf_counter() - began
         check_leak(before, self._name)
         self._number += 1
@@ -142,10 +146,13 @@ class ThreadReader(Reader):
         if self._ready:
             return [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
         failure, self._failure = self._failure, None
-        if failure is not None:
-            self._ended = True
+        if failure is None:
+            return []
+        self._ended = True
+        try:
             raise failure
-        return []
+        finally:
+            del failure  # an error keeps this frame: it must not keep the error
 
     def _read(self, limit: int) -> None:
         count = 0

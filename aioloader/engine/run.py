@@ -49,9 +49,9 @@ class Run:
 
     The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a
     failure of our own) completes `_stop`. The supervisor then cancels all tasks: workers and pumps get
-    `CancelledError` in whatever they await, pumps close the user's generators, each in its own task. Then threads are
-    told to end. Both are waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop is shutting down) does
-    the same.
+    `CancelledError` in whatever they await (`_Pump` says when), pumps close the user's generators, each in its own
+    task. Then threads are told to end. Both are waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop
+    is shutting down) does the same.
 
     The tasks are plain tasks of asyncio and not a task group of anyio: there, every `await` of a cancelled task raises
     again, and the `finally: await session.close()` of a user, who writes for asyncio, would not run.
@@ -81,17 +81,27 @@ class Run:
         self.private_loop = False  # it is the loader's, as under `for`
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._end_when_closed: set[asyncio.Task[None]] = set()
         self._pending: deque[Callable[[], None]] = deque()
         self._drain_scheduled = False
         self._stop: asyncio.Future[None]
 
     # -- for nodes ---------------------------------------------------------------------------------------------------
 
-    def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
-        """Start a task that the supervisor owns."""
+    def spawn(
+        self, fn: Callable[[], Coroutine[Any, Any, None]], *, ends_when_closed: bool = False
+    ) -> "asyncio.Task[None]":
+        """Start a task that the supervisor owns.
+
+        Args:
+            fn: What it does.
+            ends_when_closed: Its node cancels it, at the right moment after `close`.
+        """
         name = f"aioloader-{getattr(fn, '__qualname__', 'task')}"
         task = self.loop.create_task(fn(), name=name, context=self.context.copy())
         self._tasks.add(task)
+        if ends_when_closed:
+            self._end_when_closed.add(task)
         task.add_done_callback(self._task_done)
         if self.stopping:
             task.cancel()
@@ -99,6 +109,7 @@ class Run:
 
     def _task_done(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
+        self._end_when_closed.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.fail(error)  # a user's exception goes with its sample: this is one of ours
 
@@ -274,7 +285,7 @@ class Run:
                     kick()
 
     async def _end_tasks(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks - self._end_when_closed:
             if not task.cancelling():  # a second one would cut short the user's `finally: await ...`
                 task.cancel()
         late = await _outlast(set(self._tasks))

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from abc import abstractmethod
-from asyncio import CancelledError, Future, Task
+from asyncio import CancelledError, Future, Task, TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -47,6 +47,7 @@ class Keys(Protocol):
 
 
 SKIP_SAMPLES: Final = 4096  # a resumed stream reads so many at a time
+GRACE_SECONDS: Final = 1.0  # what an async iterator has for one step, at the end, before it is cancelled
 
 
 class KeySource(Node):
@@ -111,7 +112,13 @@ class KeySource(Node):
 
 
 class _Pump(Node):
-    """A node with a task of its own, which reads user iterables as far as downstream asked."""
+    """A node with a task of its own, which reads user iterables as far as downstream asked.
+
+    The story of its end. Most often the task waits for demand; it is cancelled, and closes the iterator. But it may be
+    in the middle of a step of an async iterator. That can be a generator that has given its last sample and cleans up,
+    which a cancellation would cut short, and nobody can see that from outside. So a step gets a moment, counted from
+    its beginning, to come to its end; one that waits for longer than that is cancelled at once.
+    """
 
     _computes = True  # see `Threads`
     _ahead = 0  # entries that may be read before anybody asks for them
@@ -127,6 +134,8 @@ class _Pump(Node):
         self._failed_at: Any = None  # where to go on if it fails now
         self._over = False  # the task has put its last entry into the buffer
         self._task: Task[None] | None = None
+        self._reader: Reader | None = None
+        self._grace: TimerHandle | None = None
         self._closed = False
 
     def start(self, run: "Run", kick: Kick) -> None:
@@ -134,7 +143,7 @@ class _Pump(Node):
         self._kick = kick
         self.meter = run.adopt(self.meter)
         self._threads = run.threads(1, self._thread_name, computes=self._computes)
-        self._task = run.spawn(self._main)
+        self._task = run.spawn(self._main, ends_when_closed=True)
 
     def poll(self, limit: int) -> list[Entry]:
         buffer = self._buffer
@@ -150,7 +159,19 @@ class _Pump(Node):
     def close(self) -> None:
         self._closed = True
         self.meter.retired = True
-        if self._task is not None and not self._task.cancelling():  # a second one would cut short the user's `finally`
+        task, reader = self._task, self._reader
+        if task is None or task.cancelling() or self._grace is not None:
+            return  # a second cancellation would cut short the user's `finally`
+        if reader is None or reader.awaiting_since is None:
+            task.cancel()
+        else:
+            left = reader.awaiting_since + GRACE_SECONDS - perf_counter()
+            self._grace = self._run.loop.call_later(max(0.0, left), self._grace_is_over)
+
+    def _grace_is_over(self) -> None:
+        assert self._task is not None
+        assert self._reader is not None
+        if self._reader.awaiting_since is not None:  # else the step has ended, and the task ends by itself
             self._task.cancel()
 
     async def _main(self) -> None:
@@ -166,6 +187,8 @@ class _Pump(Node):
         except BaseException as error:
             self._put_last(error)
         finally:
+            if self._grace is not None:
+                self._grace.cancel()
             self._over = True
             self._threads.close()
             self._kick()
@@ -176,6 +199,8 @@ class _Pump(Node):
 
     async def _demanded(self) -> int:
         """Wait until entries are wanted; returns how many."""
+        if self._closed:  # while it was in the middle of a step
+            raise CancelledError
         while self._wanted <= 0:
             self.meter.idle.wait_for("room")
             self._demand = self._run.loop.create_future()
@@ -195,7 +220,8 @@ class _Pump(Node):
         self._buffer.append(last)
 
     async def _open(self, iterable: Any, origin: Origin | None = None) -> Reader:
-        return await open_reader(iterable, self.meter.name, self._run, self._threads, origin)
+        self._reader = await open_reader(iterable, self.meter.name, self._run, self._threads, origin)
+        return self._reader
 
 
 class StreamSource(_Pump):
@@ -287,7 +313,7 @@ class StreamSource(_Pump):
     async def _skip(self, reader: Reader, count: int) -> None:
         """Read again what was delivered before, and drop it."""
         left = count
-        while left and (samples := await reader.read(min(left, SKIP_SAMPLES))):
+        while left and not self._closed and (samples := await reader.read(min(left, SKIP_SAMPLES))):
             left -= len(samples)
 
     async def _pump_entries(self, source: CursorSource) -> None:

@@ -210,10 +210,11 @@ class AsyncStep(Step):
                     meter.idle.wait_for("input")  # from the step before; of the first step the window knows better
                 if not self.closed and now - woken < STREAK_SECONDS:
                     run.drain()
+                if not inbox:
+                    sample.name = sample.drawn = None
                 if self.closed:
                     return
                 if not inbox:
-                    sample.name = sample.drawn = None
                     future = create_future()
                     idle.append(future)
                     await future

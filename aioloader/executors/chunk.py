@@ -125,7 +125,10 @@ def apply_chunk(
             break
     current_sample.reset(token)
     result = ChunkResult(outcomes, now - began, thread_time() - cpu_began)
+    # The traceback of a failed sample keeps this frame, and frames of functions that know `sample`: not with them the
+    # other samples of its chunk, nor the entry that carries this very error.
+    sample.name = None
     try:
         return result
-    finally:  # the traceback of a failed sample keeps this frame: not with it the other samples of its chunk
+    finally:
         del values, value, outcomes, result

@@ -179,6 +179,9 @@ def group_entries(entries: list[Entry]) -> Entry:
         if first is not None and others:
             named = "; ".join(f"key {shown(entry.key)}: {shown(entry.error)}" for entry in others[:3])
             add_note(first, f"aioloader: {len(others)} more samples of this batch failed: {named}")
+        for entry in failed:  # the traceback of an error may lead back to its entry
+            entry.error = None
+        del entry, first, others
     return group
 
 
