@@ -831,7 +831,7 @@ def test_a_send_that_gives_up_has_not_sent_and_one_that_returns_has(give_up: Any
 
 
 def test_a_place_that_was_promised_goes_to_the_next_when_its_sender_gives_up() -> None:
-    """In the turn in which the reader makes room, the sender is cancelled: the one behind it sends, and nobody waits."""
+    """The sender is cancelled in the turn in which the reader makes room: the one behind it sends, and nobody waits."""
     channel = filled([0], maxsize=1, close=False)
 
     async def main() -> None:
