@@ -32,11 +32,11 @@ from aioloader.sources.fetch import FetchSource
 from aioloader.sources.index_keys import BaseSeed, IndexKeys
 from aioloader.sources.resolve import Stream, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
-from aioloader.stages.batch import Batch, BatchFold, CollateWith
+from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
 from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
-from aioloader.stages.fetch import CollateAny, FetchAsync, FetchBatch, FetchOne
+from aioloader.stages.fetch import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
 from aioloader.stages.flow import Guarantee
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
@@ -75,7 +75,7 @@ class DataLoader(Loader, Generic[T_co]):
         batch_sampler: See torch.
         num_workers: Threads. 0: everything in the consumer's thread inside `next()`, nothing ahead; under `async for`,
             one thread, so that the event loop is never blocked.
-        collate_fn: See torch.
+        collate_fn: See torch; an async one is awaited on the event loop, behind worker processes too.
         pin_memory: See torch.
         drop_last: See torch; at most one batch is dropped, whatever the number of workers.
         timeout: Seconds to wait for one batch; the batch is not lost.
@@ -186,12 +186,12 @@ class DataLoader(Loader, Generic[T_co]):
         self._keys = IndexKeys(self._torch, shuffled=bool(shuffle), seed=seed, persistent=persistent_workers)
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
-        self._awaited = self._awaited or (collate_fn is not None and is_async_callable(collate_fn))
+        self._collates_async = collate_fn is not None and is_async_callable(collate_fn)
         self._in_processes = worker_type == "process" and num_workers > 0
         if self._in_processes and self._awaited:
             raise ValueError(
-                "worker_type='process' is for sync datasets and collate functions, got one that is async and awaited "
-                "on the event loop; leave worker_type out"
+                "worker_type='process' is for sync datasets, got one that is async and awaited on the event loop; "
+                "leave worker_type out"
             )
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
@@ -253,7 +253,7 @@ class DataLoader(Loader, Generic[T_co]):
     def __iter__(self) -> Batches[T_co] | InlineBatches[T_co]:
         warn_of_live(self, self.dataset)
         self._check_usable()
-        if self.num_workers == 0 and not self._awaited:
+        if self.num_workers == 0 and not (self._awaited or self._collates_async):
             return InlineBatches(self, self._open_inline)
         return Batches(self)
 
@@ -351,12 +351,14 @@ class DataLoader(Loader, Generic[T_co]):
             if not dry:
                 self._begin_turns(progress, base)
             source = Stream(place.turns, call=False, single_use=False)
-            collate = self._collate_call(shared_memory)
+            collate = None if self._collates_async else self._collate_call(shared_memory)
             fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
         else:
             source = Stream(partial(self._keys.of, progress, base), call=True, single_use=False)
             fetch = self._fetch(shared_memory)
         stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
+        if self._collates_async:
+            stages.append(self._convert(shared_memory))
         if self.device is not None:
             stages.append(To(self.device))
         elif transfer is not None:
@@ -500,15 +502,7 @@ class DataLoader(Loader, Generic[T_co]):
         collate = CollateWith(self.collate_fn, workers, initializer)
         if self._iterable and self.batch_size is not None:
             return [Batch(self.batch_size, self.drop_last, collate)]
-        convert = Map(
-            self._collate_call(alloc),
-            False,
-            workers,
-            self.in_order,
-            name="collate",
-            initializer=initializer,
-            thread_name="aioloader-worker",
-        )
+        convert = self._convert(alloc)
         if self._iterable:
             return [convert]
         data = self.dataset
@@ -524,17 +518,28 @@ class DataLoader(Loader, Generic[T_co]):
             # Samples of one batch may overtake each other only inside it: the join goes by their order.
             load = Map(data.__getitem__, True, self.concurrency, name="dataset[...]")
             return [SplitBatches(self.batch_size), load, JoinBatches(collate)]
-        return [
-            Map(
-                self._fetch(alloc),
-                False,
-                workers,
-                self.in_order,
-                name="fetch",
-                initializer=initializer,
-                thread_name="aioloader-worker",
-            )
-        ]
+        fetch = Map(
+            self._fetch(alloc),
+            False,
+            workers,
+            self.in_order,
+            name="fetch",
+            initializer=initializer,
+            thread_name="aioloader-worker",
+        )
+        return [fetch, convert] if self._collates_async else [fetch]
+
+    def _convert(self, alloc: Alloc) -> Map:
+        """The step that makes batches of the samples that the step before it loaded."""
+        return Map(
+            self._collate_call(alloc),
+            self._collates_async,
+            max(1, self.num_workers),
+            self.in_order,
+            name="collate",
+            initializer=self.worker_init_fn if self.num_workers else None,
+            thread_name="aioloader-worker",
+        )
 
     def _open_transfer(self) -> Transfer | None:
         if self._transfer is None:
@@ -548,13 +553,18 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _fetch(self, alloc: Alloc) -> Callable[[Any], Any]:
         if self._torch.batch_sampler is None:
-            return FetchOne(self.dataset, self.collate_fn or default_convert)
+            convert = None if self._collates_async else self.collate_fn or default_convert
+            return FetchOne(self.dataset, convert)
+        if self._collates_async:
+            return FetchBatch(self.dataset, None, Group)
         return FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
 
     def _collate_call(self, alloc: Alloc) -> Callable[[Any], Any]:
         """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
         if self._torch.batch_sampler is None:
             return self.collate_fn or default_convert
+        if self._collates_async and self.collate_fn is not None:
+            return CollateAsync(self.collate_fn)
         return CollateAny(self.collate_fn, Collate(alloc))
 
 

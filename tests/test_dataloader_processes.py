@@ -1,5 +1,6 @@
 """`DataLoader(worker_type="process")` is torch's DataLoader with workers: batch for batch, seed for seed."""
 
+import asyncio
 import gc
 import random
 from collections.abc import Callable, Iterator
@@ -97,6 +98,36 @@ def test_two_epochs_are_those_of_torch(face: Face, name: str) -> None:
     torch.manual_seed(SEED)
     with loader(**make()) as ours:
         assert_same([collect(ours, face), collect(ours, face), torch.rand(1)], expected)
+
+
+async def join_async(samples: Any) -> Any:
+    assert asyncio.get_running_loop() is not None
+    assert get_worker_info() is None  # it runs here, where the user's event loop is
+    await asyncio.sleep(0)
+    return join(samples) if isinstance(samples, list) else samples
+
+
+@on_both_faces
+@pytest.mark.parametrize("batch_size", [4, None])
+@pytest.mark.parametrize("dataset", [Made(10, pair), MadeInBulk(10, pair), ShardingStream(10, pair)])
+def test_an_async_collate_fn_is_awaited_on_the_loop_behind_the_workers(
+    dataset: Any, batch_size: int | None, face: Face
+) -> None:
+    """Samples travel as the workers loaded them; batches are those of a sync function."""
+    if batch_size is None and isinstance(dataset, MadeInBulk):
+        return  # it refuses to be asked for single samples, as torch does then
+    twin = join if batch_size is not None else (lambda sample: sample)
+    expected = collect(loader(dataset, batch_size, collate_fn=twin), face)
+    assert_same(collect(loader(dataset, batch_size, collate_fn=join_async), face), expected)
+    if batch_size is None or not isinstance(dataset, Made):
+        return
+
+    async def failing(samples: Any) -> Any:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no") as raised, loader(dataset, batch_size, collate_fn=failing) as failed:
+        collect(failed, face)
+    assert "cannot collate: samples with keys [0, 1, 2, 3]" in notes(raised.value)
 
 
 def test_any_order_gives_the_same_batches_as_they_come() -> None:

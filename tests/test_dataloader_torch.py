@@ -4,6 +4,7 @@ Each comparison builds both from the same arguments and the same `torch.manual_s
 it is simplest; ours with 0 and 2, as threads must not change what comes out.
 """
 
+import asyncio
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ from tests._datasets import (
     read_many,
     record,
 )
-from tests._support import Face, Steps, collect, notes, on_both_faces
+from tests._support import Face, Steps, collect, notes, on_both_faces, run
 
 SEED = 1234
 WORKERS = (0, 2)
@@ -306,6 +307,95 @@ def test_async_datasets_give_the_batches_of_their_sync_twins(arguments: Argument
                 {"dataset": asynchronous(10, pair), **arguments, **ours},
                 face,
             )
+
+
+async def join_async(samples: Any) -> Any:
+    """As `join`, with a turn of the loop in between."""
+    await asyncio.sleep(0)
+    return join(samples) if isinstance(samples, list) else samples
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dataset": Made(10, pair), "batch_size": 4, "shuffle": True},
+        {"dataset": MadeInBulk(10, pair), "batch_size": 4, "drop_last": True},
+        {"dataset": Made(10, pair), "batch_sampler": [[0], [3, 1, 2], [], [9, 9]]},
+        {"dataset": Made(10, pair), "batch_size": None},
+        {"dataset": Stream(10, pair), "batch_size": 4},
+        {"dataset": Stream(10, pair), "batch_size": None},
+    ],
+    ids=["shuffle", "in bulk", "batch_sampler", "no batches", "a stream", "a stream, no batches"],
+)
+def test_an_async_collate_fn_gives_the_batches_of_its_sync_twin(arguments: Arguments, face: Face) -> None:
+    """Over sync datasets too: they are read where they always are, and the function is awaited on the loop."""
+    twin = join if arguments.get("batch_size", 1) is not None else (lambda sample: sample)
+    for ours in ({"num_workers": 0}, {"num_workers": 2}):
+        assert_two_epochs_as_torch(
+            {**arguments, "collate_fn": twin}, {**arguments, "collate_fn": join_async, **ours}, face
+        )
+    asynchronous = {Made: AsyncMade, MadeInBulk: AsyncMadeInBulk}.get(type(arguments["dataset"]))
+    if asynchronous is not None and (asynchronous is AsyncMade or arguments.get("batch_size", 1) is not None):
+        assert_two_epochs_as_torch(
+            {**arguments, "collate_fn": twin},
+            {**arguments, "dataset": asynchronous(10, pair), "collate_fn": join_async},
+            face,
+        )
+
+
+def test_an_async_collate_fn_runs_on_the_consumers_loop_and_the_dataset_does_not() -> None:
+    """Under `async for`, whatever the number of workers."""
+    places: set[tuple[str, object]] = set()
+
+    def make(index: int) -> int:
+        assert asyncio._get_running_loop() is None
+        return index
+
+    async def collate(samples: list[int]) -> int:
+        places.add((threading.current_thread().name, asyncio.get_running_loop()))
+        return len(samples)
+
+    async def main() -> None:
+        for workers in (0, 2):
+            loader: DataLoader[Any] = DataLoader(Made(6, make), 4, collate_fn=collate, num_workers=workers)
+            assert [batch async for batch in loader] == [4, 2]
+        assert places == {(threading.current_thread().name, asyncio.get_running_loop())}
+
+    run(main)
+
+
+@on_both_faces
+def test_nothing_is_made_ahead_of_an_async_collate_fn_without_workers(face: Face) -> None:
+    """`num_workers=0` means that for every sync dataset."""
+    loaded: list[int] = []
+
+    def make(index: int) -> tuple[int, int]:
+        loaded.append(index)
+        return index, index
+
+    loader: DataLoader[Any] = DataLoader(Made(6, make), 2, collate_fn=join_async)
+    with Steps(loader, face) as steps:
+        for count in (1, 2, 3):
+            steps.next()
+            assert loaded == list(range(2 * count))
+        assert steps.rest() == []
+
+
+@on_both_faces
+def test_a_failed_async_collate_fn_raises_at_the_place_of_its_batch(face: Face) -> None:
+    """With the keys of its samples in the note."""
+    error = SampleError(5, "does not fit")
+
+    async def collate(samples: list[Any]) -> int:
+        if samples[0][1] == 16:
+            raise error
+        return len(samples)
+
+    for workers in WORKERS:
+        loader: DataLoader[Any] = DataLoader(pairs(), batch_size=4, collate_fn=collate, num_workers=workers)
+        assert outcomes(loader, face) == [4, error, 2]
+        assert "cannot collate: samples with keys [4, 5, 6, 7]" in notes(error)
 
 
 @on_both_faces

@@ -290,3 +290,110 @@ async def test_a_wake_up_that_meets_a_cancelled_waiter_is_passed_on(victim: int)
     assert waiting[victim].cancelled()
     assert waiting[1 - victim].result() == 0
     await batches.aclose()
+
+
+async def in_turn(seed: int, describe: Callable[[Any], Any], n: int) -> None:
+    """Tasks that ask one iterator, now and then, and some of which are cancelled, until `n` samples are there."""
+    chance = random.Random(seed)
+    batches = aiter(describe(virtual_order(seed)))
+    calls: list[asyncio.Task[int]] = []  # in the order in which they began
+
+    async def ask() -> int:
+        me = asyncio.current_task()
+        assert me is not None
+        calls.append(me)
+        sample: int = await anext(batches)
+        return sample
+
+    while sum(task.done() and not task.cancelled() and task.exception() is None for task in calls) < n:
+        for _ in range(chance.randrange(4)):
+            asyncio.ensure_future(ask())  # noqa: RUF006 - it is in `calls` soon
+        for _ in range(chance.randrange(3)):
+            await asyncio.sleep(0)
+        if calls and chance.random() < 0.5:
+            chance.choice(calls).cancel()
+    await turns(2)  # all have begun
+    await asyncio.wait(calls)
+    given = [task for task in calls if not task.cancelled() and task.exception() is None]
+    assert [task.result() for task in given] == list(range(n)), f"{seed=}"
+    ends = [task.exception() for task in calls if not task.cancelled() and task not in given]
+    assert all(isinstance(end, StopAsyncIteration) for end in ends)
+    await batches.aclose()
+
+
+@pytest.mark.parametrize(
+    "describe",
+    [
+        lambda order: Pipeline(range(12)).map(order(lambda key: key), concurrency=3),
+        lambda order: Pipeline(range(12)).map(order(lambda key: key), concurrency=3).prefetch(0),
+        lambda order: Pipeline(stream).take(12).filter(order(lambda key: key >= 0)).prefetch(1),
+    ],
+    ids=["map", "prefetch(0)", "stream"],
+)
+def test_tasks_that_ask_one_iterator_are_served_in_turn(describe: Callable[[Any], Any]) -> None:
+    """The first who asked gets the first batch, whoever else asks or is cancelled, in 200 orders."""
+
+    async def main() -> None:
+        for seed in range(200):
+            await in_turn(seed, describe, 12)
+
+    run(main)
+
+
+@pytest.mark.asyncio
+async def test_who_asks_as_a_batch_comes_does_not_overtake_the_one_who_waits() -> None:
+    """The waiter is woken, and before it runs another task asks: that one gets the next batch."""
+    gate = Gate()
+    newcomer: list[asyncio.Task[int]] = []
+
+    async def fetch(key: int) -> int:
+        await gate.passing(key)
+        return key
+
+    batches = aiter(Pipeline(range(2)).map(fetch, concurrency=2))
+
+    async def take() -> int:
+        sample: int = await anext(batches)
+        return sample
+
+    waiting = [asyncio.create_task(take()), asyncio.create_task(take())]
+    await gate.until_arrived(2)
+    await turns()
+    gate.open(0)
+    while not any(task.done() for task in waiting + newcomer):
+        newcomer.append(asyncio.create_task(take()))
+        await asyncio.sleep(0)
+    assert waiting[0].result() == 0
+    gate.open_all()
+    assert await waiting[1] == 1
+    for task in newcomer:
+        with pytest.raises(StopAsyncIteration):
+            await task
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("num_workers", [0, 2])
+async def test_the_drop_in_serves_tasks_in_turn(num_workers: int) -> None:
+    """Its batches come from threads."""
+    batches = aiter(DataLoader(list(range(40)), batch_size=2, num_workers=num_workers))
+    async with asyncio.timeout(DEADLINE):
+        found = await asyncio.gather(*(anext(batches) for _ in range(20)))
+    assert [batch.tolist() for batch in found] == [[start, start + 1] for start in range(0, 40, 2)]
+    with pytest.raises(StopAsyncIteration):
+        await anext(batches)
+
+
+@pytest.mark.asyncio
+async def test_all_who_wait_are_told_of_the_end() -> None:
+    """The first gets the last batch, or the error of the source, and the others the end; nobody waits for ever."""
+
+    async def failing() -> AsyncIterator[int]:
+        yield 0
+        await asyncio.sleep(0)
+        raise ERROR
+
+    batches = aiter(Pipeline(failing))
+    async with asyncio.timeout(DEADLINE):
+        found = await asyncio.gather(*(outcome(batches) for _ in range(5)), return_exceptions=True)
+    assert found[:2] == [0, ERROR]
+    assert all(isinstance(end, StopAsyncIteration) for end in found[2:])

@@ -119,6 +119,11 @@ class OddFirst(Sampler[int]):
         yield from (index for index in order if not index % 2)
 
 
+async def collate_later(samples: Any) -> Any:
+    await asyncio.sleep(0)
+    return samples
+
+
 def seeded(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -163,6 +168,9 @@ LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
     "a stream, one by one": lambda **w: DataLoader(Stream(), None, **w),
     "a stream, generator=": lambda **w: DataLoader(Stream(), 3, generator=seeded(), **w),
     "an async stream": lambda **w: DataLoader(AsyncStream(), 3, **w),
+    "async collate": lambda **w: DataLoader(Numbers(), 3, shuffle=True, collate_fn=collate_later, **w),
+    "async collate, a stream": lambda **w: DataLoader(Stream(), 3, collate_fn=collate_later, **w),
+    "async collate, one by one": lambda **w: DataLoader(Numbers(broken=7), None, collate_fn=collate_later, **w),
 }
 
 MOST_STATES = 12

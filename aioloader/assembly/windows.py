@@ -22,14 +22,13 @@ from aioloader.executors.chunk import Call
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
-from aioloader.notes import add_note
 from aioloader.stages.base import Pass
 from aioloader.stages.batch import CollateWith, Group
 from aioloader.stages.cache import Cache
-from aioloader.stages.collate import Alloc, Collate, named
+from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
-from aioloader.stages.fetch import CollateAny
+from aioloader.stages.fetch import CollateAny, CollateAsync
 from aioloader.stages.map import Filter, InProcesses, Map
 
 __all__ = ["Journey", "collate_stage", "device_stage", "steps_of"]
@@ -224,7 +223,7 @@ def collate_stage(collate: CollateWith, alloc: Alloc | None) -> Map:
     if collate.fn is None:
         fn = CollateAny(None, Collate(alloc))
     elif collate.is_async:
-        fn = _AsyncUserCollate(collate.fn)
+        fn = CollateAsync(collate.fn)
     else:
         fn = CollateAny(collate.fn)
     return Map(
@@ -249,15 +248,3 @@ def device_stage(stage: To | PinMemory, transfer: Transfer) -> Map:
         initializer=lambda _: backend.init_thread(),
         thread_name="aioloader-device",
     )
-
-
-@dataclass(frozen=True)
-class _AsyncUserCollate:
-    collate_fn: Callable[[list[Any]], Any]
-
-    async def __call__(self, group: Group) -> Any:
-        try:
-            return await self.collate_fn(group.samples)
-        except Exception as error:
-            add_note(error, f"aioloader: cannot collate: {named(group.keys)}")
-            raise

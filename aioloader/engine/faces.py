@@ -8,7 +8,7 @@ would cancel the consumer and finalize in the wrong task.
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from queue import Empty, SimpleQueue
 from time import perf_counter
@@ -98,26 +98,26 @@ class AsyncDelivery(Delivery):
         super().__init__(run)
         loop = asyncio.get_running_loop()
         run.attach(loop)
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # calls of `next`, in order
         self._supervisor = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
-        self._supervisor.add_done_callback(self._wake_all)
+        self._supervisor.add_done_callback(self._kick)
 
-    def _kick(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
+    def _kick(self, _: object = None) -> None:
+        """Wake the first waiter; it wakes the next when it leaves."""
+        for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
-                return
-
-    def _wake_all(self, _: object) -> None:
-        while self._waiters:
-            self._kick()
+            return
 
     async def next(self) -> Any:
         """Wait for the next batch.
 
         Nothing is in this coroutine's hands while it waits, so that cancelling it loses nothing: the batch stays in the
-        window. A wake-up that reaches a cancelled waiter is passed on.
+        window.
+
+        Batches go to callers in the order of their calls, though between the wake-up of a waiter and its next step
+        others may call, and it may be cancelled. So a waiter keeps its place until it leaves, only the first one looks,
+        and whoever leaves, in whatever way, wakes the one that is first then.
 
         Raises:
             StopAsyncIteration: The epoch is over, and all of its tasks and threads are gone.
@@ -126,42 +126,43 @@ class AsyncDelivery(Delivery):
         run = self.run
         if asyncio.get_running_loop() is not run.loop:
             raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
-        while True:
-            if run.failure is not None:
-                await self._finish()
-                raise self._take_failure(StopAsyncIteration())
-            if (self.closed or run.given_back) and not run.output.ended:
-                raise self._cut_short()
-            if run.started:
-                taken = run.output.poll(1)
-                if taken:
-                    if self.progress.leave_out and self.progress.leaves_out(taken[0]):
-                        continue
-                    if self._waiters:
-                        self._kick()
-                    return self._hand_out(taken[0], asked)
-                if run.output.ended:
-                    run.consumer.waited_for_end(asked)
-                    self.progress.over = True
-                    await self._finish()
-                    self._kick()
-                    raise StopAsyncIteration
-            if self._supervisor.done():  # its loop has cancelled it
-                raise self._cut_short()
-            waiter = run.loop.create_future()
-            self._waiters.append(waiter)
-            try:
-                await waiter
-            except asyncio.CancelledError:
-                if waiter.done() and not waiter.cancelled():
-                    self._kick()
-                raise
+        mine: asyncio.Future[None] | None = None
+        try:
+            while True:
+                if not self._waiters or next(iter(self._waiters)) is mine:
+                    if run.failure is not None:
+                        await self._finish()
+                        raise self._take_failure(StopAsyncIteration())
+                    if (self.closed or run.given_back) and not run.output.ended:
+                        raise self._cut_short()
+                    if run.started:
+                        taken = run.output.poll(1)
+                        if taken:
+                            if self.progress.leave_out and self.progress.leaves_out(taken[0]):
+                                continue
+                            return self._hand_out(taken[0], asked)
+                        if run.output.ended:
+                            run.consumer.waited_for_end(asked)
+                            self.progress.over = True
+                            await self._finish()
+                            raise StopAsyncIteration
+                    if self._supervisor.done():  # its loop has cancelled it
+                        raise self._cut_short()
+                before, mine = mine, run.loop.create_future()
+                self._waiters[mine] = None
+                if before is not None:  # woken for nothing: it is still the first
+                    del self._waiters[before]
+                    self._waiters.move_to_end(mine, last=False)
+                await mine
+        finally:
+            if mine is not None:
+                del self._waiters[mine]
+                self._kick()
 
     async def aclose(self) -> None:
         self.closed = True
         await self._finish()
-        while self._waiters:
-            self._kick()
+        self._kick()
 
     async def _finish(self) -> None:
         self.run.request_stop()

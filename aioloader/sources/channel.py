@@ -51,6 +51,7 @@ class Channel(CursorSource):
         self._lock = threading.RLock()
         self._samples: deque[Any] = deque()
         self._senders: OrderedDict[_Waiting, None] = OrderedDict()  # in order; none waits while there is room
+        self._promised = 0  # places of senders that have been woken and have not put their sample there yet
         self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # those who wait for a sample
         self._closed = False
         self._error: Exception | None = None
@@ -63,8 +64,8 @@ class Channel(CursorSource):
     async def send(self, sample: Any) -> None:
         """Put `sample` into the channel; wait for room, in turn with others.
 
-        A call that is cancelled while it waits has not sent, unless there was room at that very moment; it never sends
-        later.
+        A call that is cancelled, or that a timeout around it ends, has not sent and never sends later; one that returns
+        has sent.
 
         Raises:
             ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
@@ -73,15 +74,14 @@ class Channel(CursorSource):
         with self._lock:
             if self._put(sample):
                 return
-            waiting = _WaitingTask(sample)
+            waiting = _WaitingTask()
             self._senders[waiting] = None
         try:
             await waiting.told
         except BaseException:  # also when the task is collected with its loop
             self._withdraw(waiting)
             raise
-        if not waiting.sent:
-            raise self._refusal()
+        self._put_promised(waiting, sample)  # in the step that was woken: no cancellation can come in between
 
     def send_nowait(self, sample: Any) -> None:
         """Put `sample` into the channel if there is room.
@@ -189,11 +189,27 @@ class Channel(CursorSource):
         """Take `sample` in if there is room, and tell who waits for it. Under the lock."""
         if self._closed:
             raise self._refusal()
-        if len(self._samples) >= self._maxsize:
+        if len(self._samples) + self._promised >= self._maxsize:
             return False
+        self._append(sample)
+        return True
+
+    def _append(self, sample: Any) -> None:
         self._samples.append(sample)
         if self._readers:
             _wake(self._take_readers())
+
+    def _put_promised(self, waiting: "_Waiting", sample: Any) -> bool:
+        """Put `sample` into the place that was promised to its sender; False: none was, and the sender gives up."""
+        with self._lock:
+            self._senders.pop(waiting, None)
+            if self._closed:
+                raise self._refusal()
+            if not waiting.promised:
+                return False
+            waiting.promised = False
+            self._promised -= 1
+            self._append(sample)
         return True
 
     def _refusal(self) -> ChannelClosedError:
@@ -202,9 +218,22 @@ class Channel(CursorSource):
         return refusal
 
     def _withdraw(self, waiting: "_Waiting") -> None:
-        """A sender gives up, unless its sample has been taken in already."""
+        """A sender gives up: a place that was promised to it goes to the next."""
         with self._lock:
             self._senders.pop(waiting, None)
+            if waiting.promised:
+                waiting.promised = False
+                self._promised -= 1
+                self._promise_places()
+
+    def _promise_places(self) -> None:
+        """Wake the senders whose turn it is, one for each free place. Under the lock."""
+        while self._senders and len(self._samples) + self._promised < self._maxsize:
+            waiting, _ = self._senders.popitem(last=False)
+            if waiting.alive:
+                waiting.promised = True
+                self._promised += 1
+                waiting.tell()
 
     def _take_readers(self) -> "dict[asyncio.Future[None], asyncio.AbstractEventLoop]":
         readers, self._readers = self._readers, {}
@@ -214,10 +243,8 @@ class Channel(CursorSource):
         """Up to `limit` samples; the room that this makes goes to those who wait. Under the lock."""
         samples = self._samples
         taken = [samples.popleft() for _ in range(min(limit, len(samples)))]
-        while self._senders and len(samples) < self._maxsize:
-            waiting, _ = self._senders.popitem(last=False)
-            samples.append(waiting.take())
-            waiting.tell()
+        if self._senders:
+            self._promise_places()
         return taken
 
     def _put_back(self, samples: Sequence[Any]) -> None:
@@ -330,31 +357,39 @@ class SyncSender(_Handle):
         with channel._lock:
             if channel._put(sample):
                 return
-            waiting = _WaitingThread(sample)
+            waiting = _WaitingThread()
             channel._senders[waiting] = None
         try:
             waiting.told.wait(timeout)
-        finally:  # also after a Ctrl-C
+            sent = channel._put_promised(waiting, sample)
+        except BaseException:  # a Ctrl-C
             channel._withdraw(waiting)
-        if waiting.sent:
-            return
-        if waiting.told.is_set():
-            raise channel._refusal()
-        raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
+            raise
+        if not sent:
+            raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
 
 
 class _Waiting(ABC):
-    """A sender that waits for room, with its sample."""
+    """A sender that waits for room.
 
-    def __init__(self, sample: Any) -> None:
-        self._sample = sample
-        self.sent = False
+    The story of a race. A reader that makes room could move the sample of the sender whose turn it is, and wake the
+    sender to tell. But between that and the sender's next step there is time: its task may be cancelled in the same
+    turn of the loop, by a timeout for instance (asyncio then throws `CancelledError` into it although the future that
+    it waited for has a result), and a thread may get a Ctrl-C. It can neither take the sample back, which may have been
+    trained on, nor swallow the cancellation, which others wait for. So only the *place* is promised, and the sender
+    puts the sample there itself, in the step in which it returns. What is cancelled before has not sent, and hands its
+    place on; after it there is nothing left to cancel.
 
-    def take(self) -> Any:
-        """There is room: the sample, which is sent from now on. Under the lock."""
-        sample, self._sample = self._sample, None
-        self.sent = True
-        return sample
+    Attributes:
+        promised: One place in the channel is its own. Guarded by the channel's lock.
+    """
+
+    promised = False
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether it can still be woken."""
 
     @abstractmethod
     def tell(self) -> None:
@@ -362,18 +397,22 @@ class _Waiting(ABC):
 
 
 class _WaitingTask(_Waiting):
-    def __init__(self, sample: Any) -> None:
-        super().__init__(sample)
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.told = self._loop.create_future()
+
+    @property
+    def alive(self) -> bool:
+        return not self._loop.is_closed()
 
     def tell(self) -> None:
         _set(self.told, self._loop)
 
 
 class _WaitingThread(_Waiting):
-    def __init__(self, sample: Any) -> None:
-        super().__init__(sample)
+    alive = True
+
+    def __init__(self) -> None:
         self.told = threading.Event()
 
     def tell(self) -> None:

@@ -117,7 +117,10 @@ DEFAULT: Final = Collate()
 
 
 def collate_samples(
-    samples: Any, keys: Sequence[Any] | None, collate_fn: Callable[[Any], Any] | None, default: Collate
+    samples: Any,
+    keys: Sequence[Any] | None,
+    collate_fn: Callable[[Any], Any] | None,
+    default: Callable[[Any, Any], Any],
 ) -> Any:
     """One batch of `samples`, by the user's function or else the default.
 

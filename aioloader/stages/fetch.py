@@ -8,9 +8,9 @@ from typing import Any
 from aioloader.executors.sample import Fetching, Sample, Several, current_sample
 from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
-from aioloader.stages.collate import DEFAULT, Alloc, Collate, collate_samples
+from aioloader.stages.collate import DEFAULT, Alloc, Collate, collate_samples, named
 
-__all__ = ["CollateAny", "FetchAsync", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
+__all__ = ["CollateAny", "CollateAsync", "FetchAsync", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
 
 
 class LoadsBatches(ABC):
@@ -34,10 +34,12 @@ class FetchBatch:
     Args:
         dataset: Map-style, with `__getitems__` or without.
         collate_fn: From a list of samples to a batch; None: `collate`.
-        collate: The default.
+        collate: The default; `Group`: the samples are left as they are, for a step that collates them.
     """
 
-    def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, collate: Collate) -> None:
+    def __init__(
+        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, collate: Collate | type[Group]
+    ) -> None:
         self._dataset = dataset
         self._collate_fn = collate_fn
         self._collate = collate
@@ -52,15 +54,22 @@ class FetchBatch:
         """
         dataset = self._dataset
         collate_fn = self._collate_fn
-        if collate_fn is None and isinstance(dataset, LoadsBatches) and len(keys) and self._collate.stacks_tensors:
-            return dataset.load_batch(keys, self._collate.alloc_or_empty)
+        collate = self._collate
+        if (
+            collate_fn is None
+            and isinstance(dataset, LoadsBatches)
+            and len(keys)
+            and isinstance(collate, Collate)
+            and collate.stacks_tensors
+        ):
+            return dataset.load_batch(keys, collate.alloc_or_empty)
         sample = current_sample.get()
         name = None if sample is None else sample.name
         try:
             samples = self._load(keys, keys if names is None else names, sample)
             if sample is not None:
                 sample.name = None  # none is at hand while they are collated
-            return collate_samples(samples, keys if names is None else names, collate_fn, self._collate)
+            return collate_samples(samples, keys if names is None else names, collate_fn, collate)
         finally:
             if sample is not None:
                 sample.name = name
@@ -160,14 +169,15 @@ class FetchOne:
 
     Args:
         dataset: Map-style.
-        convert: What is done with the sample.
+        convert: What is done with the sample; None: nothing.
     """
 
     dataset: Any
-    convert: Callable[[Any], Any]
+    convert: Callable[[Any], Any] | None
 
     def __call__(self, key: Any) -> Any:
-        return self.convert(self.dataset[key])
+        sample = self.dataset[key]
+        return sample if self.convert is None else self.convert(sample)
 
 
 @dataclass(frozen=True)
@@ -187,3 +197,24 @@ class CollateAny:
         if isinstance(samples, Group):
             samples, keys = samples.samples, samples.keys
         return collate_samples(samples, keys, self.collate_fn, self.collate)
+
+
+@dataclass(frozen=True)
+class CollateAsync:
+    """The same by the user's async function, on the loop.
+
+    Args:
+        collate_fn: From a list of samples to a batch.
+    """
+
+    collate_fn: Callable[[list[Any]], Awaitable[Any]]
+
+    async def __call__(self, samples: Any) -> Any:
+        keys = None
+        if isinstance(samples, Group):
+            samples, keys = samples.samples, samples.keys
+        try:
+            return await self.collate_fn(samples)
+        except Exception as error:
+            add_note(error, f"aioloader: cannot collate: {named(keys)}")
+            raise

@@ -61,9 +61,12 @@ class FetchNext:
         batch_size: None: single samples.
         drop_last: Of each worker's part, as in torch.
         collate_fn: From a list of samples to a batch, or for `batch_size=None` from a sample to what is handed out.
+            None: the samples travel as they are.
     """
 
-    def __init__(self, dataset: Any, batch_size: int | None, drop_last: bool, collate_fn: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, dataset: Any, batch_size: int | None, drop_last: bool, collate_fn: Callable[[Any], Any] | None
+    ) -> None:
         self._dataset = dataset
         self._batch_size = batch_size
         self._drop_last = drop_last
@@ -94,7 +97,9 @@ class FetchNext:
         return given
 
     def _collate(self, samples: Any) -> Any:
-        return None if self._reads_again else self._collate_fn(samples)
+        if self._reads_again:
+            return None
+        return samples if self._collate_fn is None else self._collate_fn(samples)
 
     def _next(self, epoch: int) -> Any:
         if self._epoch is None or epoch > self._epoch:
