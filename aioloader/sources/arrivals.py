@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, CursorSource, EntryReader
 from aioloader.engine.progress import cursor_parts, cursor_sequence
+from aioloader.notes import shown
 from aioloader.sources.ahead import failed
 from aioloader.sources.paths import files_in
 from aioloader.sources.watching import Growth, require_watchfiles
@@ -54,7 +55,7 @@ class WatchedFiles(CursorSource):
         require_watchfiles("Files(watch=True)")
         if not isinstance(paths, str | os.PathLike):
             raise TypeError(
-                f"Files(watch=True) takes one folder or glob, got {paths!r:.80}; "
+                f"Files(watch=True) takes one folder or glob, got {shown(paths, 80)}; "
                 f"watch each by a source of its own and join them with Pipeline.merge"
             )
         if isinstance(settle, bool) or not isinstance(settle, int | float):

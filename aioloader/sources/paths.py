@@ -97,12 +97,12 @@ def each_path(paths: Any, *, source: str) -> list[str]:
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not isinstance(paths, Sequence) or isinstance(paths, bytes | bytearray):
-        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {paths!r}")
+        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {shown(paths)}")
     found = []
     for path in paths:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
-                f"{source} takes paths as str or os.PathLike; got {path!r:.80} of type {type(path).__name__}"
+                f"{source} takes paths as str or os.PathLike; got {shown(path, 80)} of type {type(path).__name__}"
             )
         found.append(os.fspath(path))
     if not found:
