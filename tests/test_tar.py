@@ -231,7 +231,9 @@ def test_from_http_by_url_and_by_store(http_server: HttpServer, shards: list[str
 def test_a_stored_archive_is_read_in_ranges_of_which_the_failed_are_tried_again(
     http_server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aioloader.sources.chunks.object_chunks.__kwdefaults__", {"offset": 0, "size": 4096})
+    monkeypatch.setattr(
+        "aioloader.sources.chunks.object_chunks.__kwdefaults__", {"start": 0, "needed": 0, "size": 4096}
+    )
     content = archive(samples(0, 40, size=100))
     http_server.files = {"a.tar": content}
     http_server.faults = {"a.tar": iter([503, "reset", 500])}
