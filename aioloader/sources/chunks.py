@@ -96,6 +96,12 @@ class _OpenFile:
         assert self.raw is not None
         size, _ = now
         at = self.raw.tell() - length
+        if size < at:
+            raise OSError(
+                errno.EINVAL,
+                f"the file shrank from {at} to {size} bytes while {'followed' if self._follow else 'read'}",
+                self.path,
+            )
         appended = size > self._seen[0] or self._follow  # of one that is followed, the time of change may be touched
         if not (appended and self._holds(self._start, self._first) and self._holds(at - len(self._last), self._last)):
             what = f"it has {size} bytes, and had {self._seen[0]}" if size != self._seen[0] else "its size is the same"
@@ -124,10 +130,8 @@ class _OpenFile:
         assert self.growth is not None
         self.growth.wait()
         here, at = os.fstat(self.raw.fileno()), self.raw.tell()
-        if here.st_size > at:
+        if here.st_size != at:
             return  # whatever else happened, first comes what was written
-        if here.st_size < at:
-            raise OSError(errno.EINVAL, f"the file shrank from {at} to {here.st_size} bytes while followed", self.path)
         there = Path(self.path).stat()  # FileNotFoundError: it was removed
         if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
             raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
@@ -190,12 +194,13 @@ class _Range:
         import obstore
 
         options: Any = {"range": (start, stop), **condition}
-        self._answer: Any = obstore.get_async(store, key, options=options)
+        answer: Any = obstore.get_async(store, key, options=options)
+        self._answer = answer
         self._body: Any = None
         self._answer.add_done_callback(self._read_body)
 
     def _read_body(self, answer: Any) -> None:
-        if not answer.cancelled() and answer.exception() is None:
+        if self._body is None and not answer.cancelled() and answer.exception() is None:
             self._body = answer.result().bytes_async()
             self._body.add_done_callback(lambda body: body.cancelled() or body.exception())  # maybe nobody awaits it
 
@@ -205,6 +210,7 @@ class _Range:
 
     async def body(self) -> Any:
         """The bytes; after the answer."""
+        self._read_body(self._answer)  # which may have come just now
         return await self._body
 
     def cancel(self) -> None:

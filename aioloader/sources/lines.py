@@ -20,7 +20,7 @@ from aioloader.notes import add_note
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
-from aioloader.sources.marks import MARK_BYTES, Mark, changed_since, mark_of, offset_of, read_mark
+from aioloader.sources.marks import changed_since, read_mark, read_offset
 from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
 from aioloader.sources.paths import Paths, find_files, names_of
 from aioloader.sources.watching import require_watchfiles
@@ -30,7 +30,7 @@ __all__ = ["Lines"]
 
 Decode = Callable[[bytes], Any]
 
-_Start = tuple[int, int, Mark | None]  # byte offset, line number, and what is before
+_Start = tuple[int, int, int | None]  # byte offset, line number, mark
 _BEGINNING: Final[_Start] = (0, 0, None)
 
 MOST_LINES: Final = 256
@@ -50,9 +50,9 @@ class Lines(CursorSource):
     line that cannot be decoded raises at its place, with file, line number and byte offset, and so does a file that
     cannot be opened or ends too early (`.gz`, `.zst`); what comes after it goes on.
 
-    Cursor: file, byte offset, line number, and a mark of a line before it, see `aioloader.sources.marks`; with
+    Cursor: file, byte offset, line number, and a mark of what is before, see `aioloader.sources.marks`; with
     `interleave` those of each file under way. A plain file goes on at the offset, a compressed one is decompressed up
-    to it again. Where the line before is another one now, the file was written anew, and that is an error at its place.
+    to it again. A file that was written anew since, or while it is read, is an error at its place.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
@@ -146,7 +146,7 @@ class Lines(CursorSource):
         if cursor is None:
             return first, _BEGINNING
         index, offset, number, mark = cursor_parts(cursor, 4)
-        start = offset_of(offset), whole(number), read_mark(mark, offset)
+        start = read_offset(offset), whole(number), read_mark(mark)
         whole(index)
         if index >= len(self.paths) + self.interleave or index % self.interleave != first:
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
@@ -225,8 +225,8 @@ class _LinesOf(Parser):
     """
 
     def __init__(self, source: Lines, index: int, start: _Start) -> None:
-        self._offset, self._number, self._mark = start
-        super().__init__(source.paths[index], self._offset, self._mark, least=1)
+        self._offset, self._number, mark = start
+        super().__init__(source.paths[index], self._offset, mark, least=1)
         self._index = index
         self._encoding = source.encoding
         self._ours = not callable(source.decode)
@@ -245,7 +245,7 @@ class _LinesOf(Parser):
         self._cut_off = False  # the line at hand has no end
 
     def _feed(self, piece: bytes) -> None:
-        if self._approach.last not in (b"\n", b""):
+        if self.trail.before not in (b"\n", b""):
             piece = self._end_given(piece)
         end = piece.rfind(b"\n")
         if end >= 0:
@@ -262,7 +262,7 @@ class _LinesOf(Parser):
 
     def _end_given(self, piece: bytes) -> bytes:
         """What comes after a last line without an end, which was given as it was: if it is the end, all is well."""
-        self._approach.last = b""
+        self.trail.before = b""
         line_end = piece[: 1 + piece.startswith(b"\r\n")]
         if not line_end.endswith(b"\n"):
             raise BrokenDataError(f"there is no line end before the byte to go on at: {changed_since(self._offset)}")
@@ -278,7 +278,7 @@ class _LinesOf(Parser):
         self._take(entries, inf)
         self._offset -= 1  # there was no line end
         for entry in entries:
-            entry.cursor = (self._index, self._offset, self._number, self._mark)
+            entry.cursor = self._cursor()
         return entries
 
     def _keep(self, piece: bytes) -> None:
@@ -334,7 +334,6 @@ class _LinesOf(Parser):
             failure = error
         count = len(values)
         self._at += count
-        self._mark_line(lines[0])
         self._add(entries, values, ends[1 : count + 1])
         if failure is not None:
             self._at += 1
@@ -367,14 +366,7 @@ class _LinesOf(Parser):
             self._text_at = start
             if start == len(text):
                 self._text = ""
-        if values:
-            self._mark_line(text[self._offset - base : ends[0] - base - 1].encode())
         self._add(entries, values, ends)
-
-    def _mark_line(self, line: bytes) -> None:
-        """The next line is `line`: the cursors after it can say so."""
-        if line:
-            self._mark = mark_of(self._offset, line[:MARK_BYTES])
 
     def _add(self, entries: list[Entry], values: list[Any], ends: list[int]) -> None:
         """The entries of the next `values`, whose lines have these `ends`."""
@@ -385,12 +377,16 @@ class _LinesOf(Parser):
         entries += map(
             Entry,
             values,
-            zip(repeat(self._index), ends, numbers, repeat(self._mark)),
+            zip(repeat(self._index), ends, numbers, self.trail.marks(ends)),
             [f"{path}:{number}" for number in numbers],
             repeat(0),
         )
         self._offset = ends[-1]
         self._number += len(values)
+
+    def _cursor(self) -> tuple[int, int, int, int | None]:
+        """After the line that was taken last."""
+        return self._index, self._offset, self._number, self.trail.mark(self._offset)
 
     def _failed(self, error: BaseException, line: bytes, length: int) -> Entry:
         """The entry of the next line, which cannot be used: our errors say where themselves, the user's in a note.
@@ -403,10 +399,9 @@ class _LinesOf(Parser):
         if error.__traceback__ is not None:  # without the frame of `_take_some`, which holds the entries before it
             error.__traceback__ = error.__traceback__.tb_next
         begin = self._offset
-        self._mark_line(line)
         self._offset += length + 1
         self._number += 1
-        cursor, key = (self._index, self._offset, self._number, self._mark), f"{self.path}:{self._number}"
+        cursor, key = self._cursor(), f"{self.path}:{self._number}"
         what = f"{self.path}, line {self._number}, byte {begin}"
         if self._cut_off:
             what += " (the last line, which has no line end: the file was cut off, or is still being written)"

@@ -38,8 +38,8 @@ class Objects(FetchSource):
     An object that is missing or cannot be read raises at its place, the store's own error with the key in a note, and
     the next one follows. The store itself tries again what is worth it, see its `retry_config`.
 
-    Where one object has several of `ranges`, they must all be of the version that the first of them was of: one that was
-    written anew meanwhile is an error at the place of the next range.
+    Where one object has several of `ranges`, they must all be of the version that the first of them was of: one that
+    was written anew meanwhile is an error at the place of the next range.
 
     Cursor: with `keys` the position; with `prefix` the last key, so that going on lists from there.
 

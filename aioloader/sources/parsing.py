@@ -10,7 +10,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.located import AccessThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import decompressor_for, is_compressed
-from aioloader.sources.marks import Approach, Mark
+from aioloader.sources.marks import Trail
 
 __all__ = ["Parser", "parsed"]
 
@@ -25,22 +25,23 @@ class Parser(ABC):
     Args:
         path: The file, for its extension and for errors.
         offset: In the content, where to begin.
-        mark: What is before that place, if the cursor says it.
+        mark: Of that place, if the cursor has one.
         least: So many bytes before that place are read again, with a mark or without.
 
     Attributes:
-        start: The first byte of the file that is to be fed: a little before `offset` for the mark, or 0 for what is
-            compressed, whose content is dropped up to there.
+        start: The first byte of the file to feed: a little before `offset`, for the mark; or 0 for what is compressed,
+            whose content is dropped up to there.
+        trail: Has the marks for cursors.
         needed: So many bytes the file must have.
     """
 
-    def __init__(self, path: str, offset: int, mark: Mark | None = None, *, least: int = 0) -> None:
+    def __init__(self, path: str, offset: int, mark: int | None, *, least: int = 0) -> None:
         self.path = path
         self.has_more = False  # `parse` stopped because its time was up, and is to be called again
         self._decompressor = decompressor_for(path)
-        self._approach = Approach(offset, mark, least=least)
-        self._dropped = self._approach.start if is_compressed(path) else 0  # bytes still to be dropped
-        self.start, self.needed = (0, 0) if is_compressed(path) else (self._approach.start, offset)
+        self.trail = Trail(offset, mark, least=least)
+        self._dropped = self.trail.start if is_compressed(path) else 0  # bytes still to be dropped
+        self.start, self.needed = (0, 0) if is_compressed(path) else (self.trail.start, offset)
         self._pieces: Iterator[bytes] = iter(())
         self._error: BrokenDataError | None = None
 
@@ -69,8 +70,7 @@ class Parser(ABC):
                     dropped = min(self._dropped, len(piece))
                     self._dropped -= dropped
                     piece = piece[dropped:]
-                if self._approach.missing:
-                    piece = self._approach.feed(piece)
+                piece = self.trail.feed(piece)
                 if len(piece):
                     self._feed(piece)
         except BrokenDataError as error:
@@ -88,7 +88,7 @@ class Parser(ABC):
         """
         try:
             self._decompressor.finish()
-            missing = self._dropped + self._approach.missing
+            missing = self._dropped + self.trail.missing
             if missing:
                 raise BrokenDataError(f"it ends {missing} bytes before the place to go on at: it was changed")
             return self._finish()

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from aioloader.masking import mask_message, masked
 
-__all__ = ["Options", "Version", "open_store", "strong_tag", "with_options"]
+__all__ = ["Options", "Version", "open_store", "read_version", "with_options"]
 
 Options = dict[str, Any]
 """Of obstore: `client_options` and `retry_config`."""
@@ -56,7 +56,8 @@ def with_options(store: Any, options: Options, *, source: str) -> Any:
         return store
     if not hasattr(store, "retry_config"):
         raise ValueError(
-            f"{source} takes {' and '.join(given)} for a store behind a network, got {type(store).__name__}; leave it out"
+            f"{source} takes {' and '.join(given)} for a store behind a network, got "
+            f"{type(store).__name__}; leave it out"
         )
     args, kwargs = store.__getnewargs_ex__()  # what pickle makes it anew from
     if "client_options" in given:
@@ -64,20 +65,25 @@ def with_options(store: Any, options: Options, *, source: str) -> Any:
     return type(store)(*args, **{**kwargs, **given})
 
 
-def strong_tag(meta: Any) -> str | None:
-    """The ETag in what a store says of an object, if ranges can be asked for by it."""
-    tag = meta["e_tag"]
-    return None if tag is None or tag.startswith("W/") else tag
+def read_version(value: Any) -> str | None:
+    """A version in a cursor.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"a version is a string, got {value!r}"[:200])
+    return value
 
 
 class Version:
     """Which version of an object is read.
 
-    Attributes:
-        mark: For cursors: where the object is, and which version it was; None: its store cannot tell.
+    An ETag says which upload an object comes from, and not what is in it: a copy in another store has another one. So
+    it counts in one place only. In another one, and in folders, whose ETags are times of change, the content decides.
 
-    An ETag says which upload an object comes from, and not what is in it: a copy in another store has another one. So it
-    counts in one place only. In another one, and of folders, whose ETags are times of change, the content must do.
+    Attributes:
+        mark: For cursors: where the object is, and which version it was; None: not known yet, or never.
     """
 
     def __init__(self, store: Any, key: str, expected: str | None = None) -> None:
@@ -112,10 +118,10 @@ class Version:
         """What the next answer must fulfil, as options of obstore: a server that knows it sends nothing else."""
         if self._meta is None:
             return {}
-        tag = strong_tag(self._meta)
-        if tag is not None:
-            return {"if_match": tag}
-        return {"if_unmodified_since": self._meta["last_modified"]} if self._meta["e_tag"] is None else {}
+        tag = self._meta["e_tag"]
+        if tag is None:
+            return {"if_unmodified_since": self._meta["last_modified"]}
+        return {} if tag.startswith("W/") else {"if_match": tag}  # a weak one matches nothing, by the standard
 
     def _mark_of(self, meta: Any) -> str | None:
         from obstore.store import LocalStore

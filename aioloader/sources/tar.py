@@ -19,15 +19,18 @@ from aioloader.notes import shown
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import decompressor_for
-from aioloader.sources.marks import Mark, mark_of, offset_of, read_mark
+from aioloader.sources.marks import read_mark, read_offset
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
-from aioloader.sources.stores import Options, Version, open_store, with_options
+from aioloader.sources.stores import Options, Version, open_store, read_version, with_options
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import Member, TarMembers
 from aioloader.stages.checks import check_count
 
 __all__ = ["TarShards"]
+
+_Start = tuple[int, int | None, str | None]  # byte offset, mark, version
+_BEGINNING: Final[_Start] = (0, None, None)
 
 LISTS_AHEAD: Final = 2  # per open shard: of up to a few milliseconds of work each
 
@@ -71,9 +74,9 @@ class TarShards(CursorSource):
     with `..`, a member that cannot be decoded. An archive that cannot be opened, is broken or truncated raises once,
     behind its last whole sample, and the next archive follows.
 
-    Cursor: archive, the offset of the next sample in it, and a mark of what is before it, see `aioloader.sources.marks`.
-    A compressed one is decompressed up to it again. An archive that was written anew since the state was made, or while
-    it is read, is an error at its place, and the next archive follows.
+    Cursor: archive, the offset of the next sample in it, a mark of what is before, see `aioloader.sources.marks`, and
+    the version of a stored one. A compressed one is decompressed up to it again. An archive that was written anew
+    since, or while it is read, is an error at its place, and the next archive follows.
 
     Args:
         shards: Paths, globs, or URLs of what obstore opens (`s3://`, `gs://`, `az://`, `https://`), one or a sequence;
@@ -138,13 +141,15 @@ class TarShards(CursorSource):
     def check_cursor(self, cursor: Any) -> None:
         self._place(cursor)
 
-    def _place(self, cursor: Any) -> tuple[int, int, Mark | None]:
-        """Archive, offset, and what is before it."""
-        index, offset, mark = (0, 0, None) if cursor is None else cursor_parts(cursor, 3)
-        mark = read_mark(mark, offset_of(offset))
+    def _place(self, cursor: Any) -> tuple[int, _Start]:
+        """Archive and place in it."""
+        if cursor is None:
+            return 0, _BEGINNING
+        index, offset, mark, version = cursor_parts(cursor, 4)
+        start = read_offset(offset), read_mark(mark), read_version(version)
         if whole(index) > len(self._shards):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
-        return index, offset, mark
+        return index, start
 
     def open(self, access: Access, cursor: Any) -> EntryReader:
         return _InOrder(access, self._shards, self._decode, self._open_ahead, *self._place(cursor))
@@ -160,8 +165,7 @@ class _InOrder(EntryReader):
         decode: DecodeSample,
         open_ahead: int,
         index: int,
-        offset: int,
-        mark: Mark | None,
+        start: _Start,
     ) -> None:
         self._access = access
         self._shards = shards
@@ -171,22 +175,21 @@ class _InOrder(EntryReader):
         self._threads = [access.threads(1) for _ in range(open_ahead + 1)]
         self._open: deque[Ahead] = deque()
         self._next = index
-        self._offset = offset
-        self._mark = mark
+        self._start = start
 
     def _open_more(self) -> None:
         while len(self._open) < len(self._threads) and self._next < len(self._shards):
-            self._open.append(self._ahead(self._next, self._offset, self._mark))
+            self._open.append(self._ahead(self._next, self._start))
             self._next += 1
-            self._offset, self._mark = 0, None
+            self._start = _BEGINNING
 
-    def _ahead(self, index: int, offset: int, mark: Mark | None) -> Ahead:
+    def _ahead(self, index: int, start: _Start) -> Ahead:
         shard = self._shards[index]
         thread = self._threads[index % len(self._threads)]
-        parser = _Samples(shard, index, offset, mark, self._decode)
+        parser = _Samples(shard, index, start, self._decode)
         chunks = shard.chunks(thread, parser)
         return Ahead(
-            self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, 0, None)), lists=LISTS_AHEAD
+            self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, *_BEGINNING)), lists=LISTS_AHEAD
         )
 
     async def read(self, limit: int) -> list[Entry]:
@@ -203,14 +206,14 @@ class _InOrder(EntryReader):
 class _Samples(Parser):
     """The samples of one archive."""
 
-    def __init__(self, shard: _Shard, index: int, offset: int, mark: Mark | None, decode: DecodeSample) -> None:
+    def __init__(self, shard: _Shard, index: int, start: _Start, decode: DecodeSample) -> None:
+        offset, mark, version = start
         super().__init__(shard.name, offset, mark)
-        self.version = Version(shard.store, shard.key, None if mark is None else mark[3])
+        self.version = Version(shard.store, shard.key, version)
         self._index = index
         self._decode = decode
         self._members = TarMembers(offset)
         self._sample: dict[str, Any] | None = None  # its members are still coming
-        self._last: Member  # of them, so far
         self._broken: BrokenDataError | None = None  # what is wrong with it
 
     def _feed(self, piece: bytes) -> None:
@@ -247,15 +250,13 @@ class _Samples(Parser):
             )
         else:
             sample[extension] = member.data
-        self._last = member
 
     def _complete(self, entries: list[Entry], offset: int) -> None:
         """The next sample, or the end, is at `offset`: the one before it has all its members."""
         sample, self._sample = self._sample, None
         if sample is None:
             return
-        last = self._last
-        cursor = (self._index, offset, mark_of(last.end - len(last.tail), last.tail, self.version.mark))
+        cursor = (self._index, offset, self.trail.mark(offset), self.version.mark)
         key = f"{self.path}:{sample['__key__']}"
         broken, self._broken = self._broken, None
         if broken is None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
-from aioloader.sources.marks import MARK_BYTES
 
 __all__ = ["Member", "TarMembers"]
 
@@ -28,15 +27,11 @@ class Member:
         name: As it is written there.
         data: Its content; None for what is no regular file.
         offset: Where its headers begin.
-        end: Where the next one may begin.
-        tail: Its last bytes in the archive.
     """
 
     name: str
     data: bytes | None
     offset: int
-    end: int
-    tail: bytes
 
 
 class TarMembers:
@@ -115,13 +110,7 @@ class TarMembers:
         self._at = end
         self._needed = BLOCK
         content_of = data[body : body + size] if kind in _REGULAR else None
-        return Member(
-            plain_name if name is None else name,
-            content_of,
-            self._begin + start,
-            self._begin + end,
-            data[max(start, end - MARK_BYTES) : end],
-        )
+        return Member(plain_name if name is None else name, content_of, self._begin + start)
 
     def _join(self) -> None:
         """Put what is left and what was fed into one."""
