@@ -13,7 +13,7 @@ from aioloader.engine.located import AccessThreads
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.notes import add_note
-from aioloader.sources.marks import MARK_BYTES, changed_since
+from aioloader.sources.marks import MARK_BYTES
 from aioloader.sources.stores import Version
 from aioloader.sources.watching import Growth
 
@@ -242,7 +242,6 @@ async def object_chunks(
         BrokenDataError: It is another version than it was, or an answer was cut short.
         Exception: Of obstore, for instance `FileNotFoundError`; without the secrets in its URL.
     """
-    import obstore
     from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
 
     at, end = start, start + 1  # the end is not known yet
@@ -262,10 +261,7 @@ async def object_chunks(
             except PreconditionError as error:
                 raise BrokenDataError(_changed_meanwhile(key, at)) from error
             except GenericError as error:
-                # That there are no such bytes (416) is told by each store in words of its own.
-                if not re.search(r"\b416\b|range", str(error), re.IGNORECASE):
-                    raise
-                end = _checked_size(await obstore.head_async(store, key), version, key, at, needed)
+                end = _checked_size(await _head_if_beyond(store, key, error), version, key, at, needed)
                 if at < end:
                     raise
                 return
@@ -277,12 +273,30 @@ async def object_chunks(
                 async for data in pieces:
                     yield data
     except Exception as error:
-        mask_message(error)
+        if not isinstance(error, BrokenDataError):
+            mask_message(error)
+            add_note(error, f"aioloader: object {key!r}, from byte {at} on, of {store!r}")
         raise
     finally:
         for under_way in (request, ahead):
             if under_way is not None:
                 under_way.cancel()
+
+
+async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:
+    """What the store says of an object that has no such bytes (416); each says that in words of its own.
+
+    Raises:
+        Exception: `error`, if it says something else.
+    """
+    import obstore
+
+    if not re.search(r"\b416\b|range", str(error), re.IGNORECASE):
+        raise error
+    try:
+        return await obstore.head_async(store, key)
+    except Exception:
+        raise error from None
 
 
 async def _whole_object(store: Any, key: str, version: Version, start: int, needed: int) -> AsyncGenerator[Any]:
@@ -307,11 +321,18 @@ def _checked_size(meta: Any, version: Version, key: str, at: int, needed: int) -
     """
     begins = not version.known
     if not version.is_same(meta):
-        raise BrokenDataError(f"the object {key!r}: {changed_since(needed)}" if begins else _changed_meanwhile(key, at))
+        raise BrokenDataError(_another_version(key) if begins else _changed_meanwhile(key, at))
     size: int = meta["size"]
     if size < needed:
         raise BrokenDataError(f"the object {key!r} has {size} bytes now, and reading shall go on at byte {needed}")
     return size
+
+
+def _another_version(key: str) -> str:
+    return (
+        f"the object {key!r} was written anew since the state was made: its ETag is another one; put the old version "
+        f"back, or begin the epoch again without the state"
+    )
 
 
 def _changed_meanwhile(key: str, at: int) -> str:
