@@ -104,11 +104,12 @@ class HttpServer:
         heads: Whether HEAD is understood.
         ranges: Whether ranges are understood; else the whole file is the answer, as plain servers give it.
         requests: What came: method, path, and the header `Range`.
+        asked_for: Of each request, the conditions in its header.
         at_once: How many were being answered at a time, at most.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
-    faults: dict[str, Iterator[Fault]] = field(default_factory=dict)
+    faults: dict[str, Iterator[Fault | None]] = field(default_factory=dict)
     versions: dict[str, Iterator[bytes]] = field(default_factory=dict)
     tells: Literal["etag", "weak etag", "time"] | None = None
     conditions: bool = True
@@ -116,12 +117,13 @@ class HttpServer:
     gate: Gate | None = None
     ranges: bool = True
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    asked_for: list[set[str]] = field(default_factory=list)
     at_once: int = 0
     _now: int = 0
 
     def reset(self) -> None:
         """As it was at first."""
-        self.files, self.faults, self.versions, self.requests = {}, {}, {}, []
+        self.files, self.faults, self.versions, self.requests, self.asked_for = {}, {}, {}, [], []
         self.tells, self.conditions, self.heads = None, True, True
         self.gate, self.ranges, self.at_once = None, True, 0
 
@@ -164,6 +166,7 @@ class HttpServer:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
         self.requests.append((request.method, path, request.headers.get("Range", "")))
+        self.asked_for.append({"If-Match", "If-Unmodified-Since"} & set(request.headers))
         self._now += 1
         self.at_once = max(self.at_once, self._now)
         try:
