@@ -121,7 +121,8 @@ class Objects(FetchSource):
             self._range = _checked_range(ranges, None)
         elif keys is None:
             raise TypeError(
-                f"with prefix, ranges must be one pair (start, end) or a mapping from key to pair, got {ranges!r:.80}"
+                f"with prefix, ranges must be one pair (start, end) or a mapping from key to pair, "
+                f"got {shown(ranges, 80)}"
             )
 
     @property
@@ -318,7 +319,7 @@ def _requests(keys: tuple[str, ...], ranges: Any) -> Sequence[str | Request]:
     if isinstance(ranges, str | bytes) or not isinstance(ranges, Sequence):
         raise TypeError(
             f"ranges must be a pair (start, end), a mapping from key to pair, or a sequence of pairs, "
-            f"got {ranges!r:.80} of type {type(ranges).__name__}"
+            f"got {shown(ranges, 80)} of type {type(ranges).__name__}"
         )
     if len(ranges) != len(keys):
         raise ValueError(
@@ -334,9 +335,9 @@ def _is_pair(ranges: Any) -> bool:
 
 
 def _checked_range(pair: Any, key: str | None) -> Range:
-    where = "" if key is None else f" for {key!r}"
+    where = "" if key is None else f" for {shown(key)}"
     if not _is_pair(pair):
-        raise TypeError(f"a range must be a pair of integers (start, end), got {pair!r:.80}{where}")
+        raise TypeError(f"a range must be a pair of integers (start, end), got {shown(pair, 80)}{where}")
     start, end = map(index, pair)
     if not 0 <= start < end:
         raise ValueError(f"a range must be 0 <= start < end, got ({start}, {end}){where}")

@@ -16,7 +16,7 @@ from aioloader.memory.pool import BatchMemory
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.parquet_footer import Footer, open_parquet, row_bytes, same_columns, selected
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
-from aioloader.sources.stores import with_options
+from aioloader.sources.stores import check_no_options, with_options
 from aioloader.stages.checks import check_count
 
 if TYPE_CHECKING:
@@ -85,11 +85,12 @@ class ParquetRows(CursorSource):
         retry_config: Any = None,
     ) -> None:
         _require_pyarrow()
+        options = {"client_options": client_options, "retry_config": retry_config}
         if store is None:
+            check_no_options(options, source="ParquetRows")
             self.paths = find_files(paths, source="ParquetRows")
         else:
             self.paths = tuple(each_path(paths, source="ParquetRows"))
-            options = {"client_options": client_options, "retry_config": retry_config}
             store = with_options(store, options, source="ParquetRows")
         self.store = store
         self.columns = None if columns is None else _check_columns(columns)

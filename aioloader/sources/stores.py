@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from aioloader.masking import mask_message, masked
 
-__all__ = ["Options", "Version", "open_store", "read_version", "with_options"]
+__all__ = ["Options", "Version", "check_no_options", "open_store", "read_version", "with_options"]
 
 Options = dict[str, Any]
 """Of obstore: `client_options` and `retry_config`."""
@@ -38,6 +38,17 @@ def open_store(url: str, options: Options, *, source: str) -> Any:
     except Exception as error:
         mask_message(error)
         raise
+
+
+def check_no_options(options: Options, *, source: str) -> None:
+    """Refuse timeouts and retries where there is no store.
+
+    Raises:
+        ValueError: There are some.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{source} takes {' and '.join(given)} for a store, got paths; leave it out")
 
 
 def with_options(store: Any, options: Options, *, source: str) -> Any:

@@ -22,7 +22,7 @@ from aioloader.sources.compressed import decompressor_for
 from aioloader.sources.marks import read_mark, read_offset
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
-from aioloader.sources.stores import Options, Version, open_store, read_version, with_options
+from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import Member, TarMembers
 from aioloader.stages.checks import check_count
@@ -113,14 +113,16 @@ class TarShards(CursorSource):
             for url in expand_braces(name):
                 if store is not None:
                     self._shards.append(_Shard(url, store, url))
-                elif "://" in url:
-                    self._shards.append(_remote(url, stores, options))
                 elif url.startswith("pipe:"):
                     raise ValueError(
                         f"TarShards runs no commands, got {shown(url)}; pass the URL, or a store of obstore"
                     )
+                elif "://" in url:
+                    self._shards.append(_remote(url, stores, options))
                 else:
                     self._shards += [_Shard(path, None, path) for path in find_files(url, source="TarShards")]
+        if store is None and not stores:
+            check_no_options(options, source="TarShards")
         for shard in self._shards:
             decompressor_for(shard.key)  # what is not installed is said here
         self._decode = DecodeSample(decode)
