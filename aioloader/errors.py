@@ -13,8 +13,11 @@
 
     ReplayWarning (UserWarning)              a resumed source reads samples again, only to drop them
 
+What they say is shown without the secrets in URLs, see `aioloader.masking`.
 Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's DataLoader does.
 """
+
+from aioloader.masking import masked
 
 __all__ = [
     "AioloaderError",
@@ -33,6 +36,9 @@ __all__ = [
 
 class AioloaderError(Exception):
     """Base of all exceptions that aioloader defines."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(masked(part) if isinstance(part, str) else part for part in args))
 
 
 class BrokenDataError(AioloaderError, ValueError):

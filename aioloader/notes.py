@@ -1,24 +1,36 @@
-"""Notes on exceptions of the user's, and the words for them: they must never fail, whatever the user's classes do."""
+"""Notes on exceptions of the user's, and the words for them: they must never fail, whatever the user's classes do.
 
+Nor do they tell secrets: a URL is shown without its password and its signature, see `aioloader.masking`.
+"""
+
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-__all__ = ["add_note", "said", "shown"]
+from aioloader.masking import masked
+
+__all__ = ["add_note", "said", "shown", "shown_list"]
 
 
 def add_note(error: BaseException, note: str) -> None:
     """Add a note, where `error` takes one: a frozen dataclass does not, and must not be replaced by that error."""
     with suppress(Exception):
-        error.add_note(note)
+        error.add_note(masked(note))
 
 
-def shown(value: Any) -> str:
-    """What `value` looks like, in some 200 characters at most; also where its `__repr__` raises."""
+def shown(value: Any, most: int = 200) -> str:
+    """What `value` looks like, in so many characters at most; also where its `__repr__` raises."""
     try:
-        text = repr(value)
+        text = masked(repr(value))  # as a whole: of a URL that is cut off, nobody knows where its password begins
     except Exception as broken:
         text = f"<{type(value).__name__} whose repr raises {type(broken).__name__}>"
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown_list(values: Sequence[Any]) -> str:
+    """The first six of `values`, each as it is `shown`."""
+    words = [shown(value, 60) for value in values[:6]]
+    return f"[{', '.join([*words, '...'] if len(values) > 6 else words)}]"
 
 
 def said(error: BaseException) -> str:

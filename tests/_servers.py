@@ -9,6 +9,7 @@ import itertools
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -84,8 +85,9 @@ class S3Server:
         }
 
 
-Fault = Literal["reset", "truncated"] | int
-"""Of one answer: the connection is reset before it, or closed in its middle, or it is this status."""
+Fault = Literal["reset", "truncated", "short"] | int
+"""Of one answer: the connection is reset before it, or closed in its middle, or it has half of the range and says so,
+or it is this status."""
 
 
 @dataclass
@@ -96,22 +98,33 @@ class HttpServer:
         files: What is served, by path without the first slash.
         faults: By path, what is wrong with the answers, one after the other; those after the last are fine.
         gate: If there is one, each request waits at its path's gate.
+        versions: By path, what the file is at each answer; for one that is written anew while it is read.
+        tells: How an answer says which version it is of: by an ETag, by a weak one, by the time of change, or not.
+        conditions: Whether `If-Match` and `If-Unmodified-Since` are understood.
+        heads: Whether HEAD is understood.
         ranges: Whether ranges are understood; else the whole file is the answer, as plain servers give it.
         requests: What came: method, path, and the header `Range`.
+        asked_for: Of each request, the conditions in its header.
         at_once: How many were being answered at a time, at most.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
-    faults: dict[str, Iterator[Fault]] = field(default_factory=dict)
+    faults: dict[str, Iterator[Fault | None]] = field(default_factory=dict)
+    versions: dict[str, Iterator[bytes]] = field(default_factory=dict)
+    tells: Literal["etag", "weak etag", "time"] | None = None
+    conditions: bool = True
+    heads: bool = True
     gate: Gate | None = None
     ranges: bool = True
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    asked_for: list[set[str]] = field(default_factory=list)
     at_once: int = 0
     _now: int = 0
 
     def reset(self) -> None:
         """As it was at first."""
-        self.files, self.faults, self.requests = {}, {}, []
+        self.files, self.faults, self.versions, self.requests, self.asked_for = {}, {}, {}, [], []
+        self.tells, self.conditions, self.heads = None, True, True
         self.gate, self.ranges, self.at_once = None, True, 0
 
     def store(self, **more: Any) -> HTTPStore:
@@ -153,6 +166,7 @@ class HttpServer:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
         self.requests.append((request.method, path, request.headers.get("Range", "")))
+        self.asked_for.append({"If-Match", "If-Unmodified-Since"} & set(request.headers))
         self._now += 1
         self.at_once = max(self.at_once, self._now)
         try:
@@ -164,7 +178,9 @@ class HttpServer:
 
     async def _response(self, request: web.Request, path: str) -> web.StreamResponse:
         fault = next(self.faults.get(path, iter(())), None)
-        content = self.files.get(path)
+        content = next(self.versions.get(path, iter(())), self.files.get(path))
+        if request.method == "HEAD" and not self.heads:
+            return web.Response(status=405)
         if isinstance(fault, int) or content is None:
             return web.Response(status=fault if isinstance(fault, int) else 404, text="so it is")
         assert request.transport is not None
@@ -172,12 +188,24 @@ class HttpServer:
             request.transport.abort()
             return web.Response()
         headers = {"Last-Modified": formatdate(0, usegmt=True), "Accept-Ranges": "bytes"}
+        checksum = zlib.crc32(content)
+        if self.tells == "time":
+            headers["Last-Modified"] = formatdate(checksum, usegmt=True)
+        elif self.tells is not None:
+            headers["ETag"] = f'{"W/" if self.tells == "weak etag" else ""}"{checksum}"'
+        if self.conditions:
+            asked_tag = request.headers.get("If-Match")
+            asked_time = request.headers.get("If-Unmodified-Since")
+            if asked_tag not in (None, headers.get("ETag")) or asked_time not in (None, headers["Last-Modified"]):
+                return web.Response(status=412)
         status, body = 200, content
         asked = request.http_range
         if self.ranges and (asked.start is not None or asked.stop is not None):
             start, stop, _ = asked.indices(len(content))
             if start >= len(content):
                 return web.Response(status=416, headers={"Content-Range": f"bytes */{len(content)}"})
+            if fault == "short":
+                stop = (start + stop) // 2
             status, body = 206, content[start:stop]
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         if fault != "truncated" or request.method == "HEAD":

@@ -169,14 +169,17 @@ def test_it_opens_at_every_cursor(write: Write, suffix: str, interleave: int) ->
 def test_a_cursor_that_does_not_fit_is_refused(write: Write) -> None:
     path = write("data.txt", b"1\n2\n3\n")
     with pytest.raises(ValueError, match="the cursor is in file 7, but there are 1: the files have changed"):
-        next(iter(Pipeline(Opened(Lines(path), (7, 0, 0)))))
+        next(iter(Pipeline(Opened(Lines(path), (7, 0, 0, None)))))
     with pytest.raises(ValueError, match="a list of 3 was expected"):
         next(iter(Pipeline(Opened(Lines([path] * 3, interleave=3), (0, [None, None])))))
-    assert "the file has 6 bytes now, and reading shall go on at byte 60" in outcomes(Lines(path), cursor=(0, 60, 9))[0]
+    assert (
+        "the file has 6 bytes now, and reading shall go on at byte 60"
+        in outcomes(Lines(path), cursor=(0, 60, 9, None))[0]
+    )
     short = write("data.gz", b"1\n2\n3\n")
     assert (
         "data.gz: it ends 54 bytes before the place to go on at: it was changed"
-        in outcomes(Lines(short), cursor=(0, 60, 9))[0]
+        in outcomes(Lines(short), cursor=(0, 60, 9, None))[0]
     )
 
 
@@ -207,7 +210,7 @@ def test_where_the_pieces_end_makes_no_difference(
     content = b"\n".join(lines) + (b"\n" if ended else b"")
 
     def entries(pieces: list[bytes], *, scans: bool = True) -> list[Any]:
-        parser = _LinesOf(source, 0, (0, 0))
+        parser = _LinesOf(source, 0, (0, 0, None))
         parser._may_scan = parser._may_scan and scans
         found: list[Entry] = []
         for piece in pieces:

@@ -12,11 +12,11 @@ import obstore
 import pytest
 import torch
 from obstore.exceptions import PermissionDeniedError
-from obstore.store import LocalStore, MemoryStore
+from obstore.store import HTTPStore, LocalStore, MemoryStore, S3Store
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
 from aioloader.engine.located import CursorSource
-from aioloader.sources import Objects
+from aioloader.sources import Objects, ParquetRows, TarShards
 from aioloader.sources.buffers import tensor_over
 from aioloader.testing import Gate
 from tests._located import assert_opens_at_every_cursor, outcomes
@@ -309,7 +309,7 @@ def test_a_process_that_ends_with_requests_under_way_ends_quietly(http_server: H
         import sys
         from obstore.store import HTTPStore
         from aioloader import Pipeline
-        from aioloader.sources import Objects
+        from aioloader.sources import Objects, ParquetRows, TarShards
 
         store = HTTPStore(sys.argv[1], client_options={"allow_http": True})
         for sample in Pipeline(Objects(store, sys.argv[2:])):
@@ -320,6 +320,56 @@ def test_a_process_that_ends_with_requests_under_way_ends_quietly(http_server: H
         child.until_line(KEYS[0])
         gate.open_all()
         assert child.finish() == (0, "", "")
+
+
+HURRY: dict[str, Any] = {"client_options": {"timeout": "200ms"}, "retry_config": {"max_retries": 0}}
+
+
+@on_both_faces
+def test_an_object_that_hangs_is_given_up_as_soon_as_you_say(http_server: HttpServer, face: Face) -> None:
+    """By the store's defaults it would take three minutes, and all behind it would wait."""
+    http_server.files = {key: key.encode() for key in ("a", "b.tar", "c")}
+    http_server.gate = gate = Gate()
+    gate.open("a")
+    gate.open("c")
+    store = HTTPStore(http_server.url, client_options={"allow_http": True})
+    for loader in (
+        Pipeline(Objects(store, ["a", "b.tar", "c"], **HURRY)),
+        Pipeline(TarShards("b.tar", store=store, **HURRY)),
+        Pipeline(TarShards(f"{http_server.url}/b.tar", **HURRY)),
+        Pipeline(ParquetRows("b.tar", store=store, **HURRY)),
+    ):
+        with Steps(loader, face) as steps:
+            found = steps.outcomes()
+        (error,) = [outcome for outcome in found if isinstance(outcome, Exception)]
+        assert found[:1] + found[2:] in ([error], [b"a", b"c"])
+        assert "b.tar" in notes(error)
+        del found, error
+    gate.open_all()
+    del store, loader
+
+
+def test_what_a_store_has_besides_stays() -> None:
+    store = S3Store("bucket", prefix="a/b", region="here", client_options={"allow_http": True})
+    other = Objects(store, ["a"], **HURRY)._store
+    assert type(other) is S3Store
+    assert (other.prefix, other.config) == (store.prefix, store.config)
+    assert other.client_options == {"allow_http": "true", "timeout": "200ms"}
+    assert other.retry_config is not None
+    assert other.retry_config["max_retries"] == 0
+    assert Objects(store, ["a"])._store is store
+
+
+def test_a_store_that_waits_for_nobody_takes_no_timeouts(memory: MemoryStore, tmp_path: Path) -> None:
+    for store in (memory, LocalStore(tmp_path)):
+        with pytest.raises(
+            ValueError, match="takes client_options and retry_config for a store behind a network, got "
+        ):
+            Objects(store, ["a"], **HURRY)
+    with pytest.raises(ValueError, match="takes client_options and retry_config for a store, got paths"):
+        ParquetRows(tmp_path / "x.parquet", **HURRY)
+    with pytest.raises(ValueError, match="takes client_options and retry_config for a store, got paths"):
+        TarShards(tmp_path / "x.tar", **HURRY)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from PIL import Image
 
 from aioloader import BrokenDataError, Pipeline
 from aioloader.sources import DecodeSample, TarShards
-from aioloader.sources.tar import _Samples
+from aioloader.sources.tar import _Samples, _Shard
 from aioloader.testing import Gate
 from tests._located import Opened, assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer, S3Server
@@ -231,7 +231,9 @@ def test_from_http_by_url_and_by_store(http_server: HttpServer, shards: list[str
 def test_a_stored_archive_is_read_in_ranges_of_which_the_failed_are_tried_again(
     http_server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aioloader.sources.chunks.object_chunks.__kwdefaults__", {"offset": 0, "size": 4096})
+    monkeypatch.setattr(
+        "aioloader.sources.chunks.object_chunks.__kwdefaults__", {"start": 0, "needed": 0, "size": 4096}
+    )
     content = archive(samples(0, 40, size=100))
     http_server.files = {"a.tar": content}
     http_server.faults = {"a.tar": iter([503, "reset", 500])}
@@ -266,7 +268,7 @@ def test_without_archives_ahead_each_is_opened_when_the_one_before_is_over(http_
     http_server.files = {f"{number}.tar": archive(samples(number, 1)) for number in range(3)}
     store = http_server.store()
     assert keys(Pipeline(TarShards("{0..2}.tar", store=store, open_ahead=0))) == ALL_KEYS[:3]
-    assert [path for _, path, _ in http_server.requests] == ["0.tar"] * 2 + ["1.tar"] * 2 + ["2.tar"] * 2
+    assert [path for _, path, _ in http_server.requests] == ["0.tar", "1.tar", "2.tar"]
     del store
 
 
@@ -289,8 +291,8 @@ def test_it_opens_at_every_cursor(tmp_path: Path, suffix: str) -> None:
 
 def test_a_cursor_that_does_not_fit_is_refused(shards: list[str]) -> None:
     with pytest.raises(ValueError, match="the cursor is in archive 9, but there are 4: they have changed"):
-        next(iter(Pipeline(Opened(TarShards(shards), (9, 0)))))
-    (message,) = outcomes(TarShards(shards[:1]), cursor=(0, 10**6))
+        next(iter(Pipeline(Opened(TarShards(shards), (9, 0, None, None)))))
+    (message,) = outcomes(TarShards(shards[:1]), cursor=(0, 10**6, None, None))
     assert (
         f"the file has {Path(shards[0]).stat().st_size} bytes now, and reading shall go on at byte 1000000" in message
     )
@@ -317,11 +319,13 @@ MEMBERS = st.lists(st.tuples(NAMES, st.sampled_from([b"", b"abc", bytes(512), by
 )
 def test_where_the_pieces_end_makes_no_difference(members: Members, format: str, cuts: list[int], length: int) -> None:
     """Of a whole archive and of one that ends anywhere; the whole one has what `tarfile` finds in it."""
+    if format == "ustar":
+        members = [(name, data) for name, data in members if len(name) <= 100]  # it has no room for longer ones
     content = archive(members, FORMATS[format])
 
     def entries(content: bytes, cuts: Iterable[int]) -> list[Any]:
         bounds = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
-        parser = _Samples("a.tar", 0, 0, DecodeSample(False))
+        parser = _Samples(_Shard("a.tar", None, "a.tar"), 0, (0, None, None), DecodeSample(False))
         found: list[Any] = []
         try:
             for start, stop in pairwise(bounds):
@@ -504,14 +508,14 @@ def test_a_server_without_ranges_sends_the_whole_archive_once(http_server: HttpS
     http_server.ranges = False
     source = TarShards(f"{http_server.url}/0.tar")
     assert keys(assert_opens_at_every_cursor(source)) == ALL_KEYS[:3]
-    (message,) = outcomes(source, cursor=(0, 10**6))
+    (message,) = outcomes(source, cursor=(0, 10**6, None, None))
     assert f"the object '0.tar' has {len(content)} bytes now, and reading shall go on at byte 1000000" in message
     del source
 
 
 def test_a_cursor_behind_the_end_of_a_stored_archive_is_refused(http_server: HttpServer) -> None:
     http_server.files = {"0.tar": archive(samples(0, 1))}
-    (message,) = outcomes(TarShards(f"{http_server.url}/0.tar"), cursor=(0, 10**6))
+    (message,) = outcomes(TarShards(f"{http_server.url}/0.tar"), cursor=(0, 10**6, None, None))
     assert "the object '0.tar' has 10240 bytes now, and reading shall go on at byte 1000000" in message
 
 
@@ -601,7 +605,7 @@ def test_leaving_while_a_store_has_not_answered(http_server: HttpServer, face: F
     store = http_server.store()
     with Steps(Pipeline(TarShards("{0..2}.tar", store=store)), face) as steps:
         assert keys([steps.next()]) == ["0000"]
-        steps.until_arrived(gate, 4)  # twice of the first: how long it is, and what it holds
+        steps.until_arrived(gate, 3)
     gate.open_all()
     del store
 

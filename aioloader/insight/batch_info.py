@@ -1,9 +1,10 @@
 """Where a batch comes from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from aioloader.keys import source_of
+from aioloader.masking import masked
 
 __all__ = ["BatchInfo"]
 
@@ -39,3 +40,7 @@ class BatchInfo:
     def sources(self) -> tuple[int | None, ...]:
         """Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from, else None."""
         return tuple(map(source_of, self.keys))
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return masked(f"BatchInfo({told})")  # keys may be URLs

@@ -15,8 +15,9 @@ from typing import Any, Final, NamedTuple
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, CursorSource, EntryReader
 from aioloader.engine.progress import cursor_parts, cursor_sequence
+from aioloader.notes import shown
 from aioloader.sources.ahead import failed
-from aioloader.sources.paths import files_in
+from aioloader.sources.paths import files_in, refuse_url
 from aioloader.sources.watching import Growth, require_watchfiles
 from aioloader.sources.whole import Read, check_read, load
 
@@ -54,13 +55,14 @@ class WatchedFiles(CursorSource):
         require_watchfiles("Files(watch=True)")
         if not isinstance(paths, str | os.PathLike):
             raise TypeError(
-                f"Files(watch=True) takes one folder or glob, got {paths!r:.80}; "
+                f"Files(watch=True) takes one folder or glob, got {shown(paths, 80)}; "
                 f"watch each by a source of its own and join them with Pipeline.merge"
             )
         if isinstance(settle, bool) or not isinstance(settle, int | float):
             raise TypeError(f"settle must be a number of seconds, got {settle!r}")
         if not (isfinite(settle) and settle > 0):
             raise ValueError(f"settle must be more than 0 seconds, got {settle}; 0.5 is the default")
+        refuse_url(os.fspath(paths), source="Files(watch=True)")
         self.read = read
         self.with_path = bool(with_path)
         self.settle = float(settle)

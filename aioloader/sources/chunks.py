@@ -2,14 +2,19 @@
 
 import errno
 import os
+import re
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-from aiofiles.threadpool import wrap
-
 from aioloader.engine.located import AccessThreads
+from aioloader.errors import BrokenDataError
+from aioloader.masking import mask_message
+from aioloader.notes import add_note
+from aioloader.sources.marks import MARK_BYTES
+from aioloader.sources.stores import Version
 from aioloader.sources.watching import Growth
 
 __all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
@@ -26,34 +31,94 @@ class _OpenFile:
 
     A cancelled task does not get what its thread was just opening, so the file does not travel: it is opened into this
     object and closed from it, one after the other in the same thread.
+
+    Another file that takes its place by a rename changes nothing: what is open stays what it was. Whoever truncates it
+    or writes into it, however, changes what comes next, and samples would be of two versions, or missing. So each read
+    looks at size and time of change. A file that has grown may have been appended to, as logs are, or written anew and
+    longer: then the first and the last bytes that were read must still be there.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, follow: bool) -> None:
         self.path = path
         self.raw: FileIO | None = None
         self.growth: Growth | None = None
+        self._follow = follow
+        self._seen: tuple[int, int] = (0, 0)  # size and time of change, as what was read is of
+        self._start = 0
+        self._first = self._last = b""  # of what was read
 
-    def open(self, offset: int, follow: bool) -> FileIO:
-        """Open at `offset`.
+    def open(self, start: int, needed: int) -> None:
+        """Open at `start`.
 
         Raises:
-            OSError: It cannot be opened, or ends before `offset`.
+            OSError: It cannot be opened.
+            BrokenDataError: It has fewer bytes than `needed`.
         """
         try:
             self.raw = raw = FileIO(self.path)
         except IsADirectoryError as error:
-            error.add_note(f"aioloader: a file was expected; for those in a folder pass a glob: '{self.path}/*'")
+            add_note(error, f"aioloader: a file was expected; for those in a folder pass a glob: '{self.path}/*'")
             raise
-        if follow:
+        if self._follow:
             self.growth = Growth(self.path)  # before the first read, so that nothing is missed in between
-        if offset:
-            size = os.fstat(raw.fileno()).st_size
-            if size < offset:
-                raise OSError(
-                    errno.EINVAL, f"the file has {size} bytes now, and reading shall go on at byte {offset}", self.path
-                )
-            raw.seek(offset)
-        return raw
+        self._seen = size, _ = self._now()
+        if size < needed:
+            raise BrokenDataError(
+                f"{self.path}: the file has {size} bytes now, and reading shall go on at byte {needed}"
+            )
+        self._start = start
+        raw.seek(start)
+
+    def _now(self) -> tuple[int, int]:
+        assert self.raw is not None
+        status = os.fstat(self.raw.fileno())
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, `size` at most; none at the end.
+
+        Raises:
+            OSError: The system's own.
+            BrokenDataError: What was read before them is not there any more.
+        """
+        assert self.raw is not None
+        data = self.raw.read(size) or b""
+        now = self._now()
+        if now != self._seen:  # looked at after the read: until then, all was as before
+            self._check_changed(now, len(data))
+            self._seen = now
+        if data:
+            self._first = self._first or data[:MARK_BYTES]
+            self._last = (self._last + data)[-MARK_BYTES:] if len(data) < MARK_BYTES else data[-MARK_BYTES:]
+        return data
+
+    def _check_changed(self, now: tuple[int, int], length: int) -> None:
+        assert self.raw is not None
+        size, _ = now
+        at = self.raw.tell() - length
+        if size < at:
+            raise OSError(
+                errno.EINVAL,
+                f"the file shrank from {at} to {size} bytes while {'followed' if self._follow else 'read'}",
+                self.path,
+            )
+        appended = size > self._seen[0] or self._follow  # of one that is followed, the time of change may be touched
+        if not (appended and self._holds(self._start, self._first) and self._holds(at - len(self._last), self._last)):
+            what = f"it has {size} bytes, and had {self._seen[0]}" if size != self._seen[0] else "its size is the same"
+            raise BrokenDataError(
+                f"{self.path} was written anew while it was read, {at} bytes of it so far: {what}; samples before this "
+                f"place were of the old content. Write to another name and rename, or begin the epoch again"
+            )
+
+    def _holds(self, at: int, data: bytes) -> bool:
+        """Whether `data` is at that place."""
+        assert self.raw is not None
+        place = self.raw.tell()
+        try:
+            self.raw.seek(at)
+            return self.raw.read(len(data)) == data if data else True
+        finally:
+            self.raw.seek(place)
 
     def wait(self) -> None:
         """Until the file may have grown.
@@ -65,10 +130,8 @@ class _OpenFile:
         assert self.growth is not None
         self.growth.wait()
         here, at = os.fstat(self.raw.fileno()), self.raw.tell()
-        if here.st_size > at:
+        if here.st_size != at:
             return  # whatever else happened, first comes what was written
-        if here.st_size < at:
-            raise OSError(errno.EINVAL, f"the file shrank from {at} to {here.st_size} bytes while followed", self.path)
         there = Path(self.path).stat()  # FileNotFoundError: it was removed
         if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
             raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
@@ -82,25 +145,33 @@ class _OpenFile:
 
 
 async def file_chunks(
-    path: str, thread: AccessThreads, *, offset: int = 0, size: int = READ_BYTES, follow: bool = False
+    path: str,
+    thread: AccessThreads,
+    *,
+    start: int = 0,
+    needed: int = 0,
+    size: int = READ_BYTES,
+    follow: bool = False,
 ) -> AsyncGenerator[bytes]:
-    """The bytes of a file behind `offset`, in reads of `size`.
+    """The bytes of a file from `start` on, in reads of `size`.
 
     Args:
         path: The file.
         thread: One thread, which no other file uses meanwhile: jobs run one after the other.
-        offset: Where to begin.
+        start: Where to begin.
+        needed: So many bytes it must have.
         size: How much at once, at most.
         follow: Wait at the end until the file has grown, and go on.
 
     Raises:
         OSError: The system's own.
+        BrokenDataError: It was written anew while it was read, or has fewer bytes than it must.
     """
-    file = _OpenFile(path)
+    file = _OpenFile(path, follow)
     try:
-        reader = wrap(await thread.call(file.open, offset, follow), executor=thread)
+        await thread.call(file.open, start, needed)
         while True:
-            data = await reader.read(size)
+            data = await thread.call(file.read, size)
             if data:
                 yield data
             elif not follow:
@@ -113,41 +184,168 @@ async def file_chunks(
         await thread.call(file.close)
 
 
-async def object_chunks(store: Any, key: str, *, offset: int = 0, size: int = RANGE_BYTES) -> AsyncGenerator[Any]:
+class _Range:
+    """A range of an object that is under way: the answer, and then its body.
+
+    obstore's awaitables are futures, so both are on their way without a task that waits for them.
+    """
+
+    def __init__(self, store: Any, key: str, start: int, stop: int, condition: dict[str, Any]) -> None:
+        import obstore
+
+        options: Any = {"range": (start, stop), **condition}
+        answer: Any = obstore.get_async(store, key, options=options)
+        self._answer = answer
+        self._body: Any = None
+        self._answer.add_done_callback(self._read_body)
+
+    def _read_body(self, answer: Any) -> None:
+        if self._body is None and not answer.cancelled() and answer.exception() is None:
+            self._body = answer.result().bytes_async()
+            self._body.add_done_callback(lambda body: body.cancelled() or body.exception())  # maybe nobody awaits it
+
+    async def answer(self) -> Any:
+        """What the store says of the object."""
+        return (await self._answer).meta
+
+    async def body(self) -> Any:
+        """The bytes; after the answer."""
+        self._read_body(self._answer)  # which may have come just now
+        return await self._body
+
+    def cancel(self) -> None:
+        """Let go of it; may be called at any time."""
+        self._answer.cancel()
+        if self._body is not None:
+            self._body.cancel()
+
+
+async def object_chunks(
+    store: Any, key: str, version: Version, *, start: int = 0, needed: int = 0, size: int = RANGE_BYTES
+) -> AsyncGenerator[Any]:
     """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, the next one under way.
 
     Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails
-    is tried again by the store itself. A server that knows no ranges is asked for the whole.
+    is tried again by the store itself. A server that knows no ranges is asked for the whole. All answers must be of
+    one version of the object, or else samples would be of two, or missing: where it was written anew meanwhile, the
+    next range is an error.
+
+    Args:
+        store: A store of obstore.
+        key: Of the object in it.
+        version: Of the object; known with the first bytes.
+        start: Where to begin.
+        needed: So many bytes it must have.
+        size: Of a range.
 
     Raises:
-        Exception: Of obstore, for instance `FileNotFoundError`.
+        BrokenDataError: It is another version than it was, or an answer was cut short.
+        Exception: Of obstore, for instance `FileNotFoundError`; without the secrets in its URL.
     """
-    import obstore
-    from obstore.exceptions import NotSupportedError
+    from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
 
-    end = (await obstore.head_async(store, key))["size"]
-    if offset > end:
-        raise OSError(errno.EINVAL, f"the object {key!r} has {end} bytes now, and reading shall go on at byte {offset}")
-    # obstore's awaitables are futures: the request is on its way from here on.
-    ahead: Any = None
+    at, end = start, start + 1  # the end is not known yet
+    request: _Range | None = None
+    ahead: _Range | None = None
     try:
-        while offset < end:
-            pending: Any = ahead or obstore.get_range_async(store, key, start=offset, end=min(offset + size, end))
-            ahead = None
-            following = min(offset + size, end)
-            if following < end:
-                ahead = obstore.get_range_async(store, key, start=following, end=min(following + size, end))
+        while at < end:
+            request, ahead = ahead or _Range(store, key, at, at + size, {}), None
             try:
-                data = await pending
+                meta = await request.answer()
+                end = _checked_size(meta, version, key, at, needed)
+                if at + size < end:
+                    ahead = _Range(store, key, at + size, min(at + 2 * size, end), version.condition)
+                data = await request.body()
             except NotSupportedError:  # a plain HTTP server
                 break
-            offset = following
+            except PreconditionError as error:
+                raise BrokenDataError(_changed_meanwhile(key, at)) from error
+            except GenericError as error:
+                end = _checked_size(await _head_if_beyond(store, key, error), version, key, at, needed)
+                if at < end:
+                    raise
+                return
+            _check_length(key, at, len(data), min(at + size, end))
+            at += len(data)
             yield data
+        if at < end:
+            async with aclosing(_whole_object(store, key, version, at, needed)) as pieces:
+                async for data in pieces:
+                    yield data
+    except Exception as error:
+        if not isinstance(error, BrokenDataError):
+            mask_message(error)
+            add_note(error, f"aioloader: object {key!r}, from byte {at} on, of {store!r}")
+        raise
     finally:
-        if ahead is not None:
-            ahead.cancel()
-    if offset < end:
-        async for data in (await obstore.get_async(store, key)).stream(min_chunk_size=READ_BYTES):
-            if offset < len(data):
-                yield memoryview(data)[offset:] if offset else data
-            offset = max(0, offset - len(data))
+        for under_way in (request, ahead):
+            if under_way is not None:
+                under_way.cancel()
+
+
+async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:
+    """What the store says of an object that has no such bytes (416); each says that in words of its own.
+
+    Raises:
+        Exception: `error`, if it says something else.
+    """
+    import obstore
+
+    if not re.search(r"\b416\b|range", str(error), re.IGNORECASE):
+        raise error
+    try:
+        return await obstore.head_async(store, key)
+    except Exception:
+        raise error from None
+
+
+async def _whole_object(store: Any, key: str, version: Version, start: int, needed: int) -> AsyncGenerator[Any]:
+    """The bytes from `start` on, in one answer."""
+    import obstore
+
+    answer = await obstore.get_async(store, key)
+    end = _checked_size(answer.meta, version, key, start, needed)
+    at = 0
+    async for data in answer.stream(min_chunk_size=READ_BYTES):
+        if start < at + len(data):
+            yield memoryview(data)[max(0, start - at) :]
+        at += len(data)
+    _check_length(key, 0, at, end)
+
+
+def _checked_size(meta: Any, version: Version, key: str, at: int, needed: int) -> int:
+    """The size of the object, as an answer says it.
+
+    Raises:
+        BrokenDataError: It is another version, or has fewer bytes than it must.
+    """
+    begins = not version.known
+    if not version.is_same(meta):
+        raise BrokenDataError(_another_version(key) if begins else _changed_meanwhile(key, at))
+    size: int = meta["size"]
+    if size < needed:
+        raise BrokenDataError(f"the object {key!r} has {size} bytes now, and reading shall go on at byte {needed}")
+    return size
+
+
+def _another_version(key: str) -> str:
+    return (
+        f"the object {key!r} was written anew since the state was made: its ETag is another one; put the old version "
+        f"back, or begin the epoch again without the state"
+    )
+
+
+def _changed_meanwhile(key: str, at: int) -> str:
+    return (
+        f"the object {key!r} was written anew while it was read: what comes from byte {at} on is of another version; "
+        f"samples before it were of the old one. Write new data under a new key, or begin the epoch again (if nobody "
+        f"wrote it: servers behind this URL disagree about its ETag)"
+    )
+
+
+def _check_length(key: str, start: int, length: int, stop: int) -> None:
+    if length != stop - start:
+        raise BrokenDataError(
+            f"the object {key!r}: {stop - start} bytes from byte {start} on were promised, and {length} came; the "
+            f"answer was cut short"
+        )

@@ -20,6 +20,7 @@ from aioloader.notes import add_note
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
+from aioloader.sources.marks import changed_since, read_mark, read_offset
 from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
 from aioloader.sources.paths import Paths, find_files, names_of
 from aioloader.sources.watching import require_watchfiles
@@ -28,6 +29,9 @@ from aioloader.stages.checks import check_callable, check_count
 __all__ = ["Lines"]
 
 Decode = Callable[[bytes], Any]
+
+_Start = tuple[int, int, int | None]  # byte offset, line number, mark
+_BEGINNING: Final[_Start] = (0, 0, None)
 
 MOST_LINES: Final = 256
 """Decoded between two looks at the clock."""
@@ -46,8 +50,9 @@ class Lines(CursorSource):
     line that cannot be decoded raises at its place, with file, line number and byte offset, and so does a file that
     cannot be opened or ends too early (`.gz`, `.zst`); what comes after it goes on.
 
-    Cursor: file, byte offset, line number; with `interleave` those of each file under way. A plain file goes on at the
-    offset, a compressed one is decompressed up to it again.
+    Cursor: file, byte offset, line number, and a mark of what is before, see `aioloader.sources.marks`; with
+    `interleave` those of each file under way. A plain file goes on at the offset, a compressed one is decompressed up
+    to it again. A file that was written anew since, or while it is read, is an error at its place.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
@@ -136,42 +141,45 @@ class Lines(CursorSource):
         turn, cursors = cursor_parts(cursor, 2)
         return whole(turn, self.interleave - 1), cursor_parts(cursors, self.interleave)
 
-    def _place(self, first: int, cursor: Any) -> tuple[int, int, int]:
-        """File, offset and line number of a reader whose first file is `first`."""
+    def _place(self, first: int, cursor: Any) -> tuple[int, _Start]:
+        """File and place in it, of a reader whose first file is `first`."""
         if cursor is None:
-            return first, 0, 0
-        index, offset, number = map(whole, cursor_parts(cursor, 3))
+            return first, _BEGINNING
+        index, offset, number, mark = cursor_parts(cursor, 4)
+        start = read_offset(offset), whole(number), read_mark(mark)
+        whole(index)
         if index >= len(self.paths) + self.interleave or index % self.interleave != first:
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
-        return index, offset, number
+        return index, start
 
     def _reader(self, access: Access, first: int, cursor: Any) -> Ahead:
         """Reads every `interleave`-th file from `first` on, behind `cursor`."""
-        index, offset, number = self._place(first, cursor)
+        index, begin = self._place(first, cursor)
         thread = access.threads(1)
 
         async def read() -> AsyncGenerator[list[Entry]]:
-            start = (offset, number)
+            start = begin
             for at in range(index, len(self.paths), self.interleave):
                 async with aclosing(self._read_file(at, start, thread)) as lists:
                     async for entries in lists:
                         yield entries
-                start = (0, 0)
+                start = _BEGINNING
 
         return Ahead(access, read)
 
-    def _read_file(self, index: int, start: tuple[int, int], thread: AccessThreads) -> AsyncGenerator[list[Entry]]:
-        """The entries of one file, from an offset and a line number on."""
-        path = self.paths[index]
+    def _read_file(self, index: int, start: _Start, thread: AccessThreads) -> AsyncGenerator[list[Entry]]:
+        """The entries of one file, from `start` on."""
+        parser = _LinesOf(self, index, start)
         following = self.follow and index == len(self.paths) - 1
         chunks = file_chunks(
-            path,
+            self.paths[index],
             thread,
-            offset=0 if is_compressed(path) else start[0],
+            start=parser.start,
+            needed=parser.needed,
             size=max(READ_BYTES // self.interleave, 64 << 10),
             follow=following,
         )
-        return parsed(chunks, _LinesOf(self, index, start), thread, after=(index + self.interleave, 0, 0))
+        return parsed(chunks, parser, thread, after=(index + self.interleave, 0, 0, None))
 
 
 class _InTurn(EntryReader):
@@ -216,10 +224,10 @@ class _LinesOf(Parser):
     is blank, or wrong) the piece is taken line by line, which finds out what is the matter.
     """
 
-    def __init__(self, source: Lines, index: int, start: tuple[int, int]) -> None:
-        super().__init__(source.paths[index], start[0])
+    def __init__(self, source: Lines, index: int, start: _Start) -> None:
+        self._offset, self._number, mark = start
+        super().__init__(source.paths[index], self._offset, mark, least=1)
         self._index = index
-        self._offset, self._number = start
         self._encoding = source.encoding
         self._ours = not callable(source.decode)
         self._skips_blank = source.decode == "json"
@@ -237,6 +245,8 @@ class _LinesOf(Parser):
         self._cut_off = False  # the line at hand has no end
 
     def _feed(self, piece: bytes) -> None:
+        if self.trail.before not in (b"\n", b""):
+            piece = self._end_given(piece)
         end = piece.rfind(b"\n")
         if end >= 0:
             first = piece.index(b"\n")
@@ -250,6 +260,15 @@ class _LinesOf(Parser):
             piece = piece[end + 1 :]
         self._keep(piece)
 
+    def _end_given(self, piece: bytes) -> bytes:
+        """What comes after a last line without an end, which was given as it was: if it is the end, all is well."""
+        self.trail.before = b""
+        line_end = piece[: 1 + piece.startswith(b"\r\n")]
+        if not line_end.endswith(b"\n"):
+            raise BrokenDataError(f"there is no line end before the byte to go on at: {changed_since(self._offset)}")
+        self._offset += len(line_end)
+        return piece[len(line_end) :]
+
     def _finish(self) -> list[Entry]:
         if not self._half_bytes:
             return []
@@ -259,7 +278,7 @@ class _LinesOf(Parser):
         self._take(entries, inf)
         self._offset -= 1  # there was no line end
         for entry in entries:
-            entry.cursor = (self._index, self._offset, self._number)
+            entry.cursor = self._cursor()
         return entries
 
     def _keep(self, piece: bytes) -> None:
@@ -358,12 +377,16 @@ class _LinesOf(Parser):
         entries += map(
             Entry,
             values,
-            zip(repeat(self._index), ends, numbers),
+            zip(repeat(self._index), ends, numbers, self.trail.marks(ends)),
             [f"{path}:{number}" for number in numbers],
             repeat(0),
         )
         self._offset = ends[-1]
         self._number += len(values)
+
+    def _cursor(self) -> tuple[int, int, int, int | None]:
+        """After the line that was taken last."""
+        return self._index, self._offset, self._number, self.trail.mark(self._offset)
 
     def _failed(self, error: BaseException, line: bytes, length: int) -> Entry:
         """The entry of the next line, which cannot be used: our errors say where themselves, the user's in a note.
@@ -378,7 +401,7 @@ class _LinesOf(Parser):
         begin = self._offset
         self._offset += length + 1
         self._number += 1
-        cursor, key = (self._index, self._offset, self._number), f"{self.path}:{self._number}"
+        cursor, key = self._cursor(), f"{self.path}:{self._number}"
         what = f"{self.path}, line {self._number}, byte {begin}"
         if self._cut_off:
             what += " (the last line, which has no line end: the file was cut off, or is still being written)"

@@ -1,5 +1,6 @@
 """`Objects`: what lies in an object store, many requests at once."""
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from operator import index
 from typing import Any, Final, Literal
@@ -7,10 +8,12 @@ from typing import Any, Final, Literal
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, CursorSource, EntryReader
 from aioloader.errors import BrokenDataError
-from aioloader.notes import add_note
+from aioloader.masking import mask_message
+from aioloader.notes import add_note, shown
 from aioloader.sources.ahead import Ahead
 from aioloader.sources.buffers import tensor_over
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.stores import Version, with_options
 from aioloader.stages.checks import check_count
 
 __all__ = ["Objects"]
@@ -35,6 +38,9 @@ class Objects(FetchSource):
     An object that is missing or cannot be read raises at its place, the store's own error with the key in a note, and
     the next one follows. The store itself tries again what is worth it, see its `retry_config`.
 
+    Where one object has several of `ranges`, they must all be of the version that the first of them was of: one that
+    was written anew meanwhile is an error at the place of the next range.
+
     Cursor: with `keys` the position; with `prefix` the last key, so that going on lists from there.
 
     Args:
@@ -49,6 +55,8 @@ class Objects(FetchSource):
             `"buffer"`: obstore's own `Bytes`, without a copy.
         with_key: Samples are (key, content), for instance where the key says the label.
         concurrency: Requests under way at once, at least 1.
+        client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them. By its
+            defaults a request ends after 30 seconds and is tried again until three minutes are over.
 
     Raises:
         ImportError: obstore is not installed.
@@ -71,13 +79,17 @@ class Objects(FetchSource):
         read: Literal["bytes", "tensor", "buffer"] = "bytes",
         with_key: bool = False,
         concurrency: int = 64,
+        client_options: Any = None,
+        retry_config: Any = None,
     ) -> None:
         _require_obstore()
         if not _is_store(store):
             raise TypeError(
-                f"Objects takes a store of obstore, got {store!r:.80} of type {type(store).__name__}; "
+                f"Objects takes a store of obstore, got {shown(store, 80)} of type {type(store).__name__}; "
                 f"pass for instance obstore.store.from_url('s3://bucket')"
             )
+        options = {"client_options": client_options, "retry_config": retry_config}
+        store = with_options(store, options, source="Objects")
         if (keys is None) == (prefix is None):
             what = "neither" if keys is None else "both"
             raise ValueError(
@@ -90,13 +102,16 @@ class Objects(FetchSource):
         self._with_key = bool(with_key)
         self.concurrency = check_count("concurrency", concurrency, least=1)
         self._range: Range | None = None
+        self._versions: dict[str, Version] = {}  # of objects of which several ranges are read
         self._range_of: Mapping[str, Range] = {}
         self._keys: Sequence[str | Request] | _Listing
         if keys is not None:
-            self._keys = _requests(_checked_keys(keys), ranges)
+            self._keys = requests = _requests(_checked_keys(keys), ranges)
+            count_of = Counter(request[0] for request in requests if isinstance(request, tuple))
+            self._versions = {key: Version(store, key) for key, count in count_of.items() if count > 1}
         else:
             if not isinstance(prefix, str):
-                raise TypeError(f"prefix must be a str, got {prefix!r:.80} of type {type(prefix).__name__}")
+                raise TypeError(f"prefix must be a str, got {shown(prefix, 80)} of type {type(prefix).__name__}")
             self._keys = _Listing(store, prefix)
         if ranges is None:
             pass
@@ -106,7 +121,8 @@ class Objects(FetchSource):
             self._range = _checked_range(ranges, None)
         elif keys is None:
             raise TypeError(
-                f"with prefix, ranges must be one pair (start, end) or a mapping from key to pair, got {ranges!r:.80}"
+                f"with prefix, ranges must be one pair (start, end) or a mapping from key to pair, "
+                f"got {shown(ranges, 80)}"
             )
 
     @property
@@ -154,7 +170,10 @@ class Objects(FetchSource):
             if not end:
                 content: Any = await (await obstore.get_async(self._store, key)).bytes_async()
             else:
-                content = await obstore.get_range_async(self._store, key, start=start, end=end)
+                if (version := self._versions.get(key)) is None:
+                    content = await obstore.get_range_async(self._store, key, start=start, end=end)
+                else:
+                    content = await self._range_of_version(key, start, end, version)
                 if len(content) < end - start:
                     there = start + len(content)
                     raise BrokenDataError(
@@ -162,6 +181,7 @@ class Objects(FetchSource):
                     )
         except Exception as error:
             part = f", bytes {start} to {end}" if end else ""
+            mask_message(error)
             add_note(error, f"aioloader: object {key!r}{part} of {self._store!r}")
             raise
         if self._read == "bytes":
@@ -169,6 +189,27 @@ class Objects(FetchSource):
         elif self._read == "tensor":
             content = tensor_over(content)
         return (key, content) if self._with_key else content
+
+    async def _range_of_version(self, key: str, start: int, end: int, version: Version) -> Any:
+        """A range of an object of which other ranges are read, too."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        options: Any = {"range": (start, end), **version.condition}
+        try:
+            answer = await obstore.get_async(self._store, key, options=options)
+        except PreconditionError as error:
+            raise BrokenDataError(_changed(key)) from error
+        if not version.is_same(answer.meta):
+            raise BrokenDataError(_changed(key))
+        return await answer.bytes_async()
+
+
+def _changed(key: str) -> str:
+    return (
+        f"the object {key!r} was written anew since the first of its ranges was read, and the ranges were for what it "
+        f"was; make a new Objects with those of what it is now"
+    )
 
 
 class _Listing(CursorSource):
@@ -194,14 +235,18 @@ class _Listing(CursorSource):
     async def _pages(self, behind: str | None) -> AsyncGenerator[list[Entry]]:
         found = behind is not None
         pages = self._in_order if _lists_in_order(self._store) else self._sorted
-        async for keys in pages(behind):
-            found = True
-            yield [Entry(key, key, key, 0) for key in keys]
-        if not found:
-            raise FileNotFoundError(
-                f"Objects: no object below the prefix {self._prefix!r} in {self._store!r}; a prefix is a folder, that "
-                f"is, whole parts of a key between slashes"
-            )
+        try:
+            async for keys in pages(behind):
+                found = True
+                yield [Entry(key, key, key, 0) for key in keys]
+            if not found:
+                raise FileNotFoundError(
+                    f"Objects: no object below the prefix {self._prefix!r} in {self._store!r}; a prefix is a folder, "
+                    f"that is, whole parts of a key between slashes"
+                )
+        except Exception as error:
+            mask_message(error)
+            raise
 
     async def _in_order(self, behind: str | None) -> AsyncGenerator[list[str]]:
         """The pages behind a key."""
@@ -255,13 +300,13 @@ def _lists_in_order(store: Any) -> bool:
 def _checked_keys(keys: Any) -> tuple[str, ...]:
     if isinstance(keys, str | bytes) or not isinstance(keys, Sequence):
         raise TypeError(
-            f"keys must be a sequence of str, got {keys!r:.80} of type {type(keys).__name__}; "
+            f"keys must be a sequence of str, got {shown(keys, 80)} of type {type(keys).__name__}; "
             f"for one object pass [key], for a folder prefix="
         )
     found = tuple(keys)
     if not set(map(type, found)) <= {str}:
         wrong = next(key for key in found if type(key) is not str)
-        raise TypeError(f"keys must be str, got {wrong!r:.80} of type {type(wrong).__name__}")
+        raise TypeError(f"keys must be str, got {shown(wrong, 80)} of type {type(wrong).__name__}")
     if not found:
         raise ValueError("Objects needs at least one key, got none; an empty list would be an epoch without samples")
     return found
@@ -274,7 +319,7 @@ def _requests(keys: tuple[str, ...], ranges: Any) -> Sequence[str | Request]:
     if isinstance(ranges, str | bytes) or not isinstance(ranges, Sequence):
         raise TypeError(
             f"ranges must be a pair (start, end), a mapping from key to pair, or a sequence of pairs, "
-            f"got {ranges!r:.80} of type {type(ranges).__name__}"
+            f"got {shown(ranges, 80)} of type {type(ranges).__name__}"
         )
     if len(ranges) != len(keys):
         raise ValueError(
@@ -290,9 +335,9 @@ def _is_pair(ranges: Any) -> bool:
 
 
 def _checked_range(pair: Any, key: str | None) -> Range:
-    where = "" if key is None else f" for {key!r}"
+    where = "" if key is None else f" for {shown(key)}"
     if not _is_pair(pair):
-        raise TypeError(f"a range must be a pair of integers (start, end), got {pair!r:.80}{where}")
+        raise TypeError(f"a range must be a pair of integers (start, end), got {shown(pair, 80)}{where}")
     start, end = map(index, pair)
     if not 0 <= start < end:
         raise ValueError(f"a range must be 0 <= start < end, got ({start}, {end}){where}")

@@ -17,6 +17,7 @@ from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.parquet_footer import Footer, check_numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
+from aioloader.sources.stores import check_no_options, with_options
 from aioloader.stages.checks import check_count
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class ParquetRows(CursorSource):
         columns: Names of those to read; None: all.
         batch_rows: None: one sample per row. Else at least 1.
         store: A store of obstore; `paths` are keys in it, without globs.
+        client_options, retry_config: With `store`: timeouts and retries in place of its own, as obstore names them. By
+            its defaults a request ends after 30 seconds and is tried again until three minutes are over.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
@@ -73,13 +76,23 @@ class ParquetRows(CursorSource):
     """
 
     def __init__(
-        self, paths: Paths, *, columns: Sequence[str] | None = None, batch_rows: int | None = None, store: Any = None
+        self,
+        paths: Paths,
+        *,
+        columns: Sequence[str] | None = None,
+        batch_rows: int | None = None,
+        store: Any = None,
+        client_options: Any = None,
+        retry_config: Any = None,
     ) -> None:
         _require_pyarrow()
+        options = {"client_options": client_options, "retry_config": retry_config}
         if store is None:
+            check_no_options(options, source="ParquetRows")
             self.paths = find_files(paths, source="ParquetRows")
         else:
             self.paths = tuple(each_path(paths, source="ParquetRows"))
+            store = with_options(store, options, source="ParquetRows")
         self.store = store
         self.columns = None if columns is None else _check_columns(columns)
         self.batch_rows = (

@@ -10,6 +10,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.located import AccessThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import decompressor_for, is_compressed
+from aioloader.sources.marks import Trail
 
 __all__ = ["Parser", "parsed"]
 
@@ -23,15 +24,24 @@ class Parser(ABC):
 
     Args:
         path: The file, for its extension and for errors.
-        offset: In the content, where to begin. When the content is that of the file, the bytes that are fed begin
-            there; what is compressed is fed from the beginning, and dropped up to there.
+        offset: In the content, where to begin.
+        mark: Of that place, if the cursor has one.
+        least: So many bytes before that place are read again, with a mark or without.
+
+    Attributes:
+        start: The first byte of the file to feed: a little before `offset`, for the mark; or 0 for what is compressed,
+            whose content is dropped up to there.
+        trail: Has the marks for cursors.
+        needed: So many bytes the file must have.
     """
 
-    def __init__(self, path: str, offset: int) -> None:
+    def __init__(self, path: str, offset: int, mark: int | None, *, least: int = 0) -> None:
         self.path = path
         self.has_more = False  # `parse` stopped because its time was up, and is to be called again
         self._decompressor = decompressor_for(path)
-        self._behind = offset if is_compressed(path) else 0  # bytes still to be dropped
+        self.trail = Trail(offset, mark, least=least)
+        self._dropped = self.trail.start if is_compressed(path) else 0  # bytes still to be dropped
+        self.start, self.needed = (0, 0) if is_compressed(path) else (self.trail.start, offset)
         self._pieces: Iterator[bytes] = iter(())
         self._error: BrokenDataError | None = None
 
@@ -56,11 +66,13 @@ class Parser(ABC):
                 piece = next(self._pieces, None)
                 if piece is None:
                     break
-                if self._behind:
-                    dropped = min(self._behind, len(piece))
-                    self._behind -= dropped
+                if self._dropped:
+                    dropped = min(self._dropped, len(piece))
+                    self._dropped -= dropped
                     piece = piece[dropped:]
-                self._feed(piece)
+                piece = self.trail.feed(piece)
+                if len(piece):
+                    self._feed(piece)
         except BrokenDataError as error:
             if not entries:
                 raise self._named(error) from error.__cause__
@@ -76,8 +88,9 @@ class Parser(ABC):
         """
         try:
             self._decompressor.finish()
-            if self._behind:
-                raise BrokenDataError(f"it ends {self._behind} bytes before the place to go on at: it was changed")
+            missing = self._dropped + self.trail.missing
+            if missing:
+                raise BrokenDataError(f"it ends {missing} bytes before the place to go on at: it was changed")
             return self._finish()
         except BrokenDataError as error:
             raise self._named(error) from error.__cause__

@@ -8,7 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["Paths", "each_path", "expand_braces", "files_in", "find_files", "names_of"]
+from aioloader.masking import masked
+from aioloader.notes import shown
+
+__all__ = ["Paths", "each_path", "expand_braces", "files_in", "find_files", "names_of", "refuse_url"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -27,7 +30,7 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
     Raises:
         TypeError: Something is no path.
         FileNotFoundError: A glob matches no file, or there is none in a folder.
-        ValueError: No path at all.
+        ValueError: No path at all, or a URL.
     """
     if folders and isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
         inside = sorted(files_in(os.fspath(paths)))
@@ -39,6 +42,7 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
         return tuple(inside)
     found: list[str] = []
     for path in each_path(paths, source=source):
+        refuse_url(path, source=source)
         if not glob.has_magic(path) or os.path.lexists(path):
             found.append(path)
             continue
@@ -53,12 +57,30 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
     return tuple(found)
 
 
+def refuse_url(path: str, *, source: str) -> None:
+    """Refuse what is no file of this machine, unless one has that very name.
+
+    Raises:
+        ValueError: `path` is a URL; says what reads it.
+    """
+    if _URL.match(path) is None or os.path.lexists(path):
+        return
+    if path.startswith("file:"):
+        raise ValueError(f"{source} takes paths, got the URL {shown(path)}; pass the path in it, without file://")
+    raise ValueError(
+        f"{source} reads files of this machine, got the URL {shown(path)}; with store = obstore.store.from_url("
+        f"'s3://bucket'), Objects(store, keys) reads whole objects (their lines: .flat_map(bytes.splitlines)) and "
+        f"ParquetRows(keys, store=store) Parquet files; TarShards takes the URLs of archives"
+    )
+
+
 def names_of(paths: Sequence[str]) -> dict[str, Any]:
     """What a state says of files, in their order: how many there are, and a checksum of their names.
 
     Folders that all have in common do not count, so that data may be mounted elsewhere. A checksum, since the names of
-    a hundred thousand files do not belong into a checkpoint.
+    a hundred thousand files do not belong into a checkpoint. Passwords in URLs do not count either: they change.
     """
+    paths = [masked(path) for path in paths] if any("://" in path for path in paths) else paths
     common = os.path.commonprefix(paths)  # noqa: RUF071 - URLs too; and it is cut at a slash
     cut = 1 + max(common.rfind("/"), common.rfind(os.sep))
     names = "\n".join(path[cut:] for path in paths)
@@ -97,18 +119,21 @@ def each_path(paths: Any, *, source: str) -> list[str]:
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not isinstance(paths, Sequence) or isinstance(paths, bytes | bytearray):
-        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {paths!r}")
+        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {shown(paths)}")
     found = []
     for path in paths:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
-                f"{source} takes paths as str or os.PathLike; got {path!r:.80} of type {type(path).__name__}"
+                f"{source} takes paths as str or os.PathLike; got {shown(path, 80)} of type {type(path).__name__}"
             )
         found.append(os.fspath(path))
     if not found:
         raise ValueError(f"{source} needs at least one path, got none; an empty list would be an epoch without samples")
     return found
 
+
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]+://|(?:s3|gs|gcs|az|abfss?|https?|hf|file):/", re.IGNORECASE)
+"""The second one is what `pathlib` leaves of it."""
 
 _BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 

@@ -17,6 +17,8 @@ from torch.utils.data import Dataset, IterableDataset
 from aioloader.engine.located import CursorSource
 from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
+from aioloader.masking import masked
+from aioloader.notes import shown
 from aioloader.sources.files import Files
 
 __all__ = [
@@ -290,6 +292,7 @@ def describe_content(source: Indexable | Stream) -> str:
         name += f"({_plain(data if isinstance(data, range) else list(data))})"
     elif isinstance(source, Indexable):
         name += f"({source.length})"
+    name = masked(name)  # it is written down beside a cache
     if len(name) > 300:
         name = f"{name[:200]}... {blake2b(name.encode(), digest_size=16).hexdigest()}"
     return name
@@ -316,5 +319,5 @@ def describe(source: Any) -> str:
     name = getattr(source, "__qualname__", None)
     if name is not None:
         return f"{type(source).__name__} {name.rpartition('<locals>.')[2]}"
-    text = repr(source) if isinstance(source, int | float | str | bytes | None) else ""
-    return f"{text[:60]} of type {type(source).__name__}" if text else f"an object of type {type(source).__name__}"
+    text = shown(source, 60) if isinstance(source, int | float | str | bytes | None) else ""
+    return f"{text} of type {type(source).__name__}" if text else f"an object of type {type(source).__name__}"

@@ -14,16 +14,23 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import BrokenDataError
+from aioloader.masking import masked
+from aioloader.notes import shown
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import file_chunks, object_chunks
-from aioloader.sources.compressed import decompressor_for, is_compressed
+from aioloader.sources.compressed import decompressor_for
+from aioloader.sources.marks import read_mark, read_offset
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
+from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import Member, TarMembers
 from aioloader.stages.checks import check_count
 
 __all__ = ["TarShards"]
+
+_Start = tuple[int, int | None, str | None]  # byte offset, mark, version
+_BEGINNING: Final[_Start] = (0, None, None)
 
 LISTS_AHEAD: Final = 2  # per open shard: of up to a few milliseconds of work each
 
@@ -42,11 +49,16 @@ class _Shard:
     store: Any
     key: str
 
-    def chunks(self, thread: AccessThreads, offset: int) -> AsyncGenerator[Any]:
-        """Its bytes behind `offset`."""
+    @property
+    def name(self) -> str:
+        """What keys and errors call it: the URL without its password."""
+        return masked(self.url)
+
+    def chunks(self, thread: AccessThreads, parser: "_Samples") -> AsyncGenerator[Any]:
+        """Its bytes that `parser` wants."""
         if self.store is None:
-            return file_chunks(self.key, thread, offset=offset)
-        return object_chunks(self.store, self.key, offset=offset)
+            return file_chunks(self.key, thread, start=parser.start, needed=parser.needed)
+        return object_chunks(self.store, self.key, parser.version, start=parser.start, needed=parser.needed)
 
 
 class TarShards(CursorSource):
@@ -62,7 +74,9 @@ class TarShards(CursorSource):
     with `..`, a member that cannot be decoded. An archive that cannot be opened, is broken or truncated raises once,
     behind its last whole sample, and the next archive follows.
 
-    Cursor: archive, and the offset of the next sample in it. A compressed one is decompressed up to it again.
+    Cursor: archive, the offset of the next sample in it, a mark of what is before, see `aioloader.sources.marks`, and
+    the version of a stored one. A compressed one is decompressed up to it again. An archive that was written anew
+    since, or while it is read, is an error at its place, and the next archive follows.
 
     Args:
         shards: Paths, globs, or URLs of what obstore opens (`s3://`, `gs://`, `az://`, `https://`), one or a sequence;
@@ -71,6 +85,8 @@ class TarShards(CursorSource):
         decode: See `DecodeSample`; False: members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
         open_ahead: How many archives behind the current one are open, and have their first samples ready.
+        client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them, for URLs
+            too. By its defaults a request ends after 30 seconds and is tried again until three minutes are over.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
@@ -85,19 +101,28 @@ class TarShards(CursorSource):
         store: Any = None,
         decode: Decoding = False,
         open_ahead: int = 2,
+        client_options: Any = None,
+        retry_config: Any = None,
     ) -> None:
         stores: dict[str, Any] = {}
+        options = {"client_options": client_options, "retry_config": retry_config}
+        if store is not None:
+            store = with_options(store, options, source="TarShards")
         self._shards: list[_Shard] = []
         for name in each_path(shards, source="TarShards"):
             for url in expand_braces(name):
                 if store is not None:
                     self._shards.append(_Shard(url, store, url))
-                elif "://" in url:
-                    self._shards.append(_remote(url, stores))
                 elif url.startswith("pipe:"):
-                    raise ValueError(f"TarShards runs no commands, got {url!r}; pass the URL, or a store of obstore")
+                    raise ValueError(
+                        f"TarShards runs no commands, got {shown(url)}; pass the URL, or a store of obstore"
+                    )
+                elif "://" in url:
+                    self._shards.append(_remote(url, stores, options))
                 else:
                     self._shards += [_Shard(path, None, path) for path in find_files(url, source="TarShards")]
+        if store is None and not stores:
+            check_no_options(options, source="TarShards")
         for shard in self._shards:
             decompressor_for(shard.key)  # what is not installed is said here
         self._decode = DecodeSample(decode)
@@ -118,23 +143,31 @@ class TarShards(CursorSource):
     def check_cursor(self, cursor: Any) -> None:
         self._place(cursor)
 
-    def _place(self, cursor: Any) -> tuple[int, int]:
-        """Archive and offset."""
-        index, offset = (0, 0) if cursor is None else map(whole, cursor_parts(cursor, 2))
-        if index > len(self._shards):
+    def _place(self, cursor: Any) -> tuple[int, _Start]:
+        """Archive and place in it."""
+        if cursor is None:
+            return 0, _BEGINNING
+        index, offset, mark, version = cursor_parts(cursor, 4)
+        start = read_offset(offset), read_mark(mark), read_version(version)
+        if whole(index) > len(self._shards):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
-        return index, offset
+        return index, start
 
     def open(self, access: Access, cursor: Any) -> EntryReader:
-        index, offset = self._place(cursor)
-        return _InOrder(access, self._shards, self._decode, self._open_ahead, index, offset)
+        return _InOrder(access, self._shards, self._decode, self._open_ahead, *self._place(cursor))
 
 
 class _InOrder(EntryReader):
     """The samples of the archives, one after the other; each is read by a task and a thread of its own."""
 
     def __init__(
-        self, access: Access, shards: list[_Shard], decode: DecodeSample, open_ahead: int, index: int, offset: int
+        self,
+        access: Access,
+        shards: list[_Shard],
+        decode: DecodeSample,
+        open_ahead: int,
+        index: int,
+        start: _Start,
     ) -> None:
         self._access = access
         self._shards = shards
@@ -144,21 +177,22 @@ class _InOrder(EntryReader):
         self._threads = [access.threads(1) for _ in range(open_ahead + 1)]
         self._open: deque[Ahead] = deque()
         self._next = index
-        self._offset = offset
+        self._start = start
 
     def _open_more(self) -> None:
         while len(self._open) < len(self._threads) and self._next < len(self._shards):
-            index, offset = self._next, self._offset
+            self._open.append(self._ahead(self._next, self._start))
             self._next += 1
-            self._offset = 0
-            self._open.append(self._ahead(index, offset))
+            self._start = _BEGINNING
 
-    def _ahead(self, index: int, offset: int) -> Ahead:
+    def _ahead(self, index: int, start: _Start) -> Ahead:
         shard = self._shards[index]
         thread = self._threads[index % len(self._threads)]
-        parser = _Samples(shard.url, index, offset, self._decode)
-        chunks = shard.chunks(thread, 0 if is_compressed(shard.key) else offset)
-        return Ahead(self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, 0)), lists=LISTS_AHEAD)
+        parser = _Samples(shard, index, start, self._decode)
+        chunks = shard.chunks(thread, parser)
+        return Ahead(
+            self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, *_BEGINNING)), lists=LISTS_AHEAD
+        )
 
     async def read(self, limit: int) -> list[Entry]:
         while True:
@@ -174,8 +208,10 @@ class _InOrder(EntryReader):
 class _Samples(Parser):
     """The samples of one archive."""
 
-    def __init__(self, url: str, index: int, offset: int, decode: DecodeSample) -> None:
-        super().__init__(url, offset)
+    def __init__(self, shard: _Shard, index: int, start: _Start, decode: DecodeSample) -> None:
+        offset, mark, version = start
+        super().__init__(shard.name, offset, mark)
+        self.version = Version(shard.store, shard.key, version)
         self._index = index
         self._decode = decode
         self._members = TarMembers(offset)
@@ -222,7 +258,7 @@ class _Samples(Parser):
         sample, self._sample = self._sample, None
         if sample is None:
             return
-        cursor = (self._index, offset)
+        cursor = (self._index, offset, self.trail.mark(offset), self.version.mark)
         key = f"{self.path}:{sample['__key__']}"
         broken, self._broken = self._broken, None
         if broken is None:
@@ -259,24 +295,16 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _remote(url: str, stores: dict[str, Any]) -> _Shard:
+def _remote(url: str, stores: dict[str, Any], options: Options) -> _Shard:
     """A URL as a store, one for all archives of a bucket or host, and the key in it."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         return _Shard(url, None, unquote(parts.path))
     if parts.query:
-        raise ValueError(f"TarShards takes URLs without a query, got {url!r}; make a store of obstore and pass store=")
+        raise ValueError(
+            f"TarShards takes URLs without a query, got {shown(url)}; make a store of obstore and pass store="
+        )
     base = f"{parts.scheme}://{parts.netloc}"
     if base not in stores:
-        stores[base] = _store_of(base)
+        stores[base] = open_store(base, options, source="TarShards")
     return _Shard(url, stores[base], unquote(parts.path).lstrip("/"))
-
-
-def _store_of(base: str) -> Any:
-    try:
-        from obstore.store import from_url
-    except ImportError as error:
-        raise ImportError(f"reading {base} needs the package obstore: pip install 'aioloader[objects]'") from error
-    if base.startswith("http://"):
-        return from_url(base, client_options={"allow_http": True})
-    return from_url(base)

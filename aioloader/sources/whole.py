@@ -6,7 +6,9 @@ from typing import Any, Final, Literal
 
 import torch
 
+from aioloader.errors import BrokenDataError
 from aioloader.memory.lease import writable
+from aioloader.notes import add_note
 from aioloader.stages.collate import Alloc
 
 __all__ = ["Read", "check_read", "load", "read_bytes", "read_stacked", "read_tensor"]
@@ -15,6 +17,8 @@ Read = Literal["bytes", "tensor"]
 
 _READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take CR LF for a line end
 
+CHECKED_BYTES: Final = 1 << 20
+
 _HAS_READV = hasattr(os, "readv")  # not on Windows
 
 
@@ -22,17 +26,19 @@ def read_bytes(path: str) -> bytes:
     """The content of a file.
 
     Raises:
+        BrokenDataError: It was written anew meanwhile.
         OSError: The system's own, with the path.
     """
     fd = _open(path)
     try:
-        size = os.fstat(fd).st_size
-        content = os.read(fd, size + 1)
-        if len(content) != size:  # one that grows, or like those of /proc has no size
+        before = os.fstat(fd)
+        content = os.read(fd, before.st_size + 1)
+        if len(content) != before.st_size:  # one that grows, or like those of /proc has no size
             pieces = [content]
             while piece := os.read(fd, 1 << 20):
                 pieces.append(piece)
             content = b"".join(pieces)
+        _check_unchanged(fd, path, before, len(content))
         return content
     except OSError as error:
         raise _named(error, path) from None
@@ -44,16 +50,20 @@ def read_tensor(path: str) -> torch.Tensor:
     """The content of a file: uint8 [bytes], in memory of its own.
 
     Raises:
+        BrokenDataError: It was written anew meanwhile.
         OSError: The system's own, with the path.
     """
     fd = _open(path)
     try:
-        size = os.fstat(fd).st_size
+        before = os.fstat(fd)
+        size = before.st_size
         content = torch.empty(size, dtype=torch.uint8, device="cpu")
         # Not a bytearray, which may begin 16 bytes behind a multiple of 32: the kernel then copies at a third of the
         # speed (measured on an EPYC); torch's memory begins at multiples of 64.
         memory = writable(content) if size else memoryview(bytearray())
         fits = _read_into(fd, memory, bytearray(1)) == size
+        if fits:
+            _check_unchanged(fd, path, before, size)
     except OSError as error:
         raise _named(error, path) from None
     finally:
@@ -99,6 +109,26 @@ def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
     return batch
 
 
+def _check_unchanged(fd: int, path: str, before: os.stat_result, length: int) -> None:
+    """Refuse what may be half of one content and half of another: a file that was truncated or written anew meanwhile.
+
+    Of one that is read by a single call in microseconds that is not asked: it would cost a sixth of the read. Appending
+    is no harm, and the files of /proc and /sys have less in them than their size, or more.
+
+    Raises:
+        BrokenDataError: It was.
+    """
+    if before.st_size <= length < CHECKED_BYTES:
+        return
+    now = os.fstat(fd)
+    appended = now.st_size > before.st_size
+    if not appended and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise BrokenDataError(
+            f"{path} was written anew while it was read: it has {now.st_size} bytes now, and had {before.st_size}; "
+            f"write to another name and rename"
+        )
+
+
 def _read_into(fd: int, place: memoryview, beyond: bytearray) -> int:
     """Fill `place` from the beginning of a file; how many bytes there were, one more than fit if there are more."""
     size = len(place)
@@ -139,13 +169,14 @@ def _named(error: OSError, path: str) -> OSError:
 
 def _advise(error: OSError, path: str) -> None:
     if isinstance(error, FileNotFoundError):
-        error.add_note("aioloader: it is not there any more, or never was: look it up again with a new Files(...)")
+        add_note(error, "aioloader: it is not there any more, or never was: look it up again with a new Files(...)")
     elif isinstance(error, IsADirectoryError):
-        error.add_note(
-            f"aioloader: a file was expected; for those in a folder pass it alone, Files({path!r}), or '{path}/*'"
+        add_note(
+            error,
+            f"aioloader: a file was expected; for those in a folder pass it alone, Files({path!r}), or '{path}/*'",
         )
     elif isinstance(error, PermissionError):
-        error.add_note("aioloader: make it readable for this user (chmod, chown), or leave it out of the paths")
+        add_note(error, "aioloader: make it readable for this user (chmod, chown), or leave it out of the paths")
 
 
 def _differ(first: str, first_size: int, other: str, size: int) -> None:

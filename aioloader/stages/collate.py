@@ -1,7 +1,6 @@
 """Collate: a list of samples becomes one batch, with the meaning of torch's `default_collate`."""
 
 import operator
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.utils.data._utils import collate as torch_collate
 
-from aioloader.notes import add_note
+from aioloader.notes import add_note, shown, shown_list
 
 __all__ = ["DEFAULT", "Alloc", "Collate", "collate_samples", "named"]
 
@@ -138,7 +137,7 @@ def collate_samples(
 
 def named(keys: Sequence[Any] | None) -> str:
     """The samples of a batch, for a note."""
-    return "these samples" if keys is None else f"samples with keys {reprlib.repr(list(keys))}"
+    return "these samples" if keys is None else f"samples with keys {shown_list(keys)}"
 
 
 def _explain(samples: Sequence[Any], keys: Sequence[Any] | None) -> str:
@@ -183,7 +182,7 @@ class _Misfit:
         first = self.samples[0]
         empty = next((index for index, sample in enumerate(self.samples) if sample is None), None)
         if empty is not None and not self._fits([None]):
-            which = f"sample {empty}" if self.keys is None else f"key {reprlib.repr(self.keys[empty])}"
+            which = f"sample {empty}" if self.keys is None else f"key {shown(self.keys[empty], 80)}"
             return f"the dataset returned None for {which}; return a sample, or pass collate_fn= that drops None"
         if not self._fits([first]):
             return self._refused(self._descend([first]))
@@ -255,7 +254,7 @@ class _Misfit:
         return f"{self._name(0)} {has(left)}{_at(place)}, {self._name(index)} {has(right)}; {advice}"
 
     def _name(self, index: int) -> str:
-        return f"sample {index}" if self.keys is None else f"sample {index} (key {reprlib.repr(self.keys[index])})"
+        return f"sample {index}" if self.keys is None else f"sample {index} (key {shown(self.keys[index], 80)})"
 
 
 def _lengths(values: Sequence[Any]) -> list[int | None]:
@@ -283,7 +282,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"is {reprlib.repr(value)}"
+    return f"is {shown(value, 30)}"
 
 
 def _kind(value: Any) -> str:

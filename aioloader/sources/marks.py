@@ -1,0 +1,132 @@
+"""Whether a file is still what it was when a cursor was taken from it.
+
+A cursor says that reading goes on at byte 5,000. If the file was written anew meanwhile, that is the middle of a line,
+or a place in another file. So a cursor also has a *mark*: the CRC-32 of up to a kilobyte that was read shortly before
+that place. It is read again when reading goes on, which costs no more than a longer first read.
+
+It is a mark of the content, and not the file's size and time of change: a file that was copied to another machine is
+the same file, and one that has grown is the same up to where it was. And it belongs to a place in the file alone, so
+that a state does not depend on how it was come by: after a resume, with other pieces, at another speed.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any, Final
+from zlib import crc32
+
+from aioloader.engine.progress import whole
+from aioloader.errors import BrokenDataError
+
+__all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark", "read_offset"]
+
+MARK_BYTES: Final = 1024
+
+BLOCK: Final = 64 << 10
+"""Marks are of what is before the multiples of this, and before the powers of two below: a crossing of 16 a megabyte
+cannot be measured, and one a line can."""
+
+
+def read_offset(value: Any) -> int:
+    """A byte offset in a cursor.
+
+    Raises:
+        ValueError: It is none.
+    """
+    return whole(value, (1 << 63) - 1)
+
+
+def read_mark(value: Any) -> int | None:
+    """A mark in a cursor; None: it has none, and what is before it is not looked at.
+
+    Raises:
+        ValueError: It is none.
+    """
+    return None if value is None else whole(value, 0xFFFFFFFF)
+
+
+def _marked(offset: int) -> int:
+    """The last place up to `offset` before which something is marked."""
+    return offset - offset % BLOCK if offset > BLOCK else 1 << offset.bit_length() - 1 if offset else 0
+
+
+def _following(place: int) -> int:
+    return place + BLOCK if place >= BLOCK else max(1, 2 * place)
+
+
+class Trail:
+    """The content of a file on its way to who parses it: makes the marks of its places, and checks the first.
+
+    Args:
+        offset: Where reading goes on.
+        mark: Of that place; None: it is not looked at.
+        least: So many bytes before it are read again, with a mark or without.
+
+    Attributes:
+        start: The first byte to read.
+        missing: Bytes that are still to come before `offset`.
+        before: The last byte before `offset`, if one was read.
+    """
+
+    def __init__(self, offset: int, mark: int | None, *, least: int = 0) -> None:
+        place = _marked(offset)
+        checked = mark is not None and place > 0
+        self.start = max(0, min(place - MARK_BYTES if checked else offset, offset - least))
+        self.missing = offset - self.start
+        self.before = b""
+        self._offset = offset
+        self._expected = mark if checked else None
+        self._read = self.start
+        self._tail = b""  # what was read last
+        self._next = _following(_marked(self.start))
+        self._marks: deque[tuple[int, int]] = deque([(0, 0)])  # places and marks; the first is that of the last cursor
+
+    def feed(self, piece: Any) -> Any:
+        """What of `piece`, the next content, is after `offset`.
+
+        Raises:
+            BrokenDataError: What is before it is not what it was.
+        """
+        begin, end = self._read, self._read + len(piece)
+        while self._next <= end:
+            self._add_mark(self._next, piece, begin)
+            self._next = _following(self._next)
+        self._tail = (self._tail + bytes(piece[-MARK_BYTES:]))[-MARK_BYTES:]
+        self._read = end
+        if not self.missing:
+            return piece
+        if end >= self._offset and self._expected not in (None, self.mark(self._offset)):
+            raise BrokenDataError(changed_since(self._offset))
+        before, piece = bytes(piece[: self.missing]), bytes(piece[self.missing :])
+        self.missing -= len(before)
+        self.before = before[-1:]
+        return piece
+
+    def _add_mark(self, place: int, piece: Any, begin: int) -> None:
+        inside = place - begin
+        marked = bytes(piece[max(0, inside - MARK_BYTES) : inside])
+        if inside < MARK_BYTES:
+            marked = (self._tail + marked)[-MARK_BYTES:]
+        self._marks.append((place, crc32(marked)))
+
+    def mark(self, offset: int) -> int | None:
+        """For a cursor at `offset`, which is no smaller than the one before."""
+        marks = self._marks
+        while len(marks) > 1 and marks[1][0] <= offset:
+            marks.popleft()
+        return marks[0][1] if marks[0][0] else None
+
+    def marks(self, offsets: Sequence[int]) -> Iterable[int | None]:
+        """The same for each of several."""
+        mark = self.mark(offsets[0])
+        if len(self._marks) == 1 or self._marks[1][0] > offsets[-1]:
+            return repeat(mark)
+        return map(self.mark, offsets)
+
+
+def changed_since(offset: int) -> str:
+    """What happened to a file that does not fit its mark, and the way out."""
+    return (
+        f"reading shall go on at byte {offset}, but what is before it is not what was read there: it was written anew "
+        f"since the state was made; put the old content back, or begin the epoch again without the state"
+    )
