@@ -274,9 +274,7 @@ class _Reader(Ahead):
             schema = same_columns(path, schema, *self._known, tensors=source.batch_rows is not None)
             if schema is not self._known[1]:
                 self._known = path, schema
-        return Footer(
-            index, path, file.version, checksum, metadata, schema, starts, self._piece_rows(metadata, schema)
-        )
+        return Footer(index, path, file.version, checksum, metadata, schema, starts, self._piece_rows(metadata, schema))
 
     def _piece_rows(self, metadata: Any, schema: Any) -> int:
         """How many rows to decode at once: whole batches, where these are small."""

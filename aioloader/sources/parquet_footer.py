@@ -140,7 +140,9 @@ def check_numbers(path: str, metadata: Any, schema: Any, data_end: int) -> tuple
         places.sort()
         for (start, stop), (following, _) in pairwise(places):
             if following < stop:
-                raise BrokenDataError(f"bytes {start} to {stop} are one column chunk, and another begins at {following}")
+                raise BrokenDataError(
+                    f"bytes {start} to {stop} are one column chunk, and another begins at {following}"
+                )
     except Exception as error:
         raise BrokenDataError(f"{path}: its footer is broken, so that no row can be read: {error}") from error
     return starts
@@ -150,7 +152,9 @@ def _numbers(metadata: Any, names: set[str], data_end: int) -> tuple[tuple[int, 
     """The same, and where the column chunks begin and end."""
     count = metadata.num_columns
     leaves = [metadata.schema.column(at) for at in range(count)]
-    wanted = [(at, leaf.path, leaf.max_repetition_level > 0) for at, leaf in enumerate(leaves) if _is_in(leaf.path, names)]
+    wanted = [
+        (at, leaf.path, leaf.max_repetition_level > 0) for at, leaf in enumerate(leaves) if _is_in(leaf.path, names)
+    ]
     starts = [0]
     places = []
     for number in range(metadata.num_row_groups):

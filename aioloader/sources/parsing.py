@@ -26,6 +26,7 @@ class Parser(ABC):
         path: The file, for its extension and for errors.
         offset: In the content, where to begin.
         mark: Of that place, if the cursor has one.
+        max_window_bytes: See `decompressor_for`.
         least: So many bytes before that place are read again, with a mark or without.
 
     Attributes:
@@ -35,10 +36,10 @@ class Parser(ABC):
         needed: So many bytes the file must have.
     """
 
-    def __init__(self, path: str, offset: int, mark: int | None, *, least: int = 0) -> None:
+    def __init__(self, path: str, offset: int, mark: int | None, max_window_bytes: int, *, least: int = 0) -> None:
         self.path = path
         self.has_more = False  # `parse` stopped because its time was up, and is to be called again
-        self._decompressor = decompressor_for(path)
+        self._decompressor = decompressor_for(path, max_window_bytes)
         self.trail = Trail(offset, mark, least=least)
         self._dropped = self.trail.start if is_compressed(path) else 0  # bytes still to be dropped
         self.start, self.needed = (0, 0) if is_compressed(path) else (self.trail.start, offset)
