@@ -125,7 +125,7 @@ class _Object(Input):
         import obstore
         from obstore.exceptions import PreconditionError
 
-        options: dict[str, Any] = {"range": (start, stop)}
+        options: obstore.GetOptions = {"range": (start, stop)}
         tag = self.version["e_tag"]
         if tag and not tag.startswith("W/"):  # one that is weak never matches, says HTTP
             options["if_match"] = tag
