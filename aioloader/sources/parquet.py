@@ -298,7 +298,7 @@ def _start(footer: Footer, place: _Place) -> int:
         return starts[place.group] + place.row
     raise BrokenDataError(
         f"{footer.path}: reading shall go on in row group {place.group} after row {place.row}, but {change}: it was "
-        f"changed after the state was taken, so its rows from there on are left out; begin the epoch anew, or bring "
+        f"changed after the state was made, so its rows from there on are left out; begin the epoch anew, or bring "
         f"the old file back"
     )
 
@@ -443,8 +443,8 @@ class _Reading:
     def _unreadable(self, row: int, column: str, error: Exception) -> BrokenDataError:
         kind = self._footer.schema.field(column).type
         broken = BrokenDataError(
-            f"{self._footer.path}, row {row}: column {column!r} of type {kind} has a value there that Python cannot hold: "
-            f"{error}; leave the column out with columns=, or write it with another type"
+            f"{self._footer.path}, row {row}: column {column!r} of type {kind} has a value there that Python cannot "
+            f"hold: {error}; leave the column out with columns=, or write it with another type"
         )
         broken.__cause__ = error
         return broken

@@ -28,7 +28,8 @@ SHORTEST: Final = 12
 _ROWS, _ROW_GROUPS = 3, 4
 _CHUNKS, _GROUP_BYTES, _GROUP_ROWS = 1, 2, 3
 _OTHER_FILE, _COLUMN = 1, 3
-_PATH, _VALUES, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE, _DICTIONARY_PAGE = 3, 5, 6, 7, 9, 11
+_TYPE, _PATH, _VALUES, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE, _DICTIONARY_PAGE = 1, 3, 5, 6, 7, 9, 11
+_TYPES: Final = ["BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,10 @@ class Numbers:
         self.sizes: list[int] = []
         self.row_bytes = 1
         self._names = {name.encode() for name in schema.names}
-        self._repeated = [metadata.schema.column(at).max_repetition_level > 0 for at in range(metadata.num_columns)]
+        leaves = [metadata.schema.column(at) for at in range(metadata.num_columns)]
+        self._leaves = [
+            (leaf.path.encode(), _TYPES.index(leaf.physical_type), leaf.max_repetition_level > 0) for leaf in leaves
+        ]
         self._data_end = data_end
         self._chunks: list[tuple[int, int]] = []
         try:
@@ -178,41 +182,40 @@ class Numbers:
     def _add(self, group: Struct) -> None:
         """The next row group."""
         number, rows, size, chunks = len(self.sizes), group[_GROUP_ROWS], group[_GROUP_BYTES], group[_CHUNKS]
-        if rows < 0 or size < 0 or len(chunks) != len(self._repeated):
+        if rows < 0 or size < 0 or len(chunks) != len(self._leaves):
             raise BrokenDataError(
                 f"row group {number} has {rows} rows of {len(chunks)} columns in {size} bytes, and the file has "
-                f"{len(self._repeated)} columns"
+                f"{len(self._leaves)} columns"
             )
         encoded = 0
-        for chunk, repeated in zip(chunks, self._repeated, strict=True):
+        for chunk, (path, kind, repeated) in zip(chunks, self._leaves, strict=True):
+            if _OTHER_FILE in chunk:
+                raise BrokenDataError(f"its rows are in {chunk[_OTHER_FILE].decode()!r} and other files; read those")
             column = chunk[_COLUMN]
+            if b".".join(column[_PATH]) != path or column[_TYPE] != kind:
+                raise BrokenDataError(f"row group {number} has another column where the file has {path.decode()!r}")
             if rows and column[_PATH][0] in self._names:
-                encoded += self._add_chunk(column, rows, repeated, chunk.get(_OTHER_FILE, b""))
+                try:
+                    encoded += self._add_chunk(column, rows, repeated)
+                except BrokenDataError as error:
+                    raise BrokenDataError(f"column {path.decode()!r} of row group {number} has {error}") from None
         self.starts.append(self.starts[-1] + rows)
         self.sizes.append(max(size, encoded))
         if not number and rows:
             self.row_bytes = max(1, encoded // rows)
 
-    def _add_chunk(self, column: Struct, rows: int, repeated: bool, other_file: bytes) -> int:
-        """The values of one column in a row group; how many bytes they are, as they are encoded."""
-        start = first_page = column[_DATA_PAGE]
-        if 0 < column.get(_DICTIONARY_PAGE, 0) < first_page:
+    def _add_chunk(self, column: Struct, rows: int, repeated: bool) -> int:
+        """The values of a column in a row group of `rows`; how many bytes they are, as they are encoded."""
+        start = column[_DATA_PAGE]
+        if 0 < column.get(_DICTIONARY_PAGE, 0) < start:
             start = column[_DICTIONARY_PAGE]
-        stop, values, encoded = start + column[_COMPRESSED], column[_VALUES], column[_UNCOMPRESSED]
-        name = b".".join(column[_PATH]).decode()
-        if other_file:
-            raise BrokenDataError(
-                f"column {name!r} is in another file, {other_file.decode()!r}, as in a file _metadata; leave it out"
-            )
-        if not 4 <= start < stop <= self._data_end or encoded < 0:
-            raise BrokenDataError(
-                f"column {name!r} of row group {len(self.sizes)} is at bytes {start} to {stop}, {encoded} when "
-                f"decompressed, and there are data up to byte {self._data_end}"
-            )
+        stop, encoded, values = start + column[_COMPRESSED], column[_UNCOMPRESSED], column[_VALUES]
+        if not 4 <= start < stop <= self._data_end:
+            raise BrokenDataError(f"bytes {start} to {stop}, and those of the file's data are 4 to {self._data_end}")
+        if encoded < 0:
+            raise BrokenDataError(f"{encoded} bytes when it is decompressed")
         if values < rows or (values > rows and not repeated):
-            raise BrokenDataError(
-                f"column {name!r} of row group {len(self.sizes)} has {values} values, and the row group {rows} rows"
-            )
+            raise BrokenDataError(f"{values} values for {rows} rows")
         self._chunks.append((start, stop))
         return int(encoded)
 
