@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -63,7 +64,7 @@ class Epoch:
     Attributes:
         outcomes: Samples and errors, as text.
         samples: The samples among them that are compared; of a batch, its rows.
-        strangers: Errors of a type that is not documented, with where they come from.
+        strangers: Errors of a type that is not documented, or that do not say which file is broken.
         states: After each outcome that may be resumed from, by its number.
     """
 
@@ -74,11 +75,15 @@ class Epoch:
 
     def add(self, outcome: Any) -> None:
         if isinstance(outcome, BaseException):
-            self.outcomes.append(f"{type(outcome).__name__}: {outcome}")
-            if not isinstance(outcome, AioloaderError | OSError):
+            said = f"{type(outcome).__name__}: {outcome}"
+            self.outcomes.append(said)
+            # An error of the system has a number; without one it is some library's.
+            if not isinstance(outcome, AioloaderError) and getattr(outcome, "errno", None) is None:
                 frames = traceback.extract_tb(outcome.__traceback__)
                 where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
-                self.strangers.append(f"{self.outcomes[-1][:300]} ({where})")
+                self.strangers.append(f"not a documented error: {said[:300]} ({where})")
+            elif not re.search(r"\b[012]\.\w+", " ".join([str(outcome), *getattr(outcome, "__notes__", ())])):
+                self.strangers.append(f"an error that does not name the file: {said[:300]}")
             return
         text = shown(outcome)
         self.outcomes.append(text)
@@ -246,8 +251,9 @@ class Check:
                 return read(loader)
 
             rest = self._measured(f"resumed after {number}", resumed)
-            if rest.outcomes != whole.outcomes[number:]:
-                difference = _difference(whole.outcomes[number:], rest.outcomes)
+            expected = whole.outcomes[number:] or whole.outcomes  # after the last one comes the next epoch
+            if rest.outcomes != expected:
+                difference = _difference(expected, rest.outcomes)
                 after = whole.outcomes[number - 1][:150]
                 self.problems.append(f"resumed after outcome {number} ({after}): {difference}")
             ShortReads.most = 1 << 20
@@ -255,7 +261,7 @@ class Check:
     def _check_outcomes(self, one: Mutant, reader: Reader, whole: Epoch, intact: list[str]) -> None:
         if whole.full:
             self.problems.append(f"it does not end: {whole.outcomes[-1][:200]}")
-        self.problems.extend(f"not a documented error: {text}" for text in whole.strangers)
+        self.problems.extend(whole.strangers)
         before = len(intact) + one.certain
         expected = (intact + intact)[:before]
         if whole.samples[:before] != expected:
