@@ -16,7 +16,6 @@ import faulthandler
 import gc
 import json
 import logging
-import os
 import random
 import re
 import resource
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,7 +112,8 @@ def shown(sample: Any) -> str:
 
 def rows(batch: Batch) -> list[str]:
     """The rows of a batch."""
-    return [repr(row) for row in zip(*([(name, shown(value)) for value in column] for name, column in batch.items()))]
+    columns = [[f"{name!r}: {shown(value)}" for value in column] for name, column in batch.items()]
+    return [", ".join(row) for row in zip(*columns, strict=True)]
 
 
 class Reader:
@@ -160,8 +161,8 @@ class Reader:
         return self._original.suffix == ".parquet" and self.second_way
 
 
-def read(loader: Pipeline, keep: Callable[[int], bool] = lambda number: False) -> Epoch:
-    """By `for`; `keep` says after which outcomes to take a state, of those that are samples."""
+def read(loader: Pipeline, keep: int = 0) -> Epoch:
+    """By `for`; states are taken after each error, and after outcome number `keep`."""
     epoch = Epoch()
     iterator = iter(loader)
     while not epoch.full:
@@ -171,10 +172,10 @@ def read(loader: Pipeline, keep: Callable[[int], bool] = lambda number: False) -
             break
         except Exception as error:
             epoch.add(error)
-            epoch.states[len(epoch.outcomes)] = json.dumps(loader.state_dict())
         else:
-            if keep(len(epoch.outcomes)):
-                epoch.states[len(epoch.outcomes)] = json.dumps(loader.state_dict())
+            if len(epoch.outcomes) != keep:
+                continue
+        epoch.states[len(epoch.outcomes)] = json.dumps(loader.state_dict())
     return epoch
 
 
@@ -210,7 +211,7 @@ class Check:
     """Reads mutants and collects what is wrong."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._intact: dict[tuple[str, bool], list[str]] = {}
         self.problems: list[str] = []
         logging.getLogger("asyncio").addHandler(_Heard(self.problems))
@@ -225,18 +226,18 @@ class Check:
             samples = read(reader.loader()).samples
             count = len(original.known)
             if samples != 3 * samples[:count]:
-                self.problems.append(f"the intact file cannot be read: {len(samples)} samples, expected {count} three times")
+                self.problems.append(f"intact files cannot be read: {len(samples)} samples, expected {count} of each")
             self._intact[name] = samples[: len(samples) // 3]
         return self._intact[name]
 
     def check(self, one: Mutant) -> None:
         """All that must hold of a mutant."""
         rng = random.Random(one.seed)
-        reader = Reader(self._folder, one.original, rng)
+        reader = Reader(self.folder, one.original, rng)
         intact = self.intact(reader, one.original)
         reader.write(one.data)
         at_random = rng.randrange(1, 3 * len(intact))
-        whole = self._measured("for", lambda: read(reader.loader(), lambda number: number == at_random))
+        whole = self._measured("for", lambda: read(reader.loader(), at_random))
         self._check_outcomes(one, reader, whole, intact)
         by_async = self._measured("async for", lambda: read_async(reader.loader()))
         if by_async.outcomes != whole.outcomes:
@@ -299,14 +300,15 @@ class _Heard(logging.Handler):
 
 
 def _difference(expected: list[str], found: list[str]) -> str:
-    at = next((at for at, pair in enumerate(zip(expected, found)) if pair[0] != pair[1]), min(len(expected), len(found)))
+    pairs = enumerate(zip_longest(expected, found))
+    at = next((at for at, (one, other) in pairs if one != other), len(expected))
     one, other = (texts[at][:300] if at < len(texts) else "the end" for texts in (expected, found))
     return f"{len(expected)} expected, {len(found)} found; number {at} is {other}, and not {one}"
 
 
 def _memory(name: str) -> int:
     """Of this process, in bytes; 0 where the system does not tell."""
-    with suppress(OSError), open("/proc/self/status") as lines:
+    with suppress(OSError), Path("/proc/self/status").open() as lines:
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), 0)
     return 0
 
@@ -340,8 +342,8 @@ def check_range(check: Check, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
     for thread in threading.enumerate():
         if thread.name.startswith("aioloader"):
             thread.join(10)
-    files = [os.readlink(path) for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
-    left = [name for name in files if str(check._folder) in name]
+    links = [path.readlink() for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
+    left = [str(path) for path in links if path.is_relative_to(check.folder)]
     left += [thread.name for thread in threading.enumerate() if thread.name.startswith("aioloader")]
     yield {"end": True, "problems": check.problems + ([f"left: {left}"] if left else [])}
 
@@ -349,7 +351,7 @@ def check_range(check: Check, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
 def main() -> None:
     warnings.simplefilter("ignore")
     faulthandler.register(signal.SIGPROF, all_threads=True, chain=True)  # a traceback, and then the end of the process
-    chunks.FileIO = ShortReads  # type: ignore[misc]
+    chunks.FileIO = ShortReads  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         check = Check(Path(folder))
         for original in originals():  # what is imported and allocated once is so before anything is measured
@@ -366,8 +368,8 @@ def main() -> None:
                     print(json.dumps(line, indent=1))
             return
         print(json.dumps({"ready": True}), flush=True)
-        for line in sys.stdin:
-            first, count = map(int, line.split())
+        for numbers in sys.stdin:
+            first, count = map(int, numbers.split())
             for said in check_range(check, range(first, first + count)):
                 print(json.dumps(said), flush=True)
 

@@ -13,10 +13,11 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import takewhile
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,6 +42,7 @@ class Original:
         packed: The bytes of the file.
         known: For each sample, in order, how far the content must be intact for that sample to come.
         footer: Bytes at the end of the file that must be intact for any sample to come.
+        pages: Where pages begin in it.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Original:
     packed: bytes
     known: tuple[int, ...]
     footer: int = 0
+    pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,16 +81,13 @@ def mutant(seed: int) -> Mutant:
     original = rng.choice(family)
     packs = original.content is not original.packed
     inside = packs and rng.random() < 0.5
-    mutations = _mutations(original.suffix, inside)
+    mutations = _mutations(original, rng.choice(family), inside)
     before = data = original.content if inside else original.packed
     names = []
     while data == before or rng.random() < 0.3:
-        name, mutate = rng.choice(mutations)
-        if name == "splice":
-            other = rng.choice(family)
-            mutate = partial(_splice, other.content if inside else other.packed)
+        mutate = rng.choice(mutations)
         data = mutate(data, rng)
-        names.append(name)
+        names.append(getattr(mutate, "func", mutate).__name__.strip("_"))
     prefix = _common(before, data)
     if inside:
         data = _pack(original.suffix, data)
@@ -134,18 +134,18 @@ def _common(one: bytes, other: bytes) -> int:
     return low
 
 
-def _mutations(suffix: str, inside: bool) -> list[tuple[str, Mutate]]:
-    """What may be done to a file, or to its content; what knows the format comes up most often."""
+def _mutations(original: Original, other: Original, inside: bool) -> list[Mutate]:
+    """What may be done to a file, or to its content; half of it knows the format."""
+    suffix = original.suffix
     if suffix == ".parquet":
-        special: Sequence[Mutate] = _PARQUET
+        special: Sequence[Mutate] = (*_PARQUET, partial(_page_header, original.pages))
     elif suffix.endswith(".gz") and not inside:
         special = _GZIP
     elif suffix.endswith(".zst") and not inside:
         special = _ZSTD
     else:
         special = _TAR if ".tar" in suffix else _LINES
-    chosen = [*special, *special, *_ANY]
-    return [(mutate.__name__.strip("_"), mutate) for mutate in chosen] + [("splice", _flip)]
+    return [*special, *special, *_ANY, partial(_splice, other.content if inside else other.packed)]
 
 
 # -- what can be done to any bytes -------------------------------------------------------------------------------------
@@ -224,7 +224,13 @@ _ANY: Final[Sequence[Mutate]] = (_flip, _overwrite, _number, _insert, _append, _
 
 # -- tar ---------------------------------------------------------------------------------------------------------------
 
-_TAR_FORMATS: Final = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+TarFormat = Literal[0, 1, 2]
+
+_TAR_FORMATS: Final[dict[str, TarFormat]] = {
+    "ustar": tarfile.USTAR_FORMAT,
+    "gnu": tarfile.GNU_FORMAT,
+    "pax": tarfile.PAX_FORMAT,
+}
 
 _FIELDS: Final = {  # of a header: where, and how long
     "name": (0, 100),
@@ -245,7 +251,7 @@ _FIELDS: Final = {  # of a header: where, and how long
 _KINDS: Final = b"0000\x007123456xxXgLKSVMNDA~"
 
 
-def _tar(name: str, format: int) -> Original:
+def _tar(name: str, format: TarFormat) -> Original:
     """Samples, and between them everything else that an archive may hold.
 
     What stands between samples has a name that begins with "odd": whether these are samples or errors is not what is
@@ -258,7 +264,7 @@ def _tar(name: str, format: int) -> Original:
     with tarfile.open(fileobj=file, mode="w", format=format) as tar:
         for number in range(12):
             for odd in _odd_members(number, format):
-                tar.fileobj.write(odd)  # type: ignore[union-attr]
+                tar.fileobj.write(odd)
                 tar.offset += len(odd)
             stem = f"{'f' * 60}/{'g' * 60}/{number:04}" if number % 4 == 1 else f"{number:04}"
             members = {
@@ -281,7 +287,7 @@ def _tar(name: str, format: int) -> Original:
     return Original(f"tar {name}", ".tar", content, content, (*firsts[1:], end + 2 * BLOCK))
 
 
-def _odd_members(number: int, format: int) -> Iterator[bytes]:
+def _odd_members(number: int, format: TarFormat) -> Iterator[bytes]:
     """What comes before the sample with this number."""
 
     def header(name: str, kind: bytes, **fields: Any) -> bytes:
@@ -356,12 +362,24 @@ def _header_field(content: bytes, rng: Random) -> bytes:
     return _put(content, at, block if field == "checksum" or rng.random() < 0.1 else _with_checksum(block))
 
 
+_NO_NUMBERS: Final = (
+    *(b"-1", b"-0", b"+5", b"xx", b"0x10", b"1_0", b"8", b"1 2", b" 7 ", b"", b"\xd9\xa1", b"1e3", b".5"),
+)
+_PAX_VALUES: Final = (
+    *("-1536", "-1", "0", "1", "511", "1536", str(1 << 62), str(1 << 64), "9" * 5000, "", "x", "1.5", "1e3", " 8 "),
+    *("٣", "+5", "1_0", "0x10", "a\0b.txt", "../up.txt", "/abs.txt", "odd/x.txt", "a" * 5000 + ".txt"),
+)
+_PAX_KEYS: Final = (
+    *("size", "size", "path", "linkpath", "mtime", "hdrcharset", "GNU.sparse.major", "GNU.sparse.realsize"),
+    *("GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.name", "SCHILY.realsize", ""),
+)
+
+
 def _field_value(length: int, rng: Random) -> bytes:
     """What may be found where a number is expected."""
     octal = b"%0*o" % (length - 1, rng.choice((0, 1, 511, 512, 513, 1 << 16, 8 ** (length - 1) - 1))) + b"\0"
     base_256 = rng.choice((0, 1, 1 << 31, 1 << 62, 1 << 63, -1, -512, -(1 << 62))) % (1 << (8 * length - 1))
-    texts = (b"-1", b"-%o" % BLOCK, b"-0", b"+5", b"xx", b"0x10", b"1_0", b"8", b"1 2", b" 7 ", b"", b"\xd9\xa1", b"1e3", b".5")
-    text = rng.choice(texts)
+    text = rng.choice((*_NO_NUMBERS, b"-%o" % BLOCK))
     return rng.choice(
         (
             octal[-length:],
@@ -381,15 +399,7 @@ def _pax_record(content: bytes, rng: Random) -> bytes:
     if not headers:
         return _flip(content, rng)
     at = rng.choice(headers)
-    value = rng.choice(
-        ("-1536", "-1", "0", "1", "511", "1536", str(1 << 62), str(1 << 64), "9" * 5000, "", "x", "1.5", "1e3", " 8 ")
-        + ("٣", "+5", "1_0", "0x10", "a\0b.txt", "../up.txt", "/abs.txt", "odd/x.txt", "a" * 5000 + ".txt")
-    )
-    key = rng.choice(
-        ("size", "size", "path", "linkpath", "mtime", "hdrcharset", "GNU.sparse.major", "GNU.sparse.realsize")
-        + ("GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.name", "SCHILY.realsize", "")
-    )
-    records = _record(key, value)
+    records = _record(rng.choice(_PAX_KEYS), rng.choice(_PAX_VALUES))
     if rng.random() < 0.3:
         end = records.index(b" ")
         length = rng.choice((b"-5", b"0", b"1", b"9", b"999999", b"9" * 5000, b"", b"x", b"+1", b" 1", b"\xd9\xa1"))
@@ -432,7 +442,8 @@ def _json_lines() -> Original:
         {"number": number, "text": "ä" * (number % 3), "list": [number / 7, None, True, {"deep": [[number]]}]}
         for number in range(40)
     ]
-    return _lines("json", ".jsonl", [json.dumps(value, ensure_ascii=number % 2 == 0) for number, value in enumerate(values)])
+    texts = [json.dumps(value, ensure_ascii=number % 2 == 0) for number, value in enumerate(values)]
+    return _lines("json", ".jsonl", texts)
 
 
 def _text_lines() -> Original:
@@ -497,7 +508,8 @@ def _joined(content: bytes, rng: Random) -> bytes:
     lines = content.split(b"\n")
     at = rng.randrange(len(lines))
     stop = at + rng.choice((2, 5, 40))
-    return b"\n".join([*lines[:at], rng.choice((b"", b"\r", b"\r\n", b"\0", b"\n\n")).join(lines[at:stop]), *lines[stop:]])
+    joined = rng.choice((b"", b"\r", b"\r\n", b"\0", b"\n\n")).join(lines[at:stop])
+    return b"\n".join([*lines[:at], joined, *lines[stop:]])
 
 
 _LINES: Final[Sequence[Mutate]] = (_line, _line, _joined)
@@ -588,7 +600,8 @@ def _gzip_padding(data: bytes, rng: Random) -> bytes:
 def _gzip_blocks(data: bytes, rng: Random) -> bytes:
     """Another kind of block in the deflate stream: stored with a wrong length, the reserved one, broken tables."""
     at = rng.choice(_starts(data, b"\x1f\x8b\x08") or [0]) + 10 + rng.choice((0, 0, 1, 5))
-    return _put(data, at, rng.choice((b"\0\xff\xff\0\0", b"\x07", b"\x06", b"\1\5\0\xfa\xff", b"\x05\xff\xff\xff", b"\x03\0")))
+    values = (b"\0\xff\xff\0\0", b"\x07", b"\x06", b"\1\5\0\xfa\xff", b"\x05\xff\xff\xff", b"\x03\0")
+    return _put(data, at, rng.choice(values))
 
 
 _GZIP: Final[Sequence[Mutate]] = (_gzip_header, _gzip_trailer, _gzip_padding, _gzip_blocks)
@@ -655,7 +668,7 @@ def _parquet(**options: Any) -> Original:
             "struct": pa.array([{"a": row, "b": [{"c": "x"}]} for row in rows]),
             "time": pa.array([row * 1_000_003 for row in rows], pa.timestamp("us")),
             "date": pa.array(rows, pa.date32()),
-            "decimal": pa.array([row for row in rows], pa.decimal128(20, 2)),
+            "decimal": pa.array(list(rows), pa.decimal128(20, 2)),
             "word": pa.array(["one", "two"] * (PARQUET_ROWS // 2)).dictionary_encode(),
         }
     )
@@ -663,13 +676,16 @@ def _parquet(**options: Any) -> Original:
     pq.write_table(table, file, row_group_size=GROUP_ROWS, **options)
     data = file.getvalue()
     metadata = pq.ParquetFile(io.BytesIO(data)).metadata
-    known = []
+    known: list[int] = []
+    pages: list[int] = []
     for group in range(metadata.num_row_groups):
         columns = [metadata.row_group(group).column(at) for at in range(metadata.num_columns)]
         end = max(_begin(column) + column.total_compressed_size for column in columns)
         known += [end] * metadata.row_group(group).num_rows
+        pages += [place for column in columns for place in {_begin(column), column.data_page_offset}]
     said = ", ".join(f"{name}={value}" for name, value in options.items())
-    return Original(f"parquet {said}", ".parquet", data, data, tuple(known), footer=_footer_bytes(data) + 8)
+    name, footer = f"parquet {said}", _footer_bytes(data) + 8
+    return Original(name, ".parquet", data, data, tuple(known), footer, tuple(sorted(pages)))
 
 
 def _begin(column: Any) -> int:
@@ -683,15 +699,17 @@ def _footer_bytes(data: bytes) -> int:
 def _footer_length(data: bytes, rng: Random) -> bytes:
     """The last eight bytes: length and magic."""
     length = _footer_bytes(data)
-    values = (0, 1, 7, 8, length - 1, length + 1, length // 2, len(data) - 8, len(data), (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
-    return data[:-8] + rng.choice(values).to_bytes(4, "little") + rng.choice((b"PAR1", b"PAR1", b"PARE", b"PAR2", b"\0\0\0\0"))
+    near = length - 1, length + 1, length // 2, len(data) - 8, len(data)
+    value = rng.choice((*near, 0, 1, 7, 8, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)) % (1 << 32)
+    magic = rng.choice((b"PAR1", b"PAR1", b"PARE", b"PAR2", b"\0\0\0\0"))
+    return data[:-8] + value.to_bytes(4, "little") + magic
 
 
 def _footer_number(data: bytes, rng: Random) -> bytes:
     """Another number, length or type in the footer, whose own length is right again."""
     length = _footer_bytes(data)
     start = len(data) - 8 - length
-    places = _thrift_places(data, start) if 0 < start else []
+    places = _thrift_places(data, start) if start > 0 else []
     if not places:
         return _flip(data, rng)
     footer = data[start:-8]
@@ -702,15 +720,9 @@ def _footer_number(data: bytes, rng: Random) -> bytes:
     return data[:start] + footer + len(footer).to_bytes(4, "little") + data[-4:]
 
 
-def _page_header(data: bytes, rng: Random) -> bytes:
+def _page_header(pages: Sequence[int], data: bytes, rng: Random) -> bytes:
     """Another number in the header of a page; what follows stays where it is."""
-    try:
-        metadata = pq.ParquetFile(io.BytesIO(data)).metadata
-        column = metadata.row_group(rng.randrange(metadata.num_row_groups)).column(rng.randrange(metadata.num_columns))
-        start = rng.choice((_begin(column), int(column.data_page_offset)))
-    except Exception:  # an earlier mutation broke it
-        return _flip(data, rng)
-    places = _thrift_places(data, start)
+    places = _thrift_places(data, rng.choice(pages))
     if not places:
         return _flip(data, rng)
     at, end = rng.choice(places)
@@ -719,7 +731,8 @@ def _page_header(data: bytes, rng: Random) -> bytes:
 
 def _thrift_value(width: int, rng: Random) -> bytes:
     """A number as compact Thrift writes it, or what cannot be one."""
-    value = rng.choice((0, 1, -1, 2, 100, (1 << 31) - 1, -(1 << 31), 1 << 31, (1 << 63) - 1, -(1 << 63), 1 << 40, 100_000))
+    large = (1 << 31) - 1, -(1 << 31), 1 << 31, (1 << 63) - 1, -(1 << 63), 1 << 40
+    value = rng.choice((0, 1, -1, 2, 100, 100_000, *large))
     zigzag = (value << 1) ^ (value >> 63)
     return rng.choice((_varint(zigzag), _varint(zigzag), b"\x80" * 20, b"\xff" * 9 + b"\x01", rng.randbytes(width)))
 
@@ -781,11 +794,9 @@ def _thrift_places(data: bytes, at: int) -> list[tuple[int, int]]:
                 at = skip(kind, at)
         return at + 1
 
-    try:
+    with suppress(IndexError, RecursionError):
         fields(at)
-    except (IndexError, RecursionError):
-        pass
     return places
 
 
-_PARQUET: Final[Sequence[Mutate]] = (_footer_number, _footer_number, _footer_number, _page_header, _page_header, _footer_length)
+_PARQUET: Final[Sequence[Mutate]] = (_footer_number, _footer_number, _footer_length)

@@ -1,4 +1,4 @@
-"""Broken files of every format: they end in samples and errors at their places, soon, in little memory, and cost no other file.
+"""Broken files of every format: they end in samples and errors at their places, soon, in little memory.
 
 Mutants are made of real files from a number (`tests/_mutants.py`) and read in another process (`tests/_fuzz_child.py`),
 which says what must hold of each. `python -m tests._fuzz_child 17` reads the one with the number 17 by hand.
@@ -37,7 +37,7 @@ class Fuzzer:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors = tempfile.TemporaryFile("a+b")
+        self._errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed with this object
         self._unread = b""
 
     def check(self, first: int, count: int) -> list[str]:

@@ -49,9 +49,13 @@ class _File:
 
 
 class Location:
-    """Where a sample stands."""
+    """Where a sample stands.
 
-    __slots__ = ("checksum", "key", "length", "offset", "segment")
+    Attributes:
+        other: Where it stands too: two processes kept it, or it was made again since what is here was lost.
+    """
+
+    __slots__ = ("checksum", "key", "length", "offset", "other", "segment")
 
     def __init__(self, key: Any, segment: "_Segment", offset: int, length: int, checksum: int) -> None:
         self.key = key
@@ -59,6 +63,7 @@ class Location:
         self.offset = offset
         self.length = length
         self.checksum = checksum
+        self.other: Location | None = None
 
 
 class _Segment:
@@ -94,7 +99,6 @@ class _Writer:
         self.segment = segment
         self.samples = _File(segment.samples, flags)
         self.index = _File(segment.index, flags)
-        self.offset = 0
 
 
 class DiskStore(Store):
@@ -231,10 +235,10 @@ class DiskStore(Store):
     def _forget_after(self, size: int, segment: _Segment) -> None:
         """The samples of `segment` are gone, or end after `size` bytes."""
         segment.end = size
-        for key, location in list(self._index.items()):
-            if location.segment is segment and location.offset + location.length > size:
-                del self._index[key]
-                self._nbytes -= location.length
+        for location in list(self._index.values()):
+            one: Location | None = location
+            while one is not None and one.segment is segment and one.offset + one.length > size:
+                one = self._forget(one)
         if self._writer is not None and self._writer.segment is segment:  # nobody would find what it writes
             self._writer = None
 
@@ -266,9 +270,11 @@ class DiskStore(Store):
             name = (kind, rest[0])
         location.key = name
         location.segment.end = max(location.segment.end, location.offset + location.length)
-        if name not in self._index:
-            self._index[name] = location
+        first = self._index.setdefault(name, location)
+        if first is location:
             self._nbytes += location.length
+        else:
+            location.other, first.other = first.other, location
 
     # -- samples -----------------------------------------------------------------------------------------------------
 
@@ -283,27 +289,41 @@ class DiskStore(Store):
         Raises:
             LostError: It is not what was written; it will be missing from now on.
         """
-        try:
-            # Held while it is read. Two threads may open a segment's file at once, and the one that is kept is the
-            # later; without a holder the other would close its descriptor here, and read whatever file gets it next.
-            file = location.segment.open()
-            data = _read(file.fd, location.length, location.offset)
-            if len(data) != location.length or zlib.crc32(data) != location.checksum:
-                raise LostError(f"{location.segment.samples}: what is at byte {location.offset} is not what was kept")
-        except (OSError, LostError) as error:
-            self.forget(location)
-            if isinstance(error, LostError):
-                raise
-            raise LostError(f"{location.segment.samples} cannot be read: {error}") from error
-        parts = _taken_apart(memoryview(data))
-        return decode(parts[0], parts[1:])
+        while True:
+            try:
+                data = self._read(location)
+            except (OSError, LostError) as error:
+                with self._lock:
+                    other = self._forget(location)
+                if other is not None:
+                    location = other
+                    continue
+                if isinstance(error, LostError):
+                    raise
+                raise LostError(f"{location.segment.samples} cannot be read: {error}") from error
+            parts = _taken_apart(memoryview(data))
+            return decode(parts[0], parts[1:])
 
-    def forget(self, location: Location) -> None:
-        """It turned out to be lost."""
-        with self._lock:
-            if self._index.get(location.key) is location:  # and has not been made again meanwhile
-                del self._index[location.key]
-                self._nbytes -= location.length
+    def _read(self, location: Location) -> bytearray:
+        # Held while it is read. Two threads may open a segment's file at once, and the one that is kept is the
+        # later; without a holder the other would close its descriptor here, and read whatever file gets it next.
+        file = location.segment.open()
+        data = _read(file.fd, location.length, location.offset)
+        if len(data) != location.length or zlib.crc32(data) != location.checksum:
+            raise LostError(f"{location.segment.samples}: what is at byte {location.offset} is not what was kept")
+        return data
+
+    def _forget(self, location: Location) -> Location | None:
+        """It turned out to be lost; returns where the sample stands now."""
+        key = location.key
+        if self._index.get(key) is location:  # and has not been made again meanwhile
+            self._nbytes -= location.length
+            if location.other is None:
+                del self._index[key]
+            else:
+                self._index[key] = location.other
+                self._nbytes += location.other.length
+        return self._index.get(key)
 
     def put(self, key: Any, sample: Any, place: Place | None) -> None:
         """Keep `sample`; in a thread. Where the disk refuses, it warns once and keeps nothing more.
@@ -341,7 +361,8 @@ class DiskStore(Store):
             try:
                 writer = self._writer or self._begin_segment()
                 _write(writer.samples.fd, parts)
-                offset, writer.offset = writer.offset, writer.offset + length
+                # Asked of the system, and not counted: somebody may have truncated the file.
+                offset = os.lseek(writer.samples.fd, 0, os.SEEK_CUR) - length
                 body = _RECORD.pack(0, len(text), offset, length, checksum)[4:] + text
                 record = struct.pack("<I", zlib.crc32(body, zlib.crc32(self._description.encode()))) + body
                 _write(writer.index.fd, [memoryview(record)])
