@@ -19,7 +19,7 @@ from aioloader.errors import BrokenDataError
 from aioloader.notes import add_note
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
-from aioloader.sources.compressed import decompressor_for, is_compressed
+from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
 from aioloader.sources.paths import Paths, find_files, names_of
 from aioloader.sources.watching import require_watchfiles
@@ -59,6 +59,8 @@ class Lines(CursorSource):
         follow: Wait for more at the end of the last file, until the loader is closed; what stands behind its last line
             end waits too. Needs watchfiles (`aioloader[watch]`), and a plain file.
         max_line_bytes: A line of more is an error at its place: in a file without line ends nothing else bounds memory.
+        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): so much
+            of what came out is kept while it is read. A file that is broken on purpose can ask for any size.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
@@ -79,6 +81,7 @@ class Lines(CursorSource):
         interleave: int = 1,
         follow: bool = False,
         max_line_bytes: int = 64 << 20,
+        max_window_bytes: int = MAX_WINDOW_BYTES,
     ) -> None:
         self.paths = find_files(paths, source="Lines")
         _check_encoding(encoding)
@@ -92,6 +95,7 @@ class Lines(CursorSource):
         self.interleave = min(check_count("interleave", interleave, least=1), len(self.paths))
         self.follow = bool(follow)
         self.max_line_bytes = check_count("max_line_bytes", max_line_bytes, least=1)
+        self.max_window_bytes = check_count("max_window_bytes", max_window_bytes, least=1)
         for path in self.paths:
             decompressor_for(path)  # what is not installed is said here
         if self.follow:
@@ -217,7 +221,7 @@ class _LinesOf(Parser):
     """
 
     def __init__(self, source: Lines, index: int, start: tuple[int, int]) -> None:
-        super().__init__(source.paths[index], start[0])
+        super().__init__(source.paths[index], start[0], source.max_window_bytes)
         self._index = index
         self._offset, self._number = start
         self._encoding = source.encoding

@@ -25,12 +25,13 @@ class Parser(ABC):
         path: The file, for its extension and for errors.
         offset: In the content, where to begin. When the content is that of the file, the bytes that are fed begin
             there; what is compressed is fed from the beginning, and dropped up to there.
+        max_window_bytes: See `decompressor_for`.
     """
 
-    def __init__(self, path: str, offset: int) -> None:
+    def __init__(self, path: str, offset: int, max_window_bytes: int) -> None:
         self.path = path
         self.has_more = False  # `parse` stopped because its time was up, and is to be called again
-        self._decompressor = decompressor_for(path)
+        self._decompressor = decompressor_for(path, max_window_bytes)
         self._behind = offset if is_compressed(path) else 0  # bytes still to be dropped
         self._pieces: Iterator[bytes] = iter(())
         self._error: BrokenDataError | None = None

@@ -16,16 +16,34 @@ from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import BrokenDataError
 from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import file_chunks, object_chunks
-from aioloader.sources.compressed import decompressor_for, is_compressed
+from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
 from aioloader.sources.tar_decode import DecodeSample, Decoding
-from aioloader.sources.tar_format import Member, TarMembers
+from aioloader.sources.tar_format import BLOCK, BrokenHeaderError, EndMark, Member, TarMembers
 from aioloader.stages.checks import check_count
 
 __all__ = ["TarShards"]
 
 LISTS_AHEAD: Final = 2  # per open shard: of up to a few milliseconds of work each
+
+MAX_MEMBER_BYTES: Final = 256 << 20
+MAX_SAMPLE_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """What is taken, at most.
+
+    Attributes:
+        member_bytes: Of one member's content.
+        sample_bytes: Of the members of one sample together, their headers included.
+        window_bytes: How far back a zstd frame may refer.
+    """
+
+    member_bytes: int = MAX_MEMBER_BYTES
+    sample_bytes: int = MAX_SAMPLE_BYTES
+    window_bytes: int = MAX_WINDOW_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +103,9 @@ class TarShards(CursorSource):
         store: Any = None,
         decode: Decoding = False,
         open_ahead: int = 2,
+        max_member_bytes: int = MAX_MEMBER_BYTES,
+        max_sample_bytes: int = MAX_SAMPLE_BYTES,
+        max_window_bytes: int = MAX_WINDOW_BYTES,
     ) -> None:
         stores: dict[str, Any] = {}
         self._shards: list[_Shard] = []
@@ -102,6 +123,11 @@ class TarShards(CursorSource):
             decompressor_for(shard.key)  # what is not installed is said here
         self._decode = DecodeSample(decode)
         self._open_ahead = check_count("open_ahead", open_ahead, least=0)
+        self._limits = _Limits(
+            check_count("max_member_bytes", max_member_bytes, least=1),
+            check_count("max_sample_bytes", max_sample_bytes, least=1),
+            check_count("max_window_bytes", max_window_bytes, least=1),
+        )
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -127,18 +153,26 @@ class TarShards(CursorSource):
 
     def open(self, access: Access, cursor: Any) -> EntryReader:
         index, offset = self._place(cursor)
-        return _InOrder(access, self._shards, self._decode, self._open_ahead, index, offset)
+        return _InOrder(access, self._shards, self._decode, self._limits, self._open_ahead, index, offset)
 
 
 class _InOrder(EntryReader):
     """The samples of the archives, one after the other; each is read by a task and a thread of its own."""
 
     def __init__(
-        self, access: Access, shards: list[_Shard], decode: DecodeSample, open_ahead: int, index: int, offset: int
+        self,
+        access: Access,
+        shards: list[_Shard],
+        decode: DecodeSample,
+        limits: _Limits,
+        open_ahead: int,
+        index: int,
+        offset: int,
     ) -> None:
         self._access = access
         self._shards = shards
         self._decode = decode
+        self._limits = limits
         # An archive has one thread to itself, for its file is opened and closed in it. The threads are used in turn:
         # an archive is opened only when the one that used its thread before has been read to its end.
         self._threads = [access.threads(1) for _ in range(open_ahead + 1)]
@@ -156,7 +190,7 @@ class _InOrder(EntryReader):
     def _ahead(self, index: int, offset: int) -> Ahead:
         shard = self._shards[index]
         thread = self._threads[index % len(self._threads)]
-        parser = _Samples(shard.url, index, offset, self._decode)
+        parser = _Samples(shard.url, index, offset, self._decode, self._limits)
         chunks = shard.chunks(thread, 0 if is_compressed(shard.key) else offset)
         return Ahead(self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, 0)), lists=LISTS_AHEAD)
 
@@ -172,50 +206,138 @@ class _InOrder(EntryReader):
 
 
 class _Samples(Parser):
-    """The samples of one archive."""
+    """The samples of one archive.
 
-    def __init__(self, url: str, index: int, offset: int, decode: DecodeSample) -> None:
-        super().__init__(url, offset)
+    A sample is complete as soon as a header names a member of another one, or the archive has ended; what is found to
+    be broken later does not concern it any more. Of a sample that is broken nothing more is read.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        index: int,
+        offset: int,
+        decode: DecodeSample,
+        limits: _Limits = _Limits(),
+    ) -> None:
+        self._limits = limits
+        super().__init__(url, offset, limits.window_bytes)
         self._index = index
         self._decode = decode
         self._members = TarMembers(offset)
         self._sample: dict[str, Any] | None = None  # its members are still coming
-        self._broken: BrokenDataError | None = None  # what is wrong with it
+        self._sample_bytes = 0
+        self._broken: str | None = None  # what is wrong with it
+        self._member: Member | None = None  # its content is still coming
+        self._extension = ""  # of that member
 
     def _feed(self, piece: bytes) -> None:
         self._members.feed(piece)
 
     def _take(self, entries: list[Entry], deadline: float) -> bool:
         members = self._members
-        while (member := members.next()) is not None:
-            split = _split_name(member.name) if member.data is not None else None
-            if split is None:
-                continue
-            key, extension = split
-            sample = self._sample
-            if sample is None or sample["__key__"] != key:
-                self._complete(entries, member.offset)
-                self._sample = sample = {"__key__": key, "__url__": self.path}
-            self._add(sample, extension, member)
+        while True:
+            if self._member is None:
+                try:
+                    member = members.next()
+                except BrokenHeaderError as error:
+                    self._begin(entries, error.name, error.offset)
+                    raise
+                if member is None:
+                    return False
+                if isinstance(member, EndMark):
+                    self._complete(entries, member.offset)
+                    continue
+                extension = self._begin(entries, member.name, member.offset)
+                if extension is None or self._broken is not None or not self._expects(member, extension):
+                    continue
+                self._member, self._extension = member, extension
+            if not self._add_content():
+                return False
             if perf_counter() > deadline:
                 return True
-        if members.end is not None:
-            self._complete(entries, members.end)
+
+    def _begin(self, entries: list[Entry], name: str, offset: int) -> str | None:
+        """A member of this name begins at `offset`; its extension, or None for what is left out."""
+        split = _split_name(name)
+        if split is None:
+            return None
+        key, extension = split
+        if self._sample is None or self._sample["__key__"] != key:
+            self._complete(entries, offset)
+            self._sample = {"__key__": key, "__url__": self.path}
+            self._sample_bytes = 0
+        return extension
+
+    def _expects(self, member: Member, extension: str) -> bool:
+        """Whether the content of `member` is to be read: not if it breaks the sample, or is there already."""
+        assert self._sample is not None
+        key = self._sample["__key__"]
+        self._sample_bytes += BLOCK + len(member.name) + member.size
+        if member.fault is not None:
+            self._break(f"{member} cannot be read: {member.fault}")
+        elif _UNSAFE.search(member.name):
+            self._break(
+                f"the name {member.name!r} at byte {member.offset} leads out of the archive, and names must be "
+                f"relative and without '..'; nothing is extracted to disk, but pack it anew"
+            )
+        elif extension in self._sample:
+            self._break(
+                f"the sample {key!r} has two members {extension!r}, the second one {member.name!r} at byte "
+                f"{member.offset}; each extension may come once in a sample"
+            )
+        elif member.size > self._limits.member_bytes:
+            self._break(
+                f"{member} has {member.size} bytes, and at most {self._limits.member_bytes} are taken; pass a larger "
+                f"max_member_bytes"
+            )
+        elif self._sample_bytes > self._limits.sample_bytes:
+            self._break(
+                f"the sample {key!r} has {self._sample_bytes} bytes up to {member}, and at most "
+                f"{self._limits.sample_bytes} are taken; pass a larger max_sample_bytes, unless the names have a dot "
+                f"too early: what is before the first one is the key"
+            )
+        elif member.link is not None:
+            self._link(member, member.link, extension)
+        else:
+            return True
         return False
 
-    def _add(self, sample: dict[str, Any], extension: str, member: Member) -> None:
-        if _UNSAFE.search(member.name):
-            self._broken = BrokenDataError(
-                f"{self.path}: the name {member.name!r} at byte {member.offset} leads out of the archive, and "
-                f"names must be relative and without '..'; nothing is extracted to disk, but pack it anew"
-            )
-        elif extension in sample:
-            self._broken = BrokenDataError(
-                f"{self.path}: the sample {sample['__key__']!r} has two members {extension!r}, the second one "
-                f"{member.name!r} at byte {member.offset}; each extension may come once in a sample"
-            )
+    def _link(self, member: Member, target: str, extension: str) -> None:
+        """Take the content of a hard link from the member that has it.
+
+        Only from the same sample: a resume begins with the next one, and would not find those before it.
+        """
+        assert self._sample is not None
+        key, other = _split_name(target) or (None, "")
+        content = self._sample.get(other) if key == self._sample["__key__"] else None
+        if isinstance(content, bytes):
+            self._sample[extension] = content
         else:
-            sample[extension] = member.data
+            self._break(
+                f"{member} is a hard link to {target!r}, which is no member before it in the same sample; pack it anew "
+                f"with tar --hard-dereference"
+            )
+
+    def _add_content(self) -> bool:
+        """Of the member at hand; False: it is not all there."""
+        assert self._sample is not None
+        try:
+            content = self._members.content()
+        except BrokenDataError as error:
+            self._break(f"{self._member} cannot be read: {error}")
+        else:
+            if content is None:
+                return False
+            self._sample[self._extension] = content
+        self._member = None
+        return True
+
+    def _break(self, why: str) -> None:
+        """The sample is broken; let go of what is there of it."""
+        assert self._sample is not None
+        self._broken = why
+        self._sample = {"__key__": self._sample["__key__"]}
 
     def _complete(self, entries: list[Entry], offset: int) -> None:
         """The next sample, or the end, is at `offset`: the one before it has all its members."""
@@ -232,7 +354,7 @@ class _Samples(Parser):
             except BaseException as error:  # also what ends a program: it is the consumer's, at this place
                 raised: BaseException = error
         else:
-            raised = broken
+            raised = BrokenDataError(f"{self.path}: {broken}")
         entries.append(failed(raised, cursor, key))
 
     def _finish(self) -> list[Entry]:
@@ -243,7 +365,8 @@ class _Samples(Parser):
         named = super()._named(error)
         if self._sample is None:
             return named
-        return BrokenDataError(f"{named}; the sample {self._sample['__key__']!r} may lack members and is left out")
+        why = "may lack members and is left out" if self._broken is None else f"is left out: {self._broken}"
+        return BrokenDataError(f"{named}; the sample {self._sample['__key__']!r} {why}")
 
 
 _UNSAFE: Final = re.compile(r"^/|^[A-Za-z]:[\\/]|(^|[\\/])\.\.([\\/]|$)")
