@@ -11,7 +11,7 @@ import torch
 
 from aioloader.stages.collate import Alloc
 
-__all__ = ["Columns", "NullsError", "rows_of"]
+__all__ = ["Columns", "NullsError", "rows_and_failures", "rows_of"]
 
 _DTYPES: Final[dict[Any, torch.dtype]] = {
     pa.int8(): torch.int8,
@@ -48,7 +48,7 @@ class Columns:
         self._convert: list[tuple[str, Callable[[Sequence[Any]], Any]]] = []
         for field in schema:
             layout = _layout(field.type)
-            self._convert.append((field.name, _List() if layout is None else _Tensor(field.name, *layout, alloc)))
+            self._convert.append((field.name, _List() if layout is None else _Tensor(field, *layout, alloc)))
 
     def batch(self, parts: Sequence[Any]) -> dict[str, Any]:
         """The batch of all rows of `parts`, record batches of at least one row.
@@ -87,8 +87,9 @@ class _List:
 class _Tensor:
     """A column that is a tensor: over arrow's own memory where it lies in one piece."""
 
-    def __init__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], alloc: Alloc) -> None:
-        self._name = name
+    def __init__(self, field: Any, dtype: torch.dtype, shape: tuple[int, ...], alloc: Alloc) -> None:
+        self._name = field.name
+        self._type = field.type
         self._dtype = dtype
         self._shape = shape
         self._alloc = alloc
@@ -106,6 +107,8 @@ class _Tensor:
 
     def _one(self, array: Any) -> torch.Tensor:
         rows = len(array)
+        if array.type != self._type:  # of a file that has the column in another way
+            array = _decoded(array).cast(self._type)
         if isinstance(array, pa.ExtensionArray):
             array = array.storage
         while pa.types.is_fixed_size_list(array.type):
@@ -153,17 +156,40 @@ def _array_type(nbytes: int) -> Any:
 
 
 def rows_of(batch: Any) -> list[dict[str, Any]]:
-    """The rows of a record batch as dictionaries of Python objects; nulls are None."""
+    """The rows of a record batch as dictionaries of Python objects; nulls are None.
+
+    Raises:
+        Exception: There is a cell that Python cannot hold.
+    """
     names = batch.schema.names
     return [dict(zip(names, row, strict=True)) for row in zip(*map(_cells, batch.columns), strict=True)]
 
 
-def _cells(array: Any) -> list[Any]:
-    """A column as Python objects, which arrow makes in C++.
+def rows_and_failures(batch: Any) -> tuple[list[dict[str, Any]], dict[int, tuple[str, Exception]]]:
+    """The same, and which rows have such a cell: by number the column, the first one, and what is wrong."""
+    failures: dict[int, tuple[str, Exception]] = {}
+    columns = []
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            cells = _cells(array)
+        except Exception:
+            cells = []
+            for row in range(len(array)):
+                try:
+                    cells.append(array[row].as_py())
+                except Exception as error:
+                    cells.append(None)
+                    failures.setdefault(row, (name, error))
+        columns.append(cells)
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)], failures
 
-    Not those of dictionary arrays: it would look up each in Python, seventy times as slow as all at once.
-    """
-    if isinstance(array, pa.DictionaryArray):
-        array = array.dictionary_decode()
-    cells: list[Any] = array.to_pylist()
+
+def _cells(array: Any) -> list[Any]:
+    """A column as Python objects, which arrow makes in C++."""
+    cells: list[Any] = _decoded(array).to_pylist()
     return cells
+
+
+def _decoded(array: Any) -> Any:
+    """Without a dictionary: arrow would look up each cell in Python, seventy times as slow as all at once."""
+    return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array

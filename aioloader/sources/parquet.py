@@ -5,16 +5,17 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice, repeat
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
-from aioloader.engine.progress import cursor_parts, whole
+from aioloader.engine.progress import cursor_sequence, whole
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
 from aioloader.sources.ahead import Ahead, failed
-from aioloader.sources.parquet_footer import Footer, open_parquet, row_bytes, same_columns, selected
+from aioloader.sources.parquet_footer import Footer, check_numbers, read_end, row_bytes, same_columns, selected
+from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
 from aioloader.stages.checks import check_count
 
@@ -53,7 +54,7 @@ class ParquetRows(CursorSource):
     one before a file that cannot be read. A tensor may lie in memory of arrow, which it keeps: about 4 MB, however
     small the batch.
 
-    Cursor: file, row group, and the row in it.
+    Cursor: file, row group, the row in it, and the checksum of the file's footer.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
@@ -97,12 +98,16 @@ class ParquetRows(CursorSource):
     def check_cursor(self, cursor: Any) -> None:
         self._place(cursor)
 
-    def _place(self, cursor: Any) -> tuple[int, int, int]:
-        """File, row group, and the row in it."""
-        index, group, row = (0, 0, 0) if cursor is None else map(whole, cursor_parts(cursor, 3))
-        if index > len(self.paths):
-            raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
-        return index, group, row
+    def _place(self, cursor: Any) -> "_Place":
+        parts = [0, 0, 0] if cursor is None else list(map(whole, cursor_sequence(cursor)))
+        if not 3 <= len(parts) <= 4:
+            raise ValueError(f"a list of 3 or 4 was expected, got {cursor!r}"[:200])
+        place = _Place(*parts)
+        if place.index > len(self.paths):
+            raise ValueError(
+                f"the cursor is in file {place.index}, but there are {len(self.paths)}: the files have changed"
+            )
+        return place
 
     def open(self, access: Access, cursor: Any) -> EntryReader:
         return _Reader(self, access, self._place(cursor))
@@ -129,17 +134,28 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
     return names
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where to go on: a cursor."""
+
+    index: int
+    group: int
+    row: int
+    checksum: int | None = None  # of a file that was begun
+
+
 class _Reader(Ahead):
     """One epoch: spans of row groups are read by tasks and threads of their own, in turn, and put in order here."""
 
-    def __init__(self, source: ParquetRows, access: Access, cursor: tuple[int, int, int]) -> None:
+    def __init__(self, source: ParquetRows, access: Access, place: _Place) -> None:
         self._source = source
         self._access = access
-        self._cursor = cursor
+        self._place = place
         self._footer_thread = access.threads(1)
         # A span has one thread to itself, for its file is opened and closed in it; see `LANES`.
         self._threads = [access.threads(1) for _ in range(LANES)]
-        self._reference: tuple[str, Any] | None = None  # the file whose columns the others must have
+        self._known: tuple[str, Any] | None = None  # the columns that all files must have, and the file that says so
+        self._over = 0  # files before this one are done with
         self._memory = BatchMemory()
         super().__init__(access, self._entries, lists=2)
 
@@ -148,55 +164,59 @@ class _Reader(Ahead):
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
         batches = None if self._source.batch_rows is None else _Batches(self._source.batch_rows, self._memory)
-        opened: deque[Ahead] = deque()
+        opened: deque[tuple[int, Ahead]] = deque()
         count = 0
         async with aclosing(self._spans()) as spans:
             more = True
             while more or opened:
                 while more and len(opened) < LANES:
-                    span = await anext(spans, None)
-                    if span is None:
+                    following = await anext(spans, None)
+                    if following is None:
                         more = False
                     else:
-                        opened.append(self._lane(span, self._threads[count % LANES]))
+                        index, span = following
+                        opened.append((index, self._lane(span, self._threads[count % LANES])))
                         count += 1
                 if opened:
-                    pieces = await opened[0].read(PIECES_AHEAD * PIECE_ROWS)
+                    index, lane = opened[0]
+                    pieces = await lane.read(PIECES_AHEAD * PIECE_ROWS)
                     if not pieces:
                         opened.popleft()
-                    elif batches is None:
+                        continue
+                    if index < self._over:  # an error has ended its file
+                        continue
+                    if pieces[-1].error is not None:
+                        self._over = pieces[-1].cursor[0]
+                    if batches is None:
                         yield pieces
                     elif entries := await self._footer_thread.call(batches.feed, pieces):
                         yield entries
         if batches is not None and (entries := await self._footer_thread.call(batches.flush)):
             yield entries
 
-    async def _spans(self) -> AsyncGenerator["_Span | Entry"]:
-        """What is to be read, in order; an entry for a file that cannot be."""
-        first, group, row = self._cursor
+    async def _spans(self) -> AsyncGenerator[tuple[int, "_Span | Entry"]]:
+        """The number of a file and what is to be read of it, in order; an entry for a file that cannot be."""
+        place = self._place
         call = self._footer_thread.call
-        for index in range(first):  # on going on, the files must still be as the first one is
-            if self._reference is not None:
+        for index in range(place.index):  # on going on, the files must still be as those before are
+            if self._knows_all():
                 break
             try:
                 await call(self._read_footer, index)
             except Exception:  # it was raised at its place, before
                 continue
-        for index in range(first, len(self._source.paths)):
+        for index in range(place.index, len(self._source.paths)):
             try:
                 footer: Footer = await call(self._read_footer, index)
-                starts = footer.starts
-                if not 0 <= group < max(1, len(starts)) or starts[group] + row > starts[-1]:
-                    raise BrokenDataError(
-                        f"{footer.path}: reading shall go on in row group {group} behind row {row}, but it has "
-                        f"{len(starts) - 1} row groups and {starts[-1]} rows: it was changed"
-                    )
+                start = _start(footer, place)
             except Exception as error:
-                yield failed(error, (index + 1, 0, 0), self._source.paths[index])
+                yield index, failed(error, (index + 1, 0, 0), self._source.paths[index])
             else:
-                for span in _spans_of(footer, starts[group] + row):
-                    yield span
-            group = row = 0
+                for span in _spans_of(footer, start):
+                    if index < self._over:
+                        break
+                    yield index, span
+            place = _Place(index + 1, 0, 0)
 
     def _lane(self, span: "_Span | Entry", thread: AccessThreads) -> Ahead:
         async def pieces() -> AsyncGenerator[list[Entry]]:
@@ -212,6 +232,14 @@ class _Reader(Ahead):
 
         return Ahead(self._access, pieces, lists=PIECES_AHEAD)
 
+    def _knows_all(self) -> bool:
+        """Whether no later file can tell more of the columns."""
+        if self._known is None:
+            return False
+        from aioloader.sources.arrow_types import has_unknown_parts
+
+        return not any(map(has_unknown_parts, self._known[1].types))
+
     def _read_footer(self, index: int) -> Footer:
         """In a thread.
 
@@ -220,15 +248,22 @@ class _Reader(Ahead):
         """
         source = self._source
         path = source.paths[index]
-        with open_parquet(path, source.store) as file:
-            metadata, schema = file.metadata, file.schema_arrow
+        file = open_input(path, source.store)
+        try:
+            metadata, schema, checksum, data_end = read_end(path, file)
+        finally:
+            file.close()
         schema = selected(path, schema, source.columns)
-        if self._reference is None:
-            self._reference = path, schema
+        starts = check_numbers(path, metadata, schema, data_end)
+        if self._known is None:
+            self._known = path, schema
         else:
-            schema = same_columns(path, schema, *self._reference)
-        starts = tuple(accumulate((metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)), initial=0))
-        return Footer(index, path, metadata, schema, starts, self._piece_rows(metadata, schema))
+            schema = same_columns(path, schema, *self._known, tensors=source.batch_rows is not None)
+            if schema is not self._known[1]:
+                self._known = path, schema
+        return Footer(
+            index, path, file.version, checksum, metadata, schema, starts, self._piece_rows(metadata, schema)
+        )
 
     def _piece_rows(self, metadata: Any, schema: Any) -> int:
         """How many rows to decode at once: whole batches, where these are small."""
@@ -237,6 +272,26 @@ class _Reader(Ahead):
         if batch_rows is None:
             return min(rows, PIECE_ROWS)
         return max(1, rows // batch_rows) * batch_rows if rows >= batch_rows else rows
+
+
+def _start(footer: Footer, place: _Place) -> int:
+    """The number of the row to begin with.
+
+    Raises:
+        BrokenDataError: The file is not the one that the cursor is of.
+    """
+    starts = footer.starts
+    if place.checksum is not None and place.checksum != footer.checksum:
+        change = "its footer is another one"
+    elif place.group >= max(1, len(starts) - 1) or starts[place.group] + place.row > starts[-1]:
+        change = f"it has {len(starts) - 1} row groups and {starts[-1]} rows"
+    else:
+        return starts[place.group] + place.row
+    raise BrokenDataError(
+        f"{footer.path}: reading shall go on in row group {place.group} after row {place.row}, but {change}: it was "
+        f"changed after the state was taken, so its rows from there on are left out; begin the epoch anew, or bring "
+        f"the old file back"
+    )
 
 
 @dataclass(frozen=True)
@@ -276,33 +331,55 @@ class _Reading:
         self._footer = footer = span.footer
         self._row = span.start
         self._groups = deque([range(span.first, span.last + 1)])
+        self._input: Input | None = None
         self._file: Any = None
         self._batches: Any = None
         self._until = footer.starts[span.last + 1]
 
     def close(self) -> None:
         """Let go of the file; may be called at any time."""
-        self._batches = None
-        if self._file is not None:
-            self._file.close()
+        self._batches = self._file = None
+        if self._input is not None:
+            self._input.close()
 
     def next(self) -> list[Entry]:
         """The next piece: rows, or one record batch; an error at its place; `[]` at the end."""
         while self._row < self._until:
+            if self._file is None:
+                try:
+                    self._open()
+                except Exception as error:
+                    return self._end_file(error)
             try:
-                piece = self._next_piece()
+                piece, failure = self._next_piece(), None
             except Exception as error:
-                if entries := self._fail(error):
+                piece, failure = None, error
+            assert self._input is not None
+            # Only now, for what was just read may be of another version.
+            change = self._input.change(self._footer.version)
+            if change is not None:
+                return self._end_file(rewritten(self._footer.path, change, self._row))
+            if failure is not None:
+                if entries := self._fail(failure):
                     return entries
-            else:
-                if piece is not None:
-                    return self._entries_of(piece)
+            elif piece is not None:
+                return self._entries_of(piece)
         return []
+
+    def _open(self) -> None:
+        import pyarrow.parquet as pq
+
+        store = self._source.store
+        self._input = open_input(self._footer.path, store, self._footer.version)
+        self._file = pq.ParquetFile(
+            self._input.file,
+            metadata=self._footer.metadata,
+            pre_buffer=store is not None,  # ranges of an object are put together before they are asked for
+            page_checksum_verification=True,
+        )
 
     def _next_piece(self) -> Any:
         footer = self._footer
-        if self._file is None:
-            self._file = open_parquet(footer.path, self._source.store, footer.metadata)
         groups = self._groups[0]
         if self._batches is None:
             self._at = footer.starts[groups.start]
@@ -310,12 +387,15 @@ class _Reading:
                 footer.piece_rows, row_groups=list(groups), columns=footer.schema.names
             )
         piece = next(self._batches, None)
+        missing = footer.starts[groups.stop] - self._at
         if piece is None:
-            if self._at < footer.starts[groups.stop]:
-                raise BrokenDataError(f"{self._at - footer.starts[groups.start]} rows came, and more were promised")
+            if missing:
+                raise BrokenDataError(f"{missing} rows fewer came than its footer promises")
             self._groups.popleft()
             self._batches = None
             return None
+        if piece.num_rows > missing:
+            raise BrokenDataError("more rows came than its footer promises")
         behind = max(0, self._row - self._at)  # rows that are not wanted: reading goes on in the middle of a row group
         self._at += piece.num_rows
         if behind >= piece.num_rows:
@@ -327,23 +407,38 @@ class _Reading:
         self._row = stop = start + piece.num_rows
         if self._source.batch_rows is not None:
             return [Entry(_Piece(piece, footer, start), None, None, 0)]
-        from aioloader.sources.arrow_columns import rows_of
+        from aioloader.sources.arrow_columns import rows_and_failures, rows_of
 
+        failures: dict[int, tuple[str, Exception]] = {}
+        try:
+            found = rows_of(piece)
+        except Exception:
+            found, failures = rows_and_failures(piece)
         entries: list[Entry] = []
-        path = footer.path
+        index, path, checksum = footer.index, footer.path, footer.checksum
         row = start
-        rows = iter(rows_of(piece))
+        rows = iter(found)
         while row < stop:
-            index, group, _ = footer.cursor(row + 1)
+            group = footer.group_of(row)
             first = footer.starts[group]
             until = min(stop, footer.starts[group + 1])
-            numbers = range(row + 1 - first, until + 1 - first)
+            cursors = zip(repeat(index), repeat(group), range(row + 1 - first, until + 1 - first), repeat(checksum))
             keys = [f"{path}:{number}" for number in range(row, until)]
-            entries += map(
-                Entry, islice(rows, until - row), zip(repeat(index), repeat(group), numbers), keys, repeat(0)
-            )
+            entries += map(Entry, islice(rows, until - row), cursors, keys, repeat(0))
             row = until
+        entries[-1].cursor = footer.cursor(stop)
+        for at, (column, error) in failures.items():
+            entries[at] = failed(self._unreadable(start + at, column, error), entries[at].cursor, entries[at].key)
         return entries
+
+    def _unreadable(self, row: int, column: str, error: Exception) -> BrokenDataError:
+        kind = self._footer.schema.field(column).type
+        broken = BrokenDataError(
+            f"{self._footer.path}, row {row}: what column {column!r} of type {kind} holds there cannot be a Python object: "
+            f"{error}; leave the column out with columns=, or write it with another type"
+        )
+        broken.__cause__ = error
+        return broken
 
     def _fail(self, error: Exception) -> list[Entry]:
         """What could not be decoded: of several row groups each is tried on its own, of one the rest is left out."""
@@ -362,6 +457,11 @@ class _Reading:
         )
         broken.__cause__ = error
         return [failed(broken, footer.cursor(self._row), f"{footer.path}:{start}")]
+
+    def _end_file(self, error: Exception) -> list[Entry]:
+        """Nothing more of the file can be read, here and in the spans after this one."""
+        start, self._row = self._row, self._until
+        return [failed(error, self._footer.end, f"{self._footer.path}:{start}")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +486,8 @@ class _Batches:
         self._memory = memory
         self._pending: list[_Piece] = []
         self._rows = 0
-        self._columns: Columns | None = None
+        self._schema: Any = None
+        self._columns: Columns
 
     def feed(self, pieces: list[Entry]) -> list[Entry]:
         """The batches that `pieces` complete."""
@@ -413,10 +514,11 @@ class _Batches:
     def _batch(self) -> Entry:
         pieces, self._pending, self._rows = self._pending, [], 0
         first, last = pieces[0], pieces[-1]
-        if self._columns is None:
+        if self._schema is not last.footer.schema:
             from aioloader.sources.arrow_columns import Columns
 
-            self._columns = Columns(first.rows.schema, self._memory.alloc)
+            self._schema = last.footer.schema
+            self._columns = Columns(self._schema, self._memory.alloc)
         cursor = last.footer.cursor(last.start + last.rows.num_rows)
         key = f"{first.footer.path}:{first.start}"
         try:

@@ -1,0 +1,189 @@
+"""The file or object that Parquet is read from, held to one version: from its footer to its last page.
+
+A span of row groups opens it anew, with the footer that was read before. Were it another file by then, rows of both
+would come, or garbage. So whatever is opened is compared with what the footer was read from, and an open file is looked
+at again after each piece, since it may be written to in place. The alternative, one descriptor from the footer to the
+last row, would go on in a file that another one has replaced, but it does not help where a file is written to in place,
+and an object has no descriptor.
+"""
+
+import errno
+import io
+import os
+from abc import ABC, abstractmethod
+from stat import S_ISDIR, S_ISREG
+from typing import Any
+
+from aioloader.errors import BrokenDataError
+
+__all__ = ["Input", "open_input", "rewritten"]
+
+
+def rewritten(path: str, change: str, row: int | None = None) -> BrokenDataError:
+    """The error of a file that was changed while it was read, before row number `row`; None: before its first."""
+    rows = "it" if row is None else f"its rows from {row} on"
+    return BrokenDataError(
+        f"{path}: it was rewritten while it was read ({change}), so {rows} cannot be read; write new data to a new "
+        f"name, or when nobody reads"
+    )
+
+
+class Input(ABC):
+    """An open file or object; used by one thread at a time.
+
+    Attributes:
+        version: What tells the version of it from others. It belongs into no state, for a copy has another.
+        size: Bytes.
+        file: What pyarrow reads.
+    """
+
+    version: Any
+    size: int
+    file: Any
+
+    @abstractmethod
+    def range(self, start: int, stop: int) -> Any:
+        """The bytes from `start` to `stop`; fewer where it ends before.
+
+        Raises:
+            OSError: The system's, or the store's.
+            BrokenDataError: It is another version now.
+        """
+
+    @abstractmethod
+    def change(self, version: Any) -> str | None:
+        """What has happened to it since it had `version`, in words; None: nothing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+
+def open_input(path: str, store: Any, version: Any = None) -> Input:
+    """Open a file, or an object of a `store` of obstore.
+
+    Args:
+        path: Its name, or its key.
+        store: None: a file.
+        version: Of an object, the one to read; None: the one that is there.
+
+    Raises:
+        OSError: The system's, or the store's.
+    """
+    return _File(path) if store is None else _Object(store, path, version)
+
+
+class _File(Input):
+    def __init__(self, path: str) -> None:
+        import pyarrow as pa
+
+        mode = os.stat(path).st_mode  # noqa: PTH116 - FileNotFoundError where there is nothing, in Python's words
+        if S_ISDIR(mode):
+            error = IsADirectoryError(errno.EISDIR, "Is a directory", path)
+            error.add_note(f"aioloader: a file was expected; for those in a folder pass a glob: '{path}/*.parquet'")
+            raise error
+        if not S_ISREG(mode):  # opening a pipe would wait until somebody writes into it
+            raise OSError(errno.ESPIPE, "a Parquet file is read from its end, and this is no regular file", path)
+        self.file = pa.OSFile(path)
+        self.version = self._version()
+        self.size = self.version[2]
+
+    def _version(self) -> tuple[int, int, int, int]:
+        status = os.fstat(self.file.fileno())
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def range(self, start: int, stop: int) -> Any:
+        self.file.seek(start)
+        return self.file.read(stop - start)
+
+    def change(self, version: Any) -> str | None:
+        now = self._version()
+        if now == version:
+            return None
+        if now[:2] != version[:2]:
+            return "another file has taken its place"
+        if now[2] != version[2]:
+            return f"it had {version[2]} bytes, and has {now[2]} now"
+        return "it was written to"
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Object(Input):
+    def __init__(self, store: Any, key: str, version: Any) -> None:
+        import obstore
+
+        self._store = store
+        self._key = key
+        self._change: str | None = None
+        self.version = obstore.head(store, key) if version is None else version
+        self.size = self.version["size"]
+        self.file = _Ranges(self)
+
+    def range(self, start: int, stop: int) -> Any:
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        options: dict[str, Any] = {"range": (start, stop)}
+        tag = self.version["e_tag"]
+        if tag and not tag.startswith("W/"):  # one that is weak never matches, says HTTP
+            options["if_match"] = tag
+        try:
+            answer = obstore.get(self._store, self._key, options=options)
+        except PreconditionError:
+            self._change = "the store has another version of it now"
+        except FileNotFoundError:
+            self._change = "the store does not have it any more"
+        else:  # which may come from a store that does not know of conditions
+            self._change = _difference(self.version, answer.meta)
+        if self._change is not None:
+            raise rewritten(self._key, self._change)
+        return answer.bytes()
+
+    def change(self, version: Any) -> str | None:
+        return self._change
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _difference(before: Any, now: Any) -> str | None:
+    """What tells one version of an object from the other, going by what the store says of it."""
+    if before["size"] != now["size"]:
+        return f"it had {before['size']} bytes, and has {now['size']} now"
+    if before["e_tag"] and now["e_tag"]:
+        same, what = before["e_tag"] == now["e_tag"], "ETag"
+    else:
+        same, what = before["last_modified"] == now["last_modified"], "time of its last change"
+    return None if same else f"its {what} is another one now"
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file, each read of which is a request."""
+
+    def __init__(self, source: _Object) -> None:
+        self._source = source
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin: int = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._source.size}[whence]
+        self._at = origin + offset
+        return self._at
+
+    def read(self, size: int = -1) -> Any:
+        whole = self._source.size
+        end = whole if size < 0 else min(whole, self._at + size)
+        if end <= self._at:
+            return b""
+        start, self._at = self._at, end
+        return self._source.range(start, end)
