@@ -72,13 +72,14 @@ class TarShards(CursorSource):
 
     The key of a member is its folders and its name up to the first dot, the rest is the extension, in lower case. A
     sample is a dict: `{"__key__": "train/0001", "__url__": "shard-000.tar", "jpg": b"...", "cls": b"7"}`. As in
-    WebDataset, members without an extension, folders, links and names like `__meta__` are left out. Archives are
-    read from front to back, nothing is written to disk, and the next ones are opened ahead, in order. They may be
-    compressed: `.tar.gz`, `.tgz`, `.tar.zst`.
+    WebDataset, members without an extension, folders, symbolic links, devices, pipes and names like `__meta__` are left
+    out. Archives are read from front to back, nothing is written to disk, and the next ones are opened ahead, in order.
+    They may be compressed: `.tar.gz`, `.tgz`, `.tar.zst`.
 
-    What is broken stands at its place, and the next sample follows: a name twice in one sample, an absolute name or one
-    with `..`, a member that cannot be decoded. An archive that cannot be opened, is broken or truncated raises once,
-    behind its last whole sample, and the next archive follows.
+    What is broken raises in place of its sample, and the next sample follows: a name twice in one sample, an absolute
+    name or one with `..`, a member that is too long, cannot be read or decoded, a hard link to what is not before it in
+    the same sample. An archive that cannot be opened or read on raises once, after its last whole sample, and the next
+    archive follows.
 
     Cursor: archive, and the offset of the next sample in it. A compressed one is decompressed up to it again.
 
@@ -89,6 +90,11 @@ class TarShards(CursorSource):
         decode: See `DecodeSample`; False: members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
         open_ahead: How many archives behind the current one are open, and have their first samples ready.
+        max_member_bytes: A member of more is an error in place of its sample. It is passed over without being held, so
+            that neither a header that is broken nor a small `.tar.gz` with much in it takes all memory.
+        max_sample_bytes: The same for all members of a sample together.
+        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): so much
+            of what came out is kept while it is read. A file that is broken on purpose can ask for any size.
 
     Raises:
         FileNotFoundError: A glob matches nothing.

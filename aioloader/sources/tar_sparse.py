@@ -10,7 +10,7 @@ Source: GNU tar manual, "Storing Sparse Files".
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Final
+from typing import Final, Self
 
 from aioloader.sources.tar_fields import digits, number
 
@@ -37,7 +37,7 @@ class SparseMap:
     spans: list[Span] | None
 
     @classmethod
-    def of_pax(cls, records: list[tuple[str, bytes]]) -> "SparseMap":
+    def of_pax(cls, records: list[tuple[str, bytes]]) -> Self:
         """From those records of a pax header that begin with "GNU.sparse.".
 
         Raises:
@@ -55,10 +55,13 @@ class SparseMap:
             spans = _pairs(digits(value) for key, value in ours if key in ("offset", "numbytes"))
         else:
             raise ValueError(f"the sparse version {version!r}, which is not read; pack it anew without -S")
-        return cls(digits(said.get("realsize") or said.get("size", b"")), spans)
+        size = said.get("realsize", said.get("size"))
+        if size is None:
+            raise ValueError("no size of a sparse member")
+        return cls(digits(size), spans)
 
     @classmethod
-    def of_header(cls, header: bytes, more: list[bytes]) -> "SparseMap":
+    def of_header(cls, header: bytes, more: list[bytes]) -> Self:
         """From a header of GNU's own format and the blocks that go on with its map.
 
         Raises:
