@@ -321,8 +321,8 @@ def _odd_members(number: int, format: TarFormat) -> Iterator[bytes]:
         block = bytearray(header("sparse.txt", b"S", size=BLOCK))
         block[386:410] = b"%011o\0%011o\0" % (1 << 20, BLOCK)
         block[482] = 1
-        block[483:495] = b"%011o\0" % ((1 << 20) + BLOCK)
-        yield _with_checksum(bytes(block)) + b"%011o\0%011o\0".ljust(BLOCK, b"\0") % (2 << 20, 0) + b"s" * BLOCK
+        block[483:495] = b"%011o\0" % (2 << 20)
+        yield _with_checksum(bytes(block)) + (b"%011o\0%011o\0" % (2 << 20, 0)).ljust(BLOCK, b"\0") + b"s" * BLOCK
 
 
 def _record(key: str, value: str) -> bytes:
