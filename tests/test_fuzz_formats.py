@@ -33,19 +33,23 @@ SILENT_SECONDS: Final = 60.0
 
 
 class Fuzzer:
-    """The process that reads mutants; another one takes its place when it dies."""
+    """The process that reads mutants; another one takes its place when it dies, to the end of the test."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile("a+b")  # noqa: SIM115 - closed with this object
         self._unread = b""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._process = self._start()
 
     def check(self, first: int, count: int) -> list[str]:
         """What is wrong with so many mutants."""
         found: list[str] = []
         stop = first + count
+        before = self._process
         while first < stop:
             first = self._check(first, stop, found)
+        if self._process is not before:
+            self._close_process()
         return found
 
     def _check(self, first: int, stop: int, found: list[str]) -> int:
@@ -95,19 +99,22 @@ class Fuzzer:
 
     def _end(self) -> str:
         """How the process died; one that is silent is ended here."""
-        assert self._process is not None
-        process, self._process = self._process, None
+        process = self._process
+        assert process is not None
         try:
             process.wait(1)
             why = f"used too much CPU time, or killed its process ({process.returncode})"
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGPROF)  # it writes where all its threads are
             why = f"hangs: silent for {SILENT_SECONDS:g} s"
-        self._close(process)
+        self._close_process()
         self._errors.seek(0)
         return f"{why}\n{self._errors.read().decode(errors='replace')[-4000:]}"
 
-    def _close(self, process: subprocess.Popen[bytes]) -> None:
+    def _close_process(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
@@ -119,8 +126,7 @@ class Fuzzer:
         process.stdout.close()
 
     def close(self) -> None:
-        if self._process is not None:
-            self._close(self._process)
+        self._close_process()
         self._errors.close()
 
 
