@@ -168,6 +168,8 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
         if at_hand.stored:
             blocks.skip(at_hand.stored)
             at_hand.stored = 0
+            while blocks.missing:
+                yield None
         begin = at_hand.begin = blocks.offset
         while (block := blocks.take(BLOCK)) is None:
             yield None
@@ -381,7 +383,7 @@ class _Blocks:
         self._at = 0  # in `data`: what is before has been used
         self._pieces: deque[Any] = deque()  # what comes after `data`
         self._queued = 0  # bytes in `pieces`
-        self._missing = 0  # bytes still to come which are passed over; while there are any, nothing is held
+        self.missing = 0  # bytes to come which are to be passed over; while there are any, nothing is held
 
     @property
     def offset(self) -> int:
@@ -391,13 +393,13 @@ class _Blocks:
     @property
     def total(self) -> int:
         """How long the archive is, as far as it was fed."""
-        return self._base + len(self._data) + self._queued - self._missing
+        return self._base + len(self._data) + self._queued - self.missing
 
     def feed(self, piece: Any) -> None:
         """More of the archive."""
-        if self._missing:
-            passed = min(self._missing, len(piece))
-            self._missing -= passed
+        if self.missing:
+            passed = min(self.missing, len(piece))
+            self.missing -= passed
             piece = memoryview(piece)[passed:]
         if len(piece):
             self._pieces.append(piece)
@@ -438,7 +440,7 @@ class _Blocks:
             self._next_piece()
         if missing > 0:
             self._base, self._data, self._at = target, b"", 0
-            self._missing = missing
+            self.missing = missing
         else:
             self._at = target - self._base
 
