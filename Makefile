@@ -7,7 +7,12 @@ CODE := $(wildcard aioloader tests bench examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check bench bench-quick clean
+FOLDERS := aioloader docs examples tests
+.PHONY: help demo test check bench bench-quick clean $(FOLDERS)
+
+ifeq ($(shell command -v $(PYTHON) 2>/dev/null),)
+$(error there is no $(PYTHON) here; install it, or name a Python from 3.11 on: make PYTHON=/path/to/python3.11 …)
+endif
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +37,12 @@ bench-quick: $(VENV)/.installed-dev ## the same in short: two to three minutes
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+# Else make finds the folder, and says that there is nothing to do.
+$(FOLDERS):
+	@echo "'$@' is a folder and not a word of this Makefile; the words are:" >&2
+	@$(MAKE) --no-print-directory help >&2
+	@exit 1
 
 # The stamps are made anew when a dependency may have changed. A running demo needs no test tools, hence two of them.
 $(VENV)/.installed-demo: EXTRAS := demo,progress,uvloop

@@ -1,14 +1,20 @@
 """`cache`: what is kept is not made again, in memory and on disk, by key and by position, whatever happens."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +24,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioloader import BrokenDataError, Pipeline, sample_rng
+from aioloader import BrokenDataError, Pipeline, SourceUsedUpError, sample_rng
 from aioloader.cache import disk as disk_cache
 from aioloader.cache.samples import copied, kept, size_of
 from aioloader.keys import PartKey, SourceKey, key_text, read_key, source_of, written_key
@@ -671,20 +677,377 @@ def test_two_threads_that_open_a_file_at_once_both_read_it(tmp_path: Path, monke
     store.close()
 
 
-def test_a_lost_sample_of_a_stream_says_so(tmp_path: Path) -> None:
-    """It cannot be made again on its own; the next epoch reads the stream from there on."""
-    loader = Pipeline(Stream(6)).map(float).cache(disk=tmp_path / "c")
-    collect(loader, "for")
-    (victim,) = (tmp_path / "c").glob("*.samples")
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
-    with Steps(loader, "for") as steps:
-        (error,) = (outcome for outcome in steps.outcomes() if isinstance(outcome, Exception))
-    assert isinstance(error, BrokenDataError)
-    assert "is not what was kept" in str(error)
+# -- files that go bad -------------------------------------------------------------------------------------------------
+
+
+def _gone(path: Path) -> None:
+    path.unlink()
+
+
+def _cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) // 3, len(data), 97):
+        data[at] ^= 1
+    path.write_bytes(data)
+
+
+def _a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _a_link_to_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+Damage = Callable[[Path], None]
+DAMAGES: list[Damage] = [_gone, _cut_off, _empty, _flipped, _a_folder, _a_link_to_nowhere]
+
+
+def make_tensor(sample: int) -> torch.Tensor:
+    return torch.full((100,), float(sample))
+
+
+def _source(keyed: bool, samples: int = 20) -> Any:
+    return range(samples) if keyed else partial(range, samples)
+
+
+def _victim(folder: Path, suffix: str) -> Path:
+    return folder / "cache.json" if suffix == ".json" else next(folder.glob(f"*{suffix}"))
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        *product([".samples", ".index"], DAMAGES),
+        *product([".json"], [_gone, _cut_off, _empty, _flipped]),
+    ],
+)
+def test_a_file_that_went_bad_between_epochs_is_made_again(
+    tmp_path: Path, suffix: str, damage: Damage, face: Face
+) -> None:
+    """All samples come, without an error, to the same loader and to another; and then nothing is made any more."""
+    for keyed, same in product([True, False], repeat=2):
+        folder = tmp_path / f"{keyed} {same}"
+        loaders = [Pipeline(_source(keyed)).map(make_tensor).cache(disk=folder) for _ in range(3)]
+        first, second, third = [loaders[0]] * 3 if same else loaders
+        collect(first, face)
+        damage(_victim(folder, suffix))
+        for loader in (second, third):
+            assert first_values(collect(loader, face)) == list(range(20))
+        assert cache_stats(third) == (20, 0)
+
+
+@on_both_faces
+@pytest.mark.parametrize("keyed", [True, False], ids=["keyed", "stream"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_goes_bad_in_an_epoch_is_made_again(
+    tmp_path: Path, damage: Damage, keyed: bool, face: Face
+) -> None:
+    """While samples are read, and while some of them are still made."""
+    folder = tmp_path / "c"
+
+    def loader() -> Pipeline:
+        return Pipeline(_source(keyed, 1000)).map(make_tensor).cache(disk=folder).batch(20).prefetch(1)
+
+    def numbers(batches: list[torch.Tensor]) -> list[int]:
+        return [int(number) for batch in batches for number in batch[:, 0]]
+
+    collect(loader(), face, limit=30)
     for _ in range(2):
-        assert collect(loader, "for") == [float(n) for n in range(6)]
+        with Steps(loader(), face) as steps:
+            found = steps.rest(5)
+            for victim in list(folder.glob("*.samples")):
+                if victim.is_file():
+                    damage(victim)
+            found += steps.rest()
+        assert numbers(found) == list(range(1000))
+    assert numbers(collect(loader(), face)) == list(range(1000))
+
+
+def test_a_stream_is_opened_once_for_all_that_was_lost_of_it(tmp_path: Path) -> None:
+    """And read no further than that."""
+    stream = Stream(1000)
+    loader = Pipeline(stream).map(make_tensor).cache(disk=tmp_path / "c")
+    collect(loader, "for")
+    _lose(tmp_path / "c", range(50, 60))
+    stream.opened = stream.read = 0
+    assert first_values(collect(loader, "for")) == list(range(1000))
+    assert stream.opened == 1
+    assert stream.read < 500
+    assert cache_stats(loader) == (990, 10)
+    collect(loader, "for")
+    assert cache_stats(loader) == (1000, 0)
+    assert stream.opened == 1
+
+
+def _lose(folder: Path, numbers: Iterable[int]) -> None:
+    """Break the samples of a stream with these numbers."""
+    (index,) = folder.glob("*.index")
+    segment = disk_cache._Segment(folder, index.stem)
+    seed = zlib.crc32((folder / "cache.json").read_bytes())
+    data = bytearray(segment.samples.read_bytes())
+    for key, location, _ in disk_cache._entries(index.read_bytes(), segment, seed):
+        if key[0] == "@" and key[1] in numbers:
+            data[location.offset + location.length // 2] ^= 1
+    segment.samples.write_bytes(data)
+
+
+@on_both_faces
+def test_what_was_lost_of_a_stream_and_fails_now_raises_at_its_place(tmp_path: Path, face: Face) -> None:
+    """With the note of the stage that made it; what was lost after it comes."""
+    fails: set[int] = set()
+
+    def make(number: int) -> torch.Tensor:
+        if number in fails:
+            raise OSError(f"no {number}")
+        return make_tensor(number)
+
+    loader = Pipeline(partial(range, 20)).map(make, concurrency=1).cache(disk=tmp_path / "c")
+    collect(loader, face)
+    _lose(tmp_path / "c", [3, 4, 9])
+    fails |= {3, 9}
+    with Steps(loader, face) as steps:
+        found = steps.outcomes()
+    assert [str(one) if isinstance(one, OSError) else int(one[0]) for one in found] == [
+        *range(3),
+        "no 3",
+        *range(4, 9),
+        "no 9",
+        *range(10, 20),
+    ]
+    assert "stage map(" in notes(found[3])
+    assert "stage cache(" not in notes(found[3])
+    fails.clear()
+    assert first_values(collect(loader, face)) == list(range(20))
+
+
+@on_both_faces
+def test_what_was_lost_of_a_stream_that_has_changed_says_so(tmp_path: Path, face: Face) -> None:
+    """A stream that is shorter now, and one that fails before."""
+    length = 20
+    broken: list[Exception] = []
+
+    def stream() -> Iterator[int]:
+        yield from range(length)
+        if broken:
+            raise broken[0]
+
+    loader = Pipeline(stream).map(make_tensor).cache(disk=tmp_path / "c")
+    collect(loader, face)
+    _lose(tmp_path / "c", [15])
+    length = 10
+    with Steps(loader, face) as steps:
+        found = steps.outcomes()
+    assert isinstance(found[15], BrokenDataError)
+    assert "has fewer samples than it had" in str(found[15])
+    assert first_values(found[:15] + found[16:]) == [*range(15), *range(16, 20)]
+
+    loader = Pipeline(stream).map(make_tensor).cache(disk=tmp_path / "d")
+    length = 20
+    collect(loader, face)
+    _lose(tmp_path / "d", [5, 15])
+    length = 10
+    broken.append(OSError("the line is down"))
+    with Steps(loader, face) as steps:
+        found = steps.outcomes()
+    assert found[15] is broken[0]
+    assert first_values(found[:15] + found[16:]) == [*range(15), *range(16, 20)]
+
+
+def test_a_lost_sample_of_a_generator_says_that_it_cannot_be_made_again(tmp_path: Path) -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(20)
+
+    collect(Pipeline(numbers()).map(make_tensor).cache(disk=tmp_path / "c"), "for")
+    _lose(tmp_path / "c", [5])
+    with Steps(Pipeline(numbers()).map(make_tensor).cache(disk=tmp_path / "c"), "for") as steps:
+        found = steps.outcomes()
+    assert isinstance(found[5], SourceUsedUpError)
+    assert first_values(found[:5] + found[6:]) == [*range(5), *range(6, 20)]
+
+
+@on_both_faces
+@pytest.mark.parametrize("way", ["filter", "flat_map", "batch", "in_process", "repeat"])
+def test_whatever_made_it_makes_it_again(tmp_path: Path, way: str, face: Face) -> None:
+    """Each stage in front of a cache of a stream."""
+    numbers = Pipeline(partial(range, 40))
+    before = {
+        "filter": numbers.filter(is_even),
+        "flat_map": numbers.flat_map(three_times),
+        "batch": numbers.batch(2),
+        "in_process": numbers.map(make_tensor).in_process(),
+        "repeat": Pipeline(partial(range, 4)).map(make_tensor).repeat(10),
+    }[way]
+    loader = before.cache(disk=tmp_path / "c")
+    expected = [torch.as_tensor(sample).tolist() for sample in collect(before, face)]
+    for flips in (None, 1, 3):
+        if flips is not None:
+            victim = next((tmp_path / "c").glob("*.samples"))
+            data = bytearray(victim.read_bytes())
+            for place in range(flips * len(data) // 7, len(data), len(data) // flips):
+                data[place] ^= 1
+            victim.write_bytes(data)
+        for _ in range(2):
+            assert [torch.as_tensor(sample).tolist() for sample in collect(loader, face)] == expected
+    assert cache_stats(loader) == (len(expected), 0)
+
+
+def is_even(number: int) -> bool:
+    return number % 2 == 0
+
+
+def three_times(number: int) -> list[int]:
+    return [number] * 3
+
+
+@pytest.mark.parametrize("keyed", [True, False], ids=["keyed", "stream"])
+def test_a_state_goes_on_where_the_cache_has_lost_what_came_before(tmp_path: Path, keyed: bool) -> None:
+    def loader() -> Pipeline:
+        return Pipeline(_source(keyed)).map(make_tensor).cache(disk=tmp_path / "c")
+
+    collect(loader(), "for")
+    with Steps(taken := loader(), "for") as steps:
+        steps.rest(7)
+        state = json.loads(json.dumps(taken.state_dict()))
+    for damage in (_flipped, _cut_off, _gone):
+        damage(_victim(tmp_path / "c", ".samples"))
+        resumed = loader()
+        resumed.load_state_dict(state)
+        assert first_values(collect(resumed, "for")) == list(range(7, 20))
+        collect(loader(), "for")
+
+
+def test_a_cache_in_memory_after_one_on_disk_that_lost_a_file(tmp_path: Path) -> None:
+    """Samples are looked up from the back: what one has lost the other may have."""
+    for keyed in (True, False):
+        folder = tmp_path / f"{keyed}"
+        loader = Pipeline(_source(keyed)).map(make_tensor).cache(disk=folder).cache(memory_bytes=1 << 20)
+        collect(loader, "for", limit=10)
+        loader.close()
+        _gone(_victim(folder, ".samples"))
+        for _ in range(2):
+            assert first_values(collect(loader, "for")) == list(range(20))
+
+
+def test_a_directory_that_is_deleted_in_an_epoch_is_filled_anew(tmp_path: Path) -> None:
+    """What is made from then on is kept, and nobody warns of anything."""
+    loader = Pipeline(range(500)).map(make_tensor).cache(disk=tmp_path / "c")
+    with Steps(loader, "for") as steps:
+        steps.rest(100)
+        shutil.rmtree(tmp_path / "c")
+        assert len(steps.rest()) == 400
+    for _ in range(2):
+        assert first_values(collect(loader, "for")) == list(range(500))
+    assert cache_stats(loader) == (500, 0)
+    other = Pipeline(range(500)).map(make_tensor).cache(disk=tmp_path / "c")
+    collect(other, "for")
+    assert cache_stats(other) == (500, 0)
+
+
+LOSES = """
+    import os, sys
+    from contextlib import suppress
+    from pathlib import Path
+
+    from aioloader import Pipeline
+    from tests.test_cache import make_tensor
+
+    loader = Pipeline(range(1000)).map(make_tensor).cache(disk=sys.argv[1]).batch(10)
+    for epoch in range(6):
+        for number, batch in enumerate(loader):
+            assert batch[:, 0].tolist() == [10.0 * number + place for place in range(10)], batch
+            if number == 10 * epoch:
+                for path in sorted(Path(sys.argv[1]).glob("*.samples"))[: epoch + 1]:
+                    with suppress(FileNotFoundError):  # another process was faster
+                        path.unlink() if epoch % 2 else os.truncate(path, 1000)
+"""
+
+
+def test_processes_that_lose_each_others_files(tmp_path: Path) -> None:
+    """Ranks that share a directory, in which each breaks and deletes what is there: all get their samples."""
+    with contextlib.ExitStack() as stack:
+        for child in [stack.enter_context(Child(LOSES, str(tmp_path / "c"))) for _ in range(3)]:
+            code, _, err = child.finish()
+            assert code == 0, err
+
+
+@pytest.mark.parametrize("damage", [_gone, _empty, _cut_off])
+def test_without_its_description_a_directory_gives_nobody_anothers_samples(tmp_path: Path, damage: Damage) -> None:
+    """And the same pipeline finds its own."""
+    folder = tmp_path / "c"
+    upper = Pipeline(["a"]).map(str.upper).cache(disk=folder)
+    collect(upper, "for")
+    damage(folder / "cache.json")
+    assert collect(Pipeline(["a"]).map(str.title, concurrency=1).map(str.lower).cache(disk=folder), "for") == ["a"]
+    damage(folder / "cache.json")
+    again = Pipeline(["a"]).map(str.upper).cache(disk=folder)
+    assert collect(again, "for") == ["A"]
+    assert cache_stats(again) == (1, 0)
+
+
+def test_a_place_that_was_made_again_meanwhile_is_not_forgotten(tmp_path: Path) -> None:
+    """Two epochs find the same sample lost; the one that comes later does not undo what the other has made."""
+    store = disk_cache.DiskStore(tmp_path / "c", "")
+    store.open("any")
+    store.put(1, torch.zeros(10), None)
+    lost = store.find(1)
+    os.truncate(lost.segment.samples, 0)
+    with pytest.raises(BrokenDataError, match="is not what was kept"):
+        store.load(lost)
+    store.put(1, torch.ones(10), None)
+    for location in (lost, store.find(1)):
+        assert store.load(location).tolist() == [1.0] * 10
+    store.close()
+
+
+def test_a_disk_that_takes_no_files_is_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that is mounted for reading: one warning when something is to be kept."""
+    folder = tmp_path / "c"
+    collect(Pipeline(range(10)).map(make_tensor).cache(disk=folder).take(6), "for")
+
+    class ReadOnly(disk_cache._File):
+        def __init__(self, path: Path, flags: int) -> None:
+            if flags & os.O_CREAT:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            super().__init__(path, flags)
+
+    monkeypatch.setattr(disk_cache, "_File", ReadOnly)
+    loader = Pipeline(range(10)).map(make_tensor).cache(disk=folder)
+    with pytest.warns(RuntimeWarning, match="cannot be written to, and keeps no more: .*Read-only file system"):
+        assert first_values(collect(loader, "for")) == list(range(10))
+    assert cache_stats(loader) == (6, 4)
+    assert first_values(collect(loader, "for")) == list(range(10))
+
+
+@on_both_faces
+def test_a_disk_without_room_for_the_description_raises_at_the_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, face: Face
+) -> None:
+    """And leaves no draft; with room again, it is made."""
+    folder = tmp_path / "c"
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    loader = Pipeline(range(3)).map(make_tensor).cache(disk=folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", no_room)
+        with Steps(loader, face) as steps:
+            found = steps.outcomes()
+    assert [type(one) for one in found] == [OSError] * 3
+    assert list(folder.iterdir()) == []
+    assert first_values(collect(loader, face)) == list(range(3))
 
 
 def test_a_directory_of_another_pipeline_is_refused(tmp_path: Path) -> None:

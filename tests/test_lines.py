@@ -248,6 +248,20 @@ def test_a_broken_line_names_file_line_and_byte_and_the_rest_goes_on(write: Writ
     assert f"stage source(Lines), key '{path}:3', epoch 0, position 2" in found[2].__notes__[-1]
 
 
+@on_both_faces
+def test_json_that_python_does_not_take_is_an_error_at_its_place(write: Write, face: Face) -> None:
+    """Nested too deeply, or a number with too many digits."""
+    path = write("data.jsonl", b"1\n" + b"[" * 100_000 + b"\n3\n" + b"9" * 5000 + b"\n5\n")
+    with Steps(Pipeline(Lines(path, decode="json")), face) as steps:
+        one, deep, three, long, five = steps.outcomes()
+    assert (one, three, five) == (1, 3, 5)
+    for error, cause, line in (deep, RecursionError, 2), (long, ValueError, 4):
+        assert type(error) is BrokenDataError
+        assert isinstance(error.__cause__, cause)
+        assert str(error).startswith(f"{path}, line {line}, byte ")
+        assert "; pass a function as decode= if it is to be read; the line begins b'" in str(error)
+
+
 def test_half_a_line_of_json_at_the_end_says_so(write: Write) -> None:
     path = write("cut.jsonl", b'{"a": 1}\n{"a"')
     found = outcomes(Lines(path, decode="json"))

@@ -110,6 +110,7 @@ class _Builder:
         self._alloc = alloc
         self._processes = processes
         self._numbered: Numbered = Counter()
+        self._warns = True  # of samples that are read only to be dropped
 
     def _seed(self) -> int | None:
         """For the random numbers of samples in the next stage."""
@@ -150,7 +151,11 @@ class _Builder:
             if isinstance(stage, DropIf):
                 node, journey = self._check_late(node, journey, stage, plan)
             elif isinstance(stage, Shard):
-                node, journey = self._shard(node, journey, stage, replace(plan, stages=plan.stages[:number]), numbered)
+                so_far = replace(plan, stages=plan.stages[:number])
+                node, journey = self._shard(node, journey, stage, so_far, numbered)
+            elif isinstance(stage, Cache) and not journey.keyed:
+                so_far = replace(plan, stages=plan.stages[:number])
+                node, journey = self._cached_stream(node, journey, stage, so_far, numbered)
             else:
                 loose = bool(flows[number].completion_order)
                 node, journey = self._add(node, journey, stage, loose=loose)
@@ -184,6 +189,24 @@ class _Builder:
             node = HeadNode(node, again, fold.head)
         return FoldNode(node, fold), journey
 
+    def _cached_stream(
+        self, node: Node, journey: Journey, stage: Cache, before: Plan, numbered: Numbered
+    ) -> tuple[Node, Journey]:
+        """A cache behind the plan `before`, whose samples are known by their places; see `_shard`."""
+        cached = Journey(journey.batches)
+        cached.add(stage)
+        node = self._close(node, journey)
+        if self._dry:
+            return node, cached
+
+        def again() -> Node:
+            builder = _Builder(self._pass, None, self._alloc, self._processes, dry=False, resumed=True)
+            builder._numbered = numbered.copy()
+            builder._warns = False
+            return builder.closed(before)
+
+        return PlacedNode(node, stage.store, stage.pipeline, again), cached
+
     def _check_late(self, node: Node, journey: Journey, stage: DropIf, plan: Plan) -> tuple[Node, Journey]:
         """A window that begins what it is asked for, over one that holds what is made ahead."""
         prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
@@ -205,6 +228,7 @@ class _Builder:
         )
         builder._place = place
         builder._numbered = numbered.copy()
+        builder._warns = self._warns
         node = builder.closed(plan)
         self._numbered |= builder._numbered  # the most of each: every round has the same numbers
         return node
@@ -242,7 +266,8 @@ class _Builder:
                 data.use()
             name = source.name or f"source({source_name(data.make)})"
             # Behind a cache it is no surprise: what is not kept is read again in every epoch.
-            warns = not (self._dry or source.keys or any(isinstance(stage, Cache) for stage in stages))
+            cached = any(isinstance(stage, Cache) for stage in stages)
+            warns = self._warns and not (self._dry or source.keys or cached)
             source_node = StreamSource(
                 data.make,
                 call=data.call,
@@ -351,12 +376,7 @@ class _Builder:
         if isinstance(stage, Cache) and journey.keyed:
             journey.add(stage)
             return node, journey
-        are_batches = journey.batches
         node = self._close(node, journey)
-        if isinstance(stage, Cache):
-            placed = Journey(are_batches)
-            placed.add(stage)
-            return node if self._dry else PlacedNode(node, stage.store, stage.pipeline), placed
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey()
         assert isinstance(stage, FoldStage), stage

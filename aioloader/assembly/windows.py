@@ -125,7 +125,7 @@ def steps_of(
             )
         elif isinstance(stage, Cache):
             cross()
-            keep = _keep(stage, limit, keyed=keyed)
+            keep = _keep(stage, limit)
             for step in steps:
                 step.drops_to = step.drops_to or keep.refused
             keeps.append((keep, stage.pipeline))
@@ -153,10 +153,10 @@ def _width_beside(load: Map, following: Sequence[Map | Filter | Cache]) -> int:
     return stage.width if beside and stage is not None else load.width
 
 
-def _keep(stage: Cache, limit: int | None, *, keyed: bool) -> KeepInMemory | KeepOnDisk:
+def _keep(stage: Cache, limit: int | None) -> KeepInMemory | KeepOnDisk:
     if isinstance(stage.store, DiskStore):
         width = stage.width if limit is None else min(stage.width, limit)
-        return KeepOnDisk(stage.store, width, stage.label, placed=not keyed)
+        return KeepOnDisk(stage.store, width, stage.label)
     return KeepInMemory(stage.store, stage.label)
 
 

@@ -19,8 +19,10 @@ from aioloader.keys import read_key, written_key
 
 __all__ = ["DiskStore", "Location", "LostError"]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 DESCRIPTION: Final = "cache.json"
+OURS: Final = {".index", ".samples", ".new"}
+"""What else is in the directory, by suffix."""
 
 _RECORD: Final = struct.Struct("<IIQQI")
 """An entry of an index: the checksum of what follows, the length of the key behind it; where the sample stands in the
@@ -47,9 +49,13 @@ class _File:
 
 
 class Location:
-    """Where a sample stands."""
+    """Where a sample stands.
 
-    __slots__ = ("checksum", "key", "length", "offset", "segment")
+    Attributes:
+        other: Where it stands too: two processes kept it, or it was made again since what is here was lost.
+    """
+
+    __slots__ = ("checksum", "key", "length", "offset", "other", "segment")
 
     def __init__(self, key: Any, segment: "_Segment", offset: int, length: int, checksum: int) -> None:
         self.key = key
@@ -57,6 +63,7 @@ class Location:
         self.offset = offset
         self.length = length
         self.checksum = checksum
+        self.other: Location | None = None
 
 
 class _Segment:
@@ -66,6 +73,7 @@ class _Segment:
         self.samples = folder / f"{name}.samples"
         self.index = folder / f"{name}.index"
         self.read = 0  # bytes of the index
+        self.end = 0  # of the samples that are known to be in it
         self.ours = False  # written by this object, which knows what is in it
         self.file: _File | None = None  # of the samples, open for reading
 
@@ -74,6 +82,13 @@ class _Segment:
         if file is None:
             self.file = file = _File(self.samples, os.O_RDONLY)
         return file
+
+    def size(self) -> int:
+        """Bytes of samples that are there; none when the file is gone."""
+        try:
+            return self.samples.stat().st_size
+        except OSError:
+            return 0
 
 
 class _Writer:
@@ -84,7 +99,6 @@ class _Writer:
         self.segment = segment
         self.samples = _File(segment.samples, flags)
         self.index = _File(segment.index, flags)
-        self.offset = 0
 
 
 class DiskStore(Store):
@@ -95,6 +109,9 @@ class DiskStore(Store):
     of their own, and at the beginning of an epoch see what others have written by then: no lock, also across machines.
     What two of them fetch at the same time is kept twice. A power cut may lose what the system had not written yet;
     that too is found by its checksum, and fetched again.
+
+    Every file may go bad or away at any time, the description too: what is lost is made again, and kept anew. The
+    checksums in an index count the description in, so no pipeline takes another's samples for its own.
 
     Samples travel by pickle: a directory is to be trusted as code is.
 
@@ -118,6 +135,7 @@ class DiskStore(Store):
         self._nbytes = 0
         self._writer: _Writer | None = None
         self._broken = False  # it cannot be written to
+        self._description = ""
 
     # -- epochs ------------------------------------------------------------------------------------------------------
 
@@ -128,22 +146,31 @@ class DiskStore(Store):
             NotADirectoryError: It is a file.
             ValueError: It holds something else.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"disk must be a directory, got the file {str(self.folder)!r}; pass another path")
+        self._is_described(pipeline)
+
+    def _is_described(self, pipeline: str) -> bool:
+        """Whether the directory says what it is of; see `check`."""
         path = self.folder / DESCRIPTION
-        if not path.exists():
-            strangers = next(self.folder.iterdir(), None) if self.folder.is_dir() else None
-            if strangers is not None and strangers.suffix not in {".index", ".samples", ".new"}:
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            text = None
+        except NotADirectoryError:
+            raise NotADirectoryError(
+                f"disk must be a directory, got the file {str(self.folder)!r}; pass another path"
+            ) from None
+        theirs = None if text is None else _description_in(text)
+        if theirs is None:
+            others = [other for other in self.folder.iterdir() if other != path] if self.folder.is_dir() else []
+            strangers = [other.name for other in others if other.suffix not in OURS]
+            if strangers:
                 raise ValueError(
-                    f"the directory {str(self.folder)!r} holds {strangers.name!r} and is no cache; pass one of its "
+                    f"the directory {str(self.folder)!r} holds {strangers[0]!r} and is no cache; pass one of its "
                     f"own, which may not be there yet"
                 )
-            return
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            theirs = {"format": found["format"], "pipeline": found["pipeline"], "version": found["version"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not describe a cache ({error!r}); delete the directory") from error
+            if text is not None and not others:
+                raise ValueError(f"{path} does not describe a cache; delete the directory")
+            return False  # there is none, or it is broken
         if theirs["format"] != FORMAT:
             raise ValueError(
                 f"{self.folder} is a cache of format {theirs['format']!r}, and this is {FORMAT}; delete it, or pass "
@@ -155,28 +182,34 @@ class DiskStore(Store):
                     f"the directory {str(self.folder)!r} keeps the samples of another {what}, {theirs[what]!r}, and "
                     f"this one is {our!r}; pass a directory for each, or delete this one if it is out of date"
                 )
+        return True
 
     def open(self, pipeline: str) -> None:
         with self._lock:
-            self.check(pipeline)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / DESCRIPTION).exists():
-                self._describe(pipeline)
-                self.check(pipeline)  # another process may have been faster
+            self._description = _description(pipeline, self.version)
+            if not self._is_described(pipeline):
+                self._describe()
+                self._is_described(pipeline)  # another process may have been faster
             self._opened += 1
             self._refresh()
 
-    def _describe(self, pipeline: str) -> None:
-        text = json.dumps({"format": FORMAT, "pipeline": pipeline, "version": self.version}, indent=1)
-        draft = self.folder / f"{uuid.uuid4().hex}.new"
-        draft.write_text(text, encoding="utf-8")
+    def _describe(self) -> None:
+        """Make the directory, and the file that says what it is of."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, draft = self.folder / DESCRIPTION, self.folder / f"{uuid.uuid4().hex}.new"
         try:
-            os.link(draft, self.folder / DESCRIPTION)  # unlike a rename, it leaves what is there already
-            draft.unlink()
-        except FileExistsError:
-            draft.unlink()
-        except OSError:  # a file system without links
-            draft.replace(self.folder / DESCRIPTION)
+            draft.write_text(self._description, encoding="utf-8")
+            if path.exists():  # and is broken
+                draft.replace(path)
+                return
+            try:
+                os.link(draft, path)  # unlike a rename, it leaves what is there already
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def close(self) -> None:
         with self._lock:
@@ -188,23 +221,39 @@ class DiskStore(Store):
                 segment.file = None
 
     def _refresh(self) -> None:
-        """Read what has been added to the indices since the last time."""
+        """Forget what has been lost since the last time, and read what has been added to the indices."""
         for path in sorted(self.folder.glob("*.index")):
-            segment = self._segments.get(path.stem)
-            if segment is None:
-                segment = self._segments[path.stem] = _Segment(self.folder, path.stem)
-            elif segment.ours:
-                continue
-            with path.open("rb") as file:
+            if path.stem not in self._segments:
+                self._segments[path.stem] = _Segment(self.folder, path.stem)
+        for segment in self._segments.values():
+            size = segment.size()
+            if size < segment.end:
+                self._forget_after(size, segment)
+            if not segment.ours:
+                self._read_index(segment, size)
+
+    def _forget_after(self, size: int, segment: _Segment) -> None:
+        """The samples of `segment` are gone, or end after `size` bytes."""
+        segment.end = size
+        for location in list(self._index.values()):
+            one: Location | None = location
+            while one is not None and one.segment is segment and one.offset + one.length > size:
+                one = self._forget(one)
+        if self._writer is not None and self._writer.segment is segment:  # nobody would find what it writes
+            self._writer = None
+
+    def _read_index(self, segment: _Segment, size: int) -> None:
+        """What has been added to it, as far as it is in the samples of `size` bytes."""
+        try:
+            with segment.index.open("rb") as file:
                 file.seek(segment.read)
                 data = file.read()
-            if not data:
-                continue
-            size = segment.samples.stat().st_size
-            for key, location, end in _entries(data, segment):
-                segment.read += end
-                if location.offset + location.length <= size:
-                    self._add(key, location)
+        except OSError:  # gone, or not to be read: its samples are made again
+            return
+        for key, location, end in _entries(data, segment, zlib.crc32(self._description.encode())):
+            segment.read += end
+            if location.offset + location.length <= size:
+                self._add(key, location)
 
     def _add(self, key: Any, location: Location) -> None:
         kind, *rest = key
@@ -220,9 +269,12 @@ class DiskStore(Store):
         else:
             name = (kind, rest[0])
         location.key = name
-        if name not in self._index:
-            self._index[name] = location
+        location.segment.end = max(location.segment.end, location.offset + location.length)
+        first = self._index.setdefault(name, location)
+        if first is location:
             self._nbytes += location.length
+        else:
+            location.other, first.other = first.other, location
 
     # -- samples -----------------------------------------------------------------------------------------------------
 
@@ -237,28 +289,41 @@ class DiskStore(Store):
         Raises:
             LostError: It is not what was written; it will be missing from now on.
         """
-        try:
-            # Held while it is read. Two threads may open a segment's file at once, and the one that is kept is the
-            # later; without a holder the other would close its descriptor here, and read whatever file gets it next.
-            file = location.segment.open()
-            data = _read(file.fd, location.length, location.offset)
-            if len(data) != location.length or zlib.crc32(data) != location.checksum:
-                raise LostError(f"{location.segment.samples}: what is at byte {location.offset} is not what was kept")
-        except (OSError, LostError) as error:
-            self.forget(location)
-            if isinstance(error, LostError):
-                raise
-            raise LostError(f"{location.segment.samples} cannot be read: {error}") from error
-        parts = _taken_apart(memoryview(data))
-        return decode(parts[0], parts[1:])
+        while True:
+            try:
+                data = self._read(location)
+            except (OSError, LostError) as error:
+                with self._lock:
+                    other = self._forget(location)
+                if other is not None:
+                    location = other
+                    continue
+                if isinstance(error, LostError):
+                    raise
+                raise LostError(f"{location.segment.samples} cannot be read: {error}") from error
+            parts = _taken_apart(memoryview(data))
+            return decode(parts[0], parts[1:])
 
-    def forget(self, location: Location) -> None:
-        """It turned out to be lost."""
-        with self._lock:
-            if self._index.pop(location.key, None) is not None:
-                self._nbytes -= location.length
-            if isinstance(location.key, tuple) and location.key[0] == "@":
-                self._place_of.pop(location.key[1], None)
+    def _read(self, location: Location) -> bytearray:
+        # Held while it is read. Two threads may open a segment's file at once, and the one that is kept is the
+        # later; without a holder the other would close its descriptor here, and read whatever file gets it next.
+        file = location.segment.open()
+        data = _read(file.fd, location.length, location.offset)
+        if len(data) != location.length or zlib.crc32(data) != location.checksum:
+            raise LostError(f"{location.segment.samples}: what is at byte {location.offset} is not what was kept")
+        return data
+
+    def _forget(self, location: Location) -> Location | None:
+        """It turned out to be lost; returns where the sample stands now."""
+        key = location.key
+        if self._index.get(key) is location:  # and has not been made again meanwhile
+            self._nbytes -= location.length
+            if location.other is None:
+                del self._index[key]
+            else:
+                self._index[key] = location.other
+                self._nbytes += location.other.length
+        return self._index.get(key)
 
     def put(self, key: Any, sample: Any, place: Place | None) -> None:
         """Keep `sample`; in a thread. Where the disk refuses, it warns once and keeps nothing more.
@@ -296,9 +361,10 @@ class DiskStore(Store):
             try:
                 writer = self._writer or self._begin_segment()
                 _write(writer.samples.fd, parts)
-                offset, writer.offset = writer.offset, writer.offset + length
+                # Asked of the system, and not counted: somebody may have truncated the file.
+                offset = os.lseek(writer.samples.fd, 0, os.SEEK_CUR) - length
                 body = _RECORD.pack(0, len(text), offset, length, checksum)[4:] + text
-                record = struct.pack("<I", zlib.crc32(body)) + body
+                record = struct.pack("<I", zlib.crc32(body, zlib.crc32(self._description.encode()))) + body
                 _write(writer.index.fd, [memoryview(record)])
             except OSError as error:
                 self._broken = True
@@ -312,6 +378,8 @@ class DiskStore(Store):
             self._add(key, Location(None, writer.segment, offset, length, checksum))
 
     def _begin_segment(self) -> _Writer:
+        if not (self.folder / DESCRIPTION).exists():  # somebody deleted it meanwhile
+            self._describe()
         name = uuid.uuid4().hex
         segment = _Segment(self.folder, name)
         self._writer = writer = _Writer(segment)
@@ -335,13 +403,36 @@ class DiskStore(Store):
         self._begin()
 
 
-def _entries(data: bytes, segment: _Segment) -> Iterator[tuple[list[Any], Location, int]]:
-    """The whole entries of an index, and how many bytes each is; what is cut off or broken ends them."""
+def _description(pipeline: str, version: str) -> str:
+    """The text of the file that says what a directory is of."""
+    content = {"format": FORMAT, "pipeline": pipeline, "version": version}
+    return json.dumps({**content, "checksum": zlib.crc32(json.dumps(content).encode())}, indent=1)
+
+
+def _description_in(text: str) -> dict[str, Any] | None:
+    """What `text` says; None: it is broken, or none of ours."""
+    try:
+        found = json.loads(text)
+        if found["format"] == FORMAT and text != _description(found["pipeline"], found["version"]):
+            return None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return {"pipeline": None, "version": None, **found}
+
+
+def _entries(data: bytes, segment: _Segment, seed: int) -> Iterator[tuple[list[Any], Location, int]]:
+    """The whole entries of an index, and how many bytes each is; what is cut off or broken ends them.
+
+    Args:
+        data: Of the index, from an entry on.
+        segment: Whose index.
+        seed: Of the checksums: the description's own.
+    """
     at = 0
     while at + _RECORD.size <= len(data):
         checksum, key_length, offset, length, content = _RECORD.unpack_from(data, at)
         end = at + _RECORD.size + key_length
-        if end > len(data) or zlib.crc32(data[at + 4 : end]) != checksum:
+        if end > len(data) or zlib.crc32(data[at + 4 : end], seed) != checksum:
             return
         key = json.loads(data[at + _RECORD.size : end])
         yield key, Location(None, segment, offset, length, content), end - at

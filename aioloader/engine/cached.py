@@ -17,6 +17,7 @@ from aioloader.cache.disk import DiskStore, Location, LostError
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.store import MISSING, REFUSED, Mark, Place
 from aioloader.engine.cache_opening import Opening
+from aioloader.engine.cached_stream import PlacedNode
 from aioloader.engine.entry import DONE, Entry, places_of
 from aioloader.engine.steps import Forward, Step
 from aioloader.engine.sync_steps import ThreadStep
@@ -129,9 +130,14 @@ class LookUp(Step):
                 self._forward(entry)
         return missed
 
-    def again(self, entry: Entry) -> None:
-        """What was found could not be read: take it through the steps after all."""
-        self._forward(entry)
+    def again(self, entry: Entry, keep: "KeepOnDisk") -> None:
+        """What `keep` found could not be read: make it after all."""
+        if self._placed:
+            upstream = self._window.upstream
+            assert isinstance(upstream, PlacedNode)
+            upstream.make_again(entry, keep.made)
+        else:
+            self._forward(entry)
 
     def close(self) -> None:
         if not self.closed and hasattr(self, "_opening"):
@@ -233,11 +239,10 @@ class _Load:
 class _Lost:
     """It was lost on the disk: what to do instead."""
 
-    __slots__ = ("error", "instead")
+    __slots__ = ("instead",)
 
-    def __init__(self, instead: Any, error: LostError) -> None:
+    def __init__(self, instead: Any) -> None:
         self.instead = instead
-        self.error = error
 
 
 class KeepOnDisk(ThreadStep):
@@ -247,17 +252,15 @@ class KeepOnDisk(ThreadStep):
         store: The cache.
         concurrency: Threads.
         name: The stage, as written.
-        placed: There are no steps in front that could make a lost sample again.
     """
 
     look_up: LookUp
 
-    def __init__(self, store: DiskStore, concurrency: int, name: str, *, placed: bool) -> None:
+    def __init__(self, store: DiskStore, concurrency: int, name: str) -> None:
         super().__init__(
             [Call(partial(_work, store), predicate=False, label=name)], concurrency, thread_name="aioloader-cache"
         )
         self.store = store
-        self._placed = placed
 
     def accept(self, entry: Entry) -> None:
         if entry.kept_as is None:
@@ -280,6 +283,15 @@ class KeepOnDisk(ThreadStep):
         entry.value = _Load(location, entry.value)
         super().accept(entry)
 
+    def made(self, entry: Entry, error: BaseException | None) -> None:
+        """What was lost of a stream has been made again, or cannot be."""
+        if error is not None:
+            self._fail(entry, error, self.meter.name)
+        elif entry.error is not None:  # the sample's own, which it would have without a cache
+            self._window.finished(entry)
+        else:
+            self.accept(entry)
+
     def _settle(self, entries: Any, outcomes: Any) -> None:
         self.meter.cached_bytes = self.store.nbytes
         lost = [(entry, outcome) for entry, outcome in zip(entries, outcomes, strict=False) if type(outcome) is _Lost]
@@ -292,11 +304,8 @@ class KeepOnDisk(ThreadStep):
                 continue
             self.meter.hits -= 1
             self.meter.misses += 1
-            if self._placed:
-                self._fail(entry, outcome.error, self.meter.name)
-            else:
-                entry.value = outcome.instead
-                self.look_up.again(entry)
+            entry.value = outcome.instead
+            self.look_up.again(entry, self)
 
 
 def _work(store: DiskStore, job: Any) -> Any:
@@ -304,8 +313,8 @@ def _work(store: DiskStore, job: Any) -> Any:
     if type(job) is _Load:
         try:
             sample = store.load(job.location)
-        except LostError as error:
-            return _Lost(job.instead, error)
+        except LostError:
+            return _Lost(job.instead)
     else:
         store.put(job.key, job.sample, job.place)
         sample = job.sample

@@ -1,11 +1,13 @@
 """A cache of a stream, in front of its window: what is kept comes without touching the stream."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aioloader.cache.store import END, MISSING, Store, at_position
 from aioloader.engine.cache_opening import Opening
 from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.node import Kick, Node
+from aioloader.errors import BrokenDataError
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -18,16 +20,20 @@ class PlacedNode(Node):
 
     Samples of a stream are kept as their number in the epoch, with their cursors. Those from the first on without a
     gap are given from the cache, as empty entries that `LookUp` fills; if the stream has been kept to its end, it is
-    not opened at all. Else it is resumed behind the last of them.
+    not opened at all. Else it is resumed behind the last of them. What turns out to be lost when it is loaded is read
+    from the stream once more, see `LostSamples`.
 
     Args:
         upstream: The stream; it gives the same samples in each epoch.
         store: Where they are kept.
         pipeline: What is in front of the cache, in words.
+        again: Makes the stream once more.
     """
 
-    def __init__(self, upstream: Node, store: Store, pipeline: str) -> None:
+    def __init__(self, upstream: Node, store: Store, pipeline: str, again: Callable[[], Node]) -> None:
         self._upstream = upstream
+        self._again = again
+        self._lost: LostSamples | None = None
         self._store = store
         self._pipeline = pipeline
         self._resume_at: Any = None
@@ -78,6 +84,18 @@ class PlacedNode(Node):
                 self._store.put_end(self._position)
         return run
 
+    def make_again(self, entry: Entry, made: "Made") -> None:
+        """`entry` could not be loaded: make its sample.
+
+        Args:
+            entry: One that this node gave.
+            made: Called on the loop with the entry, which has its value or its own error; and with an error when there
+                is no such sample any more.
+        """
+        if self._lost is None:
+            self._lost = LostSamples(self._run, self._store, self._again)
+        self._lost.make(entry, made)
+
     def _start_upstream(self) -> None:
         """Later than others are: its meters go where they would have gone."""
         meters = self._run.meters
@@ -118,7 +136,109 @@ class PlacedNode(Node):
     def close(self) -> None:
         if hasattr(self, "_opening"):
             self._opening.close()
+        if self._lost is not None:
+            self._lost.close()
         self._upstream.close()
+
+
+Made = Callable[[Entry, BaseException | None], None]
+
+
+class LostSamples:
+    """Reads a stream once more, for samples that were kept of it and have been lost since.
+
+    Most often what is lost is a file of many samples, and they are asked for about in order: the stream stays open
+    after one, and goes on to the next. For one further to the front it is opened anew.
+
+    Args:
+        run: Of which epoch.
+        store: Knows where the stream goes on after each of its samples.
+        again: Makes the stream.
+    """
+
+    def __init__(self, run: "Run", store: Store, again: Callable[[], Node]) -> None:
+        self._run = run
+        self._store = store
+        self._again = again
+        self._wanted: dict[int, tuple[Entry, Made]] = {}  # by position
+        self._stream: Node | None = None
+        self._position = 0  # of the sample that the stream gives next
+        self._scheduled = False
+        self._closed = False
+
+    def make(self, entry: Entry, made: Made) -> None:
+        """See `PlacedNode.make_again`."""
+        _, position = entry.kept_as
+        self._wanted[position] = entry, made
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._run.soon(self._read)
+
+    def _read(self) -> None:
+        self._scheduled = False
+        while self._wanted and not (self._closed or self._run.stopping):
+            first = min(self._wanted)
+            try:
+                stream = self._stream_before(first)
+            except Exception as error:  # a generator, which cannot be iterated once more
+                self._give(first, error)
+                continue
+            entries = stream.poll(first + 1 - self._position)
+            for entry in entries:
+                self._take(entry)
+            if not entries:
+                if not stream.ended:
+                    return
+                self._give(first, BrokenDataError("the stream has fewer samples than it had; delete its cache"))
+
+    def _stream_before(self, position: int) -> Node:
+        """The stream, open somewhere before the sample at `position`."""
+        stream = self._stream
+        if stream is not None and self._position <= position:
+            return stream
+        self.close_stream()
+        stream = self._again()
+        before = None if position == 0 else self._store.place(position - 1)
+        if before is not None:
+            stream.resume(before.cursor)
+        self._position = position if before is not None else 0
+        meters = self._run.meters
+        count = len(meters)
+        stream.start(self._run, self._wake)
+        del meters[count:]  # statistics show each stage once
+        self._stream = stream
+        return stream
+
+    def _take(self, entry: Entry) -> None:
+        """The stream has given `entry`."""
+        if entry.state == LAST:
+            self.close_stream()
+            self._give(min(self._wanted), entry.error)
+            return
+        position = self._position
+        self._position += 1
+        if position in self._wanted:
+            wanted, _ = self._wanted[position]
+            wanted.value, wanted.error, wanted.attempts = entry.value, entry.error, entry.attempts
+            self._give(position, None)
+
+    def _give(self, position: int, error: BaseException | None) -> None:
+        entry, made = self._wanted.pop(position)
+        made(entry, error)
+
+    def close_stream(self) -> None:
+        """It is read no further."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        self._closed = True
+        self.close_stream()
 
 
 def _alike(cursor: Any) -> Any:

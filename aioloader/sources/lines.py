@@ -415,6 +415,8 @@ class _LinesOf(Parser):
             what += f": not JSON: {error.msg} at character {error.pos} of {len(error.doc)}"
         elif isinstance(error, _LongLineError):
             what += f": {error}"
+        elif isinstance(error, RecursionError | ValueError) and self._ours:  # nested too deeply, a number too long
+            what += f": {error}; pass a function as decode= if it is to be read"
         else:
             add_note(error, f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
             return failed(error, cursor, key)
