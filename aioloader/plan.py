@@ -1,10 +1,11 @@
 """What a pipeline is: its sources and stages, and what can be told of them without running anything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from aioloader.engine.resumable import Origin
 from aioloader.sources.files import Files
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
@@ -42,6 +43,7 @@ class Single:
         name: In statistics; None: that of the user's object.
         keys: `data` gives keys, or the keys of batches.
         ahead: Of these so many may be read before they are asked for.
+        check: Of keys: refuses a place in them that is none, see `drawn.check_place`.
         tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
     """
 
@@ -50,6 +52,7 @@ class Single:
     name: str | None = None
     keys: bool = False
     ahead: int = 0
+    check: Callable[[Origin | None, int], None] | None = None
     tells_epoch: bool = False
 
     def length(self) -> int:

@@ -28,6 +28,7 @@ class Progress:
         over: The consumer was told that there is no more.
         length: Batches of the epoch; None: only its end tells.
         lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
+        begun_before: The epoch has begun before: what it draws has been drawn.
         begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         leave_out: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
@@ -41,6 +42,7 @@ class Progress:
         "asked_for",
         "batch_size",
         "batches_before",
+        "begun_before",
         "begun_with",
         "cursor",
         "epoch",
@@ -63,6 +65,7 @@ class Progress:
         self.over = False
         self.length: int | None = None
         self.lengths: list[int | None] = []
+        self.begun_before = cursor is not None or batches_before > 0
         self.begun_with: dict[str, Any] = {}
         self.leave_out: list[range] = []
         self.history: deque[Any] = deque(maxlen=HISTORY)

@@ -16,6 +16,7 @@ from typing import Any, Final
 from weakref import ref
 
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.notes import shown
 
 __all__ = [
     "SNAPSHOT_SAMPLES",
@@ -24,6 +25,7 @@ __all__ = [
     "after_origin",
     "begin_again",
     "beginning",
+    "check_takes_state",
     "is_due",
     "is_stateful",
     "note_first",
@@ -35,7 +37,8 @@ __all__ = [
 SNAPSHOT_SAMPLES: Final = 256
 
 Origin = dict[str, Any]
-"""JSON-able: `at`, the samples before it, and what the order was drawn from, or the object's own state."""
+"""JSON-able: `at`, the samples before it, and either `generators`, the states that the order was drawn from, or `state`,
+the object's own, and `of`, whether that is one of the `"iterable"` or of its `"iterator"`."""
 
 
 class Redrawn(ABC):
@@ -62,27 +65,21 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
     if cursor is None or type(cursor) is int:
         return None, whole(cursor or 0)
     origin, since = cursor_parts(cursor, 2)
-    if not isinstance(origin, dict) or not {"state", "drawn"} & origin.keys():
-        raise ValueError(f"an origin was expected, got {origin!r}"[:200])
-    whole(origin.get("at"))
-    if "drawn" in origin and not _can_be_drawn(origin["drawn"]):
-        raise ValueError(f"what an order was drawn from was expected, got {origin['drawn']!r}"[:200])
+    parts = origin.keys() if isinstance(origin, dict) else ()
+    if not (parts == {"at", "generators"} or (parts == {"at", "of", "state"} and origin["of"] in _OF)):
+        raise ValueError(f"an origin was expected, got {shown(origin)}")
+    whole(origin["at"])
     return origin, whole(since)
 
 
-def _can_be_drawn(drawn: Any) -> bool:
-    return (
-        isinstance(drawn, dict)
-        and isinstance(drawn.get("global", 0), str | None)
-        and isinstance(drawn.get("generators"), list)
-        and all(isinstance(state, str) for state in drawn["generators"])
-    )
+_OF: Final = ("iterable", "iterator")
 
 
 def beginning(cursor: Any) -> Any:
     """Where an epoch begins of which `cursor` is a later place: its order is drawn as it was."""
-    if isinstance(cursor, list | tuple) and len(cursor) == 2 and isinstance(cursor[0], dict) and "drawn" in cursor[0]:
-        return cursor[0], 0
+    origin = cursor[0] if isinstance(cursor, list | tuple) and len(cursor) == 2 else None
+    if isinstance(origin, dict) and "generators" in origin:
+        return origin, 0
     return None
 
 
@@ -202,11 +199,19 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
         if origin is not None and origin.get("of") == "iterator":
             iterator.load_state_dict(origin["state"])  # type: ignore[union-attr]  # `is_stateful` says so
         return iterator
-    if origin is not None and (origin.get("of") == "iterator" or not is_stateful(iterable)):
-        raise ValueError(
-            f"the state holds one of the source itself, but {type(iterable).__name__} has no load_state_dict"
-        )
+    if origin is not None:
+        check_takes_state(iterable if origin.get("of") == "iterable" else iterator)
     return iterable if is_stateful(iterable) else None
+
+
+def check_takes_state(thing: Any) -> None:
+    """Refuse a state for `thing` that it could not take.
+
+    Raises:
+        ValueError: It has no `load_state_dict`.
+    """
+    if not is_stateful(thing):
+        raise ValueError(f"the state holds one of the source itself, but {type(thing).__name__} has no load_state_dict")
 
 
 def is_due(at: int) -> bool:

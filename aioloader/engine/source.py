@@ -14,7 +14,7 @@ from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
-from aioloader.engine.resumable import Origin, is_stateful, split_cursor
+from aioloader.engine.resumable import Origin, check_takes_state, is_stateful, split_cursor
 from aioloader.errors import ReplayWarning, SampleCancelledError
 from aioloader.executors.threads import Threads
 from aioloader.insight.meters import StageMeter
@@ -212,6 +212,7 @@ class StreamSource(_Pump):
         ahead: So many samples may be read before they are asked for, though none before the first.
         warns: Say so when samples are read again only to be dropped.
         unknown: `make` may give a `CursorSource`.
+        check: Refuses a place, an origin and a number from there on, that is none.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
     """
 
@@ -225,6 +226,7 @@ class StreamSource(_Pump):
         ahead: int = 0,
         warns: bool = False,
         unknown: bool = False,
+        check: Callable[[Origin | None, int], None] | None = None,
         tells_epoch: bool = False,
     ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
@@ -235,6 +237,7 @@ class StreamSource(_Pump):
         self._computes = not keys  # the first batch does not wait for what a sampler has no use for
         self._warns = warns
         self._unknown = unknown
+        self._check = check
         self._tells_epoch = tells_epoch
         self._resume_at: Any = None
 
@@ -244,7 +247,11 @@ class StreamSource(_Pump):
             self._make.check_cursor(cursor)
             return
         if not self._unknown or not isinstance(cursor, list | tuple | str) or not cursor:
-            split_cursor(cursor)
+            origin, since = split_cursor(cursor)
+            if self._check is not None:
+                self._check(origin, since)
+            elif origin is not None and not self._call and origin.get("of") == "iterable":
+                check_takes_state(self._make)
         if self._warns:
             warn_of_replay(self._make, cursor, self.meter.name)
 
