@@ -1,4 +1,4 @@
-"""A stage that is added as CONTRIBUTING says, and says nothing of itself: it runs, and promises no more than is true."""
+"""A stage that is added as CONTRIBUTING says, and says nothing of itself: it promises no more than is true."""
 
 import json
 from collections import Counter
@@ -124,7 +124,7 @@ LOOSE = {
 @pytest.mark.parametrize("stage", [Each(3), AsItIs(1)])
 @pytest.mark.parametrize("name", LOOSE)
 def test_behind_samples_without_an_order_it_loses_none(name: str, stage: Each, face: Face) -> None:
-    """Nobody said that its cursors are right there: the state says so, and a resume gives some again rather than never."""
+    """Nobody said that its cursors are right there: a resume gives some samples again rather than never."""
 
     def make() -> Pipeline:
         return LOOSE[name]()._then(stage)

@@ -19,6 +19,7 @@ from torch.utils.data import (
 from aioloader import Pipeline, ReplayWarning, StateError
 from aioloader.sources import Lines, TarShards
 from aioloader.testing import Gate, assert_resumes_exactly
+from tests._states import contents_of
 from tests._support import Face, Steps, collect, on_both_faces
 
 CONCURRENCIES = [{"concurrency": 1}, {"concurrency": 3}, {"concurrency": 16}]
@@ -272,7 +273,7 @@ def test_a_dataset_of_hugging_face_is_asked() -> None:
         return Pipeline(source).map(lambda row: row["number"], concurrency=concurrency).batch(100)
 
     states = assert_resumes_exactly(make, variants=CONCURRENCIES[:2], limit=6, states=False)
-    assert states[4]["cursor"][0]["at"] == 256
+    assert contents_of(states[4])["cursor"][0]["at"] == 256
     assert {state["guarantee"] for state in states} == {"exact"}
 
 
@@ -283,8 +284,8 @@ def test_a_stream_that_tells_its_state_is_asked(make_stream: Any) -> None:
         lambda concurrency: Pipeline(make_stream()).map(later, concurrency=concurrency).batch(50),
         variants=CONCURRENCIES,
     )
-    assert states[8]["cursor"][0]["at"] == 256
-    assert states[8]["cursor"][1] == 400 - 256
+    assert contents_of(states[8])["cursor"][0]["at"] == 256
+    assert contents_of(states[8])["cursor"][1] == 400 - 256
 
 
 def test_a_stream_that_tells_its_state_is_not_read_from_the_beginning() -> None:

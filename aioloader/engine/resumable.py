@@ -37,8 +37,8 @@ __all__ = [
 SNAPSHOT_SAMPLES: Final = 256
 
 Origin = dict[str, Any]
-"""JSON-able: `at`, the samples before it, and either `generators`, the states that the order was drawn from, or `state`,
-the object's own, and `of`, whether that is one of the `"iterable"` or of its `"iterator"`."""
+"""JSON-able: `at`, the samples before it, and either `generators`, the states that the order was drawn from, or the
+object's own `state`, and whether that is one `of` the `"iterable"` or of its `"iterator"`."""
 
 
 class Redrawn(ABC):
