@@ -313,7 +313,7 @@ class DataLoader(Loader, Generic[T_co]):
         if progress.cursor is not None:
             node.resume(progress.cursor)
             if self._iterable:
-                warn_of_replay(self.dataset, progress.cursor, "source")
+                warn_of_replay(progress.cursor, "source")
         return node, [inline_source.meter, node.meter]
 
     # -- with workers, or on a loop ----------------------------------------------------------------------------------
@@ -482,12 +482,14 @@ class DataLoader(Loader, Generic[T_co]):
         cursor: Any,
         random: dict[str, Any] | None,
         lengths: Sequence[int | None] | None = None,
+        *,
+        guarantee: Guarantee | None = None,
     ) -> dict[str, Any]:
         if self._workers_read and not self.in_order:  # the epoch is begun again
             batches, cursor = 0, None
         elif self._workers_read and cursor is not None:
             cursor = (self.num_workers, batches)
-        return super()._make_state(epoch, batches, cursor, random, lengths)
+        return super()._make_state(epoch, batches, cursor, random, lengths, guarantee=guarantee)
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
         cursor = loaded["cursor"]

@@ -290,7 +290,9 @@ class Loader(Opener):
         """
         loaded = self._loaded
         if loaded is not None:
-            return self._make_state(loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"])
+            return self._make_state(
+                loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"], guarantee=loaded["guarantee"]
+            )
         return self._state_of(self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -353,6 +355,8 @@ class Loader(Opener):
         cursor: Any,
         random: dict[str, Any] | None,
         lengths: Sequence[int | None] | None = None,
+        *,
+        guarantee: Guarantee | None = None,
     ) -> dict[str, Any]:
         """A state.
 
@@ -362,13 +366,14 @@ class Loader(Opener):
             cursor: See there.
             random: See there.
             lengths: Of the datasets, where they are not those of now.
+            guarantee: See there; None: that of now.
         """
         return make_state(
             loader=self._kind,
             epoch=epoch,
             batches=batches,
             cursor=cursor,
-            guarantee=self._guarantee(),
+            guarantee=guarantee or self._guarantee(),
             pipeline=self._shape() if lengths is None else with_lengths(self._shape(), lengths),
             ranks=self._ranks(),
             random=random,

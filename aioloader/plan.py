@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from aioloader.engine.resumable import Origin
 from aioloader.sources.files import Files
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
@@ -52,7 +51,7 @@ class Single:
     name: str | None = None
     keys: bool = False
     ahead: int = 0
-    check: Callable[[Origin | None, int], None] | None = None
+    check: Callable[[Any, int], None] | None = None
     tells_epoch: bool = False
 
     def length(self) -> int:

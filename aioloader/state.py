@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from aioloader.elastic import batch_of_all_ranks
 from aioloader.engine.located import CursorSource
-from aioloader.engine.resumable import is_stateful
+from aioloader.engine.resumable import tells_state
 from aioloader.errors import StateError
 from aioloader.notes import shown
 from aioloader.plan import Combined, Plan, Repeat, Single, any_order
@@ -480,4 +480,4 @@ def guarantee_of_stream(stream: Any) -> Guarantee:
     """Whether `stream` can be entered in the middle."""
     if isinstance(stream, CursorSource) and not stream.replayable:
         return "live"
-    return "exact" if isinstance(stream, CursorSource) or is_stateful(stream) else "replayed"
+    return "exact" if isinstance(stream, CursorSource) or tells_state(stream) else "replayed"
