@@ -566,8 +566,8 @@ class Pipeline(Loader):
 
     @property
     def _draws_alone(self) -> bool:
-        """One sampler draws from torch's global generator, where that generator is."""
-        return sum(map(draws_globally, _drawing_samplers(self._plan))) == 1 and not _leaves_process(self._plan)
+        """One sampler draws from torch's global generator, and no other one."""
+        return sum(map(draws_globally, _drawing_samplers(self._plan))) == 1
 
     def _begins(self, progress: Progress) -> None:
         if self._draws_globally() and not self._draws_alone and not progress.begun_before:
@@ -664,12 +664,6 @@ def _samplers(plan: Plan) -> list[Any]:
 def _drawing_samplers(plan: Plan) -> list[Any]:
     """Those whose order can be drawn again: not the functions, which may give anything."""
     return [sampler for sampler in _samplers(plan) if hasattr(sampler, "__iter__")]
-
-
-def _leaves_process(plan: Plan) -> bool:
-    """Whether a part of it runs in a process of its own."""
-    inner = plan.source.plans if isinstance(plan.source, Combined) else ()
-    return any(isinstance(stage, OwnProcess) for stage in plan.stages) or any(map(_leaves_process, inner))
 
 
 def _all_indexable(plan: Plan) -> bool:

@@ -452,10 +452,9 @@ def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
         found += [guarantee_of(inner, whole=False) for inner in source.plans]
     elif source.sampler is not None:
         sampler = source.sampler.make
-        leaves = not whole or any(isinstance(stage, Take | Repeat | Shard | OwnProcess) for stage in plan.stages)
+        leaves = not whole or any(isinstance(stage, Take | Repeat | Shard) for stage in plan.stages)
         # An epoch may end before its keys do. If a resumed one takes no more of them, it draws nothing, and where the
-        # sampler's own generator stands then, no state tells: the epochs behind have another order. In a process of its
-        # own the generator is a copy, of which this process does not know where it stands.
+        # sampler's own generator stands then, no state tells: the epochs behind have another order.
         sure = is_repeatable(sampler) and not (leaves and generators_of(sampler))
         found.append("exact" if sure else "replayed")
     elif isinstance(source.data, Stream):

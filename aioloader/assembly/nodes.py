@@ -102,7 +102,6 @@ class _Builder:
         self._draws = draws
         self._samplers = 0
         self._place = ""  # within enclosing repeats, for names of samplers
-        self._elsewhere = False  # in another process than the loader and its generators
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
@@ -195,7 +194,6 @@ class _Builder:
         this_pass = self._pass.repeated(repetition)
         builder = _Builder(this_pass, None, self._alloc, self._processes, dry=self._dry, draws=self._draws)
         builder._place = place
-        builder._elsewhere = self._elsewhere
         builder._numbered = numbered.copy()
         node = builder.closed(plan)
         self._numbered |= builder._numbered  # the most of each: every round has the same numbers
@@ -206,18 +204,16 @@ class _Builder:
         # What would run here: it numbers the stages, and says whether a cursor fits.
         builder = _Builder(self._pass, None, None, Processes, dry=True)
         builder._numbered = self._numbered.copy()
-        builder._samplers, builder._elsewhere = self._samplers, True
         node, journey = builder.stream(plan)
         inner = _InProcess(placed(plan), self._numbered)
-        request = self._pass, self._draws, self._place, self._samplers
-        self._numbered, self._samplers = builder._numbered, builder._samplers
+        self._numbered = builder._numbered
         batches = journey.batches
         if self._dry:
             return self._close(node, journey), Journey(batches=batches, loose=loose)
         key = (id(plan.source), *map(id, plan.stages), repr(inner.places), *sorted(inner.numbered.items()))
         remote = partial(_remote, self._processes(), key, plan, inner)
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
-        return OwnProcessNode(remote, request, room=room, batches=batches), Journey(batches=batches, loose=loose)
+        return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches, loose=loose)
 
     def closed(self, plan: Plan) -> Node:
         """The nodes of a plan inside another one."""
@@ -266,7 +262,7 @@ class _Builder:
             if not self._dry:
                 source.sampler.use()
             repetitions = self._pass.repetitions
-            in_cursor = self._elsewhere or bool(repetitions)
+            in_cursor = bool(repetitions)
             how = {"name": f"{self._place}{self._samplers}", "repetitions": repetitions, "in_cursor": in_cursor}
             self._samplers += 1
             open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, self._draws, how)
@@ -398,12 +394,10 @@ class _InProcess:
         """Ranks and world sizes in it."""
         return [(stage.rank, stage.world_size) for stage in self.plan.stages if isinstance(stage, Shard)]
 
-    def __call__(self, request: tuple[Pass, Draws, str, int], resumed: bool) -> Window:
-        this_pass, draws, place, samplers = request
-        draws = replace(draws, resumed=resumed)
-        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, draws=draws)
+    def __call__(self, this_pass: Pass, resumed: bool) -> Window:
+        # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
+        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, draws=Draws(resumed=resumed))
         builder._numbered = self.numbered.copy()
-        builder._place, builder._samplers, builder._elsewhere = place, samplers, True
         return _output(self.plan, this_pass, builder, Processes)
 
     @cached_property

@@ -59,9 +59,8 @@ class Draws:
 
     Attributes:
         state: Of torch's global generator when the epoch began, as text; None: no order depends on it.
-        sole: One sampler draws from it, in this process: it has what torch's own loader would give it. Several have a
-            generator each that is derived from `state`, since they draw in no fixed order; the loader has drawn once
-            for all of them.
+        sole: One sampler draws from it, which has what torch's own loader would give it. Several have a generator each
+            that is derived from `state`, since they draw in no fixed order; the loader has drawn once for all of them.
         resumed: The epoch has begun before: nothing more may be drawn from the global generator.
     """
 
@@ -95,7 +94,7 @@ class Drawn(Redrawn):
         open_keys: Begins an epoch of the sampler; what it draws counts too.
         draws: What its order is drawn from, the samplers' own generators aside.
         generators: Those, if their states are to be a part of each cursor: where an epoch asks for the keys several
-            times, or where the loader cannot set the generators itself.
+            times.
         name: Tells the samplers of one loader apart.
         alone: Nobody else's `Drawn` draws from the global generator between the look at it and the draw; not for
             samplers of the user's, which may wait for anything.
