@@ -1,7 +1,7 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from functools import partial
 from typing import Any, Final, Generic, Literal, Self
 
@@ -27,6 +27,7 @@ from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
+from aioloader.notes import shown
 from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.index_keys import BaseSeed, IndexKeys
@@ -218,6 +219,7 @@ class DataLoader(Loader, Generic[T_co]):
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
         self._keys.generator = generator
+        self._fixed = None
 
     @property
     def seed(self) -> int | None:
@@ -312,7 +314,7 @@ class DataLoader(Loader, Generic[T_co]):
         if progress.cursor is not None:
             node.resume(progress.cursor)
             if self._iterable:
-                warn_of_replay(self.dataset, progress.cursor, "source")
+                warn_of_replay(progress.cursor, "source")
         return node, [inline_source.meter, node.meter]
 
     # -- with workers, or on a loop ----------------------------------------------------------------------------------
@@ -369,10 +371,12 @@ class DataLoader(Loader, Generic[T_co]):
     def _begin_turns(self, progress: Progress, base: BaseSeed) -> None:
         """Give workers that iterate the dataset their base seed: that which they had, where the epoch goes on."""
         record = progress.begun_with
-        if progress.cursor is None or self.generator is not None or "base_seed" not in record:
-            self._keys.draw(progress.epoch, base)
+        if progress.cursor is None:
+            self._keys.draw_base_seed(progress, base)
             record["base_seed"] = base.value
             return
+        if self.generator is not None:
+            self._keys.draw_base_seed(progress)  # it moves on, as it did when the epoch began
         base.value = record["base_seed"]
         warnings.warn(
             f"worker processes cannot enter their parts of an IterableDataset in the middle: the resumed epoch reads "
@@ -384,7 +388,8 @@ class DataLoader(Loader, Generic[T_co]):
     def _single(self, source: Stream) -> Single:
         if self._iterable:
             return Single(source, name="source")
-        return Single(source, name="sampler", keys=True, ahead=KEYS_AHEAD if self._keys.plain else 0)
+        ahead = KEYS_AHEAD if self._keys.plain else 0
+        return Single(source, name="sampler", keys=True, ahead=ahead, check=self._keys.check_place)
 
     def _pass(self, progress: Progress) -> Pass:
         return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))
@@ -443,13 +448,22 @@ class DataLoader(Loader, Generic[T_co]):
     def _random_state(self) -> dict[str, Any]:
         return self._seed_state(self.seed) | self._keys.state()
 
-    def _check_random_state(self, state: dict[str, Any]) -> None:
+    def _generators(self) -> list[torch.Generator]:
+        return self._keys.generators
+
+    def _draws_globally(self) -> bool:
+        if self._iterable:  # its workers' seeds, where these decide what comes
+            return self._workers_read and self.seed is None and self.generator is None
+        return self._keys.draws_globally
+
+    def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
+        super()._check_random_state(state, begun=begun)
         self._keys.check_state(state)
-        if "sample_seed" in state:
-            check_integer("sample_seed", state["sample_seed"])
+        if begun and self._workers_read and "base_seed" not in state:
+            raise ValueError("'base_seed', which the seeds of the epoch's workers begin with, is missing")
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
-        self._drawn_seed = state.get("sample_seed", self._drawn_seed)
+        super()._set_random_state(state)
         self._keys.set_state(state)
 
     def _set_epochs(self, state: dict[str, Any]) -> None:
@@ -471,23 +485,31 @@ class DataLoader(Loader, Generic[T_co]):
         cursor: Any,
         random: dict[str, Any] | None,
         lengths: Sequence[int | None] | None = None,
+        *,
+        guarantee: Guarantee | None = None,
     ) -> dict[str, Any]:
         if self._workers_read and not self.in_order:  # the epoch is begun again
             batches, cursor = 0, None
         elif self._workers_read and cursor is not None:
             cursor = (self.num_workers, batches)
-        return super()._make_state(epoch, batches, cursor, random, lengths)
+        return super()._make_state(epoch, batches, cursor, random, lengths, guarantee=guarantee)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self._iterable and isinstance(state, Mapping) and state.get("cursor") is not None:  # type: ignore[redundant-expr]  # anything may come
-            theirs, ours = _reading_workers(state["cursor"]), self._reading_workers
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        cursor = loaded["cursor"]
+        if self._iterable and cursor is not None:
+            theirs, ours = _reading_workers(cursor), self._reading_workers
             if theirs != ours or (ours and not self.in_order):
                 raise StateError(
                     f"the state is in the middle of an epoch of an IterableDataset that {_readers(theirs)} read, and "
                     f"this loader has {_readers(ours)}{'' if self.in_order else ', in_order=False'}, so its parts or "
                     f"their order are others; go on with the former, or begin the epoch anew"
                 )
-        super().load_state_dict(state)
+            if ours and cursor[1] != loaded["batches"]:
+                raise StateError(
+                    f"the 'cursor' of the state is after {shown(cursor[1])} batches, and its 'batches' are "
+                    f"{loaded['batches']}: it is broken"
+                )
+        super()._check_loaded(loaded)
 
     @property
     def _room(self) -> int:

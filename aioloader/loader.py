@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import randbits
 from time import perf_counter
-from typing import Any, Self
+from typing import Any, Final, Self
 from weakref import WeakSet, finalize
 
 import anyio.to_thread
@@ -17,7 +17,7 @@ import torch
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
-from aioloader.engine.progress import Progress
+from aioloader.engine.progress import Progress, whole
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
@@ -28,12 +28,16 @@ from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
+from aioloader.notes import shown
+from aioloader.sources.drawn import check_drawn, check_generators, packed, unpacked
 from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
 from aioloader.stages.flow import Guarantee
-from aioloader.state import Shape, check_state, lengths_of, make_state, ranges_of, with_lengths
+from aioloader.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 
 __all__ = ["Loader"]
+
+_RANDOM: Final = frozenset({"base_seed", "drawn", "draws_once", "epochs", "generators", "sample_seed", "set_epoch"})
 
 
 class Loader(Opener):
@@ -57,7 +61,8 @@ class Loader(Opener):
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_is_asked_for = False  # `set_epoch` has named its epoch since
-        self._known_guarantee: Guarantee | None = None
+        self._fixed: dict[str, Any] | None = None  # what the next epoch draws from, since a state has told of it
+        self._draws_again = False  # its epochs have begun before, in another loader
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
         self._transfer: Transfer | None = None
@@ -105,21 +110,59 @@ class Loader(Opener):
         return None
 
     def _random_state(self) -> dict[str, Any]:
-        """What the next epoch would draw from, as far as it is not in cursors; JSON-able."""
+        """What else the next epoch depends on that is random, or was told to samplers; JSON-able."""
         return {}
 
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        """The opposite; `state` is what `_random_state` gave."""
+    def _generators(self) -> list[torch.Generator]:
+        """The user's, from which orders are drawn."""
+        return []
+
+    def _draws_globally(self) -> bool:
+        """Whether an order is drawn from torch's global generator."""
+        return False
 
     def _set_epochs(self, state: dict[str, Any]) -> None:
         """Let samplers of the user's be in the epochs that `state` tells of, which is as above."""
 
-    def _check_random_state(self, state: dict[str, Any]) -> None:
-        """Refuse what `_set_random_state` could not take.
+    def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
+        """Refuse what `_set_random_state` could not take, or what is not enough.
+
+        Args:
+            state: What `_random_state` and `_drawn_from` gave.
+            begun: It is that of an epoch that has begun.
 
         Raises:
             ValueError: Why.
         """
+        if unknown := state.keys() - _RANDOM:
+            raise ValueError(f"it holds {shown(min(unknown))}, which is nothing that is drawn from")
+        check_generators(state.get("generators", []), self._generators())
+        if self._draws_globally():
+            check_drawn(state)
+        if "sample_seed" in state:
+            whole(state["sample_seed"])
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        """Draw from what `state` tells of, once `_check_random_state` has let it pass."""
+        self._drawn_seed = state.get("sample_seed", self._drawn_seed)
+        for generator, its in zip(self._generators(), state.get("generators", ()), strict=False):
+            generator.set_state(unpacked(its))
+
+    def _drawn_from(self) -> dict[str, Any]:
+        """The states of the generators that the next epoch draws its orders from, as they are now; JSON-able."""
+        state: dict[str, Any] = {}
+        if generators := self._generators():
+            state["generators"] = [packed(generator.get_state()) for generator in generators]
+        if self._draws_globally():
+            state["drawn"] = packed(torch.get_rng_state())
+        return state
+
+    def _fixed_random_state(self) -> dict[str, Any]:
+        """What the next epoch depends on, from now on: whatever is drawn meanwhile, it begins as a state says."""
+        with self._lock:
+            if self._fixed is None:
+                self._fixed = self._drawn_from()
+            return self._random_state() | self._fixed
 
     def _check_usable(self) -> None:
         """Raise now, at `iter()`, what would make an epoch impossible."""
@@ -169,25 +212,27 @@ class Loader(Opener):
         """
         with self._lock:
             loaded, asked_for, before, epoch = self._loaded, self._loaded_is_asked_for, self._progress, self._next_epoch
+            fixed = self._fixed
             if loaded is None:
                 progress = Progress(epoch)
-                progress.begun_with = self._random_state()
+                progress.begun_with = self._random_state() | (self._drawn_from() if fixed is None else fixed)
             else:
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
                 progress.begun_with = dict(loaded["random"] or {})
                 progress.asked_for = asked_for
+            progress.begun_before |= self._draws_again
             progress.leave_out = self._leave_out.get(epoch, [])
             others = {number: steps for number, steps in self._leave_out.items() if steps}
             self._leave_out = {epoch: progress.leave_out} | others
             with suppress(Exception):  # a `__len__` of the user's, which may never be needed
                 progress.lengths = self._lengths()
             self._progress = progress
-            self._loaded = None
+            self._loaded = self._fixed = None
             self._next_epoch = epoch + 1
         try:
             if loaded is not None and progress.cursor is not None:  # the dataset may have grown since it was loaded
-                check_state(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
-            if loaded is not None:
+                check_fits(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
+            if loaded is not None or fixed is not None:
                 self._set_random_state(progress.begun_with)
             self._begins(progress)
             with suppress(Exception):
@@ -197,7 +242,7 @@ class Loader(Opener):
             with self._lock:
                 if loaded is not None or self._progress is progress:  # whatever it was: the state is not lost with it
                     self._loaded, self._loaded_is_asked_for, self._next_epoch = loaded, asked_for, epoch
-                    self._progress = before
+                    self._progress, self._fixed = before, fixed
             raise
 
     def _begins(self, progress: Progress) -> None:
@@ -235,17 +280,20 @@ class Loader(Opener):
     def state_dict(self) -> dict[str, Any]:
         """Where the newest epoch that has begun stands: behind the last batch that its iterator gave.
 
-        A small dict that JSON can hold, the same whatever the concurrency, the workers or the face. It may be asked for
-        at any time, from any thread, and costs nothing when it is not. A batch that raised an error counts as given;
-        what is made ahead does not. After the last batch it is the beginning of the next epoch. Right after
-        `load_state_dict` it is what was loaded.
+        A small dict that JSON can hold, the same whatever the concurrency, the workers or the face. Its keys are always
+        the same, and its values are integers and strings. It may be asked for at any time, from any thread, and costs
+        nothing when it is not. A batch that raised an error counts as given; what is made ahead does not. After the
+        last batch it is the beginning of the next epoch, whose order is settled by that. Right after `load_state_dict`
+        it is what was loaded.
 
         `docs/checkpoint.md` has the schema. `"guarantee"` says what a resume gives: `"exact"`, `"replayed"` (a source
         is read again from its beginning, which is exact if it gives the same again) or `"at-least-once"`.
         """
         loaded = self._loaded
         if loaded is not None:
-            return self._make_state(loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"])
+            return self._make_state(
+                loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"], guarantee=loaded["guarantee"]
+            )
         return self._state_of(self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,35 +306,47 @@ class Loader(Opener):
             StateError: Not a state, or one of another version, of other stages or of another dataset; the loader is
                 as it was.
         """
-        loaded = check_state(state, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
+        loaded = contents_of(state)
+        check_fits(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
         leave_out = ranges_of(loaded["left_out"])
-        progress = Progress(loaded["epoch"], loaded["cursor"], loaded["batches"])
-        try:
-            self._check_random_state(loaded["random"] or {})
-            if loaded["cursor"] is not None:
-                self._build(progress, dry=True).resume(loaded["cursor"])
-        except (ValueError, TypeError, LookupError, OverflowError) as error:
-            raise StateError(f"the state does not fit this loader, or is broken: {error}") from error
+        self._check_loaded(loaded)
         with self._lock:
             self._loaded = loaded
             self._loaded_is_asked_for = False
+            self._fixed = None
             self._next_epoch = loaded["epoch"]
             self._leave_out = leave_out
         self._set_epochs(loaded["random"] or {})  # now: who tells them another one before that epoch begins means it
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        """Refuse a state that this loader could not go on from.
+
+        Raises:
+            StateError: Why.
+        """
+        cursor = loaded["cursor"]
+        part = "random"
+        try:
+            self._check_random_state(loaded["random"] or {}, begun=cursor is not None)
+            part = "cursor"
+            if cursor is not None:
+                self._build(Progress(loaded["epoch"], cursor, loaded["batches"]), dry=True).resume(cursor)
+        except (ValueError, TypeError, LookupError, OverflowError) as error:
+            raise StateError(f"{part!r} of the state does not fit this loader, or is broken: {error}") from error
 
     def _state_of(self, progress: Progress | None) -> dict[str, Any]:
         if progress is None:
             if self._loaded is not None:
                 return self.state_dict()
-            return self._make_state(self._next_epoch, 0, None, self._random_state())
+            return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
             random, lengths = dict(progress.begun_with), progress.lengths
             return self._make_state(progress.epoch, progress.batches, progress.cursor, random, lengths)
         newest = self._progress
         if newest is None or progress is newest:
-            return self._make_state(self._next_epoch, 0, None, self._random_state())
+            return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         epoch = progress.epoch + 1
-        random = dict(newest.begun_with) if newest.epoch == epoch else self._random_state()
+        random = dict(newest.begun_with) if newest.epoch == epoch else self._fixed_random_state()
         return self._make_state(epoch, 0, None, random)
 
     def _make_state(
@@ -296,6 +356,8 @@ class Loader(Opener):
         cursor: Any,
         random: dict[str, Any] | None,
         lengths: Sequence[int | None] | None = None,
+        *,
+        guarantee: Guarantee | None = None,
     ) -> dict[str, Any]:
         """A state.
 
@@ -305,15 +367,14 @@ class Loader(Opener):
             cursor: See there.
             random: See there.
             lengths: Of the datasets, where they are not those of now.
+            guarantee: See there; None: that of now.
         """
-        if self._known_guarantee is None:
-            self._known_guarantee = self._guarantee()
         return make_state(
             loader=self._kind,
             epoch=epoch,
             batches=batches,
             cursor=cursor,
-            guarantee=self._known_guarantee,
+            guarantee=guarantee or self._guarantee(),
             pipeline=self._shape() if lengths is None else with_lengths(self._shape(), lengths),
             ranks=self._ranks(),
             random=random,
@@ -382,6 +443,7 @@ class Loader(Opener):
         try:
             again.load_state_dict(self._make_state(progress.epoch, step, cursor, progress.begun_with, progress.lengths))
             again._leave_out = {}
+            again._draws_again = True
             yield again
         except SourceUsedUpError as error:
             raise LookupError(f"replay reads the source again, but {error}") from error
@@ -424,7 +486,8 @@ class Loader(Opener):
         first = check_count("first", first, least=0)
         stop = check_count("stop", stop, least=first + 1, hint="skip_steps(3, 5) leaves out steps 3 and 4")
         if epoch is None:
-            epoch = self.state_dict()["epoch"]
+            under_way = self._progress if self._loaded is None else None
+            epoch = self._next_epoch if under_way is None or under_way.complete else under_way.epoch
         steps = self._leave_out.setdefault(check_count("epoch", epoch, least=0), [])
         steps.append(range(first, stop))
         for delivery in self._alive():  # one of an older epoch may have no part in that list any more

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from torch import Generator
+from torch import Generator, empty, int64
 
 from aioloader.assembly.nodes import build
 from aioloader.cache.disk import DiskStore
@@ -33,12 +33,9 @@ from aioloader.plan import (
 )
 from aioloader.sources.drawn import (
     apart,
-    check_drawn,
-    check_generators,
     draws_globally,
+    draws_of,
     generators_of,
-    packed,
-    unpacked,
 )
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, Stream, describe, is_one_source, resolve, source_name, warn_of_live
@@ -504,15 +501,13 @@ class Pipeline(Loader):
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
         alloc = self._alloc(self._transfer)
-        resumed = progress.cursor is not None or any(name.startswith("drawn") for name in progress.begun_with)
         return build(
             self._plan,
             this_pass,
             self._transfer,
             alloc,
             self._open_processes,
-            resumed=resumed,
-            drawn=progress.begun_with,
+            draws=draws_of(progress, sole=self._draws_alone),
         )
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -561,22 +556,22 @@ class Pipeline(Loader):
         return again
 
     def _random_state(self) -> dict[str, Any]:
-        state = self._seed_state(self._seed)
-        generators = _generators(self._plan)
-        if generators:
-            state["generators"] = [packed(generator.get_state()) for generator in generators]
-        return state
+        return self._seed_state(self._seed)
 
-    def _check_random_state(self, state: dict[str, Any]) -> None:
-        check_generators(state, _generators(self._plan))
-        check_drawn(state)
-        if "sample_seed" in state:
-            check_integer("sample_seed", state["sample_seed"])
+    def _generators(self) -> list[Generator]:
+        return generators_of(*(stream.make for stream in _streams(self._plan)))
 
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        self._drawn_seed = state.get("sample_seed", self._drawn_seed)
-        for generator, its in zip(_generators(self._plan), state.get("generators", ()), strict=False):
-            generator.set_state(unpacked(its))
+    def _draws_globally(self) -> bool:
+        return any(map(draws_globally, _drawing_samplers(self._plan)))
+
+    @property
+    def _draws_alone(self) -> bool:
+        """One sampler draws from torch's global generator, and no other one."""
+        return sum(map(draws_globally, _drawing_samplers(self._plan))) == 1
+
+    def _begins(self, progress: Progress) -> None:
+        if self._draws_globally() and not self._draws_alone and not progress.begun_before:
+            empty((), dtype=int64, device="cpu").random_()  # for all of them, or the next epoch would be the same
 
 
 def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | None]:
@@ -666,6 +661,11 @@ def _samplers(plan: Plan) -> list[Any]:
     return [] if plan.source.sampler is None else [plan.source.sampler.make]
 
 
+def _drawing_samplers(plan: Plan) -> list[Any]:
+    """Those whose order can be drawn again: not the functions, which may give anything."""
+    return [sampler for sampler in _samplers(plan) if hasattr(sampler, "__iter__")]
+
+
 def _all_indexable(plan: Plan) -> bool:
     """Whether its length is nobody's promise."""
     if isinstance(plan.source, Combined):
@@ -695,11 +695,6 @@ def _with_streams(plan: Plan, others: dict[int, Any]) -> Plan:
     else:
         source = replace(source, data=other(source.data), sampler=other(source.sampler))
     return replace(plan, source=source)
-
-
-def _generators(plan: Plan) -> list[Generator]:
-    """Those that its samplers draw from."""
-    return generators_of(*(stream.make for stream in _streams(plan)))
 
 
 def _describe_source(plan: Plan) -> str:

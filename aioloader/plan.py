@@ -1,11 +1,12 @@
 """What a pipeline is: its sources and stages, and what can be told of them without running anything."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aioloader.engine.located import CursorSource
-from aioloader.engine.resumable import is_stateful
+from aioloader.engine.resumable import tells_state
 from aioloader.sources.drawn import generators_of, is_repeatable
 from aioloader.sources.files import Files
 from aioloader.sources.order import is_order_stage
@@ -43,6 +44,7 @@ class Single:
         name: In statistics; None: that of the user's object.
         keys: `data` gives keys, or the keys of batches.
         ahead: Of these so many may be read before they are asked for.
+        check: Of keys: refuses a place in them that is none, see `drawn.check_place`.
         tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
     """
 
@@ -51,6 +53,7 @@ class Single:
     name: str | None = None
     keys: bool = False
     ahead: int = 0
+    check: Callable[[Any, int], None] | None = None
     tells_epoch: bool = False
 
     def length(self) -> int:
@@ -196,7 +199,7 @@ def guarantee_of_stream(stream: Any) -> Guarantee:
     """Whether `stream` can be entered in the middle."""
     if isinstance(stream, CursorSource) and not stream.replayable:
         return "live"
-    return "exact" if isinstance(stream, CursorSource) or is_stateful(stream) else "replayed"
+    return "exact" if isinstance(stream, CursorSource) or tells_state(stream) else "replayed"
 
 
 def placed(plan: Plan) -> Plan:

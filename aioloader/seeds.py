@@ -1,8 +1,14 @@
 """Seeds that depend on names and numbers alone: the same on every machine and in every process."""
 
 from hashlib import blake2b
+from random import Random
+from typing import Final
 
-__all__ = ["derive_seed"]
+__all__ = ["BLOCK", "derive_seed", "random_of_block"]
+
+BLOCK: Final = 4096
+"""So many draws of a long row come from one generator, the next ones from another: then any of them can be found again
+without those before it."""
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
@@ -14,3 +20,8 @@ def derive_seed(seed: int, *path: int | str) -> int:
     """
     text = repr((int(seed), *path)).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def random_of_block(seed: int, number: int) -> Random:
+    """The generator of the draws from `number * BLOCK` on."""
+    return Random(derive_seed(seed, "block", number) if number else seed)

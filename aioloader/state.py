@@ -1,14 +1,18 @@
-"""The state of a loader: a flat, versioned dict that JSON can hold, made and checked. Pure: nothing is read or started.
+"""The state of a loader: a small, versioned dict, made and checked. Pure: nothing is read or started.
 
-`docs/checkpoint.md` has the schema.
+Its keys are always the same, and so are the types of its values: checkpoint libraries load a state in place, into the
+one of a fresh loader (torch's `distributed.checkpoint` reads the keys that it finds there, and forgets all others, and
+empty dicts). So whatever varies is one string of JSON. `docs/checkpoint.md` has the schema.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from aioloader.elastic import batch_of_all_ranks
 from aioloader.engine.located import CursorSource
 from aioloader.errors import StateError
+from aioloader.notes import shown
 from aioloader.plan import Combined, Plan, Single
 from aioloader.sources.drawn import arguments_of, kind_of
 from aioloader.sources.resolve import Indexable, source_name
@@ -18,7 +22,8 @@ __all__ = [
     "FORMAT",
     "VERSION",
     "Shape",
-    "check_state",
+    "check_fits",
+    "contents_of",
     "identity_of",
     "lengths_of",
     "make_state",
@@ -28,7 +33,12 @@ __all__ = [
 ]
 
 FORMAT: Final = "aioloader"
-VERSION: Final = 1
+VERSION: Final = 2
+
+MOST_NESTED: Final = 200
+"""Lists in lists in a state: each stage of a pipeline is one or two."""
+
+_LONGEST_INTEGER: Final = 1300  # digits; see `_plain`
 
 Shape = list[dict[str, Any]]
 """What of a loader decides which sample comes when; names of functions are told and not compared."""
@@ -51,23 +61,26 @@ def make_state(
     Raises:
         StateError: A source's cursor is nothing that JSON can hold.
     """
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "loader": loader,
-        "epoch": epoch,
-        "batches": batches,
+    varying = {
         "cursor": _plain(cursor),
-        "guarantee": guarantee,
-        "pipeline": _plain(pipeline),
-        "ranks": ranks,
-        "random": _plain(random or None),
+        "random": _plain(random or {}),
         "left_out": [
             [number, steps.start, steps.stop]
             for number, ranges in sorted(left_out.items())
             for steps in ranges
             if number >= epoch
         ],
+        "ranks": ranks,
+        "pipeline": _plain(pipeline),
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "loader": loader,
+        "guarantee": guarantee,
+        "epoch": epoch,
+        "batches": batches,
+        "cursor": {"json": json.dumps(varying, separators=(",", ":"))},
     }
 
 
@@ -79,70 +92,124 @@ def ranges_of(left_out: Any) -> dict[int, list[range]]:
     """
     found: dict[int, list[range]] = {}
     for part in left_out:
-        if not (isinstance(part, list) and len(part) == 3 and all(type(number) is int for number in part)):
-            raise StateError(f"'left_out' of the state holds lists of epoch, first step and stop, got {part!r}"[:300])
+        if not (isinstance(part, list) and len(part) == 3 and all(map(_is_count, part)) and part[1] < part[2]):
+            raise StateError(f"'left_out' of the state holds lists of epoch, first step and stop, got {shown(part)}")
         found.setdefault(part[0], []).append(range(part[1], part[2]))
     return found
 
 
-def check_state(
-    state: Any, *, loader: str, pipeline: Shape, check_ranks: Callable[[dict[str, Any] | None], None]
-) -> dict[str, Any]:
-    """A copy of `state`, if it is one of such a loader.
+def contents_of(state: Any) -> dict[str, Any]:
+    """A copy of what a state holds, in one flat dict.
 
     Args:
         state: From anywhere.
+
+    Raises:
+        StateError: It is none, or one of another version, or something in it is missing or of another type.
+    """
+    if not isinstance(state, Mapping):
+        raise StateError(f"a state is a dict from state_dict(), got {type(state).__name__}: {shown(state)}")
+    if state.get("format") != FORMAT:
+        raise StateError(
+            f"a state has 'format': {FORMAT!r}, got {shown(state.get('format'))} in a dict of "
+            f"{shown(sorted(map(str, state)))}; pass what state_dict() of this loader returned"
+        )
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
+        raise StateError(
+            f"this is a state of version {shown(version)}, and this release reads version {VERSION}; "
+            f"load it with the release that wrote it"
+        )
+    _check_types(state, {"loader": (str,), "guarantee": (str,), "epoch": (int,), "batches": (int,), "cursor": (dict,)})
+    if state["cursor"].keys() != {"json"}:
+        raise StateError(f"'cursor' of the state holds one string, 'json', got {shown(state['cursor'])}")
+    varying = _parsed(state["cursor"]["json"])
+    _check_types(
+        varying,
+        {
+            "random": (dict,),
+            "left_out": (list,),
+            "ranks": (dict, type(None)),
+            "pipeline": (list,),
+        },
+    )
+    if "cursor" not in varying:
+        raise StateError("the state has no 'cursor' in its JSON: it is cut off")
+    for key in ("epoch", "batches"):
+        if not _is_count(state[key]):
+            raise StateError(f"{key!r} of the state must be from 0 to 2**63 - 1, got {shown(state[key])}")
+    if state["guarantee"] not in STRENGTH:
+        raise StateError(f"'guarantee' of the state must be one of {STRENGTH}, got {shown(state['guarantee'])}")
+    return {**varying, **{key: state[key] for key in ("loader", "guarantee", "epoch", "batches")}}
+
+
+def check_fits(
+    contents: Mapping[str, Any], *, loader: str, pipeline: Shape, check_ranks: Callable[[dict[str, Any] | None], None]
+) -> None:
+    """Refuse a state of another loader.
+
+    Args:
+        contents: What the state holds.
         loader: The kind of loader.
         pipeline: Its shape.
         check_ranks: Refuses what the state says of the ranks that it comes from, where it does not do for this one.
 
     Raises:
-        StateError: It is not; says what is different.
+        StateError: It is; says what is different.
     """
-    if not isinstance(state, Mapping):
-        raise StateError(f"a state is a dict from state_dict(), got {type(state).__name__}: {state!r}"[:300])
-    if state.get("format") != FORMAT:
-        raise StateError(
-            f"a state has 'format': {FORMAT!r}, got {state.get('format')!r} in a dict of {sorted(map(str, state))}"[
-                :300
-            ]
-            + "; pass what state_dict() of this loader returned"
-        )
-    if state.get("version") != VERSION:
-        raise StateError(
-            f"this is a state of version {state.get('version')!r}, and this release reads version {VERSION}; "
-            f"load it with the release that wrote it"
-        )
-    kinds: dict[str, tuple[type, ...]] = {
-        "loader": (str,),
-        "epoch": (int,),
-        "batches": (int,),
-        "guarantee": (str,),
-        "pipeline": (list, tuple),
-        "ranks": (dict, type(None)),
-        "random": (dict, type(None)),
-        "left_out": (list,),
-    }
-    for key, types in kinds.items():
-        if key not in state:
-            raise StateError(f"the state has no {key!r}: it is cut off; the keys are {', '.join(kinds)} and cursor")
-        if not isinstance(state[key], types) or isinstance(state[key], bool):
-            raise StateError(f"{key!r} of the state must be {_or(types)}, got {state[key]!r}"[:300])
-    if "cursor" not in state:
-        raise StateError("the state has no 'cursor': it is cut off")
-    for key in ("epoch", "batches"):
-        if state[key] < 0:
-            raise StateError(f"{key!r} of the state must be at least 0, got {state[key]}")
-    if state["guarantee"] not in STRENGTH:
-        raise StateError(f"'guarantee' of the state must be one of {STRENGTH}, got {state['guarantee']!r}"[:300])
-    if state["loader"] != loader:
-        raise StateError(f"the state is of a {state['loader']}"[:200] + f", and this is a {loader}")
-    check_ranks(state["ranks"])
-    difference = _difference(pipeline, state["pipeline"])
+    if contents["loader"] != loader:
+        raise StateError(f"the state is of a {contents['loader']}"[:200] + f", and this is a {loader}")
+    check_ranks(contents["ranks"])
+    difference = _difference(pipeline, contents["pipeline"])
     if difference is not None:
         raise StateError(f"the state is of another pipeline: {difference}")
-    copy: dict[str, Any] = _plain(dict(state))
-    return copy
+
+
+def _check_types(parts: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    for key, kinds in types.items():
+        if key not in parts:
+            raise StateError(f"the state has no {key!r}: it is cut off")
+        if not isinstance(parts[key], kinds) or isinstance(parts[key], bool):
+            raise StateError(f"{key!r} of the state must be {_or(kinds)}, got {shown(parts[key])}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _parsed(text: Any) -> dict[str, Any]:
+    """What `make_state` wrote as JSON."""
+    if not isinstance(text, str):
+        raise StateError(f"'json' in the cursor of the state is a string, got {shown(text)}")
+    try:
+        varying = json.loads(text, parse_int=_integer)
+        nested = _nested(varying)
+    except RecursionError:
+        nested = True
+    except ValueError as error:
+        raise StateError(f"'json' in the cursor of the state is none, or broken: {error}"[:300]) from None
+    if nested:
+        raise StateError(f"'json' in the cursor of the state is nested more than {MOST_NESTED} deep: it is no state")
+    if not isinstance(varying, dict):
+        raise StateError(f"'json' in the cursor of the state is an object, got {shown(varying)}")
+    return varying
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+def _nested(value: Any) -> bool:
+    """Whether `value` is nested too deep to be walked through without a care."""
+    level = [value]
+    for _ in range(MOST_NESTED):
+        inner = [part for part in level if isinstance(part, list | dict)]
+        level = [part for whole in inner for part in (whole.values() if isinstance(whole, dict) else whole)]
+        if not level:
+            return False
+    return True
 
 
 def _or(types: tuple[type, ...]) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
 from aioloader.sources import ParquetRows, parquet
+from aioloader.sources.parquet_footer import read_end
 from tests._support import Face, Steps, on_both_faces
 
 ROWS = 900
@@ -122,7 +123,7 @@ def test_a_file_that_changes_between_its_footer_and_its_rows(tmp_path: Path, mon
     """Not one row of it comes."""
     path = tmp_path / "a.parquet"
     write(path, content(1))
-    read_footer = parquet.read_end
+    read_footer = read_end
 
     def read_and_replace(*args: Any) -> Any:
         found = read_footer(*args)

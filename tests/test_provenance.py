@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 import aioloader
 from aioloader import BatchInfo, DataLoader, Pipeline
 from aioloader.sources import Channel, Lines
+from tests._states import contents_of, edited
 from tests._support import Face, Steps, collect, on_both_faces
 
 
@@ -352,7 +353,7 @@ def test_what_is_left_out_is_in_the_state(face: Face) -> None:
         loader.skip_steps(2, 4)
         loader.skip_steps(0, 1, epoch=1)
         state = json.loads(json.dumps(loader.state_dict()))
-        assert state["left_out"] == [[0, 2, 4], [1, 0, 1]]
+        assert contents_of(state)["left_out"] == [[0, 2, 4], [1, 0, 1]]
         rest = [batch.tolist() for batch in steps.outcomes()]
     assert rest == [[2, 3], [8, 9], [10, 11]]
     other = Pipeline(range(12)).batch(2)
@@ -364,7 +365,7 @@ def test_what_is_left_out_is_in_the_state(face: Face) -> None:
 @pytest.mark.parametrize("broken", [[[0, 1]], [1], [[0, "a", 2]]])
 def test_a_broken_list_of_what_is_left_out_is_refused(broken: Any) -> None:
     loader = Pipeline(range(12)).batch(2)
-    state = {**loader.state_dict(), "left_out": broken}
+    state = edited(loader.state_dict(), left_out=broken)
     with pytest.raises(aioloader.StateError, match="'left_out' of the state holds lists of epoch, first step and stop"):
         loader.load_state_dict(state)
 

@@ -32,6 +32,7 @@ from aioloader.stages.select import Skip, Take
 from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.testing import assert_resumes_exactly
+from tests._states import contents_of
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
 pytestmark = pytest.mark.filterwarnings("ignore::aioloader.errors.ReplayWarning")
@@ -866,7 +867,7 @@ def test_a_state_tells_other_ranks_from_another_pipeline() -> None:
         return loader, loader.state_dict()
 
     _, two = state_of(3, 1, 2, 6)
-    assert two["ranks"] == {"world_size": 2, "global_batch": 48, "elastic": True, "rank": None}
+    assert contents_of(two)["ranks"] == {"world_size": 2, "global_batch": 48, "elastic": True, "rank": None}
     other, _ = state_of(0, 0, 3, 4)
     other.load_state_dict(two)
     assert dealt([[sum(batch, [])] for batch in collect(other, "for", limit=1)])  # noqa: RUF017

@@ -16,9 +16,10 @@ from torch.utils.data import (
     RandomSampler,
 )
 
-from aioloader import Pipeline, ReplayWarning, StateError
+from aioloader import DataLoader, Pipeline, ReplayWarning, StateError
 from aioloader.sources import Lines, TarShards
 from aioloader.testing import Gate, assert_resumes_exactly
+from tests._states import contents_of
 from tests._support import Face, Steps, collect, on_both_faces
 
 CONCURRENCIES = [{"concurrency": 1}, {"concurrency": 3}, {"concurrency": 16}]
@@ -272,7 +273,7 @@ def test_a_dataset_of_hugging_face_is_asked() -> None:
         return Pipeline(source).map(lambda row: row["number"], concurrency=concurrency).batch(100)
 
     states = assert_resumes_exactly(make, variants=CONCURRENCIES[:2], limit=6, states=False)
-    assert states[4]["cursor"][0]["at"] == 256
+    assert contents_of(states[4])["cursor"][0]["at"] == 256
     assert {state["guarantee"] for state in states} == {"exact"}
 
 
@@ -283,8 +284,97 @@ def test_a_stream_that_tells_its_state_is_asked(make_stream: Any) -> None:
         lambda concurrency: Pipeline(make_stream()).map(later, concurrency=concurrency).batch(50),
         variants=CONCURRENCIES,
     )
-    assert states[8]["cursor"][0]["at"] == 256
-    assert states[8]["cursor"][1] == 400 - 256
+    assert contents_of(states[8])["cursor"][0]["at"] == 256
+    assert contents_of(states[8])["cursor"][1] == 400 - 256
+
+
+class StaysWhereItWasLoaded(Stateful, IterableDataset[int]):
+    """Its state is there only once it is iterated, as an attribute that `__iter__` sets is."""
+
+    begun = False
+
+    def __iter__(self) -> Iterator[int]:
+        self.begun = True
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, int]:
+        if not self.begun:
+            raise RuntimeError("not iterated yet")
+        return super().state_dict()
+
+
+class TellsLater(StaysWhereItWasLoaded):
+    """The same, and what is loaded is for one epoch, as torchdata's have it."""
+
+    def __iter__(self) -> Iterator[int]:
+        yield from super().__iter__()
+        self.start = None
+
+
+class TellsNothing(Stateful, IterableDataset[int]):
+    """It has the methods because a base class wants them."""
+
+    def state_dict(self) -> dict[str, int]:
+        raise NotImplementedError
+
+
+class TellsNoJson(Stateful, IterableDataset[int]):
+    def state_dict(self) -> Any:
+        return {"position": {self.position}}
+
+
+class AsyncTellsNothing:
+    async def __aiter__(self) -> AsyncIterator[int]:
+        for number in range(600):
+            await asyncio.sleep(0)
+            yield number
+
+    def state_dict(self) -> Any:
+        raise NotImplementedError
+
+    def load_state_dict(self, state: Any) -> None:
+        raise NotImplementedError
+
+
+LOADER_OF: dict[str, Callable[[Any], Any]] = {
+    "a pipeline": lambda stream: Pipeline(stream).batch(50),
+    "no workers": lambda stream: DataLoader(stream, 50),
+    "threads": lambda stream: DataLoader(stream, 50, num_workers=2),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("loader", LOADER_OF)
+@pytest.mark.parametrize("stream", [TellsLater, TellsNothing, TellsNoJson, AsyncTellsNothing])
+def test_a_stream_that_does_not_tell_its_state_is_read_all_the_same(
+    stream: Callable[[], Any], loader: str, face: Face
+) -> None:
+    """Nobody has asked for a state. Whoever does is not told that it is exact."""
+    ours = LOADER_OF[loader](stream())
+    assert len(collect(ours, face)) == len(collect(ours, face)) == 12
+    assert ours.state_dict()["guarantee"] == ("exact" if stream is TellsLater else "replayed")
+
+
+@pytest.mark.parametrize("loader", LOADER_OF)
+@pytest.mark.parametrize("stream", [TellsLater, TellsNothing, TellsNoJson, AsyncTellsNothing])
+def test_a_stream_that_does_not_tell_its_state_is_resumed(stream: Callable[[], Any], loader: str) -> None:
+    """From its own state where it told one once it was iterated, else from the beginning."""
+    assert_resumes_exactly(lambda: LOADER_OF[loader](stream()), limit=8)
+
+
+@on_both_faces
+def test_a_stream_that_cannot_be_sent_back_says_so(face: Face) -> None:
+    """It would begin each epoch where it was resumed, and the samples before that would never come again."""
+    loader = Pipeline(StaysWhereItWasLoaded()).batch(50)
+    with Steps(loader, face) as steps:
+        for _ in range(7):
+            steps.next()
+        state = loader.state_dict()
+    resumed = Pipeline(StaysWhereItWasLoaded()).batch(50)
+    resumed.load_state_dict(state)
+    assert len(collect(resumed, face)) == 5
+    with pytest.raises(ValueError, match="StaysWhereItWasLoaded goes on in each epoch from the state"):
+        collect(resumed, face)
 
 
 def test_a_stream_that_tells_its_state_is_not_read_from_the_beginning() -> None:

@@ -21,7 +21,7 @@ from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.remote import Remote
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, flows_of, placed
-from aioloader.sources.drawn import keys_of
+from aioloader.sources.drawn import Draws, check_place, keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage
@@ -55,8 +55,7 @@ def build(
     processes: Callable[[], Processes] = Processes,
     *,
     dry: bool = False,
-    resumed: bool = False,
-    drawn: dict[str, Any] | None = None,
+    draws: Draws = Draws(),  # noqa: B008 - it is frozen
 ) -> Window:
     """The nodes of one epoch; the last is always a window, which holds what is made ahead.
 
@@ -67,11 +66,10 @@ def build(
         alloc: Where the default collate puts batches; None: into fresh memory.
         processes: Gives the loader's worker processes; called when a stage runs there.
         dry: The nodes will never be started, only `resume` will tell whether a cursor fits.
-        resumed: `resume` will be called: the epoch has begun before.
-        drawn: Gets what samplers draw their order from, and has it in a resumed epoch.
+        draws: What samplers draw their order from.
     """
     plan = placed(plan)
-    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
+    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, draws=draws)
     return _output(plan, this_pass, builder, processes)
 
 
@@ -97,13 +95,11 @@ class _Builder:
         processes: Callable[[], Processes],
         *,
         dry: bool,
-        resumed: bool,
-        drawn: dict[str, Any] | None = None,
+        draws: Draws = Draws(),  # noqa: B008 - it is frozen
     ) -> None:
         self._pass = this_pass
         self._dry = dry
-        self._resumed = resumed
-        self._drawn = drawn
+        self._draws = draws
         self._samplers = 0
         self._place = ""  # within enclosing repeats, for names of samplers
         self._transfer = transfer
@@ -182,7 +178,7 @@ class _Builder:
         if fold.head and again_from == "head":
 
             def again() -> Node:
-                builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, resumed=True)
+                builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, draws=_AGAIN)
                 builder._numbered = numbered.copy()
                 return builder.stream(before)[0] if commutes else builder.closed(before)
 
@@ -200,7 +196,7 @@ class _Builder:
             return node, cached
 
         def again() -> Node:
-            builder = _Builder(self._pass, None, self._alloc, self._processes, dry=False, resumed=True)
+            builder = _Builder(self._pass, None, self._alloc, self._processes, dry=False, draws=_AGAIN)
             builder._numbered = numbered.copy()
             builder._warns = False
             return builder.closed(before)
@@ -223,9 +219,7 @@ class _Builder:
     def _repetition(self, plan: Plan, repetition: int, place: str, numbered: Numbered) -> Node:
         """Round `repetition` of `plan`; `numbered` are stages before it."""
         this_pass = self._pass.repeated(repetition)
-        builder = _Builder(
-            this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=self._resumed, drawn=self._drawn
-        )
+        builder = _Builder(this_pass, None, self._alloc, self._processes, dry=self._dry, draws=self._draws)
         builder._place = place
         builder._numbered = numbered.copy()
         builder._warns = self._warns
@@ -236,7 +230,7 @@ class _Builder:
     def _own_process(self, plan: Plan) -> tuple[Node, Journey]:
         """The node for a plan that runs in a process of its own."""
         # What would run here: it numbers the stages, and says whether a cursor fits.
-        builder = _Builder(self._pass, None, None, Processes, dry=True, resumed=self._resumed)
+        builder = _Builder(self._pass, None, None, Processes, dry=True)
         builder._numbered = self._numbered.copy()
         node, journey = builder.stream(plan)
         inner = _InProcess(placed(plan), self._numbered)
@@ -276,6 +270,7 @@ class _Builder:
                 ahead=source.ahead,
                 warns=warns,
                 unknown=data.call and not source.keys,
+                check=source.check,
                 tells_epoch=source.tells_epoch,
             )
             return source_node, Journey(), stages
@@ -295,15 +290,13 @@ class _Builder:
         if source.sampler is not None:
             if not self._dry:
                 source.sampler.use()
-            how = {
-                "resumed": self._resumed,
-                "record": self._drawn,
-                "name": f"drawn {self._place}{self._samplers}",
-                "repetitions": self._pass.repetitions,
-            }
+            repetitions = self._pass.repetitions
+            in_cursor = bool(repetitions)
+            how = {"name": f"{self._place}{self._samplers}", "repetitions": repetitions, "in_cursor": in_cursor}
             self._samplers += 1
-            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, how)
-            node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True)
+            open_sampler = partial(_open_sampler, source.sampler, self._pass.epoch, self._draws, how)
+            check = None if source.sampler.call else partial(check_place, source.sampler.make, in_cursor=in_cursor)
+            node: Node = StreamSource(open_sampler, call=True, name="sampler", keys=True, check=check)
             if data.load is None:
                 values = data.data
                 journey.add(Map(values.__getitem__, False, name=f"{type(values).__name__}[...]", flexible=True))
@@ -426,7 +419,8 @@ class _InProcess:
         return [(stage.rank, stage.world_size) for stage in self.plan.stages if isinstance(stage, Shard)]
 
     def __call__(self, this_pass: Pass, resumed: bool) -> Window:
-        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, resumed=resumed)
+        # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
+        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, draws=Draws(resumed=resumed))
         builder._numbered = self.numbered.copy()
         return _output(self.plan, this_pass, builder, Processes)
 
@@ -449,7 +443,10 @@ def _remote(host: Processes, key: Hashable, plan: Plan, inner: _InProcess) -> Re
     return remote
 
 
-def _open_sampler(sampler: Stream, epoch: int, how: dict[str, Any]) -> Any:
+_AGAIN = Draws(resumed=True)
+
+
+def _open_sampler(sampler: Stream, epoch: int, draws: Draws, how: dict[str, Any]) -> Any:
     """The keys of an epoch; called in the source's thread.
 
     A sampler with `set_epoch`, such as torch's DistributedSampler, is told the epoch: else each has the same order.
@@ -459,7 +456,7 @@ def _open_sampler(sampler: Stream, epoch: int, how: dict[str, Any]) -> Any:
         set_epoch(epoch)
     if sampler.call or not isinstance(sampler.make, Iterable):
         return sampler.make() if sampler.call else sampler.make
-    return keys_of(sampler.make, partial(iter, sampler.make), **how)
+    return keys_of(sampler.make, partial(iter, sampler.make), draws, **how)
 
 
 def _again(plan: Plan) -> Again:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.progress import cursor_parts, cursor_sequence, whole
+from aioloader.engine.progress import MOST, cursor_parts, cursor_sequence, whole
 from aioloader.keys import PartKey, SourceKey, each_key
+from aioloader.seeds import BLOCK, random_of_block
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -145,9 +146,9 @@ class MixNode(_Several):
     def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
         super().__init__(upstreams)
         self._weights = list(weights)
-        self._random = Random(seed)
+        self._seed = seed
+        self._random = Random()
         self._draws = 0
-        self._to_replay = 0
         self._drawn: int | None = None
         self._over: list[int] = []
 
@@ -159,7 +160,9 @@ class MixNode(_Several):
         for index in self._over:
             self._weights[index] = 0.0
         self.ended = not any(self._weights)
-        self._to_replay = self._draws
+        block, before = divmod(self._draws, BLOCK)
+        self._random = random_of_block(self._seed, block)
+        self._random.getrandbits(64 * before)  # what those before it in the block have taken
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
@@ -183,11 +186,9 @@ class MixNode(_Several):
         return taken
 
     def _draw(self) -> int:
-        while self._to_replay:  # each draw takes 64 bits from the generator
-            draws = min(self._to_replay, 1 << 16)
-            self._random.getrandbits(64 * draws)
-            self._to_replay -= draws
         if self._drawn is None:
+            if not self._draws % BLOCK:
+                self._random = random_of_block(self._seed, self._draws // BLOCK)
             bounds = list(accumulate(self._weights))
             point = self._random.random() * bounds[-1]
             alive = max(i for i, weight in enumerate(self._weights) if weight)  # where rounding up may put the point
@@ -271,7 +272,7 @@ class RepeatNode(Node):
 
     def resume(self, cursor: Any) -> None:
         repetition, its = cursor_parts(cursor, 2)
-        self._repetition = whole(repetition, None if self._times is None else max(0, self._times - 1))
+        self._repetition = whole(repetition, MOST if self._times is None else max(0, self._times - 1))
         self._upstream = self._make(self._repetition)
         self._given = 1  # that repetition was not empty
         if its is not None:

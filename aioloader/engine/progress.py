@@ -7,9 +7,13 @@ from typing import Any, Final
 from aioloader.engine.entry import Entry, places_of
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
+from aioloader.notes import shown
 
-__all__ = ["Progress", "cursor_parts", "cursor_sequence", "whole"]
+__all__ = ["MOST", "Progress", "cursor_parts", "cursor_sequence", "whole"]
 
+
+MOST: Final = (1 << 63) - 1
+"""No count in a state is larger."""
 
 HISTORY: Final = 4096
 """Steps whose cursors are kept, for `replay`."""
@@ -28,6 +32,7 @@ class Progress:
         over: The consumer was told that there is no more.
         length: Batches of the epoch; None: only its end tells.
         lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
+        begun_before: The epoch has begun before: what it draws has been drawn.
         begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         leave_out: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
@@ -41,6 +46,7 @@ class Progress:
         "asked_for",
         "batch_size",
         "batches_before",
+        "begun_before",
         "begun_with",
         "cursor",
         "epoch",
@@ -63,6 +69,7 @@ class Progress:
         self.over = False
         self.length: int | None = None
         self.lengths: list[int | None] = []
+        self.begun_before = cursor is not None or batches_before > 0
         self.begun_with: dict[str, Any] = {}
         self.leave_out: list[range] = []
         self.history: deque[Any] = deque(maxlen=HISTORY)
@@ -130,7 +137,7 @@ def cursor_sequence(cursor: Any) -> list[Any]:
         ValueError: It has none.
     """
     if not isinstance(cursor, list | tuple):
-        raise ValueError(f"a list was expected, got {cursor!r}"[:200])
+        raise ValueError(f"a list was expected, got {shown(cursor)}")
     return list(cursor)
 
 
@@ -142,18 +149,17 @@ def cursor_parts(cursor: Any, count: int) -> list[Any]:
     """
     parts = cursor_sequence(cursor)
     if len(parts) != count:
-        raise ValueError(f"a list of {count} was expected, got {cursor!r}"[:200])
+        raise ValueError(f"a list of {count} was expected, got {shown(cursor)}")
     return parts
 
 
-def whole(value: Any, most: int | None = None) -> int:
+def whole(value: Any, most: int = MOST) -> int:
     """`value`, which counts something.
 
     Raises:
         ValueError: It is no integer from 0 to `most`.
     """
-    if type(value) is not int or value < 0:
-        raise ValueError(f"an integer of at least 0 was expected, got {value!r}"[:200])
-    if most is not None and value > most:
-        raise ValueError(f"an integer of at most {most} was expected, got {value}")
+    if type(value) is not int or not 0 <= value <= most:
+        upper = most if most < MOST else "2**63 - 1"
+        raise ValueError(f"an integer from 0 to {upper} was expected, got {shown(value)}")
     return value

@@ -8,7 +8,6 @@ read since then is read again and dropped.
 
 import contextlib
 import json
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Any, Final
 from weakref import ref
 
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.notes import shown
 
 __all__ = [
     "SNAPSHOT_SAMPLES",
@@ -24,18 +24,22 @@ __all__ = [
     "after_origin",
     "begin_again",
     "beginning",
+    "check_takes_state",
     "is_due",
     "is_stateful",
     "note_first",
+    "note_silent",
     "open_at",
     "snapshot",
     "split_cursor",
+    "tells_state",
 ]
 
 SNAPSHOT_SAMPLES: Final = 256
 
 Origin = dict[str, Any]
-"""JSON-able: `at`, the samples before it, and what the order was drawn from, or the object's own state."""
+"""JSON-able: `at`, the samples before it, and either `generators`, the states that the order was drawn from, or the
+object's own `state`, and whether that is one `of` the `"iterable"` or of its `"iterator"`."""
 
 
 class Redrawn(ABC):
@@ -62,27 +66,21 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
     if cursor is None or type(cursor) is int:
         return None, whole(cursor or 0)
     origin, since = cursor_parts(cursor, 2)
-    if not isinstance(origin, dict) or not {"state", "drawn"} & origin.keys():
-        raise ValueError(f"an origin was expected, got {origin!r}"[:200])
-    whole(origin.get("at"))
-    if "drawn" in origin and not _can_be_drawn(origin["drawn"]):
-        raise ValueError(f"what an order was drawn from was expected, got {origin['drawn']!r}"[:200])
+    parts = origin.keys() if isinstance(origin, dict) else ()
+    if not (parts == {"at", "generators"} or (parts == {"at", "of", "state"} and origin["of"] in _OF)):
+        raise ValueError(f"an origin was expected, got {shown(origin)}")
+    whole(origin["at"])
     return origin, whole(since)
 
 
-def _can_be_drawn(drawn: Any) -> bool:
-    return (
-        isinstance(drawn, dict)
-        and isinstance(drawn.get("global", 0), str | None)
-        and isinstance(drawn.get("generators"), list)
-        and all(isinstance(state, str) for state in drawn["generators"])
-    )
+_OF: Final = ("iterable", "iterator")
 
 
 def beginning(cursor: Any) -> Any:
     """Where an epoch begins of which `cursor` is a later place: its order is drawn as it was."""
-    if isinstance(cursor, list | tuple) and len(cursor) == 2 and isinstance(cursor[0], dict) and "drawn" in cursor[0]:
-        return cursor[0], 0
+    origin = cursor[0] if isinstance(cursor, list | tuple) and len(cursor) == 2 else None
+    if isinstance(origin, dict) and "generators" in origin:
+        return origin, 0
     return None
 
 
@@ -95,19 +93,19 @@ class _Known:
     """What is kept of an object of the user's that tells its state, as long as the object lives.
 
     Attributes:
-        initial: Its state when we first saw it; None: nothing that JSON can hold.
+        initial: Its state before its first sample; None: it has told none that JSON can hold.
         loaded: One of ours was loaded into it since.
-        after: Its state behind the first sample that it gave then; None: it gave none.
+        after: Its state behind the first sample that it gave then; None: it gave none, or told none.
+        silent: It was asked in an epoch, and did not tell.
     """
 
-    __slots__ = ("after", "initial", "loaded")
+    __slots__ = ("after", "initial", "loaded", "silent")
 
     def __init__(self, iterable: Any) -> None:
-        self.initial: Any = None
-        with contextlib.suppress(TypeError, ValueError):
-            self.initial = frozen(iterable.state_dict())
+        self.initial = _told(iterable)
         self.loaded = False
         self.after: Any = None
+        self.silent = False
 
 
 _known: dict[int, tuple[ref[Any], _Known]] = {}  # by id: an object may be equal to another one, or have no hash
@@ -140,15 +138,22 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
         return iter(iterable), None
     known = load_iterable(iterable, origin)
     iterator = iter(iterable)
+    if known is not None and known.initial is None and not known.loaded:  # some tell only what is iterated
+        known.initial = _told(iterable)
     who = asked(iterable, iterator, origin)
     if who is iterable and origin is None and known is not None and known.loaded:
         known.loaded = False
         first = list(islice(iterator, 1))
-        if first and known.after is not None and frozen(iterable.state_dict()) != known.after:
+        if first and (_told(iterable) != known.after if known.after is not None else known.initial is None):
             return _Begun(first, iterator), who
         if (close := getattr(iterator, "close", None)) is not None:
             close()
-        _begin_again(iterable, known)
+        if known.initial is None:
+            raise ValueError(
+                f"{type(iterable).__name__} goes on in each epoch from the state that was loaded into it, and told "
+                f"none of its beginning to send it back to; pass a function that makes a new one for each epoch"
+            )
+        iterable.load_state_dict(known.initial)
         iterator = iter(iterable)
     return iterator, who
 
@@ -184,12 +189,8 @@ def begin_again(iterable: Any) -> None:
     """Let an async iterable into which a state was loaded begin where it did when it was seen first."""
     if is_stateful(iterable) and (known := _knowledge(iterable)).loaded:
         known.loaded = False
-        _begin_again(iterable, known)
-
-
-def _begin_again(iterable: Any, known: _Known) -> None:
-    if known.initial is not None:
-        iterable.load_state_dict(known.initial)
+        if known.initial is not None:
+            iterable.load_state_dict(known.initial)
 
 
 def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
@@ -202,11 +203,19 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
         if origin is not None and origin.get("of") == "iterator":
             iterator.load_state_dict(origin["state"])  # type: ignore[union-attr]  # `is_stateful` says so
         return iterator
-    if origin is not None and (origin.get("of") == "iterator" or not is_stateful(iterable)):
-        raise ValueError(
-            f"the state holds one of the source itself, but {type(iterable).__name__} has no load_state_dict"
-        )
+    if origin is not None:
+        check_takes_state(iterable if origin.get("of") == "iterable" else iterator)
     return iterable if is_stateful(iterable) else None
+
+
+def check_takes_state(thing: Any) -> None:
+    """Refuse a state for `thing` that it could not take.
+
+    Raises:
+        ValueError: It has no `load_state_dict`.
+    """
+    if not is_stateful(thing):
+        raise ValueError(f"the state holds one of the source itself, but {type(thing).__name__} has no load_state_dict")
 
 
 def is_due(at: int) -> bool:
@@ -221,24 +230,37 @@ def is_due(at: int) -> bool:
 def note_first(thing: Any, iterator: Any) -> None:
     """`thing`, into which a state was loaded, has given one sample."""
     if thing is not iterator and (known := _knowledge(thing)).loaded:
-        with contextlib.suppress(TypeError, ValueError):
-            known.after = frozen(thing.state_dict())
+        known.after = _told(thing)
 
 
 def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:
-    """The origin that `thing` is at now; None, with a warning, when its state cannot be written as JSON."""
-    try:
-        state = frozen(thing.state_dict())
-    except (TypeError, ValueError) as error:
-        warnings.warn(
-            f"the state_dict() of {type(thing).__name__} cannot be written as JSON ({error}), so that a resume reads "
-            f"it from its beginning; let it be made of dicts, lists, strings and numbers",
-            stacklevel=2,
-        )
+    """The origin that `thing` is at now; None when it tells no state that JSON can hold.
+
+    That is no error while samples are read: nobody may ever ask for a state of the loader. Whoever does is told that a
+    resume reads from the beginning (`tells_state`).
+    """
+    state = _told(thing)
+    if thing is not iterator:
+        _knowledge(thing).silent = state is None
+    if state is None:
         return None
     return {"at": at, "of": "iterator" if thing is iterator else "iterable", "state": state}
 
 
-def frozen(state: Any) -> Any:
-    """A copy that shares nothing with what a user's object goes on to change."""
-    return json.loads(json.dumps(state))
+def note_silent(iterable: Any) -> None:
+    """A state counts the samples of `iterable`, so it was asked for its own, and did not tell."""
+    if is_stateful(iterable):
+        _knowledge(iterable).silent = True
+
+
+def tells_state(iterable: Any) -> bool:
+    """Whether `iterable` says where it is, as far as it has been asked."""
+    return is_stateful(iterable) and not ((known := _known.get(id(iterable))) and known[1].silent)
+
+
+def _told(thing: Any) -> Any:
+    """A copy of the state of `thing`, that shares nothing with what it goes on to change; None: it tells none."""
+    try:
+        return json.loads(json.dumps(thing.state_dict()))
+    except Exception:  # it may need to be iterated, or to be asked by nobody
+        return None

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from abc import abstractmethod
-from asyncio import CancelledError, Future, Task, TimerHandle
+from asyncio import CancelledError, Future, Task, TimerHandle, sleep
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter
@@ -14,7 +14,7 @@ from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
-from aioloader.engine.resumable import Origin, is_stateful, split_cursor
+from aioloader.engine.resumable import Origin, check_takes_state, note_silent, split_cursor
 from aioloader.errors import ReplayWarning, SampleCancelledError
 from aioloader.executors.threads import Threads
 from aioloader.insight.meters import StageMeter
@@ -48,6 +48,7 @@ class Keys(Protocol):
 
 SKIP_SAMPLES: Final = 4096  # a resumed stream reads so many at a time
 GRACE_SECONDS: Final = 1.0  # what an async iterator has for one step, at the end, before it is cancelled
+TURN_SAMPLES: Final = 256  # of those that are dropped; the loop turns after so many
 
 
 class KeySource(Node):
@@ -238,6 +239,7 @@ class StreamSource(_Pump):
         ahead: So many samples may be read before they are asked for, though none before the first.
         warns: Say so when samples are read again only to be dropped.
         unknown: `make` may give a `CursorSource`.
+        check: Refuses a place, an origin and a number from there on, that is none.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
     """
 
@@ -251,6 +253,7 @@ class StreamSource(_Pump):
         ahead: int = 0,
         warns: bool = False,
         unknown: bool = False,
+        check: Callable[[Origin | None, int], None] | None = None,
         tells_epoch: bool = False,
     ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
@@ -261,6 +264,7 @@ class StreamSource(_Pump):
         self._computes = not keys  # the first batch does not wait for what a sampler has no use for
         self._warns = warns
         self._unknown = unknown
+        self._check = check
         self._tells_epoch = tells_epoch
         self._resume_at: Any = None
 
@@ -270,9 +274,15 @@ class StreamSource(_Pump):
             self._make.check_cursor(cursor)
             return
         if not self._unknown or not isinstance(cursor, list | tuple | str) or not cursor:
-            split_cursor(cursor)
+            origin, since = split_cursor(cursor)
+            if self._check is not None:
+                self._check(origin, since)
+            elif origin is not None and not self._call and origin.get("of") == "iterable":
+                check_takes_state(self._make)
+            if origin is None and since and not self._call:
+                note_silent(self._make)
         if self._warns:
-            warn_of_replay(self._make, cursor, self.meter.name)
+            warn_of_replay(cursor, self.meter.name)
 
     async def _pump(self) -> None:
         await self._demanded()  # nothing of the user's runs before a sample is wanted
@@ -315,6 +325,8 @@ class StreamSource(_Pump):
         left = count
         while left and not self._closed and (samples := await reader.read(min(left, SKIP_SAMPLES))):
             left -= len(samples)
+            if not left % TURN_SAMPLES:  # an async iterable may give its samples without ever waiting
+                await sleep(0)
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
@@ -348,9 +360,9 @@ class StreamSource(_Pump):
                 await self._run.closing(access.aclose)
 
 
-def warn_of_replay(source: Any, cursor: Any, name: str) -> None:
+def warn_of_replay(cursor: Any, name: str) -> None:
     """Say so when samples will be read again only to be dropped."""
-    if type(cursor) is int and cursor and not is_stateful(source):
+    if type(cursor) is int and cursor:
         warnings.warn(
             f"{name} cannot be entered in the middle: the resumed epoch reads the {cursor} samples before it again and "
             f"drops them. Give it state_dict and load_state_dict, or use a source that seeks (a dataset with "
@@ -452,6 +464,8 @@ class FlatMapNode(_Pump):
                 for item in items:
                     offset += 1
                     if offset <= skipped:
+                        if not offset % TURN_SAMPLES:
+                            await sleep(0)
                         continue
                     key = PartKey(sample.key, offset)
                     self._put(sample.derived(item, (before, offset), key, sample.position))

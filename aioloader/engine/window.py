@@ -16,6 +16,7 @@ from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.steps import Step
 from aioloader.insight.meters import Why
+from aioloader.notes import shown
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -329,7 +330,9 @@ class Left:
         """Go on behind those whom `cursor` tells of; returns the cursor that upstream goes on behind."""
         self._front_cursor, front, beyond = cursor_parts(cursor, 3)
         # Where one entry takes long, the bits of those beyond it are more than JSON's decimal digits can be.
-        self._beyond = whole(int(beyond, 16) if isinstance(beyond, str) else beyond)
+        self._beyond = int(beyond, 16) if isinstance(beyond, str) else beyond
+        if type(self._beyond) is not int or self._beyond < 0:
+            raise ValueError(f"bits, as a number of at least 0, were expected, got {shown(beyond)}")
         if self._loose:
             self._beyond = 0
         self._front = self.came = whole(front)

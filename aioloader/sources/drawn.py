@@ -2,9 +2,10 @@
 
 import threading
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -19,16 +20,23 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import Origin, Redrawn, is_stateful
+from aioloader.notes import shown
 from aioloader.seeds import derive_seed
 
 __all__ = [
     "Drawn",
+    "Draws",
     "apart",
     "arguments_of",
     "chain_of",
     "check_drawn",
     "check_generators",
+    "check_place",
+    "drawing_from",
+    "draws_globally",
+    "draws_of",
     "generators_of",
     "is_plain",
     "is_repeatable",
@@ -45,14 +53,38 @@ _FIXED: Final = (SequentialSampler, DistributedSampler)
 _drawing: Final = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What the orders of one epoch are drawn from, and go on being drawn from after a resume.
+
+    Attributes:
+        state: Of torch's global generator when the epoch began, as text; None: no order depends on it.
+        sole: One sampler draws from it, which has what torch's own loader would give it. Several have a generator each
+            that is derived from `state`, since they draw in no fixed order; the loader has drawn once for all of them.
+        resumed: The epoch has begun before: nothing more may be drawn from the global generator.
+    """
+
+    state: str | None = None
+    sole: bool = True
+    resumed: bool = False
+
+
+def draws_of(progress: Progress, *, sole: bool = True) -> Draws:
+    """Those of the epoch that `progress` is about."""
+    return Draws(progress.begun_with.get("drawn"), sole, progress.begun_before)
+
+
 class Drawn(Redrawn):
     """The keys of one epoch.
 
-    Which random state an order comes from is decided when the first key is asked for: torch's samplers draw all that
-    they need from the global generator then, and from one of their own whenever they need more. So the state of the
-    global one is kept as it was before, and a resumed epoch draws from another generator in that state: the caller had
-    the global one drawn from once, when the epoch began, and is not to notice that it happens again. A sampler's own
-    generator is left where the epoch leaves it, so that later epochs go on with it as they would have.
+    What an order is drawn from is decided when the epoch begins, or when a state of its beginning is taken. torch's
+    samplers draw all that they need from the global generator at their first key, and from one of their own whenever
+    they need more. As long as the global generator stands where it stood, they simply draw from it. Else they draw from
+    another generator in that state: a resumed epoch, whose caller had the global one drawn from once and is not to
+    notice that it happens again; and one that begins after a state was taken, however often the caller has drawn since.
+    In that second case the global generator is drawn from as well, so that whatever is drawn later is the same with a
+    checkpoint and without. A sampler's own generator is left where the epoch leaves it, so that later epochs go on with
+    it as they would have.
 
     Why the state is not simply put into the global generator for that moment: this is a thread, and the generator is
     the whole process's. A consumer who drew from it meanwhile, or kept its state in a checkpoint, would have met
@@ -60,86 +92,63 @@ class Drawn(Redrawn):
 
     Args:
         open_keys: Begins an epoch of the sampler; what it draws counts too.
-        generators: The samplers' own.
-        uses_global: Whether the order may depend on the global generator.
-        resumed: The epoch has begun before: nothing more may be drawn from the global generator.
-        record: Keeps what the epoch was drawn from, under `name`; the loader then sets the generators back itself.
-            None: it becomes a part of each cursor, since the keys are asked for several times in an epoch.
-        name: See `record`.
-        alone: Nobody else's `Drawn` draws from the global generator between the moment when its state is noted and the
-            draw; not for samplers of the user's, which may wait for anything.
+        draws: What its order is drawn from, the samplers' own generators aside.
+        generators: Those, if their states are to be a part of each cursor: where an epoch asks for the keys several
+            times.
+        name: Tells the samplers of one loader apart.
+        alone: Nobody else's `Drawn` draws from the global generator between the look at it and the draw; not for
+            samplers of the user's, which may wait for anything.
         repetitions: Of the enclosing `repeat` stages. Those after the first do not draw from the global generator,
-            which the consumer may be using meanwhile: they go on from what the first one drew from. And the states of
-            generators are a part of each cursor, for they are others in each repetition.
+            which the consumer may be using meanwhile: they go on from what the first one drew from.
     """
 
     def __init__(
         self,
         open_keys: Callable[[], Iterator[Any]],
-        generators: list[torch.Generator],
+        draws: Draws = Draws(),
+        generators: Sequence[torch.Generator] = (),
         *,
-        uses_global: bool,
-        resumed: bool = False,
-        record: dict[str, Any] | None = None,
-        name: str = "drawn",
+        name: str = "",
         alone: bool = False,
         repetitions: tuple[int, ...] = (),
     ) -> None:
         self._open = open_keys
+        self._draws = draws
         self._generators = generators
-        self._uses_global = uses_global
-        self._resumed = resumed
-        self._record = record
         self._name = name
-        self._alone: AbstractContextManager[Any] = _drawing if alone and uses_global else nullcontext()
+        self._alone: AbstractContextManager[Any] = _drawing if alone and draws.state else nullcontext()
         self._repetitions = repetitions
         self.origin: Origin | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        with self._alone:
-            before = self._before()
-            if before is None and not self._resumed:
-                keys = self._open()
-                first = list(islice(keys, 1))
-            else:
-                with _DrawnFrom(torch.get_rng_state() if before is None else unpacked(before)):
-                    keys = self._open()
-                    first = list(islice(keys, 1))
+        if self.origin is not None:
+            for generator, its in zip(self._generators, self.origin["generators"], strict=True):
+                generator.set_state(unpacked(its))
+        elif self._generators:
+            self.origin = {"at": 0, "generators": [packed(generator.get_state()) for generator in self._generators]}
+        with self._alone, self._drawing():
+            keys = self._open()
+            first = list(islice(keys, 1))
         yield from first
         yield from keys
 
-    def _before(self) -> str | None:
-        """The state of the global generator that the order is to be drawn from again; None: from where it is now."""
-        if self.origin is not None:
-            drawn = self.origin["drawn"]
-            for generator, state in zip(self._generators, drawn["generators"], strict=True):
-                generator.set_state(unpacked(state))
-            known: str | None = drawn["global"]
-            if known is None and self._record is not None and self._uses_global:
-                known = self._recorded(self._record, None)
-            return known
-        now = packed(torch.get_rng_state()) if self._uses_global else None
-        if self._record is not None:
-            if self._repetitions and self._generators:
-                states = [packed(generator.get_state()) for generator in self._generators]
-                self.origin = {"at": 0, "drawn": {"global": None, "generators": states}}
-            return self._recorded(self._record, now)
-        if self._uses_global or self._generators:
-            states = [packed(generator.get_state()) for generator in self._generators]
-            self.origin = {"at": 0, "drawn": {"global": now, "generators": states}}
-        return None
+    def _drawing(self) -> AbstractContextManager[Any]:
+        """What the first key is asked for in."""
+        draws = self._draws
+        path = () if draws.sole else (self._name,)
+        if draws.state is not None and (path or any(self._repetitions)):
+            again = torch.Generator().manual_seed(derive_seed(0, draws.state, *path, *self._repetitions))
+            return _DrawnFrom(again.get_state())
+        return drawing_from(draws)
 
-    def _recorded(self, record: dict[str, Any], now: str | None) -> str | None:
-        """As `_before`, with what the record knows; `now` is the state of the global generator, if it matters."""
-        first = record.get(self._name)
-        if any(self._repetitions) and first is not None:
-            again = torch.Generator().manual_seed(derive_seed(0, str(first), *self._repetitions))
-            return packed(again.get_state())
-        if self._resumed and first is not None:
-            return str(first)
-        if now is not None:
-            record[self._name] = now
-        return None
+
+def drawing_from(draws: Draws) -> AbstractContextManager[Any]:
+    """In which a sole sampler draws its order."""
+    now = torch.get_rng_state()
+    state = now if draws.state is None else unpacked(draws.state)
+    if draws.resumed:
+        return _DrawnFrom(state)
+    return nullcontext() if torch.equal(state, now) else _DrawnFrom(state, and_global=True)
 
 
 _DRAWS: Final = {
@@ -155,10 +164,12 @@ class _DrawnFrom(TorchFunctionMode):
 
     Args:
         state: Of the global generator of the CPU.
+        and_global: They draw as much from the global one, too, and what comes of that is dropped.
     """
 
-    def __init__(self, state: torch.Tensor) -> None:
+    def __init__(self, state: torch.Tensor, *, and_global: bool = False) -> None:
         super().__init__()
+        self._and_global = and_global
         self._generator = torch.Generator()
         self._generator.set_state(state)
 
@@ -169,10 +180,12 @@ class _DrawnFrom(TorchFunctionMode):
         if getattr(func, "__name__", "") in _DRAWS and _draws_on_cpu(args, kwargs):
             generator = kwargs.get("generator")
             if generator is None or generator is torch.default_generator:
+                drawn = func(*args, **kwargs) if self._and_global else None  # first: the other one may overwrite it
                 try:
                     return func(*args, **{**kwargs, "generator": self._generator})
                 except TypeError:  # it takes none
-                    pass
+                    if self._and_global:
+                        return drawn
         return func(*args, **kwargs)
 
 
@@ -196,37 +209,61 @@ def unpacked(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(b64decode(text, validate=True)), dtype=torch.uint8)
 
 
-def check_generators(state: dict[str, Any], generators: list[torch.Generator]) -> None:
+def check_generators(states: Any, generators: Sequence[torch.Generator]) -> None:
     """Refuse states of generators that these cannot take.
 
     Raises:
         ValueError: Why.
     """
-    states = state.get("generators", [])
     if not isinstance(states, list) or len(states) != len(generators):
-        raise ValueError(f"states of {len(generators)} generators were expected, got {states!r}"[:200])
-    for its in states:
-        _check_generator(its)
+        raise ValueError(f"states of {len(generators)} generators were expected, got {shown(states)}")
+    for its, generator in zip(states, generators, strict=True):
+        _check_generator(its, generator.device)
 
 
-def check_drawn(state: dict[str, Any]) -> None:
-    """Refuse what is no state of the global generator.
+def check_drawn(state: Mapping[str, Any]) -> None:
+    """Refuse a state without what the order of its epoch is drawn from.
 
     Raises:
         ValueError: Why.
     """
-    for name, its in state.items():
-        if name.startswith("drawn"):
-            _check_generator(its)
+    if "drawn" not in state:
+        raise ValueError("'drawn', the state of the global generator that the order is drawn from, is missing")
+    _check_generator(state["drawn"], torch.device("cpu"))
 
 
-def _check_generator(state: Any) -> None:
+def _check_generator(state: Any, device: torch.device) -> None:
     if not isinstance(state, str):
-        raise ValueError(f"the state of a generator is a string, got {state!r}"[:200])
+        raise ValueError(f"the state of a generator is a string, got {shown(state)}")
     try:
-        torch.Generator().set_state(unpacked(state))
-    except RuntimeError as error:
+        torch.Generator(device=device).set_state(unpacked(state))
+    except (RuntimeError, ValueError) as error:
         raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
+
+
+def check_place(sampler: Any, origin: Origin | None, since: int, *, in_cursor: bool) -> None:
+    """Refuse a place in the keys of `sampler` that is none.
+
+    Args:
+        sampler: A sampler or batch sampler.
+        origin: What the keys are counted from, see `resumable`.
+        since: How many.
+        in_cursor: The states of generators are a part of the cursor.
+
+    Raises:
+        ValueError: Why.
+    """
+    generators = generators_of(sampler) if in_cursor else []
+    tells = any(map(is_stateful, chain_of(sampler)))
+    if origin is None:
+        if generators and not tells:
+            raise ValueError("the states of generators that the order was drawn from are missing")
+    elif "generators" in origin:
+        check_generators(origin["generators"], generators)
+    elif not tells:
+        raise ValueError(f"it holds a state of a sampler, but {type(sampler).__name__} has no load_state_dict")
+    if not tells and is_repeatable(sampler) and since > (length := len(sampler)):
+        raise ValueError(f"key {since} is behind the last of {length}")
 
 
 def chain_of(sampler: Any) -> Iterator[Any]:
@@ -339,27 +376,33 @@ def is_plain(sampler: Any) -> bool:
     return True
 
 
-def keys_of(sampler: Any, open_keys: Callable[[], Iterator[Any]], **how: Any) -> Any:
+def keys_of(
+    sampler: Any, open_keys: Callable[[], Iterator[Any]], draws: Draws, *, in_cursor: bool = False, **how: Any
+) -> Any:
     """The keys of one epoch of `sampler`, that can be had again: with its state when it tells one, else drawn.
 
     Args:
         sampler: A sampler or batch sampler.
         open_keys: Begins an epoch of it.
+        draws: What its order is drawn from.
+        in_cursor: The states of its generators are a part of each cursor.
         how: See `Drawn`.
     """
+    if not draws_globally(sampler):
+        draws = replace(draws, state=None)
     for part in chain_of(sampler):
         if is_stateful(part):
-            return _Stateful(part, open_keys, resumed=how.get("resumed", False))
-    alone = is_repeatable(sampler)
-    return Drawn(open_keys, generators_of(sampler), uses_global=draws_globally(sampler), alone=alone, **how)
+            return _Stateful(part, Drawn(open_keys, draws, **how))
+    generators = generators_of(sampler) if in_cursor else ()
+    return Drawn(open_keys, draws, generators, alone=is_repeatable(sampler), **how)
 
 
 class _Stateful:
     """The keys of a sampler that tells its state, which may stand behind a batch sampler that reads no further."""
 
-    def __init__(self, sampler: Any, open_keys: Callable[[], Iterator[Any]], *, resumed: bool) -> None:
+    def __init__(self, sampler: Any, keys: Drawn) -> None:
         self.__wrapped__ = sampler
-        self._keys = Drawn(open_keys, [], uses_global=False, resumed=resumed)
+        self._keys = keys
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._keys)

@@ -11,23 +11,24 @@ import torch.utils.data
 from torch.utils.data import BatchSampler, RandomSampler
 
 from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import is_stateful
+from aioloader.engine.resumable import Origin, is_stateful
+from aioloader.notes import shown
 from aioloader.seeds import derive_seed
 from aioloader.sources.drawn import (
     Drawn,
+    Draws,
     apart,
     arguments_of,
-    check_drawn,
-    check_generators,
+    check_place,
+    drawing_from,
+    draws_globally,
+    draws_of,
     generators_of,
     is_plain,
     is_repeatable,
     keys_of,
     kind_of,
-    packed,
-    unpacked,
 )
-from aioloader.stages.checks import check_integer
 
 __all__ = ["BaseSeed", "IndexKeys"]
 
@@ -74,6 +75,11 @@ class IndexKeys:
     def repeatable(self) -> bool:
         """Whether a resumed epoch surely has the same keys."""
         return self._seeded or is_repeatable(self.sampler)
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether their order depends on torch's global generator."""
+        return not self._seeded and draws_globally(self.sampler)
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -143,19 +149,28 @@ class IndexKeys:
             progress: Where it stands.
             base: Gets the base seed.
         """
-        record = progress.begun_with
-        resumed = progress.cursor is not None or "drawn" in record
         open_keys = partial(self.draw, progress.epoch, base)
         if self._seeded:
-            return Drawn(open_keys, [], uses_global=False, resumed=resumed, record=record)
-        return keys_of(self.sampler, open_keys, resumed=resumed, record=record)
+            return Drawn(open_keys, Draws(resumed=progress.begun_before))
+        return keys_of(self.sampler, open_keys, draws_of(progress))
 
-    def draw_base_seed(self, progress: Progress) -> None:
-        """What an epoch without a sampler draws; a resumed one has drawn it before."""
-        if progress.cursor is None or self.generator is not None:
-            self.draw(progress.epoch)
-        elif self._draws_once and self._base_seed is None:
-            self._base_seed = 0  # drawn, and of no use to threads
+    def check_place(self, origin: Origin | None, since: int) -> None:
+        """Refuse a place in the keys that is none.
+
+        Raises:
+            ValueError: Why.
+        """
+        check_place(self.sampler, origin, since, in_cursor=False)
+
+    def draw_base_seed(self, progress: Progress, base: BaseSeed | None = None) -> None:
+        """What an epoch without a sampler draws; a resumed one has drawn it before.
+
+        Args:
+            progress: Where it stands.
+            base: Gets the base seed.
+        """
+        with drawing_from(draws_of(progress)):
+            self.draw(progress.epoch, base)
 
     def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
         """The keys of an epoch, drawn now.
@@ -188,10 +203,8 @@ class IndexKeys:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the next epoch would draw from, but for the global generator; JSON-able."""
+        """What else the next epoch depends on, generators aside; JSON-able."""
         state: dict[str, Any] = {}
-        if generators := self.generators:
-            state["generators"] = [packed(generator.get_state()) for generator in generators]
         if self._draws_once:
             state["draws_once"] = True
         if self._base_seed is not None:
@@ -213,20 +226,18 @@ class IndexKeys:
         Raises:
             ValueError: Why.
         """
-        check_generators(state, self.generators)
-        check_drawn(state)
+        if type(state.get("draws_once", False)) is not bool:
+            raise ValueError(f"'draws_once' is true or false, got {shown(state['draws_once'])}")
         for name in ("base_seed", "set_epoch"):
             if name in state:
-                check_integer(name, state[name])
+                _check_int64(name, state[name])
         if not isinstance(epochs := state.get("epochs", []), list) or len(epochs) not in (0, len(self._that_tell)):
             raise ValueError(f"epochs of {len(self._that_tell)} samplers were expected, got {epochs!r}"[:200])
         for epoch in epochs:
-            check_integer("the epoch of a sampler", epoch)
+            _check_int64("the epoch of a sampler", epoch)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Draw from what `state` tells of; what `check_state` has let pass."""
-        for generator, its in zip(self.generators, state.get("generators", ()), strict=False):
-            generator.set_state(unpacked(its))
         self._draws_once = state.get("draws_once", False)
         self._base_seed = state.get("base_seed") if self._draws_once else None
 
@@ -244,3 +255,13 @@ class IndexKeys:
         for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
             if part.epoch != epoch:
                 part.set_epoch(epoch)
+
+
+def _check_int64(name: str, value: Any) -> None:
+    """Refuse what torch would not take as a seed.
+
+    Raises:
+        ValueError: It is no such integer.
+    """
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {shown(value)}")

@@ -22,6 +22,8 @@ _EVEN: Final = get_args(Even)
 
 Again = Literal["head", "all", "none"]
 
+AGAIN_AT_ONCE: Final = 4096  # samples that come once more are asked for in such runs, however many there are
+
 
 @dataclass(frozen=True)
 class Shard(FoldStage):
@@ -186,7 +188,7 @@ class ShardFold:
         return (cursor, self._seen) if self._even == "pad" else self._after
 
     def wants(self, limit: int) -> int:
-        return self._again + limit * self._world_size - self._in_round
+        return min(self._again, AGAIN_AT_ONCE) + limit * self._world_size - self._in_round
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         mine = []

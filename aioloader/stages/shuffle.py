@@ -9,6 +9,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
+from aioloader.seeds import BLOCK, random_of_block
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
 
@@ -56,14 +57,17 @@ class _ShuffleFold:
 
     Cursor: one not later than the oldest entry that still waits, the number of outputs, and how many entries had come
     in. Which place is drawn depends on the seed and these numbers alone, so the buffer's content can be found again:
-    the numbers of the entries in it by replaying the draws, the entries by reading on from the oldest one.
+    the numbers of the entries in it by following the draws back until each place has been drawn, the entries by reading
+    on from the oldest one. How many draws that are depends on the size of the buffer, not on how long ago the epoch
+    began.
     """
 
     full = False
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
-        self._random = Random(seed)
+        self._seed = seed
+        self._random = Random()
         self._buffer: list[_Waiting] = []
         self._arrivals: deque[_Waiting] = deque()
         self._last_cursor: Any = None  # of the newest arrival
@@ -89,11 +93,24 @@ class _ShuffleFold:
         """Find out which entries are in the buffer."""
         self._to_replay = False
         size = self._size
+        taken = max(0, self._resumed_at - size)  # those that came in when it was full took the places of others
         buffer = list(range(min(size, self._resumed_at)))
-        for number in range(size, self._resumed_at):  # each that came in beyond took the place of one that went out
-            buffer[self._random.randrange(size)] = number
-        for _ in range(self._drawn - max(0, self._resumed_at - size)):  # the source had ended: the buffer ran empty
-            place = self._random.randrange(len(buffer))
+        unknown = set(buffer)  # places whose entry is not known
+        block = -(-taken // BLOCK)
+        while block and unknown:
+            block -= 1
+            random = random_of_block(self._seed, block)
+            first = block * BLOCK
+            places = [random.randrange(size) for _ in range(min(BLOCK, taken - first))]
+            for number in range(len(places) - 1, -1, -1):
+                if (place := places[number]) in unknown:
+                    unknown.remove(place)
+                    buffer[place] = size + first + number
+        self._random = random_of_block(self._seed, taken // BLOCK)
+        for _ in range(taken % BLOCK):
+            self._random.randrange(size)
+        for number in range(taken, self._drawn):  # the source had ended: the buffer ran empty
+            place = self._draw(number, len(buffer))
             buffer[place] = buffer[-1]
             buffer.pop()
         self._buffer = [_Waiting(None, None) for _ in buffer]
@@ -121,7 +138,7 @@ class _ShuffleFold:
             if len(buffer) < self._size:
                 buffer.append(waiting)
             else:
-                place = self._random.randrange(self._size)
+                place = self._draw(self._drawn, self._size)
                 drawn, buffer[place] = buffer[place], waiting
                 out.append(self._emit(drawn))
         return out
@@ -137,10 +154,16 @@ class _ShuffleFold:
         buffer = [waiting for waiting in self._buffer if waiting.entry is not None]
         out = []
         while buffer:
-            place = self._random.randrange(len(buffer))
+            place = self._draw(self._drawn, len(buffer))
             buffer[place], buffer[-1] = buffer[-1], buffer[place]
             out.append(self._emit(buffer.pop()))
         return out
+
+    def _draw(self, number: int, places: int) -> int:
+        """Of so many places, that of output `number`."""
+        if not number % BLOCK:
+            self._random = random_of_block(self._seed, number // BLOCK)
+        return self._random.randrange(places)
 
     def _emit(self, drawn: "_Waiting") -> Entry:
         entry, drawn.entry = drawn.entry, None

@@ -34,7 +34,8 @@ def assert_resumes_exactly(
 ) -> list[dict[str, Any]]:
     """Take the state before every batch, restore a fresh loader from each, and compare all that comes later.
 
-    The states go through JSON. What is compared: the later batches byte for byte (tensors, arrays, nested), errors by
+    The states go through JSON, and all have one shape: the same keys, and strings and integers as values, so that they
+    can be loaded in place. What is compared: the later batches byte for byte (tensors, arrays, nested), errors by
     type and text, the epochs behind, and the later states. torch's global random state is put back along with each
     state, as a training program does with its checkpoint; that the loader itself leaves it alone is checked too.
 
@@ -115,6 +116,7 @@ class _Epochs:
         state = loader.state_dict()
         text = json.dumps(state)
         assert json.loads(text) == state, f"JSON changes the state {state!r}"
+        _same_shape(state, json.loads(self.points[0].state) if self.points else state)
         self.points.append(_Point(text, len(self.outcomes) - 1, len(self.outcomes[-1]), torch.get_rng_state()))
 
 
@@ -224,6 +226,19 @@ def _same_state(state: dict[str, Any], text: str, what: str) -> None:
     different = [key for key in expected if state.get(key) != expected[key]]
     shown = "; ".join(f"{key} is {state.get(key)!r}, not {expected[key]!r}"[:300] for key in different)
     assert not different, f"{what}: {shown}"
+
+
+def _same_shape(state: dict[str, Any], first: dict[str, Any]) -> None:
+    shape, expected = _shape_of(state), _shape_of(first)
+    assert shape == expected, f"the shape of the state changes from {expected} to {shape}"
+
+
+def _shape_of(value: Any) -> Any:
+    """Keys, and types of values."""
+    if isinstance(value, dict) and value:
+        return {key: _shape_of(part) for key, part in value.items()}
+    assert isinstance(value, str | int | bool), f"a state is made of strings and integers, got {value!r}"
+    return type(value).__name__
 
 
 def _counted(outcomes: Iterable[Any], samples: Callable[[Any], Iterable[Hashable]]) -> Counter[Hashable]:
