@@ -14,9 +14,9 @@ from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
-from aioloader.engine.resumable import Origin, is_stateful, split_cursor
+from aioloader.engine.resumable import is_stateful, split_cursor
 from aioloader.errors import ReplayWarning, SampleCancelledError
-from aioloader.executors.threads import Threads
+from aioloader.executors.threads import InContext, TakesJobs
 from aioloader.insight.meters import StageMeter
 from aioloader.keys import NAMES, PartKey
 
@@ -194,9 +194,6 @@ class _Pump(Node):
         self.meter.errors += 1
         self._buffer.append(last)
 
-    async def _open(self, iterable: Any, origin: Origin | None = None) -> Reader:
-        return await open_reader(iterable, self.meter.name, self._run, self._threads, origin)
-
 
 class StreamSource(_Pump):
     """Reads an iterable, async iterable or `CursorSource`, by one task, no further than asked.
@@ -260,7 +257,7 @@ class StreamSource(_Pump):
             await self._run.in_thread(self._threads, tell, self._run.epoch)
         origin, since = split_cursor(self._resume_at)
         self._position = since + (0 if origin is None else origin["at"])
-        reader = await self._open(iterable, origin)
+        reader = await open_reader(iterable, self.meter.name, self._run, self._threads, origin)
         del iterable
         marks = reader.marks
         try:
@@ -404,7 +401,9 @@ class FlatMapNode(_Pump):
                 sample.cursor = (after, 0)  # nothing of what comes after it
                 self._put(sample)
             else:
-                await self._items_of(sample, self._before)
+                # In a task of its own, for context variables that are set for one sample do not show to the next.
+                items = self._items_of(sample, self._before)
+                await self._run.loop.create_task(items, context=self._run.context.copy())
             self._before = after
             self._failed_at = (after, 0)
             self._skipped = 0
@@ -416,11 +415,12 @@ class FlatMapNode(_Pump):
         meter = self.meter
         before_seconds = meter.busy_seconds
         began = perf_counter()
+        threads = InContext(self._threads, self._run.context.copy())
         try:
-            iterable = await _call(self._fn, self._run, self._threads, sample.value)
+            iterable = await _call(self._fn, self._run, threads, sample.value)
             before_seconds += perf_counter() - began
             meter.busy_seconds = before_seconds
-            reader = await self._open(iterable)
+            reader = await open_reader(iterable, meter.name, self._run, threads)
             del iterable
             while items := await reader.read(await self._demanded()):
                 for item in items:
@@ -447,7 +447,7 @@ class FlatMapNode(_Pump):
                 await self._run.closing(reader.aclose)
 
 
-async def _call(fn: Callable[..., Any], run: "Run", threads: Threads, *args: Any) -> Any:
+async def _call(fn: Callable[..., Any], run: "Run", threads: TakesJobs, *args: Any) -> Any:
     """Call a user's function that returns an iterable.
 
     Async generator functions and coroutine functions are called on the loop; any other in the thread, since it may do
