@@ -7,9 +7,12 @@ __all__ = ["add_note", "said", "shown"]
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note, where `error` takes one: a frozen dataclass does not, and must not be replaced by that error."""
+    """Add a note, where `error` takes one: a frozen dataclass does not, and must not be replaced by that error.
+
+    Surrogates, of names of files that are no UTF-8, are written out: `print` refuses them.
+    """
     with suppress(Exception):
-        error.add_note(note)
+        error.add_note(note.encode("utf-8", "backslashreplace").decode())
 
 
 def shown(value: Any) -> str:

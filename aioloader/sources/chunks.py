@@ -10,7 +10,8 @@ from typing import Any, Final
 from aiofiles.threadpool import wrap
 
 from aioloader.engine.located import AccessThreads
-from aioloader.sources.watching import Growth
+from aioloader.notes import add_note
+from aioloader.sources.watching import Growth, folders_of_links
 
 __all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
 
@@ -42,10 +43,12 @@ class _OpenFile:
         try:
             self.raw = raw = FileIO(self.path)
         except IsADirectoryError as error:
-            error.add_note(f"aioloader: a file was expected; for those in a folder pass a glob: '{self.path}/*'")
+            add_note(error, f"aioloader: a file was expected; for those in a folder pass a glob: '{self.path}/*'")
             raise
         if follow:
-            self.growth = Growth(self.path)  # before the first read, so that nothing is missed in between
+            # Before the first read, so that nothing is missed in between. A link that is pointed elsewhere touches only
+            # the folder that it lies in.
+            self.growth = Growth([self.path, *folders_of_links(self.path)])
         if offset:
             size = os.fstat(raw.fileno()).st_size
             if size < offset:
@@ -63,15 +66,20 @@ class _OpenFile:
         """
         assert self.raw is not None
         assert self.growth is not None
-        self.growth.wait()
-        here, at = os.fstat(self.raw.fileno()), self.raw.tell()
-        if here.st_size > at:
-            return  # whatever else happened, first comes what was written
-        if here.st_size < at:
-            raise OSError(errno.EINVAL, f"the file shrank from {at} to {here.st_size} bytes while followed", self.path)
-        there = Path(self.path).stat()  # FileNotFoundError: it was removed
-        if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-            raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
+        # It looks before it waits. When a line was written and the file replaced in one moment, that was told once,
+        # and the line made this return.
+        while not self.growth.stopped:
+            here, at = os.fstat(self.raw.fileno()), self.raw.tell()
+            if here.st_size > at:
+                return  # whatever else happened, first comes what was written
+            if here.st_size < at:
+                raise OSError(
+                    errno.EINVAL, f"the file shrank from {at} to {here.st_size} bytes while followed", self.path
+                )
+            there = Path(self.path).stat()  # FileNotFoundError: it was removed
+            if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+                raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
+            self.growth.wait()
 
     def close(self) -> None:
         """Let go of it; may be called at any time."""

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 import torch
 
 from aioloader.memory.lease import writable
+from aioloader.notes import add_note
 from aioloader.stages.collate import Alloc
 
 __all__ = ["Read", "check_read", "load", "read_bytes", "read_stacked", "read_tensor"]
@@ -141,8 +142,9 @@ def _advise(error: OSError, path: str) -> None:
     if isinstance(error, FileNotFoundError):
         error.add_note("aioloader: it is not there any more, or never was: look it up again with a new Files(...)")
     elif isinstance(error, IsADirectoryError):
-        error.add_note(
-            f"aioloader: a file was expected; for those in a folder pass it alone, Files({path!r}), or '{path}/*'"
+        add_note(
+            error,
+            f"aioloader: a file was expected; for those in a folder pass it alone, Files({path!r}), or '{path}/*'",
         )
     elif isinstance(error, PermissionError):
         error.add_note("aioloader: make it readable for this user (chmod, chown), or leave it out of the paths")
