@@ -40,6 +40,10 @@ class AioloaderError(Exception):
     def __init__(self, *args: object) -> None:
         super().__init__(*(masked(part) if isinstance(part, str) else part for part in args))
 
+    def __str__(self) -> str:
+        # Names of files that are no UTF-8 have surrogates, which `print` refuses: they are shown as `\udce9`.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class BrokenDataError(AioloaderError, ValueError):
     """What a file holds is not what it should be: half a line, not JSON, a truncated archive; says where."""

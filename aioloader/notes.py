@@ -13,9 +13,12 @@ __all__ = ["add_note", "said", "shown", "shown_list"]
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note, where `error` takes one: a frozen dataclass does not, and must not be replaced by that error."""
+    """Add a note, where `error` takes one: a frozen dataclass does not, and must not be replaced by that error.
+
+    Surrogates, of names of files that are no UTF-8, are written out: `print` refuses them.
+    """
     with suppress(Exception):
-        error.add_note(masked(note))
+        error.add_note(masked(note).encode("utf-8", "backslashreplace").decode())
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from aioloader import DataLoader, Pipeline
-from aioloader.sources import Files
+from aioloader.sources import Files, Lines, TarShards
 from aioloader.sources.arrivals import CHUNK_NAMES, WatchedFiles, _Folder, _Given, _matches, _split
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Child, Face, Steps, collect, notes, on_both_faces
@@ -378,6 +378,46 @@ def test_files_of_several_sizes_cannot_be_stacked(folder: Path, size: int) -> No
     assert [len(sample) for sample in next(iter(Pipeline(Files(folder)).skip(4).batch(2)))] == [size, SIZE]
 
 
+def test_a_link_to_itself_raises_at_its_place(folder: Path) -> None:
+    """As one that leads nowhere does."""
+    (folder / "5-self").symlink_to("5-self")
+    (folder / "6-nowhere").symlink_to("not there")
+    found = []
+    with Steps(Pipeline(Files(folder)), "for") as steps:
+        found = steps.outcomes()
+    errors = [error for error in found if not isinstance(error, bytes)]
+    assert [type(error) for error in errors] == [OSError, FileNotFoundError]
+    assert len(found) == 12
+
+
+def test_errors_show_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """So that they can be printed, which text with surrogates cannot."""
+    folder = tmp_path / no_utf8("folder")
+    folder.mkdir()
+    lines, archive, packed = (folder / no_utf8(name) for name in ("lines", "archive.tar", "packed.gz"))
+    for path in (lines, archive, packed):
+        path.write_bytes(b"{no\n" * 300)
+    packed = packed.rename(f"{packed}.gz")
+    loaders = [
+        Pipeline(Files([folder])),
+        Pipeline(Files([folder / no_utf8("nowhere")])),
+        DataLoader(Files([lines, archive, packed], read="tensor"), batch_size=3),
+        DataLoader(Files([lines, folder], read="tensor"), batch_size=2),
+        Pipeline(Lines(lines, decode="json")).take(1),
+        Pipeline(Lines(lines, decode=lambda _: 1 // 0)).take(1),
+        Pipeline(Lines(packed)),
+        Pipeline(TarShards(archive)),
+    ]
+    for loader in loaders[:2] + loaders[3:]:
+        with pytest.raises((ValueError, OSError, ZeroDivisionError)) as raised:
+            next(iter(loader))
+        shown = f"{raised.value}\n{notes(raised.value)}\n{loader!r}\n{loader.explain()}"
+        assert shown.encode()
+        assert "udce9" in shown
+        json.loads(json.dumps(loader.state_dict()))
+    assert len(next(iter(loaders[2]))) == 3
+
+
 def test_nothing_found_is_said_at_once(tmp_path: Path) -> None:
     """With what was searched, and from where."""
     with pytest.raises(FileNotFoundError, match=r"no file matches the glob .*\*\.png"):
@@ -554,12 +594,114 @@ def test_a_watched_folder_that_is_removed_ends_the_epoch(tmp_path: Path, face: F
         assert raised.value.filename == str(gone)
 
 
+@on_both_faces
+def test_a_watched_folder_whose_place_another_takes_ends_the_epoch(tmp_path: Path, face: Face) -> None:
+    """By its name, or by a link that is pointed elsewhere: nothing would ever be seen of what arrives there."""
+    first, second, link = tmp_path / "first", tmp_path / "second", tmp_path / "link"
+    for made in (first, second):
+        made.mkdir()
+        (made / "1").write_bytes(b"1")
+    link.symlink_to("first")
+    with Steps(Pipeline(Files(link, watch=True, settle=SETTLE)), face) as steps:
+        assert steps.next() == b"1"
+        (first / "2").write_bytes(b"2")
+        assert steps.next() == b"2"
+        (tmp_path / "new").symlink_to("second")
+        (tmp_path / "new").rename(link)  # as `ln -sfn` does
+        with pytest.raises(OSError, match="another folder took the watched one's place") as raised:
+            steps.next()
+        assert raised.value.filename == str(link)
+    with Steps(Pipeline(Files(first, watch=True, settle=SETTLE)), face) as steps:
+        assert steps.rest(2) == [b"1", b"2"]
+        first.rename(tmp_path / "away")
+        second.rename(first)
+        with pytest.raises(OSError, match="another folder took the watched one's place"):
+            steps.next()
+
+
+@on_both_faces
+def test_what_arrives_in_a_folder_that_is_linked_later_comes(tmp_path: Path, face: Face) -> None:
+    """Under each name that links give it; also when it was linked in a folder that is new, and not through a circle."""
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for made in (folder, elsewhere):
+        made.mkdir()
+    (folder / "0").write_bytes(b"0")
+    with Steps(loader := watched(folder), face) as steps:
+        assert steps.next() == ("0", b"0")
+        (folder / "link").symlink_to(elsewhere)
+        (elsewhere / "1").write_bytes(b"1")
+        assert steps.next() == ("link/1", b"1")
+        (elsewhere / "2").write_bytes(b"2")
+        assert steps.next() == ("link/2", b"2")
+        (folder / "new").mkdir()
+        (folder / "new" / "same").symlink_to(elsewhere)
+        (folder / "new" / "circle").symlink_to(folder)
+        (folder / "new" / "nowhere").symlink_to("nowhere")
+        assert steps.rest(2) == [("new/same/1", b"1"), ("new/same/2", b"2")]
+        (elsewhere / "3").write_bytes(b"3")
+        assert sorted(steps.rest(2)) == [("link/3", b"3"), ("new/same/3", b"3")]
+        (folder / "new" / "4").write_bytes(b"4")
+        assert steps.next() == ("new/4", b"4")
+        closing(loader, face, steps)
+
+
+@on_both_faces
+def test_a_folder_that_is_renamed_away_takes_its_names_with_it(tmp_path: Path, face: Face) -> None:
+    """What has the same names later is something else, and comes."""
+    inside, away = tmp_path / "watched" / "inside", tmp_path / "away"
+    inside.mkdir(parents=True)
+    away.mkdir()
+    (inside / "1").write_bytes(b"1")
+    with Steps(loader := watched(tmp_path / "watched"), face) as steps:
+        assert steps.next() == ("inside/1", b"1")
+        inside.rename(away / "old")
+        (tmp_path / "watched" / "2").write_bytes(b"2")
+        assert steps.next() == ("2", b"2")
+        (away / "new").mkdir()
+        (away / "new" / "1").write_bytes(b"another")
+        (away / "new").rename(inside)
+        assert steps.next() == ("inside/1", b"another")
+        closing(loader, face, steps)
+
+
+def no_utf8(name: str) -> str:
+    """A name as Python has it of a file whose name is no UTF-8."""
+    return f"{name}\udce9"
+
+
+@on_both_faces
+def test_a_name_that_is_no_utf8_ends_no_watch(tmp_path: Path, face: Face) -> None:
+    """Of a file, of a folder in the watched one, and its own; they come like any other, and a state has them."""
+    folder = tmp_path / no_utf8("folder")
+    folder.mkdir()
+    (folder / "0").write_bytes(b"0")
+    with Steps(loader := watched(folder), face) as steps:
+        assert steps.next() == ("0", b"0")
+        for number in range(3):  # again and again
+            name = no_utf8(f"{number}-file")
+            (folder / name).write_bytes(b"it")
+            assert steps.next() == (name, b"it")
+            (folder / f"{number}-after").write_bytes(b"after")
+            assert steps.next() == (f"{number}-after", b"after")
+        (folder / no_utf8("sub")).mkdir()
+        (folder / no_utf8("sub") / "1").write_bytes(b"1")
+        assert steps.next() == (f"{no_utf8('sub')}/1", b"1")
+        state = json.loads(json.dumps(loader.state_dict()))
+        closing(loader, face, steps)
+    (folder / "last").write_bytes(b"last")
+    resumed = watched(folder)
+    resumed.load_state_dict(state)
+    with Steps(resumed, face) as steps:
+        assert steps.next() == ("last", b"last")
+        closing(resumed, face, steps)
+
+
 def test_a_child_that_watches_ends_with_ctrl_c(folder: Path) -> None:
     """Nothing hangs in the wait for what may never come."""
     script = """
     import sys
     from aioloader import Pipeline
-    from aioloader.sources import Files
+    from aioloader.sources import Files, Lines, TarShards
     try:
         for number, sample in enumerate(Pipeline(Files(sys.argv[1], watch=True, settle=0.05))):
             if number == 9:
@@ -636,8 +778,8 @@ def test_a_file_is_complete_when_nothing_happened_to_it_for_a_while(tmp_path: Pa
         found._touched(str(old))  # it is complete already
         clock.now = 1041
         found._look_again()
-        assert [name for name, _ in found.take(2)] == ["old", "fresh"]
-        assert [name for name, _ in found.take(2)] == ["empty"]
+        assert [name for name, *_ in found.take(2)] == ["old", "fresh"]
+        assert [name for name, *_ in found.take(2)] == ["empty"]
         assert not found._waiting
 
 
@@ -675,6 +817,40 @@ def test_a_name_that_is_no_utf8_is_found_in_its_folder(tmp_path: Path, clock: Cl
         Path(os.fsdecode(path)).write_bytes(b"1")
         found._touched(f"{tmp_path}/\ufffd")
         assert os.fsdecode(b"\xff") in found._waiting
+
+
+def test_who_writes_a_name_that_is_no_utf8_without_end_holds_up_nobody(tmp_path: Path, clock: Clock) -> None:
+    """All is looked over again and again; what waits goes on waiting from when it began."""
+    with arrivals(tmp_path) as found:
+        written(tmp_path / "file", b"1", 1000)
+        for clock.now in (1001, 1005, 1009):
+            found._look_over()
+            assert list(found._waiting) == ["file"]
+        clock.now = 1011
+        found._look_over()
+        found._look_again()
+        assert list(found._complete) == ["file"]
+        (tmp_path / "file").unlink()
+        found._look_over()
+        assert not found._complete
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read it")
+@on_both_faces
+def test_a_folder_that_cannot_be_read_raises_at_its_place(tmp_path: Path, face: Face) -> None:
+    """The watch goes on, and when it can be read what is in it comes."""
+    (tmp_path / "0").write_bytes(b"0")
+    with Steps(loader := watched(tmp_path), face) as steps:
+        assert steps.next() == ("0", b"0")
+        (tmp_path / "closed").mkdir(0)
+        with pytest.raises(PermissionError, match="closed"):
+            steps.next()
+        (tmp_path / "1").write_bytes(b"1")
+        assert steps.next() == ("1", b"1")
+        (tmp_path / "closed").chmod(0o700)
+        (tmp_path / "closed" / "2").write_bytes(b"2")
+        assert steps.next() == ("closed/2", b"2")
+        closing(loader, face, steps)
 
 
 def test_the_names_given_are_kept_in_parts_and_forgotten_with_their_files() -> None:

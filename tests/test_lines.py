@@ -21,6 +21,7 @@ from aioloader import BrokenDataError, Pipeline
 from aioloader.engine.entry import Entry
 from aioloader.sources import Lines
 from aioloader.sources.lines import _LinesOf
+from aioloader.sources.watching import folders_of_links
 from tests._located import Opened, assert_opens_at_every_cursor, outcomes
 from tests._support import Child, Face, Steps, collect, on_both_faces
 
@@ -480,6 +481,79 @@ def test_the_end_of_a_followed_file_is_an_error_that_says_how(tmp_path: Path, wr
     assert "the file shrank from 6 to 1 bytes while followed" in str(end_of(truncate))
     replaced = end_of(lambda path: Path(write("b.txt", b"2\n")).replace(path))
     assert "another file took this one's place while it was followed" in str(replaced)
+
+
+@on_both_faces
+@pytest.mark.parametrize("depth", ["the link", "a folder on the way"])
+def test_a_followed_link_that_is_pointed_elsewhere_is_an_error(tmp_path: Path, depth: str, face: Face) -> None:
+    """As `ln -sfn`, log rotation and Kubernetes do, after what was written before: another file took its place."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "a.txt").write_bytes(b"1\n")
+    path, swapped = tmp_path / "a.txt", tmp_path / "..data"
+    if depth == "the link":
+        path, swapped = tmp_path / "link.txt", tmp_path / "link.txt"
+        swapped.symlink_to("old/a.txt")
+    else:
+        swapped.symlink_to("old")
+        path.symlink_to("..data/a.txt")
+    with Steps(Pipeline(Lines(path, follow=True)), face) as steps:
+        assert steps.next() == "1"
+        with (old / "a.txt").open("ab") as file:
+            file.write(b"2\n")
+        assert steps.next() == "2"
+        with (old / "a.txt").open("ab") as file:
+            file.write(b"3\n")
+        (tmp_path / "..tmp").symlink_to("new/a.txt" if depth == "the link" else "new")
+        (tmp_path / "..tmp").rename(swapped)
+        assert steps.next() == "3"
+        with pytest.raises(OSError, match="another file took this one's place while it was followed") as raised:
+            steps.next()
+        assert raised.value.filename == str(path)
+
+
+@on_both_faces
+def test_a_followed_link_that_is_removed_is_an_error(tmp_path: Path, write: Write, face: Face) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(write("a.txt", b"1\n"))
+    with Steps(Pipeline(Lines(link, follow=True)), face) as steps:
+        assert steps.next() == "1"
+        link.unlink()
+        with pytest.raises(FileNotFoundError):
+            steps.next()
+
+
+@on_both_faces
+def test_a_file_whose_name_is_no_utf8_is_followed(tmp_path: Path, face: Face) -> None:
+    """And found by a link that lies among such names."""
+    path = tmp_path / "a\udce9.txt"
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    for name in (path, link):
+        path.write_bytes(b"1\n")
+        with Steps(Pipeline(Lines(name, follow=True)), face) as steps:
+            assert steps.next() == "1"
+            (tmp_path / "other\udce9").write_bytes(b"x")
+            with path.open("ab") as file:
+                file.write(b"2\n")
+            assert steps.next() == "2"
+
+
+def test_the_folders_that_decide_where_a_path_leads_to(tmp_path: Path) -> None:
+    """Those in which its links lie, through relative and absolute ones, and no others."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(b"")
+    (tmp_path / "to_b").symlink_to("a/b")
+    (tmp_path / "a" / "up").symlink_to("../to_b/file")
+    (tmp_path / "a" / "b" / "far").symlink_to(tmp_path / "a" / "up")
+    (tmp_path / "self").symlink_to("self")
+    here = Path(os.path.realpath(tmp_path))
+    assert folders_of_links(str(here / "a" / "b" / "file")) == []
+    assert folders_of_links(str(here / "to_b" / "file")) == [str(here)]
+    assert folders_of_links(str(here / "to_b" / "far")) == [str(here), str(here / "a" / "b"), str(here / "a")]
+    assert folders_of_links(str(here / "self")) == [str(here)]
+    assert folders_of_links(str(here / "none" / "file")) == []
 
 
 # -- as a source among others ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ This is `num_workers=0` of the drop-in, and the reference that everything concur
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import copy_context
 from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ class InlineMap(Node):
             if self._left is not None and not (run := self._left.comes(run)):
                 continue
             entry = run[0]
-            kept = self._journey(entry)
+            kept = copy_context().run(self._journey, entry)  # as `apart`; nor does it show to the consumer
             if self._left is not None:
                 if entry.state == LAST:
                     entry.cursor = self._left.cursor
@@ -173,7 +174,7 @@ class InlineMap(Node):
         call = self._calls[0]
         sample = Sample()
         sample.name = entry
-        token = current_sample.set(sample)
+        current_sample.set(sample)
         try:
             for call in self._calls:
                 sample.seed = call.seed
@@ -190,7 +191,6 @@ class InlineMap(Node):
             entry.value = None
             self.meter.errors += 1
         finally:
-            current_sample.reset(token)
             self.meter.busy_seconds += perf_counter() - began
             self.meter.samples += 1
         return True

@@ -1,6 +1,7 @@
 """Loading several samples by one call, where a dataset offers that and it is worth it."""
 
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from itertools import islice
 from math import inf
 from time import perf_counter, thread_time
@@ -78,7 +79,7 @@ class ManyStep(ThreadStep):
         cpu_began = thread_time()
         began = now = perf_counter()
         while now - began < CHUNK_SECONDS and (keys := list(islice(samples, self._count.now))):
-            loaded = self._load(keys) if len(keys) > 1 else None
+            loaded = copy_context().run(self._load, keys) if len(keys) > 1 else None  # see `apart`
             if loaded is not None:
                 crossing.outcomes.extend(loaded)
             else:
@@ -102,14 +103,13 @@ class ManyStep(ThreadStep):
         """The samples of `keys`; None: that does not work."""
         sample = Sample(self._calls[0].seed)
         sample.name = several = Several()
-        token = current_sample.set(sample)
+        current_sample.set(sample)
         began = perf_counter()
         try:
             loaded = list(self._many(keys))
         except Exception:  # it comes again when they are loaded one by one
             return None
         finally:
-            current_sample.reset(token)
             if several.asked:
                 self._count.failed()
         if several.asked:

@@ -21,7 +21,7 @@ from aioloader.engine.resumable import (
     snapshot,
 )
 from aioloader.engine.torch_state import check_leak, context_state
-from aioloader.executors.threads import Threads
+from aioloader.executors.threads import TakesJobs
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -63,7 +63,7 @@ class Reader(ABC):
 class AsyncReader(Reader):
     """Iterates an async iterable on the loop; what it is asked about its state, it is asked in the thread."""
 
-    def __init__(self, name: str, run: "Run", threads: Threads) -> None:
+    def __init__(self, name: str, run: "Run", threads: TakesJobs) -> None:
         super().__init__(name)
         self._iterator: AsyncIterator[Any]
         self._run = run
@@ -117,7 +117,9 @@ class ThreadReader(Reader):
     then goes on, and the crossing stays under way for the one that is late.
     """
 
-    def __init__(self, iterable: Iterable[Any], name: str, run: "Run", threads: Threads, origin: Origin | None) -> None:
+    def __init__(
+        self, iterable: Iterable[Any], name: str, run: "Run", threads: TakesJobs, origin: Origin | None
+    ) -> None:
         super().__init__(name)
         self._iterable: Iterable[Any] | None = iterable
         self._origin = origin
@@ -211,7 +213,7 @@ def _closable(iterator: Any) -> bool:
     return hasattr(iterator, "close") and not isinstance(iterator, IOBase)
 
 
-async def open_reader(iterable: Any, name: str, run: "Run", threads: Threads, origin: Origin | None = None) -> Reader:
+async def open_reader(iterable: Any, name: str, run: "Run", threads: TakesJobs, origin: Origin | None = None) -> Reader:
     """A reader for what a source function returned, at `origin` or at its beginning.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import anyio
 
 from aioloader.engine.progress import Progress
-from aioloader.executors.threads import Threads, call_loop
+from aioloader.executors.threads import TakesJobs, Threads, call_loop
 from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
@@ -89,16 +89,22 @@ class Run:
     # -- for nodes ---------------------------------------------------------------------------------------------------
 
     def spawn(
-        self, fn: Callable[[], Coroutine[Any, Any, None]], *, ends_when_closed: bool = False
+        self,
+        fn: Callable[..., Coroutine[Any, Any, None]],
+        *args: Any,
+        context: Context | None = None,
+        ends_when_closed: bool = False,
     ) -> "asyncio.Task[None]":
         """Start a task that the supervisor owns.
 
         Args:
             fn: What it does.
+            args: Of `fn`.
+            context: Which it runs in; None: a copy of the consumer's.
             ends_when_closed: Its node cancels it, at the right moment after `close`.
         """
         name = f"aioloader-{getattr(fn, '__qualname__', 'task')}"
-        task = self.loop.create_task(fn(), name=name, context=self.context.copy())
+        task = self.loop.create_task(fn(*args), name=name, context=self.context.copy() if context is None else context)
         self._tasks.add(task)
         if ends_when_closed:
             self._end_when_closed.add(task)
@@ -140,11 +146,11 @@ class Run:
         self.meters.append(meter)
         return meter
 
-    async def in_thread(self, threads: Threads, fn: Callable[..., T], *args: Any) -> T:
+    async def in_thread(self, threads: TakesJobs, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn(*args)` in one of `threads`. When this is cancelled, the call itself goes on and is forgotten."""
         return await self.submit(threads, fn, *args)
 
-    def submit(self, threads: Threads, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+    def submit(self, threads: TakesJobs, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         """Begin a call of `fn(*args)` in one of `threads`."""
         future: asyncio.Future[T] = self.loop.create_future()
 

@@ -16,7 +16,7 @@ from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
 from aioloader.engine.resumable import Origin, check_takes_state, note_silent, split_cursor
 from aioloader.errors import ReplayWarning, SampleCancelledError
-from aioloader.executors.threads import Threads
+from aioloader.executors.threads import InContext, TakesJobs
 from aioloader.insight.meters import StageMeter
 from aioloader.keys import NAMES, PartKey
 
@@ -220,8 +220,8 @@ class _Pump(Node):
         self.meter.errors += 1
         self._buffer.append(last)
 
-    async def _open(self, iterable: Any, origin: Origin | None = None) -> Reader:
-        self._reader = await open_reader(iterable, self.meter.name, self._run, self._threads, origin)
+    async def _open(self, iterable: Any, threads: TakesJobs, origin: Origin | None = None) -> Reader:
+        self._reader = await open_reader(iterable, self.meter.name, self._run, threads, origin)
         return self._reader
 
 
@@ -296,7 +296,7 @@ class StreamSource(_Pump):
             await self._run.in_thread(self._threads, tell, self._run.epoch)
         origin, since = split_cursor(self._resume_at)
         self._position = since + (0 if origin is None else origin["at"])
-        reader = await self._open(iterable, origin)
+        reader = await self._open(iterable, self._threads, origin)
         del iterable
         marks = reader.marks
         try:
@@ -442,7 +442,9 @@ class FlatMapNode(_Pump):
                 sample.cursor = (after, 0)  # nothing of what comes after it
                 self._put(sample)
             else:
-                await self._items_of(sample, self._before)
+                # In a task of its own, for context variables that are set for one sample do not show to the next.
+                items = self._items_of(sample, self._before)
+                await self._run.loop.create_task(items, context=self._run.context.copy())
             self._before = after
             self._failed_at = (after, 0)
             self._skipped = 0
@@ -454,11 +456,12 @@ class FlatMapNode(_Pump):
         meter = self.meter
         before_seconds = meter.busy_seconds
         began = perf_counter()
+        threads = InContext(self._threads, self._run.context.copy())
         try:
-            iterable = await _call(self._fn, self._run, self._threads, sample.value)
+            iterable = await _call(self._fn, self._run, threads, sample.value)
             before_seconds += perf_counter() - began
             meter.busy_seconds = before_seconds
-            reader = await self._open(iterable)
+            reader = await self._open(iterable, threads)
             del iterable
             while items := await reader.read(await self._demanded()):
                 for item in items:
@@ -487,7 +490,7 @@ class FlatMapNode(_Pump):
                 await self._run.closing(reader.aclose)
 
 
-async def _call(fn: Callable[..., Any], run: "Run", threads: Threads, *args: Any) -> Any:
+async def _call(fn: Callable[..., Any], run: "Run", threads: TakesJobs, *args: Any) -> Any:
     """Call a user's function that returns an iterable.
 
     Async generator functions and coroutine functions are called on the loop; any other in the thread, since it may do

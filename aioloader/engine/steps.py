@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from asyncio import CancelledError, Future, current_task
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -185,18 +186,23 @@ class AsyncStep(Step):
                 future.set_result(None)
             elif self._workers < self.concurrency:
                 self._workers += 1
-                self._run.spawn(self._work)
+                self._start_worker()
             else:
                 return
             self._coming += 1
 
-    async def _work(self) -> None:
+    def _start_worker(self) -> None:
+        context = self._run.context.copy()
+        self._run.spawn(self._work, context, context=context)
+
+    async def _work(self, context: Context) -> None:
         run, inbox, idle, fn, forward, meter = self._run, self.inbox, self._idle, self._fn, self._forward, self.meter
         create_future = run.loop.create_future
         me = current_task()
         assert me is not None
         sample = Sample(self._seed)
         current_sample.set(sample)  # in the context of this task
+        clean = context.copy()
         self._coming -= 1
         count = 0  # samples since `began` that the meter does not know of
         woken = began = perf_counter()
@@ -259,3 +265,13 @@ class AsyncStep(Step):
                 del result  # or a sample would live as long as its worker is idle
             count += 1
             del entry
+            try:
+                is_clean = context == clean
+            except Exception:
+                is_clean = False
+            if not is_clean:  # as in `apart`; a task has one context for life, so another takes this one's place
+                meter.samples += count
+                meter.busy_seconds += perf_counter() - began
+                self._coming += 1
+                self._start_worker()
+                return

@@ -1,11 +1,13 @@
 """A chunk: several samples that cross into a worker together, because one crossing costs 30 to 70 µs."""
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from time import perf_counter, thread_time
 from types import CoroutineType
 from typing import Any, Final, NoReturn
 
+from aioloader.executors.apart import apart
 from aioloader.executors.sample import Sample, current_sample
 
 __all__ = ["DROP", "Call", "ChunkResult", "Failed", "apply_chunk", "refuse_coroutine"]
@@ -87,6 +89,8 @@ def apply_chunk(
     The time limit is what keeps a chunk honest: when samples that used to be cheap turn slow, the rest goes back and
     other workers share it.
 
+    Context variables that a sample's functions set do not show to the next sample, see `apart`.
+
     Args:
         calls: The functions of one journey.
         values: The samples; the next one is taken only when it is begun.
@@ -99,9 +103,33 @@ def apply_chunk(
     sample = Sample() if sample is None else sample  # one that nobody sees
     cpu_began = thread_time()
     began = perf_counter()
-    deadline = began + budget_seconds
-    now = began
+    values = iter(values)
+    apart(_try_some, calls, values, began + budget_seconds, outcomes, sample)
+    busy_seconds = perf_counter() - began
+    current_sample.reset(token)
+    result = ChunkResult(outcomes, busy_seconds, thread_time() - cpu_began)
+    # The traceback of a failed sample keeps this frame, and frames of functions that know `sample`: not with them the
+    # other samples of its chunk, nor the entry that carries this very error.
+    sample.name = None
+    try:
+        return result
+    finally:
+        del values, outcomes, result
+
+
+def _try_some(
+    context: Context,
+    clean: Context,
+    calls: Sequence[Call],
+    values: Iterator[Any],
+    deadline: float,
+    outcomes: list[Any],
+    sample: Sample,
+) -> bool:
+    """Go on until the values or the time are over, or this context is not clean any more (True)."""
     value: Any = None
+    result: Any = None
+    more = False
     for value in values:
         for call in calls:
             sample.seed = call.seed
@@ -120,15 +148,15 @@ def apply_chunk(
                 value = Failed(error, call.label)
                 break
         outcomes.append(value)
-        now = perf_counter()
-        if now > deadline:
+        if perf_counter() > deadline:
             break
-    current_sample.reset(token)
-    result = ChunkResult(outcomes, now - began, thread_time() - cpu_began)
-    # The traceback of a failed sample keeps this frame, and frames of functions that know `sample`: not with them the
-    # other samples of its chunk, nor the entry that carries this very error.
-    sample.name = None
+        try:
+            more = context != clean
+        except Exception:
+            more = True
+        if more:
+            break
     try:
-        return result
-    finally:
+        return more
+    finally:  # as in `apply_chunk`
         del values, value, outcomes, result

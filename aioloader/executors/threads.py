@@ -15,13 +15,29 @@ from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from time import monotonic
+from typing import Protocol
 from weakref import WeakSet
 
 import torch
 
-__all__ = ["Threads", "call_loop", "end_all_threads", "forget_all_threads", "limit_intraop_threads"]
+__all__ = [
+    "InContext",
+    "TakesJobs",
+    "Threads",
+    "call_loop",
+    "end_all_threads",
+    "forget_all_threads",
+    "limit_intraop_threads",
+]
 
 Job = Callable[[BaseException | None], None]
+
+
+class TakesJobs(Protocol):
+    """Threads, or a way to them."""
+
+    def submit(self, job: Job) -> None:
+        """Run `job` in a thread."""
 
 
 class Threads:
@@ -137,6 +153,23 @@ class Threads:
             except BaseException as error:  # kept, and raised for each sample: nothing is lost
                 return error
         return None
+
+
+class InContext:
+    """A way to one thread of `Threads`, for jobs that share a context of their own.
+
+    Args:
+        threads: One thread: a context cannot be entered by two.
+        context: Theirs.
+    """
+
+    def __init__(self, threads: Threads, context: Context) -> None:
+        self._threads = threads
+        self._context = context
+
+    def submit(self, job: Job) -> None:
+        """Run `job` in the thread."""
+        self._threads.submit(lambda broken: self._context.run(job, broken))
 
 
 def call_loop(loop: AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

@@ -1,6 +1,5 @@
 """`Files(watch=True)`: files as they arrive in a folder, each once, when it is complete."""
 
-import contextlib
 import errno
 import glob
 import os
@@ -17,8 +16,8 @@ from aioloader.engine.located import Access, CursorSource, EntryReader
 from aioloader.engine.progress import cursor_parts, cursor_sequence
 from aioloader.notes import shown
 from aioloader.sources.ahead import failed
-from aioloader.sources.paths import files_in, refuse_url
-from aioloader.sources.watching import Growth, require_watchfiles
+from aioloader.sources.paths import Identity, files_in, refuse_url
+from aioloader.sources.watching import Growth, folders_of_links, require_watchfiles
 from aioloader.sources.whole import Read, check_read, load
 
 __all__ = ["WatchedFiles"]
@@ -151,9 +150,17 @@ class _Given:
             if len(self._names) < len(self._full) * CHUNK_NAMES // 2:
                 self._pack()
 
+    def names(self) -> list[str]:
+        """All of them."""
+        return list(self._names)
+
     def forget(self, name: str) -> None:
         """Its file was removed: another one with that name is a new one."""
         self._names.pop(name, None)
+
+    def forget_below(self, folder: str) -> None:
+        """The same for all in a folder."""
+        self.keep({name for name in self._names if not name.startswith(f"{folder}/")})
 
     def keep(self, there: set[str]) -> None:
         """Forget all whose file is not there any more."""
@@ -176,44 +183,100 @@ class _Folder:
         self._source = source
         self._given = given
         self._root = os.path.realpath(source.folder)  # which is how notifications name it
-        self._growth = Growth(self._root)  # before the first look, so that nothing is missed in between
+        self._place = os.path.abspath(source.folder)  # noqa: PTH100
+        self._identity = _identity(self._root)
+        self._growth = Growth([self._root], recursive=True)  # before the first look, so that nothing is missed between
         self._waiting: dict[str, _Seen] = {}  # by name
-        self._complete: dict[str, None] = {}  # in order
+        self._complete: dict[str, OSError | None] = {}  # in order; with why what is below it cannot be given
+        self._folders_given: set[str] = set()  # those of the names given
+        self._refused: set[str] = set()  # folders that cannot be read
+        self._folders: dict[Identity, dict[str, None]] = {}  # what they are called
+        self._links_made = False  # to folders, since the watch began: it does not see what happens there
+        self._failure: Exception | None = None
         self._first_look()
 
-    def stop(self) -> None:
-        """End `take`, from any thread."""
+    def stop(self, failure: Exception | None = None) -> None:
+        """End `take`, from any thread; it raises `failure` after what is complete."""
+        self._failure = failure
         self._growth.stop()
 
     def close(self) -> None:
         """End the watch."""
         self._growth.close()
 
-    def take(self, limit: int) -> list[tuple[str, Any]]:
-        """Wait for complete files; 1 to `limit` names with their cursors, none after `stop`."""
+    def take(self, limit: int) -> list[tuple[str, Any, OSError | None]]:
+        """Wait for complete files; 1 to `limit` names with their cursors, none after `stop`.
+
+        With an error: the name is that of a folder which cannot be looked through.
+        """
         while not self._complete and not self._growth.stopped:
             due = min((seen.due for seen in self._waiting.values()), default=None)
             now = monotonic()
             if due is None or due > now:
-                for path, removed in self._growth.wait(None if due is None else due - now).items():
+                touched = self._growth.wait(None if due is None else due - now)
+                if touched is None:
+                    self._look_over()
+                for path, removed in (touched or {}).items():
                     self._touched(path, removed)
             self._look_again()
+            if self._links_made:
+                self._links_made = False
+                self._growth.begin_again()
+                self._look_over()
+        if self._failure is not None and not self._complete:
+            raise self._failure
         taken = []
         for name in list(islice(self._complete, limit)):
-            del self._complete[name]
-            self._given.add(name)
-            taken.append((name, self._given.cursor))
+            error = self._complete.pop(name)
+            if error is None:
+                self._given.add(name)
+                self._note_folders(name)
+            taken.append((name, self._given.cursor, error))
         return taken
 
+    def check_place(self) -> None:
+        """Whether the folder is still the one that is watched.
+
+        Raises:
+            OSError: It was removed, or another one has its name.
+        """
+        identity = _identity(self._place)
+        if identity is None:
+            raise FileNotFoundError(
+                errno.ENOENT,
+                "the watched folder was removed, and nothing more can arrive in it",
+                self._source.folder,
+            )
+        if identity != self._identity:
+            raise OSError(errno.ESTALE, "another folder took the watched one's place", self._source.folder)
+
+    def _note_folders(self, name: str) -> None:
+        while (name := os.path.dirname(name)) and name not in self._folders_given:  # noqa: PTH120
+            self._folders_given.add(name)
+
+    def _forget(self, name: str) -> None:
+        """It was removed: what is there from now on is something else; of a folder that is so for all in it."""
+        self._given.forget(name)
+        if name in self._folders_given:
+            self._folders_given.discard(name)
+            self._given.forget_below(name)
+
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self._root}/{name}" if name else self._root
 
     def _names_below(self, folder: str) -> list[str]:
-        return sorted(path[len(self._root) + 1 :] for path in files_in(folder))
+        above, parent = set(), folder
+        while parent != self._root:
+            parent = os.path.dirname(parent)  # noqa: PTH120
+            above.add(_identity(parent))
+        found = files_in(folder, frozenset(filter(None, above)), self._folders)
+        return sorted(path[len(self._root) + 1 :] for path in found)
 
     def _first_look(self) -> None:
         names = self._names_below(self._root)
         self._given.keep(set(names))
+        for name in self._given.names():
+            self._note_folders(name)
         now, clock = monotonic(), time()
         for name in names:
             self._look(name, now)
@@ -221,21 +284,38 @@ class _Folder:
             if seen is not None and seen.size and seen.changed / 1e9 < clock - self._source.settle:
                 self._finish(name)
 
+    def _look_over(self) -> None:
+        """Anything may have happened. What waits and is as it was goes on waiting, not from the beginning."""
+        self.check_place()
+        names = self._names_below(self._root)
+        there = set(names)
+        self._given.keep(there)
+        now = monotonic()
+        gone = [name for name, seen in self._waiting.items() if seen.size >= 0 and name not in there]
+        for name in [*gone, *(name for name in self._complete if name not in there)]:
+            self._look(name, now)
+        for name in names:
+            before = self._waiting.get(name)
+            self._look(name, now)
+            after = self._waiting.get(name)
+            if before is not None and after is not None and before[1:] == after[1:]:
+                self._waiting[name] = before
+
     def _touched(self, path: str, removed: bool = False) -> None:
         if not path.startswith(f"{self._root}/"):
-            if not os.path.isdir(self._root):  # noqa: PTH112
-                raise FileNotFoundError(
-                    errno.ENOENT,
-                    "the watched folder was removed, and nothing more can arrive in it",
-                    self._source.folder,
-                )
+            self.check_place()
             return
         if "\ufffd" in path:  # a name that is no UTF-8 is not told as it is
             path = os.path.dirname(path)  # noqa: PTH120
-        name = path[len(self._root) + 1 :]
-        if removed:
-            self._given.forget(name)  # what is there now is another file
-        self._look(name, monotonic())
+        # Of a folder that links give several names, one is told.
+        folder, base = os.path.split(path)
+        identity = _identity(folder)
+        others = self._folders.get(identity, {}) if identity is not None else {}
+        for known in {folder: None} | others:
+            name = f"{known}/{base}"[len(self._root) + 1 :]
+            if removed:
+                self._forget(name)
+            self._look(name, monotonic())
 
     def _look(self, name: str, now: float) -> None:
         """Something happened to what has this name."""
@@ -245,14 +325,22 @@ class _Folder:
         except OSError:  # removed, or renamed
             self._waiting.pop(name, None)
             self._complete.pop(name, None)
-            self._given.forget(name)
+            self._forget(name)
             return
         if stat.S_ISDIR(status.st_mode):
             # It is looked through now, and when it settled: it is not watched from its first moment on.
             self._waiting[name] = _Seen(now + self._source.settle, -1, 0)
             inside: list[str] = []
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed again
+            try:
                 inside = self._names_below(path)
+                self._links_made = self._links_made or name in self._refused or _has_links(path)
+                self._refused.discard(name)
+            except (FileNotFoundError, NotADirectoryError):
+                pass  # removed again
+            except PermissionError as error:
+                if name not in self._refused:
+                    self._refused.add(name)
+                    self._complete[name] = error
             for below in inside:
                 if below not in self._waiting:
                     self._look(below, now)
@@ -284,30 +372,71 @@ class _Folder:
         self._complete[name] = None
 
 
+def _identity(folder: str) -> Identity | None:
+    """What tells a folder from others; None: it is none."""
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
+
+
+def _has_links(folder: str) -> bool:
+    """Whether it is a link, or there are links to folders in it."""
+    if os.path.islink(folder):  # noqa: PTH114
+        return True
+    return any(os.path.islink(os.path.join(here, name)) for here, names, _ in os.walk(folder) for name in names)  # noqa: PTH114, PTH118
+
+
 class _Reader(EntryReader):
-    # Its thread waits for notifications, and reads what is complete.
+    # Its thread waits for notifications, and reads what is complete. Where the folder is found through a link, another
+    # one waits for what happens to that.
 
     def __init__(self, source: WatchedFiles, access: Access, given: _Given) -> None:
         self._source = source
         self._given = given
-        self._thread = access.threads(1)
+        self._thread, self._links_thread = access.threads(1), access.threads(1)
         self._folder: _Folder | None = None
+        self._links: Growth | None = None
         self._closed = False
 
     async def read(self, limit: int) -> list[Entry]:
+        if self._folder is None:
+            await self._thread.call(self._open)
+            if self._links is not None:
+                self._links_thread.call(self._watch_links)
         return await self._thread.call(self._read, min(limit, READ_FILES))
+
+    def _open(self) -> None:
+        """In the thread."""
+        folders = folders_of_links(self._source.folder)
+        if folders:
+            self._links = Growth(folders)
+        self._folder = _Folder(self._source, self._given)
+        if self._closed:
+            self._stop()
+
+    def _watch_links(self) -> None:
+        """In the other thread: the folder must stay the one that its path leads to."""
+        assert self._folder is not None
+        assert self._links is not None
+        try:
+            while not self._links.stopped:
+                self._folder.check_place()
+                self._links.wait()
+        except Exception as error:
+            self._folder.stop(error)
 
     def _read(self, limit: int) -> list[Entry]:
         """In the thread."""
-        if self._folder is None:
-            self._folder = _Folder(self._source, self._given)
-            if self._closed:
-                self._folder.stop()
-        return [self._load(name, cursor) for name, cursor in self._folder.take(limit)]
+        assert self._folder is not None
+        return [self._load(name, cursor, error) for name, cursor, error in self._folder.take(limit)]
 
-    def _load(self, name: str, cursor: Any) -> Entry:
+    def _load(self, name: str, cursor: Any, refusal: OSError | None) -> Entry:
         source = self._source
         path = os.path.join(source.folder, name)  # noqa: PTH118
+        if refusal is not None:
+            return failed(refusal, cursor, path)
         try:
             sample = load(path, source.read, source.with_path)
         except Exception as error:
@@ -316,9 +445,16 @@ class _Reader(EntryReader):
 
     async def aclose(self) -> None:
         self._closed = True
-        if self._folder is not None:
-            self._folder.stop()  # the thread may be waiting
+        self._stop()  # the threads may be waiting
         await self._thread.call(self._close)
+        if self._links is not None:
+            await self._links_thread.call(self._links.close)
+
+    def _stop(self) -> None:
+        if self._folder is not None:
+            self._folder.stop()
+        if self._links is not None:
+            self._links.stop()
 
     def _close(self) -> None:
         if self._folder is not None:

@@ -15,7 +15,7 @@ from aioloader.masking import mask_message
 from aioloader.notes import add_note
 from aioloader.sources.marks import MARK_BYTES
 from aioloader.sources.stores import Version
-from aioloader.sources.watching import Growth
+from aioloader.sources.watching import Growth, folders_of_links
 
 __all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
 
@@ -60,7 +60,9 @@ class _OpenFile:
             add_note(error, f"aioloader: a file was expected; for those in a folder pass a glob: '{self.path}/*'")
             raise
         if self._follow:
-            self.growth = Growth(self.path)  # before the first read, so that nothing is missed in between
+            # Before the first read, so that nothing is missed in between. A link that is pointed elsewhere touches only
+            # the folder that it lies in.
+            self.growth = Growth([self.path, *folders_of_links(self.path)])
         self._seen = size, _ = self._now()
         if size < needed:
             raise BrokenDataError(
@@ -128,13 +130,16 @@ class _OpenFile:
         """
         assert self.raw is not None
         assert self.growth is not None
-        self.growth.wait()
-        here, at = os.fstat(self.raw.fileno()), self.raw.tell()
-        if here.st_size != at:
-            return  # whatever else happened, first comes what was written
-        there = Path(self.path).stat()  # FileNotFoundError: it was removed
-        if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
-            raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
+        # It looks before it waits. When a line was written and the file replaced in one moment, that was told once,
+        # and the line made this return.
+        while not self.growth.stopped:
+            here, at = os.fstat(self.raw.fileno()), self.raw.tell()
+            if here.st_size != at:
+                return  # whatever else happened, first comes what was written
+            there = Path(self.path).stat()  # FileNotFoundError: it was removed
+            if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+                raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
+            self.growth.wait()
 
     def close(self) -> None:
         """Let go of it; may be called at any time."""

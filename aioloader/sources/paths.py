@@ -11,7 +11,7 @@ from typing import Any, Final
 from aioloader.masking import masked
 from aioloader.notes import shown
 
-__all__ = ["Paths", "each_path", "expand_braces", "files_in", "find_files", "names_of", "refuse_url"]
+__all__ = ["Identity", "Paths", "each_path", "expand_braces", "files_in", "find_files", "names_of", "refuse_url"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -87,26 +87,42 @@ def names_of(paths: Sequence[str]) -> dict[str, Any]:
     return {"files": len(paths), "names": sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]}
 
 
-def files_in(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
+Identity = tuple[int, int]
+"""Device and number of a folder."""
+
+
+def files_in(
+    folder: str, above: frozenset[Identity] = frozenset(), seen: dict[Identity, dict[str, None]] | None = None
+) -> Iterator[str]:
     """The files in a folder and in the folders in it, in any order; without hidden ones, as globs go.
 
     Links are followed, but for those that lead back to where they are.
 
     Args:
         folder: Where to look.
-        above: The folders that it is in, as device and number.
+        above: The folders that it is in.
+        seen: Where to note the folders that were looked through: links give one several names.
     """
     status = os.stat(folder)  # noqa: PTH116
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
+    if seen is not None:
+        seen.setdefault(identity, {})[folder] = None
     with os.scandir(folder) as listing:
         entries = [entry for entry in listing if not entry.name.startswith(".")]
     for entry in entries:
-        if entry.is_dir():
-            yield from files_in(entry.path, above | {identity})
+        if _is_folder(entry):
+            yield from files_in(entry.path, above | {identity}, seen)
         else:
             yield entry.path
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which is to raise where it is read
+        return False
 
 
 def each_path(paths: Any, *, source: str) -> list[str]:

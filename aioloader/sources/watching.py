@@ -1,14 +1,19 @@
 """Waiting for a file to grow, or for files to arrive, by the notifications of the system."""
 
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
 from typing import Any, Final
 
-__all__ = ["Growth", "require_watchfiles"]
+__all__ = ["Growth", "folders_of_links", "require_watchfiles"]
 
 STEP_MS: Final = 20
 """How long watchfiles gathers changes before it tells of them, and how soon it sees that it shall end."""
 
 _DELETED: Final = 3  # `watchfiles.Change.deleted`
+_MOST_LINKS: Final = 40  # in one path, as on Linux
 
 
 def require_watchfiles(what: str) -> None:
@@ -24,30 +29,79 @@ def require_watchfiles(what: str) -> None:
 
 
 class Growth:
-    """Changes of one file, or of a folder and all in it, from the moment of construction on."""
+    """Changes of files, or of a folder and all in it, from the moment of construction on.
 
-    def __init__(self, path: str) -> None:
-        # Its documented lower layer: the generators around it begin to watch at their first `next`, which would be
-        # after the read that found nothing, and what is written in between would be seen with the change after it.
-        from watchfiles._rust_notify import RustNotify
+    Args:
+        paths: What is watched; links are followed.
+        recursive: All below the folders among them, too.
+
+    Raises:
+        OSError: Something cannot be watched.
+    """
+
+    def __init__(self, paths: Sequence[str], *, recursive: bool = False) -> None:
+        # watchfiles' documented lower layer: the generators around it begin to watch at their first `next`, which would
+        # be after the read that found nothing, and what is written in between would be seen with the change after it.
         from watchfiles.main import _default_force_polling
 
-        polling = _default_force_polling(None)  # file systems without notifications: WATCHFILES_FORCE_POLLING=1
-        self._notify: Any = RustNotify([path], False, polling, 300, True, False)
+        self._polling = _default_force_polling(None)  # no notifications: WATCHFILES_FORCE_POLLING=1
+        self._recursive = recursive
         self._stop = Event()
+        self._notify: Any = None
+        self._fds: list[int] = []
+        try:
+            self._paths = {self._watchable(path): path for path in paths}
+            self.begin_again()
+        except BaseException:
+            self.close()
+            raise
 
-    def wait(self, timeout: float | None = None) -> dict[str, bool]:
+    def _watchable(self, path: str) -> str:
+        """`path`, or where it is no UTF-8, which watchfiles does not take, another name for what it leads to."""
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            self._fds.append(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            return f"/proc/self/fd/{self._fds[-1]}"
+        return path
+
+    def begin_again(self) -> None:
+        """Watch anew, from this moment on: also what links that were made since then lead to."""
+        from watchfiles._rust_notify import RustNotify
+
+        before = self._notify
+        self._notify = RustNotify(list(self._paths), False, self._polling, 300, self._recursive, False)
+        if before is not None:
+            before.close()
+
+    def wait(self, timeout: float | None = None) -> dict[str, bool] | None:
         """Block until something happened since the last call, or `stop`, or `timeout` seconds are over.
 
         Returns:
-            The paths that were touched, and whether what was there was removed: there may be something again.
+            The paths that were touched, and whether what was there was removed: there may be something again. None:
+            anything may have happened, and what happens from now on is seen.
         """
         limit_ms = 0 if timeout is None else max(1, round(timeout * 1000))
-        found = self._notify.watch(STEP_MS, STEP_MS, limit_ms, self._stop)
+        try:
+            found = self._notify.watch(STEP_MS, STEP_MS, limit_ms, self._stop)
+        except RuntimeError as error:
+            # A name that is no UTF-8. From then on this watch says nothing else, and what it had gathered is lost.
+            if "decode" not in str(error):
+                raise
+            self.begin_again()
+            return None
         touched: dict[str, bool] = {}
         for change, path in () if isinstance(found, str) else found:
+            path = self._as_given(path)
             touched[path] = touched.get(path, False) or change == _DELETED
         return touched
+
+    def _as_given(self, path: str) -> str:
+        if self._fds:
+            for watched, given in self._paths.items():
+                if path == watched or path.startswith(f"{watched}/"):
+                    return given + path[len(watched) :]
+        return path
 
     @property
     def stopped(self) -> bool:
@@ -60,4 +114,33 @@ class Growth:
 
     def close(self) -> None:
         """End the watch."""
-        self._notify.close()
+        if self._notify is not None:
+            self._notify.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def folders_of_links(path: str) -> list[str]:
+    """The readable folders of the links that `path` goes through: what happens in them decides where it leads to.
+
+    For `/mnt/app.log`, a link to `..data/app.log`, where `..data` is a link as well, that is `/mnt`.
+    """
+    folders: dict[str, None] = {}
+    left = [*reversed(Path(os.path.abspath(path)).parts[1:])]  # noqa: PTH100
+    here = os.path.abspath(os.sep)  # noqa: PTH100
+    links = 0
+    while left and links < _MOST_LINKS:
+        there = os.path.join(here, left.pop())  # noqa: PTH118
+        target = None
+        with contextlib.suppress(OSError):  # it is no link, or not there
+            target = os.readlink(there)  # noqa: PTH115
+        if target is None:
+            here = os.path.normpath(there)
+            continue
+        links += 1
+        if os.access(here, os.R_OK):
+            folders[here] = None
+        if os.path.isabs(target):  # noqa: PTH117
+            here = os.path.abspath(os.sep)  # noqa: PTH100
+        left += [part for part in reversed(Path(target).parts) if part != os.sep]
+    return list(folders)

@@ -2,9 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
 
+from aioloader.executors.apart import apart
 from aioloader.executors.sample import Fetching, Sample, Several, current_sample
 from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
@@ -83,7 +85,7 @@ class FetchBatch:
             if sample is not None:
                 sample.name = several
             try:
-                together = many(keys)
+                together = copy_context().run(many, keys)
             except Exception:
                 if not several.asked:
                     raise
@@ -92,17 +94,30 @@ class FetchBatch:
                     return together
             self._singly = True
         samples: list[Any] = []
-        key = None
         if sample is not None:
             sample.name = Fetching(names, samples)
-        try:
-            append = samples.append
-            for key in keys:
-                append(dataset[key] if many is None else _one_of(many([key])))
-        except Exception as error:
-            add_note(error, f"aioloader: dataset index {shown(key)}, sample {len(samples)} of its batch")
-            raise
+        apart(_load_some, dataset, many, iter(keys), samples)
         return samples
+
+
+def _load_some(
+    context: Context, clean: Context, dataset: Any, many: Callable[[Any], Any] | None, keys: Any, samples: list[Any]
+) -> bool:
+    """Go on until the keys are over, or this context is not clean any more (True)."""
+    key = None
+    append = samples.append
+    try:
+        for key in keys:
+            append(dataset[key] if many is None else _one_of(many([key])))
+            try:
+                if context != clean:
+                    return True
+            except Exception:
+                return True
+    except Exception as error:
+        add_note(error, f"aioloader: dataset index {shown(key)}, sample {len(samples)} of its batch")
+        raise
+    return False
 
 
 class FetchAsync:

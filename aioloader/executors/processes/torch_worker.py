@@ -4,6 +4,7 @@ import random
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -99,12 +100,13 @@ class FetchNext:
     def _collate(self, samples: Any) -> Any:
         if self._reads_again:
             return None
-        return samples if self._collate_fn is None else self._collate_fn(samples)
+        return samples if self._collate_fn is None else copy_context().run(self._collate_fn, samples)  # see `apart`
 
     def _next(self, epoch: int) -> Any:
         if self._epoch is None or epoch > self._epoch:
             self._fetcher = None
             self._epoch = epoch
+            self._context = copy_context()  # of the iterator, which runs in one as it does elsewhere
             self._fetcher = _DatasetKind.create_fetcher(
                 _DatasetKind.Iterable, self._dataset, self._batch_size is not None, self._collate, self._drop_last
             )
@@ -116,7 +118,7 @@ class FetchNext:
         if self._fetcher is None:
             return EXHAUSTED
         try:
-            return self._fetcher.fetch([None] * (self._batch_size or 1))
+            return self._context.run(self._fetcher.fetch, [None] * (self._batch_size or 1))
         except StopIteration:
             self._fetcher = None
             return EXHAUSTED
