@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
-from aioloader.assembly.windows import Journey, collate_stage, device_stage, steps_of
+from aioloader.assembly.windows import Journey, collate_stage, device_stage, exactly, steps_of
 from aioloader.cores import usable_cores
 from aioloader.device import Transfer
 from aioloader.engine.cached_stream import PlacedNode
@@ -20,7 +20,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.remote import Remote
 from aioloader.memory.pool import BatchMemory
-from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, any_order, placed
+from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, any_order, depends_on_time, placed
 from aioloader.sources.drawn import keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
@@ -72,7 +72,8 @@ def build(
         drawn: Gets what samplers draw their order from, and has it in a resumed epoch.
     """
     plan = placed(plan)
-    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, resumed=resumed, drawn=drawn)
+    live = depends_on_time(plan)
+    builder = _Builder(this_pass, transfer, alloc, processes, live=live, dry=dry, resumed=resumed, drawn=drawn)
     return _output(plan, this_pass, builder, processes)
 
 
@@ -83,10 +84,10 @@ def _output(plan: Plan, this_pass: Pass, builder: "_Builder", processes: Callabl
     if not journey.stages:
         if isinstance(node, Window) and plan.stages and isinstance(plan.stages[-1], DropIf):
             return node  # it has no room: what is made ahead is held by the window before it
-        return Window(node, (), room=prefetch)
+        return Window(node, (), room=exactly(prefetch))
     if plan.room is not None or journey.batches:
-        return journey.window(node, prefetch if plan.room is None else plan.room, processes, this_pass, exact=True)
-    return journey.window(node, journey.room(plan.prefetch), processes, this_pass)
+        return journey.window(node, processes, this_pass, room=prefetch if plan.room is None else plan.room)
+    return journey.window(node, processes, this_pass, finished=plan.prefetch, last=True)
 
 
 class _Builder:
@@ -97,6 +98,7 @@ class _Builder:
         alloc: Alloc | None,
         processes: Callable[[], Processes],
         *,
+        live: bool,  # time decides which samples a batch holds, so that none is read early
         dry: bool,
         resumed: bool,
         drawn: dict[str, Any] | None = None,
@@ -110,6 +112,7 @@ class _Builder:
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
+        self._live = live
         self._numbered: Numbered = Counter()
 
     def _seed(self) -> int | None:
@@ -174,7 +177,9 @@ class _Builder:
         if fold.head and again_from == "head":
 
             def again() -> Node:
-                builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, resumed=True)
+                builder = _Builder(
+                    self._pass, None, self._alloc, self._processes, live=self._live, dry=self._dry, resumed=True
+                )
                 builder._numbered = numbered.copy()
                 return builder.stream(before)[0] if commutes else builder.closed(before)
 
@@ -185,20 +190,27 @@ class _Builder:
         """A window that begins what it is asked for, over one that holds what is made ahead."""
         prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
         if journey.batches:
-            node = journey.window(node, prefetch, self._processes, self._pass, exact=True)
+            node = journey.window(node, self._processes, self._pass, room=prefetch)
         elif journey.stages:
             node = self._close(node, journey)
         elif stage is plan.stages[-1]:
-            node = Window(node, (), room=prefetch)
+            node = Window(node, (), room=exactly(prefetch))
         steps = steps_of([stage.check()], [None], None, self._processes, keyed=False)
-        window = Window(node, steps, room=0)
+        window = Window(node, steps, room=None)
         return window, Journey(checks=[*journey.checks, (stage, steps[0])])
 
     def _repetition(self, plan: Plan, repetition: int, place: str, numbered: Numbered) -> Node:
         """Round `repetition` of `plan`; `numbered` are stages before it."""
         this_pass = self._pass.repeated(repetition)
         builder = _Builder(
-            this_pass, None, self._alloc, self._processes, dry=self._dry, resumed=self._resumed, drawn=self._drawn
+            this_pass,
+            None,
+            self._alloc,
+            self._processes,
+            live=self._live,
+            dry=self._dry,
+            resumed=self._resumed,
+            drawn=self._drawn,
         )
         builder._place = place
         builder._numbered = numbered.copy()
@@ -209,15 +221,15 @@ class _Builder:
     def _own_process(self, plan: Plan, *, loose: bool) -> tuple[Node, Journey]:
         """The node for a plan that runs in a process of its own."""
         # What would run here: it numbers the stages, and says whether a cursor fits.
-        builder = _Builder(self._pass, None, None, Processes, dry=True, resumed=self._resumed)
+        builder = _Builder(self._pass, None, None, Processes, live=self._live, dry=True, resumed=self._resumed)
         builder._numbered = self._numbered.copy()
         node, journey = builder.stream(plan)
-        inner = _InProcess(placed(plan), self._numbered)
+        inner = _InProcess(placed(plan), self._numbered, self._live)
         self._numbered = builder._numbered
         batches = journey.batches
         if self._dry:
             return self._close(node, journey), Journey(batches=batches, loose=loose)
-        key = (id(plan.source), *map(id, plan.stages), repr(inner.places), *sorted(inner.numbered.items()))
+        key = (id(plan.source), *map(id, plan.stages), repr(inner.places), self._live, *sorted(inner.numbered.items()))
         remote = partial(_remote, self._processes(), key, plan, inner)
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
         return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches, loose=loose)
@@ -227,7 +239,7 @@ class _Builder:
         return self._close(*self.stream(plan))
 
     def _close(self, node: Node, journey: Journey) -> Node:
-        return journey.window(node, journey.room(), self._processes, self._pass) if journey.stages else node
+        return journey.window(node, self._processes, self._pass) if journey.stages else node
 
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
@@ -249,11 +261,12 @@ class _Builder:
                 warns=warns,
                 unknown=data.call and not source.keys,
                 tells_epoch=source.tells_epoch,
+                live=self._live,
             )
-            return source_node, Journey(), stages
+            return source_node, Journey(first=True), stages
         if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
             return self._batches_of(data, stages, at)
-        journey = Journey(keyed=True)
+        journey = Journey(keyed=True, first=True)
         name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(
@@ -349,6 +362,7 @@ class _Builder:
             journey.add(stage)
             return node, journey
         are_batches = journey.batches
+        first = journey.first and not journey.stages
         node = self._close(node, journey)
         if isinstance(stage, Cache):
             placed = Journey(are_batches)
@@ -368,7 +382,7 @@ class _Builder:
                 batches.add(_fresh_stage(check, step))
             batches.add(collate_stage(stage.collate, self._alloc))
             return node, batches
-        return node, Journey(loose=loose)
+        return node, Journey(loose=loose, first=first)
 
 
 def _fresh_stage(check: DropIf, step: Step) -> Filter:
@@ -393,10 +407,12 @@ class _InProcess:
     Args:
         plan: What runs there.
         numbered: Stages before it.
+        live: See `_Builder`.
     """
 
     plan: Plan
     numbered: Numbered
+    live: bool
 
     @property
     def places(self) -> list[tuple[int | None, int | None]]:
@@ -404,7 +420,7 @@ class _InProcess:
         return [(stage.rank, stage.world_size) for stage in self.plan.stages if isinstance(stage, Shard)]
 
     def __call__(self, this_pass: Pass, resumed: bool) -> Window:
-        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, resumed=resumed)
+        builder = _Builder(this_pass, None, self._memory.alloc, Processes, live=self.live, dry=False, resumed=resumed)
         builder._numbered = self.numbered.copy()
         return _output(self.plan, this_pass, builder, Processes)
 

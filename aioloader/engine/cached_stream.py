@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.cache.store import END, MISSING, Store, at_position
 from aioloader.engine.cache_opening import Opening
 from aioloader.engine.entry import LAST, Entry
-from aioloader.engine.node import Kick, Node
+from aioloader.engine.node import MOST_EARLY, Kick, Node
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -36,6 +36,10 @@ class PlacedNode(Node):
         self._ready = False  # the cache is open, and what was delivered before a resume has been found in it
         self._begun = False  # the upstream
         self._whole = True  # no error so far
+
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room if self._begun else MOST_EARLY
 
     def resume(self, cursor: Any) -> None:
         self._resume_at = cursor

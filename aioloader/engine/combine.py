@@ -31,6 +31,10 @@ class _Several(Node):
             if its is not None:
                 upstream.resume(its)
 
+    @property
+    def extra_room(self) -> int:
+        return min(upstream.extra_room for upstream in self._upstreams)
+
     def start(self, run: "Run", kick: Kick) -> None:
         for upstream in self._upstreams:
             upstream.start(run, kick)
@@ -277,6 +281,10 @@ class RepeatNode(Node):
         if its is not None:
             self._upstream.resume(its)
 
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
+
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick
         if not self.ended:
@@ -343,6 +351,10 @@ class HeadNode(Node):
         if self._left:
             self._head = self._again()
         self._upstream.resume(cursor)
+
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick

@@ -19,9 +19,30 @@ from aioloader.insight.meters import StageMeter
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["Fold", "FoldNode", "Kick", "Node", "TimedFold", "TimedFoldNode"]
+__all__ = [
+    "CHUNK_SECONDS",
+    "MOST_EARLY",
+    "Fold",
+    "FoldNode",
+    "Kick",
+    "Node",
+    "TimedFold",
+    "TimedFoldNode",
+    "cheap_samples",
+]
 
 Kick = Callable[[], None]
+
+CHUNK_SECONDS: Final = 0.001  # the work that one crossing into a thread should be worth
+
+MOST_EARLY: Final = 512  # in a window whose samples are so cheap that its places alone would not fill a crossing
+
+
+def cheap_samples(meter: StageMeter) -> int:
+    """How many samples of a stage are worth a crossing, beyond the first; 0 where they are not cheap, or not known."""
+    if not meter.busy_seconds:
+        return 0
+    return min(MOST_EARLY, max(0, int(CHUNK_SECONDS * meter.samples / meter.busy_seconds) - 1))
 
 
 class Node(ABC):
@@ -32,6 +53,11 @@ class Node(ABC):
     """
 
     ended: bool = False
+
+    @property
+    def extra_room(self) -> int:
+        """How many entries may be taken before there is need of them, since making them costs next to nothing."""
+        return 0
 
     @abstractmethod
     def resume(self, cursor: Any) -> None:
@@ -108,6 +134,10 @@ class FoldNode(Node):
         upstream = self._fold.resume(cursor)
         if upstream is not None:
             self._upstream.resume(upstream)
+
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._upstream.start(run, kick)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aioloader.engine.entry import LAST, Entry, annotate
 from aioloader.engine.located import Access, CursorSource
-from aioloader.engine.node import Kick, Node
+from aioloader.engine.node import MOST_EARLY, Kick, Node, cheap_samples
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
 from aioloader.engine.resumable import Origin, is_stateful, split_cursor
@@ -75,6 +75,10 @@ class KeySource(Node):
         self._cursor = whole(cursor)
         self._keys = self._keys.behind(self._cursor)
         self.ended = not len(self._keys)
+
+    @property
+    def extra_room(self) -> int:
+        return MOST_EARLY
 
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
@@ -213,6 +217,7 @@ class StreamSource(_Pump):
         warns: Say so when samples are read again only to be dropped.
         unknown: `make` may give a `CursorSource`.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
+        live: Its samples come into being meanwhile: none is read early.
     """
 
     def __init__(
@@ -226,8 +231,10 @@ class StreamSource(_Pump):
         warns: bool = False,
         unknown: bool = False,
         tells_epoch: bool = False,
+        live: bool = False,
     ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
+        self._live = live
         self._make = make
         self._call = call
         self._keys = keys
@@ -237,6 +244,10 @@ class StreamSource(_Pump):
         self._unknown = unknown
         self._tells_epoch = tells_epoch
         self._resume_at: Any = None
+
+    @property
+    def extra_room(self) -> int:
+        return 0 if self._live else cheap_samples(self.meter)
 
     def resume(self, cursor: Any) -> None:
         self._resume_at = self._failed_at = cursor
@@ -254,6 +265,7 @@ class StreamSource(_Pump):
         if self._call:
             iterable = await _call(iterable, self._run, self._threads)
         if isinstance(iterable, CursorSource):
+            self._live = self._live or iterable.live
             await self._pump_entries(iterable)
             return
         if self._tells_epoch and callable(tell := getattr(iterable, "set_epoch", None)):
@@ -357,6 +369,10 @@ class FlatMapNode(_Pump):
         self._arrival: Future[None] | None = None
         self._before: Any = None  # the cursor that leads to the next sample
         self._skipped = 0  # items of it that were delivered before a resume
+
+    @property
+    def extra_room(self) -> int:
+        return min(cheap_samples(self.meter), self._upstream.extra_room)
 
     def resume(self, cursor: Any) -> None:
         self._before, skipped = cursor_parts(cursor, 2)

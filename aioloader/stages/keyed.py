@@ -102,6 +102,7 @@ class _JoinFold:
 
     def __init__(self) -> None:
         self._pending: list[Entry] = []
+        self._size = 1  # of the batch before: most are as long
 
     def resume(self, cursor: Any) -> Any:
         return cursor
@@ -110,7 +111,7 @@ class _JoinFold:
         return cursor
 
     def wants(self, limit: int) -> int:
-        return max(limit, 64)  # how long a batch is cannot be known; the window above bounds what comes
+        return max(1, limit * self._size - len(self._pending))  # or batches would pile up here, for which no room is
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         groups = []
@@ -128,6 +129,7 @@ class _JoinFold:
             group = Entry(Group([], []), self._pending[0].cursor, [], self._pending[0].position)
         else:
             group = group_entries(self._pending)
+            self._size = len(self._pending)
         self._pending = []
         return group
 
