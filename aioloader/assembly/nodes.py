@@ -355,6 +355,7 @@ class _Builder:
             return node, journey
         if isinstance(stage, To | PinMemory):
             journey.batches = True  # whatever it is made of, it is held as batches are
+            journey.checks = []
             if self._transfer is not None:
                 journey.add(device_stage(stage, self._transfer))
             return node, journey
@@ -371,11 +372,11 @@ class _Builder:
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey(loose=loose)
         assert isinstance(stage, FoldStage), stage
-        loose_fold = loose and isinstance(stage, Unbatch | Shuffle)
+        recounts = isinstance(stage, Unbatch | Shuffle)
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
-            node = FoldNode(node, stage.fold(self._pass), loose=loose_fold)
+            node = FoldNode(node, stage.fold(self._pass), loose=loose and recounts, recounts=recounts)
         if isinstance(stage, Batch | JoinBatches):
             batches = Journey(batches=True, loose=loose)
             for check, step in journey.checks:

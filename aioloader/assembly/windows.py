@@ -50,6 +50,8 @@ class Journey:
 
     def add(self, stage: Map | Filter | Cache, seed: int | None = None) -> None:
         """One more stage."""
+        if not isinstance(stage, Filter):
+            self.checks = []  # what it makes of samples is nothing that their functions know
         self.stages.append(stage)
         self.seeds.append(seed)
 

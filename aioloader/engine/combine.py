@@ -7,7 +7,7 @@ from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import LAST, ONE_LOST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import cursor_parts, cursor_sequence, whole
 from aioloader.keys import PartKey, SourceKey, each_key
@@ -19,11 +19,16 @@ __all__ = ["HeadNode", "InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "
 
 
 class _Several(Node):
-    """What the nodes over several upstreams share: a cursor that holds one cursor per upstream."""
+    """What the nodes over several upstreams share: a cursor that holds one cursor per upstream.
+
+    An upstream that fails raises its error at its place, and the others go on without it. It has not ended: after a
+    resume it is tried again.
+    """
 
     def __init__(self, upstreams: Sequence[Node]) -> None:
         self._upstreams = list(upstreams)
         self._cursors: list[object] = [None] * len(self._upstreams)
+        self._lost: set[int] = set()  # upstreams that have failed
 
     def resume(self, cursor: Any) -> None:
         self._cursors = list(cursor_parts(cursor, len(self._upstreams)))
@@ -49,8 +54,10 @@ class _Several(Node):
         key = entry.key
         entry.key = each_key(key, partial(SourceKey, index)) if type(key) is list else SourceKey(index, key)
         entry.cursor = tuple(self._cursors)
-        if entry.state == LAST:  # a source that fails ends the epoch, its siblings' too
-            self._end()
+        if entry.state == LAST:
+            entry.state = ONE_LOST
+            self._lost.add(index)
+            self._upstreams[index].close()
         return entry
 
     def _end(self) -> None:
@@ -72,21 +79,21 @@ class MergeNode(_Several):
         if self.ended:
             return taken
         upstreams = self._upstreams
-        share = -(-limit // max(1, sum(not upstream.ended for upstream in upstreams)))
+        share = -(-limit // max(1, sum(not self._is_over(index) for index in range(len(upstreams)))))
         turn = self._given % len(upstreams)  # the first to be asked changes, so that a fast one starves nobody
         for index in (*range(turn, len(upstreams)), *range(turn)):
             if len(taken) == limit:
                 break
-            upstream = upstreams[index]
-            if upstream.ended:
+            if self._is_over(index):
                 continue
-            for entry in upstream.poll(min(share, limit - len(taken))):
+            for entry in upstreams[index].poll(min(share, limit - len(taken))):
                 self._given += 1
                 taken.append(self._emit(entry, index))
-                if entry.state == LAST:
-                    return taken
-        self.ended = all(upstream.ended for upstream in upstreams)
+        self.ended = all(map(self._is_over, range(len(upstreams))))
         return taken
+
+    def _is_over(self, index: int) -> bool:
+        return self._upstreams[index].ended or index in self._lost
 
 
 class InterleaveNode(_Several):
@@ -113,10 +120,10 @@ class InterleaveNode(_Several):
     def poll(self, limit: int) -> list[Entry]:
         if self.ended:
             return []
-        in_turn = len(self._upstreams) - len(self._over)
-        share = -(-limit // in_turn)
+        out = {*self._over, *self._lost}
+        share = -(-limit // (len(self._upstreams) - len(out)))
         for index, (upstream, pending) in enumerate(zip(self._upstreams, self._pending, strict=True)):
-            if len(pending) < share and not upstream.ended and index not in self._over:
+            if len(pending) < share and not upstream.ended and index not in out:
                 pending.extend(upstream.poll(share - len(pending)))
         taken: list[Entry] = []
         while len(taken) < limit and not self.ended:
@@ -124,26 +131,31 @@ class InterleaveNode(_Several):
             pending = self._pending[index]
             if pending:
                 entry = self._emit(pending.popleft(), index)
-                if entry.state != LAST:  # what failed has its turn again
-                    self._turn = (index + 1) % len(self._upstreams)
-                entry.cursor = (entry.cursor, self._turn, tuple(self._over))
+                following = (index + 1) % len(self._upstreams)
+                turn = index if index in self._lost else following  # after a resume, what failed has its turn again
+                entry.cursor = (entry.cursor, turn, tuple(self._over))
                 taken.append(entry)
-            elif index in self._over:
+                self._turn = following
+                self._end_if_over()
+            elif index in self._over or index in self._lost:
                 self._turn = (index + 1) % len(self._upstreams)
             elif self._upstreams[index].ended:
                 self._over.append(index)
-                if len(self._over) == len(self._upstreams):
-                    self._end()
+                self._end_if_over()
             else:
                 break
         return taken
+
+    def _end_if_over(self) -> None:
+        if len(self._over) + len(self._lost) == len(self._upstreams):
+            self._end()
 
 
 class MixNode(_Several):
     """Draws the upstream of each entry by weight, and goes on with the others when one ends.
 
     Cursor: that of each upstream, the number of draws, and who has ended; which upstream is drawn depends on the seed,
-    the number of the draw and on who has ended, not on who is fast.
+    the number of the draw and on who has ended or failed, not on who is fast.
     """
 
     def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
@@ -174,17 +186,23 @@ class MixNode(_Several):
             if run:
                 self._drawn = None
                 entry = self._emit(run[0], index)
-                draws = self._draws - (entry.state == LAST)  # what failed is to be drawn again
+                failed = index in self._lost
+                draws = self._draws - failed  # after a resume, what failed is drawn again
                 entry.cursor = (entry.cursor, draws, tuple(self._over))
                 taken.append(entry)
+                if failed:
+                    self._leave_out(index)
             elif upstream.ended:
                 self._drawn = None
-                self._weights[index] = 0.0
                 self._over.append(index)
-                self.ended = not any(self._weights)
+                self._leave_out(index)
             else:
                 break
         return taken
+
+    def _leave_out(self, index: int) -> None:
+        self._weights[index] = 0.0
+        self.ended = not any(self._weights)
 
     def _draw(self) -> int:
         while self._to_replay:  # each draw takes 64 bits from the generator
@@ -212,11 +230,23 @@ class ZipNode(_Several):
             if len(pending) < limit and not upstream.ended and not self.ended:
                 pending.extend(upstream.poll(limit - len(pending)))
         taken: list[Entry] = []
-        while not self.ended and len(taken) < limit and all(self._pending):
+        while not self.ended and len(taken) < limit:
+            if (lost := self._error_of_a_part()) is not None:
+                taken.append(lost)
+                continue
+            if not all(self._pending):
+                break
             taken.append(self._pair([pending.popleft() for pending in self._pending]))
         if len(taken) < limit and not self.ended:
             taken.extend(self._look_for_the_end())
         return taken
+
+    def _error_of_a_part(self) -> Entry | None:
+        """An upstream has several sources, and one of these has failed: nothing is paired up with that."""
+        for index, pending in enumerate(self._pending):
+            if pending and pending[0].state == ONE_LOST:
+                return self._emit(pending.popleft(), index)
+        return None
 
     def _look_for_the_end(self) -> list[Entry]:
         """Ask in order, as Python's `zip` does: whoever comes first fails, or ends it, or is waited for."""
@@ -300,7 +330,7 @@ class RepeatNode(Node):
                 entry.cursor = (self._repetition, entry.cursor)
                 if self._repetition and entry.state != LAST:
                     entry.key = each_key(entry.key, partial(PartKey, part=self._repetition))
-            self._given += len(taken)
+            self._given += sum(entry.state != ONE_LOST for entry in taken)
             if taken and taken[-1].state == LAST:
                 self.ended = True
             elif self._upstream.ended:
@@ -363,7 +393,7 @@ class HeadNode(Node):
     def poll(self, limit: int) -> list[Entry]:
         if self._head is not None:
             taken = self._head.poll(min(limit, self._left))
-            self._left -= len(taken)
+            self._left -= sum(entry.state != ONE_LOST for entry in taken)
             if taken and taken[-1].state == LAST:
                 self.ended = True
                 return taken

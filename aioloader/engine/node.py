@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import LAST, ONE_LOST, Entry
 from aioloader.engine.progress import cursor_sequence
 from aioloader.insight.meters import StageMeter
 
@@ -106,8 +106,14 @@ class Fold(Protocol):
     def flush(self) -> Iterable[Entry]:
         """Upstream has ended: give what is left. Its last entry may be `LAST`, when such an end is a failure."""
 
+    def interrupt(self) -> Iterable[Entry]:
+        """The error of one source among several comes next: give what may go before it; the others go on after it."""
+
     def failed_at(self, cursor: Any) -> Any:
-        """Where to go on, behind what `flush` gave, after a source that failed with `cursor`: it is tried again."""
+        """Where to go on after what `interrupt` or `flush` gave, and a source that failed with `cursor`.
+
+        It is tried again, and what this fold still holds comes again.
+        """
 
 
 class FoldNode(Node):
@@ -118,19 +124,22 @@ class FoldNode(Node):
         fold: The rule.
         loose: Upstream has no fixed order. What a fold knows by number (so many samples of the next batch are out)
             would be said of another entry then: a resume forgets it, and some entries come again rather than never.
+        recounts: It knows entries by such numbers. Once one of several sources has failed they are not told: that
+            source takes part again after a resume.
     """
 
-    def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False) -> None:
+    def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False, recounts: bool = False) -> None:
         self._upstream = upstream
         self._fold = fold
         self._loose = loose
+        self._recounts = recounts
+        self._forgets = False
         self._ready: deque[Entry] = deque()
         self._flushed = False
 
     def resume(self, cursor: Any) -> None:
         if self._loose:
-            first, *numbers = cursor_sequence(cursor)
-            cursor = (first, *(0 for _ in numbers))
+            cursor = _without_numbers(cursor)
         upstream = self._fold.resume(cursor)
         if upstream is not None:
             self._upstream.resume(upstream)
@@ -154,7 +163,7 @@ class FoldNode(Node):
             run = upstream.poll(fold.wants(limit))
             if run:
                 failed = run.pop() if run[-1].state == LAST else None
-                ready.extend(fold.feed(run))
+                self._feed(run)
                 if failed is not None or fold.full:
                     self._finish()
                 if failed is not None:
@@ -174,14 +183,40 @@ class FoldNode(Node):
         self.ended = not ready and self._flushed
         return taken
 
+    def _feed(self, run: list[Entry]) -> None:
+        """Give `run` to the fold, but for errors that are no samples: these pass by, after what came before them."""
+        fold = self._fold
+        begin = 0
+        for at, entry in enumerate(run):
+            if entry.state == ONE_LOST:
+                self._give(fold.feed(run[begin:at]))
+                self._give(fold.interrupt())
+                entry.cursor = fold.failed_at(entry.cursor)
+                self._ready.append(entry)
+                self._forgets = self._recounts
+                begin = at + 1
+        self._give(fold.feed(run[begin:] if begin else run))
+
+    def _give(self, out: Iterable[Entry]) -> None:
+        if self._forgets:
+            out = list(out)
+            for entry in out:
+                entry.cursor = _without_numbers(entry.cursor)
+        self._ready.extend(out)
+
     def _finish(self) -> None:
         """The fold gets no more input: what it still holds is the end."""
         self._flushed = True
-        self._ready.extend(self._fold.flush())
+        self._give(self._fold.flush())
         self._upstream.close()  # `take(3)` of an endless stream: its tasks end now, not with the epoch
 
     def close(self) -> None:
         self._upstream.close()
+
+
+def _without_numbers(cursor: Any) -> Any:
+    first, *numbers = cursor_sequence(cursor)
+    return (first, *(0 for _ in numbers))
 
 
 class TimedFold(Fold, Protocol):

@@ -27,7 +27,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.engine.entry import DONE, LAST, Entry, places_of
+from aioloader.engine.entry import DONE, Entry, places_of
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.run import Run
@@ -355,7 +355,7 @@ class _Sender:
                 entry.position,
                 places_of(entry),
                 entry.attempts,
-                entry.state if entry.state == LAST else DONE,
+                entry.state or DONE,
                 bad,
             )
             for entry, bad in zip(taken, failed, strict=True)

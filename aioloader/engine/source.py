@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aioloader.engine.entry import LAST, Entry, annotate
+from aioloader.engine.entry import LAST, ONE_LOST, Entry, annotate
 from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import MOST_EARLY, Kick, Node, cheap_samples
 from aioloader.engine.progress import cursor_parts, whole
@@ -367,6 +367,7 @@ class FlatMapNode(_Pump):
         self._loose = loose
         self._fn = fn
         self._arrival: Future[None] | None = None
+        self._forgets = False  # one of several sources has failed, see `FoldNode`
         self._before: Any = None  # the cursor that leads to the next sample
         self._skipped = 0  # items of it that were delivered before a resume
 
@@ -418,6 +419,7 @@ class FlatMapNode(_Pump):
             after = sample.cursor
             if sample.error is not None:
                 sample.cursor = (after, 0)  # nothing of what comes after it
+                self._forgets = self._forgets or sample.state == ONE_LOST
                 self._put(sample)
             else:
                 await self._items_of(sample, self._before)
@@ -444,14 +446,14 @@ class FlatMapNode(_Pump):
                     if offset <= skipped:
                         continue
                     key = PartKey(sample.key, offset)
-                    self._put(sample.derived(item, (before, offset), key, sample.position))
+                    self._put(sample.derived(item, (before, 0 if self._forgets else offset), key, sample.position))
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds
                 del items, item
         except (Exception, SystemExit) as error:
             if offset >= skipped:
-                failed = Entry(None, (before, offset + 1), sample.key, sample.position)
+                failed = Entry(None, (before, 0 if self._forgets else offset + 1), sample.key, sample.position)
                 self._position += 1
                 annotate(error, self.meter.name, sample, self._run.epoch)
                 failed.error = error

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import DONE, DROPPED, LAST, UNDER_WAY, Entry
+from aioloader.engine.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.progress import cursor_parts, whole
@@ -63,7 +63,8 @@ class Window(Node):
         self._asked = 0  # what the last poll could not give; without room only this is begun
         self._looking = False  # at calls that may need more room, soon
         self._input_ended = False
-        self._last: Entry | None = None  # unordered: the failure of the source waits until all others have been taken
+        self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
+        self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
         self._closed = False
         self._left = None if ordered else Left(loose=loose)
@@ -133,14 +134,15 @@ class Window(Node):
             if self._record is not None:
                 self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
             self.wake()
-        if self._input_ended and not self._occupied:
-            if self._last is not None and len(taken) < limit:
-                if self._left is not None:
-                    self._last.cursor = self._left.cursor
-                taken.append(self._last)
-                self._last = None
-            if self._last is None:
-                self._finish()
+        if self._last is not None and not self._occupied and len(taken) < limit:
+            last, self._last = self._last, None
+            if self._left is not None:
+                last.cursor = self._left.cursor
+                self._left.forgets = True
+            taken.append(last)
+            self.wake()
+        if self._input_ended and not self._occupied and self._last is None:
+            self._finish()
         return taken
 
     def close(self) -> None:
@@ -218,8 +220,8 @@ class Window(Node):
             return
         room = self.room
         self._say_room(room)
-        while not self._input_ended and (free := self._free(room)) > 0:
-            run = self.upstream.poll(free)
+        while not self._input_ended and self._last is None and (free := self._free(room)) > 0:
+            run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
                 self._accept(run)
             elif self.upstream.ended:
@@ -280,16 +282,18 @@ class Window(Node):
 
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
+        self._input_ended = run[-1].state == LAST
         if self._left is not None:
+            if (at := _first_failure(run)) is not None:
+                run, self._last, self._after_last = run[:at], run[at], run[at + 1 :]
+                if self._replay is not None:  # what comes now is not what came then
+                    self._last.state, self._after_last = LAST, []
+                self._input_ended = self._last.state == LAST
+                if not self._occupied:  # nobody else's end will say so
+                    self._kick()
             run = self._left.comes(run)
             if not run:
                 return
-        if run[-1].state == LAST:
-            self._input_ended = True
-            if not self.ordered:
-                self._last = run.pop()
-                if not self._occupied and not run:  # nobody else's end will say so
-                    self._kick()
         self._occupied += len(run)
         if self.ordered:
             self._slots.extend(run)
@@ -344,6 +348,11 @@ class Window(Node):
         self.close()
 
 
+def _first_failure(run: list[Entry]) -> int | None:
+    """Where a source fails in `run`."""
+    return next((at for at, entry in enumerate(run) if entry.state in (LAST, ONE_LOST)), None)
+
+
 def _done(slots: deque[Entry], limit: int) -> int:
     """How many at the front are finished, up to `limit`."""
     count = 0
@@ -363,11 +372,14 @@ class Left:
 
     Attributes:
         came: The number of the newest entry.
+        forgets: Who has left beyond the front is not told: a source has failed, which takes part again after a resume,
+            so that the numbers would be those of other entries.
     """
 
     def __init__(self, *, loose: bool = False) -> None:
         self._loose = loose
         self.came = 0
+        self.forgets = False
         self._front = 0  # all up to this number have left
         self._front_cursor: Any = None
         self._beyond = 0  # bits
@@ -386,7 +398,7 @@ class Left:
     @property
     def cursor(self) -> tuple[Any, int, int]:
         """Behind all who have left."""
-        return self._front_cursor, self._front, self._beyond
+        return self._front_cursor, self._front, 0 if self.forgets else self._beyond
 
     @property
     def count(self) -> int:

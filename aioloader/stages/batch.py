@@ -24,13 +24,21 @@ class Group:
     Attributes:
         samples: In order.
         keys: What each was loaded by, None where nothing names it.
+        places: Where each stands in its source, see `Entry.places`.
     """
 
-    __slots__ = ("keys", "samples")
+    __slots__ = ("keys", "places", "samples")
 
-    def __init__(self, samples: list[Any], keys: list[Any]) -> None:
+    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None]) -> None:
         self.samples = samples
         self.keys = keys
+        self.places = places
+
+    def leave_out(self, out: list[bool]) -> None:
+        """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
+        self.samples = [sample for sample, gone in zip(self.samples, out, strict=True) if not gone]
+        self.keys[:] = [key for key, gone in zip(self.keys, out, strict=True) if not gone]
+        self.places[:] = [place for place, gone in zip(self.places, out, strict=True) if not gone]
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,9 @@ class BatchFold:
             return []
         return [self._group(pending)] if pending else []
 
+    def interrupt(self) -> list[Entry]:
+        return [] if self._drop_last else self.cut()  # all are to be full: these wait for more
+
     @property
     def waiting(self) -> int | None:
         """The number of the group that waits for more samples."""
@@ -150,8 +161,9 @@ def group_entries(entries: list[Entry]) -> Entry:
     """One entry of many. The first error among them is its error; the note names how many others there are."""
     samples = [entry.value for entry in entries]
     keys = [entry.key for entry in entries]
-    group = Entry(Group(samples, keys), entries[-1].cursor, keys, entries[0].position)
-    group.places = [entry.position for entry in entries]
+    places = [entry.position for entry in entries]
+    group = Entry(Group(samples, keys, places), entries[-1].cursor, keys, entries[0].position)
+    group.places = places
     group.attempts = max([entry.attempts for entry in entries])
     failed = [entry for entry in entries if entry.error is not None]
     if failed:
@@ -231,6 +243,9 @@ class _UnbatchFold:
             self._before = after
             self._skipped = 0
         return out
+
+    def interrupt(self) -> list[Entry]:
+        return []
 
     def flush(self) -> list[Entry]:
         return []

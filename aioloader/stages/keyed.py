@@ -76,6 +76,9 @@ class _SplitFold:
                 out.append(Entry(key, cursor, key, None if first is None else first + offset - 1))
         return out
 
+    def interrupt(self) -> list[Entry]:
+        return []
+
     def flush(self) -> list[Entry]:
         return []
 
@@ -121,12 +124,15 @@ class _JoinFold:
                 groups.append(self._group())
         return groups
 
+    def interrupt(self) -> list[Entry]:
+        return []
+
     def flush(self) -> list[Entry]:
         return [self._group()] if self._pending else []
 
     def _group(self) -> Entry:
         if isinstance(self._pending[0].error, _EmptyBatchError):
-            group = Entry(Group([], []), self._pending[0].cursor, [], self._pending[0].position)
+            group = Entry(Group([], [], []), self._pending[0].cursor, [], self._pending[0].position)
         else:
             group = group_entries(self._pending)
             self._size = len(self._pending)

@@ -19,6 +19,9 @@ class _EachFold:
     def wants(self, limit: int) -> int:
         return limit
 
+    def interrupt(self) -> list[Entry]:
+        return []
+
     def flush(self) -> list[Entry]:
         return []
 

@@ -165,8 +165,11 @@ class ShardFold:
         self._again = self.head if self._again_from == "head" else 0
         return upstream
 
+    def interrupt(self) -> list[Entry]:
+        return []
+
     def failed_at(self, cursor: Any) -> Any:
-        return (cursor, self._seen) if self._even == "pad" else self._after
+        return (cursor, self._seen) if self._even == "pad" and not self._in_round else self._after
 
     def wants(self, limit: int) -> int:
         return self._again + limit * self._world_size - self._in_round
