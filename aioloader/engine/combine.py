@@ -154,44 +154,55 @@ class InterleaveNode(_Several):
 class MixNode(_Several):
     """Draws the upstream of each entry by weight, and goes on with the others when one ends.
 
-    Cursor: that of each upstream, the number of draws, and who has ended; which upstream is drawn depends on the seed,
-    the number of the draw and on who has ended or failed, not on who is fast.
+    Cursor: that of each upstream, the number of draws, who has ended, and, if there are any, who has failed. Which
+    upstream is drawn depends on the seed, the number of the draw and on these, not on who is fast. After a resume those
+    that had failed are tried first: so the rest is drawn alike where they fail again.
     """
 
     def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
         super().__init__(upstreams)
-        self._weights = list(weights)
+        self._weights = list(weights)  # 0 for those that have ended or failed
+        self._weights_given = tuple(weights)
         self._random = Random(seed)
         self._draws = 0
         self._to_replay = 0
         self._drawn: int | None = None
         self._over: list[int] = []
+        self._to_try: list[int] = []  # those that had failed before a resume
+        self._tried: dict[int, Entry] = {}  # what they gave
 
     def resume(self, cursor: Any) -> None:
-        cursors, draws, over = cursor_parts(cursor, 3)
+        cursors, draws, over, *lost = cursor_parts(cursor, 4 if len(cursor_sequence(cursor)) == 4 else 3)
         super().resume(cursors)
         self._draws = whole(draws)
-        self._over = _distinct(over, len(self._weights) - 1)
-        for index in self._over:
+        last = len(self._weights) - 1
+        self._over = _distinct(over, last)
+        self._to_try = _distinct(lost[0], last) if lost else []
+        self._lost.update(self._to_try)
+        for index in (*self._over, *self._to_try):
             self._weights[index] = 0.0
-        self.ended = not any(self._weights)
+        self.ended = not any(self._weights) and not self._to_try
         self._to_replay = self._draws
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
+        while self._to_try:
+            if len(taken) == limit or not self._try(self._to_try[0], taken):
+                return taken
+            del self._to_try[0]
         while len(taken) < limit and not self.ended:
             index = self._draw()
             upstream = self._upstreams[index]
-            run = upstream.poll(1)
+            run = [self._tried.pop(index)] if index in self._tried else upstream.poll(1)
             if run:
                 self._drawn = None
                 entry = self._emit(run[0], index)
-                failed = index in self._lost
-                draws = self._draws - failed  # after a resume, what failed is drawn again
-                entry.cursor = (entry.cursor, draws, tuple(self._over))
-                taken.append(entry)
-                if failed:
+                if index not in self._lost:
+                    entry.cursor = self._whole_cursor(entry)
+                else:  # it is drawn again, if this is where a resume goes on
+                    entry.cursor = self._whole_cursor(entry, drawn=self._draws - 1, lost=self._lost - {index})
                     self._leave_out(index)
+                taken.append(entry)
             elif upstream.ended:
                 self._drawn = None
                 self._over.append(index)
@@ -200,9 +211,34 @@ class MixNode(_Several):
                 break
         return taken
 
+    def _whole_cursor(self, entry: Entry, drawn: int | None = None, lost: set[int] | None = None) -> tuple[Any, ...]:
+        lost = self._lost if lost is None else lost
+        cursor = (entry.cursor, self._draws if drawn is None else drawn, tuple(self._over))
+        return (*cursor, tuple(sorted(lost))) if lost else cursor
+
     def _leave_out(self, index: int) -> None:
         self._weights[index] = 0.0
         self.ended = not any(self._weights)
+
+    def _try(self, index: int, taken: list[Entry]) -> bool:
+        """Ask a source that had failed before a resume; False: it does not know yet."""
+        upstream = self._upstreams[index]
+        run = upstream.poll(1)
+        if not run and not upstream.ended:
+            return False
+        if run and run[0].state == LAST:
+            entry = self._emit(run[0], index)
+            entry.cursor = self._whole_cursor(entry)
+            taken.append(entry)
+        else:
+            self._lost.remove(index)
+            if run:
+                self._tried[index] = run[0]
+                self._weights[index] = self._weights_given[index]
+            else:
+                self._over.append(index)
+        self.ended = not any(self._weights)
+        return True
 
     def _draw(self) -> int:
         while self._to_replay:  # each draw takes 64 bits from the generator

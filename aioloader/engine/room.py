@@ -1,12 +1,15 @@
 """How many entries a window may hold: what its slowest step needs, and no more because of what the others are."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from aioloader.engine.node import MOST_EARLY, Node
 from aioloader.engine.steps import Step
 from aioloader.engine.sync_steps import SyncStep
 
 __all__ = ["Room", "StepsRoom"]
+
+FEW: Final = 2  # calls of a cheap sync step that are under way, as a rule: one, and one that follows
 
 
 class Room:
@@ -43,7 +46,7 @@ class StepsRoom(Room):
     """As many as the steps of a window have use for.
 
     The first step counts with its whole width, and async ones do; a sync step after another one only with the calls
-    that were found standing side by side in it, and one place is enough for a cheap one. So a wide and cheap `decode`
+    that were found standing side by side in it, and with two if it is cheap. So a wide and cheap `decode`
     after `fetch` lets `fetch` begin nothing more, and a slow one gets its places as it takes them. Half of the widest
     step is for samples that wait, finished, for a slower one in front of them: behind latency that keeps 96 to 99 % of
     the rate of a loop that does not keep order (measured with 512 under way: 64 places more gave 77 %, 256 gave 96 to
@@ -68,7 +71,7 @@ class StepsRoom(Room):
         self._awaited = [step for step in self._working if not isinstance(step, SyncStep)]
         self._later = [step for step in self._crossing if step is not self._working[0]]
         for step in self._later:
-            step.places = 1
+            step.places = min(step.places, FEW)
         self._finished = finished
         self._early = early
         self.refresh()
@@ -76,7 +79,7 @@ class StepsRoom(Room):
     def refresh(self) -> None:
         several = len(self._working) > 1
         places = [step.places for step in self._awaited]
-        places += [1 if several and step.extra_room else step.places for step in self._crossing]
+        places += [min(step.places, FEW) if several and step.extra_room else step.places for step in self._crossing]
         widest = max(places, default=1)
         self._places = (sum(places) or 1) + (max(1, widest // 2) if self._finished is None else self._finished)
         self._cheap = min([step.extra_room for step in self._crossing], default=0)

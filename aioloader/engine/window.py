@@ -299,8 +299,7 @@ class Window(Node):
             self._slots.extend(run)
         if not self.steps:
             for entry in run:
-                if entry.state != LAST:
-                    entry.state = DONE
+                entry.state = entry.state or DONE
             if not self.ordered:
                 for entry in run:
                     self._finished_unordered(entry)
