@@ -25,7 +25,7 @@ from aioloader.sources.drawn import keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage
-from aioloader.stages.batch import Batch, Unbatch
+from aioloader.stages.batch import Batch, BatchFold, Unbatch
 from aioloader.stages.cache import COPY, Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
@@ -322,7 +322,7 @@ class _Builder:
         assert isinstance(batch, Batch)
         name = f"source({source_name(data.data)})"
         node: Node = KeySource(self._order(data, stages[:at]), None, name, data.names)
-        node = FoldNode(node, batch.fold(self._pass))
+        node = FoldNode(node, BatchFold(batch.batch_size, drop_last=batch.drop_last, of_keys=True))
         collate = batch.collate
         journey = Journey(batches=True)
         fetch = FetchBatch(data.data, collate.fn, Collate(self._alloc))

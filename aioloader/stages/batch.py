@@ -25,14 +25,16 @@ class Group:
         samples: In order.
         keys: What each was loaded by, None where nothing names it.
         places: Where each stands in its source, see `Entry.places`.
+        left_over: There are too few of them: they are only loaded, since that may fail, and no batch is made of them.
     """
 
-    __slots__ = ("keys", "places", "samples")
+    __slots__ = ("keys", "left_over", "places", "samples")
 
     def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None]) -> None:
         self.samples = samples
         self.keys = keys
         self.places = places
+        self.left_over = False
 
     def leave_out(self, out: list[bool]) -> None:
         """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
@@ -99,13 +101,20 @@ class Batch(FoldStage):
 
 
 class BatchFold:
-    """Groups a fixed number of samples."""
+    """Groups a fixed number of samples.
+
+    Args:
+        batch_size: How many.
+        drop_last: Leave out a shorter group at the end.
+        of_keys: The samples are not loaded yet: such a group is given all the same, see `Group.left_over`.
+    """
 
     full = False
 
-    def __init__(self, batch_size: int, *, drop_last: bool) -> None:
+    def __init__(self, batch_size: int, *, drop_last: bool, of_keys: bool = False) -> None:
         self._size = batch_size
         self._drop_last = drop_last
+        self._of_keys = of_keys
         self._pending: list[Entry] = []
         self._count = 0
         self._after: Any = None  # the cursor of the last group
@@ -133,9 +142,15 @@ class BatchFold:
 
     def flush(self) -> list[Entry]:
         pending, self._pending = self._pending, []
-        if self._drop_last and all(entry.error is None for entry in pending):  # an error is never dropped in silence
+        if not pending:
             return []
-        return [self._group(pending)] if pending else []
+        left_over = self._drop_last and all(entry.error is None for entry in pending)  # no error is dropped in silence
+        if left_over and not self._of_keys:
+            return []
+        group = self._group(pending)
+        if left_over:
+            group.value.left_over = True
+        return [group]
 
     def interrupt(self) -> list[Entry]:
         return [] if self._drop_last else self.cut()  # all are to be full: these wait for more
