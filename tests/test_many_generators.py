@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from aioloader import Pipeline, SampleCancelledError
 from aioloader.engine.combine import InterleaveNode
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import ONE_LOST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.source import KeySource
 from aioloader.sources.order import order_of
@@ -171,13 +171,13 @@ def test_interleave_reads_no_further_than_it_must(face: Face) -> None:
 
 @on_both_faces
 def test_interleave_fails_in_turn(face: Face) -> None:
-    """The failure of one source comes when its turn comes, and ends the epoch of all."""
-    others = [RecordingSource(itertools.count()), RecordingSource(itertools.count())]
+    """The failure of one source comes when its turn comes, and the others go on."""
+    others = [RecordingSource(range(4)), RecordingSource(range(4))]
     gone = OSError("gone")
     faulty = FaultySource(range(100), {2: gone})
     with Steps(Pipeline.interleave(others[0], faulty, others[1]), face) as steps:
         outcomes = steps.outcomes()
-    assert outcomes == [0, 0, 0, 1, 1, 1, 2, gone]
+    assert outcomes == [0, 0, 0, 1, 1, 1, 2, gone, 2, 3, 3]
     assert [source.closed for source in others] == [1, 1]
 
 
@@ -239,15 +239,14 @@ def test_many_generators_are_closed_where_they_were_iterated(face: Face, how: An
 
 @on_both_faces
 @pytest.mark.parametrize("how", [Pipeline.merge, Pipeline.interleave])
-def test_one_of_many_fails_and_the_others_are_closed(face: Face, how: Any) -> None:
-    """The error comes once, with its source's name, and the epoch ends."""
-    sources = [RecordingSource(itertools.count()) for _ in range(20)]
+def test_one_of_many_fails_and_the_others_go_on(face: Face, how: Any) -> None:
+    """The error comes once, with its source's name; all are closed in the end."""
+    sources = [RecordingSource(range(9)) for _ in range(20)]
     gone = ValueError("gone")
     with Steps(how(*sources[:10], FaultySource(range(9), {4: gone}), *sources[10:]), face) as steps:
         outcomes = steps.outcomes()
-    errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-    assert errors == [gone]
-    assert outcomes[-1] is gone
+    assert [outcome for outcome in outcomes if isinstance(outcome, Exception)] == [gone]
+    assert len(outcomes) == 20 * 9 + 4 + 1
     assert "source(FaultySource)" in gone.__notes__[0]
     assert all(source.closed == source.opened for source in sources)
 
@@ -318,8 +317,8 @@ def test_merge_of_many_reads_a_share_of_each_ahead(face: Face) -> None:
             assert read <= 4 * (count + 2 + 1) + 2 * 50
 
 
-def test_a_failure_is_the_last_entry() -> None:
-    """What the node itself gives when one of its sources has failed."""
+def test_a_failure_is_no_sample() -> None:
+    """What the node itself gives when one of its sources has failed, and when that was the last one."""
 
     class Failing(Node):
         def resume(self, cursor: Any) -> None:
@@ -333,8 +332,10 @@ def test_a_failure_is_the_last_entry() -> None:
             return [Entry.last(ValueError("gone"), 0, 0)]
 
     node = InterleaveNode([Failing(), _Slow([1, 2], itertools.repeat(9))])
-    (only,) = node.poll(5)
-    assert only.state == LAST
-    assert only.cursor == ((0, None), 0, ())  # it has its turn again
-    assert node.ended
+    failure, *rest = node.poll(5)
+    assert failure.state == ONE_LOST
+    assert failure.cursor == ((0, None), 0, ())  # it has its turn again
+    assert [entry.value for entry in rest] == [1, 2]
+    assert rest[0].cursor == ((0, 1), 0, ())
     assert node.poll(5) == []
+    assert node.ended

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
-from aioloader.assembly.windows import Journey, collate_stage, device_stage, steps_of
+from aioloader.assembly.windows import Journey, collate_stage, device_stage, exactly, steps_of
 from aioloader.cores import usable_cores
 from aioloader.device import Transfer
 from aioloader.engine.cached_stream import PlacedNode
@@ -20,12 +20,12 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.remote import Remote
 from aioloader.memory.pool import BatchMemory
-from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, flows_of, placed
+from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, flow_of, flows_of, placed
 from aioloader.sources.drawn import Draws, check_place, keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
 from aioloader.stages.base import FoldStage, Pass, Stage
-from aioloader.stages.batch import Batch
+from aioloader.stages.batch import Batch, BatchFold
 from aioloader.stages.cache import COPY, Cache, with_copies
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
@@ -69,7 +69,8 @@ def build(
         draws: What samplers draw their order from.
     """
     plan = placed(plan)
-    builder = _Builder(this_pass, transfer, alloc, processes, dry=dry, draws=draws)
+    live = bool(flow_of(plan).timed)
+    builder = _Builder(this_pass, transfer, alloc, processes, live=live, dry=dry, draws=draws)
     return _output(plan, this_pass, builder, processes)
 
 
@@ -80,10 +81,10 @@ def _output(plan: Plan, this_pass: Pass, builder: "_Builder", processes: Callabl
     if not journey.stages:
         if isinstance(node, Window) and plan.stages and isinstance(plan.stages[-1], DropIf):
             return node  # it has no room: what is made ahead is held by the window before it
-        return Window(node, (), room=prefetch)
+        return Window(node, (), room=exactly(prefetch))
     if plan.room is not None or journey.batches:
-        return journey.window(node, prefetch if plan.room is None else plan.room, processes, this_pass, exact=True)
-    return journey.window(node, journey.room(plan.prefetch), processes, this_pass)
+        return journey.window(node, processes, this_pass, room=prefetch if plan.room is None else plan.room)
+    return journey.window(node, processes, this_pass, finished=plan.prefetch, last=True)
 
 
 class _Builder:
@@ -94,6 +95,7 @@ class _Builder:
         alloc: Alloc | None,
         processes: Callable[[], Processes],
         *,
+        live: bool,  # time decides which samples a batch holds, so that none is read early
         dry: bool,
         draws: Draws = Draws(),  # noqa: B008 - it is frozen
     ) -> None:
@@ -105,6 +107,7 @@ class _Builder:
         self._transfer = transfer
         self._alloc = alloc
         self._processes = processes
+        self._live = live
         self._numbered: Numbered = Counter()
         self._warns = True  # of samples that are read only to be dropped
 
@@ -178,7 +181,9 @@ class _Builder:
         if fold.head and again_from == "head":
 
             def again() -> Node:
-                builder = _Builder(self._pass, None, self._alloc, self._processes, dry=self._dry, draws=_AGAIN)
+                builder = _Builder(
+                    self._pass, None, self._alloc, self._processes, live=self._live, dry=self._dry, draws=_AGAIN
+                )
                 builder._numbered = numbered.copy()
                 return builder.stream(before)[0] if commutes else builder.closed(before)
 
@@ -196,7 +201,7 @@ class _Builder:
             return node, cached
 
         def again() -> Node:
-            builder = _Builder(self._pass, None, self._alloc, self._processes, dry=False, draws=_AGAIN)
+            builder = _Builder(self._pass, None, self._alloc, self._processes, live=self._live, dry=False, draws=_AGAIN)
             builder._numbered = numbered.copy()
             builder._warns = False
             return builder.closed(before)
@@ -207,19 +212,21 @@ class _Builder:
         """A window that begins what it is asked for, over one that holds what is made ahead."""
         prefetch = DEFAULT_PREFETCH if plan.prefetch is None else plan.prefetch
         if journey.batches:
-            node = journey.window(node, prefetch, self._processes, self._pass, exact=True)
+            node = journey.window(node, self._processes, self._pass, room=prefetch)
         elif journey.stages:
             node = self._close(node, journey)
         elif stage is plan.stages[-1]:
-            node = Window(node, (), room=prefetch)
+            node = Window(node, (), room=exactly(prefetch))
         steps = steps_of([stage.check()], [None], None, self._processes, keyed=False)
-        window = Window(node, steps, room=0)
+        window = Window(node, steps, room=None)
         return window, Journey(checks=[*journey.checks, (stage, steps[0])])
 
     def _repetition(self, plan: Plan, repetition: int, place: str, numbered: Numbered) -> Node:
         """Round `repetition` of `plan`; `numbered` are stages before it."""
         this_pass = self._pass.repeated(repetition)
-        builder = _Builder(this_pass, None, self._alloc, self._processes, dry=self._dry, draws=self._draws)
+        builder = _Builder(
+            this_pass, None, self._alloc, self._processes, live=self._live, dry=self._dry, draws=self._draws
+        )
         builder._place = place
         builder._numbered = numbered.copy()
         builder._warns = self._warns
@@ -230,15 +237,15 @@ class _Builder:
     def _own_process(self, plan: Plan) -> tuple[Node, Journey]:
         """The node for a plan that runs in a process of its own."""
         # What would run here: it numbers the stages, and says whether a cursor fits.
-        builder = _Builder(self._pass, None, None, Processes, dry=True)
+        builder = _Builder(self._pass, None, None, Processes, live=self._live, dry=True)
         builder._numbered = self._numbered.copy()
         node, journey = builder.stream(plan)
-        inner = _InProcess(placed(plan), self._numbered)
+        inner = _InProcess(placed(plan), self._numbered, self._live)
         self._numbered = builder._numbered
         batches = journey.batches
         if self._dry:
             return self._close(node, journey), Journey(batches=batches)
-        key = (id(plan.source), *map(id, plan.stages), repr(inner.places), *sorted(inner.numbered.items()))
+        key = (id(plan.source), *map(id, plan.stages), repr(inner.places), self._live, *sorted(inner.numbered.items()))
         remote = partial(_remote, self._processes(), key, plan, inner)
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
         return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches)
@@ -248,7 +255,7 @@ class _Builder:
         return self._close(*self.stream(plan))
 
     def _close(self, node: Node, journey: Journey) -> Node:
-        return journey.window(node, journey.room(), self._processes, self._pass) if journey.stages else node
+        return journey.window(node, self._processes, self._pass) if journey.stages else node
 
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
@@ -272,11 +279,12 @@ class _Builder:
                 unknown=data.call and not source.keys,
                 check=source.check,
                 tells_epoch=source.tells_epoch,
+                live=self._live,
             )
-            return source_node, Journey(), stages
+            return source_node, Journey(first=True), stages
         if source.sampler is None and data.loads_many and (at := _batch_of_keys(stages)) is not None:
             return self._batches_of(data, stages, at)
-        journey = Journey(keyed=True)
+        journey = Journey(keyed=True, first=True)
         name = source.name or f"source({source_name(data.data)})"
         if data.load is not None:
             load = Map(
@@ -330,7 +338,7 @@ class _Builder:
         assert isinstance(batch, Batch)
         name = f"source({source_name(data.data)})"
         node: Node = KeySource(self._order(data, stages[:at]), None, name, data.names)
-        node = FoldNode(node, batch.fold(self._pass))
+        node = FoldNode(node, BatchFold(batch.batch_size, drop_last=batch.drop_last, of_keys=True))
         collate = batch.collate
         journey = Journey(batches=True)
         fetch = FetchBatch(data.data, collate.fn, Collate(self._alloc))
@@ -363,27 +371,30 @@ class _Builder:
             return node, journey
         if isinstance(stage, To | PinMemory):
             journey.batches = True  # whatever it is made of, it is held as batches are
+            journey.checks = []
             if self._transfer is not None:
                 journey.add(device_stage(stage, self._transfer))
             return node, journey
         if isinstance(stage, Cache) and journey.keyed:
             journey.add(stage)
             return node, journey
+        first = journey.first and not journey.stages
         node = self._close(node, journey)
         if isinstance(stage, FlatMap):
             return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey()
         assert isinstance(stage, FoldStage), stage
+        recounts = not stage.exact_in_any_order
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
-            node = FoldNode(node, stage.fold(self._pass), loose=loose and not stage.exact_in_any_order)
+            node = FoldNode(node, stage.fold(self._pass), loose=loose and recounts, recounts=recounts)
         if isinstance(stage, Batch | JoinBatches):
             batches = Journey(batches=True)
             for check, step in journey.checks:
                 batches.add(_fresh_stage(check, step))
             batches.add(collate_stage(stage.collate, self._alloc))
             return node, batches
-        return node, Journey()
+        return node, Journey(first=first)
 
 
 def _fresh_stage(check: DropIf, step: Step) -> Filter:
@@ -408,10 +419,12 @@ class _InProcess:
     Args:
         plan: What runs there.
         numbered: Stages before it.
+        live: See `_Builder`.
     """
 
     plan: Plan
     numbered: Numbered
+    live: bool
 
     @property
     def places(self) -> list[tuple[int | None, int | None]]:
@@ -420,7 +433,8 @@ class _InProcess:
 
     def __call__(self, this_pass: Pass, resumed: bool) -> Window:
         # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
-        builder = _Builder(this_pass, None, self._memory.alloc, Processes, dry=False, draws=Draws(resumed=resumed))
+        draws = Draws(resumed=resumed)
+        builder = _Builder(this_pass, None, self._memory.alloc, Processes, live=self.live, dry=False, draws=draws)
         builder._numbered = self.numbered.copy()
         return _output(self.plan, this_pass, builder, Processes)
 

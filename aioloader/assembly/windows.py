@@ -14,6 +14,7 @@ from aioloader.engine.many_step import ManyStep
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
+from aioloader.engine.room import Room, StepsRoom
 from aioloader.engine.steps import AsyncStep, InPlaceStep, Step
 from aioloader.engine.sync_steps import ExecutorStep, ThreadStep
 from aioloader.engine.turns import TurnStep
@@ -31,7 +32,7 @@ from aioloader.stages.drop_if import DropIf
 from aioloader.stages.fetch import CollateAny, CollateAsync
 from aioloader.stages.map import Filter, InProcesses, Map
 
-__all__ = ["Journey", "collate_stage", "device_stage", "steps_of"]
+__all__ = ["Journey", "collate_stage", "device_stage", "exactly", "steps_of"]
 
 
 @dataclass
@@ -41,32 +42,48 @@ class Journey:
     batches: bool = False  # its entries are batches
     loose: bool = False  # what comes in has no fixed order
     keyed: bool = False  # its entries are samples of an indexable source
+    first: bool = False  # no stage has begun what comes in
     checks: "list[tuple[DropIf, Step]]" = field(default_factory=list)  # made when these are taken, right before
     stages: list[Map | Filter | Cache] = field(default_factory=list)
     seeds: list[int | None] = field(default_factory=list)  # of each stage, for the random numbers of samples
 
     def add(self, stage: Map | Filter | Cache, seed: int | None = None) -> None:
         """One more stage."""
+        if not isinstance(stage, Filter):
+            self.checks = []  # what it makes of samples is nothing that their functions know
         self.stages.append(stage)
         self.seeds.append(seed)
 
-    def room(self, finished: int | None = None) -> int:
-        """As many places as may be under way, and half as many again for finished samples that wait for a slow one.
-
-        Behind latency that keeps 96 to 99 % of the rate of a loop that does not keep order (measured with 512 under
-        way: 64 places more gave 77 %, 256 gave 96 to 99 %).
-        """
-        widths = [stage.width for stage in self.stages]
-        return sum(widths) + (max(1, max(widths) // 2) if finished is None else finished)
-
     def window(
-        self, upstream: Node, room: int, processes: Callable[[], Processes], this_pass: Pass, *, exact: bool = False
+        self,
+        upstream: Node,
+        processes: Callable[[], Processes],
+        this_pass: Pass,
+        *,
+        room: int | None = None,
+        finished: int | None = None,
+        last: bool = False,
     ) -> Window:
-        """The window. With `exact` there is never more than `room`, however cheap the samples are."""
+        """The window.
+
+        Args:
+            upstream: Where its entries come from.
+            processes: See `build`.
+            this_pass: Which epoch.
+            room: How many entries it holds, exactly; None: what its steps have use for, and of batches, which are
+                large, as many as its stages are wide and half of the widest again.
+            finished: Then: how many of them may be finished, beside those that are under way.
+            last: The consumer takes from it.
+        """
         ordered = all(stage.ordered for stage in self.stages)
-        limit = max(1, room) if exact or self.batches else None
+        if room is None and self.batches:
+            widths = [stage.width for stage in self.stages]
+            room = sum(widths) + max(1, max(widths) // 2)
+        limit = None if room is None else max(1, room)
         steps = steps_of(self.stages, self.seeds, limit, processes, keyed=self.keyed)
-        return Window(upstream, steps, room=room, ordered=ordered, log=self._order_log(this_pass), loose=self.loose)
+        early = last or (self.first and not any(stage.is_async for stage in self.stages))
+        places = StepsRoom(upstream, steps, finished, early=early) if room is None else exactly(room)
+        return Window(upstream, steps, room=places, ordered=ordered, log=self._order_log(this_pass), loose=self.loose)
 
     def _order_log(self, this_pass: Pass) -> Recorded | Replayed | None:
         """Where the order in which they leave is recorded, or read from."""
@@ -86,6 +103,11 @@ class Journey:
             return Replayed(stage.replay_order / name)
         assert stage.record_order is not None
         return Recorded(stage.record_order / name)
+
+
+def exactly(places: int) -> Room | None:
+    """Room for that many; without any, a window begins what it is asked for."""
+    return Room(places) if places else None
 
 
 def steps_of(

@@ -50,6 +50,7 @@ class LookUp(Step):
         self._keeps = [keep for keep, _ in reversed(keeps)]  # what is found in the last one spares the most
         self._stores = [(keep.store, pipeline) for keep, pipeline in keeps]
         self._placed = placed
+        self._all_found = False  # of those that came in last
 
     def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
         self._run = run
@@ -64,6 +65,10 @@ class LookUp(Step):
         for keep in self._keeps:
             keep.look_up = self
 
+    @property
+    def extra_room(self) -> int:
+        return HITS_ROOM if self._all_found else 0
+
     def accept(self, entry: Entry) -> None:
         self.inbox.append(entry)
         self.dispatch()
@@ -77,10 +82,9 @@ class LookUp(Step):
         while self.inbox and (error := self._opening.error) is not None:
             self._fail(self.inbox.popleft(), error, self._keeps[-1].meter.name)
         missed = self._look_up() if self._only is None else self._look_up_in_place(self._only)
-        extra_room = 0 if missed else HITS_ROOM
-        if extra_room != self.extra_room:
-            self.extra_room = extra_room
-            self._window.wake()
+        if self._all_found == missed:
+            self._all_found = not missed
+            self._window.resize()
 
     def _look_up(self) -> bool:
         """Send on what waits; returns whether something was not found."""

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.cache.store import END, MISSING, Store, at_position
 from aioloader.engine.cache_opening import Opening
-from aioloader.engine.entry import LAST, Entry
-from aioloader.engine.node import Kick, Node
+from aioloader.engine.entry import LAST, ONE_LOST, Entry
+from aioloader.engine.node import MOST_EARLY, Kick, Node
 from aioloader.errors import BrokenDataError
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class PlacedNode(Node):
         self._begun = False  # the upstream
         self._whole = True  # no error so far
 
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room if self._begun else MOST_EARLY
+
     def resume(self, cursor: Any) -> None:
         self._resume_at = cursor
 
@@ -74,8 +78,10 @@ class PlacedNode(Node):
             self._start_upstream()
         run = self._upstream.poll(limit)
         for entry in run:
-            if entry.state == LAST or entry.error is not None:
+            if entry.error is not None:
                 self._whole = False
+            if entry.state == ONE_LOST:  # what comes after it would have other numbers without that failure
+                self._numbered = False
             entry.kept_as = at_position(self._position) if self._numbered else None
             self._position += 1
         if self._upstream.ended:

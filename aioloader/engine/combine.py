@@ -7,7 +7,7 @@ from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import LAST, ONE_LOST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import MOST, cursor_parts, cursor_sequence, whole
 from aioloader.keys import PartKey, SourceKey, each_key
@@ -20,17 +20,26 @@ __all__ = ["HeadNode", "InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "
 
 
 class _Several(Node):
-    """What the nodes over several upstreams share: a cursor that holds one cursor per upstream."""
+    """What the nodes over several upstreams share: a cursor that holds one cursor per upstream.
+
+    An upstream that fails raises its error at its place, and the others go on without it. It has not ended: after a
+    resume it is tried again.
+    """
 
     def __init__(self, upstreams: Sequence[Node]) -> None:
         self._upstreams = list(upstreams)
         self._cursors: list[object] = [None] * len(self._upstreams)
+        self._lost: set[int] = set()  # upstreams that have failed
 
     def resume(self, cursor: Any) -> None:
         self._cursors = list(cursor_parts(cursor, len(self._upstreams)))
         for upstream, its in zip(self._upstreams, self._cursors, strict=True):
             if its is not None:
                 upstream.resume(its)
+
+    @property
+    def extra_room(self) -> int:
+        return min(upstream.extra_room for upstream in self._upstreams)
 
     def start(self, run: "Run", kick: Kick) -> None:
         for upstream in self._upstreams:
@@ -46,8 +55,10 @@ class _Several(Node):
         key = entry.key
         entry.key = each_key(key, partial(SourceKey, index)) if type(key) is list else SourceKey(index, key)
         entry.cursor = tuple(self._cursors)
-        if entry.state == LAST:  # a source that fails ends the epoch, its siblings' too
-            self._end()
+        if entry.state == LAST:
+            entry.state = ONE_LOST
+            self._lost.add(index)
+            self._upstreams[index].close()
         return entry
 
     def _end(self) -> None:
@@ -69,21 +80,21 @@ class MergeNode(_Several):
         if self.ended:
             return taken
         upstreams = self._upstreams
-        share = -(-limit // max(1, sum(not upstream.ended for upstream in upstreams)))
+        share = -(-limit // max(1, sum(not self._is_over(index) for index in range(len(upstreams)))))
         turn = self._given % len(upstreams)  # the first to be asked changes, so that a fast one starves nobody
         for index in (*range(turn, len(upstreams)), *range(turn)):
             if len(taken) == limit:
                 break
-            upstream = upstreams[index]
-            if upstream.ended:
+            if self._is_over(index):
                 continue
-            for entry in upstream.poll(min(share, limit - len(taken))):
+            for entry in upstreams[index].poll(min(share, limit - len(taken))):
                 self._given += 1
                 taken.append(self._emit(entry, index))
-                if entry.state == LAST:
-                    return taken
-        self.ended = all(upstream.ended for upstream in upstreams)
+        self.ended = all(map(self._is_over, range(len(upstreams))))
         return taken
+
+    def _is_over(self, index: int) -> bool:
+        return self._upstreams[index].ended or index in self._lost
 
 
 class InterleaveNode(_Several):
@@ -110,10 +121,10 @@ class InterleaveNode(_Several):
     def poll(self, limit: int) -> list[Entry]:
         if self.ended:
             return []
-        in_turn = len(self._upstreams) - len(self._over)
-        share = -(-limit // in_turn)
+        out = {*self._over, *self._lost}
+        share = -(-limit // (len(self._upstreams) - len(out)))
         for index, (upstream, pending) in enumerate(zip(self._upstreams, self._pending, strict=True)):
-            if len(pending) < share and not upstream.ended and index not in self._over:
+            if len(pending) < share and not upstream.ended and index not in out:
                 pending.extend(upstream.poll(share - len(pending)))
         taken: list[Entry] = []
         while len(taken) < limit and not self.ended:
@@ -121,69 +132,116 @@ class InterleaveNode(_Several):
             pending = self._pending[index]
             if pending:
                 entry = self._emit(pending.popleft(), index)
-                if entry.state != LAST:  # what failed has its turn again
-                    self._turn = (index + 1) % len(self._upstreams)
-                entry.cursor = (entry.cursor, self._turn, tuple(self._over))
+                following = (index + 1) % len(self._upstreams)
+                turn = index if index in self._lost else following  # after a resume, what failed has its turn again
+                entry.cursor = (entry.cursor, turn, tuple(self._over))
                 taken.append(entry)
-            elif index in self._over:
+                self._turn = following
+                self._end_if_over()
+            elif index in self._over or index in self._lost:
                 self._turn = (index + 1) % len(self._upstreams)
             elif self._upstreams[index].ended:
                 self._over.append(index)
-                if len(self._over) == len(self._upstreams):
-                    self._end()
+                self._end_if_over()
             else:
                 break
         return taken
+
+    def _end_if_over(self) -> None:
+        if len(self._over) + len(self._lost) == len(self._upstreams):
+            self._end()
 
 
 class MixNode(_Several):
     """Draws the upstream of each entry by weight, and goes on with the others when one ends.
 
-    Cursor: that of each upstream, the number of draws, and who has ended; which upstream is drawn depends on the seed,
-    the number of the draw and on who has ended, not on who is fast.
+    Cursor: that of each upstream, the number of draws, who has ended, and, if there are any, who has failed. Which
+    upstream is drawn depends on the seed, the number of the draw and on these, not on who is fast. After a resume those
+    that had failed are tried first: so the rest is drawn alike where they fail again.
     """
 
     def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
         super().__init__(upstreams)
-        self._weights = list(weights)
+        self._weights = list(weights)  # 0 for those that have ended or failed
+        self._weights_given = tuple(weights)
         self._seed = seed
         self._random = Random()
         self._draws = 0
         self._drawn: int | None = None
         self._over: list[int] = []
+        self._to_try: list[int] = []  # those that had failed before a resume
+        self._tried: dict[int, Entry] = {}  # what they gave
 
     def resume(self, cursor: Any) -> None:
-        cursors, draws, over = cursor_parts(cursor, 3)
+        cursors, draws, over, *lost = cursor_parts(cursor, 4 if len(cursor_sequence(cursor)) == 4 else 3)
         super().resume(cursors)
         self._draws = whole(draws)
-        self._over = _distinct(over, len(self._weights) - 1)
-        for index in self._over:
+        last = len(self._weights) - 1
+        self._over = _distinct(over, last)
+        self._to_try = _distinct(lost[0], last) if lost else []
+        self._lost.update(self._to_try)
+        for index in (*self._over, *self._to_try):
             self._weights[index] = 0.0
-        self.ended = not any(self._weights)
+        self.ended = not any(self._weights) and not self._to_try
         block, before = divmod(self._draws, BLOCK)
         self._random = random_of_block(self._seed, block)
         self._random.getrandbits(64 * before)  # what those before it in the block have taken
 
     def poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
+        while self._to_try:
+            if len(taken) == limit or not self._try(self._to_try[0], taken):
+                return taken
+            del self._to_try[0]
         while len(taken) < limit and not self.ended:
             index = self._draw()
             upstream = self._upstreams[index]
-            run = upstream.poll(1)
+            run = [self._tried.pop(index)] if index in self._tried else upstream.poll(1)
             if run:
                 self._drawn = None
                 entry = self._emit(run[0], index)
-                draws = self._draws - (entry.state == LAST)  # what failed is to be drawn again
-                entry.cursor = (entry.cursor, draws, tuple(self._over))
+                if index not in self._lost:
+                    entry.cursor = self._whole_cursor(entry)
+                else:  # it is drawn again, if this is where a resume goes on
+                    entry.cursor = self._whole_cursor(entry, drawn=self._draws - 1, lost=self._lost - {index})
+                    self._leave_out(index)
                 taken.append(entry)
             elif upstream.ended:
                 self._drawn = None
-                self._weights[index] = 0.0
                 self._over.append(index)
-                self.ended = not any(self._weights)
+                self._leave_out(index)
             else:
                 break
         return taken
+
+    def _whole_cursor(self, entry: Entry, drawn: int | None = None, lost: set[int] | None = None) -> tuple[Any, ...]:
+        lost = self._lost if lost is None else lost
+        cursor = (entry.cursor, self._draws if drawn is None else drawn, tuple(self._over))
+        return (*cursor, tuple(sorted(lost))) if lost else cursor
+
+    def _leave_out(self, index: int) -> None:
+        self._weights[index] = 0.0
+        self.ended = not any(self._weights)
+
+    def _try(self, index: int, taken: list[Entry]) -> bool:
+        """Ask a source that had failed before a resume; False: it does not know yet."""
+        upstream = self._upstreams[index]
+        run = upstream.poll(1)
+        if not run and not upstream.ended:
+            return False
+        if run and run[0].state == LAST:
+            entry = self._emit(run[0], index)
+            entry.cursor = self._whole_cursor(entry)
+            taken.append(entry)
+        else:
+            self._lost.remove(index)
+            if run:
+                self._tried[index] = run[0]
+                self._weights[index] = self._weights_given[index]
+            else:
+                self._over.append(index)
+        self.ended = not any(self._weights)
+        return True
 
     def _draw(self) -> int:
         if self._drawn is None:
@@ -209,11 +267,23 @@ class ZipNode(_Several):
             if len(pending) < limit and not upstream.ended and not self.ended:
                 pending.extend(upstream.poll(limit - len(pending)))
         taken: list[Entry] = []
-        while not self.ended and len(taken) < limit and all(self._pending):
+        while not self.ended and len(taken) < limit:
+            if (lost := self._error_of_a_part()) is not None:
+                taken.append(lost)
+                continue
+            if not all(self._pending):
+                break
             taken.append(self._pair([pending.popleft() for pending in self._pending]))
         if len(taken) < limit and not self.ended:
             taken.extend(self._look_for_the_end())
         return taken
+
+    def _error_of_a_part(self) -> Entry | None:
+        """An upstream has several sources, and one of these has failed: nothing is paired up with that."""
+        for index, pending in enumerate(self._pending):
+            if pending and pending[0].state == ONE_LOST:
+                return self._emit(pending.popleft(), index)
+        return None
 
     def _look_for_the_end(self) -> list[Entry]:
         """Ask in order, as Python's `zip` does: whoever comes first fails, or ends it, or is waited for."""
@@ -278,6 +348,10 @@ class RepeatNode(Node):
         if its is not None:
             self._upstream.resume(its)
 
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
+
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick
         if not self.ended:
@@ -293,7 +367,7 @@ class RepeatNode(Node):
                 entry.cursor = (self._repetition, entry.cursor)
                 if self._repetition and entry.state != LAST:
                     entry.key = each_key(entry.key, partial(PartKey, part=self._repetition))
-            self._given += len(taken)
+            self._given += sum(entry.state != ONE_LOST for entry in taken)
             if taken and taken[-1].state == LAST:
                 self.ended = True
             elif self._upstream.ended:
@@ -345,6 +419,10 @@ class HeadNode(Node):
             self._head = self._again()
         self._upstream.resume(cursor)
 
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
+
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick
         (self._head or self._upstream).start(run, kick)
@@ -352,7 +430,7 @@ class HeadNode(Node):
     def poll(self, limit: int) -> list[Entry]:
         if self._head is not None:
             taken = self._head.poll(min(limit, self._left))
-            self._left -= len(taken)
+            self._left -= sum(entry.state != ONE_LOST for entry in taken)
             if taken and taken[-1].state == LAST:
                 self.ended = True
                 return taken

@@ -10,6 +10,7 @@ __all__ = [
     "DONE",
     "DROPPED",
     "LAST",
+    "ONE_LOST",
     "UNDER_WAY",
     "Entry",
     "annotate",
@@ -22,6 +23,7 @@ UNDER_WAY: Final = 0  # in a window, not finished
 DONE: Final = 1  # finished: `value`, or `error` when that is set
 DROPPED: Final = 2  # finished, and a filter said no
 LAST: Final = 3  # finished: the source failed with `error`, and nothing comes after this entry
+ONE_LOST: Final = 4  # finished: one of several sources failed with `error`; it is no sample, and the others go on
 
 
 class Entry:

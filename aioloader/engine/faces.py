@@ -219,7 +219,7 @@ class SyncDelivery(Delivery):
         output = self.run.output
         if self.run.stopping or not self.run.started or (self._lazy and not self._asked):
             return
-        taken = output.poll(self._asked if self._lazy else 1 << 20)
+        taken = output.poll(self._asked) if self._lazy else output.take_finished()
         self._asked -= len(taken) if self._lazy else 0
         output.lend(len(taken))
         self._put += len(taken)

@@ -55,6 +55,11 @@ class CursorSource(ABC):
 
     replayable: ClassVar[bool] = True
 
+    @property
+    def live(self) -> bool:
+        """Whether it waits for samples that do not exist yet: cheap stages after it then take none before they must."""
+        return not self.replayable
+
     def identity(self) -> dict[str, Any]:
         """What cursors depend on: which files, in which order. A state of another identity is refused.
 

@@ -10,17 +10,38 @@ from abc import ABC, abstractmethod
 from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from aioloader.engine.entry import LAST, Entry
+from aioloader.engine.entry import LAST, ONE_LOST, Entry
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["Fold", "FoldNode", "Kick", "Node", "TimedFold", "TimedFoldNode"]
+__all__ = [
+    "CHUNK_SECONDS",
+    "MOST_EARLY",
+    "Fold",
+    "FoldNode",
+    "Kick",
+    "Node",
+    "TimedFold",
+    "TimedFoldNode",
+    "cheap_samples",
+]
 
 Kick = Callable[[], None]
+
+CHUNK_SECONDS: Final = 0.001  # the work that one crossing into a thread should be worth
+
+MOST_EARLY: Final = 512  # in a window whose samples are so cheap that its places alone would not fill a crossing
+
+
+def cheap_samples(meter: StageMeter) -> int:
+    """How many samples of a stage are worth a crossing, beyond the first; 0 where they are not cheap, or not known."""
+    if not meter.busy_seconds:
+        return 0
+    return min(MOST_EARLY, max(0, int(CHUNK_SECONDS * meter.samples / meter.busy_seconds) - 1))
 
 
 class Node(ABC):
@@ -31,6 +52,11 @@ class Node(ABC):
     """
 
     ended: bool = False
+
+    @property
+    def extra_room(self) -> int:
+        """How many entries may be taken before there is need of them, since making them costs next to nothing."""
+        return 0
 
     @abstractmethod
     def resume(self, cursor: Any) -> None:
@@ -81,7 +107,18 @@ class Fold(Protocol):
         """Upstream has ended: give what is left. Its last entry may be `LAST`, when such an end is a failure."""
 
     def failed_at(self, cursor: Any) -> Any:
-        """Where to go on, behind what `flush` gave, after a source that failed with `cursor`: it is tried again."""
+        """Where to go on after what `interrupt` or `flush` gave, and a source that failed with `cursor`.
+
+        It is tried again, and what this fold still holds comes again.
+        """
+
+
+@runtime_checkable
+class GivesEarly(Protocol):
+    """What a fold also has that gives what it holds before the error of one source among several."""
+
+    def interrupt(self) -> Iterable[Entry]:
+        """Such an error comes next: give what may go before it. The other sources go on after it."""
 
 
 class FoldNode(Node):
@@ -93,22 +130,29 @@ class FoldNode(Node):
         loose: Upstream has no fixed order. What a fold knows by number (so many samples of the next batch are out)
             would be said of another entry then: a resume forgets it, and some entries come again rather than never.
             (A number that is longer than JSON's decimal digits is a string.)
+        recounts: It knows entries by such numbers. Once one of several sources has failed they are not told: that
+            source takes part again after a resume.
     """
 
-    def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False) -> None:
+    def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False, recounts: bool = False) -> None:
         self._upstream = upstream
         self._fold = fold
         self._loose = loose
+        self._recounts = recounts
+        self._forgets = False
         self._ready: deque[Entry] = deque()
         self._flushed = False
 
     def resume(self, cursor: Any) -> None:
-        if self._loose and isinstance(cursor, list | tuple) and cursor:
-            first, *numbers = cursor
-            cursor = (first, *(0 if isinstance(number, int | str) else number for number in numbers))
+        if self._loose:
+            cursor = _without_numbers(cursor)
         upstream = self._fold.resume(cursor)
         if upstream is not None:
             self._upstream.resume(upstream)
+
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._upstream.start(run, kick)
@@ -125,7 +169,7 @@ class FoldNode(Node):
             run = upstream.poll(fold.wants(limit))
             if run:
                 failed = run.pop() if run[-1].state == LAST else None
-                ready.extend(fold.feed(run))
+                self._feed(run)
                 if failed is not None or fold.full:
                     self._finish()
                 if failed is not None:
@@ -145,14 +189,43 @@ class FoldNode(Node):
         self.ended = not ready and self._flushed
         return taken
 
+    def _feed(self, run: list[Entry]) -> None:
+        """Give `run` to the fold, but for errors that are no samples: these pass by, after what came before them."""
+        fold = self._fold
+        begin = 0
+        for at, entry in enumerate(run):
+            if entry.state == ONE_LOST:
+                self._give(fold.feed(run[begin:at]))
+                if isinstance(fold, GivesEarly):
+                    self._give(fold.interrupt())
+                entry.cursor = fold.failed_at(entry.cursor)
+                self._ready.append(entry)
+                self._forgets = self._recounts
+                begin = at + 1
+        self._give(fold.feed(run[begin:] if begin else run))
+
+    def _give(self, out: Iterable[Entry]) -> None:
+        if self._forgets:
+            out = list(out)
+            for entry in out:
+                entry.cursor = _without_numbers(entry.cursor)
+        self._ready.extend(out)
+
     def _finish(self) -> None:
         """The fold gets no more input: what it still holds is the end."""
         self._flushed = True
-        self._ready.extend(self._fold.flush())
+        self._give(self._fold.flush())
         self._upstream.close()  # `take(3)` of an endless stream: its tasks end now, not with the epoch
 
     def close(self) -> None:
         self._upstream.close()
+
+
+def _without_numbers(cursor: Any) -> Any:
+    if not (isinstance(cursor, list | tuple) and cursor):
+        return cursor
+    first, *numbers = cursor
+    return (first, *(0 if isinstance(number, int | str) else number for number in numbers))
 
 
 class TimedFold(Fold, Protocol):

@@ -27,9 +27,9 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.engine.entry import DONE, LAST, Entry, places_of
+from aioloader.engine.entry import DONE, Entry, places_of
 from aioloader.engine.loop_thread import new_event_loop
-from aioloader.engine.node import Kick, Node
+from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.run import Run
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.processes.failures import cannot_travel, portable
@@ -70,6 +70,10 @@ class OwnProcessNode(Node):
         self._closed = False
         self._meters: list[StageMeter] = []
         self._number = 0
+
+    @property
+    def extra_room(self) -> int:
+        return min(map(cheap_samples, self._meters), default=0)
 
     def resume(self, cursor: Any) -> None:
         self._cursor = cursor
@@ -148,6 +152,8 @@ class OwnProcessNode(Node):
             for field in fields(StageMeter):
                 if field.name != "retired":
                     setattr(self._meters[index], field.name, getattr(theirs, field.name))
+        if meters:
+            self._meters[-1].ahead += self._room
 
 
 # -- there -------------------------------------------------------------------------------------------------------------
@@ -250,7 +256,8 @@ class _Stream:
         self._granted = granted
         self._batches = batches
         self._pumping = False
-        self._told = perf_counter()
+        self._told = 0.0
+        self._told_room = 0
         loop = asyncio.get_running_loop()
         self.run = run
         run.attach(loop)
@@ -277,13 +284,20 @@ class _Stream:
             if not taken:
                 break
             self._granted -= len(taken)
-            now = perf_counter()
-            tell = now - self._told > METER_SECONDS
-            if tell:
-                self._told = now
-            self._server.send_entries(self.number, taken, run.meters if tell else None)
+            self._server.send_entries(self.number, taken, self._news())
+        if meters := self._news(only_room=True):
+            self._server.send_entries(self.number, [], meters)
         if run.output.ended:
             run.request_stop()
+
+    def _news(self, *, only_room: bool = False) -> list[StageMeter] | None:
+        """The counters, now and then; at once when a stage has more room than was told."""
+        meters, now = self.run.meters, perf_counter()
+        room = sum(meter.room for meter in meters)
+        if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
+            return None
+        self._told, self._told_room = now, room
+        return meters
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()) is not None and self.run.failure is None:
@@ -341,7 +355,7 @@ class _Sender:
                 entry.position,
                 places_of(entry),
                 entry.attempts,
-                entry.state if entry.state == LAST else DONE,
+                entry.state or DONE,
                 bad,
             )
             for entry, bad in zip(taken, failed, strict=True)

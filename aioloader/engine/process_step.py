@@ -112,8 +112,7 @@ class ProcessStep(SyncStep):
             else:
                 fair = -(-len(inbox) // (self._places - self._active))
                 chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
-            self._active += 1
-            self.meter.idle.wait_for(None)
+            self._begins()
             seat = self._next_seat() if self._in_turn else None
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, seat)
             self._team.submit(self, self._payload(chunk), done, seat)

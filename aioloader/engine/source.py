@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aioloader.engine.entry import LAST, Entry, annotate
+from aioloader.engine.entry import LAST, ONE_LOST, Entry, annotate
 from aioloader.engine.located import Access, CursorSource
-from aioloader.engine.node import Kick, Node
+from aioloader.engine.node import MOST_EARLY, Kick, Node, cheap_samples
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
 from aioloader.engine.resumable import Origin, check_takes_state, note_silent, split_cursor
@@ -77,6 +77,10 @@ class KeySource(Node):
         self._cursor = whole(cursor)
         self._keys = self._keys.behind(self._cursor)
         self.ended = not len(self._keys)
+
+    @property
+    def extra_room(self) -> int:
+        return MOST_EARLY
 
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
@@ -241,6 +245,7 @@ class StreamSource(_Pump):
         unknown: `make` may give a `CursorSource`.
         check: Refuses a place, an origin and a number from there on, that is none.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
+        live: Its samples come into being meanwhile: none is read early.
     """
 
     def __init__(
@@ -255,8 +260,10 @@ class StreamSource(_Pump):
         unknown: bool = False,
         check: Callable[[Origin | None, int], None] | None = None,
         tells_epoch: bool = False,
+        live: bool = False,
     ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
+        self._live = live
         self._make = make
         self._call = call
         self._keys = keys
@@ -267,6 +274,10 @@ class StreamSource(_Pump):
         self._check = check
         self._tells_epoch = tells_epoch
         self._resume_at: Any = None
+
+    @property
+    def extra_room(self) -> int:
+        return 0 if self._live else cheap_samples(self.meter)
 
     def resume(self, cursor: Any) -> None:
         self._resume_at = self._failed_at = cursor
@@ -290,6 +301,7 @@ class StreamSource(_Pump):
         if self._call:
             iterable = await _call(iterable, self._run, self._threads)
         if isinstance(iterable, CursorSource):
+            self._live = self._live or iterable.live
             await self._pump_entries(iterable)
             return
         if self._tells_epoch and callable(tell := getattr(iterable, "set_epoch", None)):
@@ -393,8 +405,13 @@ class FlatMapNode(_Pump):
         self._loose = loose
         self._fn = fn
         self._arrival: Future[None] | None = None
+        self._forgets = False  # one of several sources has failed, see `FoldNode`
         self._before: Any = None  # the cursor that leads to the next sample
         self._skipped = 0  # items of it that were delivered before a resume
+
+    @property
+    def extra_room(self) -> int:
+        return min(cheap_samples(self.meter), self._upstream.extra_room)
 
     def resume(self, cursor: Any) -> None:
         self._before, skipped = cursor_parts(cursor, 2)
@@ -440,6 +457,7 @@ class FlatMapNode(_Pump):
             after = sample.cursor
             if sample.error is not None:
                 sample.cursor = (after, 0)  # nothing of what comes after it
+                self._forgets = self._forgets or sample.state == ONE_LOST
                 self._put(sample)
             else:
                 # In a task of its own, for context variables that are set for one sample do not show to the next.
@@ -471,14 +489,14 @@ class FlatMapNode(_Pump):
                             await sleep(0)
                         continue
                     key = PartKey(sample.key, offset)
-                    self._put(sample.derived(item, (before, offset), key, sample.position))
+                    self._put(sample.derived(item, (before, 0 if self._forgets else offset), key, sample.position))
                     self._position += 1
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds
                 del items, item
         except (Exception, SystemExit) as error:
             if offset >= skipped:
-                failed = Entry(None, (before, offset + 1), sample.key, sample.position)
+                failed = Entry(None, (before, 0 if self._forgets else offset + 1), sample.key, sample.position)
                 self._position += 1
                 annotate(error, self.meter.name, sample, self._run.epoch)
                 failed.error = error

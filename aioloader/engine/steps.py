@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import DROPPED, Entry, annotate
+from aioloader.engine.node import cheap_samples
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.sample import Sample, current_sample
 from aioloader.insight.meters import StageMeter
@@ -44,17 +45,16 @@ class Step(ABC):
 
     Attributes:
         inbox: Entries that wait for this step. Bounded by the window's room, like everything in it.
-        extra_room: Slots that the window needs beyond its own room to keep this step's workers busy.
+        places: As many entries count as under way here in the window's room, see `StepsRoom`.
         drops_to: The next cache in this window, which keeps that a sample was refused.
     """
 
-    extra_room: int = 0
     drops_to: "Callable[[Entry], None] | None" = None
     closed: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
-        self.concurrency = meter.concurrency = concurrency
+        self.concurrency = self.places = meter.concurrency = concurrency
         self.inbox: deque[Entry] = deque()
 
     def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
@@ -63,6 +63,11 @@ class Step(ABC):
         self._window = window
         self._forward = forward
         self.meter = run.adopt(self.meter)
+
+    @property
+    def extra_room(self) -> int:
+        """How many samples more than it has places for may be begun, since they are cheap."""
+        return 0
 
     @abstractmethod
     def accept(self, entry: Entry) -> None:
@@ -146,6 +151,10 @@ class AsyncStep(Step):
         if not self.closed:
             self.inbox.append(entry)
             self.dispatch()
+
+    @property
+    def extra_room(self) -> int:
+        return cheap_samples(self.meter)
 
     def dispatch(self) -> None:
         self.meter.idle.wait_for(None)

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.entry import Entry
+from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed, apply_chunk
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK_SECONDS", "Crossing", "ExecutorStep", "SyncStep", "ThreadStep"]
 
-CHUNK_SECONDS: Final = 0.001  # the work that one crossing into a thread should be worth
-CHUNK_SAMPLES: Final = 256  # and its bound, so that memory is bounded for samples that cost nothing
+CHUNK_SAMPLES: Final = 256  # at most in one crossing, so that memory is bounded for samples that cost nothing
 
 
 class SyncStep(Step):
@@ -41,6 +41,7 @@ class SyncStep(Step):
         self._calls = tuple(calls)
         self._elastic = elastic
         self._active = 0  # crossings under way
+        self._extra_room = 0
         self._scheduled = False
         self._seconds_each: float | None = None  # what a sample costs, as far as it is known
 
@@ -51,6 +52,26 @@ class SyncStep(Step):
         if not self._scheduled:  # after the entries that come in this same turn
             self._scheduled = True
             self._run.soon(self.dispatch)
+
+    @property
+    def extra_room(self) -> int:
+        return self._extra_room
+
+    @property
+    def under_way(self) -> int:
+        """Crossings that have begun and are not over."""
+        return self._active
+
+    @property
+    def standing(self) -> int:
+        """Those of them in which a sample has been for longer than a crossing of cheap ones takes."""
+        return self._active
+
+    def _begins(self) -> None:
+        """One more crossing."""
+        self._active += 1
+        self.meter.idle.wait_for(None)
+        self._window.crossing_began()
 
     @property
     def _size(self) -> int:
@@ -70,9 +91,9 @@ class SyncStep(Step):
             each = result.busy_seconds / tried
             self._seconds_each = each if self._seconds_each is None else (self._seconds_each + each) / 2
             extra_room = 2 * self.concurrency * (self._size - 1) if self._elastic else 0
-            if extra_room != self.extra_room:
-                self.extra_room = extra_room
-                self._window.wake()
+            if extra_room != self._extra_room:
+                self._extra_room = extra_room
+                self._window.resize()
         self.dispatch()
         if not self._active:
             self.meter.idle.wait_for("input")
@@ -134,6 +155,13 @@ class ThreadStep(SyncStep):
         self._crossings: set[Crossing] = set()
         self._watching = False
 
+    @property
+    def standing(self) -> int:
+        overdue = perf_counter() - CHUNK_SECONDS
+        return sum(
+            crossing.began < overdue and len(crossing.outcomes) < len(crossing.claimed) for crossing in self._crossings
+        )
+
     def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
         super().bind(run, window, forward)
         if self._executor is None:
@@ -188,8 +216,7 @@ class ThreadStep(SyncStep):
 
     def _wake(self, wanted: int, limit: int) -> None:
         while self._active < min(wanted, self.concurrency) and not (self.closed or self._run.stopping):
-            self._active += 1
-            self.meter.idle.wait_for(None)
+            self._begins()
             crossing = Crossing(limit)
             self._crossings.add(crossing)
             if self._threads is not None:
@@ -286,8 +313,7 @@ class ExecutorStep(SyncStep):
         while inbox and self._active < self.concurrency and not (self.closed or self._run.stopping):
             fair = -(-len(inbox) // (self.concurrency - self._active))
             chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
-            self._active += 1
-            self.meter.idle.wait_for(None)
+            self._begins()
             values = [entry.value for entry in chunk]
             try:
                 future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)

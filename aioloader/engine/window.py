@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import DONE, DROPPED, LAST, UNDER_WAY, Entry
-from aioloader.engine.node import Kick, Node
+from aioloader.engine.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
+from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.engine.room import Room
 from aioloader.engine.steps import Step
 from aioloader.insight.meters import Why
 from aioloader.notes import shown
@@ -30,8 +31,8 @@ class Window(Node):
     Args:
         upstream: Where entries come from.
         steps: The stages of one journey, in order.
-        room: Slots: entries under way and finished ones together, at most. Steps that move cheap samples in chunks add
-            to it what one chunk more per worker needs (`Step.extra_room`). 0: nothing is begun before it is asked for.
+        room: Slots: entries under way and finished ones together, at most. None: nothing is begun before it is asked
+            for.
         ordered: Give results in the order of the input; False: as they are finished.
         loose: With `ordered=False`: as in `FoldNode`. Who has left beyond the front is known by number.
         log: With `ordered=False`: where the order in which they leave is recorded, or in which they are to leave.
@@ -46,22 +47,25 @@ class Window(Node):
         upstream: Node,
         steps: Sequence[Step],
         *,
-        room: int,
+        room: Room | None,
         ordered: bool = True,
         log: "Recorded | Replayed | None" = None,
         loose: bool = False,
     ) -> None:
         self.upstream = upstream
         self.steps = tuple(steps)
-        self._base_room = room
+        self._room = room
+        self._said_room = 0  # the most there was, for statistics
         self.ordered = ordered
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
         self.under_way = 0
         self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
-        self._asked = 0  # what the last poll could not give; only this is begun when room is 0
+        self._asked = 0  # what the last poll could not give; without room only this is begun
+        self._looking = False  # at calls that may need more room, soon
         self._input_ended = False
-        self._last: Entry | None = None  # unordered: the failure of the source waits until all others have been taken
+        self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
+        self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
         self._closed = False
         self._left = None if ordered else Left(loose=loose)
@@ -85,14 +89,29 @@ class Window(Node):
                 if log is not None:
                     log.begin(self._left.count)
         self.upstream.start(run, self.wake)
+        if not self.steps and run.meters:
+            run.meters[-1].ahead = self.room
         for step, following in zip_longest(self.steps, self.steps[1:]):
             step.bind(run, self, following.accept if following is not None else self.finished)
-            step.meter.room = self._base_room
             step.meter.ordered = self.ordered
-        if self._base_room:
+        self._say_room(self.room)
+        if self._room is not None:
             self.wake()
 
     def poll(self, limit: int) -> list[Entry]:
+        taken = self._take(limit)
+        self._asked = limit - len(taken)
+        if self._asked and self._room is None:
+            self.wake()
+        return taken
+
+    def take_finished(self) -> list[Entry]:
+        """All that is ready, and nothing is asked for."""
+        taken = self._take(1 << 62)
+        self._asked = 0
+        return taken
+
+    def _take(self, limit: int) -> list[Entry]:
         slots = self._slots
         taken: list[Entry] = []
         if slots and slots[0].state:
@@ -116,18 +135,15 @@ class Window(Node):
             if self._record is not None:
                 self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
             self.wake()
-        if self._input_ended and not self._occupied:
-            if self._last is not None and len(taken) < limit:
-                if self._left is not None:
-                    self._last.cursor = self._left.cursor
-                taken.append(self._last)
-                self._last = None
-            if self._last is None:
-                self._finish()
-        elif not self._base_room:
-            self._asked = limit - len(taken)
-            if self._asked:
-                self.wake()
+        if self._last is not None and not self._occupied and len(taken) < limit:
+            last, self._last = self._last, None
+            if self._left is not None:
+                last.cursor = self._left.cursor
+                self._left.forgets = True
+            taken.append(last)
+            self.wake()
+        if self._input_ended and not self._occupied and self._last is None:
+            self._finish()
         return taken
 
     def close(self) -> None:
@@ -154,7 +170,39 @@ class Window(Node):
     @property
     def room(self) -> int:
         """Slots now."""
-        return self._base_room + sum(step.extra_room for step in self.steps)
+        return self._asked if self._room is None else self._room.now(self._asked)
+
+    @property
+    def extra_room(self) -> int:
+        return min([self.upstream.extra_room, *(step.extra_room for step in self.steps if step.concurrency)])
+
+    def _say_room(self, room: int) -> None:
+        """Let statistics say how much there is. Entries that were let in stay when it shrinks: the most counts."""
+        if room > self._said_room:
+            self._said_room = room
+            for step in self.steps:
+                step.meter.room = max(step.meter.room, room)  # it may have counted for an earlier repetition
+            self._kick()  # in a process of its own, whoever polls tells it
+
+    def resize(self) -> None:
+        """A step needs more room than before, or less."""
+        if self._room is not None:
+            self._room.refresh()
+        self.wake()
+
+    def crossing_began(self) -> None:
+        """In one of its steps. Should it take its time, those that the window is too full for may begin after all."""
+        if not self._looking and self._room is not None and self._room.may_grow:
+            self._looking = True
+            self._run.loop.call_later(2 * CHUNK_SECONDS, self._run.guarded, self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        if self._closed or self._run.stopping or self._room is None:
+            return
+        self._room.look()
+        self.wake()
+        self.crossing_began()
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -171,9 +219,10 @@ class Window(Node):
         self._scheduled = False
         if self._closed or self._run.stopping:  # an input that was cut off is no end
             return
-        room = self.room if self._base_room else self._asked
-        while not self._input_ended and (free := self._free(room)) > 0:
-            run = self.upstream.poll(free)
+        room = self.room
+        self._say_room(room)
+        while not self._input_ended and self._last is None and (free := self._free(room)) > 0:
+            run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
                 self._accept(run)
             elif self.upstream.ended:
@@ -199,7 +248,8 @@ class Window(Node):
         if free <= 0 and self._replay is not None and self._left is not None:
             following = self._replay.following
             if following is not None and following > self._left.came:
-                return following - self._left.came
+                free = following - self._left.came
+                self._say_room(self._occupied + self._lent + free)
         return free
 
     def _give_up_replay(self) -> None:
@@ -233,23 +283,24 @@ class Window(Node):
 
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
+        self._input_ended = run[-1].state == LAST
         if self._left is not None:
+            if (at := _first_failure(run)) is not None:
+                run, self._last, self._after_last = run[:at], run[at], run[at + 1 :]
+                if self._replay is not None:  # what comes now is not what came then
+                    self._last.state, self._after_last = LAST, []
+                self._input_ended = self._last.state == LAST
+                if not self._occupied:  # nobody else's end will say so
+                    self._kick()
             run = self._left.comes(run)
             if not run:
                 return
-        if run[-1].state == LAST:
-            self._input_ended = True
-            if not self.ordered:
-                self._last = run.pop()
-                if not self._occupied and not run:  # nobody else's end will say so
-                    self._kick()
         self._occupied += len(run)
         if self.ordered:
             self._slots.extend(run)
         if not self.steps:
             for entry in run:
-                if entry.state != LAST:
-                    entry.state = DONE
+                entry.state = entry.state or DONE
             if not self.ordered:
                 for entry in run:
                     self._finished_unordered(entry)
@@ -297,6 +348,11 @@ class Window(Node):
         self.close()
 
 
+def _first_failure(run: list[Entry]) -> int | None:
+    """Where a source fails in `run`."""
+    return next((at for at, entry in enumerate(run) if entry.state in (LAST, ONE_LOST)), None)
+
+
 def _done(slots: deque[Entry], limit: int) -> int:
     """How many at the front are finished, up to `limit`."""
     count = 0
@@ -316,11 +372,14 @@ class Left:
 
     Attributes:
         came: The number of the newest entry.
+        forgets: Who has left beyond the front is not told: a source has failed, which takes part again after a resume,
+            so that the numbers would be those of other entries.
     """
 
     def __init__(self, *, loose: bool = False) -> None:
         self._loose = loose
         self.came = 0
+        self.forgets = False
         self._front = 0  # all up to this number have left
         self._front_cursor: Any = None
         self._beyond = 0  # bits
@@ -341,7 +400,7 @@ class Left:
     @property
     def cursor(self) -> tuple[Any, int, int]:
         """Behind all who have left."""
-        return self._front_cursor, self._front, self._beyond
+        return self._front_cursor, self._front, 0 if self.forgets else self._beyond
 
     @property
     def count(self) -> int:

@@ -31,7 +31,8 @@ class StageMeter:
         busy_seconds: Time in user code, summed over samples that were under way side by side.
         cpu_seconds: CPU time of its threads or worker processes; 0 for what runs on the loop or in a user's executor.
         idle: When the stage had nothing under way, and why.
-        room: Entries under way or finished that its window holds at most; stages of one window share it.
+        room: Entries under way or finished that its window held at most; stages of one window share it.
+        ahead: Entries that are held ready after it, where no other stage's window holds them.
         ordered: That window gives them in the order of the input.
         finished_sum: Finished entries in the window at each hand-over, summed.
         handovers: How many hand-overs there were.
@@ -53,6 +54,7 @@ class StageMeter:
     cpu_seconds: float = 0.0
     idle: "IdleClock" = field(default_factory=lambda: IdleClock())
     room: int = 0
+    ahead: int = 0
     ordered: bool = True
     finished_sum: int = 0
     handovers: int = 0

@@ -28,7 +28,10 @@ class StageStats:
         waiting_for_input_seconds: Nothing was under way, because nothing came from the stages before.
         waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
         finished_slots: Finished samples that lay in the window when some were taken, on average.
-        room: Samples under way and finished together that the window may hold.
+        room: Samples (or batches) under way and finished together that its window may hold, the most in this epoch:
+            where all stages of a window are cheap it grows, so that a crossing into a thread is worth its cost. No
+            sample is begun beyond the rooms of the stages after each other; what `batch`, and `shuffle(n)`, hold while
+            they fill is part of what comes after them.
         ordered: They leave it in the order of the input, so that finished ones wait for a slower one in front of them.
         dropped: Samples (or batches) that a predicate of `filter` or `drop_if` left out.
         partial: Batches that were given before they were full, because `max_wait` was over.
@@ -120,7 +123,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waiting_for_input_seconds=meter.idle.seconds("input"),
         waiting_for_room_seconds=meter.idle.seconds("room"),
         finished_slots=meter.finished_sum / meter.handovers if meter.handovers else 0.0,
-        room=meter.room,
+        room=meter.room + meter.ahead,
         ordered=meter.ordered,
         dropped=meter.dropped + meter.dropped_late,
         partial=meter.partial,

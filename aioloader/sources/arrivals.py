@@ -47,6 +47,8 @@ class WatchedFiles(CursorSource):
     are left out of it in time. Entries share their cursors' parts, 512 names to a part.
     """
 
+    live = True
+
     def __init__(
         self, paths: Any, *, read: Read | None = "bytes", with_path: bool = False, settle: float = 0.5
     ) -> None:

@@ -106,6 +106,10 @@ class Lines(CursorSource):
         if self.follow:
             self._check_follow()
 
+    @property
+    def live(self) -> bool:
+        return self.follow
+
     def _check_follow(self) -> None:
         require_watchfiles("Lines(follow=True)")
         if self.interleave > 1:

@@ -25,13 +25,23 @@ class Group:
     Attributes:
         samples: In order.
         keys: What each was loaded by, None where nothing names it.
+        places: Where each stands in its source, see `Entry.places`.
+        left_over: There are too few of them: they are only loaded, since that may fail, and no batch is made of them.
     """
 
-    __slots__ = ("keys", "samples")
+    __slots__ = ("keys", "left_over", "places", "samples")
 
-    def __init__(self, samples: list[Any], keys: list[Any]) -> None:
+    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None]) -> None:
         self.samples = samples
         self.keys = keys
+        self.places = places
+        self.left_over = False
+
+    def leave_out(self, out: list[bool]) -> None:
+        """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
+        self.samples = [sample for sample, gone in zip(self.samples, out, strict=True) if not gone]
+        self.keys[:] = [key for key, gone in zip(self.keys, out, strict=True) if not gone]
+        self.places[:] = [place for place, gone in zip(self.places, out, strict=True) if not gone]
 
 
 @dataclass(frozen=True)
@@ -109,13 +119,20 @@ class Batch(FoldStage):
 
 
 class BatchFold:
-    """Groups a fixed number of samples."""
+    """Groups a fixed number of samples.
+
+    Args:
+        batch_size: How many.
+        drop_last: Leave out a shorter group at the end.
+        of_keys: The samples are not loaded yet: such a group is given all the same, see `Group.left_over`.
+    """
 
     full = False
 
-    def __init__(self, batch_size: int, *, drop_last: bool) -> None:
+    def __init__(self, batch_size: int, *, drop_last: bool, of_keys: bool = False) -> None:
         self._size = batch_size
         self._drop_last = drop_last
+        self._of_keys = of_keys
         self._pending: list[Entry] = []
         self._count = 0
         self._after: Any = None  # the cursor of the last group
@@ -143,9 +160,18 @@ class BatchFold:
 
     def flush(self) -> list[Entry]:
         pending, self._pending = self._pending, []
-        if self._drop_last and all(entry.error is None for entry in pending):  # an error is never dropped in silence
+        if not pending:
             return []
-        return [self._group(pending)] if pending else []
+        left_over = self._drop_last and all(entry.error is None for entry in pending)  # no error is dropped in silence
+        if left_over and not self._of_keys:
+            return []
+        group = self._group(pending)
+        if left_over:
+            group.value.left_over = True
+        return [group]
+
+    def interrupt(self) -> list[Entry]:
+        return [] if self._drop_last else self.cut()  # all are to be full: these wait for more
 
     @property
     def waiting(self) -> int | None:
@@ -168,8 +194,9 @@ def group_entries(entries: list[Entry]) -> Entry:
     """One entry of many. The first error among them is its error; the note names how many others there are."""
     samples = [entry.value for entry in entries]
     keys = [entry.key for entry in entries]
-    group = Entry(Group(samples, keys), entries[-1].cursor, keys, entries[0].position)
-    group.places = [entry.position for entry in entries]
+    places = [entry.position for entry in entries]
+    group = Entry(Group(samples, keys, places), entries[-1].cursor, keys, entries[0].position)
+    group.places = places
     group.attempts = max([entry.attempts for entry in entries])
     failed = [entry for entry in entries if entry.error is not None]
     if failed:

@@ -22,8 +22,9 @@ class DropIf(Stage):
     So it cannot be a step of the journeys before it: it has a window of its own, without room, in which nothing is
     begun before it is asked for. The predicate runs in a thread, like all sync functions of the user.
 
-    Samples that were taken for a batch wait there until it is full, so right behind `drop_if` a batch is looked through
-    once more before it is collated (`FreshGroup`).
+    What takes them may be a map: it begins samples ahead, and what it has made of them `fn` never sees. Samples that
+    were taken for a batch wait there until it is full, so right after `drop_if` (or with nothing but `filter` and
+    other `drop_if` in between) a batch is looked through once more before it is collated (`FreshGroup`).
     """
 
     fn: Callable[[Any], Any]
@@ -76,6 +77,5 @@ class FreshGroup:
         if any(stale):
             with self._lock:
                 self._meter().dropped_late += sum(stale)
-            group.samples = [sample for sample, out in zip(group.samples, stale, strict=True) if not out]
-            group.keys[:] = [key for key, out in zip(group.keys, stale, strict=True) if not out]  # the batch's own list
+            group.leave_out(stale)
         return bool(group.samples)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aioloader.executors.apart import apart
+from aioloader.executors.chunk import DROP
 from aioloader.executors.sample import Fetching, Sample, Several, current_sample
 from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
@@ -65,13 +66,22 @@ class FetchBatch:
             and collate.stacks_tensors
         ):
             return dataset.load_batch(keys, collate.alloc_or_empty)
+        samples = self.load(keys, names)
+        sample = current_sample.get()
+        if sample is None:
+            return collate_samples(samples, keys if names is None else names, collate_fn, collate)
+        name, sample.name = sample.name, None  # none is at hand while they are collated
+        try:
+            return collate_samples(samples, keys if names is None else names, collate_fn, collate)
+        finally:
+            sample.name = name
+
+    def load(self, keys: Any, names: Sequence[Any] | None = None) -> Any:
+        """The samples, not collated."""
         sample = current_sample.get()
         name = None if sample is None else sample.name
         try:
-            samples = self._load(keys, keys if names is None else names, sample)
-            if sample is not None:
-                sample.name = None  # none is at hand while they are collated
-            return collate_samples(samples, keys if names is None else names, collate_fn, collate)
+            return self._load(keys, keys if names is None else names, sample)
         finally:
             if sample is not None:
                 sample.name = name
@@ -175,6 +185,9 @@ class FetchGroup:
         self._fetch = fetch
 
     def __call__(self, group: Group) -> Any:
+        if group.left_over:
+            self._fetch.load(group.samples, group.keys)
+            return DROP
         return self._fetch(group.samples, group.keys)
 
 

@@ -106,6 +106,7 @@ class _JoinFold:
 
     def __init__(self) -> None:
         self._pending: list[Entry] = []
+        self._size = 1  # of the batch before: most are as long
 
     def resume(self, cursor: Any) -> Any:
         return cursor
@@ -114,7 +115,7 @@ class _JoinFold:
         return cursor
 
     def wants(self, limit: int) -> int:
-        return max(limit, 64)  # how long a batch is cannot be known; the window above bounds what comes
+        return max(1, limit * self._size - len(self._pending))  # or batches would pile up here, for which no room is
 
     def feed(self, run: list[Entry]) -> list[Entry]:
         groups = []
@@ -129,9 +130,10 @@ class _JoinFold:
 
     def _group(self) -> Entry:
         if isinstance(self._pending[0].error, _EmptyBatchError):
-            group = Entry(Group([], []), self._pending[0].cursor, [], self._pending[0].position)
+            group = Entry(Group([], [], []), self._pending[0].cursor, [], self._pending[0].position)
         else:
             group = group_entries(self._pending)
+            self._size = len(self._pending)
         self._pending = []
         return group
 

@@ -185,7 +185,7 @@ class ShardFold:
         return upstream
 
     def failed_at(self, cursor: Any) -> Any:
-        return (cursor, self._seen) if self._even == "pad" else self._after
+        return (cursor, self._seen) if self._even == "pad" and not self._in_round else self._after
 
     def wants(self, limit: int) -> int:
         return min(self._again, AGAIN_AT_ONCE) + limit * self._world_size - self._in_round

@@ -78,7 +78,8 @@ class _ShuffleFold:
         self._to_replay = False
 
     def failed_at(self, cursor: Any) -> Any:
-        return (cursor, 0, 0)  # the buffer is empty: another one begins
+        oldest = next((waiting.before for waiting in self._arrivals if waiting.entry is not None), cursor)
+        return (oldest, 0, 0)  # another buffer begins, with what is in this one
 
     def resume(self, cursor: Any) -> Any:
         oldest, drawn, arrived = cursor_parts(cursor, 3)
