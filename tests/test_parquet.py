@@ -2,10 +2,12 @@
 
 import contextlib
 import datetime
+import io
 import pickle
+import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from aioloader import BrokenDataError, DataLoader, Pipeline
 from aioloader.sources import ParquetRows, parquet
 from tests._located import assert_opens_at_every_cursor, outcomes
+from tests._servers import HttpServer
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
 
@@ -321,6 +324,119 @@ def test_files_with_other_columns(tmp_path: Path) -> None:
     assert outcomes(ParquetRows([first, other], columns=["name"])) == [{"name": "row 0"}, {"name": "row 0"}]
 
 
+TEXT: Final = ["a", None, "c"]
+NUMBERS: Final = [1, None, 3]
+VALUES: Final[dict[str, Any]] = {
+    "null": pa.nulls(3),
+    "string": pa.array(TEXT, pa.string()),
+    "large_string": pa.array(TEXT, pa.large_string()),
+    "dictionary": pa.array(TEXT).dictionary_encode(),
+    "binary": pa.array([b"a", None, b"c"], pa.binary()),
+    "large_binary": pa.array([b"a", None, b"c"], pa.large_binary()),
+    "int8": pa.array(NUMBERS, pa.int8()),
+    "int32": pa.array(NUMBERS, pa.int32()),
+    "int64": pa.array(NUMBERS, pa.int64()),
+    "uint32": pa.array(NUMBERS, pa.uint32()),
+    "uint64": pa.array(NUMBERS, pa.uint64()),
+    "float32": pa.array([0.5, None, 1.5], pa.float32()),
+    "float64": pa.array([0.5, None, 1.5], pa.float64()),
+    "lists": pa.array([["a"], [], None], pa.list_(pa.string())),
+    "large lists": pa.array([["a"], [], None], pa.large_list(pa.large_string())),
+    "empty lists": pa.array([[], [None], None], pa.list_(pa.null())),
+    "vectors of int32": pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int32(), 2)),
+    "vectors of int64": pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.int64(), 2)),
+    "structs": pa.array([{"a": 1}, None, {"a": 2}], pa.struct({"a": pa.int64()})),
+    "empty structs": pa.array([{"a": None}, None, None], pa.struct({"a": pa.null()})),
+    "maps": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.int64())),
+    "empty maps": pa.array([[("k", None)], None, []], pa.map_(pa.large_string(), pa.null())),
+    "milliseconds": pa.array(NUMBERS, pa.timestamp("ms")),
+    "microseconds": pa.array(NUMBERS, pa.timestamp("us")),
+    "nanoseconds": pa.array(NUMBERS, pa.timestamp("ns")),
+    "decimals of 2 digits": pa.array([1, None, 3], pa.decimal128(9, 2)),
+    "decimals of 3 digits": pa.array([1, None, 3], pa.decimal128(9, 3)),
+}
+ALIKE: Final = [
+    {"string", "large_string", "dictionary"},
+    {"binary", "large_binary"},
+    {"lists", "large lists", "empty lists"},
+    {"structs", "empty structs"},
+    {"maps", "empty maps"},
+    {"milliseconds", "microseconds"},
+    {"empty lists", "vectors of int32"},  # to Python, but no tensors
+    {"empty lists", "vectors of int64"},
+    {"vectors of int32", "vectors of int64"},
+    {"int8", "int32", "int64", "uint32", "uint64"},
+    {"float32", "float64"},
+]
+
+
+@pytest.mark.parametrize("second", VALUES)
+def test_columns_that_are_stored_in_another_way(tmp_path: Path, second: str) -> None:
+    """Each value is what it would be alone; where it would be something else, the file is an error."""
+    for first, values in VALUES.items():
+        paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+        pq.write_table(pa.table({"x": values}), paths[0])
+        pq.write_table(pa.table({"x": VALUES[second]}), paths[1])
+        found = outcomes(ParquetRows(paths))
+        if first == second or "null" in (first, second) or any({first, second} <= alike for alike in ALIKE):
+            assert found == [{"x": x} for x in values.to_pylist() + VALUES[second].to_pylist()], first
+        else:
+            assert len(found) == 4, first
+            assert f"{paths[1]} has other columns than {paths[0]}: 'x' is " in found[3]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "dtype"),
+    [
+        ("int64", "int8", torch.int64),
+        ("int64", "uint32", torch.int64),
+        ("uint64", "uint32", torch.uint64),
+        ("float64", "float32", torch.float64),
+        ("vectors of int64", "vectors of int32", torch.int64),
+        ("float64", "null", torch.float64),
+        ("int64", "null", torch.int64),
+        ("int32", "int64", None),
+        ("uint32", "int32", None),
+        ("float32", "float64", None),
+        ("vectors of int32", "vectors of int64", None),
+        ("vectors of int32", "empty lists", None),
+        ("int64", "float64", None),
+    ],
+)
+def test_tensors_have_one_type(tmp_path: Path, first: str, second: str, dtype: torch.dtype | None) -> None:
+    """That of the first file; one that is wider does not fit into it."""
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, name in zip(paths, (first, second), strict=True):
+        values = VALUES[name]
+        pq.write_table(pa.table({"x": values if name in ("null", "empty lists") else values.drop_null()}), path)
+    rows = len(VALUES[first].drop_null())
+    with Steps(Pipeline(ParquetRows(paths, batch_rows=rows + 1)), "for") as steps:
+        found = steps.outcomes()
+    if dtype is None:
+        assert "has other columns than" in str(found[1])
+    elif second == "null" and dtype is torch.int64:
+        assert "column 'x' has 1 null, which a tensor of int64 cannot hold" in str(found[0])
+    else:
+        assert {batch["x"].dtype for batch in found} == {dtype}
+        assert torch.cat([batch["x"] for batch in found])[:rows].tolist() == VALUES[first].drop_null().to_pylist()
+
+
+@pytest.mark.parametrize("batch_rows", [None, 2])
+def test_a_column_of_nulls_becomes_what_is_found_later(tmp_path: Path, batch_rows: int | None) -> None:
+    """Also when reading goes on after it was found: a file that has it otherwise is the same error."""
+    paths = [tmp_path / f"{number}.parquet" for number in range(4)]
+    for path, name in zip(paths, ("null", "null", "string", "float64"), strict=True):
+        pq.write_table(pa.table({"x": VALUES[name], "n": range(3)}), path)
+    source = ParquetRows(paths, columns=["x"], batch_rows=batch_rows)
+    found = assert_opens_at_every_cursor(source)
+    assert found[-1] == (
+        f"{paths[3]} has other columns than {paths[2]}: 'x' is double and not string; columns= chooses those that all "
+        f"files have, and other files need a source of their own"
+    )
+    cells = [cell for sample in found[:-1] for cell in (sample["x"] if batch_rows else [sample["x"]])]
+    assert cells == [None] * 6 + TEXT
+
+
 def test_columns_in_another_order_are_the_same_columns(tmp_path: Path) -> None:
     """Each row has them in the order of the first file."""
     first = write(tmp_path / "a.parquet", 1)
@@ -405,6 +521,24 @@ def test_objects_of_a_store(files: list[str]) -> None:
     found = outcomes(source)
     assert [row["id"] for row in (*found[:12], *found[13:])] == list(range(30))
     assert "t/missing.parquet" in found[12]
+
+
+def test_what_is_near_in_an_object_is_requested_together(http_server: HttpServer) -> None:
+    """The row groups of a span, and of a wide table only the columns that are asked for."""
+    out = io.BytesIO()
+    noise = random.Random(0)
+    wide = pa.array(noise.randbytes(100) for _ in range(4000))
+    numbers = pa.array(range(4000), pa.int64())
+    pq.write_table(pa.table({"a": numbers, "b": numbers, "wide": wide, "c": numbers}), out, row_group_size=2000)
+    http_server.files["t"] = out.getvalue()
+    source = ParquetRows("t", columns=["a", "b", "c"], batch_rows=4000, store=http_server.store())
+    (batch,) = Pipeline(source)
+    assert batch["a"].tolist() == batch["b"].tolist() == batch["c"].tolist() == list(range(4000))
+    head, _footer, *spans = http_server.requests
+    assert head[0] == "HEAD"
+    assert len(spans) == 3  # a and b of the first row group, c of it with a and b of the second one, c of that
+    asked = [list(map(int, span.removeprefix("bytes=").split("-"))) for _, _, span in spans]
+    assert sum(stop + 1 - start for start, stop in asked) < len(out.getvalue()) - 2 * 190_000
 
 
 @on_both_faces

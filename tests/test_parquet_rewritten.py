@@ -15,6 +15,7 @@ import pytest
 from aioloader import BrokenDataError, DataLoader, Pipeline
 from aioloader.sources import ParquetRows, parquet
 from aioloader.sources.parquet_footer import read_end
+from tests._servers import HttpServer
 from tests._support import Face, Steps, on_both_faces
 
 ROWS = 900
@@ -153,6 +154,17 @@ def test_an_object_that_changes_while_it_is_read(
         store.put("t/a", content(2, size))
         found = [first, *steps.outcomes()]
     check(found, "t/a", "the store has another version of it now", batch_rows)
+
+
+def test_an_object_of_a_server_that_tells_no_versions(http_server: HttpServer) -> None:
+    """Its size is looked at, and the time of its last change, if there is one."""
+    http_server.files.update({"a": content(1), "b": content(3, 4)})
+    loader = Pipeline(ParquetRows(["a", "b"], store=http_server.store()))
+    with Steps(loader, "for") as steps:
+        first = steps.next()
+        http_server.files["a"] = content(2, 30)
+        found = [first, *steps.outcomes()]
+    check(found, "a", f"it had {len(content(1))} bytes, and has {len(content(2, 30))} now")
 
 
 def test_an_object_that_is_removed_while_it_is_read() -> None:
