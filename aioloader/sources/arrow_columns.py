@@ -55,8 +55,16 @@ class Columns:
 
         Raises:
             NullsError: A column of integers, bools or lists has nulls.
+            Exception: There is a cell that Python cannot hold.
         """
-        return {name: convert([part.column(at) for part in parts]) for at, (name, convert) in enumerate(self._convert)}
+        batch = {}
+        for at, (name, convert) in enumerate(self._convert):
+            try:
+                batch[name] = convert([part.column(at) for part in parts])
+            except Exception as error:
+                error.add_note(f"aioloader: column {name!r}")
+                raise
+        return batch
 
 
 def _layout(kind: Any) -> tuple[torch.dtype, tuple[int, ...]] | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, Final
+from zlib import crc32
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
@@ -14,7 +15,7 @@ from aioloader.engine.progress import cursor_sequence, whole
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
 from aioloader.sources.ahead import Ahead, failed
-from aioloader.sources.parquet_footer import Footer, check_numbers, read_end, row_bytes, same_columns, selected
+from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
 from aioloader.stages.checks import check_count
@@ -134,7 +135,7 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
     return names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where to go on: a cursor."""
 
@@ -250,11 +251,11 @@ class _Reader(Ahead):
         path = source.paths[index]
         file = open_input(path, source.store)
         try:
-            metadata, schema, checksum, data_end = read_end(path, file)
+            end, metadata, schema = read_end(path, file)
         finally:
             file.close()
         schema = selected(path, schema, source.columns)
-        starts = check_numbers(path, metadata, schema, data_end)
+        numbers = Numbers(path, end, metadata, schema, file.size - len(end))
         if self._known is None:
             self._known = path, schema
         else:
@@ -262,12 +263,20 @@ class _Reader(Ahead):
             if schema is not self._known[1]:
                 self._known = path, schema
         return Footer(
-            index, path, file.version, checksum, metadata, schema, starts, self._piece_rows(metadata, schema)
+            index,
+            path,
+            file.version,
+            crc32(end, file.size & 0xFFFFFFFF),
+            metadata,
+            schema,
+            numbers.starts,
+            numbers.sizes,
+            self._piece_rows(row_bytes(numbers.row_bytes, schema)),
         )
 
-    def _piece_rows(self, metadata: Any, schema: Any) -> int:
-        """How many rows to decode at once: whole batches, where these are small."""
-        rows = max(1, PIECE_BYTES // row_bytes(metadata, schema))
+    def _piece_rows(self, size: int) -> int:
+        """How many rows of `size` bytes to decode at once: whole batches, where these are small."""
+        rows = max(1, PIECE_BYTES // size)
         batch_rows = self._source.batch_rows
         if batch_rows is None:
             return min(rows, PIECE_ROWS)
@@ -289,7 +298,7 @@ def _start(footer: Footer, place: _Place) -> int:
         return starts[place.group] + place.row
     raise BrokenDataError(
         f"{footer.path}: reading shall go on in row group {place.group} after row {place.row}, but {change}: it was "
-        f"changed after the state was taken, so its rows from there on are left out; begin the epoch anew, or bring "
+        f"changed after the state was made, so its rows from there on are left out; begin the epoch anew, or bring "
         f"the old file back"
     )
 
@@ -313,7 +322,7 @@ def _spans_of(footer: Footer, start: int) -> list[_Span]:
         if starts[group + 1] <= start:
             continue
         first = group if first is None else first
-        size += footer.metadata.row_group(group).total_byte_size
+        size += footer.sizes[group]
         last = group
         if size >= SPAN_BYTES:
             spans.append(_Span(footer, first, last, max(start, starts[first])))
@@ -434,8 +443,8 @@ class _Reading:
     def _unreadable(self, row: int, column: str, error: Exception) -> BrokenDataError:
         kind = self._footer.schema.field(column).type
         broken = BrokenDataError(
-            f"{self._footer.path}, row {row}: what column {column!r} of type {kind} holds there cannot be a Python object: "
-            f"{error}; leave the column out with columns=, or write it with another type"
+            f"{self._footer.path}, row {row}: column {column!r} of type {kind} has a value there that Python cannot "
+            f"hold: {error}; leave the column out with columns=, or write it with another type"
         )
         broken.__cause__ = error
         return broken

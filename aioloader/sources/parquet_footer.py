@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
-from zlib import crc32
 
 from aioloader.errors import BrokenDataError
 from aioloader.sources.parquet_input import Input, rewritten
+from aioloader.sources.thrift import Struct, read_struct
 
-__all__ = ["Footer", "check_numbers", "read_end", "row_bytes", "same_columns", "selected"]
+__all__ = ["Footer", "Numbers", "read_end", "row_bytes", "same_columns", "selected"]
 
 END_BYTES: Final = 64 << 10
 """Read at first, from the end; most footers are smaller."""
@@ -24,6 +24,13 @@ FIRST_BYTE: Final = b"\x15"
 SHORTEST: Final = 12
 """Bytes: the mark, no footer, its length, the mark."""
 
+# The fields of a footer, as parquet.thrift numbers them: of the file, of a row group, of a chunk, of its column.
+_ROWS, _ROW_GROUPS = 3, 4
+_CHUNKS, _GROUP_BYTES, _GROUP_ROWS = 1, 2, 3
+_OTHER_FILE, _COLUMN = 1, 3
+_TYPE, _PATH, _VALUES, _UNCOMPRESSED, _COMPRESSED, _DATA_PAGE, _DICTIONARY_PAGE = 1, 3, 5, 6, 7, 9, 11
+_TYPES: Final = ["BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"]
+
 
 @dataclass(frozen=True)
 class Footer:
@@ -36,6 +43,7 @@ class Footer:
         metadata: Of pyarrow; saves reading it again.
         schema: Of the columns to read, in the order to give them in, with the types that they have in all files.
         starts: The number of the first row of each row group, and that of all rows.
+        sizes: Bytes of each row group, before compression.
         piece_rows: Rows to decode at once.
     """
 
@@ -45,7 +53,8 @@ class Footer:
     checksum: int
     metadata: Any
     schema: Any
-    starts: tuple[int, ...]
+    starts: list[int]
+    sizes: list[int]
     piece_rows: int
 
     @property
@@ -65,8 +74,8 @@ class Footer:
         return self.index, group, row - self.starts[group], self.checksum
 
 
-def read_end(path: str, file: Input) -> tuple[Any, Any, int, int]:
-    """Pyarrow's metadata and Arrow schema of a file, the checksum of its footer, and where its data ends.
+def read_end(path: str, file: Input) -> tuple[bytes, Any, Any]:
+    """The end of a file from its footer on, and pyarrow's metadata and Arrow schema.
 
     The footer is found here and not by pyarrow, which would read whatever length is claimed.
 
@@ -75,8 +84,8 @@ def read_end(path: str, file: Input) -> tuple[Any, Any, int, int]:
         BrokenDataError: It is no Parquet file, or not all of one; or it was rewritten meanwhile.
     """
     try:
-        footer = _footer(file)
-        metadata, schema = _parsed(footer)
+        end = _end(file)
+        metadata, schema = _parsed(end)
     except BrokenDataError as error:
         broken: BrokenDataError | None = error
     else:
@@ -89,11 +98,11 @@ def read_end(path: str, file: Input) -> tuple[Any, Any, int, int]:
             f"{path}: it is no Parquet file, or only a part of one (the end, which says what is in it, cannot be "
             f"read): {broken}"
         ) from broken.__cause__
-    return metadata, schema, crc32(footer, file.size & 0xFFFFFFFF), file.size - len(footer)
+    return end, metadata, schema
 
 
-def _footer(file: Input) -> bytes:
-    """The footer, its length, and the mark after it."""
+def _end(file: Input) -> bytes:
+    """The footer, its length, and the mark."""
     size = file.size
     if size < SHORTEST:
         raise BrokenDataError(f"it has {size} bytes")
@@ -112,12 +121,12 @@ def _footer(file: Input) -> bytes:
     return end[-8 - length :]
 
 
-def _parsed(footer: bytes) -> tuple[Any, Any]:
+def _parsed(end: bytes) -> tuple[Any, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(pa.BufferReader(footer))
+        file = pq.ParquetFile(pa.BufferReader(end))
         schema = file.schema_arrow
         schema.names  # noqa: B018 - which may be no UTF-8
     except Exception as error:
@@ -125,70 +134,90 @@ def _parsed(footer: bytes) -> tuple[Any, Any]:
     return file.metadata, schema
 
 
-def check_numbers(path: str, metadata: Any, schema: Any, data_end: int) -> tuple[int, ...]:
-    """The number of the first row of each row group, and that of all rows, from a footer that can be true.
+class Numbers:
+    """The numbers in a footer: those of row groups, and of their chunks of the columns in `schema`.
 
-    Pyarrow believes the numbers: of a column chunk that begins where another one does, it gives that one's values. So
-    those of row groups are looked at, and those of the columns in `schema`: a microsecond for each chunk. Where one
-    is wrong nothing else can be relied on, so no row is read.
+    Pyarrow believes them: of a chunk that begins where another one does, it gives that one's values. Where one of them
+    is wrong nothing else can be relied on, so no row of the file is read.
+
+    Args:
+        path: For errors.
+        end: The end of the file, from the footer on.
+        metadata: Of pyarrow.
+        schema: Of the columns that are read.
+        data_end: Where the footer begins.
+
+    Attributes:
+        starts: The number of the first row of each row group, and that of all rows.
+        sizes: Bytes of each row group, before compression, about.
+        row_bytes: Of a row of the first row group, as it is encoded.
 
     Raises:
-        BrokenDataError: It cannot.
+        BrokenDataError: They cannot be true.
     """
-    try:
-        starts, places = _numbers(metadata, set(schema.names), data_end)
-        places.sort()
-        for (start, stop), (following, _) in pairwise(places):
-            if following < stop:
-                raise BrokenDataError(f"bytes {start} to {stop} are one column chunk, and another begins at {following}")
-    except Exception as error:
-        raise BrokenDataError(f"{path}: its footer is broken, so that no row can be read: {error}") from error
-    return starts
 
+    def __init__(self, path: str, end: bytes, metadata: Any, schema: Any, data_end: int) -> None:
+        self.starts = [0]
+        self.sizes: list[int] = []
+        self.row_bytes = 1
+        self._names = {name.encode() for name in schema.names}
+        leaves = [metadata.schema.column(at) for at in range(metadata.num_columns)]
+        self._leaves = [
+            (leaf.path.encode(), _TYPES.index(leaf.physical_type), leaf.max_repetition_level > 0) for leaf in leaves
+        ]
+        self._data_end = data_end
+        self._chunks: list[tuple[int, int]] = []
+        try:
+            rows = read_struct(end, {_ROW_GROUPS: self._add})[_ROWS]
+            if self.starts[-1] != rows:
+                raise BrokenDataError(f"its row groups have {self.starts[-1]} rows, and the file has {rows}")
+            self._chunks.sort()
+            for (start, stop), (following, _) in pairwise(self._chunks):
+                if following < stop:
+                    raise BrokenDataError(f"one chunk is at bytes {start} to {stop}, and another begins at {following}")
+        except Exception as error:
+            what = f"there is no field {error}" if isinstance(error, KeyError) else str(error)
+            raise BrokenDataError(f"{path}: its footer is broken, so no row of it can be read: {what}") from error
 
-def _numbers(metadata: Any, names: set[str], data_end: int) -> tuple[tuple[int, ...], list[tuple[int, int]]]:
-    """The same, and where the column chunks begin and end."""
-    count = metadata.num_columns
-    leaves = [metadata.schema.column(at) for at in range(count)]
-    wanted = [(at, leaf.path, leaf.max_repetition_level > 0) for at, leaf in enumerate(leaves) if _is_in(leaf.path, names)]
-    starts = [0]
-    places = []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        rows = group.num_rows
-        if rows < 0 or group.total_byte_size < 0 or group.num_columns != count:
+    def _add(self, group: Struct) -> None:
+        """The next row group."""
+        number, rows, size, chunks = len(self.sizes), group[_GROUP_ROWS], group[_GROUP_BYTES], group[_CHUNKS]
+        if rows < 0 or size < 0 or len(chunks) != len(self._leaves):
             raise BrokenDataError(
-                f"row group {number} has {rows} rows of {group.num_columns} columns in {group.total_byte_size} bytes, "
-                f"and the file has {count} columns"
+                f"row group {number} has {rows} rows of {len(chunks)} columns in {size} bytes, and the file has "
+                f"{len(self._leaves)} columns"
             )
-        starts.append(starts[-1] + rows)
-        for at, name, repeated in wanted if rows else ():
-            chunk = group.column(at)
-            start = chunk.data_page_offset
-            dictionary = chunk.dictionary_page_offset
-            if dictionary is not None and 0 < dictionary < start:
-                start = dictionary
-            stop = start + chunk.total_compressed_size
-            if not 4 <= start < stop <= data_end or chunk.total_uncompressed_size < 0:
-                raise BrokenDataError(
-                    f"column {name!r} of row group {number} is at bytes {start} to {stop}"
-                    f"{f' of {chunk.file_path}' if chunk.file_path else ''}, {chunk.total_uncompressed_size} bytes when "
-                    f"decompressed, and the file has data up to byte {data_end}"
-                )
-            values = chunk.num_values
-            if values < rows or (values > rows and not repeated):
-                raise BrokenDataError(
-                    f"column {name!r} of row group {number} has {values} values, and the row group {rows} rows"
-                )
-            places.append((start, stop))
-    if starts[-1] != metadata.num_rows:
-        raise BrokenDataError(f"its row groups have {starts[-1]} rows, and the file {metadata.num_rows}")
-    return tuple(starts), places
+        encoded = 0
+        for chunk, (path, kind, repeated) in zip(chunks, self._leaves, strict=True):
+            if _OTHER_FILE in chunk:
+                raise BrokenDataError(f"its rows are in {chunk[_OTHER_FILE].decode()!r} and other files; read those")
+            column = chunk[_COLUMN]
+            if b".".join(column[_PATH]) != path or column[_TYPE] != kind:
+                raise BrokenDataError(f"row group {number} has another column where the file has {path.decode()!r}")
+            if rows and column[_PATH][0] in self._names:
+                try:
+                    encoded += self._add_chunk(column, rows, repeated)
+                except BrokenDataError as error:
+                    raise BrokenDataError(f"column {path.decode()!r} of row group {number} has {error}") from None
+        self.starts.append(self.starts[-1] + rows)
+        self.sizes.append(max(size, encoded))
+        if not number and rows:
+            self.row_bytes = max(1, encoded // rows)
 
-
-def _is_in(path: str, names: set[str]) -> bool:
-    """Whether what a footer calls `path` is a column of `names`, or a part of one. Names may have dots."""
-    return path in names or any(path[:at] in names for at, letter in enumerate(path) if letter == ".")
+    def _add_chunk(self, column: Struct, rows: int, repeated: bool) -> int:
+        """The values of a column in a row group of `rows`; how many bytes they are, as they are encoded."""
+        start = column[_DATA_PAGE]
+        if 0 < column.get(_DICTIONARY_PAGE, 0) < start:
+            start = column[_DICTIONARY_PAGE]
+        stop, encoded, values = start + column[_COMPRESSED], column[_UNCOMPRESSED], column[_VALUES]
+        if not 4 <= start < stop <= self._data_end:
+            raise BrokenDataError(f"bytes {start} to {stop}, and those of the file's data are 4 to {self._data_end}")
+        if encoded < 0:
+            raise BrokenDataError(f"{encoded} bytes when it is decompressed")
+        if values < rows or (values > rows and not repeated):
+            raise BrokenDataError(f"{values} values for {rows} rows")
+        self._chunks.append((start, stop))
+        return int(encoded)
 
 
 def selected(path: str, schema: Any, columns: Sequence[str] | None) -> Any:
@@ -246,16 +275,9 @@ def _listed(names: Sequence[str], show: Any = repr) -> str:
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
 
 
-def row_bytes(metadata: Any, schema: Any) -> int:
-    """What a row of the columns in `schema` takes when it is decoded, about."""
-    if not metadata.num_row_groups or not metadata.row_group(0).num_rows:
-        return 1
-    group = metadata.row_group(0)
-    names = set(schema.names)
-    chunks = map(group.column, range(group.num_columns))
-    encoded = sum(chunk.total_uncompressed_size for chunk in chunks if _is_in(chunk.path_in_schema, names))
-    fixed = sum(_bits(field.type) for field in schema) // 8
-    return max(1, fixed, int(encoded // group.num_rows))
+def row_bytes(encoded: int, schema: Any) -> int:
+    """What a row of the columns in `schema` takes when it is decoded, about, if it is encoded in so many bytes."""
+    return max(1, encoded, sum(_bits(field.type) for field in schema) // 8)
 
 
 def _bits(kind: Any) -> int:

@@ -19,12 +19,11 @@ from aioloader.errors import BrokenDataError
 __all__ = ["Input", "open_input", "rewritten"]
 
 
-def rewritten(path: str, change: str, row: int | None = None) -> BrokenDataError:
-    """The error of a file that was changed while it was read, before row number `row`; None: before its first."""
-    rows = "it" if row is None else f"its rows from {row} on"
+def rewritten(path: str, change: str, row: int = 0) -> BrokenDataError:
+    """The error of a file that was changed before its row number `row` was read."""
     return BrokenDataError(
-        f"{path}: it was rewritten while it was read ({change}), so {rows} cannot be read; write new data to a new "
-        f"name, or when nobody reads"
+        f"{path} was written anew while it was read: {change}. Its rows from {row} on would be of another version than "
+        f"those before, and are left out; write new data to another name, or begin the epoch again"
     )
 
 
@@ -125,9 +124,11 @@ class _Object(Input):
         import obstore
         from obstore.exceptions import PreconditionError
 
-        options: dict[str, Any] = {"range": (start, stop)}
+        options: obstore.GetOptions = {"range": (start, stop)}
         tag = self.version["e_tag"]
-        if tag and not tag.startswith("W/"):  # one that is weak never matches, says HTTP
+        if tag is None:
+            options["if_unmodified_since"] = self.version["last_modified"]
+        elif not tag.startswith("W/"):  # a weak one matches nothing, by the standard
             options["if_match"] = tag
         try:
             answer = obstore.get(self._store, self._key, options=options)
@@ -135,11 +136,14 @@ class _Object(Input):
             self._change = "the store has another version of it now"
         except FileNotFoundError:
             self._change = "the store does not have it any more"
-        else:  # which may come from a store that does not know of conditions
+        else:  # maybe of a server that ignores conditions
             self._change = _difference(self.version, answer.meta)
         if self._change is not None:
             raise rewritten(self._key, self._change)
-        return answer.bytes()
+        data = answer.bytes()
+        if len(data) != stop - start:
+            raise BrokenDataError(f"{stop - start} bytes from byte {start} on were promised, and {len(data)} came")
+        return data
 
     def change(self, version: Any) -> str | None:
         return self._change
@@ -156,7 +160,7 @@ def _difference(before: Any, now: Any) -> str | None:
         same, what = before["e_tag"] == now["e_tag"], "ETag"
     else:
         same, what = before["last_modified"] == now["last_modified"], "time of its last change"
-    return None if same else f"its {what} is another one now"
+    return None if same else f"its {what} is another one now (if nobody wrote it: servers behind one URL disagree)"
 
 
 class _Ranges(io.RawIOBase):
