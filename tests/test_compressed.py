@@ -54,7 +54,7 @@ def pieces_of(content: bytes, path: str, size: int = 1 << 20) -> Iterator[bytes]
 
 def broken_off(content: bytes, path: str, size: int = 1 << 20) -> tuple[bytes, str]:
     """What comes out before an error, and the error."""
-    found = []
+    found: list[bytes] = []
     with pytest.raises(BrokenDataError) as caught:
         found.extend(pieces_of(content, path, size))  # keeps those before it
     return b"".join(found), str(caught.value)

@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Final
 from zlib import adler32
 
@@ -168,8 +169,8 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
         if at_hand.stored:
             blocks.skip(at_hand.stored)
             at_hand.stored = 0
-            while blocks.missing:
-                yield None
+        while blocks.missing:
+            yield None
         begin = at_hand.begin = blocks.offset
         while (block := blocks.take(BLOCK)) is None:
             yield None
@@ -382,7 +383,7 @@ class _Blocks:
         self._data = b""
         self._at = 0  # in `data`: what is before has been used
         self._pieces: deque[Any] = deque()  # what comes after `data`
-        self._queued = 0  # bytes in `pieces`
+        self._part = BytesIO()  # what is there of a part that was asked for; then `data` is used up
         self.missing = 0  # bytes to come which are to be passed over; while there are any, nothing is held
 
     @property
@@ -392,8 +393,8 @@ class _Blocks:
 
     @property
     def total(self) -> int:
-        """How long the archive is, as far as it was fed."""
-        return self._base + len(self._data) + self._queued - self.missing
+        """How long the archive is, once all that was fed has been used."""
+        return self.offset - self.missing
 
     def feed(self, piece: Any) -> None:
         """More of the archive."""
@@ -403,7 +404,6 @@ class _Blocks:
             piece = memoryview(piece)[passed:]
         if len(piece):
             self._pieces.append(piece)
-            self._queued += len(piece)
 
     def take(self, size: int) -> bytes | None:
         """The next part; None: not all of it is there."""
@@ -412,27 +412,26 @@ class _Blocks:
         if stop <= len(self._data):
             self._at = stop
             return self._data[start : start + size]
-        if stop > len(self._data) + self._queued:
-            return None
-        parts = []  # a large one is put together once, and without what comes after it
-        left = size
+        # It goes on in other pieces, each of which is copied and let go of: joining them would hold all of it twice.
+        part = self._part
         while True:
-            parts.append(self._data[self._at : self._at + left])
-            left -= len(parts[-1])
-            self._at += len(parts[-1])
-            if not left:
+            self._at += part.write(self._data[self._at : self._at + size - part.tell()])
+            if part.tell() == size:
                 break
+            if not self._pieces:
+                return None
             self._next_piece()
+        self._part = BytesIO()
         self._pass_over(_padded(size) - size)
-        return b"".join(parts)
+        return part.getvalue()
 
     def skip(self, size: int) -> None:
         """Pass the next part over, also what has not come yet."""
         self._pass_over(_padded(size))
 
     def rest(self) -> bytes:
-        """What is there and not used."""
-        return b"".join([self._data[self._at :], *self._pieces])
+        """What is there of a part that was asked for and not given."""
+        return self._part.getvalue()
 
     def _pass_over(self, count: int) -> None:
         target = self.offset + count
@@ -448,7 +447,6 @@ class _Blocks:
         """Go on to it; `data` is used up."""
         self._base += len(self._data)
         piece = self._pieces.popleft()
-        self._queued -= len(piece)
         self._data = piece if type(piece) is bytes else bytes(piece)
         self._at = 0
 
