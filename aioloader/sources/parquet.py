@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, repeat
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 from zlib import crc32
 
@@ -271,6 +271,7 @@ class _Reader(Ahead):
             schema,
             numbers.starts,
             numbers.sizes,
+            numbers.chunks,
             self._piece_rows(row_bytes(numbers.row_bytes, schema)),
         )
 
@@ -333,17 +334,21 @@ def _spans_of(footer: Footer, start: int) -> list[_Span]:
 
 
 class _Reading:
-    """Reads a span, in the one thread that opens and closes it."""
+    """Reads a span, in the one thread that opens and closes it.
+
+    One row group after the other: asked for several, pyarrow fills a column that is short of values with those of the
+    next row group, and pairs them with what they do not belong to.
+    """
 
     def __init__(self, source: ParquetRows, span: _Span) -> None:
         self._source = source
-        self._footer = footer = span.footer
+        self._footer = span.footer
         self._row = span.start
-        self._groups = deque([range(span.first, span.last + 1)])
+        self._group = span.first
+        self._last = span.last
         self._input: Input | None = None
         self._file: Any = None
         self._batches: Any = None
-        self._until = footer.starts[span.last + 1]
 
     def close(self) -> None:
         """Let go of the file; may be called at any time."""
@@ -352,64 +357,62 @@ class _Reading:
             self._input.close()
 
     def next(self) -> list[Entry]:
-        """The next piece: rows, or one record batch; an error at its place; `[]` at the end."""
-        while self._row < self._until:
-            if self._file is None:
-                try:
-                    self._open()
-                except Exception as error:
-                    return self._end_file(error)
+        """The next rows, or record batches, of small row groups several; an error at its place; `[]` at the end."""
+        entries: list[Entry] = []
+        until = self._row + self._footer.piece_rows
+        while self._group <= self._last and self._row < until:
+            piece, failure = None, None
             try:
-                piece, failure = self._next_piece(), None
+                if self._input is None:
+                    self._input = open_input(self._footer.path, self._source.store, self._footer.version)
+                piece = self._next_piece()
             except Exception as error:
-                piece, failure = None, error
-            assert self._input is not None
+                if self._input is None:
+                    return [*entries, self._end_file(error)]
+                failure = error
             # Only now, for what was just read may be of another version.
             change = self._input.change(self._footer.version)
             if change is not None:
-                return self._end_file(rewritten(self._footer.path, change, self._row))
+                return [*entries, self._end_file(rewritten(self._footer.path, change, self._row))]
             if failure is not None:
-                if entries := self._fail(failure):
-                    return entries
-            elif piece is not None:
-                return self._entries_of(piece)
-        return []
-
-    def _open(self) -> None:
-        import pyarrow.parquet as pq
-
-        store = self._source.store
-        self._input = open_input(self._footer.path, store, self._footer.version)
-        self._file = pq.ParquetFile(
-            self._input.file,
-            metadata=self._footer.metadata,
-            pre_buffer=store is not None,  # ranges of an object are put together before they are asked for
-            page_checksum_verification=True,
-        )
+                return [*entries, self._end_group(failure)]
+            if piece is not None:
+                entries += self._entries_of(piece)
+        return entries
 
     def _next_piece(self) -> Any:
-        footer = self._footer
-        groups = self._groups[0]
+        """Of the row group, a record batch of rows that are wanted; None: there may be more."""
+        footer, group = self._footer, self._group
+        if self._file is None:
+            self._file = self._open()
         if self._batches is None:
-            self._at = footer.starts[groups.start]
-            self._batches = self._file.iter_batches(
-                footer.piece_rows, row_groups=list(groups), columns=footer.schema.names
-            )
+            self._at = footer.starts[group]
+            self._batches = self._file.iter_batches(footer.piece_rows, row_groups=[group], columns=footer.schema.names)
         piece = next(self._batches, None)
-        missing = footer.starts[groups.stop] - self._at
         if piece is None:
+            missing = footer.starts[group + 1] - self._at
             if missing:
                 raise BrokenDataError(f"{missing} rows fewer came than its footer promises")
-            self._groups.popleft()
-            self._batches = None
+            self._next_group()
             return None
-        if piece.num_rows > missing:
-            raise BrokenDataError("more rows came than its footer promises")
         behind = max(0, self._row - self._at)  # rows that are not wanted: reading goes on in the middle of a row group
         self._at += piece.num_rows
         if behind >= piece.num_rows:
             return None
         return (piece.slice(behind) if behind else piece).select(footer.schema.names)
+
+    def _open(self) -> Any:
+        import pyarrow.parquet as pq
+
+        assert self._input is not None
+        chunks = self._footer.chunks[self._group : self._last + 1]
+        self._input.fetch([place for places in chunks for place in places])
+        return pq.ParquetFile(self._input.file, metadata=self._footer.metadata, page_checksum_verification=True)
+
+    def _next_group(self) -> None:
+        self._batches = None
+        self._group += 1
+        self._row = self._footer.starts[self._group]
 
     def _entries_of(self, piece: Any) -> list[Entry]:
         footer, start = self._footer, self._row
@@ -420,21 +423,15 @@ class _Reading:
 
         failures: dict[int, tuple[str, Exception]] = {}
         try:
-            found = rows_of(piece)
+            rows = rows_of(piece)
         except Exception:
-            found, failures = rows_and_failures(piece)
-        entries: list[Entry] = []
-        index, path, checksum = footer.index, footer.path, footer.checksum
-        row = start
-        rows = iter(found)
-        while row < stop:
-            group = footer.group_of(row)
-            first = footer.starts[group]
-            until = min(stop, footer.starts[group + 1])
-            cursors = zip(repeat(index), repeat(group), range(row + 1 - first, until + 1 - first), repeat(checksum))
-            keys = [f"{path}:{number}" for number in range(row, until)]
-            entries += map(Entry, islice(rows, until - row), cursors, keys, repeat(0))
-            row = until
+            rows, failures = rows_and_failures(piece)
+        path = footer.path
+        first = footer.starts[self._group]
+        numbers = range(start + 1 - first, stop + 1 - first)
+        cursors = zip(repeat(footer.index), repeat(self._group), numbers, repeat(footer.checksum))
+        keys = [f"{path}:{number}" for number in range(start, stop)]
+        entries = list(map(Entry, rows, cursors, keys, repeat(0)))
         entries[-1].cursor = footer.cursor(stop)
         for at, (column, error) in failures.items():
             entries[at] = failed(self._unreadable(start + at, column, error), entries[at].cursor, entries[at].key)
@@ -449,28 +446,20 @@ class _Reading:
         broken.__cause__ = error
         return broken
 
-    def _fail(self, error: Exception) -> list[Entry]:
-        """What could not be decoded: of several row groups each is tried on its own, of one the rest is left out."""
-        footer = self._footer
-        groups = self._groups.popleft()
-        self._batches = None
-        if len(groups) > 1:
-            self._groups.extendleft(
-                range(group, group + 1) for group in reversed(groups) if footer.starts[group + 1] > self._row
-            )
-            return []
-        group = groups.start
-        start, self._row = self._row, footer.starts[group + 1]
+    def _end_group(self, error: Exception) -> Entry:
+        """The rest of the row group cannot be decoded."""
+        path, group, start = self._footer.path, self._group, self._row
+        self._next_group()
         broken = BrokenDataError(
-            f"{footer.path}, row group {group}: its rows from {start} to {self._row - 1} cannot be read: {error}"
+            f"{path}, row group {group}: its rows from {start} to {self._row - 1} cannot be read: {error}"
         )
         broken.__cause__ = error
-        return [failed(broken, footer.cursor(self._row), f"{footer.path}:{start}")]
+        return failed(broken, self._footer.cursor(self._row), f"{path}:{start}")
 
-    def _end_file(self, error: Exception) -> list[Entry]:
+    def _end_file(self, error: Exception) -> Entry:
         """Nothing more of the file can be read, here and in the spans after this one."""
-        start, self._row = self._row, self._until
-        return [failed(error, self._footer.end, f"{self._footer.path}:{start}")]
+        self._group = self._last + 1
+        return failed(error, self._footer.end, f"{self._footer.path}:{self._row}")
 
 
 @dataclass(frozen=True, slots=True)

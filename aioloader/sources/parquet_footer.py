@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
@@ -44,6 +44,7 @@ class Footer:
         schema: Of the columns to read, in the order to give them in, with the types that they have in all files.
         starts: The number of the first row of each row group, and that of all rows.
         sizes: Bytes of each row group, before compression.
+        chunks: Where each row group has the chunks of the columns to read: starts and stops.
         piece_rows: Rows to decode at once.
     """
 
@@ -55,6 +56,7 @@ class Footer:
     schema: Any
     starts: list[int]
     sizes: list[int]
+    chunks: list[list[tuple[int, int]]]
     piece_rows: int
 
     @property
@@ -150,6 +152,7 @@ class Numbers:
     Attributes:
         starts: The number of the first row of each row group, and that of all rows.
         sizes: Bytes of each row group, before compression, about.
+        chunks: Where each row group has the chunks of the columns that are read.
         row_bytes: Of a row of the first row group, as it is encoded.
 
     Raises:
@@ -166,13 +169,12 @@ class Numbers:
             (leaf.path.encode(), _TYPES.index(leaf.physical_type), leaf.max_repetition_level > 0) for leaf in leaves
         ]
         self._data_end = data_end
-        self._chunks: list[tuple[int, int]] = []
+        self.chunks: list[list[tuple[int, int]]] = []
         try:
             rows = read_struct(end, {_ROW_GROUPS: self._add})[_ROWS]
             if self.starts[-1] != rows:
                 raise BrokenDataError(f"its row groups have {self.starts[-1]} rows, and the file has {rows}")
-            self._chunks.sort()
-            for (start, stop), (following, _) in pairwise(self._chunks):
+            for (start, stop), (following, _) in pairwise(sorted(chain.from_iterable(self.chunks))):
                 if following < stop:
                     raise BrokenDataError(f"one chunk is at bytes {start} to {stop}, and another begins at {following}")
         except Exception as error:
@@ -187,6 +189,7 @@ class Numbers:
                 f"row group {number} has {rows} rows of {len(chunks)} columns in {size} bytes, and the file has "
                 f"{len(self._leaves)} columns"
             )
+        self.chunks.append([])
         encoded = 0
         for chunk, (path, kind, repeated) in zip(chunks, self._leaves, strict=True):
             if _OTHER_FILE in chunk:
@@ -216,7 +219,7 @@ class Numbers:
             raise BrokenDataError(f"{encoded} bytes when it is decompressed")
         if values < rows or (values > rows and not repeated):
             raise BrokenDataError(f"{values} values for {rows} rows")
-        self._chunks.append((start, stop))
+        self.chunks[-1].append((start, stop))
         return int(encoded)
 
 

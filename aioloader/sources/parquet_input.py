@@ -11,12 +11,21 @@ import errno
 import io
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from operator import itemgetter
 from stat import S_ISDIR, S_ISREG
-from typing import Any
+from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
 
 __all__ = ["Input", "open_input", "rewritten"]
+
+HOLE_BYTES: Final = 64 << 10
+"""Column chunks of an object with no more than this in between are fetched together: two requests would take longer."""
+
+RANGE_BYTES: Final = 32 << 20
+"""Of such a request, at most."""
 
 
 def rewritten(path: str, change: str, row: int = 0) -> BrokenDataError:
@@ -47,6 +56,13 @@ class Input(ABC):
         Raises:
             OSError: The system's, or the store's.
             BrokenDataError: It is another version now.
+        """
+
+    def fetch(self, places: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - a file is close enough
+        """Have these bytes ready for pyarrow: starts and stops, in order.
+
+        Raises:
+            OSError, BrokenDataError: As `range`.
         """
 
     @abstractmethod
@@ -118,7 +134,10 @@ class _Object(Input):
         self._change: str | None = None
         self.version = obstore.head(store, key) if version is None else version
         self.size = self.version["size"]
-        self.file = _Ranges(self)
+        self.file: _Ranges = _Ranges(self)
+
+    def fetch(self, places: Sequence[tuple[int, int]]) -> None:
+        self.file.ready = [(start, memoryview(self.range(start, stop))) for start, stop in _together(places)]
 
     def range(self, start: int, stop: int) -> Any:
         import obstore
@@ -163,12 +182,28 @@ def _difference(before: Any, now: Any) -> str | None:
     return None if same else f"its {what} is another one now (if nobody wrote it: servers behind one URL disagree)"
 
 
+def _together(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Fewer places, with what is between those that are near each other."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(places):
+        if joined and start - joined[-1][1] <= HOLE_BYTES and stop - joined[-1][0] <= RANGE_BYTES:
+            joined[-1] = joined[-1][0], stop
+        else:
+            joined.append((start, stop))
+    return joined
+
+
 class _Ranges(io.RawIOBase):
-    """An object as a file, each read of which is a request."""
+    """An object as a file. What is not ready is requested.
+
+    Attributes:
+        ready: Parts of it, and where they begin.
+    """
 
     def __init__(self, source: _Object) -> None:
         self._source = source
         self._at = 0
+        self.ready: list[tuple[int, memoryview]] = []
 
     def readable(self) -> bool:
         return True
@@ -190,4 +225,9 @@ class _Ranges(io.RawIOBase):
         if end <= self._at:
             return b""
         start, self._at = self._at, end
+        at = bisect_right(self.ready, start, key=itemgetter(0)) - 1
+        if at >= 0:
+            first, data = self.ready[at]
+            if end <= first + len(data):
+                return data[start - first : end - first]
         return self._source.range(start, end)

@@ -61,7 +61,7 @@ class _Shard:
     key: str
 
     def chunks(self, thread: AccessThreads, offset: int) -> AsyncGenerator[Any]:
-        """Its bytes behind `offset`."""
+        """Its bytes after `offset`."""
         if self.store is None:
             return file_chunks(self.key, thread, offset=offset)
         return object_chunks(self.store, self.key, offset=offset)
@@ -89,7 +89,7 @@ class TarShards(CursorSource):
         store: A store of obstore (`aioloader[objects]`).
         decode: See `DecodeSample`; False: members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
-        open_ahead: How many archives behind the current one are open, and have their first samples ready.
+        open_ahead: How many archives after the current one are open, and have their first samples ready.
         max_member_bytes: A member of more is an error in place of its sample. It is passed over without being held, so
             that neither a header that is broken nor a small `.tar.gz` with much in it takes all memory.
         max_sample_bytes: The same for all members of a sample together.
