@@ -875,6 +875,7 @@ def test_a_lost_sample_of_a_generator_says_that_it_cannot_be_made_again(tmp_path
     with Steps(Pipeline(numbers()).map(make_tensor).cache(disk=tmp_path / "c"), "for") as steps:
         found = steps.outcomes()
     assert isinstance(found[5], SourceUsedUpError)
+    assert "was kept on disk, has been lost since, and cannot be made again" in notes(found[5])
     assert first_values(found[:5] + found[6:]) == [*range(5), *range(6, 20)]
 
 
