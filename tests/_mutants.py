@@ -551,6 +551,12 @@ def _zstd_frame(number: int, content: bytes) -> bytes:
     return (b"\x50\x2a\x4d\x18\x05\0\0\0skip!" if number == 1 else b"") + frame
 
 
+@cache
+def _bomb(pack: Callable[[int, bytes], bytes]) -> bytes:
+    """Few bytes that become more than may be held."""
+    return pack(0, bytes(72 << 20))
+
+
 def _unpacked(suffix: str, packed: bytes) -> bytes:
     """What the beginning of a compressed file gives, as far as its format lets it be known."""
     content = b""
@@ -594,7 +600,7 @@ def _gzip_padding(data: bytes, rng: Random) -> bytes:
     at = rng.choice([*_starts(data, b"\x1f\x8b\x08"), len(data)])
     empty = _gzip_member(rng.randrange(3), b"")
     what = (b"\0", b"\0" * 1000, empty, empty * 100, b"PK\3\4", b"\x1f", b"\x1f\x8b", bz2.compress(b"bz"), b"\n")
-    return data[:at] + rng.choice(what) + data[at:]
+    return data[:at] + rng.choice((*what, _bomb(_gzip_member))) + data[at:]
 
 
 def _gzip_blocks(data: bytes, rng: Random) -> bytes:
@@ -628,9 +634,15 @@ def _zstd_frames(data: bytes, rng: Random) -> bytes:
     at = rng.choice([*_starts(data, _ZSTD_MAGIC), len(data)])
     skip = b"\x5f\x2a\x4d\x18"
     dictionary = _ZSTD_MAGIC + b"\x23\x10\xff\xff\xff\x7f\1\0\0"
-    bomb = zstandard.ZstdCompressor().compress(b"\n" * (8 << 20))
     what = (skip + b"\0\0\0\0", skip + b"\xff\xff\xff\xff", skip + b"\x01\0\0\0", _zstd_frame(0, b""), dictionary)
-    more = (b"\x27\xb5\x2f\xfd", b"\x37\xa4\x30\xec", b"\0" * 100, _zstd_frame(0, b"") * 100, _ZSTD_MAGIC, bomb)
+    more = (
+        b"\x27\xb5\x2f\xfd",
+        b"\x37\xa4\x30\xec",
+        b"\0" * 100,
+        _zstd_frame(0, b"") * 100,
+        _ZSTD_MAGIC,
+        _bomb(_zstd_frame),
+    )
     return data[:at] + rng.choice(what + more) + data[at:]
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests._mutants import mutant
 
-QUICK: Final = 350
+QUICK: Final = 300
 """Mutants of a usual run."""
 
 SOAK: Final = int(os.environ.get("AIOLOADER_FUZZ_MUTANTS", "20000"))

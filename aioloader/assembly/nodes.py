@@ -193,7 +193,7 @@ class _Builder:
     def _cached_stream(
         self, node: Node, journey: Journey, stage: Cache, before: Plan, numbered: Numbered
     ) -> tuple[Node, Journey]:
-        """A cache behind the plan `before`, whose samples are known by their places; see `_shard`."""
+        """A cache after the plan `before`, whose samples are known by their places; see `_shard`."""
         cached = Journey(journey.batches)
         cached.add(stage)
         node = self._close(node, journey)

@@ -8,6 +8,7 @@ from aioloader.engine.cache_opening import Opening
 from aioloader.engine.entry import LAST, ONE_LOST, Entry
 from aioloader.engine.node import MOST_EARLY, Kick, Node
 from aioloader.errors import BrokenDataError
+from aioloader.notes import add_note
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -190,6 +191,7 @@ class LostSamples:
             try:
                 stream = self._stream_before(first)
             except Exception as error:  # a generator, which cannot be iterated once more
+                add_note(error, "aioloader: the sample was kept on disk, has been lost since, and cannot be made again")
                 self._give(first, error)
                 continue
             entries = stream.poll(first + 1 - self._position)

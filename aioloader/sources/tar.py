@@ -103,7 +103,7 @@ class TarShards(CursorSource):
         store: A store of obstore (`aioloader[objects]`).
         decode: See `DecodeSample`; False: members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
-        open_ahead: How many archives behind the current one are open, and have their first samples ready.
+        open_ahead: How many archives after the current one are open, and have their first samples ready.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them, for URLs
             too. By its defaults a request ends after 30 seconds and is tried again until three minutes are over.
         max_member_bytes: A member of more is an error in place of its sample. It is passed over without being held, so
