@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any
 
 from aioloader.errors import StateError
+from aioloader.notes import shown
 from aioloader.plan import Combined, Plan, Repeat, placed
 from aioloader.sources.drawn import chain_of
 from aioloader.sources.resolve import Stream
@@ -152,7 +153,7 @@ def _read(state: Mapping[str, Any]) -> tuple[int, int | None, bool, int | None]:
             return world_size, global_batch, elastic, rank  # type: ignore[return-value]  # as just checked
     raise StateError(
         f"the part of a state about ranks must hold world_size, global_batch, elastic and a rank below world_size, "
-        f"got {state!r}; was the state written by state_dict()?"
+        f"got {shown(state)}; was the state written by state_dict()?"
     )
 
 

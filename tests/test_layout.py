@@ -36,7 +36,7 @@ IMPORTS: dict[str, set[str]] = {
     "plan": {"sources", "stages"},
     "assembly": {"cache", "cores", "device", "engine", "executors", "memory", "notes", "plan", "sources", "stages"},
     "rng": {"executors", "keys", "seeds"},
-    "elastic": {"errors", "plan", "sources", "stages"},
+    "elastic": {"errors", "notes", "plan", "sources", "stages"},
     "state": {"cache", "elastic", "engine", "errors", "notes", "plan", "sources", "stages"},
     "loader": {
         "device", "engine", "errors", "executors", "insight", "memory", "notes", "sources", "stages", "state",
