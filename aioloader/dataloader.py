@@ -28,7 +28,7 @@ from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
 from aioloader.notes import shown
-from aioloader.plan import DEFAULT_PREFETCH, Plan, Single
+from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.index_keys import BaseSeed, IndexKeys
 from aioloader.sources.resolve import Stream, check_dataset, warn_of_live
@@ -38,10 +38,11 @@ from aioloader.stages.checks import check_count, check_integer
 from aioloader.stages.collate import Alloc, Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.fetch import CollateAny, FetchAsync, FetchBatch, FetchOne
+from aioloader.stages.flow import Guarantee
 from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
 from aioloader.stand_ins import AsyncStandIn, BatchSamplerView
-from aioloader.state import Guarantee, Shape, guarantee_of_stream, identity_of
+from aioloader.state import Shape, identity_of
 
 __all__ = ["DataLoader"]
 

@@ -32,7 +32,8 @@ from aioloader.notes import shown
 from aioloader.sources.drawn import check_drawn, check_generators, packed, unpacked
 from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
-from aioloader.state import Guarantee, Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
+from aioloader.stages.flow import Guarantee
+from aioloader.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 
 __all__ = ["Loader"]
 

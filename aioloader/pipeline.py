@@ -27,10 +27,8 @@ from aioloader.plan import (
     Plan,
     Repeat,
     Single,
-    any_order,
-    depends_on_time,
+    flow_of,
     in_front_of_cache,
-    is_permutable,
     length_of,
 )
 from aioloader.sources.drawn import (
@@ -47,12 +45,13 @@ from aioloader.stages.cache import Cache
 from aioloader.stages.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
+from aioloader.stages.flow import Guarantee
 from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
 from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
-from aioloader.state import Guarantee, Shape, guarantee_of, shape_of
+from aioloader.state import Shape, shape_of
 
 __all__ = ["Pipeline"]
 
@@ -215,7 +214,7 @@ class Pipeline(Loader):
         """
         if buffer_size is not None:
             buffer_size = check_count("buffer_size", buffer_size, least=1)
-        elif not is_permutable(self._plan):
+        elif not flow_of(self._plan).by_key:
             raise ValueError(
                 f"shuffle() without buffer_size permutes an indexable source, but {self!r} is a stream; "
                 f"pass shuffle(buffer_size=1000), or shuffle right after the source"
@@ -523,13 +522,14 @@ class Pipeline(Loader):
         check_shard_state(self._plan, ranks)
 
     def _guarantee(self) -> Guarantee:
-        return guarantee_of(self._plan)
+        return flow_of(self._plan).guarantee
 
     def _never_again(self) -> str | None:
         why = super()._never_again()
-        if why is None and any_order(self._plan.source, self._plan.stages):
+        flow = flow_of(self._plan)
+        if why is None and flow.completion_order:
             why = "samples come in another order each time"
-        if why is None and depends_on_time(self._plan):
+        if why is None and flow.timed:
             why = "which samples a batch holds depends on time"
         return why
 

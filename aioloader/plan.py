@@ -1,17 +1,19 @@
 """What a pipeline is: its sources and stages, and what can be told of them without running anything."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from aioloader.engine.located import CursorSource
+from aioloader.engine.resumable import tells_state
+from aioloader.sources.drawn import generators_of, is_repeatable
 from aioloader.sources.files import Files
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import Stage, UnknownLengthError
-from aioloader.stages.batch import Batch
 from aioloader.stages.cache import Cache
-from aioloader.stages.drop_if import DropIf
+from aioloader.stages.flow import STRENGTH, Flow, Guarantee, Shared, Steps
 from aioloader.stages.map import Filter, Map
 from aioloader.stages.shard import Shard
 
@@ -21,10 +23,10 @@ __all__ = [
     "Plan",
     "Repeat",
     "Single",
-    "any_order",
-    "depends_on_time",
+    "flow_of",
+    "flows_of",
+    "guarantee_of_stream",
     "in_front_of_cache",
-    "is_permutable",
     "length_of",
     "placed",
 ]
@@ -99,6 +101,13 @@ class Repeat(Stage):
             raise UnknownLengthError("repeat() without a number is endless")
         return upstream * self.times
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "repeat", "n": self.times}
+
+    def flow(self, before: Flow) -> Flow:
+        free = self.times is None or (before.batch_size is not None and before.steady)
+        return (before if free else before.limited(Shared.SAME_WORLD, self.label)).cut().closed()
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -133,22 +142,64 @@ def length_of(plan: Plan) -> int:
     return length
 
 
-def any_order(source: Single | Combined, stages: Sequence[Stage]) -> bool:
-    """Whether samples come in another order each time."""
-    if isinstance(source, Combined) and (
-        (source.how == "merge" and len(source.plans) > 1)
-        or any(any_order(inner.source, inner.stages) for inner in source.plans)
-    ):
-        return True
-    return any(isinstance(stage, Map) and not stage.ordered and stage.replay_order is None for stage in stages)
+def flow_of(plan: Plan) -> Flow:
+    """What is known of the samples that `plan` gives."""
+    flow = flows_of(plan)[-1]
+    return flow.limited(Shared.SAME_RANK, flow.completion_order) if flow.completion_order else flow
 
 
-def depends_on_time(plan: Plan) -> bool:
-    """Whether it is a matter of time which samples a batch holds."""
-    inner = plan.source.plans if isinstance(plan.source, Combined) else ()
-    return any(map(depends_on_time, inner)) or any(
-        isinstance(stage, DropIf) or (isinstance(stage, Batch) and stage.max_wait is not None) for stage in plan.stages
+def flows_of(plan: Plan) -> list[Flow]:
+    """What is known of the samples before each stage of `plan`, and after the last one."""
+    flow = _combined(plan.source) if isinstance(plan.source, Combined) else _single(plan.source)
+    flows = [flow]
+    for stage in plan.stages:
+        flows.append(flow := stage.flow(flow))
+    return flows
+
+
+def _single(source: Single) -> Flow:
+    flow = Flow(by_key=source.indexable)
+    if source.sampler is None:
+        return flow.at_least(guarantee_of_stream(source.data.make)) if isinstance(source.data, Stream) else flow
+    # If an epoch ends before its keys do, a resumed one may take no more of them, and then draws nothing. Where the
+    # sampler's own generator is by then, no state tells: later epochs have another order.
+    sampler = source.sampler.make
+    flow = replace(flow, guarantee_if_cut="replayed" if generators_of(sampler) else "exact")
+    return flow if is_repeatable(sampler) else flow.at_least("replayed")
+
+
+def _combined(source: Combined) -> Flow:
+    """Several sources, some of which may have been dealt to ranks."""
+    label = f"Pipeline.{source.how}(...)"
+    parts = [flow_of(plan).cut() for plan in source.plans]
+    as_they_come = label if source.how == "merge" and len(parts) > 1 else ""
+    order = as_they_come or next((part.completion_order for part in parts if part.completion_order), "")
+    orders = [part.closed().rank_order for part in parts]
+    flow = Flow(
+        completion_order=order,
+        timed=next((part.timed for part in parts if part.timed), ""),
+        rank_order=as_they_come or next(filter(None, orders), ""),
+        guarantee=max((part.guarantee for part in parts), key=STRENGTH.index),
+        steady=all(part.steady for part in parts),
+        steps=Steps(input_order=order),
     )
+    dealt = [(part.ranks, part.batch_size) for part in parts if part.ranks is not None]
+    if not dealt:
+        return flow
+    ranks, batch_size = max(dealt, key=lambda one: one[0].shared)
+    flow = replace(flow, ranks=ranks, batch_size=batch_size)
+    if as_they_come or any((its.rank, its.world_size) != (ranks.rank, ranks.world_size) for its, _ in dealt):
+        return flow.limited(Shared.SAME_RANK, label)
+    if source.how == "zip" and len(dealt) == len(parts) and len({size for _, size in dealt}) == 1:
+        return flow
+    return flow.limited(Shared.SAME_WORLD, label)
+
+
+def guarantee_of_stream(stream: Any) -> Guarantee:
+    """Whether `stream` can be entered in the middle."""
+    if isinstance(stream, CursorSource) and not stream.replayable:
+        return "live"
+    return "exact" if isinstance(stream, CursorSource) or tells_state(stream) else "replayed"
 
 
 def placed(plan: Plan) -> Plan:
@@ -170,13 +221,6 @@ def placed(plan: Plan) -> Plan:
                 with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
                     length_of(replace(plan, stages=plan.stages[: at + 1]))
     return plan
-
-
-def is_permutable(plan: Plan) -> bool:
-    """Whether `shuffle` without a buffer may follow: each entry so far is one sample of an indexable source."""
-    return plan.source.indexable and all(
-        isinstance(stage, Map | Cache) or is_order_stage(stage) for stage in plan.stages
-    )
 
 
 def in_front_of_cache(plan: Plan) -> str:

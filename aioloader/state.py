@@ -7,38 +7,23 @@ empty dicts). So whatever varies is one string of JSON. `docs/checkpoint.md` has
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from aioloader.elastic import batch_of_all_ranks
 from aioloader.engine.located import CursorSource
-from aioloader.engine.resumable import tells_state
 from aioloader.errors import StateError
 from aioloader.notes import shown
-from aioloader.plan import Combined, Plan, Repeat, Single, any_order
-from aioloader.sources.drawn import arguments_of, generators_of, is_repeatable, kind_of
-from aioloader.sources.order import is_order_stage
-from aioloader.sources.resolve import Indexable, Stream, source_name
-from aioloader.stages.base import Stage
-from aioloader.stages.batch import Batch, Unbatch
-from aioloader.stages.cache import Cache
-from aioloader.stages.checks import callable_name
-from aioloader.stages.device import PinMemory, To
-from aioloader.stages.drop_if import DropIf
-from aioloader.stages.map import Filter, FlatMap, Map
-from aioloader.stages.own_process import OwnProcess
-from aioloader.stages.select import Enumerate, Skip, Take
-from aioloader.stages.shard import Shard
-from aioloader.stages.shuffle import Shuffle
+from aioloader.plan import Combined, Plan, Single
+from aioloader.sources.drawn import arguments_of, kind_of
+from aioloader.sources.resolve import Indexable, source_name
+from aioloader.stages.flow import STRENGTH, Guarantee
 
 __all__ = [
     "FORMAT",
     "VERSION",
-    "Guarantee",
     "Shape",
     "check_fits",
     "contents_of",
-    "guarantee_of",
-    "guarantee_of_stream",
     "identity_of",
     "lengths_of",
     "make_state",
@@ -54,13 +39,6 @@ MOST_NESTED: Final = 200
 """Lists in lists in a state: each stage of a pipeline is one or two."""
 
 _LONGEST_INTEGER: Final = 1300  # digits; see `_plain`
-
-Guarantee = Literal["exact", "replayed", "at-least-once", "live"]
-"""What a resume gives. `exact`: what was to come. `replayed`: that too, if a source that cannot be entered in the
-middle gives the same samples again. `at-least-once`: all that was to come, and maybe some samples once more. `live`:
-what comes from now on; live data cannot be read again."""
-
-_STRENGTH: Final[tuple[Guarantee, ...]] = ("exact", "replayed", "at-least-once", "live")
 
 Shape = list[dict[str, Any]]
 """What of a loader decides which sample comes when; names of functions are told and not compared."""
@@ -160,8 +138,8 @@ def contents_of(state: Any) -> dict[str, Any]:
     for key in ("epoch", "batches"):
         if not _is_count(state[key]):
             raise StateError(f"{key!r} of the state must be from 0 to 2**63 - 1, got {shown(state[key])}")
-    if state["guarantee"] not in _STRENGTH:
-        raise StateError(f"'guarantee' of the state must be one of {_STRENGTH}, got {shown(state['guarantee'])}")
+    if state["guarantee"] not in STRENGTH:
+        raise StateError(f"'guarantee' of the state must be one of {STRENGTH}, got {shown(state['guarantee'])}")
     return {**varying, **{key: state[key] for key in ("loader", "guarantee", "epoch", "batches")}}
 
 
@@ -257,13 +235,15 @@ def _plain(value: Any) -> Any:
 def shape_of(plan: Plan) -> Shape:
     """The source and the stages of `plan` that decide which sample comes when, and maps for whoever reads it."""
     of_all = batch_of_all_ranks(plan)
-    stages = []
+    shape = [_source(plan.source)]
     for number, stage in enumerate(plan.stages):
-        if number in of_all and isinstance(stage, Batch):
-            stages.append({"stage": "batch", "global_batch": of_all[number], "drop_last": stage.drop_last})
-        elif not isinstance(stage, To | PinMemory | OwnProcess | Cache):
-            stages.append(_stage(stage))
-    return [_source(plan.source), *stages]
+        part = stage.shape()
+        if part is not None and number in of_all:  # its size on this rank may be another one on others
+            part = {key: value for key, value in part.items() if key != "batch_size"}
+            part["global_batch"] = of_all[number]
+        if part is not None:
+            shape.append(part)
+    return shape
 
 
 def lengths_of(shape: Shape) -> list[int | None]:
@@ -323,33 +303,6 @@ def _length(source: Single) -> int | None:
         return source.length()
     except TypeError:
         return None
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    match stage:
-        case Map():
-            return {"stage": "map", "name": stage.name or callable_name(stage.fn), "ordered": stage.ordered}
-        case Filter():
-            return {"stage": "filter", "name": callable_name(stage.fn)}
-        case DropIf():
-            return {"stage": "drop_if", "name": callable_name(stage.fn)}
-        case FlatMap():
-            return {"stage": "flat_map", "name": callable_name(stage.fn)}
-        case Shuffle():
-            return {"stage": "shuffle", "buffer_size": stage.buffer_size, "seed": stage.seed}
-        case Batch():
-            return {"stage": "batch", "batch_size": stage.batch_size, "drop_last": stage.drop_last}
-        case Take() | Skip():
-            return {"stage": type(stage).__name__.lower(), "n": stage.n}
-        case Repeat():
-            return {"stage": "repeat", "n": stage.times}
-        case Unbatch():
-            return {"stage": "unbatch"}
-        case Enumerate():
-            return {"stage": "enumerate"}
-        case Shard():
-            return {"stage": "shard", "even": stage.even}  # and the state says of how many ranks it is
-    return {"stage": stage.label}
 
 
 def _difference(now: Shape, then: Any, where: str = "") -> str | None:
@@ -434,49 +387,3 @@ def _words(part: Mapping[str, Any]) -> str:
         return f"{stage}({part['name']}{loose})"[:100]
     arguments = ", ".join(f"{key}={value!r}" for key, value in part.items() if key != "stage" and value is not None)
     return (stage if stage.endswith(")") else f"{stage}({arguments})")[:100]
-
-
-# -- the guarantee -----------------------------------------------------------------------------------------------------
-
-
-def guarantee_of(plan: Plan, *, whole: bool = True) -> Guarantee:
-    """The weakest link of `plan`.
-
-    Args:
-        plan: It.
-        whole: It is no part of another one, which may end before it.
-    """
-    found: list[Guarantee] = ["exact"]
-    source = plan.source
-    if isinstance(source, Combined):
-        found += [guarantee_of(inner, whole=False) for inner in source.plans]
-    elif source.sampler is not None:
-        sampler = source.sampler.make
-        leaves = not whole or any(isinstance(stage, Take | Repeat | Shard) for stage in plan.stages)
-        # An epoch may end before its keys do. If a resumed one takes no more of them, it draws nothing, and where the
-        # sampler's own generator stands then, no state tells: the epochs behind have another order.
-        sure = is_repeatable(sampler) and not (leaves and generators_of(sampler))
-        found.append("exact" if sure else "replayed")
-    elif isinstance(source.data, Stream):
-        found.append(guarantee_of_stream(source.data.make))
-    arithmetic = source.indexable  # order stages are done on its keys
-    for at, stage in enumerate(plan.stages):
-        if arithmetic and (isinstance(stage, Map) or is_order_stage(stage)):
-            continue
-        arithmetic = False
-        before: Sequence[Stage] = plan.stages[:at]
-        if isinstance(stage, Map) and not stage.ordered:  # neighbouring maps are one window, with one order
-            fold = [number for number in range(at) if not isinstance(plan.stages[number], Map | Filter)]
-            before = plan.stages[: fold[-1] + 1] if fold else ()
-        elif stage.exact_in_any_order:
-            continue
-        if any_order(source, before):
-            found.append("at-least-once")
-    return max(found, key=_STRENGTH.index)
-
-
-def guarantee_of_stream(stream: Any) -> Guarantee:
-    """Whether `stream` can be entered in the middle."""
-    if isinstance(stream, CursorSource) and not stream.replayable:
-        return "live"
-    return "exact" if isinstance(stream, CursorSource) or tells_state(stream) else "replayed"

@@ -33,11 +33,11 @@ IMPORTS: dict[str, set[str]] = {
     "engine": {"cache", "errors", "executors", "insight", "keys", "notes", "seeds"},
     "stages": {"cache", "cores", "engine", "executors", "insight", "keys", "notes", "seeds"},
     "sources": {"engine", "errors", "executors", "memory", "notes", "seeds", "stages"},
-    "plan": {"sources", "stages"},
+    "plan": {"engine", "sources", "stages"},
     "assembly": {"cache", "cores", "device", "engine", "executors", "memory", "notes", "plan", "sources", "stages"},
     "rng": {"executors", "keys", "seeds"},
     "elastic": {"errors", "notes", "plan", "sources", "stages"},
-    "state": {"cache", "elastic", "engine", "errors", "notes", "plan", "sources", "stages"},
+    "state": {"elastic", "engine", "errors", "notes", "plan", "sources", "stages"},
     "loader": {
         "device", "engine", "errors", "executors", "insight", "memory", "notes", "sources", "stages", "state",
     },

@@ -1,8 +1,8 @@
-"""A stage that is added as CONTRIBUTING says, and says nothing of itself: it promises no more than is true."""
+"""A stage that is added as CONTRIBUTING says, and says nothing of itself, promises no more than is true."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +93,7 @@ def guarantee(pipeline: Pipeline) -> str:
     return str(pipeline.state_dict()["guarantee"])
 
 
-EXACT = {
+EXACT: dict[str, Callable[[], Pipeline]] = {
     "keys": lambda: each(Pipeline(range(11)).shuffle(seed=1)),
     "a stream": lambda: each(Pipeline(numbers).shuffle(4)),
     "ordered maps": lambda: each(Pipeline(range(11)).map(later, concurrency=4).map(odd_fail)),
@@ -112,7 +112,7 @@ def test_where_it_says_exact_it_is(name: str) -> None:
     assert_resumes_exactly(lambda: make().batch(2))
 
 
-LOOSE = {
+LOOSE: dict[str, Callable[[], Pipeline]] = {
     "ordered=False": lambda: Pipeline(range(8)).map(later, ordered=False, concurrency=4),
     "merge": lambda: Pipeline.merge(Pipeline(range(4)).map(later), range(4, 8)),
     "a filter behind": lambda: Pipeline(range(8)).map(later, ordered=False, concurrency=4).filter(lambda x: x >= 0),
@@ -124,7 +124,7 @@ LOOSE = {
 @pytest.mark.parametrize("stage", [Each(3), AsItIs(1)])
 @pytest.mark.parametrize("name", LOOSE)
 def test_behind_samples_without_an_order_it_loses_none(name: str, stage: Each, face: Face) -> None:
-    """Nobody said that its cursors are right there: a resume gives some samples again rather than never."""
+    """Its cursors may be wrong there: the state says so, and a resume gives some again rather than never."""
 
     def make() -> Pipeline:
         return LOOSE[name]()._then(stage)

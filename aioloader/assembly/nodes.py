@@ -21,7 +21,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.remote import Remote
 from aioloader.memory.pool import BatchMemory
-from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, any_order, placed
+from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, flows_of, placed
 from aioloader.sources.drawn import Draws, check_place, keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
@@ -120,6 +120,7 @@ class _Builder:
     def stream(self, plan: Plan) -> tuple[Node, Journey]:
         """The nodes of `plan`, and the stages at its end that still want a window."""
         original, plan = plan, replace(plan, stages=with_copies(plan.stages))
+        flows = flows_of(plan)  # before each stage
         numbered = self._numbered.copy()  # whatever builds a part of `plan` once more begins there
         splits = [i for i, stage in enumerate(plan.stages) if isinstance(stage, Repeat | OwnProcess)]
         if splits:
@@ -128,27 +129,30 @@ class _Builder:
             inner = Plan(plan.source, plan.stages[:at])
             rest: Sequence[Stage] = plan.stages[at + 1 :]
             node: Node
-            loose = any_order(plan.source, plan.stages[:at])
             if isinstance(split, OwnProcess):
                 inner = Plan(plan.source, original.stages[: original.stages.index(split)])
-                node, journey = self._own_process(inner, loose=loose)
+                node, journey = self._own_process(inner)
             else:
                 assert isinstance(split, Repeat)
                 place = f"{self._place}{self._samplers}."
                 self._samplers += 1
                 node = RepeatNode(lambda repetition: self._repetition(inner, repetition, place, numbered), split.times)
-                journey = Journey(loose=loose)
+                journey = Journey()
+            journey.loose = bool(flows[at + 1].steps.input_order)
         else:
             node, journey, rest = self._source(plan.source, plan.stages)
+            journey.loose = bool(flows[0].steps.input_order)
         for number, stage in enumerate(rest, len(plan.stages) - len(rest)):
+            before = journey
             if isinstance(stage, DropIf):
                 node, journey = self._check_late(node, journey, stage, plan)
             elif isinstance(stage, Shard):
-                before = replace(plan, stages=plan.stages[:number])
-                node, journey = self._shard(node, journey, stage, before, numbered)
+                node, journey = self._shard(node, journey, stage, replace(plan, stages=plan.stages[:number]), numbered)
             else:
-                loose = any_order(plan.source, plan.stages[:number])
+                loose = bool(flows[number].completion_order)
                 node, journey = self._add(node, journey, stage, loose=loose)
+            if journey is not before:
+                journey.loose = bool(flows[number + 1].steps.input_order)
         return node, journey
 
     def _shard(
@@ -200,7 +204,7 @@ class _Builder:
         self._numbered |= builder._numbered  # the most of each: every round has the same numbers
         return node
 
-    def _own_process(self, plan: Plan, *, loose: bool) -> tuple[Node, Journey]:
+    def _own_process(self, plan: Plan) -> tuple[Node, Journey]:
         """The node for a plan that runs in a process of its own."""
         # What would run here: it numbers the stages, and says whether a cursor fits.
         builder = _Builder(self._pass, None, None, Processes, dry=True)
@@ -210,11 +214,11 @@ class _Builder:
         self._numbered = builder._numbered
         batches = journey.batches
         if self._dry:
-            return self._close(node, journey), Journey(batches=batches, loose=loose)
+            return self._close(node, journey), Journey(batches=batches)
         key = (id(plan.source), *map(id, plan.stages), repr(inner.places), *sorted(inner.numbered.items()))
         remote = partial(_remote, self._processes(), key, plan, inner)
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
-        return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches, loose=loose)
+        return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches)
 
     def closed(self, plan: Plan) -> Node:
         """The nodes of a plan inside another one."""
@@ -226,7 +230,7 @@ class _Builder:
     def _source(self, source: Single | Combined, stages: Sequence[Stage]) -> tuple[Node, Journey, Sequence[Stage]]:
         if isinstance(source, Combined):
             inner = [self.closed(plan) for plan in source.plans]
-            return self._combine(source, inner), Journey(loose=any_order(source, ())), stages
+            return self._combine(source, inner), Journey(), stages
         data = source.data
         if isinstance(data, Stream):
             if not self._dry:
@@ -348,19 +352,19 @@ class _Builder:
             placed.add(stage)
             return node if self._dry else PlacedNode(node, stage.store, stage.pipeline), placed
         if isinstance(stage, FlatMap):
-            return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey(loose=loose)
+            return FlatMapNode(node, stage.fn, stage.label, loose=loose), Journey()
         assert isinstance(stage, FoldStage), stage
         if isinstance(stage, Batch) and stage.max_wait is not None:
             node = TimedFoldNode(node, stage.fold(self._pass), stage.max_wait, stage.label)
         else:
             node = FoldNode(node, stage.fold(self._pass), loose=loose and not stage.exact_in_any_order)
         if isinstance(stage, Batch | JoinBatches):
-            batches = Journey(batches=True, loose=loose)
+            batches = Journey(batches=True)
             for check, step in journey.checks:
                 batches.add(_fresh_stage(check, step))
             batches.add(collate_stage(stage.collate, self._alloc))
             return node, batches
-        return node, Journey(loose=loose)
+        return node, Journey()
 
 
 def _fresh_stage(check: DropIf, step: Step) -> Filter:

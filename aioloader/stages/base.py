@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from aioloader.engine.node import Fold
 from aioloader.seeds import derive_seed
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["FoldStage", "Pass", "Stage", "UnknownLengthError"]
 
@@ -43,13 +44,13 @@ class Pass:
 class Stage(ABC):
     """The description of one step of a pipeline: immutable, checked when it is made.
 
-    What a stage says of itself is said in its own class. These are the defaults, and they promise nothing: a stage that
-    forgets to speak gets the weaker guarantee, never one that is not true.
+    What a stage means is said in its own class. The defaults promise nothing: a stage that forgets to speak gets a
+    weaker guarantee, never a false one.
 
     Attributes:
-        exact_in_any_order: A resume stays exact when the samples before this stage come in another order each time: its
-            cursors are those of its input, and say nothing of them by number ("two rows of the next batch are out").
-        keeps_samples: It changes no sample and runs no code of the user's: what comes out is what came in.
+        exact_in_any_order: A resume stays exact if the samples before this stage come in another order each time: its
+            cursors have no numbers of their own, or none that are about one entry ("two rows of the batch are out").
+        keeps_samples: It changes no sample and runs no user code: what comes out is what came in.
         same_each_epoch: If its input is the same in each epoch, in the same order, then so is its output.
     """
 
@@ -70,12 +71,33 @@ class Stage(ABC):
             UnknownLengthError: Only running it tells.
         """
 
+    def shape(self) -> dict[str, Any] | None:
+        """What a state says of this stage, and must find again: all that decides which sample comes when.
+
+        A dict that JSON can hold, with the kind of stage as "stage"; "name" is told and not compared. None: a stage
+        that moves no sample.
+        """
+        return {"stage": self.label}
+
+    def flow(self, before: Flow) -> Flow:
+        """What is known of the samples after this stage.
+
+        The default is right for any stage, and pessimistic: nothing is known by key any more, other ranks cannot go on
+        from this one's state, and where samples come in another order each time, some may come again after a resume,
+        unless it is `exact_in_any_order`. A stage that can promise more says so here.
+
+        Args:
+            before: What is known of the samples that come in.
+        """
+        after = before.cut().limited(Shared.SAME_RANK, self.label).closed()
+        return after if self.exact_in_any_order else after.counted()
+
 
 class FoldStage(Stage):
     """A stage that runs as a fold.
 
-    While it does not say `exact_in_any_order`, a resume behind samples without a fixed order forgets the numbers in its
-    cursor, see `FoldNode`: some samples come again rather than never.
+    Unless it is `exact_in_any_order`, a resume after samples without a fixed order forgets the numbers in its cursor
+    (see `FoldNode`): some samples come twice rather than never.
     """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """`batch` and `unbatch`."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from aioloader.keys import PartKey
 from aioloader.notes import add_note, shown
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
 from aioloader.stages.checks import callable_name
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["Batch", "BatchFold", "CollateWith", "Group", "Unbatch", "group_entries"]
 
@@ -88,6 +89,20 @@ class Batch(FoldStage):
         if self.max_wait is not None:
             raise UnknownLengthError(f"{self.label} gives as many batches as the time between samples makes of them")
         return upstream // self.batch_size if self.drop_last else -(-upstream // self.batch_size)
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "batch", "batch_size": self.batch_size, "drop_last": self.drop_last}
+
+    def flow(self, before: Flow) -> Flow:
+        after = before.closed()
+        if self.max_wait is not None:
+            after = replace(
+                after.limited(Shared.SAME_RANK, self.label),
+                timed=after.timed or self.label,
+                rank_order=after.rank_order or self.label,
+            )
+        batch_size = (after.batch_size or 1) * self.batch_size
+        return replace(after, batch_size=batch_size, steady=after.steady and not self.drop_last)
 
     def fold(self, this_pass: Pass) -> "BatchFold":
         return BatchFold(self.batch_size, drop_last=self.drop_last)
@@ -188,6 +203,14 @@ class Unbatch(FoldStage):
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError("unbatch() gives as many samples as the batches turn out to hold")
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "unbatch"}
+
+    def flow(self, before: Flow) -> Flow:
+        # A batch that the default collate has made has as many rows as samples; others may have any number.
+        shared = Shared.SAME_WORLD if self.collated else Shared.SAME_RANK
+        return replace(before.counted().limited(shared, self.label).closed(), batch_size=None)
 
     def fold(self, this_pass: Pass) -> Fold:
         return _UnbatchFold(self.collated, this_pass.epoch)

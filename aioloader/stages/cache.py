@@ -10,6 +10,7 @@ from aioloader.cache.samples import copied
 from aioloader.cores import usable_cores
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch
+from aioloader.stages.flow import Flow
 from aioloader.stages.map import Map
 
 __all__ = ["COPY", "Cache", "with_copies"]
@@ -47,6 +48,12 @@ class Cache(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> None:
+        return None
+
+    def flow(self, before: Flow) -> Flow:
+        return before if before.by_key else before.closed()
 
 
 COPY: Final = Map(copied, False, name="copy", flexible=True)

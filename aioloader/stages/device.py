@@ -1,9 +1,10 @@
 """`pin_memory` and `to`: the last stages of a pipeline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aioloader.stages.base import Stage
+from aioloader.stages.flow import Flow
 
 __all__ = ["PinMemory", "To"]
 
@@ -21,6 +22,12 @@ class PinMemory(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> None:
+        return None
+
+    def flow(self, before: Flow) -> Flow:
+        return replace(before, by_key=False)  # one more step of the window
 
 
 @dataclass(frozen=True)
@@ -42,3 +49,9 @@ class To(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> None:
+        return None
+
+    def flow(self, before: Flow) -> Flow:
+        return replace(before, by_key=False)  # one more step of the window

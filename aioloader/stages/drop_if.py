@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aioloader.insight.meters import StageMeter
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.batch import Group
 from aioloader.stages.checks import callable_name
+from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.map import Filter
 
 __all__ = ["DropIf", "FreshGroup"]
@@ -36,6 +37,13 @@ class DropIf(Stage):
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "drop_if", "name": callable_name(self.fn)}
+
+    def flow(self, before: Flow) -> Flow:
+        after = before.limited(Shared.SAME_RANK, self.label).closed()
+        return replace(after, timed=after.timed or self.label, rank_order=after.rank_order or self.label)
 
     def check(self) -> Filter:
         """The step of its window."""

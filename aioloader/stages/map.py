@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +10,7 @@ from aioloader.cores import usable_cores
 from aioloader.engine.turns import Turns
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.checks import callable_name
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["ASYNC_CONCURRENCY", "PROCESSES", "Filter", "FlatMap", "InProcesses", "Map"]
 
@@ -92,6 +93,23 @@ class Map(Stage):
     def length(self, upstream: int) -> int:
         return upstream
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "map", "name": self.name or callable_name(self.fn), "ordered": self.ordered}
+
+    def flow(self, before: Flow) -> Flow:
+        if self.ordered:
+            return before
+        if before.steps.input_order:  # who has left the window is known by number
+            before = before.at_least("at-least-once")
+        if self.replay_order is not None:
+            return before
+        unordered = f"{self.label[:-1]}, ordered=False)"
+        return replace(
+            before.limited(Shared.SAME_RANK, unordered),
+            completion_order=before.completion_order or unordered,
+            steps=replace(before.steps, unordered=before.steps.unordered or unordered),
+        )
+
 
 @dataclass(frozen=True)
 class Filter(Stage):
@@ -122,6 +140,13 @@ class Filter(Stage):
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "filter", "name": callable_name(self.fn)}
+
+    def flow(self, before: Flow) -> Flow:
+        limited = before.limited(Shared.SAME_RANK, self.label)
+        return replace(limited, by_key=False, steps=replace(before.steps, only_maps=False))
+
 
 @dataclass(frozen=True)
 class FlatMap(Stage):
@@ -137,3 +162,9 @@ class FlatMap(Stage):
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} gives as many items as its function turns out to")
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "flat_map", "name": callable_name(self.fn)}
+
+    def flow(self, before: Flow) -> Flow:
+        return before.counted().limited(Shared.SAME_RANK, self.label).closed()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from aioloader.stages.base import Stage
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["OwnProcess"]
 
@@ -20,3 +21,9 @@ class OwnProcess(Stage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> None:
+        return None
+
+    def flow(self, before: Flow) -> Flow:
+        return before.limited(Shared.SAME_RANK, self.label).closed()

@@ -7,6 +7,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["Enumerate", "Skip", "Take"]
 
@@ -21,6 +22,11 @@ class _EachFold:
 
     def flush(self) -> list[Entry]:
         return []
+
+
+def _by_number(before: Flow, label: str) -> Flow:
+    """After a stage that goes by the number of the entry: the ranks of one world, or of any if it counts steps."""
+    return before if before.batch_size is not None else before.limited(Shared.SAME_WORLD, label)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,13 @@ class Take(FoldStage):
 
     def length(self, upstream: int) -> int:
         return min(self.n, upstream)
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "take", "n": self.n}
+
+    def flow(self, before: Flow) -> Flow:
+        after = _by_number(before.cut(), self.label)
+        return after if before.by_key else after.closed()
 
     def fold(self, this_pass: Pass) -> Fold:
         return _TakeFold(self.n)
@@ -88,6 +101,13 @@ class Skip(FoldStage):
     def length(self, upstream: int) -> int:
         return max(0, upstream - self.n)
 
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "skip", "n": self.n}
+
+    def flow(self, before: Flow) -> Flow:
+        after = _by_number(before, self.label)
+        return after if before.by_key else after.closed()
+
     def fold(self, this_pass: Pass) -> Fold:
         return _SkipFold(self.n)
 
@@ -131,6 +151,12 @@ class Enumerate(FoldStage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "enumerate"}
+
+    def flow(self, before: Flow) -> Flow:
+        return _by_number(before, self.label).closed()
 
     def fold(self, this_pass: Pass) -> Fold:
         return _EnumerateFold()

@@ -8,6 +8,7 @@ from aioloader.engine.node import Fold
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
+from aioloader.stages.flow import Flow, Ranks, Shared
 from aioloader.stages.rank import check_group, check_mesh, check_rank, current_rank, group_rank, mesh_rank
 
 if TYPE_CHECKING:
@@ -108,6 +109,18 @@ class Shard(FoldStage):
         if rest and self.even == "error":
             raise uneven(upstream, world_size)
         return rounds + 1 if rest and self.even == "pad" else rounds
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "shard", "even": self.even}  # the state itself says of how many ranks it is
+
+    def flow(self, before: Flow) -> Flow:
+        after = replace(before.before_shard().cut(), steady=before.steady and self.even != "drop")
+        rank, world_size = self.rank or 0, self.world_size or 1  # before it is `placed`, one of one
+        ranks = before.ranks
+        if ranks is None:
+            return replace(after, ranks=Ranks(rank, world_size))
+        both = replace(ranks, rank=ranks.rank + ranks.world_size * rank, world_size=ranks.world_size * world_size)
+        return replace(after, ranks=both.limited(Shared.SAME_WORLD, f"a second {self.label}"))
 
     def fold(self, this_pass: Pass) -> Fold:
         return ShardFold(*self.place(), self.even)

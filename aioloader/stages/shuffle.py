@@ -11,6 +11,7 @@ from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
 from aioloader.seeds import BLOCK, random_of_block
 from aioloader.stages.base import FoldStage, Pass
+from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["Shuffle"]
 
@@ -36,6 +37,15 @@ class Shuffle(FoldStage):
 
     def length(self, upstream: int) -> int:
         return upstream
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "shuffle", "buffer_size": self.buffer_size, "seed": self.seed}
+
+    def flow(self, before: Flow) -> Flow:
+        # What leaves last depends on where the end is.
+        free = before.batch_size is not None and before.steady
+        after = before if free else before.limited(Shared.SAME_WORLD, self.label)
+        return after if before.by_key and self.buffer_size is None else after.counted().closed()
 
     def fold(self, this_pass: Pass) -> Fold:
         assert self.buffer_size is not None
