@@ -597,7 +597,7 @@ def _reading_workers(cursor: Any) -> int:
 
 
 def _readers(workers: int) -> str:
-    return f"{workers} worker processes" if workers else "one reader (num_workers=0 or worker_type='thread')"
+    return f"{shown(workers)} worker processes" if workers else "one reader (num_workers=0 or worker_type='thread')"
 
 
 def _is_async(dataset: Any, method: str) -> bool:

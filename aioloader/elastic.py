@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from aioloader.errors import StateError
+from aioloader.notes import shown
 from aioloader.plan import Combined, Plan, flow_of, placed
 from aioloader.sources.drawn import chain_of
 from aioloader.sources.resolve import Stream
@@ -105,7 +106,7 @@ def _read(state: Mapping[str, Any]) -> tuple[int, int | None, bool, int | None]:
             return world_size, global_batch, elastic, rank  # type: ignore[return-value]  # as just checked
     raise StateError(
         f"the part of a state about ranks must hold world_size, global_batch, elastic and a rank below world_size, "
-        f"got {state!r}; was the state written by state_dict()?"
+        f"got {shown(state)}; was the state written by state_dict()?"
     )
 
 

@@ -377,11 +377,11 @@ def _is_ordered_map(part: Mapping[str, Any]) -> bool:
 
 def _words(part: Mapping[str, Any]) -> str:
     """`batch(batch_size=4, drop_last=False)`."""
-    stage = str(part["stage"])
+    stage, sources = str(part["stage"]), part.get("sources")
     if stage == "source":
-        return f"a source of kind {part.get('kind')!r}"
-    if "sources" in part:
-        return f"{stage} of {len(part['sources'])} sources"
+        return f"a source of kind {shown(part.get('kind'))}"
+    if isinstance(sources, list):
+        return f"{stage} of {len(sources)} sources"[:100]
     if "name" in part:
         loose = ", ordered=False" if part.get("ordered") is False else ""
         return f"{stage}({part['name']}{loose})"[:100]

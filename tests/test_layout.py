@@ -37,7 +37,7 @@ IMPORTS: dict[str, set[str]] = {
     "plan": {"engine", "sources", "stages"},
     "assembly": {"cache", "cores", "device", "engine", "executors", "memory", "notes", "plan", "sources", "stages"},
     "rng": {"executors", "keys", "seeds"},
-    "elastic": {"errors", "plan", "sources", "stages"},
+    "elastic": {"errors", "notes", "plan", "sources", "stages"},
     "state": {"elastic", "engine", "errors", "notes", "plan", "sources", "stages"},
     "loader": {
         "device", "engine", "errors", "executors", "insight", "memory", "notes", "sources", "stages", "state",

@@ -1,6 +1,7 @@
 """Every state leads to exactly what was to come: through each stage, from each source (promise 8)."""
 
 import asyncio
+import contextlib
 import io
 import json
 import tarfile
@@ -19,7 +20,7 @@ from torch.utils.data import (
 from aioloader import DataLoader, Pipeline, ReplayWarning, StateError
 from aioloader.sources import Lines, TarShards
 from aioloader.testing import Gate, assert_resumes_exactly
-from tests._states import contents_of
+from tests._states import contents_of, edited
 from tests._support import Face, Steps, collect, on_both_faces
 
 CONCURRENCIES = [{"concurrency": 1}, {"concurrency": 3}, {"concurrency": 16}]
@@ -581,3 +582,80 @@ def test_an_order_of_something_else_is_an_error(tmp_path: Path, face: Face) -> N
 def outcomes_of(loader: Any, face: Face) -> list[Any]:
     with Steps(loader, face) as steps:
         return steps.outcomes()
+
+
+FAR = {
+    "mix": lambda: Pipeline.mix([range(20_000), range(20_000), range(3)], [1, 2, 1], seed=3).batch(500),
+    "buffer": lambda: Pipeline(range(20_000)).shuffle(7, seed=3).batch(500),
+    "large buffer": lambda: Pipeline(range(20_000)).shuffle(6_000, seed=3).batch(500),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_far_into_an_epoch(name: str) -> None:
+    """Draws come from one generator after the other, and are found again in the middle of any of them."""
+    assert_resumes_exactly(FAR[name], limit=10, epochs=1)
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    ("make", "cursor"),
+    [
+        (lambda: Pipeline.mix([range(9), range(9)], [1, 1]), [[3, 3], 1 << 62, []]),
+        (lambda: Pipeline.mix([range(9), range(9)], [1, 1]), [[3, 3], (1 << 63) - 1, []]),
+        (lambda: Pipeline(range(50)).shuffle(4, seed=1), [3, (1 << 62) - 4, 1 << 62]),
+        (lambda: Pipeline(range(50)).shuffle(4, seed=1), [3, 1 << 62, 1 << 62]),
+        (lambda: Pipeline(range(9)).repeat(), [1 << 62, 3]),
+        (lambda: Pipeline(numbers).enumerate(), [3, 1 << 62]),
+        (lambda: Pipeline(numbers), 1 << 62),
+        (lambda: Pipeline(async_numbers), 1 << 62),
+        (lambda: Pipeline(range(9)).flat_map(pairs_of), [3, 1 << 62]),
+        (lambda: Pipeline(range(9)).batch(2).unbatch(), [2, 1 << 62]),
+        (lambda: Pipeline(range(9), sampler=RandomSampler(range(9))).repeat(2).shard(0, 2), [[0, 3], 1 << 62]),
+        (lambda: Pipeline(range(9)).map(later, ordered=False), [3, 1 << 62, "0x" + "f" * 9000]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::aioloader.ReplayWarning")
+def test_an_absurd_count_costs_nothing(make: Callable[[], Pipeline], cursor: Any, face: Face) -> None:
+    """It leads somewhere, or is refused; nobody counts up to it."""
+    loader = make()
+    with Steps(loader, face) as steps:
+        steps.next()
+        state = edited(loader.state_dict(), cursor=cursor)
+    resumed = make()
+    with contextlib.suppress(StateError):
+        resumed.load_state_dict(state)
+    with Steps(resumed, face) as steps:
+        steps.rest(5)
+    resumed.close()
+
+
+def test_samples_that_are_dropped_again_let_the_loop_turn() -> None:
+    """An async source that never waits is read again up to where it was: others on the loop go on meanwhile."""
+
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(100_000):
+            yield number
+
+    async def turning(turns: list[int]) -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def main() -> int:
+        turns: list[int] = []
+        other = asyncio.create_task(turning(turns))
+        loader = Pipeline(numbers)
+        loader.load_state_dict(edited(state, cursor=50_000))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ReplayWarning)
+            async with loader:
+                assert await anext(aiter(loader)) == 50_000
+        other.cancel()
+        return len(turns)
+
+    first = Pipeline(numbers)
+    next(iter(first))
+    state = first.state_dict()
+    first.close()
+    assert asyncio.run(main()) >= 50_000 // 256

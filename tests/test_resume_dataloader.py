@@ -19,10 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from aioloader import DataLoader, StateError
+from aioloader import DataLoader, Pipeline, StateError
 from aioloader.sources import Lines
 from aioloader.testing import assert_resumes_exactly
-from tests._states import contents_of
+from tests._states import contents_of, edited
 from tests._support import Face, Steps, collect, on_both_faces
 from tests.test_resume import AsyncStateful, Stateful, StatefulIterators
 
@@ -435,3 +435,122 @@ def test_guarantees() -> None:
         "an async stream": "replayed",
     }.items():
         assert LOADERS[name]().state_dict()["guarantee"] == expected, name
+
+
+def the_pipeline(**workers: Any) -> Any:
+    return Pipeline(range(10), sampler=RandomSampler(range(10))).batch(3, collate_fn=lambda keys: [torch.tensor(keys)])
+
+
+UNSEEDED: dict[str, Callable[..., Any]] = {
+    name: LOADERS[name]
+    for name in (
+        *("shuffle, global generator", "shuffle, generator=", "with replacement", "more than there are", "a subset"),
+        *("weights", "weights, own generator", "batch_sampler", "somebody's sampler", "async samples", "async batches"),
+    )
+} | {"a pipeline": the_pipeline}
+
+
+def keys_of(loader: Any) -> list[list[int]]:
+    """Of all batches of an epoch."""
+    return [batch[0].tolist() for batch in loader]
+
+
+@on_both_faces
+@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("workers", WORKERS[:2])
+@pytest.mark.parametrize("name", UNSEEDED)
+def test_a_state_of_the_beginning_settles_the_order(name: str, workers: dict[str, int], epoch: int, face: Face) -> None:
+    """Whatever is drawn between the state and the first batch: here and where it is loaded, it is the same order."""
+    torch.manual_seed(4)
+    loader = UNSEEDED[name](**workers)
+    for _ in range(epoch):
+        keys_of(loader)
+    state = json.loads(json.dumps(loader.state_dict()))
+    torch.manual_seed(5)
+    assert loader.state_dict() == state
+    with Steps(loader, face) as steps:
+        expected = [str(outcome) for outcome in steps.outcomes()]
+    torch.manual_seed(6)
+    other = UNSEEDED[name](**workers)
+    other.load_state_dict(state)
+    torch.manual_seed(7)
+    with Steps(other, face) as steps:
+        assert [str(outcome) for outcome in steps.outcomes()] == expected
+
+
+@pytest.mark.parametrize("workers", WORKERS[:2])
+@pytest.mark.parametrize("name", [name for name in UNSEEDED if not name.startswith("async")])
+def test_a_state_changes_no_random_number(name: str, workers: dict[str, int]) -> None:
+    """Orders, and all that the program draws, are the same with a state before each epoch and without."""
+
+    def numbers(how: str) -> list[Any]:
+        torch.manual_seed(4)
+        loader = UNSEEDED[name](**workers)
+        found: list[Any] = []
+        for _ in range(3):
+            if how != "no state":
+                state = loader.state_dict()
+            if how == "loaded":
+                loader = UNSEEDED[name](**workers)
+                loader.load_state_dict(state)
+            if how != "no state":
+                loader.state_dict()
+            found += [keys_of(loader), torch.rand(1).item()]
+        return found
+
+    assert numbers("a state") == numbers("no state")
+    assert numbers("loaded") == numbers("no state")
+
+
+@pytest.mark.parametrize("name", ["shuffle, global generator", "weights", "somebody's sampler"])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_what_is_drawn_for_a_settled_order_is_what_torch_draws(name: str, epoch: int) -> None:
+    """The program drew between the state and the epoch: its generator goes on as if there had been no state."""
+    left = []
+    for asks in (False, True):
+        torch.manual_seed(4)
+        loader = UNSEEDED[name]()
+        for _ in range(epoch):
+            keys_of(loader)
+        if asks:
+            loader.state_dict()
+        torch.rand(3)
+        keys_of(loader)
+        left.append(torch.get_rng_state())
+    assert torch.equal(*left)
+
+
+@pytest.mark.parametrize("name", UNSEEDED)
+def test_a_state_without_what_its_order_was_drawn_from_is_refused(name: str) -> None:
+    """It would go on in another order, and some samples would come twice and others never."""
+    for batches in (0, 1):
+        loader = UNSEEDED[name]()
+        iterator = iter(loader)
+        for _ in range(batches):
+            next(iterator)
+        state = loader.state_dict()
+        random = contents_of(state)["random"]
+        for missing in {"drawn", "generators"} & random.keys():
+            less = {key: value for key, value in random.items() if key != missing}
+            with pytest.raises(StateError, match="'random' of the state does not fit this loader, or is broken"):
+                UNSEEDED[name]().load_state_dict(edited(state, random=less))
+        assert {"drawn", "generators"} & random.keys()
+        loader.close()
+
+
+@on_both_faces
+def test_samplers_that_draw_side_by_side_have_one_order_for_one_seed(face: Face) -> None:
+    """In whatever order their keys are asked for; and not the same one for all of them."""
+
+    def make() -> Pipeline:
+        sampled = [Pipeline(range(9), sampler=RandomSampler(range(9))) for _ in range(3)]
+        return Pipeline.merge(Pipeline.zip(*sampled), Pipeline(range(0)))
+
+    orders = []
+    for _ in range(3):
+        torch.manual_seed(4)
+        orders.append(collect(make(), face))
+    assert orders[0] == orders[1] == orders[2]
+    assert len({tuple(column) for column in zip(*orders[0], strict=True)}) == 3
+    loader = make()
+    assert collect(loader, face) != collect(loader, face)

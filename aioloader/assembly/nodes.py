@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from inspect import isasyncgenfunction, isgeneratorfunction
 from typing import Any, TypeAlias
 
 from aioloader.assembly.windows import Journey, collate_stage, device_stage, exactly, steps_of
@@ -276,7 +277,7 @@ class _Builder:
                 keys=source.keys,
                 ahead=source.ahead,
                 warns=warns,
-                unknown=data.call and not source.keys,
+                unknown=data.call and not source.keys and not _is_generator(data.make),
                 check=source.check,
                 tells_epoch=source.tells_epoch,
                 live=self._live,
@@ -458,6 +459,11 @@ def _remote(host: Processes, key: Hashable, plan: Plan, inner: _InProcess) -> Re
 
 
 _AGAIN = Draws(resumed=True)
+
+
+def _is_generator(make: Any) -> bool:
+    """Whether calling it gives a generator, and so nothing with cursors of its own."""
+    return isgeneratorfunction(make) or isasyncgenfunction(make)
 
 
 def _open_sampler(sampler: Stream, epoch: int, draws: Draws, how: dict[str, Any]) -> Any:

@@ -26,19 +26,27 @@ class Recorded:
         self._file: BinaryIO | None = None
         self._count = 0
 
+    def check(self, count: int) -> None:
+        """Refuse to go on after `count` entries.
+
+        Raises:
+            StateError: Fewer are in the file.
+        """
+        if count and not _holds(self._path, count):
+            raise StateError(
+                f"{self._path} should hold the order of the {count} samples before the resume, and does not; "
+                f"record into the folder of the interrupted run, which must be closed or flushed with its state"
+            )
+
     def begin(self, count: int) -> None:
         """Go on after the first `count` entries; what a run that was cut off wrote beyond them is forgotten.
 
         Raises:
             StateError: Fewer than `count` are in the file.
         """
+        self.check(count)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         size = _DISPLACEMENT.size * count
-        if count and (not self._path.is_file() or self._path.stat().st_size < size):
-            raise StateError(
-                f"{self._path} should hold the order of the {count} samples before the resume, and does not; "
-                f"record into the folder of the interrupted run, which must be closed or flushed with its state"
-            )
         self._file = self._path.open("r+b" if count else "wb", buffering=_BUFFER_BYTES)
         self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
@@ -73,6 +81,15 @@ class Replayed:
         self._file: BinaryIO | None = None
         self._count = 0
         self.following: int | None = None
+
+    def check(self, count: int) -> None:
+        """Refuse to go on after `count` entries.
+
+        Raises:
+            StateError: Fewer are in the file.
+        """
+        if self._path.is_file() and not _holds(self._path, count):
+            raise StateError(f"{self._path} holds the order of fewer than the {count} samples before the resume")
 
     def begin(self, count: int) -> None:
         """Go on after the first `count` entries.
@@ -116,3 +133,8 @@ class Replayed:
         """Nothing leaves any more. Idempotent."""
         if self._file is not None:
             self._file.close()
+
+
+def _holds(path: Path, count: int) -> bool:
+    """Whether the order of so many samples is there."""
+    return path.is_file() and path.stat().st_size >= _DISPLACEMENT.size * count

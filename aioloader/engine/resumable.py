@@ -15,6 +15,7 @@ from typing import Any, Final
 from weakref import ref
 
 from aioloader.engine.progress import cursor_parts, whole
+from aioloader.errors import StateError
 from aioloader.notes import shown
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "after_origin",
     "begin_again",
     "beginning",
-    "check_takes_state",
+    "check_origin",
     "is_due",
     "is_stateful",
     "note_first",
@@ -212,10 +213,27 @@ def check_takes_state(thing: Any) -> None:
     """Refuse a state for `thing` that it could not take.
 
     Raises:
-        ValueError: It has no `load_state_dict`.
+        StateError: It has no `load_state_dict`.
     """
     if not is_stateful(thing):
-        raise ValueError(f"the state holds one of the source itself, but {type(thing).__name__} has no load_state_dict")
+        raise StateError(f"the state holds one of the source itself, but {type(thing).__name__} has no load_state_dict")
+
+
+def check_origin(iterable: Any, origin: Origin, *, made: bool) -> None:
+    """Refuse an origin that is none of `iterable`, as far as that can be told before it is iterated.
+
+    Args:
+        iterable: A source, or the generator function that makes it.
+        origin: From a state.
+        made: It is such a function.
+
+    Raises:
+        ValueError: Why.
+    """
+    if "generators" in origin:
+        raise ValueError("it holds the states of generators, and no order is drawn here")
+    if made or origin["of"] == "iterable":
+        check_takes_state(iterable)
 
 
 def is_due(at: int) -> bool:

@@ -5,7 +5,8 @@ import warnings
 from abc import abstractmethod
 from asyncio import CancelledError, Future, Task, TimerHandle, sleep
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -14,8 +15,8 @@ from aioloader.engine.located import Access, CursorSource
 from aioloader.engine.node import MOST_EARLY, Kick, Node, cheap_samples
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
-from aioloader.engine.resumable import Origin, check_takes_state, note_silent, split_cursor
-from aioloader.errors import ReplayWarning, SampleCancelledError
+from aioloader.engine.resumable import Origin, check_origin, note_silent, split_cursor
+from aioloader.errors import ReplayWarning, SampleCancelledError, StateError
 from aioloader.executors.threads import InContext, TakesJobs
 from aioloader.insight.meters import StageMeter
 from aioloader.keys import NAMES, PartKey
@@ -288,8 +289,8 @@ class StreamSource(_Pump):
             origin, since = split_cursor(cursor)
             if self._check is not None:
                 self._check(origin, since)
-            elif origin is not None and not self._call and origin.get("of") == "iterable":
-                check_takes_state(self._make)
+            elif origin is not None and not self._keys and (not self._call or not self._unknown):
+                check_origin(self._make, origin, made=self._call)
             if origin is None and since and not self._call:
                 note_silent(self._make)
         if self._warns:
@@ -302,11 +303,15 @@ class StreamSource(_Pump):
             iterable = await _call(iterable, self._run, self._threads)
         if isinstance(iterable, CursorSource):
             self._live = self._live or iterable.live
+            if self._unknown and self._resume_at is not None:
+                with self._fitting():
+                    iterable.check_cursor(self._resume_at)
             await self._pump_entries(iterable)
             return
         if self._tells_epoch and callable(tell := getattr(iterable, "set_epoch", None)):
             await self._run.in_thread(self._threads, tell, self._run.epoch)
-        origin, since = split_cursor(self._resume_at)
+        with self._fitting():
+            origin, since = split_cursor(self._resume_at)
         self._position = since + (0 if origin is None else origin["at"])
         reader = await self._open(iterable, self._threads, origin)
         del iterable
@@ -331,6 +336,15 @@ class StreamSource(_Pump):
                 del samples, sample
         finally:
             await self._run.closing(reader.aclose)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """What a function has given is known only now, and so whether the state fits."""
+        try:
+            yield
+        except ValueError as error:
+            name = self.meter.name
+            raise StateError(f"the 'cursor' of the state does not fit {name}, or is broken: {error}") from error
 
     async def _skip(self, reader: Reader, count: int) -> None:
         """Read again what was delivered before, and drop it."""

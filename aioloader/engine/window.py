@@ -78,6 +78,9 @@ class Window(Node):
     def resume(self, cursor: Any) -> None:
         if self._left is not None:
             cursor = self._left.resume(cursor)
+            for log in (self._record, self._replay):
+                if log is not None:
+                    log.check(self._left.count)
         if cursor is not None:
             self.upstream.resume(cursor)
 
