@@ -38,14 +38,15 @@ IMPORTS: dict[str, set[str]] = {
     "rng": {"executors", "keys", "seeds"},
     "elastic": {"errors", "plan", "sources", "stages"},
     "state": {"cache", "elastic", "engine", "errors", "plan", "sources", "stages"},
-    "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages", "state"},
+    "unsplit": {"engine", "errors", "plan", "sources", "stages"},
+    "loader": {"device", "engine", "errors", "executors", "insight", "memory", "stages", "state", "unsplit"},
     "pipeline": {
         "assembly", "cache", "device", "elastic", "engine", "errors", "executors", "loader", "plan", "sources",
-        "stages", "state",
+        "stages", "state", "unsplit",
     },
     "dataloader": {
         "assembly", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
-        "stand_ins", "state",
+        "stand_ins", "state", "unsplit",
     },
     "testing": {"device", "errors"},
     "doctor": {"cores", "engine"},
