@@ -12,6 +12,7 @@ from aioloader.errors import (
     SampleCancelledError,
     SourceUsedUpError,
     StateError,
+    UnsplitWarning,
     WorkerDiedError,
 )
 from aioloader.insight.batch_info import BatchInfo
@@ -36,6 +37,7 @@ __all__ = [
     "StageStats",
     "StateError",
     "Stats",
+    "UnsplitWarning",
     "WorkerDiedError",
     "sample_rng",
 ]

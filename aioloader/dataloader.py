@@ -43,6 +43,7 @@ from aioloader.stages.keyed import JoinBatches, SplitBatches
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
 from aioloader.stand_ins import AsyncStandIn, BatchSamplerView
 from aioloader.state import Shape, identity_of
+from aioloader.unsplit import dataset_gives_all, keys_of_all
 
 __all__ = ["DataLoader"]
 
@@ -99,6 +100,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     _knob = "num_workers"
     _kind = "DataLoader"
+    _split_by = "pass sampler=DistributedSampler(dataset), or use Pipeline(dataset).shard()"
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
@@ -282,6 +284,11 @@ class DataLoader(Loader, Generic[T_co]):
             node, meters = self._inline_nodes(progress)
         self._watch(progress, meters)
         return node, progress
+
+    def _gives_all(self) -> bool:
+        if not dataset_gives_all(self.dataset, indexed=not self._iterable):
+            return False
+        return self._iterable or keys_of_all(self._torch.batch_sampler or self._torch.sampler)
 
     def _begins(self, progress: Progress) -> None:
         if not self._iterable:

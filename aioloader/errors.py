@@ -12,6 +12,7 @@
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
     ReplayWarning (UserWarning)              a resumed source reads samples again, only to drop them
+    UnsplitWarning (UserWarning)             several ranks each read all of the same data
 
 What they say is shown without the secrets in URLs, see `aioloader.masking`.
 Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's DataLoader does.
@@ -30,6 +31,7 @@ __all__ = [
     "SampleCancelledError",
     "SourceUsedUpError",
     "StateError",
+    "UnsplitWarning",
     "WorkerDiedError",
 ]
 
@@ -55,6 +57,10 @@ class StateError(AioloaderError, ValueError):
 
 class ReplayWarning(UserWarning):
     """A resumed epoch reads samples again and drops them, since its source cannot be entered in the middle."""
+
+
+class UnsplitWarning(UserWarning):
+    """There are several ranks, and nothing splits the data of a loader among them: each trains on everything."""
 
 
 class SourceUsedUpError(AioloaderError, RuntimeError):

@@ -34,6 +34,7 @@ from aioloader.stages.checks import check_count
 from aioloader.stages.collate import Alloc
 from aioloader.stages.flow import Guarantee
 from aioloader.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
+from aioloader.unsplit import several_ranks, warn_of_unsplit
 
 __all__ = ["Loader"]
 
@@ -49,6 +50,7 @@ class Loader(Opener):
     """
 
     _kind = "Pipeline"
+    _split_by = "add .shard(), or .shard(0, 1) if this is a rank's part already"  # what to do
     _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
 
     def __init__(self) -> None:
@@ -70,6 +72,7 @@ class Loader(Opener):
         self._processes: Processes | None = None
         self._drawn_seed: int | None = None
         self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
+        self._looked_for_ranks = False
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -164,6 +167,10 @@ class Loader(Opener):
                 self._fixed = self._drawn_from()
             return self._random_state() | self._fixed
 
+    def _gives_all(self) -> bool:
+        """Whether each of several ranks would get the same, as far as can be told."""
+        return False
+
     def _check_usable(self) -> None:
         """Raise now, at `iter()`, what would make an epoch impossible."""
 
@@ -210,6 +217,7 @@ class Loader(Opener):
         code that it has interrupted. So the place of the epoch is there before what was loaded is taken, and it finds
         one of them.
         """
+        self._look_for_ranks()
         with self._lock:
             loaded, asked_for, before, epoch = self._loaded, self._loaded_is_asked_for, self._progress, self._next_epoch
             fixed = self._fixed
@@ -244,6 +252,14 @@ class Loader(Opener):
                     self._loaded, self._loaded_is_asked_for, self._next_epoch = loaded, asked_for, epoch
                     self._progress, self._fixed = before, fixed
             raise
+
+    def _look_for_ranks(self) -> None:
+        """Once, when the first epoch begins: trainers make their ranks between the loader and its first batch."""
+        if not self._looked_for_ranks:
+            self._looked_for_ranks = True
+            world_size = several_ranks()
+            if world_size and self._gives_all():
+                warn_of_unsplit(self, world_size, self._split_by)
 
     def _begins(self, progress: Progress) -> None:
         """An epoch begins: tell those of the user's who are to know, and note on it what they said."""
@@ -462,6 +478,7 @@ class Loader(Opener):
         again = Loader.__new__(type(self))
         again.__setstate__(self.__getstate__())
         again._drawn_seed = self._drawn_seed
+        again._looked_for_ranks = True
         return again
 
     def _never_again(self) -> str | None:

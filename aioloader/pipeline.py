@@ -52,6 +52,7 @@ from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.state import Shape, shape_of
+from aioloader.unsplit import gives_all
 
 __all__ = ["Pipeline"]
 
@@ -98,6 +99,9 @@ class Pipeline(Loader):
         Loader.__init__(pipeline)
         pipeline._plan = plan
         return pipeline
+
+    def _gives_all(self) -> bool:
+        return gives_all(self._plan)
 
     def _then(self, stage: Stage) -> "Pipeline":
         """This pipeline and one more stage."""

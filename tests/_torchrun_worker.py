@@ -3,19 +3,91 @@
 The processes are a mesh of 2 (data) by 2 (tensor).
 """
 
+import asyncio
 import json
 import os
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch.distributed as dist
+from datasets.distributed import split_dataset_by_node
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, SubsetRandomSampler
 
-from aioloader import DataLoader, Pipeline
+from aioloader import DataLoader, Pipeline, UnsplitWarning
+from aioloader.sources import Lines
 
 N = 26
+
+
+class Words(IterableDataset[int]):
+    """Somebody's own stream, which may split itself."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(dist.get_rank(), N, dist.get_world_size()))
+
+
+def distributed() -> Any:
+    return DistributedSampler(range(N))  # type: ignore[arg-type]
+
+
+def stream() -> Any:
+    return datasets.Dataset.from_dict({"n": list(range(N))}).to_iterable_dataset(num_shards=4)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "unsplit: a pipeline": lambda: Pipeline(range(N)).shuffle(seed=1).batch(4),
+    "unsplit: a source": lambda: Pipeline(Lines(__file__)).batch(4, collate_fn=list),
+    "unsplit: two pipelines": lambda: Pipeline.zip(Pipeline(range(N)), Pipeline(range(N))),
+    "unsplit: a loader, without workers": lambda: DataLoader(range(N), 4),
+    "unsplit: a loader, shuffled": lambda: DataLoader(range(N), 4, shuffle=True, num_workers=2),
+    "unsplit: a stream of Hugging Face": lambda: Pipeline(stream()),
+    "split: shard": lambda: Pipeline(range(N)).shard().batch(4),
+    "split: a rank's part already": lambda: Pipeline(list(range(N))).shard(0, 1),
+    "split: shard in one of two": lambda: Pipeline.zip(Pipeline(range(N)).shard(), Pipeline(range(7))),
+    "split: every fourth": lambda: Pipeline(range(dist.get_rank(), N, 4)),
+    "split: a sampler": lambda: DataLoader(range(N), 4, sampler=distributed()),
+    "split: a sampler of batches": lambda: DataLoader(
+        range(N),
+        batch_sampler=BatchSampler(distributed(), 4, drop_last=False),
+    ),
+    "split: a sampler of a pipeline": lambda: Pipeline(range(N), sampler=distributed()),
+    "split: indices": lambda: DataLoader(range(N), 4, sampler=SubsetRandomSampler([1, 2])),
+    "split: somebody's stream": lambda: DataLoader(Words(), 4),
+    "split: somebody's function": lambda: Pipeline(lambda: iter(range(3))),
+    "split: a stream of Hugging Face": lambda: Pipeline(
+        split_dataset_by_node(stream(), rank=dist.get_rank(), world_size=4)
+    ),
+}
+
+
+def warned(make: Callable[[], Any]) -> list[int]:
+    """How many warnings come with two epochs, by `for` and by `async for`."""
+
+    async def read(loader: Any) -> None:
+        async for _ in loader:
+            pass
+
+    counts = []
+    for face in ("for", "async for"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loader = make()
+            iter(loader)
+            assert not caught  # before the first batch a trainer may still make its ranks
+            for _ in range(2):
+                if face == "for":
+                    list(loader)
+                else:
+                    asyncio.run(read(loader))
+        mine = [warning for warning in caught if issubclass(warning.category, UnsplitWarning)]
+        assert all(warning.filename == __file__ for warning in mine)
+        counts.append(len(mine))
+    return counts
 
 
 def main() -> None:
@@ -54,6 +126,7 @@ def main() -> None:
     again.load_state_dict(state)
     again.set_epoch(state["epoch"])
     found["resumed"] = [batch.tolist() for batch in again]
+    found["warned"] = {name: warned(make) for name, make in LOADERS.items()}
     for name, function in kept.items():
         setattr(dist, name, function)
     dist.barrier()

@@ -39,16 +39,18 @@ IMPORTS: dict[str, set[str]] = {
     "rng": {"executors", "keys", "seeds"},
     "elastic": {"errors", "notes", "plan", "sources", "stages"},
     "state": {"elastic", "engine", "errors", "notes", "plan", "sources", "stages"},
+    "unsplit": {"engine", "errors", "plan", "sources", "stages"},
     "loader": {
         "device", "engine", "errors", "executors", "insight", "memory", "notes", "sources", "stages", "state",
+        "unsplit",
     },
     "pipeline": {
         "assembly", "cache", "device", "elastic", "engine", "errors", "executors", "loader", "plan", "sources",
-        "stages", "state",
+        "stages", "state", "unsplit",
     },
     "dataloader": {
         "assembly", "device", "engine", "errors", "executors", "insight", "loader", "notes", "plan", "sources",
-        "stages", "stand_ins", "state",
+        "stages", "stand_ins", "state", "unsplit",
     },
     "testing": {"device", "errors"},
     "doctor": {"cores", "engine"},

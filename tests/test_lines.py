@@ -273,6 +273,22 @@ def test_half_a_line_of_json_at_the_end_says_so(write: Write) -> None:
     )
 
 
+@on_both_faces
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_byte_order_mark_before_json_is_named_with_its_way_out(write: Write, suffix: str, face: Face) -> None:
+    """Of a file that was written on Windows, and of one in the middle, where files were joined; the others come."""
+    path = write(f"bom.jsonl{suffix}", b"\xef\xbb\xbf[1]\n[2]\n\xef\xbb\xbf[3]\n[4]")
+    with Steps(Pipeline(Lines(path, decode="json")), face) as steps:
+        first, second, third, fourth = steps.outcomes()
+    assert (second, fourth) == ([2], [4])
+    for number, error in ((1, first), (3, third)):
+        assert isinstance(error, BrokenDataError)
+        assert f"line {number}" in str(error)
+        assert "byte order mark: pass encoding='utf-8-sig'" in str(error)
+    with_it = Lines(path, decode="json", encoding="utf-8-sig")
+    assert collect(Pipeline(with_it), face) == [[1], [2], [3], [4]]
+
+
 def test_the_error_of_a_users_function_stays_what_it_is(write: Write) -> None:
     path = write("data.txt", b"1\none\n3\n")
     with Steps(Pipeline(Lines(path, decode=int)), "for") as steps:

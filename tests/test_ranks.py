@@ -17,7 +17,7 @@ from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler
 from torch.utils.data import Sampler as TorchSampler
 
 import aioloader
-from aioloader import Pipeline
+from aioloader import DataLoader, Pipeline, UnsplitWarning
 from aioloader.elastic import check_shard_state, shard_state
 from aioloader.engine.entry import Entry
 from aioloader.engine.located import Access, CursorSource, EntryReader
@@ -25,6 +25,7 @@ from aioloader.engine.progress import Progress
 from aioloader.engine.window import Window
 from aioloader.errors import StateError
 from aioloader.plan import Plan
+from aioloader.sources import Channel
 from aioloader.sources.lines import Lines
 from aioloader.sources.order import KeyOrder, order_of
 from aioloader.stages.base import Pass, Stage
@@ -1080,3 +1081,74 @@ def test_any_pipeline_goes_on_with_other_ranks(
         return  # it was over by then
     rest, _ = steps_of(going_on(make, states[-1]), after)
     assert [sorted(sum(step, [])) for step in first + rest] == [sorted(sum(step, [])) for step in whole]  # noqa: RUF017
+
+
+# -- ranks that nothing splits for -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun says to the second of two processes."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    ("make", "way_out"),
+    [
+        (lambda: Pipeline(range(8)).batch(4), r"add \.shard\(\)"),
+        (lambda: DataLoader(list(range(8)), 4), "pass sampler=DistributedSampler"),
+        (lambda: DataLoader(list(range(8)), 4, shuffle=True, num_workers=2), "pass sampler=DistributedSampler"),
+    ],
+)
+@pytest.mark.usefixtures("two_ranks")
+def test_data_that_nobody_splits_among_ranks_is_warned_of(make: Any, way_out: str, face: Face) -> None:
+    """Once for each loader, at its first batch; a replay and a resumed state say no more."""
+    loader = make()
+    with pytest.warns(UnsplitWarning, match=f"there are 2 ranks, and nothing splits the data of .*{way_out}") as caught:
+        assert len(collect(loader, face)) == 2
+    assert [warning.filename for warning in caught] == [caught[0].filename]
+    assert "aioloader/aioloader" not in caught[0].filename
+    assert len(collect(loader, face)) == 2
+    loader.load_state_dict(loader.state_dict())
+    assert len(collect(loader, face)) == 2
+
+
+@on_both_faces
+@pytest.mark.usefixtures("two_ranks")
+def test_a_warning_that_is_an_error_is_raised_once_and_loses_no_epoch(face: Face) -> None:
+    """With `-W error`, which is this suite's way."""
+    loader = Pipeline(range(3))
+    with pytest.raises(UnsplitWarning):
+        collect(loader, face)
+    assert loader.state_dict()["epoch"] == 0
+    assert collect(loader, face) == [0, 1, 2]
+
+
+@on_both_faces
+@pytest.mark.usefixtures("two_ranks")
+def test_what_is_split_or_cannot_be_known_is_not_warned_of(face: Face) -> None:
+    """Warnings are errors here; with real ranks see `test_torchrun`."""
+    channel = Channel(4)
+    channel.close()
+    for loader in (
+        Pipeline(range(8)).shard(),
+        Pipeline(range(8)).shard(0, 1),
+        Pipeline(range(1, 8, 2)),
+        Pipeline(channel),
+        Pipeline(lambda: iter(range(8))),
+        DataLoader(list(range(8)), sampler=DistributedSampler(range(8), 2, 1)),  # type: ignore[arg-type]
+        DataLoader(list(range(8)), sampler=[1, 3, 5, 7]),
+        DataLoader(list(range(8)), batch_sampler=[[1, 3], [5, 7]]),
+    ):
+        collect(loader, face)
+
+
+def test_one_rank_is_not_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is an environment that says nothing of use, where nobody asked for ranks."""
+    for environment in ({"RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+        with monkeypatch.context() as patched:
+            for name, value in environment.items():
+                patched.setenv(name, value)
+            assert list(Pipeline(range(3))) == [0, 1, 2]

@@ -98,6 +98,13 @@ def test_ranks_of_groups_and_meshes(four_ranks: list[dict[str, Any]]) -> None:
         assert [found[key] for found in four_ranks] == [[*range(place, 26, 2)] for place in (0, 0, 1, 1)]
 
 
+def test_a_loader_that_nobody_splits_warns_once(four_ranks: list[dict[str, Any]]) -> None:
+    """Each rank would train on everything, as under trainers that make ranks and no sampler. Nothing communicates."""
+    for found in four_ranks:
+        for name, counts in found["warned"].items():
+            assert counts == ([1, 1] if name.startswith("unsplit") else [0, 0]), name
+
+
 def test_torchs_distributed_sampler_under_torchrun(four_ranks: list[dict[str, Any]]) -> None:
     """In our DataLoader: each epoch is shuffled anew, and a resume on as many ranks is exact."""
     for rank, found in enumerate(four_ranks):

@@ -417,6 +417,8 @@ class _LinesOf(Parser):
             what += f": not {self._encoding}: {error.reason} at byte {error.start} of the line"
         elif isinstance(error, json.JSONDecodeError) and self._ours:
             what += f": not JSON: {error.msg} at character {error.pos} of {len(error.doc)}"
+            if line.startswith(codecs.BOM_UTF8):
+                what += "; the line begins with a byte order mark: pass encoding='utf-8-sig'"
         elif isinstance(error, _LongLineError):
             what += f": {error}"
         elif isinstance(error, RecursionError | ValueError) and self._ours:  # nested too deeply, a number too long
