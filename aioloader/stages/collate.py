@@ -182,7 +182,7 @@ class _Misfit:
         first = self.samples[0]
         empty = next((index for index, sample in enumerate(self.samples) if sample is None), None)
         if empty is not None and not self._fits([None]):
-            which = f"sample {empty}" if self.keys is None else f"key {shown(self.keys[empty], 80)}"
+            which = f"sample {empty}" if self.keys is None else f"key {shown(self.keys[empty], 60)}"
             return f"the dataset returned None for {which}; return a sample, or pass collate_fn= that drops None"
         if not self._fits([first]):
             return self._refused(self._descend([first]))
@@ -254,7 +254,7 @@ class _Misfit:
         return f"{self._name(0)} {has(left)}{_at(place)}, {self._name(index)} {has(right)}; {advice}"
 
     def _name(self, index: int) -> str:
-        return f"sample {index}" if self.keys is None else f"sample {index} (key {shown(self.keys[index], 80)})"
+        return f"sample {index}" if self.keys is None else f"sample {index} (key {shown(self.keys[index], 60)})"
 
 
 def _lengths(values: Sequence[Any]) -> list[int | None]:
