@@ -223,6 +223,11 @@ def _in_order(plan: Plan) -> list[str]:
             )
         words = [describe_content(plan.source.data)]
     for stage in plan.stages:
+        if isinstance(stage, DropIf) or (isinstance(stage, Batch) and stage.max_wait is not None):
+            raise ValueError(
+                f"cache() behind {stage.label} cannot tell samples apart: which ones come is a matter of time, in each "
+                f"epoch; put cache() before it"
+            )
         if isinstance(stage, Shuffle) or (isinstance(stage, Map) and not stage.ordered):
             raise ValueError(
                 f"cache() behind {stage.label} cannot tell samples apart: they come in another order in each epoch; "

@@ -189,7 +189,7 @@ class KeepInMemory(Step):
 
     def accept(self, entry: Entry) -> None:
         self.meter.samples += 1
-        if entry.kept_as is not None:
+        if entry.kept_as is not None and entry.value is not None:  # what came to nothing may come another time
             self._put(entry, entry.value)
         self._forward(entry)
 
@@ -266,7 +266,7 @@ class KeepOnDisk(ThreadStep):
         self._placed = placed
 
     def accept(self, entry: Entry) -> None:
-        if entry.kept_as is None:
+        if entry.kept_as is None or entry.value is None:
             self._forward(entry)
             return
         entry.value = _Write(entry.kept_as, entry.value, _place_of(entry))
