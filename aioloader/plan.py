@@ -259,7 +259,7 @@ def _in_order(plan: Plan) -> list[str]:
     if isinstance(plan.source, Combined):
         if plan.source.how not in ("zip", "interleave"):
             raise ValueError(
-                f"cache() behind {plan.source.how}() cannot tell samples apart: they come in another order in each "
+                f"cache() after {plan.source.how}() cannot tell samples apart: they come in another order in each "
                 f"epoch; put cache() into each of the pipelines that are combined"
             )
         words = [f"{plan.source.how}({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
@@ -273,8 +273,8 @@ def _in_order(plan: Plan) -> list[str]:
     for stage in plan.stages:
         if not stage.same_each_epoch:
             raise ValueError(
-                f"cache() behind {stage.label} cannot tell samples apart: they come in another order in each epoch; "
-                f"put cache() before it"
+                f"cache() after {stage.label} cannot tell samples apart: the next epoch may give others, or give them "
+                f"in another order; put cache() before it"
             )
         if isinstance(stage, Shard):
             rank, world_size = stage.place()

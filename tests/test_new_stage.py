@@ -156,5 +156,5 @@ def test_a_cache_gives_it_copies() -> None:
 
 def test_a_cache_behind_it_is_refused() -> None:
     """Nobody said that each epoch gives the same samples in the same order."""
-    with pytest.raises(ValueError, match=r"cache\(\) behind each\(3\) cannot tell samples apart"):
+    with pytest.raises(ValueError, match=r"cache\(\) after each\(3\) cannot tell samples apart"):
         each(Pipeline(numbers)).cache(memory_bytes=1 << 20)

@@ -340,7 +340,7 @@ def test_footers_are_read_as_others_read_them() -> None:
 def break_page(path: Path, group: int, page: int = 0) -> None:
     """Overwrite one page of the first column with nonsense."""
     data = bytearray(path.read_bytes())
-    chunk = footer_of(data)[1][4][1][1][group][1][1][1][0][3][1]
+    chunk = footer_of(bytes(data))[1][4][1][1][group][1][1][1][0][3][1]
     at = chunk[9][1]
     for _ in range(page + 1):
         start, reader = at, io.BytesIO(data[at:])

@@ -193,7 +193,7 @@ class KeepInMemory(Step):
 
     def accept(self, entry: Entry) -> None:
         self.meter.samples += 1
-        if entry.kept_as is not None:
+        if entry.kept_as is not None and entry.value is not None:  # what came to nothing may come another time
             self._put(entry, entry.value)
         self._forward(entry)
 
@@ -267,7 +267,7 @@ class KeepOnDisk(ThreadStep):
         self.store = store
 
     def accept(self, entry: Entry) -> None:
-        if entry.kept_as is None:
+        if entry.kept_as is None or entry.value is None:
             self._forward(entry)
             return
         entry.value = _Write(entry.kept_as, entry.value, _place_of(entry))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.cache.store import END, MISSING, Store, at_position
 from aioloader.engine.cache_opening import Opening
-from aioloader.engine.entry import LAST, ONE_LOST, Entry
+from aioloader.engine.entry import LAST, Entry
 from aioloader.engine.node import MOST_EARLY, Kick, Node
 from aioloader.errors import BrokenDataError
 from aioloader.notes import add_note
@@ -78,11 +78,11 @@ class PlacedNode(Node):
                 self._upstream.resume(self._resume_at)
             self._start_upstream()
         run = self._upstream.poll(limit)
+        if self._upstream.gaps:  # what comes after it, and the end, may have other numbers another time
+            self._numbered = False
         for entry in run:
             if entry.error is not None:
                 self._whole = False
-            if entry.state == ONE_LOST:  # what comes after it would have other numbers without that failure
-                self._numbered = False
             entry.kept_as = at_position(self._position) if self._numbered else None
             self._position += 1
         if self._upstream.ended:

@@ -41,6 +41,10 @@ class _Several(Node):
     def extra_room(self) -> int:
         return min(upstream.extra_room for upstream in self._upstreams)
 
+    @property
+    def gaps(self) -> bool:
+        return bool(self._lost) or any(upstream.gaps for upstream in self._upstreams)
+
     def start(self, run: "Run", kick: Kick) -> None:
         for upstream in self._upstreams:
             upstream.start(run, kick)
@@ -337,6 +341,7 @@ class RepeatNode(Node):
         self._upstream = make(0)
         self._given = 0  # entries of this repetition
         self._upstream_may_give = False  # a new repetition has not been polled yet
+        self._gaps = False  # in a repetition before
         self._failure: Exception | None = None
         self.ended = times == 0
 
@@ -351,6 +356,10 @@ class RepeatNode(Node):
     @property
     def extra_room(self) -> int:
         return self._upstream.extra_room
+
+    @property
+    def gaps(self) -> bool:
+        return self._gaps or self._upstream.gaps
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick
@@ -382,6 +391,7 @@ class RepeatNode(Node):
     def _next(self) -> None:
         """The repetition is over: begin the next one, so that it is under way when it is asked for."""
         self._upstream.close()
+        self._gaps = self.gaps
         self._repetition += 1
         if self._repetition == self._times or not self._given:
             self.ended = True
@@ -422,6 +432,10 @@ class HeadNode(Node):
     @property
     def extra_room(self) -> int:
         return self._upstream.extra_room
+
+    @property
+    def gaps(self) -> bool:
+        return self._upstream.gaps
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick

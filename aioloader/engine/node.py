@@ -58,6 +58,14 @@ class Node(ABC):
         """How many entries may be taken before there is need of them, since making them costs next to nothing."""
         return 0
 
+    @property
+    def gaps(self) -> bool:
+        """Whether something failed, or came to nothing, that in another epoch may be more entries, or fewer.
+
+        What comes after it may have another number then.
+        """
+        return False
+
     @abstractmethod
     def resume(self, cursor: Any) -> None:
         """Go on behind the entry that carried `cursor`, instead of at the beginning. Before `start`, once at most."""
@@ -140,6 +148,7 @@ class FoldNode(Node):
         self._loose = loose
         self._recounts = recounts
         self._forgets = False
+        self._gaps = False
         self._ready: deque[Entry] = deque()
         self._flushed = False
 
@@ -153,6 +162,10 @@ class FoldNode(Node):
     @property
     def extra_room(self) -> int:
         return self._upstream.extra_room
+
+    @property
+    def gaps(self) -> bool:
+        return self._gaps or self._upstream.gaps
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._upstream.start(run, kick)
@@ -194,6 +207,9 @@ class FoldNode(Node):
         fold = self._fold
         begin = 0
         for at, entry in enumerate(run):
+            if entry.error is None:
+                continue
+            self._gaps = self._gaps or self._recounts  # an error takes the place of a whole batch's samples
             if entry.state == ONE_LOST:
                 self._give(fold.feed(run[begin:at]))
                 if isinstance(fold, GivesEarly):

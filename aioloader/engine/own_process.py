@@ -67,6 +67,7 @@ class OwnProcessNode(Node):
         self._cursor: Any = None
         self._ready: deque[Entry] = deque()
         self._over = False
+        self._failed = False  # something in there
         self._closed = False
         self._meters: list[StageMeter] = []
         self._number = 0
@@ -74,6 +75,10 @@ class OwnProcessNode(Node):
     @property
     def extra_room(self) -> int:
         return min(map(cheap_samples, self._meters), default=0)
+
+    @property
+    def gaps(self) -> bool:
+        return self._failed or any(meter.gaps for meter in self._meters)
 
     def resume(self, cursor: Any) -> None:
         self._cursor = cursor
@@ -138,6 +143,7 @@ class OwnProcessNode(Node):
             entry.attempts = attempts
             entry.state = state
             entry.error = value if failed else heard.error
+            self._failed = self._failed or entry.error is not None
             self._ready.append(entry)
             self._cursor = cursor
 
@@ -291,9 +297,9 @@ class _Stream:
             run.request_stop()
 
     def _news(self, *, only_room: bool = False) -> list[StageMeter] | None:
-        """The counters, now and then; at once when a stage has more room than was told."""
+        """The counters, now and then; at once when a stage has more room than was told, or a gap."""
         meters, now = self.run.meters, perf_counter()
-        room = sum(meter.room for meter in meters)
+        room = sum(meter.room + meter.gaps for meter in meters)
         if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
             return None
         self._told, self._told_room = now, room

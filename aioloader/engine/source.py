@@ -280,6 +280,10 @@ class StreamSource(_Pump):
     def extra_room(self) -> int:
         return 0 if self._live else cheap_samples(self.meter)
 
+    @property
+    def gaps(self) -> bool:
+        return self.meter.gaps
+
     def resume(self, cursor: Any) -> None:
         self._resume_at = self._failed_at = cursor
         if isinstance(self._make, CursorSource):
@@ -372,6 +376,7 @@ class StreamSource(_Pump):
                     if entry.error is not None:
                         annotate(entry.error, meter.name, entry, self._run.epoch)
                         meter.errors += 1
+                        meter.gaps = True  # it may stand for the rest of a file
                 self._position += len(entries)
                 self._failed_at = entries[-1].cursor
                 meter.samples = self._position
@@ -427,6 +432,10 @@ class FlatMapNode(_Pump):
     def extra_room(self) -> int:
         return min(cheap_samples(self.meter), self._upstream.extra_room)
 
+    @property
+    def gaps(self) -> bool:
+        return self.meter.gaps or self._upstream.gaps
+
     def resume(self, cursor: Any) -> None:
         self._before, skipped = cursor_parts(cursor, 2)
         self._skipped = 0 if self._loose else whole(skipped)
@@ -471,6 +480,7 @@ class FlatMapNode(_Pump):
             after = sample.cursor
             if sample.error is not None:
                 sample.cursor = (after, 0)  # nothing of what comes after it
+                self.meter.gaps = True
                 self._forgets = self._forgets or sample.state == ONE_LOST
                 self._put(sample)
             else:
@@ -515,6 +525,7 @@ class FlatMapNode(_Pump):
                 annotate(error, self.meter.name, sample, self._run.epoch)
                 failed.error = error
                 meter.errors += 1
+                meter.gaps = True
                 self._put(failed)
         finally:
             if reader is not None:

@@ -47,10 +47,12 @@ class Step(ABC):
         inbox: Entries that wait for this step. Bounded by the window's room, like everything in it.
         places: As many entries count as under way here in the window's room, see `StepsRoom`.
         drops_to: The next cache in this window, which keeps that a sample was refused.
+        selects: It leaves samples out.
     """
 
     drops_to: "Callable[[Entry], None] | None" = None
     closed: bool = False
+    selects: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
@@ -88,11 +90,20 @@ class Step(ABC):
         entry.error = error
         entry.value = None
         self.meter.errors += 1
+        self._window.failed()
         self._window.finished(entry)
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: Entry, *, nothing: bool = False) -> None:
+        """A predicate refused it.
+
+        Args:
+            entry: The sample.
+            nothing: It was None: what gave it up may give it another time, so that no cache keeps that.
+        """
         self.meter.dropped += 1
-        if self.drops_to is not None:
+        if nothing:
+            self.meter.gaps = True
+        elif self.drops_to is not None:
             self.drops_to(entry)
             return
         entry.state = DROPPED
@@ -141,7 +152,7 @@ class AsyncStep(Step):
         super().__init__(StageMeter(name, "async"), concurrency)
         self._fn = fn
         self._seed = seed  # see `Call`
-        self._predicate = predicate
+        self._predicate = self.selects = predicate
         self._workers = 0
         self._coming = 0  # workers that have been woken or started and have not run yet
         self._idle: list[Future[None]] = []
@@ -266,7 +277,7 @@ class AsyncStep(Step):
                 self._fail(entry, error, meter.name)
             else:
                 if dropped:
-                    self._drop(entry)
+                    self._drop(entry, nothing=entry.value is None)
                 else:
                     if not self._predicate:
                         entry.value = result

@@ -13,7 +13,7 @@ from aioloader.engine.entry import Entry
 from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed, apply_chunk
+from aioloader.executors.chunk import NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
 from aioloader.executors.sample import Sample
 from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import StageMeter
@@ -39,6 +39,7 @@ class SyncStep(Step):
     def __init__(self, calls: Sequence[Call], concurrency: int, *, elastic: bool = True) -> None:
         super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
         self._calls = tuple(calls)
+        self.selects = any(call.predicate for call in calls)
         self._elastic = elastic
         self._active = 0  # crossings under way
         self._extra_room = 0
@@ -102,8 +103,8 @@ class SyncStep(Step):
         """Send samples on with their outcomes."""
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
-            if outcome is DROP:
-                self._drop(entry)
+            if type(outcome) is Refusal:
+                self._drop(entry, nothing=outcome is NOTHING)
             elif type(outcome) is Failed:
                 self._fail(entry, outcome.error, outcome.label)
             else:

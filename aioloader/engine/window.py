@@ -75,6 +75,10 @@ class Window(Node):
 
     # -- the node interface ------------------------------------------------------------------------------------------
 
+    @property
+    def gaps(self) -> bool:
+        return any(step.meter.gaps for step in self.steps) or self.upstream.gaps
+
     def resume(self, cursor: Any) -> None:
         if self._left is not None:
             cursor = self._left.resume(cursor)
@@ -313,6 +317,7 @@ class Window(Node):
         if failed := [entry for entry in run if entry.error is not None]:
             run = [entry for entry in run if entry.error is None]
             for entry in failed:  # before: each keeps its place, and nothing is done to it
+                self.failed()
                 entry.state = entry.state or DONE
                 if not self.ordered:
                     self._finished_unordered(entry)
@@ -323,6 +328,11 @@ class Window(Node):
             first.inbox.extend(run)
             self.under_way += len(run)
             first.dispatch()
+
+    def failed(self) -> None:
+        """An entry has failed, here or before: without that, a predicate might have left it out."""
+        for step in self.steps:
+            step.meter.gaps = step.meter.gaps or step.selects
 
     def finished(self, entry: Entry) -> None:
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""

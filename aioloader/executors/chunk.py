@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 from aioloader.executors.apart import apart
 from aioloader.executors.sample import Sample, current_sample
 
-__all__ = ["DROP", "Call", "ChunkResult", "Failed", "apply_chunk", "refuse_coroutine"]
+__all__ = ["DROP", "NOTHING", "Call", "ChunkResult", "Failed", "Refusal", "apply_chunk", "refuse_coroutine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,21 @@ class Call:
     seed: int | None = None
 
 
-class _Drop:
+class Refusal:
     """The outcome of a sample that a predicate refused."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
+
     def __reduce__(self) -> str:
-        return "DROP"  # one object in every process
+        return self._name  # one object in every process
 
 
-DROP: Final = _Drop()
+DROP: Final = Refusal("DROP")
+"""It refused a sample."""
+
+NOTHING: Final = Refusal("NOTHING")
+"""It refused None: whoever was to make the sample may have more luck another time."""
 
 
 class Failed:
@@ -55,8 +62,8 @@ class ChunkResult:
     """What became of a chunk.
 
     Attributes:
-        outcomes: One per sample that was tried, in order: its new value, `DROP` or a `Failed`. Fewer than the samples
-            when the time was up: the rest was not touched.
+        outcomes: One per sample that was tried, in order: its new value, a `Refusal` or a `Failed`. Fewer than the
+            samples when the time was up: the rest was not touched.
         busy_seconds: Wall time in user functions.
         cpu_seconds: CPU time of the worker's thread meanwhile; far less than `busy_seconds` means waiting, for I/O or
             for the GIL.
@@ -140,7 +147,7 @@ def _try_some(
                 if not call.predicate:
                     value = result
                 elif not result:  # here: a tensor of several elements is neither true nor false, and raises
-                    value = DROP
+                    value = DROP if value is not None else NOTHING
                     break
             except (
                 BaseException

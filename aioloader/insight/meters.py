@@ -36,6 +36,7 @@ class StageMeter:
         ordered: That window gives them in the order of the input.
         finished_sum: Finished entries in the window at each hand-over, summed.
         handovers: How many hand-overs there were.
+        gaps: See `Node.gaps`.
         retired: The stage has ended; if `repeat` makes it anew, it goes on counting here.
         hits: Samples that came from this cache.
         misses: Samples that were not in it.
@@ -58,6 +59,7 @@ class StageMeter:
     ordered: bool = True
     finished_sum: int = 0
     handovers: int = 0
+    gaps: bool = False
     retired: bool = False
     hits: int = 0
     misses: int = 0

@@ -89,7 +89,10 @@ class Batch(FoldStage):
     max_wait: float | None = None
 
     exact_in_any_order = True
-    same_each_epoch = True
+
+    @property
+    def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
+        return self.max_wait is None
 
     @property
     def label(self) -> str:

@@ -30,7 +30,6 @@ class DropIf(Stage):
     fn: Callable[[Any], Any]
 
     exact_in_any_order = True
-    same_each_epoch = True
 
     @property
     def label(self) -> str:
