@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from aioloader.engine.resumable import Origin, Redrawn, is_stateful
+from aioloader.forks import after_fork_in_child
 from aioloader.seeds import derive_seed
 
 __all__ = [
@@ -42,7 +43,13 @@ _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _FIXED: Final = (SequentialSampler, DistributedSampler)
 
 
-_drawing: Final = threading.Lock()
+_drawing = threading.Lock()
+
+
+@after_fork_in_child
+def _draw_anew() -> None:
+    global _drawing
+    _drawing = threading.Lock()
 
 
 class Drawn(Redrawn):
