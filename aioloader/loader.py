@@ -11,8 +11,8 @@ from time import perf_counter
 from typing import Any, Final, Self
 from weakref import WeakSet, finalize
 
-import anyio.to_thread
 import torch
+from anyio.to_thread import run_sync
 
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
@@ -23,6 +23,7 @@ from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
 from aioloader.errors import SourceUsedUpError, StateError
 from aioloader.executors.processes.host import Processes
+from aioloader.forks import tell_of_fork
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
@@ -73,6 +74,15 @@ class Loader(Opener):
         self._drawn_seed: int | None = None
         self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
         self._looked_for_ranks = False
+        tell_of_fork(self)
+
+    def _forked(self) -> None:
+        """See `Forkable`: epochs that are under way are the parent's, and so is all that is kept between them."""
+        self._lock = threading.RLock()
+        self._deliveries = WeakSet()
+        self._loop_thread = None
+        self._transfer = None
+        self._processes = None
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -538,7 +548,7 @@ class Loader(Opener):
     def _open_processes(self) -> Processes:
         """Where worker processes come from; kept between epochs, with those that are to be kept."""
         with self._lock:
-            if self._processes is None or self._processes.closed:  # closed: this is a forked child
+            if self._processes is None:
                 self._processes = Processes()
                 finalize(self, self._processes.close).atexit = False  # the exit hook of `loop_thread` also waits
             return self._processes
@@ -596,9 +606,9 @@ class Loader(Opener):
                     delivery.closed = True
                     delivery.run.leave()
         if self._loop_thread is not None or any(isinstance(d, SyncDelivery) for d in self._alive()):
-            await anyio.to_thread.run_sync(self.close)
+            await run_sync(self.close)
         if self._processes is not None:
-            await anyio.to_thread.run_sync(self._close_processes)
+            await run_sync(self._close_processes)
         self._close_kept()
 
     def _close_kept(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Final
 from aioloader.cache.store import END, MISSING, Place, Store
 from aioloader.errors import BrokenDataError
 from aioloader.executors.processes.wire import decode, encode
+from aioloader.forks import tell_of_fork
 from aioloader.keys import read_key, written_key
 
 __all__ = ["DiskStore", "Location", "LostError"]
@@ -123,6 +124,11 @@ class DiskStore(Store):
     def __init__(self, folder: Path, version: str) -> None:
         self.folder = folder
         self.version = version
+        self._begin()
+        tell_of_fork(self)
+
+    def _forked(self) -> None:
+        """See `Forkable`: what the parent has written is read from the directory, and a segment of our own written."""
         self._begin()
 
     def _begin(self) -> None:
@@ -399,8 +405,7 @@ class DiskStore(Store):
         return {"folder": self.folder, "version": self.version}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.folder, self.version = state["folder"], state["version"]
-        self._begin()
+        self.__init__(state["folder"], state["version"])  # type: ignore[misc]
 
 
 def _description(pipeline: str, version: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from aioloader.cache.samples import kept, size_of
 from aioloader.cache.store import END, MISSING, Place, Store
+from aioloader.forks import tell_of_fork
 
 __all__ = ["MemoryStore"]
 
@@ -26,6 +27,11 @@ class MemoryStore(Store):
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._begin()
+        tell_of_fork(self)
+
+    def _forked(self) -> None:
+        """See `Forkable`: what is kept stays, apart from the parent's from now on."""
+        self._lock = threading.Lock()
 
     def _begin(self) -> None:
         self.samples: dict[Any, Any] = {}
@@ -73,5 +79,4 @@ class MemoryStore(Store):
         return {"budget": self.budget}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.budget = state["budget"]
-        self._begin()
+        self.__init__(state["budget"])  # type: ignore[misc]

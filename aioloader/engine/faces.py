@@ -21,6 +21,7 @@ from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
+from aioloader.forks import tell_of_fork
 
 __all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "Opener", "Receive", "SyncDelivery"]
 
@@ -86,6 +87,18 @@ class Delivery:
         self._failure_told = True
         return self.run.failure
 
+    def _check_process(self) -> None:
+        """Refuse to wait for what happens in another process.
+
+        Raises:
+            RuntimeError: This is a forked child.
+        """
+        if self.run.foreign:
+            raise RuntimeError(
+                "this iterator was begun before a fork and belongs to the parent process: its threads are not here; "
+                "iterate the loader again, which begins an epoch of this process"
+            )
+
     def _cut_short(self) -> LoaderClosedError:
         """An epoch that somebody else ended must not look like one that is over."""
         return LoaderClosedError("the loader was closed before this epoch was over; iterate it again for a new one")
@@ -124,6 +137,7 @@ class AsyncDelivery(Delivery):
         """
         asked = perf_counter()
         run = self.run
+        self._check_process()
         if asyncio.get_running_loop() is not run.loop:
             raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
         mine: asyncio.Future[None] | None = None
@@ -161,6 +175,8 @@ class AsyncDelivery(Delivery):
 
     async def aclose(self) -> None:
         self.closed = True
+        if self.run.foreign:
+            return
         await self._finish()
         self._kick()
 
@@ -247,6 +263,7 @@ class SyncDelivery(Delivery):
             queue.Empty: The time is over; the batch comes with a later call.
         """
         asked = perf_counter()
+        self._check_process()
         if self._lazy or self._queue.empty():  # a batch that lies there may be another thread's, which asked for it
             self._report(waits=True)
         item = self._queue.get(timeout=timeout)
@@ -288,6 +305,8 @@ class SyncDelivery(Delivery):
 
     def close(self) -> None:
         self.closed = True
+        if self.run.foreign:
+            return
         self.run.leave()
         if self._own_loop is not None:
             self._own_loop.join()
@@ -315,6 +334,11 @@ class Batches(Iterator[T_co]):
         self._starting = threading.RLock()  # a signal handler may close the iterator while its thread is in here
         self._receive: Receive | None = None
         self._closed = False
+        tell_of_fork(self)
+
+    def _forked(self) -> None:
+        """See `Forkable`."""
+        self._starting = threading.RLock()
 
     def __iter__(self) -> "Batches[T_co]":
         return self

@@ -7,7 +7,6 @@ all loops and threads in bounded time.
 
 import asyncio
 import atexit
-import os
 import threading
 from collections.abc import Callable, Coroutine
 from time import monotonic
@@ -17,17 +16,19 @@ from weakref import WeakSet
 from aioloader.engine.run import CLOSE_SECONDS
 from aioloader.executors.processes.host import end_all_processes, forget_all_processes
 from aioloader.executors.threads import call_loop, end_all_threads, forget_all_threads
+from aioloader.forks import after_fork_in_child
+
+try:
+    import uvloop
+except ImportError:
+    uvloop = None
 
 __all__ = ["LoopThread", "new_event_loop", "process_ends"]
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """A loop of uvloop when it is installed, else of asyncio."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+    return asyncio.new_event_loop() if uvloop is None else uvloop.new_event_loop()
 
 
 class LoopThread:
@@ -136,8 +137,7 @@ def _forget_after_fork() -> None:
     forget_all_processes()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forget_after_fork)
+after_fork_in_child(_forget_after_fork)
 
 
 @atexit.register

@@ -9,15 +9,22 @@ from contextvars import Context, copy_context
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-import anyio
+import anyio._backends._asyncio
+from anyio import move_on_after
 
 from aioloader.engine.progress import Progress
 from aioloader.executors.threads import TakesJobs, Threads, call_loop
+from aioloader.forks import tell_of_fork
 from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
     from aioloader.engine.located import RunEnd
     from aioloader.engine.window import Window
+
+# What closing needs is imported by now. anyio would import its backend when it is first used: by a thread, in the middle
+# of which a fork would leave the import locked in the child; or after a Ctrl-C, and CPython forgets that it is to die of
+# SIGINT when code is made of a string, as some modules do when they are imported.
+assert anyio._backends._asyncio
 
 __all__ = ["CLOSE_SECONDS", "Run"]
 
@@ -75,6 +82,7 @@ class Run:
         self.shared: dict[object, RunEnd] = {}  # see `Access.shared`
         self.left = True  # the consumer takes no more once this run is over; False where it has a queue of its own
         self.given_back = False  # sources were told so, and took back what it had not had: it gets that no more
+        self.foreign = False  # this is a forked child, and it lives in the parent
         self._over = False
         self._settling = threading.RLock()  # finalizers come here
         self.loop: asyncio.AbstractEventLoop
@@ -85,6 +93,7 @@ class Run:
         self._pending: deque[Callable[[], None]] = deque()
         self._drain_scheduled = False
         self._stop: asyncio.Future[None]
+        tell_of_fork(self)
 
     # -- for nodes ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +188,7 @@ class Run:
 
     async def closing(self, close: Callable[[], Awaitable[object]]) -> None:
         """Await the end of something of the user's, even when cancelled, but not for ever."""
-        with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+        with move_on_after(CLOSE_SECONDS, shield=True) as scope:
             await close()
         if scope.cancelled_caught:
             _warn_late(f"{close!r} did not return")
@@ -241,9 +250,15 @@ class Run:
 
     def leave(self) -> None:
         """The consumer takes no more: end the run, from any thread."""
+        if self.foreign:
+            return
         self.left = True
         self._settle()
         call_loop(self.loop, self.request_stop)
+
+    def _forked(self) -> None:
+        """See `Forkable`."""
+        self.foreign = True
 
     def drained(self) -> None:
         """The consumer has had all there was in its queue after the run was over."""

@@ -197,7 +197,9 @@ def end_all_threads(deadline: float) -> None:
 
 def forget_all_threads() -> None:
     """In a forked child, where none of them lives."""
+    global _intraop_lock
     _pools.clear()
+    _intraop_lock = threading.Lock()
 
 
 _intraop_lock = threading.Lock()

@@ -2,7 +2,6 @@
 
 import contextlib
 import mmap
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 
+from aioloader.forks import tell_of_fork
 from aioloader.memory.lease import lease, tensor_over
 
 __all__ = ["IDLE_ALLOCATIONS", "SMALLEST_BYTES", "BatchMemory"]
@@ -52,7 +52,7 @@ class BatchMemory:
 
     def __init__(self) -> None:
         self._begin()
-        _memories.add(self)
+        tell_of_fork(self)
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
@@ -61,6 +61,10 @@ class BatchMemory:
         self._alive: WeakSet[mmap.mmap] = WeakSet()
         self._allocations = 0
         self._made = 0
+
+    def _forked(self) -> None:
+        """See `Forkable`."""
+        self._begin()
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised, contiguous CPU tensor; of any thread.
@@ -202,16 +206,3 @@ def _map(size: int) -> mmap.mmap | None:
         with contextlib.suppress(OSError):  # a kernel that has none
             block.madvise(mmap.MADV_HUGEPAGE)
     return block
-
-
-_memories: WeakSet[BatchMemory] = WeakSet()
-
-
-def _begin_after_fork() -> None:
-    """The lock may be held by a thread that does not live in the child."""
-    for memory in list(_memories):
-        memory._begin()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_begin_after_fork)

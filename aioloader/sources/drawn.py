@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import Origin, Redrawn, is_stateful
+from aioloader.forks import after_fork_in_child
 from aioloader.notes import shown
 from aioloader.seeds import derive_seed
 
@@ -50,7 +51,13 @@ _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _FIXED: Final = (SequentialSampler, DistributedSampler)
 
 
-_drawing: Final = threading.Lock()
+_drawing = threading.Lock()
+
+
+@after_fork_in_child
+def _draw_anew() -> None:
+    global _drawing
+    _drawing = threading.Lock()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+try:  # now and not when it is needed: a fork in the middle of an import by a thread leaves it half done in the child
+    import cloudpickle
+except ImportError:
+    cloudpickle = None
+
 __all__ = ["SMALL_BYTES", "Connection", "Message", "array_type", "can_pickle_by_value", "decode", "encode"]
 
 SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays inside the pickle
@@ -52,11 +57,7 @@ def decode(stream: Any, buffers: Sequence[Any] = ()) -> Any:
 
 def can_pickle_by_value() -> bool:
     """Whether cloudpickle is there."""
-    try:
-        import cloudpickle  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return cloudpickle is not None
 
 
 @cache
@@ -65,8 +66,6 @@ def _pickler() -> Any:
     base: Any = pickle.Pickler
     otherwise: Callable[[Any, Any], Any] | None = None
     if can_pickle_by_value():
-        import cloudpickle
-
         base = cloudpickle.Pickler
         otherwise = base.reducer_override
 
@@ -93,8 +92,6 @@ def _by_value_if_need_be(name: str) -> None:
     That is so for modules that were made by hand (of code that was `exec`uted), and for `__mp_main__`: what the user's
     script is called in a process that multiprocessing has spawned, for instance by torch's `mp.spawn`.
     """
-    import cloudpickle
-
     module = sys.modules.get(name)
     if module is None or "." in name or name == "__main__" or name in cloudpickle.list_registry_pickle_by_value():
         return  # what has a dot belongs to a package; those of torch have parts that look like made by hand
