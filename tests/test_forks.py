@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 PREAMBLE = """
 import asyncio, os, signal, sys, tempfile, threading, traceback, warnings
 warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # Python 3.12: that is the point
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # that is the point
 import torch
 from aioloader import DataLoader, Pipeline
 

@@ -19,16 +19,11 @@ from aioloader.executors.threads import call_loop, end_all_threads, forget_all_t
 from aioloader.forks import after_fork_in_child
 
 try:
-    import uvloop
+    from uvloop import new_event_loop
 except ImportError:
-    uvloop = None
+    from asyncio import new_event_loop  # type: ignore[assignment]
 
 __all__ = ["LoopThread", "new_event_loop", "process_ends"]
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A loop of uvloop when it is installed, else of asyncio."""
-    return asyncio.new_event_loop() if uvloop is None else uvloop.new_event_loop()
 
 
 class LoopThread:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from aioloader.engine.located import RunEnd
     from aioloader.engine.window import Window
 
-# What closing needs is imported by now. anyio would import its backend when it is first used: by a thread, in the middle
-# of which a fork would leave the import locked in the child; or after a Ctrl-C, and CPython forgets that it is to die of
-# SIGINT when code is made of a string, as some modules do when they are imported.
-assert anyio._backends._asyncio
+BACKEND: Final = anyio._backends._asyncio
+"""What closing needs is imported by now. anyio imports its backend when it is first used: that may be in a thread, and
+a fork meanwhile would leave the import locked in the child; or after a Ctrl-C, and CPython forgets that it is to die of
+SIGINT when code is made of strings, as some modules do when they are imported."""
 
 __all__ = ["CLOSE_SECONDS", "Run"]
 
