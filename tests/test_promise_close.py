@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import tempfile
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -756,6 +758,14 @@ class BadStream(IterableDataset[int]):
         return bad_source()
 
 
+def with_a_cache_that_is_a_file() -> Pipeline:
+    """Something else takes the place of its directory before it is opened."""
+    place = Path(tempfile.mkdtemp()) / "cache"
+    loader = Pipeline(range(1000)).cache(disk=place).batch(4)
+    place.touch()
+    return loader
+
+
 FAILING: dict[str, Callable[[], Any]] = {
     "map": lambda: Pipeline(range(1000)).map(bad),
     "map, batch": lambda: Pipeline(range(1000)).map(bad).batch(4),
@@ -769,7 +779,7 @@ FAILING: dict[str, Callable[[], Any]] = {
     "flat_map": lambda: Pipeline(range(1000)).flat_map(bad_items).batch(4),
     "zip": lambda: Pipeline.zip(Pipeline(range(1000)).map(bad), Pipeline(range(1000))).batch(4),
     "cache": lambda: Pipeline(range(1000)).map(bad).cache(memory_bytes=1000).batch(4),
-    "a cache that cannot be opened": lambda: Pipeline(range(1000)).cache(disk="/dev/null/here").batch(4),
+    "a cache that cannot be opened": with_a_cache_that_is_a_file,
     "DataLoader": lambda: DataLoader(Made(1000, bad), batch_size=4, num_workers=2),
     "DataLoader, many at once": lambda: DataLoader(MadeInBulk(1000, bad), batch_size=4, num_workers=2),
     "DataLoader, async": lambda: DataLoader(AsyncMade(1000, bad), batch_size=4),
