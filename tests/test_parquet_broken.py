@@ -204,7 +204,7 @@ WRONG: Final[dict[str, tuple[dict[_thrift.Place, Number], str]]] = {
     "nothing compressed": ({COMPRESSED: always(0)}, "'id' of row group 1 has bytes "),
     "more than the file": ({COMPRESSED: always(1 << 40)}, "and those of the file's data are 4 to "),
     "more than 64 bits": ({COMPRESSED: always((1 << 63) - 1)}, "and those of the file's data are 4 to "),
-    "into the next": ({COMPRESSED: plus(1)}, "and another begins at "),
+    "into the next": ({COMPRESSED: plus(150)}, "and another begins at "),
     "page below zero": ({DICTIONARY_PAGE: always(0), DATA_PAGE: always(-100)}, "has bytes -100 to "),
     "page after the end": ({DICTIONARY_PAGE: always(0), DATA_PAGE: always(1 << 50)}, f"has bytes {1 << 50} to "),
     "page of another": ({DICTIONARY_PAGE: always(4)}, "one chunk is at bytes 4 to "),

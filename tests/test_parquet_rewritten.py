@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
-from aioloader.sources import ParquetRows, parquet
-from aioloader.sources.parquet_footer import read_end
+from aioloader.sources import ParquetRows, parquet, parquet_footer
 from tests._servers import HttpServer
 from tests._support import Face, Steps, on_both_faces
 
@@ -124,14 +123,33 @@ def test_a_file_that_changes_between_its_footer_and_its_rows(tmp_path: Path, mon
     """Not one row of it comes."""
     path = tmp_path / "a.parquet"
     write(path, content(1))
-    read_footer = read_end
+    read_end = parquet_footer.read_end
 
     def read_and_replace(*args: Any) -> Any:
-        found = read_footer(*args)
+        found = read_end(*args)
         replace(path, content(2))
         return found
 
     monkeypatch.setattr(parquet, "read_end", read_and_replace)
+    with Steps(Pipeline(ParquetRows(path)), "for") as steps:
+        (error,) = steps.outcomes()
+    assert "another file has taken its place. Its rows from 0 on" in str(error)
+
+
+@pytest.mark.parametrize("change", [replace, remove])
+def test_a_file_that_changes_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path, bytes], None]
+) -> None:
+    """The same, once."""
+    path = tmp_path / "a.parquet"
+    write(path, content(1))
+    open_file = pa.OSFile
+
+    def change_and_open(name: str) -> Any:
+        change(path, content(2))
+        return open_file(name)
+
+    monkeypatch.setattr(pa, "OSFile", change_and_open)
     with Steps(Pipeline(ParquetRows(path)), "for") as steps:
         (error,) = steps.outcomes()
     assert "another file has taken its place. Its rows from 0 on" in str(error)

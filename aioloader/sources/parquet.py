@@ -47,13 +47,15 @@ class ParquetRows(CursorSource):
     """The rows of Parquet files, in order, as dictionaries; or batches of columns, most of them tensors.
 
     Row groups are read ahead in threads. A file that cannot be read raises at its place, a broken row group at its
-    place, and what comes after it goes on. All files must have the columns of the first, of the same types.
+    place, a row with a value that Python cannot hold at its place, and what comes after it goes on. All files must have
+    the columns of the first, of types that are the same in Python, or that fit into its tensors. A file that is
+    rewritten while it is read, or before a resume, is an error.
 
     With `batch_rows`, a sample is a dictionary of columns, made without Python objects per row. Numbers, bools,
     fixed-size lists of them and fixed-shape tensors become tensors, rows first; other columns become lists. A null is
     None in a list and NaN in a tensor of floats; in any other tensor it is an error, at the place of its batch.
     Batches run over the borders of row groups and files, so that all have `batch_rows` rows, except the last one and
-    one before a file that cannot be read. A tensor may lie in memory of arrow, which it keeps: about 4 MB, however
+    one before something that cannot be read. A tensor may lie in memory of arrow, which it keeps: about 4 MB, however
     small the batch.
 
     Cursor: file, row group, the row in it, and the checksum of the file's footer.
@@ -396,6 +398,9 @@ class _Reading:
     def _next_piece(self) -> Any:
         """Of the row group, a record batch of rows that are wanted; None: there may be more."""
         footer, group = self._footer, self._group
+        if self._row == footer.starts[group + 1]:
+            self._next_group()
+            return None
         if self._file is None:
             self._file = self._open()
         if self._batches is None:
@@ -403,11 +408,7 @@ class _Reading:
             self._batches = self._file.iter_batches(footer.piece_rows, row_groups=[group], columns=footer.schema.names)
         piece = next(self._batches, None)
         if piece is None:
-            missing = footer.starts[group + 1] - self._at
-            if missing:
-                raise BrokenDataError(f"{missing} rows fewer came than its footer promises")
-            self._next_group()
-            return None
+            raise BrokenDataError(f"{footer.starts[group + 1] - self._at} rows fewer came than the footer promises")
         behind = max(0, self._row - self._at)  # rows that are not wanted: reading goes on in the middle of a row group
         self._at += piece.num_rows
         if behind >= piece.num_rows:

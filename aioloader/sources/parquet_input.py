@@ -13,6 +13,9 @@ import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from io import FileIO
 from operator import itemgetter
 from stat import S_ISDIR, S_ISREG
 from typing import Any, Final
@@ -20,6 +23,8 @@ from typing import Any, Final
 from aioloader.errors import BrokenDataError
 
 __all__ = ["Input", "open_input", "rewritten"]
+
+REPLACED: Final = "another file has taken its place"
 
 HOLE_BYTES: Final = 64 << 10
 """Column chunks of an object with no more than this in between are fetched together: two requests would take longer."""
@@ -89,9 +94,9 @@ def open_input(path: str, store: Any, version: Any = None) -> Input:
 
 
 class _File(Input):
-    def __init__(self, path: str) -> None:
-        import pyarrow as pa
+    """Opened twice: by Python, which says what it is, and by pyarrow, which reads it without the GIL."""
 
+    def __init__(self, path: str) -> None:
         mode = os.stat(path).st_mode  # noqa: PTH116 - FileNotFoundError where there is nothing, in Python's words
         if S_ISDIR(mode):
             error = IsADirectoryError(errno.EISDIR, "Is a directory", path)
@@ -99,30 +104,43 @@ class _File(Input):
             raise error
         if not S_ISREG(mode):  # opening a pipe would wait until somebody writes into it
             raise OSError(errno.ESPIPE, "a Parquet file is read from its end, and this is no regular file", path)
-        self.file = pa.OSFile(path)
-        self.version = self._version()
+        self._path = path
+        self._raw = FileIO(path)
+        self._replaced = False
+        self.version = _version(os.fstat(self._raw.fileno()))
         self.size = self.version[2]
 
-    def _version(self) -> tuple[int, int, int, int]:
-        status = os.fstat(self.file.fileno())
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    @cached_property
+    def file(self) -> Any:
+        import pyarrow as pa
+
+        with suppress(FileNotFoundError):
+            file = pa.OSFile(self._path)
+            if _version(os.stat(self._path))[:2] == self.version[:2]:  # noqa: PTH116
+                return file
+        self._replaced = True
+        raise rewritten(self._path, REPLACED)
 
     def range(self, start: int, stop: int) -> Any:
-        self.file.seek(start)
-        return self.file.read(stop - start)
+        self._raw.seek(start)
+        return self._raw.read(stop - start)
 
     def change(self, version: Any) -> str | None:
-        now = self._version()
-        if now == version:
-            return None
-        if now[:2] != version[:2]:
-            return "another file has taken its place"
+        now = _version(os.fstat(self._raw.fileno()))
+        if self._replaced or now[:2] != version[:2]:
+            return REPLACED
         if now[2] != version[2]:
             return f"it had {version[2]} bytes, and has {now[2]} now"
-        return "it was written to"
+        return None if now == version else "it was written to"
 
     def close(self) -> None:
-        self.file.close()
+        self._raw.close()
+        if "file" in vars(self):
+            self.file.close()
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class _Object(Input):
