@@ -161,7 +161,7 @@ class Steps:
                 found.append(self.next())
             except StopIteration:
                 return found
-            except Exception as error:
+            except (Exception, KeyboardInterrupt, SystemExit) as error:
                 found.append(error)
         pytest.fail(f"the epoch does not end: {found[:10]} ...")
 

@@ -2,10 +2,14 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -17,6 +21,73 @@ class RefusedError(Exception):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code}: {text}")
         self.code = code
+
+
+class BusyError(OSError):
+    """Holds what cannot be pickled, and its constructor takes something else than its `args`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(11, "busy", path)
+        self.tries = 3
+        self.lock = threading.Lock()
+        self.log = Path(os.devnull).open("wb")  # noqa: SIM115 - of an exception, which nobody closes
+
+    def __del__(self) -> None:
+        if hasattr(self, "log"):
+            self.log.close()
+
+
+class GroupOfTwoError(ExceptionGroup[Exception]):
+    """A group that is made in a way of its own."""
+
+    def __new__(cls, left: Exception, right: Exception) -> "GroupOfTwoError":
+        return super().__new__(cls, "two", [left, right])
+
+    def __init__(self, left: Exception, right: Exception) -> None:
+        self.names = (type(left).__name__, type(right).__name__)
+
+
+def http_error() -> HTTPError:
+    """As `urlopen` raises it, with the connection that its body would come from."""
+    headers = Message()
+    headers["Retry-After"] = "3"
+    here, there = socket.socketpair()
+    there.close()
+    with here:
+        return HTTPError("http://host/key", 503, "Busy", headers, here.makefile("rb"))
+
+
+def fails_in_many_ways(sample: int) -> int:
+    """For samples 0 to 6 there is an exception that plain pickle does not take, each of another kind."""
+    match sample:
+        case 0:
+            raise http_error()
+        case 1:
+            raise BusyError("file")
+        case 2:
+            raise GroupOfTwoError(RefusedError(2, "refused"), ExceptionGroup("inner", [http_error()]))
+        case 3:
+            try:
+                raise BusyError("cause")
+            except BusyError as error:
+                raise RefusedError(3, "refused") from error
+        case 4:
+            error = ValueError("mine", threading.Lock())
+            error.add_note("a note")
+            raise error
+        case 5:
+            raise KeyboardInterrupt
+        case 6:
+            raise SystemExit(3)
+    return sample
+
+
+class FailsInManyWays(Dataset[int]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return fails_in_many_ways(index)
 
 
 def double(sample: Any) -> Any:

@@ -3,20 +3,25 @@
 import asyncio
 import contextlib
 import gc
+import multiprocessing
+import operator
 import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import psutil
 import pytest
 import torch
 
-from aioloader import LoaderClosedError, Pipeline, WorkerDiedError
+from aioloader import DataLoader, LoaderClosedError, Pipeline, WorkerDiedError
 from aioloader.executors.processes.host import Processes
 from tests import _work
 from tests._support import Face, Steps, collect, notes, on_both_faces
@@ -29,6 +34,7 @@ def pipeline(n: int, fn: Any, concurrency: int = 2) -> Pipeline:
 @pytest.fixture(scope="module", autouse=True)
 def zygote() -> Iterator[None]:
     """The process that workers are forked from: made once, for it takes seconds to import torch."""
+    resource_tracker.ensure_running()  # of multiprocessing; it stays
     with pipeline(1, _work.double, 1) as keeper:
         assert list(keeper) == [0]
         yield
@@ -136,14 +142,102 @@ def test_an_exception_that_plain_pickle_cannot_make_keeps_its_type() -> None:
     assert caught.value.code == 0
 
 
-def test_an_exception_that_cannot_travel_is_told_in_words() -> None:
+WAYS: dict[str, Callable[[], Any]] = {
+    "executor": lambda: pipeline(8, _work.fails_in_many_ways),
+    "DataLoader": lambda: DataLoader(
+        _work.FailsInManyWays(), batch_size=1, num_workers=2, worker_type="process", collate_fn=operator.itemgetter(0)
+    ),
+    "in_process": lambda: Pipeline(range(8)).map(_work.fails_in_many_ways, concurrency=2).in_process(),
+    "in_process, with processes": lambda: pipeline(8, _work.fails_in_many_ways).in_process(),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("way", WAYS)
+def test_exceptions_that_plain_pickle_does_not_take_arrive_as_they_are(way: str, face: Face) -> None:
+    """Each at its place and of its own type; what cannot be pickled stays behind, and a note says so."""
+    with WAYS[way]() as loader, Steps(loader, face) as steps:
+        check_failures(steps.outcomes())
+
+
+def test_nor_do_they_break_an_executor_of_the_users() -> None:
+    """Where one of them cannot be unpickled, the pool is broken for good."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        loader = Pipeline(range(8)).map(_work.fails_in_many_ways, executor=pool, concurrency=1)
+        with loader, Steps(loader, "for") as steps:
+            check_failures(steps.outcomes())
+
+
+def check_failures(outcomes: list[Any]) -> None:
+    """They are those of `_work.fails_in_many_ways`."""
+    http, busy, group, refused, plain, interrupt, leave, last = outcomes
+    assert last == 7
+    for error in (http, busy, group, refused, plain, interrupt, leave):
+        assert "Traceback (most recent call last):" in notes(error)
+        assert "fails_in_many_ways" in notes(error)
+
+    check_http(http)
+    assert "left behind, since it cannot be pickled: fp, file" in notes(http)
+
+    check_busy(busy, "file")
+    assert "left behind, since it cannot be pickled: lock, log" in notes(busy)
+
+    assert type(group) is _work.GroupOfTwoError
+    assert (group.message, group.names) == ("two", ("RefusedError", "ExceptionGroup"))
+    left, inner = group.exceptions
+    assert type(left) is _work.RefusedError
+    check_http(inner.exceptions[0])
+
+    assert type(refused) is _work.RefusedError
+    assert refused.code == 3
+    assert refused.__suppress_context__
+    check_busy(refused.__cause__, "cause")
+
+    assert type(plain) is ValueError
+    assert plain.args[0] == "mine"
+    assert "lock" in plain.args[1]
+    assert plain.__notes__[0] == "a note"
+
+    assert type(interrupt) is KeyboardInterrupt
+    assert type(leave) is SystemExit
+    assert leave.code == 3
+
+
+def check_http(error: Any) -> None:
+    """It is the one of `_work`; its body stayed with the connection."""
+    assert type(error) is HTTPError
+    assert (error.code, error.reason, error.url, error.filename) == (503, "Busy", "http://host/key", "http://host/key")
+    assert error.headers["Retry-After"] == "3"
+    assert str(error) == "HTTP Error 503: Busy"
+    assert error.read() == b""
+    assert not hasattr(error, "nothing")
+    error.close()
+
+
+def check_busy(error: Any, path: str) -> None:
+    """It is the one of `_work`."""
+    assert type(error) is _work.BusyError
+    assert (error.errno, error.strerror, error.filename, error.tries) == (11, "busy", path, 3)
+    assert not hasattr(error, "lock")
+    assert not hasattr(error, "log")
+
+
+def test_an_exception_whose_class_stays_behind_is_told_in_words() -> None:
+    """A class that no pickle takes: the words, the notes and the traceback are there all the same."""
+
+    lock = threading.Lock
+
     def fail(sample: int) -> None:
-        error = ValueError("mine")
-        error.lock = threading.Lock()  # type: ignore[attr-defined]
+        class Local(ValueError):
+            nothing_picklable = lock()
+
+        error = Local("mine")
+        error.add_note("a note")
         raise error
 
-    with pipeline(1, fail) as loader, pytest.raises(RuntimeError, match="ValueError: mine") as caught:
+    with pipeline(1, fail) as loader, pytest.raises(RuntimeError, match="Local: mine") as caught:
         list(loader)
+    assert "a note" in notes(caught.value)
     assert "raise error" in notes(caught.value)
 
 

@@ -107,7 +107,7 @@ class ManyStep(ThreadStep):
         began = perf_counter()
         try:
             loaded = list(self._many(keys))
-        except Exception:  # it comes again when they are loaded one by one
+        except BaseException:  # it comes again when they are loaded one by one
             return None
         finally:
             if several.asked:

@@ -518,7 +518,7 @@ class FlatMapNode(_Pump):
                 meter.samples = self._position
                 meter.busy_seconds = before_seconds + reader.busy_seconds
                 del items, item
-        except (Exception, SystemExit) as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             if offset >= skipped:
                 failed = Entry(None, (before, 0 if self._forgets else offset + 1), sample.key, sample.position)
                 self._position += 1

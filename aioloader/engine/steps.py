@@ -271,9 +271,7 @@ class AsyncStep(Step):
                     me.uncancel()
                 self._fail(entry, cancelled, meter.name)
                 del cancelled
-            except KeyboardInterrupt:  # it is not about this sample: it ends the loop
-                raise
-            except BaseException as error:
+            except BaseException as error:  # what ends a program, too, is the consumer's; here it would end the loop
                 self._fail(entry, error, meter.name)
             else:
                 if dropped:

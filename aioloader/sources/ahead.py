@@ -27,7 +27,7 @@ class Ahead(EntryReader):
         self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists)  # None: the end
         self._current: list[Entry] = []
         self._next = 0  # in `current`
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._ended = False
         access.spawn(self._read_ahead)
 
@@ -38,7 +38,7 @@ class Ahead(EntryReader):
                     if entries:
                         await self._lists.put(entries)
                     del entries  # it is the consumer's now
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which is for this task
             self._error = error
         await self._lists.put(None)
 

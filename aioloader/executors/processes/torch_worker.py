@@ -90,7 +90,7 @@ class FetchNext:
         self._reads_again = True
         try:
             for number in range(given):
-                with suppress(Exception):  # it was raised in its time
+                with suppress(BaseException):  # it was raised in its time
                     if self._next(epoch) is EXHAUSTED:
                         return number
         finally:
