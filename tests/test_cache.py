@@ -487,11 +487,11 @@ def _each(steps: Steps) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("pipeline", "what"),
     [
-        (Pipeline(Stream(5)).shuffle(3), r"behind shuffle\(3\)"),
-        (Pipeline(range(5)).shuffle().batch(2), r"behind shuffle\(\)"),
-        (Pipeline(Stream(5)).map(str, ordered=False), r"behind map\(str\)"),
-        (Pipeline.merge([1], [2]), r"behind merge\(\)"),
-        (Pipeline.mix([[1], [2]], [1, 1]), r"behind mix\(\)"),
+        (Pipeline(Stream(5)).shuffle(3), r"after shuffle\(3\)"),
+        (Pipeline(range(5)).shuffle().batch(2), r"after shuffle\(\)"),
+        (Pipeline(Stream(5)).map(str, ordered=False), r"after map\(str\)"),
+        (Pipeline.merge([1], [2]), r"after merge\(\)"),
+        (Pipeline.mix([[1], [2]], [1, 1]), r"after mix\(\)"),
         (Pipeline(range(5), sampler=[1, 2]).batch(2), "the sampler"),
     ],
 )
@@ -963,12 +963,11 @@ LOSES = """
     from pathlib import Path
 
     from aioloader import Pipeline
-    from tests.test_cache import make_tensor
 
-    loader = Pipeline(range(1000)).map(make_tensor).cache(disk=sys.argv[1]).batch(10)
+    loader = Pipeline(range(1000)).map(float).cache(disk=sys.argv[1]).batch(10)
     for epoch in range(6):
         for number, batch in enumerate(loader):
-            assert batch[:, 0].tolist() == [10.0 * number + place for place in range(10)], batch
+            assert batch.tolist() == [10.0 * number + place for place in range(10)], batch
             if number == 10 * epoch:
                 for path in sorted(Path(sys.argv[1]).glob("*.samples"))[: epoch + 1]:
                     with suppress(FileNotFoundError):  # another process was faster
@@ -979,7 +978,7 @@ LOSES = """
 def test_processes_that_lose_each_others_files(tmp_path: Path) -> None:
     """Ranks that share a directory, in which each breaks and deletes what is there: all get their samples."""
     with contextlib.ExitStack() as stack:
-        for child in [stack.enter_context(Child(LOSES, str(tmp_path / "c"))) for _ in range(3)]:
+        for child in [stack.enter_context(Child(LOSES, str(tmp_path / "c"))) for _ in range(2)]:
             code, _, err = child.finish()
             assert code == 0, err
 
