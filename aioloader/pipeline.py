@@ -175,8 +175,9 @@ class Pipeline(Loader):
 
         `filter` looks at a sample as soon as it is there; this looks when what stands behind takes it: before `batch`
         when the sample is put into a batch, and once more just before that batch is collated (which may make it
-        shorter); as the last stage at the moment of the consumer's `next()`. Batches made ahead are not looked at
-        again: put another `drop_if` behind `batch`, or use `prefetch(0)`.
+        shorter); before `map` and others when these take it, ahead of the batch, and never at what they make of it; as
+        the last stage at the moment of the consumer's `next()`. Batches made ahead are not looked at again: put another
+        `drop_if` behind `batch`, or use `prefetch(0)`.
 
         ```python
         def stale(sample):
@@ -187,7 +188,7 @@ class Pipeline(Loader):
         ```
 
         Args:
-            fn: A quick sync function; it runs in a thread, and twice for most samples.
+            fn: A quick sync function; it runs in a thread, and right before `batch` twice for most samples.
         """
         check_callable("fn", fn, arguments=1, example="drop_if(stale)")
         if is_async_callable(fn):
@@ -438,17 +439,25 @@ class Pipeline(Loader):
 
     @staticmethod
     def merge(*sources: Any) -> "Pipeline":
-        """Samples of all sources, as they come. Ends when all have ended."""
+        """Samples of all sources, as they come. Ends when all have ended.
+
+        When a source fails, its error is raised once, and the others go on; a resume tries it again.
+        """
         return Pipeline._of(Plan(Combined("merge", _plans("merge", sources))))
 
     @staticmethod
     def interleave(*sources: Any) -> "Pipeline":
-        """One sample of each source in turn, the first source's first; goes on with the others when one ends."""
+        """One sample of each source in turn, the first source's first; goes on with the others when one ends.
+
+        When a source fails, its error is raised in its turn, and the others go on; a resume tries it again.
+        """
         return Pipeline._of(Plan(Combined("interleave", _plans("interleave", sources))))
 
     @staticmethod
     def mix(sources: Sequence[Any], weights: Sequence[float], *, seed: int = 0) -> "Pipeline":
         """Samples of several sources, each drawn by weight; goes on with the others when one ends.
+
+        When a source fails, its error is raised where it is drawn, and the others go on; a resume tries it again.
 
         Args:
             sources: Anything that `Pipeline` takes.
@@ -465,7 +474,7 @@ class Pipeline(Loader):
 
     @staticmethod
     def zip(*sources: Any) -> "Pipeline":
-        """Tuples with one sample of each source; ends with the shortest."""
+        """Tuples with one sample of each source; ends with the shortest, and when one fails."""
         return Pipeline._of(Plan(Combined("zip", _plans("zip", sources))))
 
     # -- what a loader is --------------------------------------------------------------------------------------------

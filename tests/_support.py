@@ -153,16 +153,18 @@ class Steps:
                 break
         return batches
 
-    def outcomes(self) -> list[Any]:
-        """All that is to come: batches, and the exceptions that were raised in their places."""
+    def outcomes(self, limit: int = 1000) -> list[Any]:
+        """All that is to come, or the next `limit`: batches, and the exceptions that were raised in their places."""
         found: list[Any] = []
-        while len(found) < 1000:
+        while len(found) < limit:
             try:
                 found.append(self.next())
             except StopIteration:
                 return found
             except (Exception, KeyboardInterrupt, SystemExit) as error:
                 found.append(error)
+        if limit < 1000:
+            return found
         pytest.fail(f"the epoch does not end: {found[:10]} ...")
 
 

@@ -161,6 +161,144 @@ def test_errors_are_not_kept(cached: Cached) -> None:
     assert cache_stats(loader) == (8, 2)
 
 
+class Server:
+    """Answers, but for some requests while it is down."""
+
+    def __init__(self, path: Path) -> None:
+        self._down = path  # a file, so that worker processes see it too
+        path.touch()
+
+    def up(self) -> None:
+        self._down.unlink()
+
+    def get(self, key: int) -> int | None:
+        """None: it is given up, as in the guide."""
+        return None if key in (0, 3, 8) and self._down.exists() else key
+
+    async def get_async(self, key: int) -> int | None:
+        return self.get(key)
+
+    def parts(self, key: int) -> list[tuple[int, int]]:
+        """Raises while it is down."""
+        if self.get(key) is None:
+            raise OSError(f"no {key}")
+        return [(key, 0), (key, 1)]
+
+    def is_even(self, key: int) -> bool:
+        """Likewise."""
+        return self.parts(key)[0][0] % 2 == 0
+
+    async def is_even_async(self, key: int) -> bool:
+        return self.is_even(key)
+
+
+def is_there(sample: Any) -> bool:
+    return sample is not None
+
+
+def pairs(sample: int) -> list[tuple[int, int]]:
+    return [(sample, 0), (sample, 1)]
+
+
+GIVEN_UP: dict[str, Callable[[Server, Cached], Pipeline]] = {
+    "async": lambda server, cached: cached(Pipeline(range(9)).map(server.get_async).filter(is_there)),
+    "sync": lambda server, cached: cached(Pipeline(range(9)).map(server.get).filter(is_there)),
+    "shuffled": lambda server, cached: cached(Pipeline(range(9)).shuffle().map(server.get).filter(is_there)),
+    "filter behind": lambda server, cached: cached(Pipeline(range(9)).map(server.get_async)).filter(is_there),
+    "stream": lambda server, cached: cached(Pipeline(Stream(9)).map(server.get_async).filter(is_there)),
+    "stream, filter behind": lambda server, cached: cached(Pipeline(Stream(9)).map(server.get)).filter(is_there),
+    "batches": lambda server, cached: cached(
+        Pipeline(range(9)).map(server.get).filter(is_there).batch(2, collate_fn=list)
+    ).unbatch(),
+    "processes": lambda server, cached: cached(
+        Pipeline(range(9)).map(server.get, executor="process", concurrency=1).filter(is_there)
+    ),
+    "a process of its own": lambda server, cached: cached(
+        Pipeline(range(9)).map(server.get).filter(is_there).in_process()
+    ),
+    "one part": lambda server, cached: cached(
+        Pipeline.interleave(Pipeline(range(5)).map(server.get).filter(is_there), range(5, 8), [8])
+    ),
+    "rounds": lambda server, cached: cached(
+        Pipeline(range(9)).map(server.get).filter(is_there).repeat(2).enumerate().map(tuple)
+    ),
+}
+
+
+@pytest.mark.parametrize("pipeline", GIVEN_UP)
+def test_what_came_to_nothing_is_tried_again(tmp_path: Path, cached: Cached, pipeline: str) -> None:
+    """Neither None is kept, nor that a filter refused it, nor what stands in another place because of it."""
+    server = Server(tmp_path / "down")
+    loader = GIVEN_UP[pipeline](server, cached)
+    with loader:
+        down = list(loader)
+        server.up()
+        whole = [list(loader) for _ in range(3)]
+    with GIVEN_UP[pipeline](server, lambda pipeline: pipeline) as uncached:
+        expected = list(uncached)
+    assert len(down) < len(expected)
+    for epoch in whole:
+        assert sorted(epoch) == sorted(expected)
+    if pipeline != "shuffled":
+        assert whole == [expected] * 3
+    assert cache_stats(loader)[1] == 0  # and now all of it is kept
+
+
+FAILED: dict[str, Callable[[Server, Cached], Pipeline]] = {
+    "flat_map": lambda server, cached: cached(Pipeline(Stream(9)).flat_map(server.parts)),
+    "flat_map of a failed sample": lambda server, cached: cached(
+        Pipeline(range(9)).map(server.parts).flat_map(lambda parts: parts)
+    ),
+    "filter": lambda server, cached: cached(Pipeline(Stream(9)).filter(server.is_even)),
+    "async filter": lambda server, cached: cached(Pipeline(Stream(9)).filter(server.is_even_async)),
+    "filter of a failed sample": lambda server, cached: cached(
+        Pipeline(Stream(9)).map(server.parts).filter(lambda parts: parts[0][0] != 3)
+    ),
+    "unbatch": lambda server, cached: cached(Pipeline(Stream(9)).map(server.parts).batch(2, collate_fn=list).unbatch()),
+    "one part": lambda server, cached: cached(
+        Pipeline.interleave(Pipeline(Stream(4)).flat_map(server.parts), Pipeline(Stream(9)).flat_map(pairs))
+    ),
+    "one source": lambda server, cached: cached(
+        Pipeline.interleave(lambda: map(server.parts, range(4)), Pipeline(Stream(9)).map(pairs))
+    ),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("pipeline", FAILED)
+def test_what_a_failure_has_moved_is_not_kept(tmp_path: Path, cached: Cached, pipeline: str, face: Face) -> None:
+    """Samples known by their positions: those behind an error that may stand for several are not where they belong."""
+    server = Server(tmp_path / "down")
+    loader = FAILED[pipeline](server, cached)
+    with Steps(loader, face) as steps:
+        assert any(isinstance(outcome, OSError) for outcome in steps.outcomes())
+    server.up()
+    expected = collect(FAILED[pipeline](server, lambda pipeline: pipeline), face)
+    for _ in range(3):
+        assert collect(loader, face) == expected
+    assert cache_stats(loader) == (len(expected), 0)
+
+
+def test_cancelled_samples_are_not_kept(cached: Cached) -> None:
+    """Whether the epoch was given up in the middle of them, or they were cancelled from inside."""
+    made: list[int] = []
+
+    async def make(sample: int) -> int:
+        made.append(sample)
+        if len(made) <= 6 and sample % 2:
+            raise asyncio.CancelledError
+        if len(made) <= 6:
+            async with asyncio.timeout(0):
+                await asyncio.Event().wait()
+        return sample
+
+    loader = cached(Pipeline(range(6)).map(make))
+    with Steps(loader, "for") as steps:
+        assert all(isinstance(outcome, Exception) for outcome in steps.outcomes())
+    assert collect(loader, "for") == list(range(6))
+    assert cache_stats(loader) == (0, 6)
+
+
 def test_what_a_filter_refused_is_not_made_to_be_refused_again(cached: Cached) -> None:
     """That it was refused is kept too."""
     make = Calls()
@@ -493,6 +631,8 @@ def _each(steps: Steps) -> Iterator[Any]:
         (Pipeline.merge([1], [2]), r"after merge\(\)"),
         (Pipeline.mix([[1], [2]], [1, 1]), r"after mix\(\)"),
         (Pipeline(range(5), sampler=[1, 2]).batch(2), "the sampler"),
+        (Pipeline(range(5)).drop_if(bool), r"behind drop_if\(bool\)"),
+        (Pipeline(Stream(5)).batch(2, max_wait=1), r"behind batch\(2, max_wait=1\)"),
     ],
 )
 def test_streams_that_change_are_refused(pipeline: Pipeline, what: str) -> None:

@@ -6,6 +6,7 @@ Time stands still in these tests: the loops have a clock that a test moves.
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import pytest
@@ -534,6 +535,79 @@ def test_something_may_stand_behind_it(face: Face) -> None:
     assert collect(merged, face) == [[3, 4, 7]]
     twice = Pipeline(range(8)).drop_if(policy.stale).drop_if(lambda sample: sample == 5).batch(9, collate_fn=list)
     assert collect(twice, face) == [[3, 4, 6, 7]]
+
+
+@dataclass
+class Step:
+    version: int
+
+
+BEHIND: dict[str, Callable[[Pipeline], Pipeline]] = {
+    "map": lambda steps: steps.map(str).batch(3, collate_fn=list),
+    "async map": lambda steps: steps.map(as_text).batch(3, collate_fn=list),
+    "a map in place": lambda steps: steps.map(take_apart).batch(3, collate_fn=list),
+    "map, filter": lambda steps: steps.map(str).filter(bool).batch(3, max_wait=60, collate_fn=list),
+    "filter, map": lambda steps: steps.filter(bool).map(str).batch(3, collate_fn=list),
+    "another drop_if": lambda steps: steps.map(str).drop_if(is_empty).batch(3, collate_fn=list),
+    "flat_map": lambda steps: steps.flat_map(lambda step: [step.version]).batch(3, collate_fn=list),
+    "shuffle": lambda steps: steps.map(str).shuffle(2).batch(3, collate_fn=list),
+    "enumerate": lambda steps: steps.enumerate().batch(3, collate_fn=list),
+    "batches": lambda steps: steps.batch(3, collate_fn=list).map(len).batch(2, collate_fn=list),
+    "unbatch": lambda steps: steps.map(str).batch(3, collate_fn=list).unbatch().batch(2, collate_fn=list),
+}
+
+
+async def as_text(step: Step) -> str:
+    return str(step)
+
+
+def take_apart(step: Step) -> int:
+    version = step.version
+    del step.version  # whoever looks at it now fails
+    return version
+
+
+def is_empty(text: str) -> bool:
+    return not text
+
+
+@on_both_faces
+@pytest.mark.parametrize("behind", BEHIND)
+def test_it_sees_samples_as_they_are_where_it_is(face: Face, behind: str) -> None:
+    """Never what a stage behind it has made of them, nor a batch of them."""
+    seen: list[Any] = []
+
+    def stale(step: Step) -> bool:
+        seen.append((type(step), step.version))
+        return step.version % 4 == 1
+
+    loader = BEHIND[behind](Pipeline([Step(number) for number in range(12)]).drop_if(stale))
+    found = collect(loader, face)
+    assert {kind for kind, _ in seen} == {Step}
+    assert {version for _, version in seen} == set(range(12))
+    if behind == "a map in place":
+        assert found == [[0, 2, 3], [4, 6, 7], [8, 10, 11]]
+
+
+@on_both_faces
+def test_batches_that_became_shorter_know_their_samples(face: Face) -> None:
+    """Keys and positions are those of the samples that are left, and `unbatch` takes them apart."""
+    policy = Policy()
+
+    def stale(sample: int) -> bool:
+        if sample == 5:
+            policy.version = 2  # the first two of its batch grow old meanwhile
+        return policy.stale(sample)
+
+    loader = Pipeline(range(10, 20)).map(lambda key: key - 10, concurrency=1).drop_if(stale).batch(6, collate_fn=list)
+    with Steps(loader, face) as steps:
+        assert steps.next() == [2, 3, 4, 5]
+        info = loader.last_batch_info()
+        assert info is not None
+        assert (info.keys, info.positions) == ((12, 13, 14, 15), (2, 3, 4, 5))
+        assert steps.rest() == [[6, 7, 8, 9]]
+    policy.version = 0
+    assert collect(loader.unbatch().batch(8, collate_fn=list), face) == [[2, 3, 4, 5, 6, 7, 8, 9]]
 
 
 @on_both_faces

@@ -4,14 +4,17 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils.data import Dataset
 
 from aioloader import DataLoader, Pipeline
+from aioloader.sources import Channel
 from aioloader.testing import Gate, RecordingSource
-from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, turns
+from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, run, turns, until
 
 
 class UnderWay:
@@ -273,3 +276,307 @@ def test_dataloader_reads_ahead_as_torchs(face: Face, prefetch_factor: int | Non
             steps.next()
             steps.until_arrived(dataset.read, 4 * (count + ahead) - 8)  # it does read ahead
             assert len(dataset.read.arrived) <= 4 * (count + ahead)
+
+
+# -- no further than `stats()` says ----------------------------------------------------------------------------------
+
+
+class Begun:
+    """Counts the samples that the first function of a pipeline has begun."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def begin(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    async def at_once(self, key: int) -> int:
+        self.begin()
+        self.loop = asyncio.get_running_loop()
+        return key
+
+    async def in_a_turn(self, key: int) -> int:
+        await asyncio.sleep(0)
+        return await self.at_once(key)
+
+    async def in_a_while(self, key: int) -> int:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return await self.at_once(key)
+
+    def in_a_thread(self, key: int) -> int:
+        self.begin()
+        return key
+
+
+def decode(key: int) -> int:
+    return key
+
+
+def keep(_: int) -> bool:
+    return True
+
+
+def never(_: int) -> bool:
+    return False
+
+
+def items_of(key: int) -> list[int]:
+    return [key]
+
+
+Fetch = Callable[[int], Any]
+Describe = Callable[[Fetch], Pipeline]
+
+FETCHES = ["at_once", "in_a_turn", "in_a_while", "in_a_thread"]
+ENDLESS = range(1_000_000)
+
+WIDE: dict[str, Describe] = {
+    "decode": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).map(decode, concurrency=64),
+    "narrow": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).map(decode, concurrency=1),
+    "as usual": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).map(decode),
+    "filter": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).filter(keep).map(decode, concurrency=64),
+    "as completed": lambda fetch: (
+        Pipeline(ENDLESS).map(fetch, concurrency=8, ordered=False).map(decode, concurrency=64, ordered=False)
+    ),
+    "stream": lambda fetch: Pipeline(lambda: iter(ENDLESS)).map(fetch, concurrency=8).map(decode, concurrency=64),
+}
+"""One window of samples, whose room is that of `fetch`."""
+
+
+def begun_ahead(loader: Any, face: Face, begun: Begun, size: int) -> int:
+    """The most samples that were begun and not handed out whenever the consumer rested."""
+    most = 0
+    with Steps(loader, face) as steps:
+        for count in range(1, 25):
+            batch = steps.next()
+            assert len(batch) == size
+            if count % 3 == 0:
+                for _ in range(2):
+                    steps.settle(begun.loop)
+            most = max(most, begun.count - size * count)
+    return most
+
+
+def room_of(loader: Any, name: str) -> Any:
+    """What `stats()` says."""
+    return next(stage.room for stage in loader.stats().stages if name in stage.name)
+
+
+@on_both_faces
+@pytest.mark.parametrize("fetch", FETCHES[:3])
+@pytest.mark.parametrize("pipeline", WIDE)
+def test_a_cheap_stage_lets_none_before_it_begin_more(face: Face, pipeline: str, fetch: str) -> None:
+    """However wide it is: what is under way, and two batches; and that is what `stats()` says."""
+    begun = Begun()
+    loader = WIDE[pipeline](getattr(begun, fetch)).batch(8, collate_fn=list)
+    most = begun_ahead(loader, face, begun, 8)
+    assert most <= room_of(loader, "map") + 8 * room_of(loader, "collate")
+    assert most <= 40
+
+
+SEVERAL: dict[str, Describe] = {
+    "alone": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8),
+    "three": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).map(decode).map(str, concurrency=7),
+    "two windows": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).shuffle(1).map(decode, concurrency=64),
+    "a fold": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).take(100_000),
+    "a cheap one before": lambda fetch: Pipeline(ENDLESS).map(decode).map(fetch, concurrency=8),
+    "flat_map": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).flat_map(items_of).map(decode),
+    "rounds": lambda fetch: Pipeline(range(100)).map(fetch, concurrency=8).repeat().map(decode, concurrency=64),
+    "two sources": lambda fetch: Pipeline.interleave(
+        *(Pipeline(ENDLESS).map(fetch, concurrency=width) for width in (4, 5))
+    ).map(decode, concurrency=64),
+}
+"""Several windows, each with a room of its own."""
+
+
+@on_both_faces
+@pytest.mark.parametrize("fetch", FETCHES)
+@pytest.mark.parametrize("pipeline", SEVERAL)
+def test_no_sample_is_begun_beyond_what_stats_says(face: Face, pipeline: str, fetch: str) -> None:
+    """The rooms of its stages after each other, and of the batches."""
+    begun = Begun()
+
+    async def see(batch: list[Any]) -> list[Any]:
+        begun.loop = asyncio.get_running_loop()
+        return batch
+
+    loader = SEVERAL[pipeline](getattr(begun, fetch)).batch(8, collate_fn=list).map(see)
+    most = begun_ahead(loader, face, begun, 8)
+    stages = [stage for stage in loader.stats().stages if stage.kind != "source" or "flat_map" in stage.name]
+    batches = next(stage.room for stage in stages if stage.name.startswith("collate"))
+    samples = sum(stage.room for stage in stages if not stage.name.startswith(("collate", "map(test_")))
+    assert most <= samples + 8 * batches
+
+
+@on_both_faces
+@pytest.mark.parametrize("concurrency", [1, 3, 16])
+def test_a_slow_stage_after_another_reaches_its_concurrency(face: Face, concurrency: int) -> None:
+    """Its calls get their places as they stand there, though nobody has finished yet."""
+    begun, gate, under_way = Begun(), Gate(), UnderWay()
+    loader = (
+        Pipeline(range(60))
+        .map(begun.at_once, concurrency=2)
+        .map(standing_at(gate, under_way, asynchronous=False), concurrency=concurrency)
+        .batch(4, collate_fn=list)
+    )
+    consumer = Started(lambda: collect(loader, face))
+    gate.wait_arrived(concurrency)
+    assert gate.standing == concurrency
+    gate.open_all()
+    assert [key for batch in consumer.outcome() for key in batch] == list(range(60))
+    assert under_way.most == concurrency
+    assert room_of(loader, "map") >= concurrency
+
+
+@on_both_faces
+def test_a_slow_first_sample_stops_a_wide_window(face: Face) -> None:
+    """Finished samples behind it, and a cheap stage that would take many: no more are begun than the room says."""
+    gate, begun = Gate(), Begun()
+    gate.open(*range(1, 10_000))
+
+    async def fetch(key: int) -> int:
+        await begun.at_once(key)
+        await gate.passing(key)
+        return key
+
+    loader = Pipeline(range(3000)).map(fetch, concurrency=8).map(decode, concurrency=64).batch(8, collate_fn=list)
+    consumer = Started(lambda: collect(loader, face))
+    gate.wait_arrived(8)
+    loop = begun.loop
+    assert loop is not None
+    for _ in range(4):
+        asyncio.run_coroutine_threadsafe(turns(), loop).result(DEADLINE)
+    assert begun.count <= room_of(loader, "map(decode)") <= 40
+    gate.open_all()
+    assert len(consumer.outcome()) == 375
+
+
+@on_both_faces
+def test_a_live_source_is_read_no_further(face: Face) -> None:
+    """A cheap stage takes no more out of a channel than there is room for."""
+    channel = Channel(5000)
+    for number in range(5000):
+        channel.send_nowait(number)
+    begun = Begun()
+
+    async def see(key: int) -> int:
+        return await begun.at_once(key)
+
+    loader = Pipeline(channel).map(decode, concurrency=64).batch(8, collate_fn=list).map(see, concurrency=1)
+    with Steps(loader, face) as steps:
+        for count in range(1, 12):
+            steps.next()
+            steps.settle(begun.loop)
+            stages = {stage.name: stage for stage in loader.stats().stages}
+            taken = next(stage.samples for stage in stages.values() if stage.kind == "source")
+            assert taken - 8 * count <= 64 + 32 + 8 * stages["collate(list)"].room
+    loader.close()
+
+
+@on_both_faces
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_an_async_dataset_is_loaded_no_further(face: Face, size: int) -> None:
+    """`DataLoader`, sample by sample: batches do not pile up where they are put together."""
+    begun = Begun()
+
+    class Remote(Dataset[int]):
+        def __len__(self) -> int:
+            return 10_000
+
+        async def __getitem__(self, index: int) -> int:  # type: ignore[override]
+            return await begun.in_a_turn(index)
+
+    loader = DataLoader(Remote(), batch_size=size, concurrency=8, collate_fn=list)
+    most = begun_ahead(loader, face, begun, size)
+    stages = loader.stats().stages
+    assert most <= room_of(loader, "dataset[...]") + size * stages[-1].room
+
+
+class BegunInAFile:
+    """Counts across processes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    @property
+    def count(self) -> int:
+        return self.path.stat().st_size
+
+    def begin(self) -> None:
+        with self.path.open("ab", buffering=0) as file:
+            file.write(b".")
+
+    async def at_once(self, key: int) -> int:
+        self.begin()
+        return key
+
+    async def in_a_turn(self, key: int) -> int:
+        await asyncio.sleep(0)
+        return await self.at_once(key)
+
+    def in_a_thread(self, key: int) -> int:
+        self.begin()
+        return key
+
+
+PLACED: dict[str, Describe] = {
+    "decode in processes": lambda fetch: (
+        Pipeline(ENDLESS).map(fetch, concurrency=8).map(decode, executor="process", concurrency=1)
+    ),
+    "in a process of its own": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).map(decode).in_process(),
+    "decode outside of it": lambda fetch: Pipeline(ENDLESS).map(fetch, concurrency=8).in_process().map(decode),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("fetch", ["at_once", "in_a_turn", "in_a_thread"])
+@pytest.mark.parametrize("pipeline", PLACED)
+def test_processes_begin_no_more_than_stats_says(face: Face, pipeline: str, fetch: str, tmp_path: Path) -> None:
+    """What travels counts with the stage that it comes from."""
+    begun = BegunInAFile(tmp_path / "begun")
+    loader = PLACED[pipeline](getattr(begun, fetch)).batch(8, collate_fn=list)
+    with loader, Steps(loader, face) as steps:
+        for count in range(1, 40):
+            steps.next()
+            told = partial(is_told, loader, begun.count - 8 * count)
+            if face == "for":
+                run(partial(until, told))
+            else:
+                steps.do(partial(until, told))
+
+
+def is_told(loader: Any, ahead: int) -> bool:
+    """Whether `stats()` says so, which another process tells in a moment."""
+    *stages, collate = [stage for stage in loader.stats().stages if stage.kind != "source"]
+    return bool(ahead <= sum(stage.room for stage in stages) + 8 * collate.room)
+
+
+@on_both_faces
+def test_finished_samples_never_exceed_the_room(face: Face, tmp_path: Path) -> None:
+    """`finished_slots` of every stage, with caches that are full, resumed, and made anew."""
+    loaders = [
+        Pipeline(range(3000)).map(decode).cache(memory_bytes=1 << 20).batch(4, collate_fn=list),
+        Pipeline(lambda: iter(range(3000))).map(decode).cache(disk=tmp_path).batch(4, collate_fn=list),
+        Pipeline(range(3000)).map(decode).map(decode, concurrency=7).repeat(2).batch(64, collate_fn=list),
+        Pipeline(range(3000)).map(decode).drop_if(never).batch(64, collate_fn=list),
+        Pipeline(range(300)).map(decode).cache(memory_bytes=1 << 20),
+    ]
+    for loader in loaders:
+        for _ in range(2):
+            collect(loader, face)
+            assert_no_more_than_the_room(loader)
+        assert len(collect(loader, face, limit=3)) == 3
+        loader.load_state_dict(loader.state_dict())
+        collect(loader, face)
+        assert_no_more_than_the_room(loader)
+        loader.close()
+
+
+def assert_no_more_than_the_room(loader: Any) -> None:
+    for stage in loader.stats().stages:
+        assert stage.finished_slots <= stage.room, stage

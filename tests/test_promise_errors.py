@@ -343,6 +343,62 @@ def failing_sources() -> list[Any]:
     ]
 
 
+class LoadsMany(Dataset[int]):
+    """Loads samples together; some cannot be loaded."""
+
+    def __init__(self, length: int, *broken: int) -> None:
+        self._length = length
+        self._broken = broken
+        self.asked: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        self.asked.append(list(indices))
+        if bad := [index for index in indices if index in self._broken]:
+            raise ValueError(f"no {bad[0]}")
+        return list(indices)
+
+
+@on_both_faces
+@pytest.mark.parametrize("collate_fn", [None, list, torch.tensor])
+@pytest.mark.parametrize("before", ["nothing", "shuffle", "in_process"])
+def test_an_error_in_what_drop_last_leaves_out_is_raised(face: Face, collate_fn: Any, before: str) -> None:
+    """Where samples are loaded together, too; and no batch is made of them."""
+    broken = 9
+    loader = Pipeline(LoadsMany(10, *([broken] if before != "shuffle" else range(10))))
+    if before == "shuffle":
+        loader = loader.shuffle()
+    loader = loader.batch(4, drop_last=True, collate_fn=collate_fn)
+    if before == "in_process":
+        loader = loader.in_process()
+    with loader, Steps(loader, face) as steps:
+        outcomes = steps.outcomes()
+    assert len(outcomes) == 3
+    assert isinstance(outcomes[-1], ValueError)
+    assert str(outcomes[-1]).startswith("no ")
+    assert "position 8" in notes(outcomes[-1])
+
+
+@on_both_faces
+def test_what_drop_last_leaves_out_is_left_out(face: Face) -> None:
+    """When nothing is wrong with it; collate is not asked."""
+
+    def collate(samples: list[int]) -> list[int]:
+        assert len(samples) == 4
+        return samples
+
+    dataset = LoadsMany(10)
+    loader = Pipeline(dataset).batch(4, drop_last=True, collate_fn=collate)
+    assert collect(loader, face) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert dataset.asked[-1] == [8, 9]
+    assert len(loader) == 2
+
+
 @on_both_faces
 @pytest.mark.parametrize("make", failing_sources())
 @pytest.mark.parametrize("drop_last", [False, True])
