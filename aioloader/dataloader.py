@@ -22,6 +22,7 @@ from aioloader.engine.turns import Turns
 from aioloader.engine.window import Window
 from aioloader.errors import ReplayWarning, StateError
 from aioloader.executors.chunk import Call
+from aioloader.executors.epochs import epochs_of
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
@@ -354,6 +355,7 @@ class DataLoader(Loader, Generic[T_co]):
             in_turn=self.in_order or self._iterable,
             prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
             turns=Turns(self.num_workers) if self._iterable else None,
+            epochs=partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch),
         )
         fetch: Callable[[Any], Any]
         if place.turns is not None:

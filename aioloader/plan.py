@@ -12,6 +12,7 @@ from aioloader.sources.files import Files
 from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, Stream, describe_content, source_name
 from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.stages.batch import Batch
 from aioloader.stages.cache import Cache
 from aioloader.stages.flow import STRENGTH, Flow, Guarantee, Shared, Steps
 from aioloader.stages.map import Filter, Map
@@ -25,6 +26,7 @@ __all__ = [
     "Single",
     "flow_of",
     "flows_of",
+    "functions_of",
     "guarantee_of_stream",
     "in_front_of_cache",
     "length_of",
@@ -128,6 +130,18 @@ class Plan:
     room: int | None = None
     seed: int | None = None
     gives_info: bool = False
+
+
+def functions_of(plan: "Plan") -> list[Any]:
+    """The user's datasets and functions that work for `plan`, in an order that a copy of it shares."""
+    if isinstance(plan.source, Combined):
+        functions = [function for inner in plan.source.plans for function in functions_of(inner)]
+    else:
+        data = plan.source.data
+        functions = [data.data if isinstance(data, Indexable) else data.make]
+    for stage in plan.stages:
+        functions.append(stage.collate.fn if isinstance(stage, Batch) else getattr(stage, "fn", None))
+    return functions
 
 
 def length_of(plan: Plan) -> int:

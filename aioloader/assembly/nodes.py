@@ -18,10 +18,21 @@ from aioloader.engine.own_process import OwnProcessNode, Serving
 from aioloader.engine.source import FlatMapNode, KeySource, StreamSource
 from aioloader.engine.steps import Step
 from aioloader.engine.window import Window
+from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.remote import Remote
 from aioloader.memory.pool import BatchMemory
-from aioloader.plan import DEFAULT_PREFETCH, Combined, Plan, Repeat, Single, flow_of, flows_of, placed
+from aioloader.plan import (
+    DEFAULT_PREFETCH,
+    Combined,
+    Plan,
+    Repeat,
+    Single,
+    flow_of,
+    flows_of,
+    functions_of,
+    placed,
+)
 from aioloader.sources.drawn import Draws, check_place, keys_of
 from aioloader.sources.order import KeyOrder, is_order_stage, order_of
 from aioloader.sources.resolve import Indexable, Stream, source_name
@@ -249,7 +260,8 @@ class _Builder:
         key = (id(plan.source), *map(id, plan.stages), repr(inner.places), self._live, *sorted(inner.numbered.items()))
         remote = partial(_remote, self._processes(), key, plan, inner)
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
-        return OwnProcessNode(remote, self._pass, room=room, batches=batches), Journey(batches=batches)
+        request = (self._pass, epochs_of(with_set_epoch(functions_of(plan))))
+        return OwnProcessNode(remote, request, room=room, batches=batches), Journey(batches=batches)
 
     def closed(self, plan: Plan) -> Node:
         """The nodes of a plan inside another one."""
@@ -421,23 +433,31 @@ class _InProcess:
         plan: What runs there.
         numbered: Stages before it.
         live: See `_Builder`.
+        epochs: Those that the user's objects in it are in.
     """
 
     plan: Plan
     numbered: Numbered
     live: bool
+    epochs: Epochs = ()
 
     @property
     def places(self) -> list[tuple[int | None, int | None]]:
         """Ranks and world sizes in it."""
         return [(stage.rank, stage.world_size) for stage in self.plan.stages if isinstance(stage, Shard)]
 
-    def __call__(self, this_pass: Pass, resumed: bool) -> Window:
+    def __call__(self, request: tuple[Pass, Epochs], resumed: bool) -> Window:
+        this_pass, epochs = request
+        self._copies.tell(epochs)
         # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
         draws = Draws(resumed=resumed)
         builder = _Builder(this_pass, None, self._memory.alloc, Processes, live=self.live, dry=False, draws=draws)
         builder._numbered = self.numbered.copy()
         return _output(self.plan, this_pass, builder, Processes)
+
+    @cached_property
+    def _copies(self) -> Copies:
+        return Copies(functions_of(self.plan), self.epochs)
 
     @cached_property
     def _memory(self) -> BatchMemory:
@@ -451,7 +471,7 @@ def _remote(host: Processes, key: Hashable, plan: Plan, inner: _InProcess) -> Re
         return Remote(host, program)
 
     def program() -> Serving:
-        return Serving(inner)
+        return Serving(replace(inner, epochs=epochs_of(with_set_epoch(functions_of(inner.plan)))))
 
     program.plan = plan  # type: ignore[attr-defined]  # while the process lives, no others have these ids
     remote: Remote = host.kept(("own process", key), make)

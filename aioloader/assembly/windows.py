@@ -20,6 +20,7 @@ from aioloader.engine.sync_steps import ExecutorStep, ThreadStep
 from aioloader.engine.turns import TurnStep
 from aioloader.engine.window import Window
 from aioloader.executors.chunk import Call
+from aioloader.executors.epochs import with_set_epoch
 from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.team import Team
 from aioloader.executors.processes.worker import Work
@@ -195,9 +196,10 @@ def _sync_step(
     if isinstance(executor, InProcesses):
         team = partial(_team, processes(), executor, together, calls, width)
         elastic, owned = limit is None, not executor.kept
+        epochs = executor.epochs(with_set_epoch(call.fn for call in calls))
         if executor.turns is not None:
-            return TurnStep(calls, width, team, elastic=elastic, owned=owned, turns=executor.turns)
-        return ProcessStep(calls, width, team, elastic=elastic, in_turn=executor.in_turn, owned=owned)
+            return TurnStep(calls, width, team, epochs, elastic=elastic, owned=owned, turns=executor.turns)
+        return ProcessStep(calls, width, team, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)
     return ThreadStep(
@@ -220,7 +222,8 @@ def _team(
 
     def program() -> Work:
         prepare = None if place.prepare is None else place.prepare()
-        return Work(tuple(calls), 2 * CHUNK_SECONDS, prepare)
+        epochs = place.epochs(with_set_epoch(call.fn for call in calls))
+        return Work(tuple(calls), 2 * CHUNK_SECONDS, prepare, epochs)
 
     program.stages = together  # type: ignore[attr-defined]  # while the workers live, no others have these ids
 

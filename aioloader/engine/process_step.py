@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioloader.engine.entry import Entry
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_steps import SyncStep
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
+from aioloader.executors.epochs import Epochs
 from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
 from aioloader.executors.threads import call_loop
 from aioloader.notes import shown
@@ -24,6 +25,9 @@ CHUNK_SECONDS: Final = 0.005  # the work that one crossing should be worth
 CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued behind one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
+
+Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]]
+"""Seeds of the calls, epochs, names of the samples (None: they name themselves), and the samples."""
 
 
 class ProcessStep(SyncStep):
@@ -43,6 +47,7 @@ class ProcessStep(SyncStep):
         calls: See `SyncStep`.
         concurrency: Worker processes.
         team: Gives the workers when the run begins.
+        epochs: Those that the objects behind the calls are in, for their copies in workers that are kept.
         elastic: See `SyncStep`.
         in_turn: Task k is for worker k modulo `concurrency`, as in torch: with seeded workers, random transforms are
             repeatable.
@@ -54,6 +59,7 @@ class ProcessStep(SyncStep):
         calls: Sequence[Call],
         concurrency: int,
         team: Callable[[], Team],
+        epochs: Epochs,
         *,
         elastic: bool = True,
         in_turn: bool = False,
@@ -63,6 +69,7 @@ class ProcessStep(SyncStep):
         self.meter.kind = "process"
         self._make_team = team
         self._seeds = [call.seed for call in calls]
+        self._epochs = epochs
         self._in_turn = in_turn
         self._owned = owned
         self._turn = 0
@@ -117,13 +124,13 @@ class ProcessStep(SyncStep):
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, seat)
             self._team.submit(self, self._payload(chunk), done, seat)
 
-    def _payload(self, chunk: list[Entry]) -> tuple[list[int | None], list[Any] | None, list[Any]]:
-        """For a worker: seeds of the calls, names of the samples (None: they name themselves), and the samples."""
+    def _payload(self, chunk: list[Entry]) -> Payload:
+        """For a worker."""
         values = [entry.value for entry in chunk]
         keys = None
         if any(entry.key is not entry.value for entry in chunk):
             keys = [entry.key for entry in chunk]
-        return self._seeds, keys, values
+        return self._seeds, self._epochs, keys, values
 
     def _next_seat(self) -> int:
         """The worker whose turn it is."""

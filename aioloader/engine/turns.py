@@ -19,6 +19,7 @@ from aioloader.engine.process_step import ProcessStep, hint, who
 from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed
+from aioloader.executors.epochs import Epochs
 from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
 from aioloader.executors.processes.torch_worker import EXHAUSTED
 from aioloader.executors.threads import call_loop
@@ -100,6 +101,7 @@ class TurnStep(ProcessStep):
         calls: See `SyncStep`.
         concurrency: Worker processes.
         team: Gives the workers when the run begins.
+        epochs: See `ProcessStep`.
         elastic: See `SyncStep`.
         owned: The workers end with the run.
         turns: The source.
@@ -110,12 +112,13 @@ class TurnStep(ProcessStep):
         calls: Sequence[Call],
         concurrency: int,
         team: Callable[[], Team],
+        epochs: Epochs,
         *,
         elastic: bool,
         owned: bool,
         turns: Turns,
     ) -> None:
-        super().__init__(calls, concurrency, team, elastic=elastic, in_turn=True, owned=owned)
+        super().__init__(calls, concurrency, team, epochs, elastic=elastic, in_turn=True, owned=owned)
         self._seeds = [None] * len(calls)
         self._turns = turns
         self._active_seats = list(range(concurrency))  # those that have not ended
@@ -148,7 +151,7 @@ class TurnStep(ProcessStep):
         wanted, following = dealt(self._turns.given, self._limits)
         for seat, count in enumerate(wanted):
             if count > self._asked[seat]:
-                payload = (self._seeds, None, [(self._turns.epoch, count - self._asked[seat])])
+                payload = (self._seeds, self._epochs, None, [(self._turns.epoch, count - self._asked[seat])])
                 done = partial(call_loop, self._run.loop, self._run.guarded, self._has_read, seat, self._asked[seat])
                 self._asked[seat] = count
                 self._reading += 1

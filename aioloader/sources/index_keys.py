@@ -43,6 +43,9 @@ class BaseSeed:
 class IndexKeys:
     """What an epoch draws when it begins: the order of its keys, and a base seed for its workers.
 
+    Attributes:
+        told_epoch: What `set_epoch` was last called with.
+
     Args:
         loader: torch's own, which has made the samplers.
         shuffled: By `shuffle=True`.
@@ -64,7 +67,7 @@ class IndexKeys:
         self._seeded = seed is not None and shuffled
         self._draws_once = persistent and seed is None
         self._base_seed: int | None = None  # once drawn, where that happens once
-        self._told_epoch: int | None = None  # by `set_epoch`
+        self.told_epoch: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -113,7 +116,7 @@ class IndexKeys:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the samplers and the dataset that have a `set_epoch`."""
-        self._told_epoch = epoch
+        self.told_epoch = epoch
         for part in self._with_epochs:
             part.set_epoch(epoch)
 
@@ -214,8 +217,8 @@ class IndexKeys:
     def epochs(self) -> dict[str, Any]:
         """The part of it that says in which epochs samplers and dataset are."""
         state: dict[str, Any] = {}
-        if self._told_epoch is not None:
-            state["set_epoch"] = self._told_epoch
+        if self.told_epoch is not None:
+            state["set_epoch"] = self.told_epoch
         if parts := self._that_tell:
             state["epochs"] = [part.epoch for part in parts]
         return state
@@ -249,7 +252,7 @@ class IndexKeys:
             told: Also those that do not say which they are in.
         """
         if told:
-            self._told_epoch = None
+            self.told_epoch = None
             if (epoch := state.get("set_epoch")) is not None:
                 self.set_epoch(epoch)
         for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):

@@ -8,6 +8,7 @@ from typing import Any
 
 from aioloader.executors.apart import apart
 from aioloader.executors.chunk import DROP
+from aioloader.executors.epochs import Holds
 from aioloader.executors.sample import Fetching, Sample, Several, current_sample
 from aioloader.notes import add_note, shown
 from aioloader.stages.batch import Group
@@ -27,7 +28,7 @@ class LoadsBatches(ABC):
         """The samples with these keys as torch's `default_collate` would batch them, in memory of `alloc`."""
 
 
-class FetchBatch:
+class FetchBatch(Holds):
     """Keys to a batch.
 
     A `__getitems__` that asks for `sample_rng()` is called for one key at a time from then on: a call for several
@@ -47,6 +48,10 @@ class FetchBatch:
         self._collate_fn = collate_fn
         self._collate = collate
         self._singly = False  # `__getitems__` asks which sample is at hand
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return self._dataset, self._collate_fn
 
     def __call__(self, keys: Any, names: Sequence[Any] | None = None) -> Any:
         """Load and collate.
@@ -178,11 +183,15 @@ def _one_of(loaded: Any) -> Any:
     return samples[0]
 
 
-class FetchGroup:
+class FetchGroup(Holds):
     """The same for what the batch fold makes of keys."""
 
     def __init__(self, fetch: FetchBatch) -> None:
         self._fetch = fetch
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return (self._fetch,)
 
     def __call__(self, group: Group) -> Any:
         if group.left_over:
@@ -192,7 +201,7 @@ class FetchGroup:
 
 
 @dataclass(frozen=True)
-class FetchOne:
+class FetchOne(Holds):
     """One key to one sample, which is handed out alone.
 
     Args:
@@ -202,6 +211,10 @@ class FetchOne:
 
     dataset: Any
     convert: Callable[[Any], Any] | None
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return self.dataset, self.convert
 
     def __call__(self, key: Any) -> Any:
         sample = self.dataset[key]

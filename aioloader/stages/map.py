@@ -1,6 +1,6 @@
 """`map`, `filter`, `flat_map`: the stages that run user functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from aioloader.cores import usable_cores
 from aioloader.engine.turns import Turns
+from aioloader.executors.epochs import Epochs, epochs_of
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.checks import callable_name
 from aioloader.stages.flow import Flow, Shared
@@ -28,6 +29,7 @@ class InProcesses:
         prepare: Called before the first sample; gives what each worker calls with its number, if anything. That travels
             with the functions.
         turns: The source, when it is the workers that know when there is no more.
+        epochs: Gives those that the user's objects with `set_epoch` are in, for their copies there.
     """
 
     kept: bool = True
@@ -35,6 +37,7 @@ class InProcesses:
     in_turn: bool = False
     prepare: Callable[[], Callable[[int], None] | None] | None = None
     turns: Turns | None = None
+    epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
 
 
 PROCESSES: Final = InProcesses()

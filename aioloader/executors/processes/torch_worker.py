@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import _DatasetKind
 from torch.utils.data._utils import worker as torch_worker
 
+from aioloader.executors.epochs import Holds
+
 __all__ = ["EXHAUSTED", "FetchNext", "TorchWorker"]
 
 
@@ -54,7 +56,7 @@ EXHAUSTED: Final = _Exhausted()
 """What `FetchNext` gives when its worker's part of the dataset is over."""
 
 
-class FetchNext:
+class FetchNext(Holds):
     """The next batch of this worker's own iterator over an iterable dataset.
 
     Args:
@@ -75,6 +77,10 @@ class FetchNext:
         self._epoch: int | None = None
         self._fetcher: Any = None
         self._reads_again = False
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return self._dataset, self._collate_fn
 
     def __call__(self, turn: tuple[int, int]) -> Any:
         """The next batch of an epoch, `EXHAUSTED` when there is no more.

@@ -16,6 +16,7 @@ from typing import Any, Final, NoReturn, Protocol
 import torch
 
 from aioloader.executors.chunk import Call, Failed, apply_chunk
+from aioloader.executors.epochs import Copies, Epochs
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
 from aioloader.executors.processes.progress import Progress
 from aioloader.executors.processes.segments import ALIGNMENT, Arena, Mapping, Place, use_arena
@@ -216,17 +217,20 @@ class Work:
         calls: The functions of one journey.
         budget_seconds: After this time a chunk comes back as far as it got.
         prepare: Called once in each worker with its number.
+        epochs: Those that the objects behind the calls are in.
     """
 
     calls: tuple[Call, ...]
     budget_seconds: float
     prepare: Callable[[int], None] | None = None
+    epochs: Epochs = ()
 
     def serve(self, channel: Channel, seat: int) -> None:
         """One chunk after the other, as they come."""
         tasks: deque[Message] = deque()
         where = f"worker process {seat} (pid {os.getpid()})"
         broken: BaseException | None = None
+        copies = Copies([call.fn for call in self.calls], self.epochs)
         try:
             if self.prepare is not None:
                 self.prepare(seat)
@@ -248,7 +252,7 @@ class Work:
             message = tasks.popleft()
             _, number, _, stream_at, layout = message.head
             channel.progress.begin(seat, number)
-            self._run(channel, seat, number, message.body, stream_at, layout, where, broken)
+            self._run(channel, seat, number, message.body, stream_at, layout, where, copies, broken)
             broken = None
             del message
 
@@ -261,16 +265,21 @@ class Work:
         stream_at: int,
         layout: Sequence[tuple[int, int]],
         where: str,
+        copies: Copies,
         broken: BaseException | None,
     ) -> None:
         label = self.calls[0].label
         memory = memoryview(body)
         try:
-            seeds, keys, values = decode(memory[stream_at:], open_buffers(memory, layout))
+            seeds, epochs, keys, values = decode(memory[stream_at:], open_buffers(memory, layout))
         except BaseException as error:
             channel.send(("lost", number), portable(error, f"{where}, which unpickles samples"))
             return
         busy_seconds = cpu_seconds = 0.0
+        try:
+            copies.tell(epochs)
+        except BaseException as error:
+            broken = broken or error
         if broken is None:
             calls = [replace(call, seed=seed) for call, seed in zip(self.calls, seeds, strict=True)]
             sample = Sample()
