@@ -108,6 +108,13 @@ class StatefulSampler(Sampler[int]):
         self.start = state["given"]
 
 
+class SilentSampler(StatefulSampler):
+    """It has the methods because a base class wants them."""
+
+    def state_dict(self) -> dict[str, int]:
+        raise NotImplementedError
+
+
 class OddFirst(Sampler[int]):
     """Somebody's own, random sampler."""
 
@@ -435,6 +442,19 @@ def test_guarantees() -> None:
         "an async stream": "replayed",
     }.items():
         assert LOADERS[name]().state_dict()["guarantee"] == expected, name
+
+
+@pytest.mark.parametrize("workers", WORKERS[:2])
+def test_a_sampler_that_does_not_tell_its_state_is_read_all_the_same(workers: dict[str, Any]) -> None:
+    """Nobody has asked for it; the state does not say that it is exact."""
+
+    def make(**_: Any) -> DataLoader[Any]:
+        return DataLoader(Numbers(), 3, sampler=SilentSampler(10), **workers)
+
+    loader = make()
+    assert len(list(loader)) == 4
+    assert loader.state_dict()["guarantee"] == "replayed"
+    assert_resumes_exactly(make, states=False)
 
 
 def the_pipeline(**workers: Any) -> Any:

@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import Origin, Redrawn, is_stateful
+from aioloader.engine.resumable import Origin, Redrawn, is_stateful, tells_state
 from aioloader.forks import after_fork_in_child
 from aioloader.notes import shown
 from aioloader.seeds import derive_seed
@@ -366,7 +366,7 @@ def arguments_of(sampler: Any) -> dict[str, Any]:
 def is_repeatable(sampler: Any) -> bool:
     """Whether a resumed epoch surely has the same keys: torch's own samplers, and those that tell their state."""
     for part in chain_of(sampler):
-        if is_stateful(part):
+        if tells_state(part):
             return True
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler) and not isinstance(part, range | list | tuple):
             return False
