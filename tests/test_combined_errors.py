@@ -148,6 +148,10 @@ def never(_: str) -> bool:
     return False
 
 
+def is_text(sample: Any) -> bool:
+    return isinstance(sample, str)
+
+
 TAILS: dict[str, Callable[[Pipeline], Pipeline]] = {
     "nothing": lambda pipeline: pipeline,
     "map": lambda pipeline: pipeline.map(str, concurrency=3),
@@ -164,6 +168,8 @@ TAILS: dict[str, Callable[[Pipeline], Pipeline]] = {
     "max_wait": lambda pipeline: pipeline.batch(4, max_wait=60, collate_fn=list),
     "merged again": lambda pipeline: Pipeline.merge(pipeline, []).batch(4, collate_fn=list),
     "interleaved again": lambda pipeline: Pipeline.interleave(pipeline, []),
+    "mixed with others": lambda pipeline: Pipeline.mix([range(9), pipeline], [1, 1], seed=3).filter(is_text),
+    "interleaved with others": lambda pipeline: Pipeline.interleave(range(9), pipeline).filter(is_text),
     "mixed again": lambda pipeline: Pipeline.mix([[], pipeline], [1, 1]).batch(4, collate_fn=list),
     "one rank": lambda pipeline: pipeline.shard(0, 1).batch(4, collate_fn=list),
     "process": lambda pipeline: pipeline.in_process().batch(4, collate_fn=list),
@@ -284,8 +290,12 @@ def test_a_resume_tries_it_again(face: Face, how: Combine, tail: str) -> None:
             return
 
 
+def nested(*sources: Any) -> Pipeline:
+    return Pipeline.interleave(mix(*sources), list("xyz" * 5))
+
+
 @on_both_faces
-@pytest.mark.parametrize("how", [Pipeline.interleave, mix], ids=["interleave", "mix"])
+@pytest.mark.parametrize("how", [Pipeline.interleave, mix, nested], ids=["interleave", "mix", "nested"])
 def test_right_after_the_error_the_order_is_that_without_it(face: Face, how: Combine) -> None:
     """The source that failed has its turn again, or is drawn again."""
     failing = how(*abc(fails=True))

@@ -136,11 +136,10 @@ class InterleaveNode(_Several):
             pending = self._pending[index]
             if pending:
                 entry = self._emit(pending.popleft(), index)
-                following = (index + 1) % len(self._upstreams)
-                turn = index if index in self._lost else following  # after a resume, what failed has its turn again
-                entry.cursor = (entry.cursor, turn, tuple(self._over))
+                if entry.state != ONE_LOST:  # which is no sample: it has its turn again, after a resume at least
+                    self._turn = (index + 1) % len(self._upstreams)
+                entry.cursor = (entry.cursor, self._turn, tuple(self._over))
                 taken.append(entry)
-                self._turn = following
                 self._end_if_over()
             elif index in self._over or index in self._lost:
                 self._turn = (index + 1) % len(self._upstreams)
@@ -182,7 +181,7 @@ class MixNode(_Several):
         self._draws = whole(draws)
         last = len(self._weights) - 1
         self._over = _distinct(over, last)
-        self._to_try = _distinct(lost[0], last) if lost else []
+        self._to_try = _distinct([*self._over, *cursor_sequence(lost[0])], last)[len(self._over) :] if lost else []
         self._lost.update(self._to_try)
         for index in (*self._over, *self._to_try):
             self._weights[index] = 0.0
@@ -202,14 +201,14 @@ class MixNode(_Several):
             upstream = self._upstreams[index]
             run = [self._tried.pop(index)] if index in self._tried else upstream.poll(1)
             if run:
-                self._drawn = None
                 entry = self._emit(run[0], index)
-                if index not in self._lost:
-                    entry.cursor = self._whole_cursor(entry)
-                else:  # it is drawn again, if this is where a resume goes on
-                    entry.cursor = self._whole_cursor(entry, drawn=self._draws - 1, lost=self._lost - {index})
-                    self._leave_out(index)
+                failed = entry.state == ONE_LOST  # which is no sample: it is drawn again, after a resume at least
+                entry.cursor = self._cursor(entry, self._draws - failed, self._lost - {index})
                 taken.append(entry)
+                if index in self._lost:
+                    self._leave_out(index)
+                if index in self._lost or not failed:
+                    self._drawn = None
             elif upstream.ended:
                 self._drawn = None
                 self._over.append(index)
@@ -218,9 +217,8 @@ class MixNode(_Several):
                 break
         return taken
 
-    def _whole_cursor(self, entry: Entry, drawn: int | None = None, lost: set[int] | None = None) -> tuple[Any, ...]:
-        lost = self._lost if lost is None else lost
-        cursor = (entry.cursor, self._draws if drawn is None else drawn, tuple(self._over))
+    def _cursor(self, entry: Entry, draws: int, lost: set[int]) -> tuple[Any, ...]:
+        cursor = (entry.cursor, draws, tuple(self._over))
         return (*cursor, tuple(sorted(lost))) if lost else cursor
 
     def _leave_out(self, index: int) -> None:
@@ -235,7 +233,7 @@ class MixNode(_Several):
             return False
         if run and run[0].state == LAST:
             entry = self._emit(run[0], index)
-            entry.cursor = self._whole_cursor(entry)
+            entry.cursor = self._cursor(entry, self._draws, self._lost)
             taken.append(entry)
         else:
             self._lost.remove(index)
