@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -88,6 +89,36 @@ class FailsInManyWays(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return fails_in_many_ways(index)
+
+
+class OverFile(Dataset[bool]):
+    """Rows of a file of int64 that is mapped into memory, in several guises.
+
+    A sample is whether all of them show the same row, whose last element is then set to -1 through one of them.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+        self.guises = {
+            "view": rows[::-1],
+            "array": np.asarray(rows).T,
+            "bytes": [rows.view(np.uint8)],
+            "tensor": torch.from_numpy(rows),
+        }
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> bool:
+        self.guises["tensor"][index, -1] = -1
+        row = self.rows[index].tolist()
+        others = [
+            self.guises["view"][-1 - index].tolist(),
+            self.guises["array"][:, index].tolist(),
+            self.guises["bytes"][0][index].view(np.int64).tolist(),
+            self.guises["tensor"][index].tolist(),
+        ]
+        return row == [index] * (len(row) - 1) + [-1] and others == [row] * 4 and isinstance(self.rows, np.memmap)
 
 
 def double(sample: Any) -> Any:

@@ -7,6 +7,7 @@ import multiprocessing
 import operator
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,12 +18,16 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data import Subset
 
 from aioloader import DataLoader, LoaderClosedError, Pipeline, WorkerDiedError
 from aioloader.executors.processes.host import Processes
+from aioloader.executors.processes.mapped_files import MappedFiles
+from aioloader.executors.processes.wire import decode, encode
 from tests import _work
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
@@ -228,14 +233,14 @@ def test_an_exception_whose_class_stays_behind_is_told_in_words() -> None:
     lock = threading.Lock
 
     def fail(sample: int) -> None:
-        class Local(ValueError):
+        class LocalError(ValueError):
             nothing_picklable = lock()
 
-        error = Local("mine")
+        error = LocalError("mine")
         error.add_note("a note")
         raise error
 
-    with pipeline(1, fail) as loader, pytest.raises(RuntimeError, match="Local: mine") as caught:
+    with pipeline(1, fail) as loader, pytest.raises(RuntimeError, match="LocalError: mine") as caught:
         list(loader)
     assert "a note" in notes(caught.value)
     assert "raise error" in notes(caught.value)
@@ -563,3 +568,110 @@ def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
         _, alive = psutil.wait_procs(before, timeout=10)
         assert not alive
         assert list(loader) == [2 * i for i in range(20)]
+
+
+# -- arrays that lie in files ------------------------------------------------------------------------------------------
+
+
+def mapped(path: Path, mode: Any = "r+") -> Any:
+    """Five rows of a file that begins with something else: row i holds 300 times the number i."""
+    if not path.exists():
+        path.write_bytes(b"header  " + np.repeat(np.arange(5), 300).tobytes())
+    return np.memmap(path, np.int64, mode, offset=8, shape=(5, 300))
+
+
+OVER_FILES: dict[str, Callable[[Any], Any]] = {
+    "executor": lambda dataset: pipeline(5, dataset.__getitem__),
+    "DataLoader": lambda dataset: DataLoader(
+        Subset(dataset, range(5)), batch_size=None, num_workers=2, worker_type="process"
+    ),
+    "in_process": lambda dataset: Pipeline(dataset).in_process(),
+    "in_process, with processes": lambda dataset: pipeline(5, dataset.__getitem__).in_process(),
+}
+
+
+@on_both_faces
+@pytest.mark.parametrize("way", OVER_FILES)
+def test_a_memory_mapped_array_is_mapped_in_the_workers(way: str, face: Face, tmp_path: Path) -> None:
+    """And so is all that shows the same memory: what one of them writes, everybody sees."""
+    rows = mapped(tmp_path / "rows")
+    with OVER_FILES[way](_work.OverFile(rows)) as loader:
+        assert collect(loader, face) == [True] * 5
+    assert rows[:, -1].tolist() == [-1] * 5
+    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def there(value: Any) -> tuple[Any, int]:
+    """`value` as workers get it, and how many bytes travel."""
+    stream, buffers = encode(value, MappedFiles())
+    return decode(stream, [bytearray(buffer) for buffer in buffers]), len(stream) + sum(map(len, buffers))
+
+
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda rows: rows,
+    "slice": lambda rows: rows[1:4, 10:20],
+    "steps": lambda rows: rows[::2, ::-3],
+    "transpose": lambda rows: rows.T,
+    "reshape": lambda rows: rows.reshape(10, 150),
+    "dtype": lambda rows: rows.view([("left", "<i4"), ("right", "<i4")]),
+    "array": lambda rows: np.asarray(rows)[3:],
+    "scalar": lambda rows: rows[3, 4, ...],
+    "broadcast": lambda rows: np.broadcast_to(rows[2], (7, 300)),
+    "tensor": lambda rows: torch.from_numpy(rows),
+    "tensor of steps": lambda rows: torch.from_numpy(rows)[1:, ::2].t(),
+    "tensor of another dtype": lambda rows: torch.from_numpy(rows).view(torch.bfloat16),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where memory belongs to")
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("mode", ["r", "r+"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_of_a_memory_mapped_array_travel_as_the_name_of_the_file(view: str, mode: str, tmp_path: Path) -> None:
+    value = VIEWS[view](mapped(tmp_path / "rows", mode))
+    arrived, size = there(value)
+    assert size < 1000
+    assert type(arrived) is type(value)
+    assert (arrived.dtype, arrived.shape) == (value.dtype, value.shape)
+    assert (arrived == value).all()
+    if isinstance(value, np.ndarray):
+        assert (arrived.strides, arrived.flags.writeable) == (value.strides, value.flags.writeable)
+    if isinstance(value, np.memmap):
+        assert (arrived.filename, arrived.mode, arrived.offset) == (value.filename, mode, 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where memory belongs to")
+def test_many_views_of_a_file_map_it_once(tmp_path: Path) -> None:
+    """A mapping takes a file descriptor, of which there are few."""
+    rows = mapped(tmp_path / "rows", "r")
+    arrived, _ = there([rows[i % 5] for i in range(2000)])
+    assert len({id(row.base) for row in arrived}) == 1
+    assert [int(row[0]) for row in arrived[:6]] == [0, 1, 2, 3, 4, 0]
+
+
+def test_what_the_file_does_not_show_travels_by_content(tmp_path: Path) -> None:
+    """Changes of a private copy, a file that was removed, another one in its place."""
+    private = mapped(tmp_path / "private", "c")
+    private[2] = 7
+    assert there(private)[0][:, 0].tolist() == [0, 1, 7, 3, 4]
+
+    removed = mapped(tmp_path / "removed", "r")
+    (tmp_path / "removed").unlink()
+    assert there(removed)[0][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+    replaced = mapped(tmp_path / "replaced", "r")
+    (tmp_path / "other").write_bytes(bytes((tmp_path / "replaced").stat().st_size))
+    (tmp_path / "other").replace(tmp_path / "replaced")
+    assert there(replaced)[0][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells where memory belongs to")
+def test_a_file_that_is_gone_before_a_worker_starts_is_an_error_that_names_it(tmp_path: Path) -> None:
+    rows = mapped(tmp_path / "rows", "r")
+    stream, buffers = encode(rows, MappedFiles())
+    (tmp_path / "rows").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"rows has been removed or replaced"):
+        decode(stream, buffers)
+    (tmp_path / "rows").write_bytes((tmp_path / "elsewhere").read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"rows has been removed or replaced"):
+        decode(stream, buffers)

@@ -24,8 +24,8 @@ BY_VALUE: Final = (
 def portable(error: BaseException, where: str) -> BaseException:
     """A stand-in for `error` that any pickle takes, and that is unpickled as an exception of the same type.
 
-    The notes, `__cause__` and `__context__` come along, the traceback as a note. Attributes that cannot be pickled, such
-    as open files and locks, are left out, and a note names them.
+    The notes, `__cause__` and `__context__` come along, the traceback as a note. Attributes that cannot be pickled,
+    such as open files and locks, are left out, and a note names them.
 
     Args:
         error: As it was caught. It is not changed.
@@ -118,7 +118,7 @@ def _encoded(error: BaseException) -> tuple[bytes, list[memoryview]] | None:
 
 
 class _Parts(NamedTuple):
-    """What an exception is rebuilt from, without a call of its `__init__`, which may take other arguments than `args`."""
+    """What an exception is rebuilt from, without its `__init__`, which may take other arguments than `args`."""
 
     kind: type[BaseException]
     args: tuple[Any, ...]

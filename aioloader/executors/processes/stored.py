@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.mapped_files import MappedFiles
 from aioloader.executors.processes.segments import Mapping, create_file
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.processes.worker import Program, lay_out
@@ -28,7 +29,7 @@ class StoredProgram:
 
     def __init__(self, program: Program) -> None:
         try:
-            stream, buffers = encode(program)
+            stream, buffers = encode(program, MappedFiles())
         except BaseException as error:
             raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
         self._layout, pieces = lay_out(buffers)

@@ -16,6 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from aioloader.executors.processes.mapped_files import MappedFiles
+
 try:  # now and not when it is needed: a fork in the middle of an import by a thread leaves it half done in the child
     import cloudpickle
 except ImportError:
@@ -28,10 +30,15 @@ SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays i
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def encode(value: Any) -> tuple[bytes, list[memoryview]]:
+def encode(value: Any, files: MappedFiles | None = None) -> tuple[bytes, list[memoryview]]:
     """Take `value` apart: a pickle, and the memory of its tensors and arrays, which is not copied.
 
     Functions and classes of `__main__`, lambdas and closures travel by value where cloudpickle is installed.
+
+    Args:
+        value: Anything.
+        files: Tensors and arrays whose memory is a file's travel as the name of that; None: by content, too. That is
+            for what is small, or does not stay: mapping a file takes longer than copying a sample.
 
     Raises:
         Exception: Whatever pickling an object of the user's raises.
@@ -46,7 +53,9 @@ def encode(value: Any) -> tuple[bytes, list[memoryview]]:
         return False
 
     file = io.BytesIO()
-    _pickler()(file, protocol=5, buffer_callback=take).dump(value)
+    pickler = _pickler()(file, protocol=5, buffer_callback=take)
+    pickler.files = files
+    pickler.dump(value)
     return file.getvalue(), buffers
 
 
@@ -70,7 +79,13 @@ def _pickler() -> Any:
         otherwise = base.reducer_override
 
     class Pickler(base):  # type: ignore[misc]  # one of two
+        files: MappedFiles | None
+
         def reducer_override(self, value: Any) -> Any:
+            if self.files is not None and _is_memory(value):
+                taken = self.files.reduce(value)
+                if taken is not NotImplemented:
+                    return taken
             if type(value) is torch.Tensor and _is_plain(value):
                 return _take_apart(value)
             if type(value) is CodeType and otherwise is not None:
@@ -97,6 +112,14 @@ def _by_value_if_need_be(name: str) -> None:
         return  # what has a dot belongs to a package; those of torch have parts that look like made by hand
     if (name == "__mp_main__" or getattr(module, "__spec__", None) is None) and module.__name__ == name:
         cloudpickle.register_pickle_by_value(module)
+
+
+def _is_memory(value: Any) -> bool:
+    """Whether `value` is an array or a tensor, and nothing more than the memory that it shows."""
+    if type(value) is torch.Tensor:
+        return _is_plain(value)
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(value) in (numpy.ndarray, numpy.memmap)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
