@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
+import psutil
 import pytest
 
 from aioloader.testing import Gate
@@ -51,6 +52,16 @@ def collect(loader: Loader, face: Face, *, limit: int | None = None) -> list[Any
     """The batches of one epoch, or the first `limit` of them, through `face`."""
     with Steps(loader, face) as steps:
         return steps.rest(limit)
+
+
+def workers() -> set[int]:
+    """The worker processes there are: this process has a zygote, that a server for each loader, and that its workers."""
+    found = set()
+    for zygote in psutil.Process().children():
+        for server in zygote.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {worker.pid for worker in server.children()}
+    return found
 
 
 class Steps:

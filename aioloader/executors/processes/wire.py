@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -23,10 +23,14 @@ SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays i
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def encode(value: Any) -> tuple[bytes, list[memoryview]]:
+def encode(value: Any, modules: dict[str, None] | None = None) -> tuple[bytes, list[memoryview]]:
     """Take `value` apart: a pickle, and the memory of its tensors and arrays, which is not copied.
 
     Functions and classes of `__main__`, lambdas and closures travel by value where cloudpickle is installed.
+
+    Args:
+        value: Anything.
+        modules: Gets the names of those that `decode` will import.
 
     Raises:
         Exception: Whatever pickling an object of the user's raises.
@@ -41,7 +45,12 @@ def encode(value: Any) -> tuple[bytes, list[memoryview]]:
         return False
 
     file = io.BytesIO()
-    _pickler()(file, protocol=5, buffer_callback=take).dump(value)
+    if modules is None:
+        pickler = _pickler()(file, protocol=5, buffer_callback=take)
+    else:
+        pickler = _recorder()(file, protocol=5, buffer_callback=take)
+        pickler.modules = modules
+    pickler.dump(value)
     return file.getvalue(), buffers
 
 
@@ -85,6 +94,25 @@ def _pickler() -> Any:
             return otherwise(self, value)
 
     return Pickler
+
+
+@cache
+def _recorder() -> Any:
+    """The same pickler, which takes down where that which travels by reference is defined."""
+    base: Any = _pickler()
+
+    class Recorder(base):  # type: ignore[misc]  # made at runtime
+        modules: dict[str, None]
+
+        def reducer_override(self, value: Any) -> Any:
+            reduced = super().reducer_override(value)
+            if isinstance(value, ModuleType):
+                self.modules[value.__name__] = None
+            elif reduced is NotImplemented and isinstance(value, type | FunctionType | BuiltinFunctionType):
+                self.modules[value.__module__] = None
+            return reduced
+
+    return Recorder
 
 
 def _by_value_if_need_be(name: str) -> None:
