@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
+import psutil
 import pytest
 
 from aioloader.testing import Gate
@@ -51,6 +52,16 @@ def collect(loader: Loader, face: Face, *, limit: int | None = None) -> list[Any
     """The batches of one epoch, or the first `limit` of them, through `face`."""
     with Steps(loader, face) as steps:
         return steps.rest(limit)
+
+
+def workers() -> set[int]:
+    """Worker processes that are alive: children of the fork servers, which are children of the zygote."""
+    found = set()
+    for zygote in psutil.Process().children():
+        for server in zygote.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found |= {worker.pid for worker in server.children()}
+    return found
 
 
 class Steps:

@@ -73,9 +73,9 @@ def fails_in_many_ways(sample: int) -> int:
             except BusyError as error:
                 raise RefusedError(3, "refused") from error
         case 4:
-            error = ValueError("mine", threading.Lock())
-            error.add_note("a note")
-            raise error
+            mine = ValueError("mine", threading.Lock())
+            mine.add_note("a note")
+            raise mine
         case 5:
             raise KeyboardInterrupt
         case 6:

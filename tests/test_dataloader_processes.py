@@ -23,7 +23,7 @@ from aioloader.testing import assert_resumes_exactly
 from tests import _work
 from tests._datasets import Broken, Made, MadeInBulk, ShardingStream, Stream, assert_same, join, noisy, pair, record
 from tests._states import contents_of, edited
-from tests._support import Face, Started, Steps, collect, notes, on_both_faces
+from tests._support import Face, Started, Steps, collect, notes, on_both_faces, workers
 
 SEED = 1234
 
@@ -40,11 +40,6 @@ def zygote() -> Iterator[None]:
 
 def loader(dataset: Any, batch_size: int | None = 1, *, num_workers: int = 2, **kwargs: Any) -> DataLoader[Any]:
     return DataLoader(dataset, batch_size, num_workers=num_workers, worker_type="process", **kwargs)
-
-
-def workers() -> set[int]:
-    """The worker processes there are, but for the fixture's."""
-    return {worker.pid for child in psutil.Process().children() for worker in child.children()}
 
 
 def seeded(index: int) -> tuple[Any, ...]:

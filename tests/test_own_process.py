@@ -20,6 +20,7 @@ from aioloader import Pipeline, WorkerDiedError, sample_rng
 from tests import _work
 from tests._datasets import assert_same
 from tests._support import Face, Steps, collect, notes, on_both_faces, run
+from tests._support import workers as processes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,11 +29,6 @@ def zygote() -> Iterator[None]:
     with Pipeline(range(1)).in_process() as keeper:
         assert list(keeper) == [0]
         yield
-
-
-def processes() -> set[int]:
-    """Those that loaders run in, the fixture's included."""
-    return {worker.pid for child in psutil.Process().children() for worker in child.children()}
 
 
 async def later(sample: Any) -> Any:

@@ -29,7 +29,7 @@ from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.mapped_files import MappedFiles
 from aioloader.executors.processes.wire import decode, encode
 from tests import _work
-from tests._support import Face, Steps, collect, notes, on_both_faces
+from tests._support import Face, Steps, collect, notes, on_both_faces, workers
 
 
 def pipeline(n: int, fn: Any, concurrency: int = 2) -> Pipeline:
@@ -45,29 +45,20 @@ def zygote() -> Iterator[None]:
         yield
 
 
-def workers() -> set[int]:
-    """The worker processes there are, but for the fixture's."""
-    found = set()
-    for child in psutil.Process().children():
-        found |= {worker.pid for worker in child.children()}
-    return found
-
-
-def the_zygote() -> psutil.Process:
-    """The process that workers are forked from."""
-    with pipeline(1, _work.double, 1) as loader:
-        list(loader)
-        return psutil.Process(psutil.Process(min(workers())).ppid())
+def servers() -> set[psutil.Process]:
+    """The processes that workers are forked from, one for each loader."""
+    return {server for zygote in psutil.Process().children() for server in zygote.children()}
 
 
 @contextlib.contextmanager
-def resumed_after(process: psutil.Process, event: threading.Event) -> Iterator[None]:
-    """Whoever waits for `process`, which is stopped, waits until `event` is set."""
+def resumed_after(processes: list[psutil.Process], event: threading.Event) -> Iterator[None]:
+    """`processes`, which are stopped meanwhile, go on when `event` is set."""
     found: list[bool] = []
 
     def resume() -> None:
         found.append(event.wait(10))
-        process.resume()
+        for process in processes:
+            process.resume()
 
     thread = threading.Thread(target=resume)
     thread.start()
@@ -190,6 +181,7 @@ def check_failures(outcomes: list[Any]) -> None:
     assert type(group) is _work.GroupOfTwoError
     assert (group.message, group.names) == ("two", ("RefusedError", "ExceptionGroup"))
     left, inner = group.exceptions
+    assert isinstance(inner, ExceptionGroup)
     assert type(left) is _work.RefusedError
     check_http(inner.exceptions[0])
 
@@ -433,13 +425,15 @@ def test_closing_waits_for_a_worker_that_it_has_not_heard_of(monkeypatch: pytest
 
     The process that forks is stopped meanwhile, so that nobody else ends that worker.
     """
-    zygote = the_zygote()
+    others = servers()
+    suspended: list[psutil.Process] = []
     closed, read = threading.Event(), threading.Event()
     control_ready = Processes._control_ready
 
     def closes_before_it_reads(self: Processes, events: int) -> None:
         if not closed.is_set():
-            zygote.suspend()
+            suspended.extend(servers() - others)
+            suspended[0].suspend()
             self.close()
             closed.set()
         else:
@@ -449,7 +443,7 @@ def test_closing_waits_for_a_worker_that_it_has_not_heard_of(monkeypatch: pytest
     before = workers()
     with pipeline(4, _work.double) as loader:
         monkeypatch.setattr(Processes, "_control_ready", closes_before_it_reads)
-        with pytest.raises(LoaderClosedError), resumed_after(zygote, read):
+        with pytest.raises(LoaderClosedError), resumed_after(suspended, read):
             next(iter(loader))
     assert workers() == before
 
@@ -563,8 +557,8 @@ def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
     with pipeline(20, _work.double) as loader:
         list(loader)
         before = [psutil.Process(pid) for pid in workers()]
-        (zygote,) = {worker.ppid() for worker in before}
-        os.kill(zygote, signal.SIGKILL)
+        (zygote,) = psutil.Process().children()
+        zygote.kill()
         _, alive = psutil.wait_procs(before, timeout=10)
         assert not alive
         assert list(loader) == [2 * i for i in range(20)]

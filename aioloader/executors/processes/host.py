@@ -40,14 +40,12 @@ class Peer:
     Attributes:
         seat: Its number, which a worker that takes its place inherits.
         pid: None until it has been forked.
-        has_program: Whether its program has been sent; the owner's.
     """
 
     def __init__(self, host: "Processes", owner: Owner, seat: int, connection: Connection) -> None:
         self.seat = seat
         self.owner = owner
         self.pid: int | None = None
-        self.has_program = False
         self._closing = False
         self._deadline: float | None = None  # when it is killed
         self._host = host
@@ -94,6 +92,11 @@ class Peer:
         stream = buffers.pop() if stream_at < 0 else body[stream_at:]
         return decode(stream, buffers)
 
+    @property
+    def given_up(self) -> bool:
+        """It was told to end, and had its time."""
+        return self._closing and self._deadline is None
+
     def close(self) -> None:
         """Let the worker end after what it is doing; kill it if that takes too long."""
         if not self._closing:
@@ -119,6 +122,7 @@ class Processes:
         self._forgotten = False  # this is a forked child
         self._owners: dict[Any, Owner] = {}
         self._zygote: Zygote | None = None
+        self._number = 0  # of our fork server
         self._control: Connection | None = None
         self._peers: set[Peer] = set()
         self._tickets: dict[int, Peer] = {}
@@ -199,24 +203,40 @@ class Processes:
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
-    def spawn(self, owner: Owner, seat: int) -> Peer:
-        """A new worker; messages to it may be sent at once.
+    def begin(self) -> None:
+        """Have the process that workers are forked from, which takes seconds where there is none yet.
 
         Raises:
             OSError: It cannot be started.
         """
         if self._control is None:
-            self._zygote, sock = Zygote.join()
+            self._zygote, self._number, sock = Zygote.join()
             sock.setblocking(False)
             self._control = Connection(sock)
             self._selector.register(self._control, selectors.EVENT_READ)
+
+    def spawn(self, owner: Owner, seat: int, modules: Sequence[str]) -> Peer:
+        """A new worker; messages to it may be sent at once.
+
+        Args:
+            owner: Who it works for.
+            seat: Its number.
+            modules: What it will import; that is done once for all workers.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        self.begin()
+        assert self._control is not None
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         peer = Peer(self, owner, seat, Connection(ours))
         self._ticket += 1
         self._tickets[self._ticket] = peer
         with theirs, contextlib.suppress(OSError):  # the zygote is gone: it will be noticed
-            self._control.send(("fork", self._ticket, settings_of_this_process()), fds=[os.dup(theirs.fileno())])
+            self._control.send(
+                ("fork", self._ticket, settings_of_this_process(), modules), fds=[os.dup(theirs.fileno())]
+            )
         self._watch_control()
         self._peers.add(peer)
         self._selector.register(peer._connection, selectors.EVENT_READ, peer)
@@ -224,13 +244,18 @@ class Processes:
 
     def _main(self) -> None:
         try:
-            while not self._closing or (self._peers and self._zygote is not None and self._zygote.born):
+            while not self._closing or self._waits_for_workers():
                 if self._closing:
                     for peer in list(self._peers):
                         peer.close()
                 self._turn()
         finally:
             self._end()
+
+    def _waits_for_workers(self) -> bool:
+        """There are workers, or will be in a moment. When an import of the user's hangs, there will be none."""
+        born = self._zygote is not None and self._zygote.born
+        return born and any(not (peer.pid is None and peer.given_up) for peer in self._peers)
 
     def _turn(self) -> None:
         deadlines = [peer._deadline for peer in self._peers if peer._deadline is not None]
@@ -361,6 +386,8 @@ class Processes:
             self._selector.unregister(self._control)
             self._control.close()
             self._control = None
+            if self._tickets and self._zygote is not None:
+                self._zygote.kill(self._number)  # it imports, and does not see that it is to end
         try:
             for peer in list(self._peers):
                 self._lost(peer, "was not needed any more")

@@ -117,10 +117,10 @@ class Remote:
         self._listeners[number] = listener
         try:
             if self._peer is None:
-                self._peer = self._host.spawn(self, 0)
-            if not self._peer.has_program:
+                self._host.begin()
                 if self._program is None:
                     self._program = StoredProgram(self._make_program())
+                self._peer = self._host.spawn(self, 0, self._program.modules)
                 self._program.send_to(self._peer)
             stream, buffers = encode(request)
         except BaseException as error:  # the program cannot be pickled, or nothing can be started

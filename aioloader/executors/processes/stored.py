@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["StoredProgram"]
 
 
+_OF_SCRIPTS = ("__main__", "__mp_main__")  # travel by value, or not at all
+
+
 class StoredProgram:
     """A program on its way to workers.
 
     Args:
         program: It is pickled now.
+
+    Attributes:
+        modules: What workers import for it.
 
     Raises:
         PicklingError: It cannot be.
@@ -28,10 +34,12 @@ class StoredProgram:
     """
 
     def __init__(self, program: Program) -> None:
+        modules: dict[str, None] = {}
         try:
-            stream, buffers = encode(program, MappedFiles())
+            stream, buffers = encode(program, MappedFiles(), modules)
         except BaseException as error:
             raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
+        self.modules = [name for name in modules if name and name not in _OF_SCRIPTS]
         self._layout, pieces = lay_out(buffers)
         self._stream_at = sum(map(len, pieces))
         self._size = self._stream_at + len(stream)
@@ -53,7 +61,6 @@ class StoredProgram:
         head = ("program", peer.seat, self._size, self._stream_at, self._layout, seats)
         fds: Sequence[int] = [os.dup(self._fd), *more]
         peer.send(head, fds=fds)
-        peer.has_program = True
 
     def close(self) -> None:
         """Let go of the memory; workers keep theirs. Idempotent."""

@@ -124,7 +124,7 @@ class Team:
         self._host.call(self._forget, owner)
 
     def prepare(self) -> None:
-        """Start the workers, which takes longer than there being something for them to do."""
+        """Start what takes longer than there being something for the workers to do: that which they are forked from."""
         self._host.call(self._prepare)
 
     def close(self) -> None:
@@ -151,9 +151,8 @@ class Team:
 
     def _prepare(self) -> None:
         with contextlib.suppress(OSError):  # it comes again with the first task
-            for seat in range(len(self._seats)):
-                if not (self._closed or self._host.closed):
-                    self._seat(seat)
+            if not (self._closed or self._host.closed):
+                self._host.begin()
 
     def _submit(self, task: _Task) -> None:
         if self._closed or self._host.closed:
@@ -191,27 +190,22 @@ class Team:
     def _give(self, peer: Peer, task: _Task) -> None:
         self._number += 1
         self._loads[peer][self._number] = task
-        if not peer.has_program:
-            self._send_program(peer)
         peer.send(("task", self._number, peer.freed(), task.stream_at, task.layout), task.parts)
 
     def _seat(self, seat: int) -> Peer:
         """The worker of a seat, a new one if need be."""
         peer = self._seats[seat]
         if peer is None:
-            peer = self._host.spawn(self, seat)
-            if self._progress is not None:
-                self._progress.clear(seat)
+            if self._program is None:
+                self._program = StoredProgram(self._make_program())
+            if self._progress is None:
+                self._progress = Progress.create(len(self._seats))
+            self._progress.clear(seat)
+            peer = self._host.spawn(self, seat, self._program.modules)
             self._seats[seat] = peer
             self._loads[peer] = OrderedDict()
+            self._program.send_to(peer, self._progress.descriptor(), seats=len(self._seats))
         return peer
-
-    def _send_program(self, peer: Peer) -> None:
-        if self._program is None:
-            self._program = StoredProgram(self._make_program())
-        if self._progress is None:
-            self._progress = Progress.create(len(self._seats))
-        self._program.send_to(peer, self._progress.descriptor(), seats=len(self._seats))
 
     def _forget(self, owner: Hashable) -> None:
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
@@ -279,7 +273,7 @@ class Team:
         self._assign()
 
     def _begun(self, peer: Peer) -> tuple[int, int] | None:
-        return self._progress.read(peer.seat) if self._progress is not None and peer.has_program else None
+        return self._progress.read(peer.seat) if self._progress is not None else None
 
     def _break(self, error: BaseException) -> None:
         tasks = [*self._waiting, *(task for load in self._loads.values() for task in load.values())]

@@ -11,7 +11,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -30,7 +30,9 @@ SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays i
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def encode(value: Any, files: MappedFiles | None = None) -> tuple[bytes, list[memoryview]]:
+def encode(
+    value: Any, files: MappedFiles | None = None, modules: dict[str, None] | None = None
+) -> tuple[bytes, list[memoryview]]:
     """Take `value` apart: a pickle, and the memory of its tensors and arrays, which is not copied.
 
     Functions and classes of `__main__`, lambdas and closures travel by value where cloudpickle is installed.
@@ -39,6 +41,7 @@ def encode(value: Any, files: MappedFiles | None = None) -> tuple[bytes, list[me
         value: Anything.
         files: Tensors and arrays whose memory is a file's travel as the name of that; None: by content, too. That is
             for what is small, or does not stay: mapping a file takes longer than copying a sample.
+        modules: Gets the names of those that `decode` will import.
 
     Raises:
         Exception: Whatever pickling an object of the user's raises.
@@ -53,8 +56,10 @@ def encode(value: Any, files: MappedFiles | None = None) -> tuple[bytes, list[me
         return False
 
     file = io.BytesIO()
-    pickler = _pickler()(file, protocol=5, buffer_callback=take)
+    make = _pickler() if modules is None else _recorder()
+    pickler = make(file, protocol=5, buffer_callback=take)
     pickler.files = files
+    pickler.modules = modules
     pickler.dump(value)
     return file.getvalue(), buffers
 
@@ -99,6 +104,25 @@ def _pickler() -> Any:
             return otherwise(self, value)
 
     return Pickler
+
+
+@cache
+def _recorder() -> Any:
+    """The same pickler, which takes down where that which travels by reference is defined."""
+    base: Any = _pickler()
+
+    class Recorder(base):  # type: ignore[misc]  # made at runtime
+        modules: dict[str, None]
+
+        def reducer_override(self, value: Any) -> Any:
+            reduced = super().reducer_override(value)
+            if isinstance(value, ModuleType):
+                self.modules[value.__name__] = None
+            elif reduced is NotImplemented and isinstance(value, type | FunctionType | BuiltinFunctionType):
+                self.modules[value.__module__] = None
+            return reduced
+
+    return Recorder
 
 
 def _by_value_if_need_be(name: str) -> None:

@@ -23,7 +23,16 @@ from aioloader.executors.processes.segments import ALIGNMENT, Arena, Mapping, Pl
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
 from aioloader.executors.sample import Named, Sample
 
-__all__ = ["Channel", "Program", "Work", "lay_out", "main", "open_buffers", "settings_of_this_process"]
+__all__ = [
+    "Channel",
+    "Program",
+    "Work",
+    "adopt_surroundings",
+    "lay_out",
+    "main",
+    "open_buffers",
+    "settings_of_this_process",
+]
 
 SHARED_BYTES: Final = 1 << 15  # results below this go through the socket: that is cheaper than a segment
 
@@ -72,9 +81,8 @@ def main(sock: socket.socket, settings: dict[str, Any]) -> NoReturn:
         os._exit(status)
 
 
-def _adopt(settings: dict[str, Any]) -> None:
-    """Be like the user's process, but with one thread for each operation and random numbers of one's own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def adopt_surroundings(settings: dict[str, Any]) -> None:
+    """Be like the user's process in what modules find when they are imported, but for one thread for each operation."""
     sys.path[:] = settings["path"]
     sys.argv[:] = settings["argv"]
     with contextlib.suppress(OSError):  # it may have been deleted meanwhile
@@ -83,6 +91,12 @@ def _adopt(settings: dict[str, Any]) -> None:
         os.environ.clear()
         os.environ.update(settings["environment"])
     torch.set_num_threads(1)
+
+
+def _adopt(settings: dict[str, Any]) -> None:
+    """Be like the user's process, but with random numbers of one's own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    adopt_surroundings(settings)
     if torch.get_default_dtype() is not getattr(torch, settings["dtype"]):
         torch.set_default_dtype(getattr(torch, settings["dtype"]))
     seed = int.from_bytes(os.urandom(8), "little")

@@ -1,18 +1,27 @@
-"""The zygote: a small process that imports torch once and forks workers from itself.
+"""The zygote: a small process that imports torch once, and forks a server for each loader, which forks its workers.
+
+    the user's process ──▶ zygote ──▶ fork server of a loader ──▶ workers
+                           torch      the user's modules
 
 It has one thread, no CUDA state, and nothing of the user's in it, so forking it is safe and takes milliseconds; and
 since it is started with a program of ours, nothing of the user's `__main__` runs again, as it does with
 multiprocessing's `spawn` and `forkserver` in scripts without `if __name__ == "__main__"`.
 
-The story of the end. Each loader has a connection to the zygote; when it closes, in whatever way (`close()`, garbage
-collection, `kill -9` of the user's process), the zygote kills the workers of that loader. When all are closed it exits.
-A zygote that is killed itself takes its workers with it where there is `prctl` (Linux); elsewhere the user's process
-kills them, and a worker whose user's process is gone finds its own connection closed.
+Modules of the user's are imported by the server, before its first worker needs them: once for all workers and epochs
+of a loader, which are forked with them in milliseconds. No object of the user's is ever made there, so that a worker
+has nothing of the one before it; and another loader has a server of its own, which imports what the files say then.
+
+The story of the end. Each loader has a connection to its server; when it closes, in whatever way (`close()`, garbage
+collection, `kill -9` of the user's process), the server kills the workers and exits. One that hangs in an import is
+killed by the zygote. That exits when all loaders are gone. A zygote or server that is killed itself takes what it has
+forked with it where there is `prctl` (Linux); elsewhere the user's process kills workers, and a worker whose user's
+process is gone finds its own connection closed.
 """
 
 import contextlib
 import ctypes
 import gc
+import importlib
 import os
 import selectors
 import signal
@@ -21,6 +30,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from aioloader.executors.processes import worker
@@ -29,6 +39,7 @@ from aioloader.executors.processes.wire import Connection
 __all__ = ["Zygote", "check_processes", "forget_zygote", "main"]
 
 END_SECONDS = 5.0  # how long the end of the zygote is waited for before it is killed
+EXIT_SECONDS = 0.5  # between the end of a server, which the zygote's brings about, and that of the zygote
 
 # -- in the user's process ---------------------------------------------------------------------------------------------
 
@@ -75,10 +86,13 @@ class Zygote:
             raise
         self._connection = Connection(ours)
         self._clients = 0
+        self._numbers = 0
 
     @classmethod
-    def join(cls) -> tuple["Zygote", socket.socket]:
-        """The process, started if need be, and a connection to it for one loader. May take milliseconds.
+    def join(cls) -> tuple["Zygote", int, socket.socket]:
+        """The process, started if need be, and for one loader the number of its server and a connection to that.
+
+        May take milliseconds.
 
         Raises:
             OSError: It cannot be started.
@@ -87,11 +101,18 @@ class Zygote:
         with _lock:
             if _zygote is None or _zygote._process.poll() is not None:
                 _zygote = cls()
+            _zygote._numbers += 1
+            number = _zygote._numbers
             ours, theirs = socket.socketpair()
             with theirs, contextlib.suppress(OSError):  # it has just died: so has the connection, which will say so
-                _zygote._connection.send(("client",), fds=[os.dup(theirs.fileno())])
+                _zygote._connection.send(("client", number), fds=[os.dup(theirs.fileno())])
             _zygote._clients += 1
-            return _zygote, ours
+            return _zygote, number, ours
+
+    def kill(self, number: int) -> None:
+        """End a server that does not listen."""
+        with _lock, contextlib.suppress(OSError):
+            self._connection.send(("kill", number))
 
     def leave(self) -> None:
         """One loader less; the last one waits for the end of the process, which it kills while that imports torch."""
@@ -112,11 +133,11 @@ class Zygote:
             self._process.wait()
 
     def exit_reason(self) -> str:
-        """In words, once it is gone."""
+        """In words, once it is gone, or the server of a loader."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(END_SECONDS)
+            status = self._process.wait(EXIT_SECONDS)
             return describe_exit(status if status >= 0 else 0, max(0, -status))
-        return "was lost"
+        return "ended, maybe while it imported modules of yours"
 
     def forget(self) -> None:
         """In a forked child, whose zygote this is not."""
@@ -146,34 +167,75 @@ def describe_exit(code: int, signal_number: int) -> str:
 
 
 def main(fd: int) -> NoReturn:
-    """Serve until the user's process is gone.
+    """Fork a server for each loader until the user's process is gone.
 
     Args:
         fd: Our end of the connection to it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a server ended: the system reaps them
     warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 and later, where numpy has threads of its own
-    _Server(socket.socket(fileno=fd)).serve()
+    gc.collect()
+    gc.freeze()  # what is here by now is shared by all workers, and not looked through by their collectors
+    user = Connection(socket.socket(fileno=fd))
+    servers: dict[int, int] = {}
+    with contextlib.suppress(EOFError):
+        for message in user.receive():
+            match message.head:
+                case ("client", number):
+                    with contextlib.suppress(OSError):  # no more processes: the loader finds its connection closed
+                        servers[number] = _fork_server(user, message.fds[0])
+                    os.close(message.fds[0])
+                case ("kill", number) if number in servers:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(servers[number], signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):  # each of them finds its own connection closed
+        while True:
+            os.waitpid(-1, 0)
     os._exit(0)
+
+
+def _fork_server(user: Connection, fd: int) -> int:
+    zygote = os.getpid()
+    if pid := os.fork():
+        return pid
+    try:
+        _die_with(zygote)
+        user.close()
+        _Server(socket.socket(fileno=fd)).serve()
+    finally:
+        os._exit(0)
+
+
+def _die_with(parent: int) -> None:
+    """In a fresh process: end when the one that it was forked from ends."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        libc.prctl(15, b"aioloader", 0, 0, 0)  # PR_SET_NAME, for `top`
+    if os.getppid() != parent:
+        os._exit(0)
 
 
 def _ignore(number: int, frame: object) -> None:
     """The handler of a signal that has done its work by waking `select`."""
 
 
-class _Client:
-    """One loader's connection, and its workers by process id."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.connection = Connection(sock)
-        self.workers: set[int] = set()
+# -- in the fork server of a loader ------------------------------------------------------------------------------------
 
 
 class _Server:
+    """Imports what a loader's workers need, once, forks them, and tells how they ended.
+
+    Args:
+        sock: Our end of the connection to the loader.
+    """
+
     def __init__(self, sock: socket.socket) -> None:
-        self._user = Connection(sock)
         sock.setblocking(False)
-        self._clients: set[_Client] = set()
+        self._loader = Connection(sock)
+        self._workers: set[int] = set()
+        self._modules: set[str] = set()
         self._woken, self._wake = socket.socketpair()
         self._woken.setblocking(False)
         self._wake.setblocking(False)
@@ -181,69 +243,72 @@ class _Server:
         self._pid = os.getpid()
 
     def serve(self) -> None:
+        """Until the loader closes its connection."""
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _ignore)
-        self._selector.register(self._user, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._loader, selectors.EVENT_READ, self._receive)
         self._selector.register(self._woken, selectors.EVENT_READ, self._reap)
-        gc.collect()
-        gc.freeze()  # what is here by now is shared by all workers, and not looked through by their collectors
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(EOFError, OSError):
             while True:
                 for key, _ in self._selector.select():
                     key.data()
-        for client in self._clients:
-            self._kill(client)
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
 
-    def _accept(self) -> None:
-        for message in self._user.receive():
-            sock = socket.socket(fileno=message.fds[0])
-            sock.setblocking(False)
-            client = _Client(sock)
-            self._clients.add(client)
-            self._selector.register(client.connection, selectors.EVENT_READ, lambda client=client: self._serve(client))
+    def _receive(self) -> None:
+        self._loader.flush()
+        for message in self._loader.receive():
+            match message.head:
+                case ("fork", ticket, settings, modules):
+                    self._import(settings, modules)
+                    self._fork(ticket, settings, message.fds[0])
+                case ("kill", pid) if pid in self._workers:
+                    os.kill(pid, signal.SIGKILL)
+        self._watch()
 
-    def _serve(self, client: _Client) -> None:
-        try:
-            client.connection.flush()
-            for message in client.connection.receive():
-                match message.head:
-                    case ("fork", ticket, settings):
-                        self._fork(client, ticket, settings, message.fds[0])
-                    case ("kill", pid) if pid in client.workers:
-                        os.kill(pid, signal.SIGKILL)
-            self._watch(client)
-        except (EOFError, OSError):
-            self._selector.unregister(client.connection)
-            client.connection.close()
-            self._clients.discard(client)
-            self._kill(client)
-
-    def _tell(self, client: _Client, head: tuple[Any, ...]) -> None:
+    def _tell(self, head: tuple[Any, ...]) -> None:
         """Send a message; what a busy user's process does not take now goes when it does."""
-        with contextlib.suppress(OSError):  # it is gone: `_serve` hears of it
-            client.connection.send(head)
-        self._watch(client)
+        with contextlib.suppress(OSError):  # it is gone: `_receive` hears of it
+            self._loader.send(head)
+        self._watch()
 
-    def _watch(self, client: _Client) -> None:
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.connection.pending else 0)
-        key = self._selector.get_key(client.connection)
+    def _watch(self) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._loader.pending else 0)
+        key = self._selector.get_key(self._loader)
         if key.events != events:
-            self._selector.modify(client.connection, events, key.data)
+            self._selector.modify(self._loader, events, key.data)
 
-    def _fork(self, client: _Client, ticket: int, settings: dict[str, Any], fd: int) -> None:
+    def _import(self, settings: dict[str, Any], modules: Sequence[str]) -> None:
+        """Import what a worker will look for. An error is that worker's, which tries again and tells the user."""
+        new = [name for name in modules if name not in self._modules]
+        if not new:
+            return
+        worker.adopt_surroundings(settings)
+        for name in new:
+            self._modules.add(name)
+            with contextlib.suppress(BaseException):
+                importlib.import_module(name)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()  # or each worker would say it once more
+        gc.collect()
+        gc.freeze()
+
+    def _fork(self, ticket: int, settings: dict[str, Any], fd: int) -> None:
         try:
             pid = os.fork()
         except OSError as error:  # no more processes, or no memory
             os.close(fd)
-            self._tell(client, ("unborn", ticket, f"could not be started: {error}"))
+            self._tell(("unborn", ticket, f"could not be started: {error}"))
             return
         if pid:
             os.close(fd)
-            client.workers.add(pid)
-            self._tell(client, ("forked", ticket, pid))
+            self._workers.add(pid)
+            self._tell(("forked", ticket, pid))
             return
         try:
             self._become_worker()
@@ -252,21 +317,14 @@ class _Server:
             os._exit(1)
 
     def _become_worker(self) -> None:
-        """In a fresh worker: die with the zygote, and hold nothing that others wait to see closed."""
+        """In a fresh worker: hold nothing that others wait to see closed."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if sys.platform == "linux":
-            libc = ctypes.CDLL(None)
-            libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-            libc.prctl(15, b"aioloader", 0, 0, 0)  # PR_SET_NAME, for `top`
-        if os.getppid() != self._pid:
-            os._exit(0)
+        _die_with(self._pid)
         self._selector.close()
         self._woken.close()
         self._wake.close()
-        self._user.close()
-        for client in self._clients:
-            client.connection.close()
+        self._loader.close()
 
     def _reap(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -279,14 +337,7 @@ class _Server:
                 return
             if not pid:
                 return
-            code = os.waitstatus_to_exitcode(status)
-            for client in self._clients:
-                if pid in client.workers:
-                    client.workers.discard(pid)
-                    self._tell(client, ("died", pid, max(0, code), max(0, -code)))
-
-    @staticmethod
-    def _kill(client: _Client) -> None:
-        for pid in client.workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            if pid in self._workers:
+                code = os.waitstatus_to_exitcode(status)
+                self._workers.discard(pid)
+                self._tell(("died", pid, max(0, code), max(0, -code)))
