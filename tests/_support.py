@@ -55,7 +55,7 @@ def collect(loader: Loader, face: Face, *, limit: int | None = None) -> list[Any
 
 
 def workers() -> set[int]:
-    """The worker processes there are: this process has a zygote, that a server for each loader, and that its workers."""
+    """The worker processes there are: this process has a zygote, that a server for each loader, that its workers."""
     found = set()
     for zygote in psutil.Process().children():
         for server in zygote.children():
