@@ -31,10 +31,10 @@ class Group:
 
     __slots__ = ("keys", "left_over", "places", "samples")
 
-    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None]) -> None:
+    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None] | None = None) -> None:
         self.samples = samples
         self.keys = keys
-        self.places = places
+        self.places = [] if places is None else places
         self.left_over = False
 
     def leave_out(self, out: list[bool]) -> None:

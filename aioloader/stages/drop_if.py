@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,7 @@ class FreshGroup:
         self._lock = threading.Lock()
 
     def __call__(self, group: Group) -> bool:
-        stale = [bool(self._fn(sample)) for sample in group.samples]
+        stale = [bool(copy_context().run(self._fn, sample)) for sample in group.samples]
         if any(stale):
             with self._lock:
                 self._meter().dropped_late += sum(stale)

@@ -39,7 +39,7 @@ class StoredProgram:
             stream, buffers = encode(program, MappedFiles(), modules)
         except BaseException as error:
             raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
-        self.modules = [name for name in modules if name and name not in _OF_SCRIPTS]
+        self.modules = [name for name in modules if name not in _OF_SCRIPTS]
         self._layout, pieces = lay_out(buffers)
         self._stream_at = sum(map(len, pieces))
         self._size = self._stream_at + len(stream)

@@ -119,7 +119,9 @@ def _recorder() -> Any:
             if isinstance(value, ModuleType):
                 self.modules[value.__name__] = None
             elif reduced is NotImplemented and isinstance(value, type | FunctionType | BuiltinFunctionType):
-                self.modules[value.__module__] = None
+                module = getattr(value, "__module__", None)
+                if isinstance(module, str):  # some builtin functions have none
+                    self.modules[module] = None
             return reduced
 
     return Recorder
