@@ -118,6 +118,10 @@ class Loader(Opener):
     def _guarantee(self) -> Guarantee:
         """What a resume gives."""
 
+    def _guarantee_without_a_source(self) -> Guarantee:
+        """The same after one of several sources has failed in this epoch."""
+        return self._guarantee()
+
     def _sure_length(self) -> int | None:
         """Batches of an epoch, if that is known and no matter of trust."""
         return None
@@ -367,7 +371,10 @@ class Loader(Opener):
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
             random, lengths = dict(progress.begun_with), progress.lengths
-            return self._make_state(progress.epoch, progress.batches, progress.cursor, random, lengths)
+            guarantee = self._guarantee_without_a_source() if progress.source_failed else None
+            return self._make_state(
+                progress.epoch, progress.batches, progress.cursor, random, lengths, guarantee=guarantee
+            )
         newest = self._progress
         if newest is None or progress is newest:
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())

@@ -28,6 +28,7 @@ from aioloader.plan import (
     Repeat,
     Single,
     flow_of,
+    forgets_numbers,
     in_front_of_cache,
     length_of,
 )
@@ -533,6 +534,10 @@ class Pipeline(Loader):
 
     def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
         check_shard_state(self._plan, ranks)
+
+    def _guarantee_without_a_source(self) -> Guarantee:
+        flow = flow_of(self._plan)
+        return (flow.at_least("at-least-once") if forgets_numbers(self._plan) else flow).guarantee
 
     def _guarantee(self) -> Guarantee:
         return flow_of(self._plan).guarantee

@@ -26,6 +26,7 @@ __all__ = [
     "Single",
     "flow_of",
     "flows_of",
+    "forgets_numbers",
     "functions_of",
     "guarantee_of_stream",
     "in_front_of_cache",
@@ -207,6 +208,17 @@ def _combined(source: Combined) -> Flow:
     if source.how == "zip" and len(dealt) == len(parts) and len({size for _, size in dealt}) == 1:
         return flow
     return flow.limited(Shared.SAME_WORLD, label)
+
+
+def forgets_numbers(plan: Plan) -> bool:
+    """Whether a resume after one of several sources has failed gives some samples again.
+
+    That source takes part again then, so that numbers would be those of other entries: stages that know entries by
+    number forget them.
+    """
+    inner = plan.source.plans if isinstance(plan.source, Combined) else ()
+    counts = any(not stage.exact_in_any_order for stage in plan.stages) or bool(flow_of(plan).completion_order)
+    return counts or any(map(forgets_numbers, inner))
 
 
 def guarantee_of_stream(stream: Any) -> Guarantee:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from aioloader.engine.entry import Entry, places_of
+from aioloader.engine.entry import ONE_LOST, Entry, places_of
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
 from aioloader.notes import shown
@@ -30,6 +30,7 @@ class Progress:
         resumed: It began in the middle.
         asked_for: Whoever resumed it named this epoch himself (`set_epoch`).
         over: The consumer was told that there is no more.
+        source_failed: The consumer got the error of one of several sources.
         length: Batches of the epoch; None: only its end tells.
         lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
         begun_before: The epoch has begun before: what it draws has been drawn.
@@ -57,6 +58,7 @@ class Progress:
         "meter",
         "over",
         "resumed",
+        "source_failed",
     )
 
     def __init__(self, epoch: int, cursor: Any = None, batches_before: int = 0) -> None:
@@ -67,6 +69,7 @@ class Progress:
         self.resumed = cursor is not None
         self.asked_for = False
         self.over = False
+        self.source_failed = False
         self.length: int | None = None
         self.lengths: list[int | None] = []
         self.begun_before = cursor is not None or batches_before > 0
@@ -94,6 +97,7 @@ class Progress:
         self.cursor = entry.cursor
         self._last = (entry.key, entry.position, places_of(entry), entry.attempts)
         self._step = self.batches
+        self.source_failed = self.source_failed or entry.state == ONE_LOST
         self.meter.delivered(asked)
 
     def leaves_out(self, entry: Entry) -> bool:
