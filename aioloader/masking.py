@@ -29,7 +29,7 @@ _PARAMETER: Final = re.compile(
 _SECRET: Final = re.compile(
     # Names of parameters: Amazon's, Google's, Azure's, Alibaba's and CloudFront's, and what others call a secret.
     r"""(.*(signature|credential|secret|password|passwd|token|access[_-]?key(_?id)?|api[_-]?key)
-    | ((x-|.*[_.-])?(sig|sign|auth|authorization|oauth|pwd|pass|sas|jwt|hmac|policy|session|sessionid|hdnts|hdnea))
+    | ((x-|.*[_.-])?(sig|sign|auth|authorization|oauth|pwd|pass|sas|jwt|hmac|policy|pw|session|sessionid|hdnts|hdnea))
     | (key-pair-id|.*(subscription|account|sas|private)[_-]?key)
     )""",
     re.VERBOSE | re.IGNORECASE,
@@ -59,7 +59,18 @@ def _without_secret(match: re.Match[str]) -> str:
     return f"{start}{MASK}" if secret else match[0]
 
 
+_DEBUG: Final = re.compile(r'(password: Some\(")[^"]*')
+"""How obstore shows a password in what it says for those who debug it."""
+
+
 def mask_message(error: BaseException) -> None:
-    """Mask what `error` says, in place; for those that stores raise, which name the whole URL."""
-    with suppress(Exception):
-        error.args = tuple(masked(part) if isinstance(part, str) else part for part in error.args)
+    """Mask what `error` and its causes say, in place; for those that stores raise, which name the whole URL."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        with suppress(Exception):
+            link.args = tuple(
+                masked(_DEBUG.sub(rf"\g<1>{MASK}", part)) if isinstance(part, str) else part for part in link.args
+            )
+        link = link.__cause__ or link.__context__

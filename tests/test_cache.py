@@ -631,8 +631,8 @@ def _each(steps: Steps) -> Iterator[Any]:
         (Pipeline.merge([1], [2]), r"after merge\(\)"),
         (Pipeline.mix([[1], [2]], [1, 1]), r"after mix\(\)"),
         (Pipeline(range(5), sampler=[1, 2]).batch(2), "the sampler"),
-        (Pipeline(range(5)).drop_if(bool), r"behind drop_if\(bool\)"),
-        (Pipeline(Stream(5)).batch(2, max_wait=1), r"behind batch\(2, max_wait=1\)"),
+        (Pipeline(range(5)).drop_if(bool), r"after drop_if\(bool\)"),
+        (Pipeline(Stream(5)).batch(2, max_wait=1), r"after batch\(2, max_wait=1\)"),
     ],
 )
 def test_streams_that_change_are_refused(pipeline: Pipeline, what: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from obstore.store import HTTPStore
 
 from aioloader import BrokenDataError, DataLoader, Pipeline, StateError
-from aioloader.masking import masked
+from aioloader.masking import mask_message, masked
 from aioloader.notes import shown, shown_list
 from aioloader.sources import Files, Lines, Objects, ParquetRows, TarShards
 from tests._servers import RETRY, HttpServer
@@ -250,3 +251,21 @@ def test_a_file_may_have_the_name_of_a_url(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "s3:").mkdir()
     (tmp_path / "s3:" / "x.txt").write_bytes(b"1\n")
     assert list(Pipeline(Lines("s3://x.txt"))) == ["1"]
+
+
+def test_the_cause_of_an_error_is_masked_too() -> None:
+    """Also what obstore says for those who debug it."""
+    error = ValueError("https://bob:s3cr3t@host/a")
+    error.__cause__ = ValueError('Url { password: Some("s3cr3t"), host: "host" }')
+    error.__cause__.__context__ = KeyError("http://host/a?X-Amz-Signature=s3cr3t")
+    mask_message(error)
+    assert "s3cr3t" not in f"{error}{error.__cause__}{error.__cause__.__context__}"
+
+
+def test_parquet_from_a_store_shows_no_password() -> None:
+    """Whatever obstore says of the request."""
+    options = {"client_options": {"allow_http": True}, "retry_config": {"max_retries": 0}}
+    store = HTTPStore("http://bob:s3cr3t@127.0.0.1:1", **options)  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="HEAD") as caught:
+        next(iter(Pipeline(ParquetRows(["a.parquet"], store=store))))
+    assert "s3cr3t" not in "".join(traceback.format_exception(caught.value))

@@ -303,7 +303,7 @@ def test_many_threads_never_share_a_block(memory: BatchMemory) -> None:
 
     for thread in [Started(lambda number=number: work(number)) for number in range(4)]:  # type: ignore[misc]
         thread.outcome()
-    assert memory.blocks_made <= 16  # as many as are held, and the new one
+    assert memory.blocks_made <= 20  # those that are held, the new one, and one that a frame still refers to
 
 
 def test_a_batch_in_a_cycle_comes_back_when_it_is_collected(memory: BatchMemory) -> None:

@@ -557,7 +557,8 @@ def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
     with pipeline(20, _work.double) as loader:
         list(loader)
         before = [psutil.Process(pid) for pid in workers()]
-        (zygote,) = psutil.Process().children()
+        (zygote,) = {server.parent() for worker in before if (server := worker.parent()) is not None}
+        assert zygote is not None
         zygote.kill()
         _, alive = psutil.wait_procs(before, timeout=10)
         assert not alive

@@ -278,8 +278,8 @@ async def object_chunks(
                 async for data in pieces:
                     yield data
     except Exception as error:
+        mask_message(error)
         if not isinstance(error, BrokenDataError):
-            mask_message(error)
             add_note(error, f"aioloader: object {key!r}, from byte {at} on, of {store!r}")
         raise
     finally:

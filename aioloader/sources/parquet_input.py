@@ -12,8 +12,8 @@ import io
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from io import FileIO
 from operator import itemgetter
@@ -21,6 +21,7 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
+from aioloader.masking import mask_message
 
 __all__ = ["Input", "open_input", "rewritten"]
 
@@ -143,6 +144,16 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@contextmanager
+def _masking() -> Iterator[None]:
+    """Errors of stores name the whole URL."""
+    try:
+        yield
+    except Exception as error:
+        mask_message(error)
+        raise
+
+
 class _Object(Input):
     def __init__(self, store: Any, key: str, version: Any) -> None:
         import obstore
@@ -150,7 +161,8 @@ class _Object(Input):
         self._store = store
         self._key = key
         self._change: str | None = None
-        self.version = obstore.head(store, key) if version is None else version
+        with _masking():
+            self.version = obstore.head(store, key) if version is None else version
         self.size = self.version["size"]
         self.file: _Ranges = _Ranges(self)
 
@@ -168,7 +180,8 @@ class _Object(Input):
         elif not tag.startswith("W/"):  # a weak one matches nothing, by the standard
             options["if_match"] = tag
         try:
-            answer = obstore.get(self._store, self._key, options=options)
+            with _masking():
+                answer = obstore.get(self._store, self._key, options=options)
         except PreconditionError:
             self._change = "the store has another version of it now"
         except FileNotFoundError:
@@ -177,7 +190,8 @@ class _Object(Input):
             self._change = _difference(self.version, answer.meta)
         if self._change is not None:
             raise rewritten(self._key, self._change)
-        data = answer.bytes()
+        with _masking():
+            data = answer.bytes()
         if len(data) != stop - start:
             raise BrokenDataError(f"{stop - start} bytes from byte {start} on were promised, and {len(data)} came")
         return data
