@@ -50,8 +50,8 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
         matches = sorted(match for match in there if not Path(match).is_dir())
         if not matches:
             raise FileNotFoundError(
-                f"{source}: no file matches the glob {shown(path)}, searched from {str(Path.cwd())!r}; check the folder "
-                f"and the extension, or pass a path without any of *?["
+                f"{source}: no file matches the glob {shown(path)}, searched from {str(Path.cwd())!r}; check the "
+                f"folder and the extension, or pass a path without any of *?["
             )
         found += matches
     return tuple(found)
