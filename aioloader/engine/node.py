@@ -206,9 +206,7 @@ class FoldNode(Node):
         """Give `run` to the fold, but for errors that are no samples: these pass by, after what came before them."""
         fold = self._fold
         begin = 0
-        for at, entry in enumerate(run):
-            if entry.error is None:
-                continue
+        for at, entry in [(at, entry) for at, entry in enumerate(run) if entry.error is not None]:  # most often none
             self._gaps = self._gaps or self._recounts  # an error takes the place of a whole batch's samples
             if entry.state == ONE_LOST:
                 self._give(fold.feed(run[begin:at]))
