@@ -58,8 +58,8 @@ def replace(path: Path, data: bytes) -> None:
 
 def write_in_place(path: Path, data: bytes) -> None:
     with path.open("r+b") as file:
+        file.truncate(len(data))  # first: a reader that looks in between sees the new size
         file.write(data)
-        file.truncate()
 
 
 def remove(path: Path, data: bytes) -> None:
