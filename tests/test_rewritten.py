@@ -154,12 +154,13 @@ def test_a_followed_file_that_is_written_anew_is_an_error_and_no_piece_of_a_line
     path.write_bytes(b"1\n2\n")
     with Steps(Pipeline(Lines(path, follow=True)), face) as steps:
         assert [steps.next(), steps.next()] == ["1", "2"]
-        path.write_bytes(b"30000\n40000\n")
+        with path.open("r+b") as file:  # not emptied first, which would be seen
+            file.write(b"30000\n40000\n")
         (error,) = steps.outcomes()
     assert isinstance(error, BrokenDataError)
     assert str(error).startswith(
         f"{path} was written anew while it was read, 4 bytes of it so far: it has 12 bytes, and had 4"
-    ) or "the file shrank from" in str(error)
+    )
 
 
 @on_both_faces
