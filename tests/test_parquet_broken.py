@@ -86,16 +86,19 @@ def test_a_cell_that_python_cannot_hold_costs_its_row(tmp_path: Path, face: Face
     assert f"key {paths[0] + ':4'!r}" in notes(error)
 
 
-def test_batches_with_such_a_cell(tmp_path: Path) -> None:
-    """It costs its batch, and the error has the type that Python's has."""
-    paths = write_bad_cell(tmp_path, COLUMNS["date"])
-    with Steps(Pipeline(ParquetRows(paths, batch_rows=2)), "for") as steps:
+@on_both_faces
+@pytest.mark.parametrize("name", COLUMNS)
+def test_batches_with_such_a_cell(tmp_path: Path, face: Face, name: str) -> None:
+    """It costs its batch; the error names the row, as without batches."""
+    paths = write_bad_cell(tmp_path, COLUMNS[name])
+    with Steps(Pipeline(ParquetRows(paths, batch_rows=2)), face) as steps:
         found = steps.outcomes()
     error = found.pop(2)
     assert [batch["id"].tolist() for batch in found] == [[0, 1], [2, 3], [6, 7], [100, 101]]
-    assert isinstance(error, OverflowError)
+    assert isinstance(error, BrokenDataError)
+    assert str(error).startswith(f"{paths[0]}, row 4: column 'x' of type ")
+    assert error.__cause__ is not None
     assert f"in a batch that begins with row 4 of {paths[0]}" in notes(error)
-    assert "column 'x'" in notes(error)
 
 
 def test_rows_open_after_such_a_cell(tmp_path: Path) -> None:

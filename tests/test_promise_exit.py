@@ -19,6 +19,7 @@ import aioloader
 from aioloader import DataLoader, Pipeline
 
 interrupted = []  # from when on nothing may be imported for the first time
+stuck = threading.Event()
 def audit(event, args):
     if event == "import" and interrupted:
         os.write(2, f"imported late: {args[0]}\\n".encode())
@@ -26,6 +27,7 @@ sys.addaudithook(audit)
 
 def ready():
     interrupted.append(True)
+    stuck.set()
     print("ready", flush=True)
 
 async def forever(key):
@@ -218,11 +220,17 @@ def test_the_interpreter_ends_with_a_live_iterator(loader: str) -> None:
     assert {name: (status, err) for name, (status, _, err) in ends.items()} == dict.fromkeys(scripts, (0, ""))
 
 
-STUCK = {
-    "break": "for _ in LOADER:\n    break",
-    "live iterator": "batches = iter(LOADER); next(batches)",
-    "sys.exit in the body": "for _ in LOADER:\n    sys.exit(0)",
-    "async break": "async def main():\n    async for _ in LOADER:\n        break\nasyncio.run(main())",
+STUCK = {  # the first batch may be there before the function is stuck
+    "break": "for _ in LOADER:\n    stuck.wait()\n    break",
+    "live iterator": "batches = iter(LOADER); next(batches); stuck.wait()",
+    "sys.exit in the body": "for _ in LOADER:\n    stuck.wait()\n    sys.exit(0)",
+    "async break": """
+async def main():
+    async for _ in LOADER:
+        stuck.wait()
+        break
+asyncio.run(main())
+""",
 }
 
 

@@ -448,17 +448,9 @@ class _Reading:
         entries = list(map(Entry, rows, cursors, keys, repeat(0)))
         entries[-1].cursor = footer.cursor(stop)
         for at, (column, error) in failures.items():
-            entries[at] = failed(self._unreadable(start + at, column, error), entries[at].cursor, entries[at].key)
+            broken = _unreadable(footer, start + at, column, error)
+            entries[at] = failed(broken, entries[at].cursor, entries[at].key)
         return entries
-
-    def _unreadable(self, row: int, column: str, error: Exception) -> BrokenDataError:
-        kind = self._footer.schema.field(column).type
-        broken = BrokenDataError(
-            f"{self._footer.path}, row {row}: column {column!r} of type {kind} has a value there that Python cannot "
-            f"hold: {error}; leave the column out with columns=, or write it with another type"
-        )
-        broken.__cause__ = error
-        return broken
 
     def _end_group(self, error: Exception) -> Entry:
         """The rest of the row group cannot be decoded."""
@@ -474,6 +466,16 @@ class _Reading:
         """Nothing more of the file can be read, here and in the spans after this one."""
         self._group = self._last + 1
         return failed(error, self._footer.end, f"{self._footer.path}:{self._row}")
+
+
+def _unreadable(footer: Footer, row: int, column: str, error: Exception) -> BrokenDataError:
+    kind = footer.schema.field(column).type
+    broken = BrokenDataError(
+        f"{footer.path}, row {row}: column {column!r} of type {kind} has a value there that Python cannot hold: "
+        f"{error}; leave the column out with columns=, or write it with another type"
+    )
+    broken.__cause__ = error
+    return broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,17 +526,42 @@ class _Batches:
         return [self._batch()] if self._pending else []
 
     def _batch(self) -> Entry:
+        from aioloader.sources.arrow_columns import Columns, NullsError
+
         pieces, self._pending, self._rows = self._pending, [], 0
         first, last = pieces[0], pieces[-1]
         if self._schema is not last.footer.schema:
-            from aioloader.sources.arrow_columns import Columns
-
             self._schema = last.footer.schema
             self._columns = Columns(self._schema, self._memory.alloc)
         cursor = last.footer.cursor(last.start + last.rows.num_rows)
         key = f"{first.footer.path}:{first.start}"
+        begins = f"aioloader: in a batch that begins with row {first.start} of {first.footer.path}"
         try:
             return Entry(self._columns.batch([piece.rows for piece in pieces]), cursor, key, 0)
-        except Exception as error:
-            error.add_note(f"aioloader: in a batch that begins with row {first.start} of {first.footer.path}")
+        except NullsError as error:
+            error.add_note(begins)
             return failed(error, cursor, key)
+        except Exception as error:
+            broken = _first_unreadable(pieces) or _broken_batch(pieces, error)
+            broken.add_note(begins)
+            return failed(broken, cursor, key)
+
+
+def _first_unreadable(pieces: list[_Piece]) -> BrokenDataError | None:
+    """What is wrong with the first row that Python cannot hold, if there is one."""
+    from aioloader.sources.arrow_columns import rows_and_failures
+
+    for piece in pieces:
+        _, failures = rows_and_failures(piece.rows)
+        if failures:
+            at = min(failures)
+            return _unreadable(piece.footer, piece.start + at, *failures[at])
+    return None
+
+
+def _broken_batch(pieces: list[_Piece], error: Exception) -> BrokenDataError:
+    """Each row can be read alone, but not all together."""
+    paths = ", ".join(dict.fromkeys(piece.footer.path for piece in pieces))
+    broken = BrokenDataError(f"{paths}: a batch of columns cannot be made of rows from there: {error}")
+    broken.__cause__ = error
+    return broken
