@@ -206,7 +206,8 @@ class FoldNode(Node):
         """Give `run` to the fold, but for errors that are no samples: these pass by, after what came before them."""
         fold = self._fold
         begin = 0
-        for at, entry in [(at, entry) for at, entry in enumerate(run) if entry.error is not None]:  # most often none
+        failed = [entry for entry in run if entry.error is not None]  # most often none
+        for at, entry in [(at, entry) for at, entry in enumerate(run) if entry.error is not None] if failed else ():
             self._gaps = self._gaps or self._recounts  # an error takes the place of a whole batch's samples
             if entry.state == ONE_LOST:
                 self._give(fold.feed(run[begin:at]))

@@ -217,7 +217,7 @@ class AsyncStep(Step):
 
     async def _work(self, context: Context) -> None:
         run, inbox, idle, fn, forward, meter = self._run, self.inbox, self._idle, self._fn, self._forward, self.meter
-        create_future = run.loop.create_future
+        create_future, predicate = run.loop.create_future, self._predicate
         me = current_task()
         assert me is not None
         sample = Sample(self._seed)
@@ -261,7 +261,7 @@ class AsyncStep(Step):
             sample.name = entry
             try:
                 result = await fn(entry.value)
-                dropped = self._predicate and not result
+                dropped = predicate and not result
             except CancelledError as error:
                 if run.stopping:
                     raise
@@ -277,7 +277,7 @@ class AsyncStep(Step):
                 if dropped:
                     self._drop(entry, nothing=entry.value is None)
                 else:
-                    if not self._predicate:
+                    if not predicate:
                         entry.value = result
                     forward(entry)
                 del result  # or a sample would live as long as its worker is idle

@@ -200,7 +200,8 @@ def group_entries(entries: list[Entry]) -> Entry:
     places = [entry.position for entry in entries]
     group = Entry(Group(samples, keys, places), entries[-1].cursor, keys, entries[0].position)
     group.places = places
-    group.attempts = max([entry.attempts for entry in entries])
+    if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
+        group.attempts = max(attempts)
     failed = [entry for entry in entries if entry.error is not None]
     if failed:
         group.value = None
