@@ -10,11 +10,13 @@ import torch.utils.data
 from torch.utils.data import IterableDataset, default_convert
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
-from aioloader.assembly.nodes import build
+from aioloader.core.checks import check_count, check_integer
+from aioloader.core.memory import Alloc
+from aioloader.core.safe_text import safe_repr
+from aioloader.core.source import CursorSource
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
-from aioloader.engine.located import CursorSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
 from aioloader.engine.source import is_async_callable, warn_of_replay
@@ -28,23 +30,22 @@ from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
-from aioloader.notes import shown
-from aioloader.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
+from aioloader.plan.build import build
+from aioloader.plan.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
+from aioloader.plan.state import Shape, identity_of
+from aioloader.plan.unsplit import dataset_gives_all, keys_of_all
+from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
-from aioloader.sources.index_keys import BaseSeed, IndexKeys
-from aioloader.sources.resolve import Stream, check_dataset, warn_of_live
+from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
-from aioloader.stages.checks import check_count, check_integer
-from aioloader.stages.collate import Alloc, Collate
+from aioloader.stages.collate import Collate
 from aioloader.stages.device import PinMemory, To
-from aioloader.stages.fetch import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
 from aioloader.stages.flow import Guarantee
-from aioloader.stages.keyed import JoinBatches, SplitBatches
+from aioloader.stages.load import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
 from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
-from aioloader.stand_ins import AsyncStandIn, BatchSamplerView
-from aioloader.state import Shape, identity_of
-from aioloader.unsplit import dataset_gives_all, keys_of_all
+from aioloader.stages.split_join import JoinBatches, SplitBatches
+from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
 
@@ -187,7 +188,7 @@ class DataLoader(Loader, Generic[T_co]):
             self.concurrency = dataset.concurrency if isinstance(dataset, FetchSource) else ASYNC_CONCURRENCY
         self.worker_type = worker_type
         seed = None if seed is None else check_integer("seed", seed)
-        self._keys = IndexKeys(self._torch, shuffled=bool(shuffle), seed=seed, persistent=persistent_workers)
+        self._keys = EpochSampling(self._torch, shuffled=bool(shuffle), seed=seed, persistent=persistent_workers)
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._collates_async = collate_fn is not None and is_async_callable(collate_fn)
@@ -295,8 +296,8 @@ class DataLoader(Loader, Generic[T_co]):
         if not self._iterable:
             progress.batch_size = self.batch_size
         if progress.cursor is not None:  # the rest of it comes in that order, whatever they were told since
-            self._keys.set_epochs(progress.begun_with, told=not progress.asked_for)
-        progress.begun_with |= self._keys.epochs()
+            self._keys.set_epochs(progress.loader_state, told=not progress.epoch_pinned)
+        progress.loader_state |= self._keys.epochs()
 
     def _inline_nodes(self, progress: Progress) -> tuple[Node, list[StageMeter]]:
         epoch = progress.epoch
@@ -334,9 +335,9 @@ class DataLoader(Loader, Generic[T_co]):
         if self._iterable:
             if not dry:
                 self._keys.draw_base_seed(progress)
-            source = Stream(self.dataset, call=False, single_use=False)
+            source = StreamData(self.dataset, call=False, single_use=False)
         else:
-            source = Stream(partial(self._keys.of, progress), call=True, single_use=False)
+            source = StreamData(partial(self._keys.of, progress), call=True, single_use=False)
         alloc = self._alloc(transfer)
         stages = self._stages(alloc)
         if self.device is not None:
@@ -361,11 +362,11 @@ class DataLoader(Loader, Generic[T_co]):
         if place.turns is not None:
             if not dry:
                 self._begin_turns(progress, base)
-            source = Stream(place.turns, call=False, single_use=False)
+            source = StreamData(place.turns, call=False, single_use=False)
             collate = None if self._collates_async else self._collate_call(shared_memory)
             fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
         else:
-            source = Stream(partial(self._keys.of, progress, base), call=True, single_use=False)
+            source = StreamData(partial(self._keys.of, progress, base), call=True, single_use=False)
             fetch = self._fetch(shared_memory)
         stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
         if self._collates_async:
@@ -379,7 +380,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _begin_turns(self, progress: Progress, base: BaseSeed) -> None:
         """Give workers that iterate the dataset their base seed: that which they had, where the epoch goes on."""
-        record = progress.begun_with
+        record = progress.loader_state
         if progress.cursor is None:
             self._keys.draw_base_seed(progress, base)
             record["base_seed"] = base.value
@@ -394,7 +395,7 @@ class DataLoader(Loader, Generic[T_co]):
             stacklevel=2,
         )
 
-    def _single(self, source: Stream) -> Single:
+    def _single(self, source: StreamData) -> Single:
         if self._iterable:
             return Single(source, name="source")
         ahead = KEYS_AHEAD if self._keys.plain else 0
@@ -481,9 +482,9 @@ class DataLoader(Loader, Generic[T_co]):
     def _replayed(self, random: dict[str, Any]) -> None:
         self._keys.set_epoch_of_dataset(random)
 
-    def _apart(self) -> Self:
-        again = super()._apart()
-        again._keys = self._keys.apart()
+    def _detached(self) -> Self:
+        again = super()._detached()
+        again._keys = self._keys.detached()
         again.__dict__["dataset"] = again._keys.dataset  # what the constructor was told cannot be set
         return again
 
@@ -515,7 +516,7 @@ class DataLoader(Loader, Generic[T_co]):
                 )
             if ours and cursor[1] != loaded["batches"]:
                 raise StateError(
-                    f"the 'cursor' of the state is after {shown(cursor[1])} batches, and its 'batches' are "
+                    f"the 'cursor' of the state is after {safe_repr(cursor[1])} batches, and its 'batches' are "
                     f"{loaded['batches']}: it is broken"
                 )
         super()._check_loaded(loaded)
@@ -606,7 +607,7 @@ def _reading_workers(cursor: Any) -> int:
 
 
 def _readers(workers: int) -> str:
-    return f"{shown(workers)} worker processes" if workers else "one reader (num_workers=0 or worker_type='thread')"
+    return f"{safe_repr(workers)} worker processes" if workers else "one reader (num_workers=0 or worker_type='thread')"
 
 
 def _is_async(dataset: Any, method: str) -> bool:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from aioloader.cores import usable_cores
+from aioloader.core.cores import usable_cores
 from aioloader.engine.loop_thread import new_event_loop
 
 __all__ = ["OPTIONAL", "REQUIRED", "Facts", "collect", "describe"]

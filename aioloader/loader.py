@@ -14,35 +14,36 @@ from weakref import WeakSet, finalize
 import torch
 from anyio.to_thread import run_sync
 
+from aioloader.core.checks import check_count
+from aioloader.core.cursors import as_count
+from aioloader.core.forks import tell_of_fork
+from aioloader.core.memory import Alloc
+from aioloader.core.safe_text import safe_repr
 from aioloader.device import Transfer, Transferred
-from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, Opener, Receive, SyncDelivery
+from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, LoaderHooks, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
-from aioloader.engine.progress import Progress, whole
+from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
 from aioloader.errors import SourceUsedUpError, StateError
-from aioloader.executors.processes.host import Processes
-from aioloader.forks import tell_of_fork
+from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
-from aioloader.notes import shown
-from aioloader.sources.drawn import check_drawn, check_generators, packed, unpacked
-from aioloader.stages.checks import check_count
-from aioloader.stages.collate import Alloc
+from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
+from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
+from aioloader.sources.sampler_order import check_draws, check_generators, packed, unpacked
 from aioloader.stages.flow import Guarantee
-from aioloader.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
-from aioloader.unsplit import several_ranks, warn_of_unsplit
 
 __all__ = ["Loader"]
 
 _RANDOM: Final = frozenset({"base_seed", "drawn", "draws_once", "epochs", "generators", "sample_seed", "set_epoch"})
 
 
-class Loader(Opener):
+class Loader(LoaderHooks):
     """An object whose every `iter()` or `aiter()` is one epoch of batches.
 
     Making an iterator is cheap and starts nothing; work starts, and the epoch is counted, at its first `next()`.
@@ -63,15 +64,15 @@ class Loader(Opener):
         self._epoch: int | None = None  # of the newest run
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
-        self._loaded_is_asked_for = False  # `set_epoch` has named its epoch since
+        self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
         self._fixed: dict[str, Any] | None = None  # what the next epoch draws from, since a state has told of it
         self._draws_again = False  # its epochs have begun before, in another loader
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
         self._transfer: Transfer | None = None
         self._memory: BatchMemory | None = None
-        self._processes: Processes | None = None
-        self._drawn_seed: int | None = None
+        self._processes: WorkerThread | None = None
+        self._random_seed: int | None = None
         self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
         self._looked_for_ranks = False
         tell_of_fork(self)
@@ -145,27 +146,27 @@ class Loader(Opener):
         """Refuse what `_set_random_state` could not take, or what is not enough.
 
         Args:
-            state: What `_random_state` and `_drawn_from` gave.
+            state: What `_random_state` and `_order_source` gave.
             begun: It is that of an epoch that has begun.
 
         Raises:
             ValueError: Why.
         """
         if unknown := state.keys() - _RANDOM:
-            raise ValueError(f"it holds {shown(min(unknown))}, which is nothing that is drawn from")
+            raise ValueError(f"it holds {safe_repr(min(unknown))}, which is nothing that is drawn from")
         check_generators(state.get("generators", []), self._generators())
         if self._draws_globally():
-            check_drawn(state)
+            check_draws(state)
         if "sample_seed" in state:
-            whole(state["sample_seed"])
+            as_count(state["sample_seed"])
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
         """Draw from what `state` tells of, once `_check_random_state` has let it pass."""
-        self._drawn_seed = state.get("sample_seed", self._drawn_seed)
+        self._random_seed = state.get("sample_seed", self._random_seed)
         for generator, its in zip(self._generators(), state.get("generators", ()), strict=False):
             generator.set_state(unpacked(its))
 
-    def _drawn_from(self) -> dict[str, Any]:
+    def _order_source(self) -> dict[str, Any]:
         """The states of the generators that the next epoch draws its orders from, as they are now; JSON-able."""
         state: dict[str, Any] = {}
         if generators := self._generators():
@@ -178,7 +179,7 @@ class Loader(Opener):
         """What the next epoch depends on, from now on: whatever is drawn meanwhile, it begins as a state says."""
         with self._lock:
             if self._fixed is None:
-                self._fixed = self._drawn_from()
+                self._fixed = self._order_source()
             return self._random_state() | self._fixed
 
     def _gives_all(self) -> bool:
@@ -212,7 +213,7 @@ class Loader(Opener):
         number = check_count("epoch", epoch, least=0)
         loaded = self._loaded
         if loaded is not None and loaded["epoch"] == number:
-            self._loaded_is_asked_for = True
+            self._loaded_epoch_pinned = True
         elif loaded is not None:
             self._loaded = None
             if loaded["cursor"] is not None:
@@ -233,19 +234,24 @@ class Loader(Opener):
         """
         self._look_for_ranks()
         with self._lock:
-            loaded, asked_for, before, epoch = self._loaded, self._loaded_is_asked_for, self._progress, self._next_epoch
+            loaded, epoch_pinned, before, epoch = (
+                self._loaded,
+                self._loaded_epoch_pinned,
+                self._progress,
+                self._next_epoch,
+            )
             fixed = self._fixed
             if loaded is None:
                 progress = Progress(epoch)
-                progress.begun_with = self._random_state() | (self._drawn_from() if fixed is None else fixed)
+                progress.loader_state = self._random_state() | (self._order_source() if fixed is None else fixed)
             else:
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
-                progress.begun_with = dict(loaded["random"] or {})
-                progress.asked_for = asked_for
+                progress.loader_state = dict(loaded["random"] or {})
+                progress.epoch_pinned = epoch_pinned
             progress.begun_before |= self._draws_again
-            progress.leave_out = self._leave_out.get(epoch, [])
+            progress.skipped_steps = self._leave_out.get(epoch, [])
             others = {number: steps for number, steps in self._leave_out.items() if steps}
-            self._leave_out = {epoch: progress.leave_out} | others
+            self._leave_out = {epoch: progress.skipped_steps} | others
             with suppress(Exception):  # a `__len__` of the user's, which may never be needed
                 progress.lengths = self._lengths()
             self._progress = progress
@@ -255,7 +261,7 @@ class Loader(Opener):
             if loaded is not None and progress.cursor is not None:  # the dataset may have grown since it was loaded
                 check_fits(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
             if loaded is not None or fixed is not None:
-                self._set_random_state(progress.begun_with)
+                self._set_random_state(progress.loader_state)
             self._begins(progress)
             with suppress(Exception):
                 progress.length = self._sure_length()
@@ -263,7 +269,7 @@ class Loader(Opener):
         except BaseException:
             with self._lock:
                 if loaded is not None or self._progress is progress:  # whatever it was: the state is not lost with it
-                    self._loaded, self._loaded_is_asked_for, self._next_epoch = loaded, asked_for, epoch
+                    self._loaded, self._loaded_epoch_pinned, self._next_epoch = loaded, epoch_pinned, epoch
                     self._progress, self._fixed = before, fixed
             raise
 
@@ -283,9 +289,9 @@ class Loader(Opener):
         if seed is not None:
             return seed
         with self._lock:
-            if self._drawn_seed is None:
-                self._drawn_seed = randbits(63)  # not from torch's generator, whose draws are the user's
-            return self._drawn_seed
+            if self._random_seed is None:
+                self._random_seed = randbits(63)  # not from torch's generator, whose draws are the user's
+            return self._random_seed
 
     def _seed_state(self, seed: int | None) -> dict[str, Any]:
         """What a state holds of it: that which the user's code does not."""
@@ -338,14 +344,14 @@ class Loader(Opener):
         """
         loaded = contents_of(state)
         check_fits(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
-        leave_out = ranges_of(loaded["left_out"])
+        skipped_steps = ranges_of(loaded["left_out"])
         self._check_loaded(loaded)
         with self._lock:
             self._loaded = loaded
-            self._loaded_is_asked_for = False
+            self._loaded_epoch_pinned = False
             self._fixed = None
             self._next_epoch = loaded["epoch"]
-            self._leave_out = leave_out
+            self._leave_out = skipped_steps
         self._set_epochs(loaded["random"] or {})  # now: who tells them another one before that epoch begins means it
 
     def _check_loaded(self, loaded: dict[str, Any]) -> None:
@@ -370,7 +376,7 @@ class Loader(Opener):
                 return self.state_dict()
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
-            random, lengths = dict(progress.begun_with), progress.lengths
+            random, lengths = dict(progress.loader_state), progress.lengths
             guarantee = self._guarantee_without_a_source() if progress.source_failed else None
             return self._make_state(
                 progress.epoch, progress.batches, progress.cursor, random, lengths, guarantee=guarantee
@@ -379,7 +385,7 @@ class Loader(Opener):
         if newest is None or progress is newest:
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         epoch = progress.epoch + 1
-        random = dict(newest.begun_with) if newest.epoch == epoch else self._fixed_random_state()
+        random = dict(newest.loader_state) if newest.epoch == epoch else self._fixed_random_state()
         return self._make_state(epoch, 0, None, random)
 
     def _make_state(
@@ -471,10 +477,12 @@ class Loader(Opener):
         cursor = history[step - first]
         if cursor is None:
             cursor = beginning(progress.cursor)
-        again = self._apart()
+        again = self._detached()
         random = self._random_state()
         try:
-            again.load_state_dict(self._make_state(progress.epoch, step, cursor, progress.begun_with, progress.lengths))
+            again.load_state_dict(
+                self._make_state(progress.epoch, step, cursor, progress.loader_state, progress.lengths)
+            )
             again._leave_out = {}
             again._draws_again = True
             yield again
@@ -486,7 +494,7 @@ class Loader(Opener):
     def _replayed(self, random: dict[str, Any]) -> None:
         """Put back what a replay has told those of the user's that are not copied; `random` is from before."""
 
-    def _apart(self) -> Self:
+    def _detached(self) -> Self:
         """Another loader of the same, that can be iterated without moving anything that this one draws or reads from.
 
         Raises:
@@ -494,7 +502,7 @@ class Loader(Opener):
         """
         again = Loader.__new__(type(self))
         again.__setstate__(self.__getstate__())
-        again._drawn_seed = self._drawn_seed
+        again._random_seed = self._random_seed
         again._looked_for_ranks = True
         return again
 
@@ -526,7 +534,7 @@ class Loader(Opener):
         steps.append(range(first, stop))
         for delivery in self._alive():  # one of an older epoch may have no part in that list any more
             if delivery.progress.epoch == epoch:
-                delivery.progress.leave_out = steps
+                delivery.progress.skipped_steps = steps
 
     def _opened(self, delivery: Delivery) -> None:
         with self._lock:
@@ -552,11 +560,11 @@ class Loader(Opener):
                 self._memory = BatchMemory()
             return self._memory.alloc
 
-    def _open_processes(self) -> Processes:
+    def _open_processes(self) -> WorkerThread:
         """Where worker processes come from; kept between epochs, with those that are to be kept."""
         with self._lock:
             if self._processes is None:
-                self._processes = Processes()
+                self._processes = WorkerThread()
                 finalize(self, self._processes.close).atexit = False  # the exit hook of `loop_thread` also waits
             return self._processes
 

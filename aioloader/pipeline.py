@@ -11,49 +11,35 @@ from typing import Any, Literal, Self
 
 from torch import Generator, empty, int64
 
-from aioloader.assembly.nodes import build
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
+from aioloader.core.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
 from aioloader.device import Transfer, can_pin, check_device, open_backend
-from aioloader.elastic import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.zygote import check_processes
 from aioloader.loader import Loader
-from aioloader.plan import (
-    Combined,
-    Plan,
-    Repeat,
-    Single,
-    flow_of,
-    forgets_numbers,
-    in_front_of_cache,
-    length_of,
-)
-from aioloader.sources.drawn import (
-    apart,
-    draws_globally,
-    draws_of,
-    generators_of,
-)
+from aioloader.plan.build import build
+from aioloader.plan.plan import Combined, Plan, Repeat, Single, flow_of, forgets_numbers, in_front_of_cache, length_of
+from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
+from aioloader.plan.state import Shape, shape_of
+from aioloader.plan.unsplit import gives_all
 from aioloader.sources.fetch import FetchSource
-from aioloader.sources.resolve import Indexable, Stream, describe, is_one_source, resolve, source_name, warn_of_live
+from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
+from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
 from aioloader.stages.cache import Cache
-from aioloader.stages.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.flow import Guarantee
+from aioloader.stages.in_process import OwnProcess
 from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
-from aioloader.stages.own_process import OwnProcess
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Even, Shard
 from aioloader.stages.shuffle import Shuffle
-from aioloader.state import Shape, shape_of
-from aioloader.unsplit import gives_all
 
 __all__ = ["Pipeline"]
 
@@ -561,15 +547,15 @@ class Pipeline(Loader):
         except TypeError:
             return None
 
-    def _apart(self) -> Self:
-        again = super()._apart()
+    def _detached(self) -> Self:
+        again = super()._detached()
         samplers = set(map(id, _samplers(self._plan)))
         moving = [
             stream.make
             for stream in _streams(self._plan)
             if not stream.call and (id(stream.make) in samplers or is_stateful(stream.make))
         ]
-        copies = apart(moving, shared=_datasets(self._plan))
+        copies = detached_copies(moving, shared=_datasets(self._plan))
         again._plan = _with_streams(self._plan, dict(zip(map(id, moving), copies, strict=True)))
         return again
 
@@ -592,7 +578,7 @@ class Pipeline(Loader):
             empty((), dtype=int64, device="cpu").random_()  # for all of them, or the next epoch would be the same
 
 
-def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | None]:
+def _resolve(source: Any, sampler: Any) -> tuple[Indexable | StreamData, StreamData | None]:
     data = resolve(source)
     if sampler is None:
         return data, None
@@ -600,7 +586,7 @@ def _resolve(source: Any, sampler: Any) -> tuple[Indexable | Stream, Stream | No
         raise TypeError(f"sampler gives the keys of an indexable source, got {describe(source)}; leave sampler out")
     keys = resolve(sampler)
     if isinstance(keys, Indexable):
-        keys = Stream(sampler, call=False, single_use=False)
+        keys = StreamData(sampler, call=False, single_use=False)
     return data, keys
 
 
@@ -658,11 +644,11 @@ def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _streams(plan: Plan) -> list[Stream]:
+def _streams(plan: Plan) -> list[StreamData]:
     """All streams of a plan."""
     if isinstance(plan.source, Combined):
         return [stream for inner in plan.source.plans for stream in _streams(inner)]
-    return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, Stream)]
+    return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, StreamData)]
 
 
 def _datasets(plan: Plan) -> list[Any]:
@@ -704,7 +690,7 @@ def _with_streams(plan: Plan, others: dict[int, Any]) -> Plan:
     """`plan` with other objects to iterate, by the ids of those that they are for."""
 
     def other(data: Any) -> Any:
-        known = isinstance(data, Stream) and id(data.make) in others
+        known = isinstance(data, StreamData) and id(data.make) in others
         return replace(data, make=others[id(data.make)]) if known else data
 
     source = plan.source

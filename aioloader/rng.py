@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aioloader.executors.sample import current_sample
-from aioloader.keys import key_text
-from aioloader.seeds import derive_seed
+from aioloader.core.keys import key_text
+from aioloader.core.seeds import derive_seed
+from aioloader.executors.current_sample import current_sample
 
 if TYPE_CHECKING:
     import numpy
@@ -76,9 +76,9 @@ def sample_rng() -> SampleRng:
             "function that a loader runs: of map or filter, or a dataset's __getitem__"
         )
     whose = (name, name.position, sample.seed)
-    if sample.drawn is not None and sample.drawn[0] == whose:
-        found: SampleRng = sample.drawn[1]
+    if sample.rng is not None and sample.rng[0] == whose:
+        found: SampleRng = sample.rng[1]
         return found
     rng = SampleRng.of(derive_seed(sample.seed, key_text(name.key)))
-    sample.drawn = (whose, rng)
+    sample.rng = (whose, rng)
     return rng

@@ -117,13 +117,13 @@ class HttpServer:
     gate: Gate | None = None
     ranges: bool = True
     requests: list[tuple[str, str, str]] = field(default_factory=list)
-    asked_for: list[set[str]] = field(default_factory=list)
+    epoch_pinned: list[set[str]] = field(default_factory=list)
     at_once: int = 0
     _now: int = 0
 
     def reset(self) -> None:
         """As it was at first."""
-        self.files, self.faults, self.versions, self.requests, self.asked_for = {}, {}, {}, [], []
+        self.files, self.faults, self.versions, self.requests, self.epoch_pinned = {}, {}, {}, [], []
         self.tells, self.conditions, self.heads = None, True, True
         self.gate, self.ranges, self.at_once = None, True, 0
 
@@ -166,7 +166,7 @@ class HttpServer:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         path = request.match_info["path"]
         self.requests.append((request.method, path, request.headers.get("Range", "")))
-        self.asked_for.append({"If-Match", "If-Unmodified-Since"} & set(request.headers))
+        self.epoch_pinned.append({"If-Match", "If-Unmodified-Since"} & set(request.headers))
         self._now += 1
         self.at_once = max(self.at_once, self._now)
         try:

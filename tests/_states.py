@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from aioloader.state import contents_of
+from aioloader.plan.state import contents_of
 
 __all__ = ["contents_of", "edited"]
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from aioloader import BrokenDataError, Pipeline, SourceUsedUpError, sample_rng
 from aioloader.cache import disk as disk_cache
 from aioloader.cache.samples import copied, kept, size_of
-from aioloader.keys import PartKey, SourceKey, key_text, read_key, source_of, written_key
+from aioloader.core.keys import PartKey, SourceKey, key_text, read_key, source_of, written_key
 from aioloader.sources import Lines
 from aioloader.stages.cache import Cache
 from tests import _work
@@ -799,7 +799,7 @@ def test_two_threads_that_open_a_file_at_once_both_read_it(tmp_path: Path, monke
         store.put(key, torch.full((1000,), key), None)
     both_open, both_read = threading.Barrier(2), threading.Barrier(2)
 
-    class Opened(disk_cache._File):
+    class Opened(disk_cache._SharedFile):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             both_open.wait(10)
@@ -935,7 +935,7 @@ def test_a_stream_is_opened_once_for_all_that_was_lost_of_it(tmp_path: Path) -> 
 def _lose(folder: Path, numbers: Iterable[int]) -> None:
     """Break the samples of a stream with these numbers."""
     (index,) = folder.glob("*.index")
-    segment = disk_cache._Segment(folder, index.stem)
+    segment = disk_cache._StoredSegment(folder, index.stem)
     seed = zlib.crc32((folder / "cache.json").read_bytes())
     data = bytearray(segment.samples.read_bytes())
     for key, location, _ in disk_cache._entries(index.read_bytes(), segment, seed):
@@ -1157,7 +1157,7 @@ def test_a_disk_that_takes_no_files_is_read_on(tmp_path: Path, monkeypatch: pyte
     folder = tmp_path / "c"
     collect(Pipeline(range(10)).map(make_tensor).cache(disk=folder).take(6), "for")
 
-    class ReadOnly(disk_cache._File):
+    class ReadOnly(disk_cache._SharedFile):
         def __init__(self, path: Path, flags: int) -> None:
             if flags & os.O_CREAT:
                 raise OSError(errno.EROFS, "Read-only file system", str(path))

@@ -18,8 +18,8 @@ import anyio
 import pytest
 
 from aioloader import ChannelClosedError, DataLoader, Pipeline
-from aioloader.engine.located import Access
 from aioloader.engine.progress import Progress
+from aioloader.engine.source_context import RunSourceContext
 from aioloader.sources import Channel
 from aioloader.sources.channel import KEPT_SAMPLES
 from aioloader.testing import virtual_order
@@ -650,7 +650,7 @@ def test_a_cancelled_consumer_loses_no_sample() -> None:
 
 
 class FakeRun:
-    """As much of a run as an `Access` needs to read a channel."""
+    """As much of a run as a `RunSourceContext` needs to read a channel."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -683,7 +683,7 @@ async def _storm(seed: int) -> None:
 
     async def consume() -> None:
         fake = FakeRun()
-        reader = channel.open(Access(fake, "test"), None)  # type: ignore[arg-type]
+        reader = channel.open(RunSourceContext(fake, "test"), None)  # type: ignore[arg-type]
         try:
             while True:
                 await order.turn()
@@ -837,7 +837,7 @@ def test_a_place_that_was_promised_goes_to_the_next_when_its_sender_gives_up() -
     async def main() -> None:
         first, second = [asyncio.create_task(channel.send(number)) for number in (1, 2)]
         await turns(3)
-        reader = channel.open(Access(FakeRun(), "test"), None)  # type: ignore[arg-type]
+        reader = channel.open(RunSourceContext(FakeRun(), "test"), None)  # type: ignore[arg-type]
         assert [entry.value for entry in await reader.read(1)] == [0]  # makes room, without a turn of the loop
         first.cancel()
         with pytest.raises(asyncio.QueueFull):  # the place is the second's, not that of the next who comes

@@ -14,7 +14,7 @@ import zstandard
 from aioloader import BrokenDataError, Pipeline
 from aioloader.sources import Lines, TarShards
 from aioloader.sources.compressed import decompressor_for
-from tests._located import assert_opens_at_every_cursor, outcomes
+from tests._cursor_sources import assert_opens_at_every_cursor, outcomes
 from tests._support import Face, collect, on_both_faces
 from tests.test_tar import archive, keys, samples
 

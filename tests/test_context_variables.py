@@ -105,7 +105,7 @@ class Stream(IterableDataset[Looked]):
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "map": lambda: Pipeline(range(12)).map(look, concurrency=2),
-    "map, in one crossing": lambda: Pipeline(range(2000)).map(look, concurrency=1),
+    "map, in one hop": lambda: Pipeline(range(2000)).map(look, concurrency=1),
     "map, async": lambda: Pipeline(range(12)).map(look_later, concurrency=2),
     "map in processes": lambda: Pipeline(range(12)).map(look, executor="process", concurrency=1),
     "filter": lambda: Pipeline(range(12)).filter(is_clean).map(lambda _: (True, "user")),
@@ -167,7 +167,7 @@ def test_the_drop_in_keeps_samples_apart(
 
 @on_both_faces
 def test_a_sample_that_fails_leaves_nothing_either(face: Face) -> None:
-    """The next one of the same crossing, or of the same task, is clean."""
+    """The next one of the same hop, or of the same task, is clean."""
 
     async def fail_later(key: int) -> Looked:
         await asyncio.sleep(0)

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioloader import DataLoader, Pipeline
-from aioloader.engine.entry import Entry
+from aioloader.core.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
-from aioloader.stages.keyed import INSIDE, JoinBatches, SplitBatches
 from aioloader.stages.select import Enumerate, Skip, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
+from aioloader.stages.split_join import INSIDE, JoinBatches, SplitBatches
 from tests._support import Face, Steps, on_both_faces
 
 FIRST = Pass(epoch=0)

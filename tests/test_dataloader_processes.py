@@ -380,17 +380,17 @@ def test_turns_are_dealt_round_by_round(lengths: list[int], count: int, known: s
             turn = (turn + 1) % len(lengths)
         given_[turn] += 1
         turn = (turn + 1) % len(lengths)
-    limits = [length if seat in known else None for seat, length in enumerate(lengths)]
+    limits = [length if slot in known else None for slot, length in enumerate(lengths)]
     while True:
         found, following = dealt(count, limits)
-        over = [seat for seat, wanted in enumerate(found) if wanted > lengths[seat]]
+        over = [slot for slot, wanted in enumerate(found) if wanted > lengths[slot]]
         if not over:
             break
-        for seat in over:
-            limits[seat] = lengths[seat]
+        for slot in over:
+            limits[slot] = lengths[slot]
     assert found == given_
     if total < sum(lengths):
         order = [(following + n) % len(lengths) for n in range(len(lengths))]
-        left = [seat for seat in order if lengths[seat] > found[seat]]
+        left = [slot for slot in order if lengths[slot] > found[slot]]
         expected = [(turn + n) % len(lengths) for n in range(len(lengths))]
-        assert left == [seat for seat in expected if lengths[seat] > found[seat]]
+        assert left == [slot for slot in expected if lengths[slot] > found[slot]]

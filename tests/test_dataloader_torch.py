@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from aioloader import DataLoader
-from aioloader.sources.drawn import is_plain
+from aioloader.sources.sampler_order import is_plain
 from tests._datasets import (
     AsyncBroken,
     AsyncMade,

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 
 import aioloader.demo.server as server_module
 from aioloader.demo.client import SessionPerLoop, fetch
-from aioloader.demo.contender import ContenderError, Outcome, Task, run_contender
+from aioloader.demo.contender import Assignment, ContenderError, Outcome, run_contender
 from aioloader.demo.data import Split, decode, encode, read_split, write_digits
 from aioloader.demo.memory import tree_memory_bytes
 from aioloader.demo.run import Result, Settings, failures, report, run
@@ -137,7 +137,9 @@ def test_the_memory_of_a_tree_is_more_than_that_of_its_root() -> None:
 
 def test_a_contender_that_fails_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its traceback reaches the terminal; the exception names it."""
-    task = Task("for", "nobody", str(tmp_path), "", epochs=1, batch_size=1, device="cpu", workers=1, connections=1)
+    task = Assignment(
+        "for", "nobody", str(tmp_path), "", epochs=1, batch_size=1, device="cpu", workers=1, connections=1
+    )
     with pytest.raises(ContenderError, match="'nobody' must end with exit code 0, got 1"):
         run_contender(task)
     assert "split.json" in capfd.readouterr().err

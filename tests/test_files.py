@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from aioloader import DataLoader, Pipeline
 from aioloader.sources import Files, Lines, TarShards
-from aioloader.sources.arrivals import CHUNK_NAMES, WatchedFiles, _Folder, _Given, _matches, _split
+from aioloader.sources.watched_files import CHUNK_NAMES, WatchedFiles, _Folder, _Given, _matches, _split
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Child, Face, Steps, collect, notes, on_both_faces
 
@@ -727,8 +727,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("aioloader.sources.arrivals.monotonic", lambda: self.now)
-        monkeypatch.setattr("aioloader.sources.arrivals.time", lambda: self.now)
+        monkeypatch.setattr("aioloader.sources.watched_files.monotonic", lambda: self.now)
+        monkeypatch.setattr("aioloader.sources.watched_files.time", lambda: self.now)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aioloader import Pipeline
-from aioloader.plan import flow_of
+from aioloader.plan.plan import flow_of
 from aioloader.stages.flow import Flow, Shared
 from tests._support import FACES, Face, collect
 from tests.test_new_stage import each

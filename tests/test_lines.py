@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aioloader import BrokenDataError, Pipeline
-from aioloader.engine.entry import Entry
+from aioloader.core.entry import Entry
 from aioloader.sources import Lines
+from aioloader.sources.file_events import folders_of_links
 from aioloader.sources.lines import _LinesOf
-from aioloader.sources.watching import folders_of_links
-from tests._located import Opened, assert_opens_at_every_cursor, outcomes
+from tests._cursor_sources import Opened, assert_opens_at_every_cursor, outcomes
 from tests._support import Child, Face, Steps, collect, on_both_faces
 
 WRITERS: dict[str, Callable[[bytes], bytes]] = {
@@ -326,7 +326,7 @@ def test_permission_denied_stands_at_its_place() -> None:
         import os, tempfile
         from pathlib import Path
         from aioloader.sources import Lines
-        from tests._located import outcomes
+        from tests._cursor_sources import outcomes
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioloader import Pipeline
+from aioloader.core.entry import DONE, LAST, Entry
 from aioloader.engine import loop_thread
-from aioloader.engine.entry import DONE, LAST, Entry
 from aioloader.engine.node import Kick, Node, TimedFoldNode
 from aioloader.sources import Channel
 from aioloader.stages.batch import BatchFold

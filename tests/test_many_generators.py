@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioloader import Pipeline, SampleCancelledError
+from aioloader.core.entry import ONE_LOST, Entry
 from aioloader.engine.combine import InterleaveNode
-from aioloader.engine.entry import ONE_LOST, Entry
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.source import KeySource
 from aioloader.sources.order import order_of

@@ -11,8 +11,8 @@ import torch
 from obstore.store import HTTPStore
 
 from aioloader import BrokenDataError, DataLoader, Pipeline, StateError
+from aioloader.core.safe_text import safe_repr, safe_repr_list
 from aioloader.masking import mask_message, masked
-from aioloader.notes import shown, shown_list
 from aioloader.sources import Files, Lines, Objects, ParquetRows, TarShards
 from tests._servers import RETRY, HttpServer
 from tests._support import Face, Steps, notes, on_both_faces
@@ -74,9 +74,9 @@ def test_what_names_a_sample_is_none(text: str) -> None:
 def test_what_is_shown_is_masked_before_it_is_cut_off() -> None:
     """Afterwards nobody could tell where a password begins, or ends."""
     url = f"https://user:{SECRET * 99}@host/a?token={SECRET * 99}"
-    assert shown(url, 80) == "'https://***@host/a?token=***'"
-    assert SECRET not in shown({"urls": [url] * 9}, 80)
-    assert SECRET not in shown_list([url] * 9)
+    assert safe_repr(url, 80) == "'https://***@host/a?token=***'"
+    assert SECRET not in safe_repr({"urls": [url] * 9}, 80)
+    assert SECRET not in safe_repr_list([url] * 9)
 
 
 def test_it_takes_no_longer_than_the_text_is_long() -> None:

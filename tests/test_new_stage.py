@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from aioloader import Pipeline
-from aioloader.engine.entry import Entry
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry
 from aioloader.engine.node import Fold
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Face, Steps, on_both_faces
@@ -45,7 +45,7 @@ class _EachFold:
 
     def resume(self, cursor: Any) -> Any:
         self._before, out = cursor_parts(cursor, 2)
-        self._out = whole(out, self._n)
+        self._out = as_count(out, self._n)
         return self._before
 
     def failed_at(self, cursor: Any) -> Any:

@@ -15,11 +15,11 @@ from obstore.exceptions import PermissionDeniedError
 from obstore.store import HTTPStore, LocalStore, MemoryStore, S3Store
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
-from aioloader.engine.located import CursorSource
+from aioloader.core.source import CursorSource
 from aioloader.sources import Objects, ParquetRows, TarShards
 from aioloader.sources.buffers import tensor_over
 from aioloader.testing import Gate
-from tests._located import assert_opens_at_every_cursor, outcomes
+from tests._cursor_sources import assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer, S3Server
 from tests._support import Child, Face, Started, Steps, collect, notes, on_both_faces
 

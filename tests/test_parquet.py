@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
 from aioloader.sources import ParquetRows, parquet
-from tests._located import assert_opens_at_every_cursor, outcomes
+from tests._cursor_sources import assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer
 from tests._support import Face, Steps, collect, notes, on_both_faces
 

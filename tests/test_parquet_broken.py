@@ -19,7 +19,7 @@ from aioloader.sources import ParquetRows, arrow_columns, parquet, parquet_foote
 from aioloader.sources.thrift import read_struct
 from aioloader.testing import assert_resumes_exactly
 from tests import _thrift
-from tests._located import assert_opens_at_every_cursor, outcomes
+from tests._cursor_sources import assert_opens_at_every_cursor, outcomes
 from tests._support import Face, Steps, notes, on_both_faces
 
 Number = Callable[[int], int]

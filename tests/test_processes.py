@@ -25,9 +25,9 @@ import torch
 from torch.utils.data import Subset
 
 from aioloader import DataLoader, LoaderClosedError, Pipeline, WorkerDiedError
-from aioloader.executors.processes.host import Processes
 from aioloader.executors.processes.mapped_files import MappedFiles
 from aioloader.executors.processes.wire import decode, encode
+from aioloader.executors.processes.worker_thread import WorkerThread
 from tests import _work
 from tests._support import Face, Steps, collect, notes, on_both_faces, workers
 
@@ -428,9 +428,9 @@ def test_closing_waits_for_a_worker_that_it_has_not_heard_of(monkeypatch: pytest
     others = servers()
     suspended: list[psutil.Process] = []
     closed, read = threading.Event(), threading.Event()
-    control_ready = Processes._control_ready
+    control_ready = WorkerThread._control_ready
 
-    def closes_before_it_reads(self: Processes, events: int) -> None:
+    def closes_before_it_reads(self: WorkerThread, events: int) -> None:
         if not closed.is_set():
             suspended.extend(servers() - others)
             suspended[0].suspend()
@@ -442,7 +442,7 @@ def test_closing_waits_for_a_worker_that_it_has_not_heard_of(monkeypatch: pytest
 
     before = workers()
     with pipeline(4, _work.double) as loader:
-        monkeypatch.setattr(Processes, "_control_ready", closes_before_it_reads)
+        monkeypatch.setattr(WorkerThread, "_control_ready", closes_before_it_reads)
         # The worker may be done with the first sample before it hears of the end.
         with contextlib.suppress(LoaderClosedError), resumed_after(suspended, read):
             assert next(iter(loader)) == 0

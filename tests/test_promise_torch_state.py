@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from aioloader import DataLoader, Pipeline
 from aioloader.executors import threads
-from aioloader.sources.drawn import _DrawnFrom
+from aioloader.sources.sampler_order import _DrawnFrom
 from tests._support import Face, Steps, collect, on_both_faces
 
 

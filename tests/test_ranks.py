@@ -18,13 +18,13 @@ from torch.utils.data import Sampler as TorchSampler
 
 import aioloader
 from aioloader import DataLoader, Pipeline, UnsplitWarning
-from aioloader.elastic import check_shard_state, shard_state
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, CursorSource, EntryReader
+from aioloader.core.entry import Entry
+from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.engine.progress import Progress
 from aioloader.engine.window import Window
 from aioloader.errors import StateError
-from aioloader.plan import Plan
+from aioloader.plan.plan import Plan
+from aioloader.plan.ranks import check_shard_state, shard_state
 from aioloader.sources import Channel
 from aioloader.sources.lines import Lines
 from aioloader.sources.order import KeyOrder, order_of
@@ -473,7 +473,7 @@ def test_a_resumed_stream_seeks(face: Face, tmp_path: Path) -> None:
     opened: list[tuple[Any, list[int]]] = []
 
     class Watched(Lines):
-        def open(self, access: Access, cursor: Any) -> EntryReader:
+        def open(self, access: SourceContext, cursor: Any) -> EntryReader:
             opened.append((cursor, []))
             return WatchedReader(super().open(access, cursor), opened[-1][1])
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from obstore.store import LocalStore, MemoryStore
 
 from aioloader import BrokenDataError, Pipeline
-from aioloader.engine.located import CursorSource
+from aioloader.core.source import CursorSource
 from aioloader.sources import Files, Lines, Objects, TarShards
 from aioloader.sources.marks import BLOCK, MARK_BYTES, Trail
-from tests._located import assert_opens_at_every_cursor, outcomes, outcomes_and_cursors
+from tests._cursor_sources import assert_opens_at_every_cursor, outcomes, outcomes_and_cursors
 from tests._servers import HttpServer, S3Server
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
@@ -192,11 +192,11 @@ def test_a_whole_file_that_is_written_anew_while_it_is_read(
         return sample if read == "bytes" else sample.numpy().tobytes()  # type: ignore[no-any-return]
 
     def rewriting(*arguments: Any) -> Any:
-        monkeypatch.setattr(f"aioloader.sources.whole.os.{name}", real)
+        monkeypatch.setattr(f"aioloader.sources.read_file.os.{name}", real)
         path.write_bytes(second)
         return real(*arguments)
 
-    monkeypatch.setattr(f"aioloader.sources.whole.os.{name}", rewriting)
+    monkeypatch.setattr(f"aioloader.sources.read_file.os.{name}", rewriting)
     if (read, how) == ("tensor", "shorter"):  # read once more, and whole
         assert content() == second
     else:
@@ -251,8 +251,8 @@ def test_the_ranges_after_the_first_are_asked_for_by_the_etag(http_server: HttpS
         http_server.tells = tells  # type: ignore[assignment]
         store = http_server.store()
         assert len(list(Pipeline(TarShards("x.tar", store=store)))) == 20
-        assert http_server.asked_for[0] == set()
-        assert set().union(*http_server.asked_for[1:]) == ({named} if named else set())
+        assert http_server.epoch_pinned[0] == set()
+        assert set().union(*http_server.epoch_pinned[1:]) == ({named} if named else set())
         del store
 
 

@@ -323,15 +323,15 @@ def test_nothing_happens_to_a_source_that_can_be_read_once() -> None:
 
 def test_a_cursor_that_no_text_can_hold() -> None:
     """A source of somebody's own with a cursor that JSON does not know."""
-    from aioloader.engine.entry import Entry
-    from aioloader.engine.located import Access, CursorSource, EntryReader
+    from aioloader.core.entry import Entry
+    from aioloader.core.source import CursorSource, EntryReader, SourceContext
 
     class Reader(EntryReader):
         async def read(self, limit: int) -> list[Entry]:
             return [Entry(1, object(), None, 0)]
 
     class Source(CursorSource):
-        def open(self, access: Access, cursor: Any) -> EntryReader:
+        def open(self, access: SourceContext, cursor: Any) -> EntryReader:
             return Reader()
 
     loader = Pipeline(Source())

@@ -28,9 +28,9 @@ from PIL import Image
 
 from aioloader import BrokenDataError, Pipeline
 from aioloader.sources import DecodeSample, TarShards
-from aioloader.sources.tar import _Limits, _Samples, _Shard
+from aioloader.sources.tar import _Archive, _Limits, _Samples
 from aioloader.testing import Gate
-from tests._located import Opened, assert_opens_at_every_cursor, outcomes
+from tests._cursor_sources import Opened, assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer, S3Server
 from tests._support import Face, Started, Steps, collect, notes, on_both_faces
 
@@ -332,7 +332,7 @@ def test_where_the_pieces_end_makes_no_difference(members: Members, format: str,
 
     def entries(content: bytes, cuts: Iterable[int]) -> list[Any]:
         bounds = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
-        parser = _Samples(_Shard("a.tar", None, "a.tar"), 0, (0, None, None), DecodeSample(False))
+        parser = _Samples(_Archive("a.tar", None, "a.tar"), 0, (0, None, None), DecodeSample(False))
         found: list[Any] = []
         try:
             for start, stop in pairwise(bounds):
@@ -671,7 +671,7 @@ def test_a_member_that_says_to_be_longer_than_the_archive(tmp_path: Path, size: 
 
 def in_pieces(pieces: Iterable[bytes], limits: _Limits) -> tuple[list[Any], int]:
     """What an archive has that comes in `pieces`, and how many bytes were held for it at most."""
-    parser = _Samples(_Shard("a.tar.gz", None, "a.tar.gz"), 0, (0, None, None), DecodeSample(False), limits)
+    parser = _Samples(_Archive("a.tar.gz", None, "a.tar.gz"), 0, (0, None, None), DecodeSample(False), limits)
     found: list[Any] = []
     tracemalloc.start()
     try:

@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from aioloader.cache.store import END, MISSING, Place, Store
+from aioloader.cache.store import END, MISSING, Store, StreamPlace
+from aioloader.core.forks import tell_of_fork
+from aioloader.core.keys import read_key, written_key
 from aioloader.errors import BrokenDataError
 from aioloader.executors.processes.wire import decode, encode
-from aioloader.forks import tell_of_fork
-from aioloader.keys import read_key, written_key
 
 __all__ = ["DiskStore", "Location", "LostError"]
 
@@ -38,7 +38,7 @@ class LostError(BrokenDataError):
     """What is in the file is not what was written."""
 
 
-class _File:
+class _SharedFile:
     """An open file, closed when nobody refers to it any more: another thread may be reading."""
 
     def __init__(self, path: Path, flags: int) -> None:
@@ -58,7 +58,7 @@ class Location:
 
     __slots__ = ("checksum", "key", "length", "offset", "other", "segment")
 
-    def __init__(self, key: Any, segment: "_Segment", offset: int, length: int, checksum: int) -> None:
+    def __init__(self, key: Any, segment: "_StoredSegment", offset: int, length: int, checksum: int) -> None:
         self.key = key
         self.segment = segment
         self.offset = offset
@@ -67,7 +67,7 @@ class Location:
         self.other: Location | None = None
 
 
-class _Segment:
+class _StoredSegment:
     """Two files that one process wrote: samples one behind the other, and an index of those that are complete."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -76,12 +76,12 @@ class _Segment:
         self.read = 0  # bytes of the index
         self.end = 0  # of the samples that are known to be in it
         self.ours = False  # written by this object, which knows what is in it
-        self.file: _File | None = None  # of the samples, open for reading
+        self.file: _SharedFile | None = None  # of the samples, open for reading
 
-    def open(self) -> _File:
+    def open(self) -> _SharedFile:
         file = self.file
         if file is None:
-            self.file = file = _File(self.samples, os.O_RDONLY)
+            self.file = file = _SharedFile(self.samples, os.O_RDONLY)
         return file
 
     def size(self) -> int:
@@ -95,11 +95,11 @@ class _Segment:
 class _Writer:
     """The segment that this process writes."""
 
-    def __init__(self, segment: _Segment) -> None:
+    def __init__(self, segment: _StoredSegment) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
         self.segment = segment
-        self.samples = _File(segment.samples, flags)
-        self.index = _File(segment.index, flags)
+        self.samples = _SharedFile(segment.samples, flags)
+        self.index = _SharedFile(segment.index, flags)
 
 
 class DiskStore(Store):
@@ -134,9 +134,9 @@ class DiskStore(Store):
     def _begin(self) -> None:
         self._lock = threading.Lock()
         self._opened = 0  # epochs under way
-        self._segments: dict[str, _Segment] = {}
+        self._segments: dict[str, _StoredSegment] = {}
         self._index: dict[Any, Location] = {}
-        self._place_of: dict[int, Place] = {}
+        self._place_of: dict[int, StreamPlace] = {}
         self._count: int | None = None  # of a stream that has ended
         self._nbytes = 0
         self._writer: _Writer | None = None
@@ -230,7 +230,7 @@ class DiskStore(Store):
         """Forget what has been lost since the last time, and read what has been added to the indices."""
         for path in sorted(self.folder.glob("*.index")):
             if path.stem not in self._segments:
-                self._segments[path.stem] = _Segment(self.folder, path.stem)
+                self._segments[path.stem] = _StoredSegment(self.folder, path.stem)
         for segment in self._segments.values():
             size = segment.size()
             if size < segment.end:
@@ -238,7 +238,7 @@ class DiskStore(Store):
             if not segment.ours:
                 self._read_index(segment, size)
 
-    def _forget_after(self, size: int, segment: _Segment) -> None:
+    def _forget_after(self, size: int, segment: _StoredSegment) -> None:
         """The samples of `segment` are gone, or end after `size` bytes."""
         segment.end = size
         for location in list(self._index.values()):
@@ -248,7 +248,7 @@ class DiskStore(Store):
         if self._writer is not None and self._writer.segment is segment:  # nobody would find what it writes
             self._writer = None
 
-    def _read_index(self, segment: _Segment, size: int) -> None:
+    def _read_index(self, segment: _StoredSegment, size: int) -> None:
         """What has been added to it, as far as it is in the samples of `size` bytes."""
         try:
             with segment.index.open("rb") as file:
@@ -268,7 +268,7 @@ class DiskStore(Store):
             return
         if kind == "@":
             number, cursor, name, *positions = rest
-            self._place_of.setdefault(number, Place(_as_tuples(cursor), read_key(name), *positions))
+            self._place_of.setdefault(number, StreamPlace(_as_tuples(cursor), read_key(name), *positions))
             name = ("@", number)
         elif kind == "":
             name = rest[0]
@@ -307,7 +307,7 @@ class DiskStore(Store):
                 if isinstance(error, LostError):
                     raise
                 raise LostError(f"{location.segment.samples} cannot be read: {error}") from error
-            parts = _taken_apart(memoryview(data))
+            parts = _unpacked(memoryview(data))
             return decode(parts[0], parts[1:])
 
     def _read(self, location: Location) -> bytearray:
@@ -331,7 +331,7 @@ class DiskStore(Store):
                 self._nbytes += location.other.length
         return self._index.get(key)
 
-    def put(self, key: Any, sample: Any, place: Place | None) -> None:
+    def put(self, key: Any, sample: Any, place: StreamPlace | None) -> None:
         """Keep `sample`; in a thread. Where the disk refuses, it warns once and keeps nothing more.
 
         Raises:
@@ -387,14 +387,14 @@ class DiskStore(Store):
         if not (self.folder / DESCRIPTION).exists():  # somebody deleted it meanwhile
             self._describe()
         name = uuid.uuid4().hex
-        segment = _Segment(self.folder, name)
+        segment = _StoredSegment(self.folder, name)
         self._writer = writer = _Writer(segment)
         segment.ours = True
         self._segments[name] = segment
         return writer
 
     @property
-    def _places(self) -> dict[int, Place]:
+    def _places(self) -> dict[int, StreamPlace]:
         return self._place_of
 
     @property
@@ -425,7 +425,7 @@ def _description_in(text: str) -> dict[str, Any] | None:
     return {"pipeline": None, "version": None, **found}
 
 
-def _entries(data: bytes, segment: _Segment, seed: int) -> Iterator[tuple[list[Any], Location, int]]:
+def _entries(data: bytes, segment: _StoredSegment, seed: int) -> Iterator[tuple[list[Any], Location, int]]:
     """The whole entries of an index, and how many bytes each is; what is cut off or broken ends them.
 
     Args:
@@ -455,7 +455,7 @@ def _put_together(parts: list[memoryview]) -> list[memoryview]:
     return found
 
 
-def _taken_apart(data: memoryview) -> list[memoryview]:
+def _unpacked(data: memoryview) -> list[memoryview]:
     """The inverse."""
     (count,) = _PARTS.unpack_from(data)
     at = _PARTS.size + count * _LENGTH.size

@@ -4,8 +4,8 @@ import threading
 from typing import Any
 
 from aioloader.cache.samples import kept, size_of
-from aioloader.cache.store import END, MISSING, Place, Store
-from aioloader.forks import tell_of_fork
+from aioloader.cache.store import END, MISSING, Store, StreamPlace
+from aioloader.core.forks import tell_of_fork
 
 __all__ = ["MemoryStore"]
 
@@ -35,7 +35,7 @@ class MemoryStore(Store):
 
     def _begin(self) -> None:
         self.samples: dict[Any, Any] = {}
-        self._place_of: dict[int, Place] = {}
+        self._place_of: dict[int, StreamPlace] = {}
         self._nbytes = 0
         self._full = False
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class MemoryStore(Store):
     def find(self, key: Any) -> Any:
         return self.samples.get(key, MISSING)
 
-    def put(self, key: Any, sample: Any, place: Place | None) -> None:
+    def put(self, key: Any, sample: Any, place: StreamPlace | None) -> None:
         """Keep `sample`, if there is room."""
         if self._full or key in self.samples:
             return
@@ -67,7 +67,7 @@ class MemoryStore(Store):
         self.samples[END] = count
 
     @property
-    def _places(self) -> dict[int, Place]:
+    def _places(self) -> dict[int, StreamPlace]:
         return self._place_of
 
     @property

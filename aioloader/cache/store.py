@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, Final, NamedTuple
 
-__all__ = ["END", "MISSING", "REFUSED", "Mark", "Place", "Store", "at_position"]
+__all__ = ["END", "MISSING", "REFUSED", "Mark", "Store", "StreamPlace", "at_position"]
 
 
 class Mark:
@@ -26,7 +26,7 @@ END: Final = "end"
 """The key under which the number of samples of a stream is kept."""
 
 
-class Place(NamedTuple):
+class StreamPlace(NamedTuple):
     """Of a sample of a stream: what it came with, to be given again.
 
     Attributes:
@@ -71,12 +71,12 @@ class Store(ABC):
     def find(self, key: Any) -> Any:
         """What is kept under `key`, or `MISSING`. On the loop: where it takes longer, what `load` takes."""
 
-    def place(self, position: int) -> Place | None:
+    def place(self, position: int) -> StreamPlace | None:
         """Of the sample of a stream at `position`; None: it is not kept."""
         return self._places.get(position)
 
     @property
-    def _places(self) -> dict[int, Place]:
+    def _places(self) -> dict[int, StreamPlace]:
         raise NotImplementedError
 
     @abstractmethod

@@ -16,7 +16,7 @@ SAMPLING_S = 0.05
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """What a contender is told."""
 
     loader: Loader
@@ -45,7 +45,7 @@ class ContenderError(Exception):
     """A contender's process failed; it has told why on standard error."""
 
 
-def run_contender(task: Task) -> tuple[Outcome, int]:
+def run_contender(task: Assignment) -> tuple[Outcome, int]:
     """Run `aioloader.demo.train` in a new process.
 
     Returns:

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Protocol
 
 
-class Progress(Protocol):
+class EpochProgress(Protocol):
     """One epoch's progress, as tqdm has it."""
 
     def update(self, batches: int) -> object:
@@ -33,7 +33,7 @@ class Meter:
         self._total_s = 0.0
         self._waited_s = 0.0
         self._waiting_since = 0.0
-        self._progress: Progress
+        self._progress: EpochProgress
         self.first_batch_s: float | None = None
         """From the start of the first epoch to its first batch, in seconds."""
 
@@ -72,7 +72,7 @@ class Meter:
         return self._waited_s / self._total_s
 
 
-def _open_progress(title: str, batches: int) -> AbstractContextManager[Progress]:
+def _open_progress(title: str, batches: int) -> AbstractContextManager[EpochProgress]:
     if sys.stderr.isatty():
         try:
             from tqdm import tqdm

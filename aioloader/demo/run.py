@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from aioloader.demo.contender import ContenderError, Loader, Outcome, Task, run_contender
+from aioloader.demo.contender import Assignment, ContenderError, Loader, Outcome, run_contender
 from aioloader.demo.data import write_digits
 from aioloader.demo.memory import MEANING as MEMORY_MEANING
 from aioloader.demo.server import DemoServer
@@ -54,7 +54,7 @@ def run(settings: Settings) -> int:
         results = []
         with DemoServer(Path(folder), settings.latency_ms / 1000) as server:
             for loader, name in contenders:
-                task = Task(
+                task = Assignment(
                     loader=loader,
                     name=name,
                     folder=folder,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aioloader import DataLoader, Pipeline
 from aioloader.demo.client import AsyncDigits, BlockingDigits, fetch, open_session
-from aioloader.demo.contender import Outcome, Task
+from aioloader.demo.contender import Assignment, Outcome
 from aioloader.demo.data import Example, Sample, decode, read_split
 from aioloader.demo.meter import Meter
 from aioloader.demo.model import Learner
@@ -19,7 +19,7 @@ from aioloader.demo.model import Learner
 SEED = 0
 
 
-async def train_with_async_for(task: Task, samples: list[Sample], learner: Learner, meter: Meter) -> str:
+async def train_with_async_for(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
     """The whole training is one coroutine; images are fetched on its own loop, with its own session."""
     async with open_session(task.connections) as session:
 
@@ -48,7 +48,7 @@ async def train_with_async_for(task: Task, samples: list[Sample], learner: Learn
             return str(loader.explain())
 
 
-def train_with_for(task: Task, samples: list[Sample], learner: Learner, meter: Meter) -> str:
+def train_with_for(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
     """A classic loop over torch's signature; the dataset's coroutines run on a loop that the loader owns."""
     dataset = AsyncDigits(task.url, samples, task.connections)
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
@@ -68,7 +68,7 @@ def train_with_for(task: Task, samples: list[Sample], learner: Learner, meter: M
         return str(loader.explain())
 
 
-def train_with_torch(task: Task, samples: list[Sample], learner: Learner, meter: Meter) -> str:
+def train_with_torch(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
     """The rival at its best: workers stay alive between epochs, and each keeps its connection."""
     loader = torch.utils.data.DataLoader(
         BlockingDigits(task.url, samples),
@@ -86,7 +86,7 @@ def train_with_torch(task: Task, samples: list[Sample], learner: Learner, meter:
     return ""
 
 
-def train(task: Task) -> Outcome:
+def train(task: Assignment) -> Outcome:
     """Run the training loop that `task` names, then test the network on images from disk, which no server counts."""
     folder = Path(task.folder)
     split = read_split(folder)
@@ -121,7 +121,7 @@ def main() -> int:
         1
     )  # for all alike: so small a network gains nothing from more, and they would fight the loaders
     try:
-        outcome = train(Task(**json.loads(sys.argv[1])))
+        outcome = train(Assignment(**json.loads(sys.argv[1])))
     except KeyboardInterrupt:
         return 130
     print(json.dumps(asdict(outcome)))

@@ -7,11 +7,11 @@ from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import LAST, ONE_LOST, Entry
+from aioloader.core.cursors import MAX_COUNT, as_count, cursor_parts, cursor_sequence
+from aioloader.core.entry import LAST, ONE_LOST, Entry
+from aioloader.core.keys import PartKey, SourceKey, each_key
+from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.progress import MOST, cursor_parts, cursor_sequence, whole
-from aioloader.keys import PartKey, SourceKey, each_key
-from aioloader.seeds import BLOCK, random_of_block
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["HeadNode", "InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "ZipNode"]
 
 
-class _Several(Node):
+class _InputsNode(Node):
     """What the nodes over several upstreams share: a cursor that holds one cursor per upstream.
 
     An upstream that fails raises its error at its place, and the others go on without it. It has not ended: after a
@@ -70,7 +70,7 @@ class _Several(Node):
         self.close()
 
 
-class MergeNode(_Several):
+class MergeNode(_InputsNode):
     """Entries of all upstreams, as they come. Cursor: that of each upstream; the realised order is not in it.
 
     Each is asked for its share of what is wanted: what is read ahead is bounded by that, and not by it times the number
@@ -101,7 +101,7 @@ class MergeNode(_Several):
         return self._upstreams[index].ended or index in self._lost
 
 
-class InterleaveNode(_Several):
+class InterleaveNode(_InputsNode):
     """One entry of each upstream in turn; those that have ended drop out of the turn.
 
     All are asked together, for their share of what is wanted, so that they work side by side. Cursor: that of each
@@ -118,7 +118,7 @@ class InterleaveNode(_Several):
         cursors, turn, over = cursor_parts(cursor, 3)
         super().resume(cursors)
         last = len(self._upstreams) - 1
-        self._turn = whole(turn, last)
+        self._turn = as_count(turn, last)
         self._over = _distinct(over, last)
         self.ended = len(self._over) > last
 
@@ -155,7 +155,7 @@ class InterleaveNode(_Several):
             self._end()
 
 
-class MixNode(_Several):
+class MixNode(_InputsNode):
     """Draws the upstream of each entry by weight, and goes on with the others when one ends.
 
     Cursor: that of each upstream, the number of draws, who has ended, and, if there are any, who has failed. Which
@@ -170,7 +170,7 @@ class MixNode(_Several):
         self._seed = seed
         self._random = Random()
         self._draws = 0
-        self._drawn: int | None = None
+        self._next_input: int | None = None
         self._over: list[int] = []
         self._to_try: list[int] = []  # those that had failed before a resume
         self._tried: dict[int, Entry] = {}  # what they gave
@@ -178,7 +178,7 @@ class MixNode(_Several):
     def resume(self, cursor: Any) -> None:
         cursors, draws, over, *lost = cursor_parts(cursor, 4 if len(cursor_sequence(cursor)) == 4 else 3)
         super().resume(cursors)
-        self._draws = whole(draws)
+        self._draws = as_count(draws)
         last = len(self._weights) - 1
         self._over = _distinct(over, last)
         self._to_try = _distinct([*self._over, *cursor_sequence(lost[0])], last)[len(self._over) :] if lost else []
@@ -208,9 +208,9 @@ class MixNode(_Several):
                 if index in self._lost:
                     self._leave_out(index)
                 if index in self._lost or not failed:
-                    self._drawn = None
+                    self._next_input = None
             elif upstream.ended:
-                self._drawn = None
+                self._next_input = None
                 self._over.append(index)
                 self._leave_out(index)
             else:
@@ -246,18 +246,18 @@ class MixNode(_Several):
         return True
 
     def _draw(self) -> int:
-        if self._drawn is None:
+        if self._next_input is None:
             if not self._draws % BLOCK:
                 self._random = random_of_block(self._seed, self._draws // BLOCK)
             bounds = list(accumulate(self._weights))
             point = self._random.random() * bounds[-1]
             alive = max(i for i, weight in enumerate(self._weights) if weight)  # where rounding up may put the point
-            self._drawn = next((i for i, bound in enumerate(bounds) if point < bound), alive)
+            self._next_input = next((i for i, bound in enumerate(bounds) if point < bound), alive)
             self._draws += 1
-        return self._drawn
+        return self._next_input
 
 
-class ZipNode(_Several):
+class ZipNode(_InputsNode):
     """Tuples of one entry of each upstream; ends with the shortest. Cursor: that of each upstream."""
 
     def __init__(self, upstreams: Sequence[Node]) -> None:
@@ -345,7 +345,7 @@ class RepeatNode(Node):
 
     def resume(self, cursor: Any) -> None:
         repetition, its = cursor_parts(cursor, 2)
-        self._repetition = whole(repetition, MOST if self._times is None else max(0, self._times - 1))
+        self._repetition = as_count(repetition, MAX_COUNT if self._times is None else max(0, self._times - 1))
         self._upstream = self._make(self._repetition)
         self._given = 1  # that repetition was not empty
         if its is not None:
@@ -468,7 +468,7 @@ def _distinct(over: Any, last: int) -> list[int]:
     Raises:
         ValueError: They are none.
     """
-    found = [whole(index, last) for index in cursor_sequence(over)]
+    found = [as_count(index, last) for index in cursor_sequence(over)]
     if len(set(found)) < len(found):
         raise ValueError(f"sources end once, got {over!r}"[:200])
     return found

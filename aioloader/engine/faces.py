@@ -15,15 +15,15 @@ from time import perf_counter
 from typing import Any, Final, TypeVar
 from weakref import finalize
 
-from aioloader.engine.entry import Entry, presentable
+from aioloader.core.entry import Entry, presentable
+from aioloader.core.forks import tell_of_fork
 from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
-from aioloader.forks import tell_of_fork
 
-__all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "Opener", "Receive", "SyncDelivery"]
+__all__ = ["AsyncBatches", "AsyncDelivery", "Batches", "Delivery", "LoaderHooks", "Receive", "SyncDelivery"]
 
 
 Receive = Callable[[Any], Any]
@@ -31,7 +31,7 @@ Receive = Callable[[Any], Any]
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Opener(ABC):
+class LoaderHooks(ABC):
     """What a face needs to know of its loader."""
 
     _timeout: float | None = None  # seconds that one batch may take
@@ -152,7 +152,7 @@ class AsyncDelivery(Delivery):
                     if run.started:
                         taken = run.output.poll(1)
                         if taken:
-                            if self.progress.leave_out and self.progress.leaves_out(taken[0]):
+                            if self.progress.skipped_steps and self.progress.is_skipped(taken[0]):
                                 continue
                             return self._hand_out(taken[0], asked)
                         if run.output.ended:
@@ -285,7 +285,7 @@ class SyncDelivery(Delivery):
         self._unreported += 1
         if self._unreported >= self._report_at:
             self._report(waits=False)
-        if self.progress.leave_out and self.progress.leaves_out(item):
+        if self.progress.skipped_steps and self.progress.is_skipped(item):
             return _LEFT_OUT
         return self._hand_out(item, asked)
 
@@ -328,7 +328,7 @@ async def _within(delivery: AsyncDelivery, seconds: float, message: str) -> Any:
 class Batches(Iterator[T_co]):
     """The iterator of `for`: one epoch. Making one starts nothing; the first `next()` does."""
 
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: LoaderHooks) -> None:
         self._opener = opener
         self._delivery: SyncDelivery | None = None
         self._starting = threading.RLock()  # a signal handler may close the iterator while its thread is in here
@@ -359,7 +359,7 @@ class Batches(Iterator[T_co]):
         except Empty:
             raise RuntimeError(opener._timeout_message.format(seconds=opener._timeout)) from None
         except StopIteration:
-            if not delivery.progress.nothing_was_left:
+            if not delivery.progress.resumed_at_end:
                 del self
                 raise
             del delivery
@@ -383,7 +383,7 @@ class Batches(Iterator[T_co]):
     def _following(self) -> T_co:
         """This epoch was resumed behind its last batch: the next one is what was to come."""
         with self._starting:
-            if self._delivery is not None and self._delivery.progress.nothing_was_left:
+            if self._delivery is not None and self._delivery.progress.resumed_at_end:
                 self._delivery = None
         return self.__next__()
 
@@ -411,7 +411,7 @@ class Batches(Iterator[T_co]):
 class AsyncBatches(AsyncIterator[T_co]):
     """The iterator of `async for`: one epoch, on the loop of the first `anext()`."""
 
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: LoaderHooks) -> None:
         self._opener = opener
         self._delivery: AsyncDelivery | None = None
         self._receive: Receive | None = None
@@ -431,7 +431,7 @@ class AsyncBatches(AsyncIterator[T_co]):
             else:
                 batch = await _within(delivery, opener._timeout, opener._timeout_message)
         except StopAsyncIteration:
-            if not delivery.progress.nothing_was_left:
+            if not delivery.progress.resumed_at_end:
                 raise
             if self._delivery is delivery:
                 self._delivery = None  # it was resumed behind its end: the next epoch is what was to come

@@ -9,13 +9,15 @@ from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import DONE, LAST, Entry, annotate, presentable
-from aioloader.engine.faces import Opener, Receive, T_co
+from aioloader.core.cursors import CompletionCursor
+from aioloader.core.entry import DONE, LAST, Entry, annotate, presentable
+from aioloader.core.keys import NAMES
+from aioloader.engine.faces import LoaderHooks, Receive, T_co
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import (
+    KnowsOrigin,
     Origin,
-    Redrawn,
     after_origin,
     is_due,
     note_first,
@@ -24,11 +26,9 @@ from aioloader.engine.resumable import (
     split_cursor,
 )
 from aioloader.engine.torch_state import check_leak, context_state
-from aioloader.engine.window import Left
 from aioloader.executors.chunk import Call, refuse_coroutine
-from aioloader.executors.sample import Sample, current_sample
+from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
-from aioloader.keys import NAMES
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -76,7 +76,7 @@ class InlineSource(Node):
             sample = self._read(self._iterator)
             check_leak(before, self.meter.name)
             if self._iterable is not None:  # what the keys were drawn from is known with the first one
-                if isinstance(self._iterable, Redrawn):
+                if isinstance(self._iterable, KnowsOrigin):
                     self._origin = self._iterable.origin
                 self._iterable = None
         except StopIteration:
@@ -136,12 +136,12 @@ class InlineMap(Node):
         self._upstream = upstream
         self._calls = calls
         self._epoch = epoch
-        self._left = None if ordered else Left()
+        self._completion = None if ordered else CompletionCursor()
         self.meter = StageMeter(" + ".join(call.label for call in calls), "sync", concurrency=1)
 
     def resume(self, cursor: Any) -> None:
-        if self._left is not None:
-            cursor = self._left.resume(cursor)
+        if self._completion is not None:
+            cursor = self._completion.resume(cursor)
         if cursor is not None:
             self._upstream.resume(cursor)
 
@@ -154,15 +154,15 @@ class InlineMap(Node):
             self.ended = self._upstream.ended and not run
             if not run:
                 return run
-            if self._left is not None and not (run := self._left.comes(run)):
+            if self._completion is not None and not (run := self._completion.comes(run)):
                 continue
             entry = run[0]
-            kept = copy_context().run(self._journey, entry)  # as `apart`; nor does it show to the consumer
-            if self._left is not None:
+            kept = copy_context().run(self._journey, entry)  # as `isolated`; nor does it show to the consumer
+            if self._completion is not None:
                 if entry.state == LAST:
-                    entry.cursor = self._left.cursor
+                    entry.cursor = self._completion.cursor
                 else:
-                    self._left.leaves(entry)
+                    self._completion.leaves(entry)
             if kept:
                 return run
 
@@ -172,7 +172,7 @@ class InlineMap(Node):
             return True
         began = perf_counter()
         call = self._calls[0]
-        sample = Sample()
+        sample = SampleContext()
         sample.name = entry
         current_sample.set(sample)
         try:
@@ -207,7 +207,7 @@ class InlineBatches(Iterator[T_co]):
         open_nodes: Gives the last node and where the epoch stands, at the first `next()`.
     """
 
-    def __init__(self, opener: Opener, open_nodes: Callable[[], tuple[Node, Progress]]) -> None:
+    def __init__(self, opener: LoaderHooks, open_nodes: Callable[[], tuple[Node, Progress]]) -> None:
         self._opener = opener
         self._open_nodes = open_nodes
         self._receive: Receive | None = None
@@ -236,12 +236,12 @@ class InlineBatches(Iterator[T_co]):
             self._receive = self._opener._receiver()
         progress = self._progress
         run = self._node.poll(1)
-        while run and progress.leave_out and progress.leaves_out(run[0]):
+        while run and progress.skipped_steps and progress.is_skipped(run[0]):
             run = self._node.poll(1)
         if not run:
             progress.over = True
             progress.meter.finish()
-            if progress.nothing_was_left:  # it was resumed behind its end: the next epoch is what was to come
+            if progress.resumed_at_end:  # it was resumed behind its end: the next epoch is what was to come
                 self._node = None
                 return self.__next__()
             self._over = True

@@ -13,10 +13,10 @@ from time import monotonic
 from typing import Any
 from weakref import WeakSet
 
+from aioloader.core.forks import after_fork_in_child
 from aioloader.engine.run import CLOSE_SECONDS
-from aioloader.executors.processes.host import end_all_processes, forget_all_processes
+from aioloader.executors.processes.worker_thread import end_all_processes, forget_all_processes
 from aioloader.executors.threads import call_loop, end_all_threads, forget_all_threads
-from aioloader.forks import after_fork_in_child
 
 try:
     from uvloop import new_event_loop

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
-from aioloader.engine.entry import LAST, ONE_LOST, Entry
+from aioloader.core.entry import LAST, ONE_LOST, Entry
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ __all__ = [
 
 Kick = Callable[[], None]
 
-CHUNK_SECONDS: Final = 0.001  # the work that one crossing into a thread should be worth
+CHUNK_SECONDS: Final = 0.001  # the work that one hop into a thread should be worth
 
-MOST_EARLY: Final = 512  # in a window whose samples are so cheap that its places alone would not fill a crossing
+MOST_EARLY: Final = 512  # in a window whose samples are so cheap that its places alone would not fill a hop
 
 
 def cheap_samples(meter: StageMeter) -> int:
-    """How many samples of a stage are worth a crossing, beyond the first; 0 where they are not cheap, or not known."""
+    """How many samples of a stage are worth a hop, beyond the first; 0 where they are not cheap, or not known."""
     if not meter.busy_seconds:
         return 0
     return min(MOST_EARLY, max(0, int(CHUNK_SECONDS * meter.samples / meter.busy_seconds) - 1))
@@ -142,10 +142,10 @@ class FoldNode(Node):
             source takes part again after a resume.
     """
 
-    def __init__(self, upstream: Node, fold: Fold, *, loose: bool = False, recounts: bool = False) -> None:
+    def __init__(self, upstream: Node, fold: Fold, *, unordered_input: bool = False, recounts: bool = False) -> None:
         self._upstream = upstream
         self._fold = fold
-        self._loose = loose
+        self._unordered_input = unordered_input
         self._recounts = recounts
         self._forgets = False
         self._gaps = False
@@ -153,7 +153,7 @@ class FoldNode(Node):
         self._flushed = False
 
     def resume(self, cursor: Any) -> None:
-        if self._loose:
+        if self._unordered_input:
             cursor = _without_numbers(cursor)
         upstream = self._fold.resume(cursor)
         if upstream is not None:

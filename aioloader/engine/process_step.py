@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from aioloader.engine.entry import Entry
+from aioloader.core.entry import Entry
+from aioloader.core.safe_text import safe_repr
 from aioloader.engine.steps import Forward
-from aioloader.engine.sync_steps import SyncStep
+from aioloader.engine.thread_step import SyncStep
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.epochs import Epochs
-from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
+from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome, WorkerPool
 from aioloader.executors.threads import call_loop
-from aioloader.notes import shown
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK_SECONDS", "ProcessStep", "hint", "who"]
 
-CHUNK_SECONDS: Final = 0.005  # the work that one crossing should be worth
+CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued behind one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
@@ -33,7 +33,7 @@ Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]
 class ProcessStep(SyncStep):
     """Runs calls in worker processes, in chunks.
 
-    A crossing costs about 0.2 ms of both sides, so a chunk is worth five milliseconds. A worker has the next chunk
+    A hop costs about 0.2 ms of both sides, so a chunk is worth five milliseconds. A worker has the next chunk
     before it is done with one; not so where chunks take long, for then nothing is gained, and a sample would wait
     behind another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
     chunk turns out to take twice as long as it should, and the rest goes on elsewhere.
@@ -58,7 +58,7 @@ class ProcessStep(SyncStep):
         self,
         calls: Sequence[Call],
         concurrency: int,
-        team: Callable[[], Team],
+        team: Callable[[], WorkerPool],
         epochs: Epochs,
         *,
         elastic: bool = True,
@@ -75,7 +75,7 @@ class ProcessStep(SyncStep):
         self._turn = 0
         self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
-        self._team: Team
+        self._team: WorkerPool
 
     def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
         super().bind(run, window, forward)
@@ -120,9 +120,9 @@ class ProcessStep(SyncStep):
                 fair = -(-len(inbox) // (self._places - self._active))
                 chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
             self._begins()
-            seat = self._next_seat() if self._in_turn else None
-            done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, seat)
-            self._team.submit(self, self._payload(chunk), done, seat)
+            slot = self._next_slot() if self._in_turn else None
+            done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, slot)
+            self._team.submit(self, self._payload(chunk), done, slot)
 
     def _payload(self, chunk: list[Entry]) -> Payload:
         """For a worker."""
@@ -132,13 +132,13 @@ class ProcessStep(SyncStep):
             keys = [entry.key for entry in chunk]
         return self._seeds, self._epochs, keys, values
 
-    def _next_seat(self) -> int:
+    def _next_slot(self) -> int:
         """The worker whose turn it is."""
-        seat = self._turn % self.concurrency
-        self._turn = seat + 1
-        return seat
+        slot = self._turn % self.concurrency
+        self._turn = slot + 1
+        return slot
 
-    def _back(self, chunk: list[Entry], seat: int | None, outcome: Outcome) -> None:
+    def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
         if self.closed:
             return
         match outcome:
@@ -147,14 +147,14 @@ class ProcessStep(SyncStep):
                 tried = len(outcome.outcomes)
                 self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
                 self._landed(chunk[:tried], outcome)
-            case Lost(error):
+            case NotSent(error):
                 self._lost(chunk, error)
             case Broken(error):
                 self._run.fail(error)
             case Died():
-                self._died(chunk, seat, outcome)
+                self._died(chunk, slot, outcome)
 
-    def _died(self, chunk: list[Entry], seat: int | None, death: Died) -> None:
+    def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
         self._deaths += 1
         if self._deaths > self.concurrency + MORE_DEATHS:
             self._run.fail(
@@ -174,7 +174,7 @@ class ProcessStep(SyncStep):
 
 def who(death: Died) -> str:
     """Which worker died, and how, for a sentence."""
-    return f"worker process {death.seat} (pid {death.pid}) {death.reason}"
+    return f"worker process {death.slot} (pid {death.pid}) {death.reason}"
 
 
 def hint(death: Died) -> str:
@@ -184,4 +184,4 @@ def hint(death: Died) -> str:
 
 def _named(entry: Entry) -> str:
     """A sample, for a sentence; a batch by its keys."""
-    return f"{'samples' if type(entry.key) is list else 'key'} {shown(entry.key)}"
+    return f"{'samples' if type(entry.key) is list else 'key'} {safe_repr(entry.key)}"

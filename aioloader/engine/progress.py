@@ -1,19 +1,15 @@
-"""How far an epoch has come, as its consumer sees it, and how parts of a cursor are read."""
+"""How far an epoch has come, as its consumer sees it."""
 
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from aioloader.engine.entry import ONE_LOST, Entry, places_of
+from aioloader.core.entry import ONE_LOST, Entry, places_of
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
-from aioloader.notes import shown
 
-__all__ = ["MOST", "Progress", "cursor_parts", "cursor_sequence", "whole"]
+__all__ = ["Progress"]
 
-
-MOST: Final = (1 << 63) - 1
-"""No count in a state is larger."""
 
 HISTORY: Final = 4096
 """Steps whose cursors are kept, for `replay`."""
@@ -44,20 +40,20 @@ class Progress:
         "_last",
         "_left_out",
         "_step",
-        "asked_for",
         "batch_size",
         "batches_before",
         "begun_before",
-        "begun_with",
         "cursor",
         "epoch",
+        "epoch_pinned",
         "history",
-        "leave_out",
         "length",
         "lengths",
+        "loader_state",
         "meter",
         "over",
         "resumed",
+        "skipped_steps",
         "source_failed",
     )
 
@@ -67,14 +63,14 @@ class Progress:
         self.batches_before = batches_before
         self.meter = ConsumerMeter()
         self.resumed = cursor is not None
-        self.asked_for = False
+        self.epoch_pinned = False
         self.over = False
         self.source_failed = False
         self.length: int | None = None
         self.lengths: list[int | None] = []
         self.begun_before = cursor is not None or batches_before > 0
-        self.begun_with: dict[str, Any] = {}
-        self.leave_out: list[range] = []
+        self.loader_state: dict[str, Any] = {}
+        self.skipped_steps: list[range] = []
         self.history: deque[Any] = deque(maxlen=HISTORY)
         self._left_out = 0
         self.batch_size: int | None = None
@@ -100,10 +96,10 @@ class Progress:
         self.source_failed = self.source_failed or entry.state == ONE_LOST
         self.meter.delivered(asked)
 
-    def leaves_out(self, entry: Entry) -> bool:
+    def is_skipped(self, entry: Entry) -> bool:
         """Whether `entry` is not to be handed out, and then that step is done."""
         step = self.batches
-        if not any(step in steps for steps in self.leave_out):
+        if not any(step in steps for steps in self.skipped_steps):
             return False
         self.history.append(self.cursor)
         self.cursor = entry.cursor
@@ -129,41 +125,6 @@ class Progress:
         return range(number * self.batch_size, number * self.batch_size + count)
 
     @property
-    def nothing_was_left(self) -> bool:
+    def resumed_at_end(self) -> bool:
         """Whether it was resumed behind its last batch: then the next epoch is what was to come."""
-        return self.over and self.resumed and not self.meter.batches and not self.asked_for
-
-
-def cursor_sequence(cursor: Any) -> list[Any]:
-    """The parts of `cursor`, which JSON may have made a list.
-
-    Raises:
-        ValueError: It has none.
-    """
-    if not isinstance(cursor, list | tuple):
-        raise ValueError(f"a list was expected, got {shown(cursor)}")
-    return list(cursor)
-
-
-def cursor_parts(cursor: Any, count: int) -> list[Any]:
-    """The `count` parts of `cursor`.
-
-    Raises:
-        ValueError: It has others.
-    """
-    parts = cursor_sequence(cursor)
-    if len(parts) != count:
-        raise ValueError(f"a list of {count} was expected, got {shown(cursor)}")
-    return parts
-
-
-def whole(value: Any, most: int = MOST) -> int:
-    """`value`, which counts something.
-
-    Raises:
-        ValueError: It is no integer from 0 to `most`.
-    """
-    if type(value) is not int or not 0 <= value <= most:
-        upper = most if most < MOST else "2**63 - 1"
-        raise ValueError(f"an integer from 0 to {upper} was expected, got {shown(value)}")
-    return value
+        return self.over and self.resumed and not self.meter.batches and not self.epoch_pinned

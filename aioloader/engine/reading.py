@@ -9,8 +9,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.engine.resumable import (
+    KnowsOrigin,
     Origin,
-    Redrawn,
     asked,
     begin_again,
     is_due,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AsyncReader", "Reader", "ThreadReader", "open_reader"]
 
-READ_SECONDS: Final = 0.001  # what one crossing into the source's thread should be worth
+READ_SECONDS: Final = 0.001  # what one hop into the source's thread should be worth
 
 
 class Reader(ABC):
@@ -110,11 +110,11 @@ class AsyncReader(Reader):
 
 
 class ThreadReader(Reader):
-    """Iterates a sync iterable in one thread, about a millisecond's worth of samples per crossing.
+    """Iterates a sync iterable in one thread, about a millisecond's worth of samples per hop.
 
     The thread stops after the sample that took it past its millisecond. What if samples come in bursts, and that one
-    comes in an hour? Those before it must not wait: two milliseconds after a crossing began, whatever has been read by
-    then goes on, and the crossing stays under way for the one that is late.
+    comes in an hour? Those before it must not wait: two milliseconds after a hop began, whatever has been read by
+    then goes on, and the hop stays under way for the one that is late.
     """
 
     def __init__(
@@ -130,21 +130,21 @@ class ThreadReader(Reader):
         self._run = run
         self._threads = threads
         self._ready: deque[Any] = deque()  # the thread appends
-        self._crossing: asyncio.Future[None] | None = None
+        self._hop: asyncio.Future[None] | None = None
         self._ended = False
         self._failure: BaseException | None = None
 
     async def read(self, limit: int) -> list[Any]:
         while not self._ready:
-            if self._crossing is None:
+            if self._hop is None:
                 if self._ended or self._failure is not None:
                     break
-                self._crossing = self._run.submit(self._threads, self._read, limit)
-                await asyncio.wait({self._crossing}, timeout=2 * READ_SECONDS)
+                self._hop = self._run.submit(self._threads, self._read, limit)
+                await asyncio.wait({self._hop}, timeout=2 * READ_SECONDS)
             else:  # it is at the sample that it will end with
-                await asyncio.wait({self._crossing})
-            if self._crossing.done():
-                self._crossing = None
+                await asyncio.wait({self._hop})
+            if self._hop.done():
+                self._hop = None
         if self._ready:
             return [self._ready.popleft() for _ in range(min(limit, len(self._ready)))]
         failure, self._failure = self._failure, None
@@ -164,13 +164,13 @@ class ThreadReader(Reader):
             if self._iterator is None:
                 assert self._iterable is not None
                 self._iterator, self._asked = open_at(self._iterable, self._origin)
-                if not isinstance(self._iterable, Redrawn):
+                if not isinstance(self._iterable, KnowsOrigin):
                     self._iterable = None
             while count < limit and now - began < READ_SECONDS:
                 sample = next(self._iterator)
                 check_leak(before, self._name)
                 if self._iterable is not None:  # what the keys were drawn from is known with the first one
-                    if isinstance(self._iterable, Redrawn) and self._iterable.origin is not None:
+                    if isinstance(self._iterable, KnowsOrigin) and self._iterable.origin is not None:
                         self.marks.append((0, self._iterable.origin))
                     self._iterable = None
                 self._number += 1
@@ -197,9 +197,9 @@ class ThreadReader(Reader):
             self.marks.append((self._number, origin))
 
     async def aclose(self) -> None:
-        # A crossing that was cut off may not have begun: then it makes the iterator while everything ends. The thread
-        # does one thing after the other, so what comes behind the crossing closes it.
-        needed = self._crossing is not None if self._iterator is None else _closable(self._iterator)
+        # A hop that was cut off may not have begun: then it makes the iterator while everything ends. The thread
+        # does one thing after the other, so what comes behind the hop closes it.
+        needed = self._hop is not None if self._iterator is None else _closable(self._iterator)
         if needed:
             await self._run.in_thread(self._threads, self._close)
 

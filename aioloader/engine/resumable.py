@@ -14,14 +14,14 @@ from itertools import islice
 from typing import Any, Final
 from weakref import ref
 
-from aioloader.engine.progress import cursor_parts, whole
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.safe_text import safe_repr
 from aioloader.errors import StateError
-from aioloader.notes import shown
 
 __all__ = [
     "SNAPSHOT_SAMPLES",
+    "KnowsOrigin",
     "Origin",
-    "Redrawn",
     "after_origin",
     "begin_again",
     "beginning",
@@ -43,7 +43,7 @@ Origin = dict[str, Any]
 object's own `state`, and whether that is one `of` the `"iterable"` or of its `"iterator"`."""
 
 
-class Redrawn(ABC):
+class KnowsOrigin(ABC):
     """Keys of one epoch, whose order is drawn when they are first asked for, and can be drawn again."""
 
     origin: Origin | None
@@ -65,13 +65,13 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
         ValueError: It is no cursor of an iterable.
     """
     if cursor is None or type(cursor) is int:
-        return None, whole(cursor or 0)
+        return None, as_count(cursor or 0)
     origin, since = cursor_parts(cursor, 2)
     parts = origin.keys() if isinstance(origin, dict) else ()
     if not (parts == {"at", "generators"} or (parts == {"at", "of", "state"} and origin["of"] in _OF)):
-        raise ValueError(f"an origin was expected, got {shown(origin)}")
-    whole(origin["at"])
-    return origin, whole(since)
+        raise ValueError(f"an origin was expected, got {safe_repr(origin)}")
+    as_count(origin["at"])
+    return origin, as_count(since)
 
 
 _OF: Final = ("iterable", "iterator")
@@ -134,7 +134,7 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
     Returns:
         The iterator, and what can be asked where it is, if anything.
     """
-    if isinstance(iterable, Redrawn):
+    if isinstance(iterable, KnowsOrigin):
         iterable.origin = origin
         return iter(iterable), None
     known = load_iterable(iterable, origin)

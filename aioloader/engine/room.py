@@ -5,7 +5,7 @@ from typing import Final
 
 from aioloader.engine.node import MOST_EARLY, Node
 from aioloader.engine.steps import Step
-from aioloader.engine.sync_steps import SyncStep
+from aioloader.engine.thread_step import SyncStep
 
 __all__ = ["Room", "StepsRoom"]
 
@@ -52,7 +52,7 @@ class StepsRoom(Room):
     the rate of a loop that does not keep order (measured with 512 under way: 64 places more gave 77 %, 256 gave 96 to
     99 %).
 
-    A crossing into a thread costs as much as a hundred cheap samples. So where *all* that is done to a sample up to
+    A hop into a thread costs as much as a hundred cheap samples. So where *all* that is done to a sample up to
     here is cheap, there is more room, as much as the slowest step has use for. After another stage it is used only for
     what has a place after the window: those samples would have been begun anyway.
 
@@ -67,9 +67,9 @@ class StepsRoom(Room):
         self._upstream = upstream
         self._working = [step for step in steps if step.concurrency]
         self._look_ups = [step for step in steps if not step.concurrency]
-        self._crossing = [step for step in self._working if isinstance(step, SyncStep)]
+        self._hop = [step for step in self._working if isinstance(step, SyncStep)]
         self._awaited = [step for step in self._working if not isinstance(step, SyncStep)]
-        self._later = [step for step in self._crossing if step is not self._working[0]]
+        self._later = [step for step in self._hop if step is not self._working[0]]
         for step in self._later:
             step.places = min(step.places, FEW)
         self._finished = finished
@@ -79,10 +79,10 @@ class StepsRoom(Room):
     def refresh(self) -> None:
         several = len(self._working) > 1
         places = [step.places for step in self._awaited]
-        places += [min(step.places, FEW) if several and step.extra_room else step.places for step in self._crossing]
+        places += [min(step.places, FEW) if several and step.extra_room else step.places for step in self._hop]
         widest = max(places, default=1)
         self._places = (sum(places) or 1) + (max(1, widest // 2) if self._finished is None else self._finished)
-        self._cheap = min([step.extra_room for step in self._crossing], default=0)
+        self._cheap = min([step.extra_room for step in self._hop], default=0)
         self._found = sum(step.extra_room for step in self._look_ups)
 
     def now(self, asked: int) -> int:

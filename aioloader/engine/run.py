@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import anyio._backends._asyncio
 from anyio import move_on_after
 
+from aioloader.core.forks import tell_of_fork
 from aioloader.engine.progress import Progress
 from aioloader.executors.threads import TakesJobs, Threads, call_loop
-from aioloader.forks import tell_of_fork
 from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
-    from aioloader.engine.located import RunEnd
+    from aioloader.core.source import RunListener
     from aioloader.engine.window import Window
 
 BACKEND: Final = anyio._backends._asyncio
@@ -79,7 +79,7 @@ class Run:
         self.stopping = False
         self.failure: BaseException | None = None
         self.started = False
-        self.shared: dict[object, RunEnd] = {}  # see `Access.shared`
+        self.shared: dict[object, RunListener] = {}  # see `Access.shared`
         self.left = True  # the consumer takes no more once this run is over; False where it has a queue of its own
         self.given_back = False  # sources were told so, and took back what it had not had: it gets that no more
         self.foreign = False  # this is a forked child, and it lives in the parent

@@ -10,16 +10,17 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from aioloader.engine.entry import LAST, ONE_LOST, Entry, annotate
-from aioloader.engine.located import Access, CursorSource
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import LAST, ONE_LOST, Entry, annotate
+from aioloader.core.keys import NAMES, PartKey
+from aioloader.core.source import CursorSource
 from aioloader.engine.node import MOST_EARLY, Kick, Node, cheap_samples
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.reading import Reader, open_reader
 from aioloader.engine.resumable import Origin, check_origin, note_silent, split_cursor
+from aioloader.engine.source_context import RunSourceContext
 from aioloader.errors import ReplayWarning, SampleCancelledError, StateError
 from aioloader.executors.threads import InContext, TakesJobs
 from aioloader.insight.meters import StageMeter
-from aioloader.keys import NAMES, PartKey
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -75,7 +76,7 @@ class KeySource(Node):
         self.ended = not len(keys)
 
     def resume(self, cursor: Any) -> None:
-        self._cursor = whole(cursor)
+        self._cursor = as_count(cursor)
         self._keys = self._keys.behind(self._cursor)
         self.ended = not len(self._keys)
 
@@ -360,7 +361,7 @@ class StreamSource(_Pump):
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
-        access = Access(self._run, meter.name)
+        access = RunSourceContext(self._run, meter.name)
         reader = source.open(access, self._resume_at)
         self._numbered = self._resume_at is None  # its cursors do not count
         try:
@@ -418,10 +419,10 @@ class FlatMapNode(_Pump):
 
     _numbered = False
 
-    def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str, *, loose: bool = False) -> None:
+    def __init__(self, upstream: Node, fn: Callable[[Any], Any], name: str, *, unordered_input: bool = False) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-flat-map")
         self._upstream = upstream
-        self._loose = loose
+        self._unordered_input = unordered_input
         self._fn = fn
         self._arrival: Future[None] | None = None
         self._forgets = False  # one of several sources has failed, see `FoldNode`
@@ -438,7 +439,7 @@ class FlatMapNode(_Pump):
 
     def resume(self, cursor: Any) -> None:
         self._before, skipped = cursor_parts(cursor, 2)
-        self._skipped = 0 if self._loose else whole(skipped)
+        self._skipped = 0 if self._unordered_input else as_count(skipped)
         self._failed_at = (self._before, self._skipped)
         if self._before is not None:
             self._upstream.resume(self._before)

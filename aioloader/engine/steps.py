@@ -8,12 +8,12 @@ from contextvars import Context
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.engine.entry import DROPPED, Entry, annotate
+from aioloader.core.entry import DROPPED, Entry, annotate
+from aioloader.core.safe_text import add_note, safe_str
 from aioloader.engine.node import cheap_samples
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.sample import Sample, current_sample
+from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
-from aioloader.notes import add_note, said
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -112,7 +112,7 @@ class Step(ABC):
 
 
 class InPlaceStep(Step):
-    """Calls `fn`, which is ours and takes less time than a crossing, on the loop.
+    """Calls `fn`, which is ours and takes less time than a hop, on the loop.
 
     Args:
         fn: Raises nothing.
@@ -184,7 +184,7 @@ class AsyncStep(Step):
             isinstance(error, RuntimeError)
             and self._run.private_loop
             and OTHER_LOOP_NOTE not in getattr(error, "__notes__", ())
-            and any(words in said(error) for words in OTHER_LOOP)
+            and any(words in safe_str(error) for words in OTHER_LOOP)
         ):
             add_note(error, OTHER_LOOP_NOTE)
 
@@ -220,7 +220,7 @@ class AsyncStep(Step):
         create_future, predicate = run.loop.create_future, self._predicate
         me = current_task()
         assert me is not None
-        sample = Sample(self._seed)
+        sample = SampleContext(self._seed)
         current_sample.set(sample)  # in the context of this task
         clean = context.copy()
         self._coming -= 1
@@ -237,7 +237,7 @@ class AsyncStep(Step):
                 if not self.closed and now - woken < STREAK_SECONDS:
                     run.drain()
                 if not inbox:
-                    sample.name = sample.drawn = None
+                    sample.name = sample.rng = None
                 if self.closed:
                     return
                 if not inbox:
@@ -287,7 +287,7 @@ class AsyncStep(Step):
                 is_clean = context == clean
             except Exception:
                 is_clean = False
-            if not is_clean:  # as in `apart`; a task has one context for life, so another takes this one's place
+            if not is_clean:  # as in `isolated`; a task has one context for life, so another takes this one's place
                 meter.samples += count
                 meter.busy_seconds += perf_counter() - began
                 self._coming += 1

@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, CursorSource, EntryReader
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry
+from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.engine.process_step import ProcessStep, hint, who
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed
 from aioloader.executors.epochs import Epochs
-from aioloader.executors.processes.team import Broken, Died, Lost, Outcome, Team
 from aioloader.executors.processes.torch_worker import EXHAUSTED
+from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome, WorkerPool
 from aioloader.executors.threads import call_loop
 
 __all__ = ["TurnStep", "Turns", "dealt"]
@@ -45,11 +45,11 @@ class Turns(CursorSource):
         self.over = False
 
     def check_cursor(self, cursor: Any) -> None:
-        workers, _ = map(whole, cursor_parts(cursor, 2))
+        workers, _ = map(as_count, cursor_parts(cursor, 2))
         if workers != self.workers:
             raise ValueError(f"a cursor of {self.workers} workers was expected, got one of {workers}")
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
+    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
         if cursor is not None:
             _, self.given = cursor
         return _TurnReader(self)
@@ -79,15 +79,15 @@ def dealt(count: int, limits: Sequence[int | None]) -> tuple[list[int], int]:
         limits: How many batches each has; None: enough.
     """
     given = [0] * len(limits)
-    while active := [seat for seat, limit in enumerate(limits) if limit is None or limit > given[seat]]:
-        left = [limit - given[seat] for seat in active if (limit := limits[seat]) is not None]
+    while active := [slot for slot, limit in enumerate(limits) if limit is None or limit > given[slot]]:
+        left = [limit - given[slot] for slot in active if (limit := limits[slot]) is not None]
         rounds = min([count // len(active), *left])
-        for seat in active:
-            given[seat] += rounds
+        for slot in active:
+            given[slot] += rounds
         count -= rounds * len(active)
         if not rounds:
-            for seat in active[:count]:
-                given[seat] += 1
+            for slot in active[:count]:
+                given[slot] += 1
             return given, active[count]
     return given, 0
 
@@ -111,7 +111,7 @@ class TurnStep(ProcessStep):
         self,
         calls: Sequence[Call],
         concurrency: int,
-        team: Callable[[], Team],
+        team: Callable[[], WorkerPool],
         epochs: Epochs,
         *,
         elastic: bool,
@@ -139,35 +139,35 @@ class TurnStep(ProcessStep):
                 self._drop(self.inbox.popleft())
         super().dispatch()
 
-    def _next_seat(self) -> int:
-        later = [seat for seat in self._active_seats if seat >= self._turn]
-        seat = (later or self._active_seats)[0]
-        self._turn = seat + 1
-        return seat
+    def _next_slot(self) -> int:
+        later = [slot for slot in self._active_seats if slot >= self._turn]
+        slot = (later or self._active_seats)[0]
+        self._turn = slot + 1
+        return slot
 
     # -- what was given before a resume ------------------------------------------------------------------------------
 
     def _read_again(self) -> None:
         wanted, following = dealt(self._turns.given, self._limits)
-        for seat, count in enumerate(wanted):
-            if count > self._asked[seat]:
-                payload = (self._seeds, self._epochs, None, [(self._turns.epoch, count - self._asked[seat])])
-                done = partial(call_loop, self._run.loop, self._run.guarded, self._has_read, seat, self._asked[seat])
-                self._asked[seat] = count
+        for slot, count in enumerate(wanted):
+            if count > self._asked[slot]:
+                payload = (self._seeds, self._epochs, None, [(self._turns.epoch, count - self._asked[slot])])
+                done = partial(call_loop, self._run.loop, self._run.guarded, self._has_read, slot, self._asked[slot])
+                self._asked[slot] = count
                 self._reading += 1
-                self._team.submit(self, payload, done, seat)
+                self._team.submit(self, payload, done, slot)
         self._turn = following
 
-    def _has_read(self, seat: int, before: int, outcome: Outcome) -> None:
+    def _has_read(self, slot: int, before: int, outcome: Outcome) -> None:
         if self.closed:
             return
         self._reading -= 1
         match outcome:
             case ChunkResult(outcomes=[int() as count]):
-                if before + count < self._asked[seat]:
-                    self._limits[seat] = before + count
-                    self._ends(seat)
-            case ChunkResult(outcomes=[Failed(error=error)]) | Lost(error) | Broken(error):
+                if before + count < self._asked[slot]:
+                    self._limits[slot] = before + count
+                    self._ends(slot)
+            case ChunkResult(outcomes=[Failed(error=error)]) | NotSent(error) | Broken(error):
                 self._run.fail(error)
             case Died():
                 self._run.fail(
@@ -182,27 +182,27 @@ class TurnStep(ProcessStep):
 
     # -- turns -------------------------------------------------------------------------------------------------------
 
-    def _ends(self, seat: int | None) -> bool:
+    def _ends(self, slot: int | None) -> bool:
         """No more of this worker; False: that was known."""
-        if seat not in self._active_seats:
+        if slot not in self._active_seats:
             return False
-        self._active_seats.remove(seat)
+        self._active_seats.remove(slot)
         self._turns.over = not self._active_seats
         return True
 
-    def _back(self, chunk: list[Entry], seat: int | None, outcome: Outcome) -> None:
+    def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
         match outcome:
             case ChunkResult(outcomes=[last]) if last is EXHAUSTED and not self.closed:
-                self._ends(seat)
+                self._ends(slot)
                 self._landed(chunk, ChunkResult([DROP], outcome.busy_seconds, outcome.cpu_seconds))
-            case ChunkResult() if seat not in self._active_seats and not self.closed:
+            case ChunkResult() if slot not in self._active_seats and not self.closed:
                 # From a worker that took the place of a dead one, before that was known here: it began anew.
                 self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
             case _:
-                super()._back(chunk, seat, outcome)
+                super()._back(chunk, slot, outcome)
 
-    def _died(self, chunk: list[Entry], seat: int | None, death: Died) -> None:
-        if self._ends(seat):
+    def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
+        if self._ends(slot):
             error = WorkerDiedError(f"{who(death)}, and with it what was left of its part of the dataset{hint(death)}")
             self._lost(chunk, error)
         else:  # asked for ahead

@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
-from aioloader.engine.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
+from aioloader.core.cursors import CompletionCursor
+from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.room import Room
 from aioloader.engine.steps import Step
 from aioloader.insight.meters import Why
-from aioloader.notes import shown
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["Left", "Window"]
+__all__ = ["Window"]
 
 
 class Window(Node):
@@ -50,12 +49,12 @@ class Window(Node):
         room: Room | None,
         ordered: bool = True,
         log: "Recorded | Replayed | None" = None,
-        loose: bool = False,
+        unordered_input: bool = False,
     ) -> None:
         self.upstream = upstream
         self.steps = tuple(steps)
         self._room = room
-        self._said_room = 0  # the most there was, for statistics
+        self._told_room = 0  # the most there was, for statistics
         self.ordered = ordered
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
@@ -68,7 +67,7 @@ class Window(Node):
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
         self._closed = False
-        self._left = None if ordered else Left(loose=loose)
+        self._completion = None if ordered else CompletionCursor(unordered_input=unordered_input)
         self._record = log if isinstance(log, Recorded) else None
         self._replay = log if isinstance(log, Replayed) else None
         self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
@@ -80,28 +79,28 @@ class Window(Node):
         return any(step.meter.gaps for step in self.steps) or self.upstream.gaps
 
     def resume(self, cursor: Any) -> None:
-        if self._left is not None:
-            cursor = self._left.resume(cursor)
+        if self._completion is not None:
+            cursor = self._completion.resume(cursor)
             for log in (self._record, self._replay):
                 if log is not None:
-                    log.check(self._left.count)
+                    log.check(self._completion.count)
         if cursor is not None:
             self.upstream.resume(cursor)
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
-        if self._left is not None:
+        if self._completion is not None:
             for log in (self._record, self._replay):
                 if log is not None:
-                    log.begin(self._left.count)
+                    log.begin(self._completion.count)
         self.upstream.start(run, self.wake)
         if not self.steps and run.meters:
             run.meters[-1].ahead = self.room
         for step, following in zip_longest(self.steps, self.steps[1:]):
             step.bind(run, self, following.accept if following is not None else self.finished)
             step.meter.ordered = self.ordered
-        self._say_room(self.room)
+        self._tell_room(self.room)
         if self._room is not None:
             self.wake()
 
@@ -129,9 +128,9 @@ class Window(Node):
             popleft = slots.popleft
             while count := _done(slots, limit - len(taken)):
                 leaving = [popleft() for _ in range(count)]
-                if self._left is not None:
+                if self._completion is not None:
                     for entry in leaving:
-                        number = self._left.leaves(entry)
+                        number = self._completion.leaves(entry)
                         if self._record is not None:
                             self._record.add(number)
                 kept = [entry for entry in leaving if entry.state != DROPPED]
@@ -144,9 +143,9 @@ class Window(Node):
             self.wake()
         if self._last is not None and not self._occupied and len(taken) < limit:
             last, self._last = self._last, None
-            if self._left is not None:
-                last.cursor = self._left.cursor
-                self._left.forgets = True
+            if self._completion is not None:
+                last.cursor = self._completion.cursor
+                self._completion.forgets = True
             taken.append(last)
             self.wake()
         if self._input_ended and not self._occupied and self._last is None:
@@ -183,10 +182,10 @@ class Window(Node):
     def extra_room(self) -> int:
         return min([self.upstream.extra_room, *(step.extra_room for step in self.steps if step.concurrency)])
 
-    def _say_room(self, room: int) -> None:
+    def _tell_room(self, room: int) -> None:
         """Let statistics say how much there is. Entries that were let in stay when it shrinks: the most counts."""
-        if room > self._said_room:
-            self._said_room = room
+        if room > self._told_room:
+            self._told_room = room
             for step in self.steps:
                 step.meter.room = max(step.meter.room, room)  # it may have counted for an earlier repetition
             self._kick()  # in a process of its own, whoever polls tells it
@@ -197,7 +196,7 @@ class Window(Node):
             self._room.refresh()
         self.wake()
 
-    def crossing_began(self) -> None:
+    def hop_began(self) -> None:
         """In one of its steps. Should it take its time, those that the window is too full for may begin after all."""
         if not self._looking and self._room is not None and self._room.may_grow:
             self._looking = True
@@ -209,7 +208,7 @@ class Window(Node):
             return
         self._room.look()
         self.wake()
-        self.crossing_began()
+        self.hop_began()
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -227,7 +226,7 @@ class Window(Node):
         if self._closed or self._run.stopping:  # an input that was cut off is no end
             return
         room = self.room
-        self._say_room(room)
+        self._tell_room(room)
         while not self._input_ended and self._last is None and (free := self._free(room)) > 0:
             run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
@@ -252,11 +251,11 @@ class Window(Node):
         are no more than were under way when the order was recorded.
         """
         free = room - self._occupied - self._lent
-        if free <= 0 and self._replay is not None and self._left is not None:
+        if free <= 0 and self._replay is not None and self._completion is not None:
             following = self._replay.following
-            if following is not None and following > self._left.came:
-                free = following - self._left.came
-                self._say_room(self._occupied + self._lent + free)
+            if following is not None and following > self._completion.came:
+                free = following - self._completion.came
+                self._tell_room(self._occupied + self._lent + free)
         return free
 
     def _give_up_replay(self) -> None:
@@ -291,7 +290,7 @@ class Window(Node):
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
         self._input_ended = run[-1].state == LAST
-        if self._left is not None:
+        if self._completion is not None:
             if (at := _first_failure(run)) is not None:
                 run, self._last, self._after_last = run[:at], run[at], run[at + 1 :]
                 if self._replay is not None:  # what comes now is not what came then
@@ -299,7 +298,7 @@ class Window(Node):
                 self._input_ended = self._last.state == LAST
                 if not self._occupied:  # nobody else's end will say so
                     self._kick()
-            run = self._left.comes(run)
+            run = self._completion.comes(run)
             if not run:
                 return
         self._occupied += len(run)
@@ -374,79 +373,3 @@ def _done(slots: deque[Entry], limit: int) -> int:
             break
         count += 1
     return count
-
-
-class Left:
-    """Who has left a window that gives entries as they are finished, for their cursors.
-
-    Cursor: that of the last entry up to which all have left, that entry's number, and a number whose bit `i` says
-    whether the entry `1 + i` places behind it has left too. So nothing is lost and nothing repeated, however long one
-    entry takes.
-
-    Attributes:
-        came: The number of the newest entry.
-        forgets: Who has left beyond the front is not told: a source has failed, which takes part again after a resume,
-            so that the numbers would be those of other entries.
-    """
-
-    def __init__(self, *, loose: bool = False) -> None:
-        self._loose = loose
-        self.came = 0
-        self.forgets = False
-        self._front = 0  # all up to this number have left
-        self._front_cursor: Any = None
-        self._beyond = 0  # bits
-        self._cursors: dict[int, Any] = {}  # of those who left beyond the front
-
-    def resume(self, cursor: Any) -> Any:
-        """Go on behind those whom `cursor` tells of; returns the cursor that upstream goes on behind."""
-        self._front_cursor, front, beyond = cursor_parts(cursor, 3)
-        # Where one entry takes long, the bits of those beyond it are more than JSON's decimal digits can be.
-        self._beyond = int(beyond, 16) if isinstance(beyond, str) else beyond
-        if type(self._beyond) is not int or self._beyond < 0:
-            raise ValueError(f"bits, as a number of at least 0, were expected, got {shown(beyond)}")
-        if self._loose:
-            self._beyond = 0
-        self._front = self.came = whole(front)
-        return self._front_cursor
-
-    @property
-    def cursor(self) -> tuple[Any, int, int]:
-        """Behind all who have left."""
-        return self._front_cursor, self._front, 0 if self.forgets else self._beyond
-
-    @property
-    def count(self) -> int:
-        """How many have left."""
-        return self._front + self._beyond.bit_count()
-
-    def comes(self, run: list[Entry]) -> list[Entry]:
-        """Number the entries of `run`, and leave out those who had left before a resume."""
-        fresh = []
-        for entry in run:
-            if entry.state == LAST:
-                fresh.append(entry)
-                continue
-            self.came += 1
-            if self._beyond >> (self.came - self._front - 1) & 1:
-                self._cursors[self.came] = entry.cursor
-                self._advance()
-            else:
-                entry.cursor = (self.came, entry.cursor)
-                fresh.append(entry)
-        return fresh
-
-    def leaves(self, entry: Entry) -> int:
-        """Give `entry` the cursor behind all who have left, itself included; returns its number, from 1."""
-        number: int
-        number, self._cursors[number] = entry.cursor
-        self._beyond |= 1 << (number - self._front - 1)
-        self._advance()
-        entry.cursor = self.cursor
-        return number
-
-    def _advance(self) -> None:
-        while self._front + 1 in self._cursors:
-            self._front += 1
-            self._front_cursor = self._cursors.pop(self._front)
-            self._beyond >>= 1

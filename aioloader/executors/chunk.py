@@ -1,4 +1,4 @@
-"""A chunk: several samples that cross into a worker together, because one crossing costs 30 to 70 µs."""
+"""A chunk: several samples that cross into a worker together, because one hop costs 30 to 70 µs."""
 
 import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -8,9 +8,9 @@ from time import perf_counter, thread_time
 from types import CoroutineType
 from typing import Any, Final, NoReturn
 
-from aioloader.executors.apart import apart
+from aioloader.executors.current_sample import SampleContext, current_sample
+from aioloader.executors.isolated import isolated
 from aioloader.executors.processes.failures import portable
-from aioloader.executors.sample import Sample, current_sample
 
 __all__ = ["DROP", "NOTHING", "Call", "ChunkResult", "Failed", "Refusal", "apply_chunk", "refuse_coroutine"]
 
@@ -94,14 +94,14 @@ def apply_chunk(
     values: Iterable[Any],
     budget_seconds: float,
     outcomes: list[Any] | None = None,
-    sample: Sample | None = None,
+    sample: SampleContext | None = None,
 ) -> ChunkResult:
     """Take each of `values` through all `calls`, until about `budget_seconds` are over; at least one is tried.
 
     The time limit is what keeps a chunk honest: when samples that used to be cheap turn slow, the rest goes back and
     other workers share it.
 
-    Context variables that a sample's functions set do not show to the next sample, see `apart`.
+    Context variables that a sample's functions set do not show to the next sample, see `isolated`.
 
     Args:
         calls: The functions of one journey.
@@ -112,11 +112,11 @@ def apply_chunk(
     """
     outcomes = [] if outcomes is None else outcomes
     token = current_sample.set(sample)
-    sample = Sample() if sample is None else sample  # one that nobody sees
+    sample = SampleContext() if sample is None else sample  # one that nobody sees
     cpu_began = thread_time()
     began = perf_counter()
     values = iter(values)
-    apart(_try_some, calls, values, began + budget_seconds, outcomes, sample)
+    isolated(_try_some, calls, values, began + budget_seconds, outcomes, sample)
     busy_seconds = perf_counter() - began
     current_sample.reset(token)
     result = ChunkResult(outcomes, busy_seconds, thread_time() - cpu_began)
@@ -136,7 +136,7 @@ def _try_some(
     values: Iterator[Any],
     deadline: float,
     outcomes: list[Any],
-    sample: Sample,
+    sample: SampleContext,
 ) -> bool:
     """Go on until the values or the time are over, or this context is not clean any more (True)."""
     value: Any = None

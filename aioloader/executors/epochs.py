@@ -74,8 +74,8 @@ class Copies:
             Exception: What a `set_epoch` raises.
         """
         if epochs != self._epochs:
-            for copy, (says, told), (said, was_told) in zip(self._copies, epochs, self._epochs, strict=True):
-                if says is not None and says != said:
+            for copy, (says, told), (says_of, was_told) in zip(self._copies, epochs, self._epochs, strict=True):
+                if says is not None and says != says_of:
                     copy.set_epoch(says)
                 elif told is not None and told != was_told:
                     copy.set_epoch(told)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from aioloader.keys import source_of
+from aioloader.core.keys import source_of
 from aioloader.masking import masked
 
 __all__ = ["BatchInfo"]

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from aioloader.cores import usable_cores
+from aioloader.core.cores import usable_cores
 from aioloader.insight.stats import StageStats, Stats
 
 __all__ = ["explain"]

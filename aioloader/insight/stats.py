@@ -29,7 +29,7 @@ class StageStats:
         waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
         finished_slots: Finished samples that lay in the window when some were taken, on average.
         room: Samples (or batches) under way and finished together that its window may hold, the most in this epoch:
-            where all stages of a window are cheap it grows, so that a crossing into a thread is worth its cost. No
+            where all stages of a window are cheap it grows, so that a hop into a thread is worth its cost. No
             sample is begun beyond the rooms of the stages after each other; what `batch`, and `shuffle(n)`, hold while
             they fill is part of what comes after them.
         ordered: They leave it in the order of the input, so that finished ones wait for a slower one in front of them.

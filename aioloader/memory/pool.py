@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 import torch
 
-from aioloader.forks import tell_of_fork
+from aioloader.core.forks import tell_of_fork
 from aioloader.memory.lease import lease, tensor_over
 
 __all__ = ["IDLE_ALLOCATIONS", "SMALLEST_BYTES", "BatchMemory"]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from aioloader.stages.collate import Alloc
+from aioloader.core.memory import Alloc
 
 __all__ = ["Columns", "NullsError", "rows_and_failures", "rows_of"]
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, CursorSource, EntryReader, RunEnd
+from aioloader.core.checks import check_count
+from aioloader.core.entry import Entry
+from aioloader.core.source import CursorSource, EntryReader, RunListener, SourceContext
 from aioloader.errors import ChannelClosedError
 from aioloader.executors.threads import call_loop
-from aioloader.stages.checks import check_count
 
 __all__ = ["Channel", "Sender", "SyncSender"]
 
@@ -50,7 +50,7 @@ class Channel(CursorSource):
         # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
         self._lock = threading.RLock()
         self._samples: deque[Any] = deque()
-        self._senders: OrderedDict[_Waiting, None] = OrderedDict()  # in order; none waits while there is room
+        self._senders: OrderedDict[_WaitingSender, None] = OrderedDict()  # in order; none waits while there is room
         self._promised = 0  # places of senders that have been woken and have not put their sample there yet
         self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # those who wait for a sample
         self._closed = False
@@ -177,7 +177,7 @@ class Channel(CursorSource):
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
+    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
         """Read on; what comes does not depend on `cursor`, since live samples do not come again."""
         self._check_process()
         ledger: _Ledger = access.shared(self, lambda: _Ledger(self))
@@ -199,7 +199,7 @@ class Channel(CursorSource):
         if self._readers:
             _wake(self._take_readers())
 
-    def _put_promised(self, waiting: "_Waiting", sample: Any) -> bool:
+    def _put_promised(self, waiting: "_WaitingSender", sample: Any) -> bool:
         """Put `sample` into the place that was promised to its sender; False: none was, and the sender gives up."""
         with self._lock:
             self._senders.pop(waiting, None)
@@ -217,7 +217,7 @@ class Channel(CursorSource):
         refusal.__cause__ = self._error
         return refusal
 
-    def _withdraw(self, waiting: "_Waiting") -> None:
+    def _withdraw(self, waiting: "_WaitingSender") -> None:
         """A sender gives up: a place that was promised to it goes to the next."""
         with self._lock:
             self._senders.pop(waiting, None)
@@ -369,7 +369,7 @@ class SyncSender(_Handle):
             raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
 
 
-class _Waiting(ABC):
+class _WaitingSender(ABC):
     """A sender that waits for room.
 
     The story of a race. A reader that makes room could move the sample of the sender whose turn it is, and wake the
@@ -396,7 +396,7 @@ class _Waiting(ABC):
         """Wake the sender, from any thread."""
 
 
-class _WaitingTask(_Waiting):
+class _WaitingTask(_WaitingSender):
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.told = self._loop.create_future()
@@ -409,7 +409,7 @@ class _WaitingTask(_Waiting):
         _set(self.told, self._loop)
 
 
-class _WaitingThread(_Waiting):
+class _WaitingThread(_WaitingSender):
     alive = True
 
     def __init__(self) -> None:
@@ -440,7 +440,7 @@ def _complete(future: "asyncio.Future[None]") -> None:
 class _ChannelReader(EntryReader):
     """Takes samples out as they are asked for."""
 
-    def __init__(self, channel: Channel, access: Access, ledger: "_Ledger") -> None:
+    def __init__(self, channel: Channel, access: SourceContext, ledger: "_Ledger") -> None:
         self._channel = channel
         self._access = access
         self._ledger = ledger
@@ -468,7 +468,7 @@ class _ChannelReader(EntryReader):
         return []
 
 
-class _Ledger(RunEnd):
+class _Ledger(RunListener):
     """What one run has read of a channel and not handed out, so that it can go back.
 
     The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever the stages behind make of

@@ -9,18 +9,18 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-from aioloader.engine.located import AccessThreads
+from aioloader.core.safe_text import add_note
+from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
-from aioloader.notes import add_note
+from aioloader.sources.file_events import Growth, folders_of_links
 from aioloader.sources.marks import MARK_BYTES
 from aioloader.sources.stores import Version
-from aioloader.sources.watching import Growth, folders_of_links
 
 __all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
 
 READ_BYTES: Final = 1 << 20
-"""Of a file, at once: a thousand rows of a kilobyte share the price of a crossing."""
+"""Of a file, at once: a thousand rows of a kilobyte share the price of a hop."""
 
 RANGE_BYTES: Final = 8 << 20
 """Of an object, per request: long against the latency of a request, small enough to be tried again."""
@@ -151,7 +151,7 @@ class _OpenFile:
 
 async def file_chunks(
     path: str,
-    thread: AccessThreads,
+    thread: SourceThreads,
     *,
     start: int = 0,
     needed: int = 0,
@@ -274,7 +274,7 @@ async def object_chunks(
             at += len(data)
             yield data
         if at < end:
-            async with aclosing(_whole_object(store, key, version, at, needed)) as pieces:
+            async with aclosing(_object_at_once(store, key, version, at, needed)) as pieces:
                 async for data in pieces:
                     yield data
     except Exception as error:
@@ -304,7 +304,7 @@ async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:
         raise error from None
 
 
-async def _whole_object(store: Any, key: str, version: Version, start: int, needed: int) -> AsyncGenerator[Any]:
+async def _object_at_once(store: Any, key: str, version: Version, start: int, needed: int) -> AsyncGenerator[Any]:
     """The bytes from `start` on, in one answer."""
     import obstore
 

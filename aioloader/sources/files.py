@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
-from aioloader.sources.arrivals import WatchedFiles
+from aioloader.core.memory import Alloc
 from aioloader.sources.paths import Paths, find_files
-from aioloader.sources.whole import Read, check_read, load, read_bytes, read_stacked
-from aioloader.stages.collate import Alloc
-from aioloader.stages.fetch import LoadsBatches
+from aioloader.sources.read_file import Read, check_read, load, read_bytes, read_stacked
+from aioloader.sources.watched_files import WatchedFiles
+from aioloader.stages.load import LoadsBatches
 
 __all__ = ["Files"]
 

@@ -12,19 +12,19 @@ from operator import methodcaller
 from time import perf_counter
 from typing import Any, Final, Literal
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
-from aioloader.engine.progress import cursor_parts, whole
+from aioloader.core.checks import check_callable, check_count
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry
+from aioloader.core.safe_text import add_note
+from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.notes import add_note
-from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
+from aioloader.sources.file_events import require_watchfiles
 from aioloader.sources.marks import changed_since, read_mark, read_offset
 from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
 from aioloader.sources.paths import Paths, find_files, names_of
-from aioloader.sources.watching import require_watchfiles
-from aioloader.stages.checks import check_callable, check_count
+from aioloader.sources.read_ahead import Ahead, failed
 
 __all__ = ["Lines"]
 
@@ -135,7 +135,7 @@ class Lines(CursorSource):
             for first, one in enumerate(cursors):
                 self._place(first, one)
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
+    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
         if self.interleave == 1:
             return self._reader(access, 0, cursor)
         turn, cursors = self._places(cursor)
@@ -147,20 +147,20 @@ class Lines(CursorSource):
         if cursor is None:
             return 0, [None] * self.interleave
         turn, cursors = cursor_parts(cursor, 2)
-        return whole(turn, self.interleave - 1), cursor_parts(cursors, self.interleave)
+        return as_count(turn, self.interleave - 1), cursor_parts(cursors, self.interleave)
 
     def _place(self, first: int, cursor: Any) -> tuple[int, _Start]:
         """File and place in it, of a reader whose first file is `first`."""
         if cursor is None:
             return first, _BEGINNING
         index, offset, number, mark = cursor_parts(cursor, 4)
-        start = read_offset(offset), whole(number), read_mark(mark)
-        whole(index)
+        start = read_offset(offset), as_count(number), read_mark(mark)
+        as_count(index)
         if index >= len(self.paths) + self.interleave or index % self.interleave != first:
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
         return index, start
 
-    def _reader(self, access: Access, first: int, cursor: Any) -> Ahead:
+    def _reader(self, access: SourceContext, first: int, cursor: Any) -> Ahead:
         """Reads every `interleave`-th file from `first` on, behind `cursor`."""
         index, begin = self._place(first, cursor)
         thread = access.threads(1)
@@ -175,7 +175,7 @@ class Lines(CursorSource):
 
         return Ahead(access, read)
 
-    def _read_file(self, index: int, start: _Start, thread: AccessThreads) -> AsyncGenerator[list[Entry]]:
+    def _read_file(self, index: int, start: _Start, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
         """The entries of one file, from `start` on."""
         parser = _LinesOf(self, index, start)
         following = self.follow and index == len(self.paths) - 1

@@ -15,7 +15,7 @@ from itertools import repeat
 from typing import Any, Final
 from zlib import crc32
 
-from aioloader.engine.progress import whole
+from aioloader.core.cursors import as_count
 from aioloader.errors import BrokenDataError
 
 __all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark", "read_offset"]
@@ -23,7 +23,7 @@ __all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark", "read_offset"]
 MARK_BYTES: Final = 1024
 
 BLOCK: Final = 64 << 10
-"""Marks are of what is before the multiples of this, and before the powers of two below: a crossing of 16 a megabyte
+"""Marks are of what is before the multiples of this, and before the powers of two below: the cost of 16 a megabyte
 cannot be measured, and one a line can."""
 
 
@@ -33,7 +33,7 @@ def read_offset(value: Any) -> int:
     Raises:
         ValueError: It is none.
     """
-    return whole(value, (1 << 63) - 1)
+    return as_count(value, (1 << 63) - 1)
 
 
 def read_mark(value: Any) -> int | None:
@@ -42,7 +42,7 @@ def read_mark(value: Any) -> int | None:
     Raises:
         ValueError: It is none.
     """
-    return None if value is None else whole(value, 0xFFFFFFFF)
+    return None if value is None else as_count(value, 0xFFFFFFFF)
 
 
 def _marked(offset: int) -> int:

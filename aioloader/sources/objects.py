@@ -5,16 +5,16 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from operator import index
 from typing import Any, Final, Literal
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, CursorSource, EntryReader
+from aioloader.core.checks import check_count
+from aioloader.core.entry import Entry
+from aioloader.core.safe_text import add_note, safe_repr
+from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
-from aioloader.notes import add_note, shown
-from aioloader.sources.ahead import Ahead
 from aioloader.sources.buffers import tensor_over
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.read_ahead import Ahead
 from aioloader.sources.stores import Version, with_options
-from aioloader.stages.checks import check_count
 
 __all__ = ["Objects"]
 
@@ -85,7 +85,7 @@ class Objects(FetchSource):
         _require_obstore()
         if not _is_store(store):
             raise TypeError(
-                f"Objects takes a store of obstore, got {shown(store, 80)} of type {type(store).__name__}; "
+                f"Objects takes a store of obstore, got {safe_repr(store, 80)} of type {type(store).__name__}; "
                 f"pass for instance obstore.store.from_url('s3://bucket')"
             )
         options = {"client_options": client_options, "retry_config": retry_config}
@@ -111,7 +111,7 @@ class Objects(FetchSource):
             self._versions = {key: Version(store, key) for key, count in count_of.items() if count > 1}
         else:
             if not isinstance(prefix, str):
-                raise TypeError(f"prefix must be a str, got {shown(prefix, 80)} of type {type(prefix).__name__}")
+                raise TypeError(f"prefix must be a str, got {safe_repr(prefix, 80)} of type {type(prefix).__name__}")
             self._keys = _Listing(store, prefix)
         if ranges is None:
             pass
@@ -122,7 +122,7 @@ class Objects(FetchSource):
         elif keys is None:
             raise TypeError(
                 f"with prefix, ranges must be one pair (start, end) or a mapping from key to pair, "
-                f"got {shown(ranges, 80)}"
+                f"got {safe_repr(ranges, 80)}"
             )
 
     @property
@@ -229,7 +229,7 @@ class _Listing(CursorSource):
         if not isinstance(cursor, str):
             raise ValueError(f"the cursor of a listing is a key, got {cursor!r}"[:200])
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
+    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
         return Ahead(access, lambda: self._pages(cursor), lists=PAGES_AHEAD)
 
     async def _pages(self, behind: str | None) -> AsyncGenerator[list[Entry]]:
@@ -300,13 +300,13 @@ def _lists_in_order(store: Any) -> bool:
 def _checked_keys(keys: Any) -> tuple[str, ...]:
     if isinstance(keys, str | bytes) or not isinstance(keys, Sequence):
         raise TypeError(
-            f"keys must be a sequence of str, got {shown(keys, 80)} of type {type(keys).__name__}; "
+            f"keys must be a sequence of str, got {safe_repr(keys, 80)} of type {type(keys).__name__}; "
             f"for one object pass [key], for a folder prefix="
         )
     found = tuple(keys)
     if not set(map(type, found)) <= {str}:
         wrong = next(key for key in found if type(key) is not str)
-        raise TypeError(f"keys must be str, got {shown(wrong, 80)} of type {type(wrong).__name__}")
+        raise TypeError(f"keys must be str, got {safe_repr(wrong, 80)} of type {type(wrong).__name__}")
     if not found:
         raise ValueError("Objects needs at least one key, got none; an empty list would be an epoch without samples")
     return found
@@ -319,7 +319,7 @@ def _requests(keys: tuple[str, ...], ranges: Any) -> Sequence[str | Request]:
     if isinstance(ranges, str | bytes) or not isinstance(ranges, Sequence):
         raise TypeError(
             f"ranges must be a pair (start, end), a mapping from key to pair, or a sequence of pairs, "
-            f"got {shown(ranges, 80)} of type {type(ranges).__name__}"
+            f"got {safe_repr(ranges, 80)} of type {type(ranges).__name__}"
         )
     if len(ranges) != len(keys):
         raise ValueError(
@@ -335,9 +335,9 @@ def _is_pair(ranges: Any) -> bool:
 
 
 def _checked_range(pair: Any, key: str | None) -> Range:
-    where = "" if key is None else f" for {shown(key)}"
+    where = "" if key is None else f" for {safe_repr(key)}"
     if not _is_pair(pair):
-        raise TypeError(f"a range must be a pair of integers (start, end), got {shown(pair, 80)}{where}")
+        raise TypeError(f"a range must be a pair of integers (start, end), got {safe_repr(pair, 80)}{where}")
     start, end = map(index, pair)
     if not 0 <= start < end:
         raise ValueError(f"a range must be 0 <= start < end, got ({start}, {end}){where}")

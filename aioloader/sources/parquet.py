@@ -9,17 +9,17 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, Final
 from zlib import crc32
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
-from aioloader.engine.progress import cursor_sequence, whole
+from aioloader.core.checks import check_count
+from aioloader.core.cursors import as_count, cursor_sequence
+from aioloader.core.entry import Entry
+from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
-from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
+from aioloader.sources.read_ahead import Ahead, failed
 from aioloader.sources.stores import check_no_options, with_options
-from aioloader.stages.checks import check_count
 
 if TYPE_CHECKING:
     from aioloader.sources.arrow_columns import Columns
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ParquetRows"]
 
 PIECE_BYTES: Final = 4 << 20
-"""Decoded in one crossing into a thread, about: what stays in the caches of a processor."""
+"""Decoded in one hop into a thread, about: what stays in the caches of a processor."""
 
 PIECE_ROWS: Final = 1024
 """The same for rows as dictionaries, at most: they cost Python objects, and the GIL meanwhile. With twice as many a row
@@ -114,19 +114,19 @@ class ParquetRows(CursorSource):
     def check_cursor(self, cursor: Any) -> None:
         self._place(cursor)
 
-    def _place(self, cursor: Any) -> "_Place":
-        parts = [0, 0, 0] if cursor is None else list(map(whole, cursor_sequence(cursor)))
+    def _place(self, cursor: Any) -> "_Start":
+        parts = [0, 0, 0] if cursor is None else list(map(as_count, cursor_sequence(cursor)))
         if not 3 <= len(parts) <= 4:
             raise ValueError(f"a list of 3 or 4 was expected, got {cursor!r}"[:200])
-        place = _Place(*parts)
+        place = _Start(*parts)
         if place.index > len(self.paths):
             raise ValueError(
                 f"the cursor is in file {place.index}, but there are {len(self.paths)}: the files have changed"
             )
         return place
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
-        return _Reader(self, access, self._place(cursor))
+    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+        return _FilesReader(self, access, self._place(cursor))
 
 
 def _require_pyarrow() -> None:
@@ -151,7 +151,7 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Start:
     """Where to go on: a cursor."""
 
     index: int
@@ -160,10 +160,10 @@ class _Place:
     checksum: int | None = None  # of a file that was begun
 
 
-class _Reader(Ahead):
+class _FilesReader(Ahead):
     """One epoch: spans of row groups are read by tasks and threads of their own, in turn, and put in order here."""
 
-    def __init__(self, source: ParquetRows, access: Access, place: _Place) -> None:
+    def __init__(self, source: ParquetRows, access: SourceContext, place: _Start) -> None:
         self._source = source
         self._access = access
         self._place = place
@@ -179,7 +179,7 @@ class _Reader(Ahead):
         self._memory.close()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
-        batches = None if self._source.batch_rows is None else _Batches(self._source.batch_rows, self._memory)
+        batches = None if self._source.batch_rows is None else _BatchCutter(self._source.batch_rows, self._memory)
         opened: deque[tuple[int, Ahead]] = deque()
         count = 0
         async with aclosing(self._spans()) as spans:
@@ -232,9 +232,9 @@ class _Reader(Ahead):
                     if index < self._over:
                         break
                     yield index, span
-            place = _Place(index + 1, 0, 0)
+            place = _Start(index + 1, 0, 0)
 
-    def _lane(self, span: "_Span | Entry", thread: AccessThreads) -> Ahead:
+    def _lane(self, span: "_Span | Entry", thread: SourceThreads) -> Ahead:
         async def pieces() -> AsyncGenerator[list[Entry]]:
             if isinstance(span, Entry):
                 yield [span]
@@ -299,7 +299,7 @@ class _Reader(Ahead):
         return max(1, rows // batch_rows) * batch_rows if rows >= batch_rows else rows
 
 
-def _start(footer: Footer, place: _Place) -> int:
+def _start(footer: Footer, place: _Start) -> int:
     """The number of the row to begin with.
 
     Raises:
@@ -492,7 +492,7 @@ class _Piece:
         return head, _Piece(self.rows.slice(count), self.footer, self.start + count)
 
 
-class _Batches:
+class _BatchCutter:
     """Cuts pieces into batches of so many rows. In one thread at a time."""
 
     def __init__(self, batch_rows: int, memory: BatchMemory) -> None:

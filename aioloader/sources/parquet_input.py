@@ -91,10 +91,10 @@ def open_input(path: str, store: Any, version: Any = None) -> Input:
     Raises:
         OSError: The system's, or the store's.
     """
-    return _File(path) if store is None else _Object(store, path, version)
+    return _LocalFile(path) if store is None else _Object(store, path, version)
 
 
-class _File(Input):
+class _LocalFile(Input):
     """Opened twice: by Python, which says what it is, and by pyarrow, which reads it without the GIL."""
 
     def __init__(self, path: str) -> None:

@@ -6,8 +6,8 @@ from contextlib import aclosing
 from time import perf_counter
 from typing import Any, Final
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import AccessThreads
+from aioloader.core.entry import Entry
+from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
@@ -15,7 +15,7 @@ from aioloader.sources.marks import Trail
 __all__ = ["Parser", "parsed"]
 
 PARSE_SECONDS: Final = 0.001
-"""What one crossing into the thread is worth: some hundred rows of JSON, or one sample that takes long. With five times
+"""What one hop into the thread is worth: some hundred rows of JSON, or one sample that takes long. With five times
 that a row cost a microsecond more: entries that live longer make Python's garbage collector look at all it has."""
 
 
@@ -113,7 +113,7 @@ class Parser(ABC):
 
 
 async def parsed(
-    chunks: AsyncGenerator[Any], parser: Parser, thread: AccessThreads, *, after: Any
+    chunks: AsyncGenerator[Any], parser: Parser, thread: SourceThreads, *, after: Any
 ) -> AsyncGenerator[list[Entry]]:
     """Feed `chunks` to `parser`, in `thread`; what fails is the last entry. Lists may be empty.
 

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from aioloader.core.safe_text import safe_repr
 from aioloader.masking import masked
-from aioloader.notes import shown
 
 __all__ = ["Identity", "Paths", "each_path", "expand_braces", "files_in", "find_files", "names_of", "refuse_url"]
 
@@ -50,7 +50,7 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
         matches = sorted(match for match in there if not Path(match).is_dir())
         if not matches:
             raise FileNotFoundError(
-                f"{source}: no file matches the glob {shown(path)}, searched from {str(Path.cwd())!r}; check the "
+                f"{source}: no file matches the glob {safe_repr(path)}, searched from {str(Path.cwd())!r}; check the "
                 f"folder and the extension, or pass a path without any of *?["
             )
         found += matches
@@ -66,9 +66,9 @@ def refuse_url(path: str, *, source: str) -> None:
     if _URL.match(path) is None or os.path.lexists(path):
         return
     if path.startswith("file:"):
-        raise ValueError(f"{source} takes paths, got the URL {shown(path)}; pass the path in it, without file://")
+        raise ValueError(f"{source} takes paths, got the URL {safe_repr(path)}; pass the path in it, without file://")
     raise ValueError(
-        f"{source} reads files of this machine, got the URL {shown(path)}; with store = obstore.store.from_url("
+        f"{source} reads files of this machine, got the URL {safe_repr(path)}; with store = obstore.store.from_url("
         f"'s3://bucket'), Objects(store, keys) reads whole objects (their lines: .flat_map(bytes.splitlines)) and "
         f"ParquetRows(keys, store=store) Parquet files; TarShards takes the URLs of archives"
     )
@@ -135,12 +135,12 @@ def each_path(paths: Any, *, source: str) -> list[str]:
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not isinstance(paths, Sequence) or isinstance(paths, bytes | bytearray):
-        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {shown(paths)}")
+        raise TypeError(f"{source} takes a path, a glob, or a sequence of them; got {safe_repr(paths)}")
     found = []
     for path in paths:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(
-                f"{source} takes paths as str or os.PathLike; got {shown(path, 80)} of type {type(path).__name__}"
+                f"{source} takes paths as str or os.PathLike; got {safe_repr(path, 80)} of type {type(path).__name__}"
             )
         found.append(os.fspath(path))
     if not found:

@@ -14,16 +14,16 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from aioloader.engine.located import CursorSource
+from aioloader.core.safe_text import safe_repr
+from aioloader.core.source import CursorSource
 from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
 from aioloader.masking import masked
-from aioloader.notes import shown
 from aioloader.sources.files import Files
 
 __all__ = [
     "Indexable",
-    "Stream",
+    "StreamData",
     "check_dataset",
     "describe",
     "describe_content",
@@ -70,7 +70,7 @@ class Indexable:
 
 
 @dataclass
-class Stream:
+class StreamData:
     """A source that is iterated.
 
     Attributes:
@@ -127,7 +127,7 @@ def _is_used(iterator: Any) -> bool:
         return False
 
 
-def resolve(source: Any) -> Indexable | Stream:
+def resolve(source: Any) -> Indexable | StreamData:
     """What `source` is.
 
     Raises:
@@ -140,18 +140,18 @@ def resolve(source: Any) -> Indexable | Stream:
         hint = "list(mapping.items())" if isinstance(source, Mapping) else "[it] for one sample"
         raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, whose samples are ambiguous: pass {hint}")
     if isinstance(source, IterableDataset | CursorSource):
-        return Stream(source, call=False, single_use=False)
+        return StreamData(source, call=False, single_use=False)
     indexable = _indexable(source)
     if indexable is not None:
         return indexable
     _check_can_begin(source)
     if isinstance(source, AsyncIterable):
-        return Stream(source, call=False, single_use=isinstance(source, AsyncIterator))
+        return StreamData(source, call=False, single_use=isinstance(source, AsyncIterator))
     if isinstance(source, Iterable):
-        return Stream(source, call=False, single_use=isinstance(source, Iterator))
+        return StreamData(source, call=False, single_use=isinstance(source, Iterator))
     if callable(source):
         _check_no_arguments(source)
-        return Stream(source, call=True, single_use=False)
+        return StreamData(source, call=True, single_use=False)
     if inspect.isawaitable(source):
         raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, a coroutine: await it first")
     raise TypeError(f"a source must be {TAKEN}; got {describe(source)}")
@@ -281,7 +281,7 @@ def _check_no_arguments(fn: Callable[..., Any]) -> None:
         ) from None
 
 
-def describe_content(source: Indexable | Stream) -> str:
+def describe_content(source: Indexable | StreamData) -> str:
     """What a source gives, as far as it tells: its name, and of lists and sources of our own also what is in them."""
     data = source.data if isinstance(source, Indexable) else source.make
     name = source_name(data)
@@ -319,5 +319,5 @@ def describe(source: Any) -> str:
     name = getattr(source, "__qualname__", None)
     if name is not None:
         return f"{type(source).__name__} {name.rpartition('<locals>.')[2]}"
-    text = shown(source, 60) if isinstance(source, int | float | str | bytes | None) else ""
+    text = safe_repr(source, 60) if isinstance(source, int | float | str | bytes | None) else ""
     return f"{text} of type {type(source).__name__}" if text else f"an object of type {type(source).__name__}"

@@ -10,22 +10,22 @@ from time import perf_counter
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from aioloader.engine.entry import Entry
-from aioloader.engine.located import Access, AccessThreads, CursorSource, EntryReader
-from aioloader.engine.progress import cursor_parts, whole
+from aioloader.core.checks import check_count
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry
+from aioloader.core.safe_text import safe_repr
+from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.masking import masked
-from aioloader.notes import shown
-from aioloader.sources.ahead import Ahead, failed
 from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
 from aioloader.sources.marks import read_mark, read_offset
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
+from aioloader.sources.read_ahead import Ahead, failed
 from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import BLOCK, BrokenHeaderError, EndMark, Member, TarMembers
-from aioloader.stages.checks import check_count
 
 __all__ = ["TarShards"]
 
@@ -54,7 +54,7 @@ class _Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class _Archive:
     """Where an archive is.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Shard:
         """What keys and errors call it: the URL without its password."""
         return masked(self.url)
 
-    def chunks(self, thread: AccessThreads, parser: "_Samples") -> AsyncGenerator[Any]:
+    def chunks(self, thread: SourceThreads, parser: "_Samples") -> AsyncGenerator[Any]:
         """Its bytes that `parser` wants."""
         if self.store is None:
             return file_chunks(self.key, thread, start=parser.start, needed=parser.needed)
@@ -135,19 +135,19 @@ class TarShards(CursorSource):
         options = {"client_options": client_options, "retry_config": retry_config}
         if store is not None:
             store = with_options(store, options, source="TarShards")
-        self._shards: list[_Shard] = []
+        self._shards: list[_Archive] = []
         for name in each_path(shards, source="TarShards"):
             for url in expand_braces(name):
                 if store is not None:
-                    self._shards.append(_Shard(url, store, url))
+                    self._shards.append(_Archive(url, store, url))
                 elif url.startswith("pipe:"):
                     raise ValueError(
-                        f"TarShards runs no commands, got {shown(url)}; pass the URL, or a store of obstore"
+                        f"TarShards runs no commands, got {safe_repr(url)}; pass the URL, or a store of obstore"
                     )
                 elif "://" in url:
                     self._shards.append(_remote(url, stores, options))
                 else:
-                    self._shards += [_Shard(path, None, path) for path in find_files(url, source="TarShards")]
+                    self._shards += [_Archive(path, None, path) for path in find_files(url, source="TarShards")]
         if store is None and not stores:
             check_no_options(options, source="TarShards")
         for shard in self._shards:
@@ -181,11 +181,11 @@ class TarShards(CursorSource):
             return 0, _BEGINNING
         index, offset, mark, version = cursor_parts(cursor, 4)
         start = read_offset(offset), read_mark(mark), read_version(version)
-        if whole(index) > len(self._shards):
+        if as_count(index) > len(self._shards):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
         return index, start
 
-    def open(self, access: Access, cursor: Any) -> EntryReader:
+    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
         return _InOrder(access, self._shards, self._decode, self._limits, self._open_ahead, *self._place(cursor))
 
 
@@ -194,8 +194,8 @@ class _InOrder(EntryReader):
 
     def __init__(
         self,
-        access: Access,
-        shards: list[_Shard],
+        access: SourceContext,
+        shards: list[_Archive],
         decode: DecodeSample,
         limits: _Limits,
         open_ahead: int,
@@ -247,7 +247,7 @@ class _Samples(Parser):
     """
 
     def __init__(
-        self, shard: _Shard, index: int, start: _Start, decode: DecodeSample, limits: _Limits = _Limits()
+        self, shard: _Archive, index: int, start: _Start, decode: DecodeSample, limits: _Limits = _Limits()
     ) -> None:
         offset, mark, version = start
         super().__init__(shard.name, offset, mark, limits.window_bytes)
@@ -413,16 +413,16 @@ def _split_name(name: str) -> tuple[str, str] | None:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _remote(url: str, stores: dict[str, Any], options: Options) -> _Shard:
+def _remote(url: str, stores: dict[str, Any], options: Options) -> _Archive:
     """A URL as a store, one for all archives of a bucket or host, and the key in it."""
     parts = urlsplit(url)
     if parts.scheme == "file":
-        return _Shard(url, None, unquote(parts.path))
+        return _Archive(url, None, unquote(parts.path))
     if parts.query:
         raise ValueError(
-            f"TarShards takes URLs without a query, got {shown(url)}; make a store of obstore and pass store="
+            f"TarShards takes URLs without a query, got {safe_repr(url)}; make a store of obstore and pass store="
         )
     base = f"{parts.scheme}://{parts.netloc}"
     if base not in stores:
         stores[base] = open_store(base, options, source="TarShards")
-    return _Shard(url, stores[base], unquote(parts.path).lstrip("/"))
+    return _Archive(url, stores[base], unquote(parts.path).lstrip("/"))

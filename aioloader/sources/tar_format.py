@@ -181,23 +181,23 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
             continue
         kind, name, size = _header(block, begin, begin, at_hand.end is not None)
         at_hand.end = None
-        said = _NOTHING
+        pax = _NOTHING
         if kind in _EXTENSIONS:
-            said = _Said()
+            pax = _Pax()
         while kind in _EXTENSIONS:
-            yield from _extension(blocks, said, kind, size)
+            yield from _extension(blocks, pax, kind, size)
             at = blocks.offset
             while (block := blocks.take(BLOCK)) is None:
                 yield None
-            kind, name, size = _header(block, at, begin, False, said.name)
-        if said.size is not None:
-            size = said.size
-        sparse, fault, link = said.sparse, said.fault, None
+            kind, name, size = _header(block, at, begin, False, pax.name)
+        if pax.size is not None:
+            size = pax.size
+        sparse, fault, link = pax.sparse, pax.fault, None
         if kind in _WITHOUT_DATA:
             if kind != _HARD_LINK:
                 continue
             size = 0
-            link = said.link or text(block[157:257])
+            link = pax.link or text(block[157:257])
         at_hand.stored = size
         if kind not in _FILES:
             continue
@@ -218,14 +218,14 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
                 size = sparse.size
         except ValueError as error:
             fault = fault or f"its sparse map has {error}"
-        if fault is not None and not said.name and _may_be_cut(name):
+        if fault is not None and not pax.name and _may_be_cut(name):
             raise BrokenDataError(f"the member at byte {begin} has no name that can be read: {fault}")
         at_hand.sparse = sparse
         yield Member(name, begin, size, link, fault)
 
 
 @dataclass(slots=True)
-class _Said:
+class _Pax:
     """What the headers before a member's own say about it.
 
     Attributes:
@@ -248,7 +248,7 @@ class _Said:
         Raises:
             ValueError: Something in it makes no sense; the names are taken all the same.
         """
-        said: dict[bytes, bytes] = {}
+        pax: dict[bytes, bytes] = {}
         sparse: list[tuple[str, bytes]] = []
         at = 0
         fault: str | None = None
@@ -259,20 +259,20 @@ class _Said:
                 fault = f"no record at its byte {at}"
                 break
             key, value = record[2], content[record.end() : end - 1]
-            said[key] = value
+            pax[key] = value
             if key.startswith(b"GNU.sparse."):
                 sparse.append((text(key), value))
             at = end
-        name = said.get(b"GNU.sparse.name") or said.get(b"path")
+        name = pax.get(b"GNU.sparse.name") or pax.get(b"path")
         if name:
             self.name = name.decode("utf-8", "surrogateescape")
-        if b"linkpath" in said:
-            self.link = said[b"linkpath"].decode("utf-8", "surrogateescape")
+        if b"linkpath" in pax:
+            self.link = pax[b"linkpath"].decode("utf-8", "surrogateescape")
         if fault is not None:
             raise ValueError(fault)
-        if b"size" in said:
+        if b"size" in pax:
             try:
-                self.size = digits(said[b"size"])
+                self.size = digits(pax[b"size"])
             except ValueError as error:
                 raise ValueError(f"the size {error}") from None
         if sparse:
@@ -281,10 +281,10 @@ class _Said:
 
 _RECORD: Final = re.compile(rb"([0-9]{1,20}) ([^=]+)=")  # `length key=value`, a line each
 
-_NOTHING: Final = _Said()
+_NOTHING: Final = _Pax()
 
 
-def _extension(blocks: "_Blocks", said: _Said, kind: bytes, size: int) -> Iterator[None]:
+def _extension(blocks: "_Blocks", pax: _Pax, kind: bytes, size: int) -> Iterator[None]:
     """Read what a header before a member's own has; it waits for bytes by a `yield`."""
     at = blocks.offset
     if kind == b"g":  # for all members that follow: a comment
@@ -292,24 +292,24 @@ def _extension(blocks: "_Blocks", said: _Said, kind: bytes, size: int) -> Iterat
         return
     what = "pax header" if kind in b"xX" else "long name"
     if size > MAX_HEADER_BYTES:
-        said.fault = f"the {what} at byte {at} has {size} bytes, and at most {MAX_HEADER_BYTES} are taken"
+        pax.fault = f"the {what} at byte {at} has {size} bytes, and at most {MAX_HEADER_BYTES} are taken"
         blocks.skip(size)
         return
     while (content := blocks.take(size)) is None:
         yield
     if kind == b"L":
-        said.name = text(content)
+        pax.name = text(content)
     elif kind == b"K":
-        said.link = text(content)
+        pax.link = text(content)
     else:
         try:
-            said.read_pax(content)
+            pax.read_pax(content)
         except ValueError as error:
-            said.fault = f"the {what} at byte {at} has {error}"
+            pax.fault = f"the {what} at byte {at} has {error}"
 
 
 def _header(
-    block: bytes, at: int, begin: int, is_after_end: bool, said_name: str | None = None
+    block: bytes, at: int, begin: int, is_after_end: bool, pax_name: str | None = None
 ) -> tuple[bytes, str, int]:
     """Kind, name and size in the header at `at`.
 
@@ -318,7 +318,7 @@ def _header(
         at: Its offset.
         begin: Of the first header of the same member.
         is_after_end: Whether an end mark came before it.
-        said_name: What the headers before it say about the name.
+        pax_name: What the headers before it say about the name.
 
     Raises:
         BrokenDataError: It is none, or has no size.
@@ -337,7 +337,7 @@ def _header(
             what = "the file is no tar archive" if at == 0 else "the archive is broken"
         raise BrokenDataError(f"{what}: there is no member header at byte {at}: its checksum is {error}") from None
     kind = block[156:157]
-    name = said_name
+    name = pax_name
     if not name:
         name = text(block[:100])
         if block[257:263] == b"ustar\0" and block[345]:
@@ -348,7 +348,7 @@ def _header(
         message = (
             f"the archive is broken: the size of the member at byte {begin}, in the field at {at + 124}, is {error}"
         )
-        if kind in _EXTENSIONS and not said_name:
+        if kind in _EXTENSIONS and not pax_name:
             raise BrokenDataError(message) from None
         raise BrokenHeaderError(message, name, begin) from None
     if kind == b"\0" and name.endswith("/"):  # as written before POSIX

@@ -44,18 +44,18 @@ class SparseMap:
             ValueError: They make no sense.
         """
         ours = [(key.removeprefix("GNU.sparse."), value) for key, value in records]
-        said = dict(ours)
-        version = said.get("major", b"0") + b"." + said.get("minor", b"1" if "map" in said else b"0")
+        pax = dict(ours)
+        version = pax.get("major", b"0") + b"." + pax.get("minor", b"1" if "map" in pax else b"0")
         spans: list[Span] | None
         if version == b"1.0":
             spans = None
         elif version == b"0.1":
-            spans = _pairs(map(digits, said.get("map", b"").split(b",")))
+            spans = _pairs(map(digits, pax.get("map", b"").split(b",")))
         elif version == b"0.0":
             spans = _pairs(digits(value) for key, value in ours if key in ("offset", "numbytes"))
         else:
             raise ValueError(f"the sparse version {version!r}, which is not read; pack it anew without -S")
-        size = said.get("realsize", said.get("size"))
+        size = pax.get("realsize", pax.get("size"))
         if size is None:
             raise ValueError("no size of a sparse member")
         return cls(digits(size), spans)

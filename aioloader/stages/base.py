@@ -4,8 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from aioloader.core.seeds import derive_seed
 from aioloader.engine.node import Fold
-from aioloader.seeds import derive_seed
 from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["FoldStage", "Pass", "Stage", "UnknownLengthError"]

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from aioloader.engine.entry import Entry, annotate, places_of
+from aioloader.core.checks import callable_name
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry, annotate, places_of
+from aioloader.core.keys import PartKey
+from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.engine.node import Fold
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.source import is_async_callable
-from aioloader.keys import PartKey
-from aioloader.notes import add_note, shown
 from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
-from aioloader.stages.checks import callable_name
 from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["Batch", "BatchFold", "CollateWith", "Group", "Unbatch", "group_entries"]
@@ -37,7 +37,7 @@ class Group:
         self.places = [] if places is None else places
         self.left_over = False
 
-    def leave_out(self, out: list[bool]) -> None:
+    def skipped_steps(self, out: list[bool]) -> None:
         """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
         self.samples = [sample for sample, gone in zip(self.samples, out, strict=True) if not gone]
         self.keys[:] = [key for key, gone in zip(self.keys, out, strict=True) if not gone]
@@ -208,7 +208,7 @@ def group_entries(entries: list[Entry]) -> Entry:
         group.error = first = failed[0].error
         others = [entry for entry in failed if entry.error is not first]
         if first is not None and others:
-            named = "; ".join(f"key {shown(entry.key)}: {shown(entry.error)}" for entry in others[:3])
+            named = "; ".join(f"key {safe_repr(entry.key)}: {safe_repr(entry.error)}" for entry in others[:3])
             add_note(first, f"aioloader: {len(others)} more samples of this batch failed: {named}")
         for entry in failed:  # the traceback of an error may lead back to its entry
             entry.error = None
@@ -261,7 +261,7 @@ class _UnbatchFold:
 
     def resume(self, cursor: Any) -> Any:
         self._before, skipped = cursor_parts(cursor, 2)
-        self._skipped = whole(skipped)
+        self._skipped = as_count(skipped)
         return self._before
 
     def failed_at(self, cursor: Any) -> Any:

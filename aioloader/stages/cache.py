@@ -7,7 +7,7 @@ from typing import Any, Final
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.samples import copied
-from aioloader.cores import usable_cores
+from aioloader.core.cores import usable_cores
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch
 from aioloader.stages.flow import Flow

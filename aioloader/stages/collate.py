@@ -8,12 +8,10 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch.utils.data._utils import collate as torch_collate
 
-from aioloader.notes import add_note, shown, shown_list
+from aioloader.core.memory import Alloc
+from aioloader.core.safe_text import add_note, safe_repr, safe_repr_list
 
-__all__ = ["DEFAULT", "Alloc", "Collate", "collate_samples", "named"]
-
-Alloc = Callable[[Sequence[int], torch.dtype], torch.Tensor]
-"""Gives uninitialised, contiguous host memory of this shape and dtype, for instance page-locked or used before."""
+__all__ = ["DEFAULT", "Collate", "collate_samples", "named"]
 
 _DTYPE_AND_GRAD = operator.attrgetter("dtype", "requires_grad")
 
@@ -137,7 +135,7 @@ def collate_samples(
 
 def named(keys: Sequence[Any] | None) -> str:
     """The samples of a batch, for a note."""
-    return "these samples" if keys is None else f"samples with keys {shown_list(keys)}"
+    return "these samples" if keys is None else f"samples with keys {safe_repr_list(keys)}"
 
 
 def _explain(samples: Sequence[Any], keys: Sequence[Any] | None) -> str:
@@ -152,7 +150,7 @@ def _explain(samples: Sequence[Any], keys: Sequence[Any] | None) -> str:
         return named(keys)
 
 
-class _Place(NamedTuple):
+class _MisfitPart(NamedTuple):
     """The innermost part of some samples that does not fit: where it is, what each has there, the key one lacks."""
 
     path: str
@@ -182,7 +180,7 @@ class _Misfit:
         first = self.samples[0]
         empty = next((index for index, sample in enumerate(self.samples) if sample is None), None)
         if empty is not None and not self._fits([None]):
-            which = f"sample {empty}" if self.keys is None else f"key {shown(self.keys[empty], 60)}"
+            which = f"sample {empty}" if self.keys is None else f"key {safe_repr(self.keys[empty], 60)}"
             return f"the dataset returned None for {which}; return a sample, or pass collate_fn= that drops None"
         if not self._fits([first]):
             return self._refused(self._descend([first]))
@@ -198,18 +196,18 @@ class _Misfit:
             return False
         return True
 
-    def _descend(self, values: Sequence[Any], path: str = "") -> _Place:
+    def _descend(self, values: Sequence[Any], path: str = "") -> _MisfitPart:
         """Go down into mappings and sequences as torch's `collate` does, towards the part that does not fit."""
         first = values[0]
         children: list[tuple[str, Sequence[Any]]] = []
         if any(isinstance(first, kind) for kind in torch_collate.default_collate_fn_map):
-            return _Place(path, values, _NOTHING)
+            return _MisfitPart(path, values, _NOTHING)
         if isinstance(first, Mapping):
             for key in first:
                 if any(isinstance(value, Mapping) and key not in value for value in values):
-                    return _Place(path, values, key)
+                    return _MisfitPart(path, values, key)
                 if not all(isinstance(value, Mapping) for value in values):
-                    return _Place(path, values, _NOTHING)
+                    return _MisfitPart(path, values, _NOTHING)
                 children.append((f"{path}[{key!r}]", [value[key] for value in values]))
         elif isinstance(first, Sequence) and _lengths(values) == [len(first)] * len(values):
             names: Sequence[str] | None = getattr(first, "_fields", None)
@@ -219,9 +217,9 @@ class _Misfit:
         for child_path, parts in children:
             if not self._fits(parts):
                 return self._descend(parts, child_path)
-        return _Place(path, values, _NOTHING)
+        return _MisfitPart(path, values, _NOTHING)
 
-    def _refused(self, place: _Place) -> str:
+    def _refused(self, place: _MisfitPart) -> str:
         value = place.values[0]
         has: _Words = _value if isinstance(value, int | float) else _kind
         return (
@@ -229,7 +227,7 @@ class _Misfit:
             "pass collate_fn=, or add the type to torch's default_collate_fn_map"
         )
 
-    def _differ(self, index: int, place: _Place) -> str:
+    def _differ(self, index: int, place: _MisfitPart) -> str:
         if place.missing_key is not _NOTHING:
             return (
                 f"{self._name(index)} has no {place.missing_key!r}{_at(place)}, which {self._name(0)} has; "
@@ -254,14 +252,14 @@ class _Misfit:
         return f"{self._name(0)} {has(left)}{_at(place)}, {self._name(index)} {has(right)}; {advice}"
 
     def _name(self, index: int) -> str:
-        return f"sample {index}" if self.keys is None else f"sample {index} (key {shown(self.keys[index], 60)})"
+        return f"sample {index}" if self.keys is None else f"sample {index} (key {safe_repr(self.keys[index], 60)})"
 
 
 def _lengths(values: Sequence[Any]) -> list[int | None]:
     return [len(value) if hasattr(value, "__len__") else None for value in values]
 
 
-def _at(place: _Place) -> str:
+def _at(place: _MisfitPart) -> str:
     return f" at {place.path}" if place.path else ""
 
 
@@ -282,7 +280,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"is {shown(value, 30)}"
+    return f"is {safe_repr(value, 30)}"
 
 
 def _kind(value: Any) -> str:

@@ -6,10 +6,10 @@ from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
+from aioloader.core.checks import callable_name
 from aioloader.insight.meters import StageMeter
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.batch import Group
-from aioloader.stages.checks import callable_name
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.map import Filter
 
@@ -77,5 +77,5 @@ class FreshGroup:
         if any(stale):
             with self._lock:
                 self._meter().dropped_late += sum(stale)
-            group.leave_out(stale)
+            group.skipped_steps(stale)
         return bool(group.samples)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from aioloader.cores import usable_cores
+from aioloader.core.checks import callable_name
+from aioloader.core.cores import usable_cores
 from aioloader.engine.turns import Turns
 from aioloader.executors.epochs import Epochs, epochs_of
 from aioloader.stages.base import Stage, UnknownLengthError
-from aioloader.stages.checks import callable_name
 from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["ASYNC_CONCURRENCY", "PROCESSES", "Filter", "FlatMap", "InProcesses", "Map"]
@@ -61,7 +61,7 @@ class Map(Stage):
         many: The same as `fn` for a list of samples at once, where that may be cheaper.
         record_order: With `ordered=False`: a folder for the order in which results left.
         replay_order: With `ordered=False`: such a folder, whose order is taken.
-        in_place: `fn` runs no code of the user's and takes less time than a crossing: it is called on the loop.
+        in_place: `fn` runs no code of the user's and takes less time than a hop: it is called on the loop.
     """
 
     fn: Callable[[Any], Any]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aioloader.stages.checks import check_count
+from aioloader.core.checks import check_count
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from aioloader.engine.entry import Entry
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry
 from aioloader.engine.node import Fold
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
 
@@ -64,7 +64,7 @@ class _TakeFold(_EachFold):
 
     def resume(self, cursor: Any) -> Any:
         upstream, count = cursor_parts(cursor, 2)
-        self._count = whole(count, self._n)
+        self._count = as_count(count, self._n)
         return upstream
 
     def failed_at(self, cursor: Any) -> Any:
@@ -119,7 +119,7 @@ class _SkipFold(_EachFold):
 
     def resume(self, cursor: Any) -> Any:
         upstream, skipped = cursor_parts(cursor, 2)
-        self._skipped = whole(skipped, self._n)
+        self._skipped = as_count(skipped, self._n)
         return upstream
 
     def failed_at(self, cursor: Any) -> Any:
@@ -168,7 +168,7 @@ class _EnumerateFold(_EachFold):
 
     def resume(self, cursor: Any) -> Any:
         upstream, count = cursor_parts(cursor, 2)
-        self._count = whole(count)
+        self._count = as_count(count)
         return upstream
 
     def failed_at(self, cursor: Any) -> Any:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
-from aioloader.engine.entry import Entry, places_of
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry, places_of
 from aioloader.engine.node import Fold
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Ranks, Shared
@@ -55,7 +55,7 @@ class Shard(FoldStage):
 
     def __post_init__(self) -> None:
         numbers = self.rank is not None or self.world_size is not None
-        said = [
+        given = [
             name
             for name, there in (
                 ("rank and world_size", numbers),
@@ -64,8 +64,8 @@ class Shard(FoldStage):
             )
             if there
         ]
-        if len(said) > 1:
-            raise ValueError(f"shard takes one of rank and world_size, group, and mesh, got {' and '.join(said)}")
+        if len(given) > 1:
+            raise ValueError(f"shard takes one of rank and world_size, group, and mesh, got {' and '.join(given)}")
         if numbers:
             check_rank(self.rank, self.world_size)
         if self.group is not None:
@@ -77,16 +77,16 @@ class Shard(FoldStage):
 
     @property
     def label(self) -> str:
-        said = []
+        given = []
         if self.rank is not None:
-            said = [f"{self.rank}, {self.world_size}"]
+            given = [f"{self.rank}, {self.world_size}"]
         elif self.group is not None:
-            said = ["group=..."]
+            given = ["group=..."]
         elif self.mesh is not None:
-            said = ["mesh=..."]
+            given = ["mesh=..."]
         if self.even != "pad":
-            said.append(f"even={self.even!r}")
-        return f"shard({', '.join(said)})"
+            given.append(f"even={self.even!r}")
+        return f"shard({', '.join(given)})"
 
     def place(self) -> tuple[int, int]:
         """Rank and world size, now. Never a collective call."""
@@ -98,7 +98,7 @@ class Shard(FoldStage):
             return mesh_rank(check_mesh(self.mesh))
         return current_rank()
 
-    def placed(self) -> "Shard":
+    def with_ranks(self) -> "Shard":
         """The same with rank and world size as they are now."""
         rank, world_size = self.place()
         return replace(self, rank=rank, world_size=world_size, group=None, mesh=None)
@@ -115,7 +115,7 @@ class Shard(FoldStage):
 
     def flow(self, before: Flow) -> Flow:
         after = replace(before.before_shard().cut(), steady=before.steady and self.even != "drop")
-        rank, world_size = self.rank or 0, self.world_size or 1  # before it is `placed`, one of one
+        rank, world_size = self.rank or 0, self.world_size or 1  # before it is `with_ranks`, one of one
         ranks = before.ranks
         if ranks is None:
             return replace(after, ranks=Ranks(rank, world_size))
@@ -176,7 +176,7 @@ class ShardFold:
 
     def resume(self, cursor: Any) -> Any:
         upstream, seen = cursor_parts(cursor, 2)
-        self._seen = self._resumed_at = whole(seen)
+        self._seen = self._resumed_at = as_count(seen)
         self._after = (upstream, seen)
         if self._again_from == "all" and self.head:
             self._again = self._seen

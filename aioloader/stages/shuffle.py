@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from aioloader.engine.entry import Entry
+from aioloader.core.cursors import as_count, cursor_parts
+from aioloader.core.entry import Entry
+from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Fold
-from aioloader.engine.progress import cursor_parts, whole
 from aioloader.engine.resumable import beginning
-from aioloader.seeds import BLOCK, random_of_block
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
 
@@ -68,12 +68,12 @@ class _ShuffleFold:
         self._size = size
         self._seed = seed
         self._random = Random()
-        self._buffer: list[_Waiting] = []
-        self._arrivals: deque[_Waiting] = deque()
+        self._buffer: list[_Pending] = []
+        self._arrivals: deque[_Pending] = deque()
         self._last_cursor: Any = None  # of the newest arrival
         self._arrived = 0
-        self._drawn = 0
-        self._missing: dict[int, _Waiting] = {}  # after a resume: by number, those in the buffer that are to come again
+        self._draws = 0
+        self._missing: dict[int, _Pending] = {}  # after a resume: by number, those in the buffer that are to come again
         self._resumed_at = 0  # how many had come in when the state was taken
         self._to_replay = False
 
@@ -83,7 +83,7 @@ class _ShuffleFold:
 
     def resume(self, cursor: Any) -> Any:
         oldest, drawn, arrived = cursor_parts(cursor, 3)
-        self._drawn, self._resumed_at = whole(drawn, whole(arrived)), arrived
+        self._draws, self._resumed_at = as_count(drawn, as_count(arrived)), arrived
         if arrived > drawn + self._size:
             raise ValueError(f"a buffer of {self._size} holds no more, got {arrived} that came and {drawn} that went")
         self._last_cursor = oldest
@@ -110,11 +110,11 @@ class _ShuffleFold:
         self._random = random_of_block(self._seed, taken // BLOCK)
         for _ in range(taken % BLOCK):
             self._random.randrange(size)
-        for number in range(taken, self._drawn):  # the source had ended: the buffer ran empty
+        for number in range(taken, self._draws):  # the source had ended: the buffer ran empty
             place = self._draw(number, len(buffer))
             buffer[place] = buffer[-1]
             buffer.pop()
-        self._buffer = [_Waiting(None, None) for _ in buffer]
+        self._buffer = [_Pending(None, None) for _ in buffer]
         self._missing = dict(zip(buffer, self._buffer, strict=True))
         self._arrived = min(buffer, default=self._resumed_at)
 
@@ -134,12 +134,12 @@ class _ShuffleFold:
             if self._arrived <= self._resumed_at:
                 self._again(entry, before)
                 continue
-            waiting = _Waiting(entry, before)
+            waiting = _Pending(entry, before)
             self._arrivals.append(waiting)
             if len(buffer) < self._size:
                 buffer.append(waiting)
             else:
-                place = self._draw(self._drawn, self._size)
+                place = self._draw(self._draws, self._size)
                 drawn, buffer[place] = buffer[place], waiting
                 out.append(self._emit(drawn))
         return out
@@ -155,7 +155,7 @@ class _ShuffleFold:
         buffer = [waiting for waiting in self._buffer if waiting.entry is not None]
         out = []
         while buffer:
-            place = self._draw(self._drawn, len(buffer))
+            place = self._draw(self._draws, len(buffer))
             buffer[place], buffer[-1] = buffer[-1], buffer[place]
             out.append(self._emit(buffer.pop()))
         return out
@@ -166,19 +166,19 @@ class _ShuffleFold:
             self._random = random_of_block(self._seed, number // BLOCK)
         return self._random.randrange(places)
 
-    def _emit(self, drawn: "_Waiting") -> Entry:
+    def _emit(self, drawn: "_Pending") -> Entry:
         entry, drawn.entry = drawn.entry, None
         assert entry is not None
         arrivals = self._arrivals
         while arrivals and arrivals[0].entry is None:
             arrivals.popleft()
-        self._drawn += 1
+        self._draws += 1
         oldest = arrivals[0].before if arrivals else self._last_cursor
-        entry.cursor = (oldest, self._drawn, self._arrived)
+        entry.cursor = (oldest, self._draws, self._arrived)
         return entry
 
 
-class _Waiting:
+class _Pending:
     __slots__ = ("before", "entry")
 
     def __init__(self, entry: Entry | None, before: Any) -> None:

@@ -206,7 +206,7 @@ class SourceEvent:
     loop: asyncio.AbstractEventLoop | None
 
 
-class _Recorder(Generic[T]):
+class _RecordsReads(Generic[T]):
     """What the two recording sources share."""
 
     def __init__(self, samples: Iterable[T]) -> None:
@@ -251,7 +251,7 @@ class _Recorder(Generic[T]):
             self.events.append(event)
 
 
-class RecordingSource(_Recorder[T]):
+class RecordingSource(_RecordsReads[T]):
     """An async iterable that records what is done to it, by which task, on which loop.
 
     May be iterated again and again, each time from the start.
@@ -290,7 +290,7 @@ class RecordingSource(_Recorder[T]):
             self._record("close", iteration, position)
 
 
-class SyncRecordingSource(_Recorder[T]):
+class SyncRecordingSource(_RecordsReads[T]):
     """The twin of `RecordingSource` for `for`: an iterable that records what is done to it, in which thread.
 
     Args:
@@ -434,7 +434,7 @@ class virtual_order:  # noqa: N801 - used as a decorator
     def __init__(self, seed: int) -> None:
         self._seed = seed
         # One pump for each loop: the sync face brings a loop of its own, and a test may use both.
-        self._pumps: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pump] = WeakKeyDictionary()
+        self._pumps: WeakKeyDictionary[asyncio.AbstractEventLoop, _Releaser] = WeakKeyDictionary()
 
     def __call__(self, fn: Callable[[Any], Any]) -> Callable[[Any], Coroutine[Any, Any, Any]]:
         """Wrap `fn`, sync or async: the wrapped function first waits for its turn, then does as `fn` does."""
@@ -452,11 +452,11 @@ class virtual_order:  # noqa: N801 - used as a decorator
         loop = asyncio.get_running_loop()
         pump = self._pumps.get(loop)
         if pump is None:
-            pump = self._pumps[loop] = _Pump(self._seed)
+            pump = self._pumps[loop] = _Releaser(self._seed)
         await pump.turn(loop)
 
 
-class _Pump:
+class _Releaser:
     """Releases the calls of one loop, one by one, whenever nothing new has come for some turns."""
 
     def __init__(self, seed: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any, Final, NamedTuple
 from urllib.error import HTTPError
 from urllib.response import addinfourl
 
+from aioloader.core.safe_text import add_note, safe_repr, safe_str
 from aioloader.executors.processes.wire import decode, encode
-from aioloader.notes import add_note, said, shown
 
 __all__ = ["BY_VALUE", "cannot_travel", "portable"]
 
@@ -95,7 +95,7 @@ def _pack(error: BaseException, under_way: dict[int, BaseException], *more_notes
     return _Parcel(
         content,
         [bytearray(buffer) for buffer in buffers],
-        f"{type(error).__qualname__}: {said(error)}",
+        f"{type(error).__qualname__}: {safe_str(error)}",
         [*notes, *(note for note in more_notes if note not in notes)],
         [_pack(member, under_way) for member in group],
         linked(error.__cause__),
@@ -167,7 +167,7 @@ def _encoded_parts(
     args = carried({f"args[{index}]": arg for index, arg in enumerate(every)})
     parts = _Parts(
         type(error),
-        tuple(args.get(f"args[{index}]", shown(arg)) for index, arg in enumerate(every)),
+        tuple(args.get(f"args[{index}]", safe_repr(arg)) for index, arg in enumerate(every)),
         carried({name: value for name, value in vars(error).items() if name != "__notes__"}),
         carried(_members(error)),
     )

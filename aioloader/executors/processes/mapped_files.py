@@ -22,7 +22,7 @@ __all__ = ["MappedFiles"]
 
 
 @dataclass(frozen=True, eq=False)
-class _Segment:
+class _MappedPart:
     """A part of a file that is mapped here. Pickled, it is mapped where it arrives, once for all arrays in it.
 
     Attributes:
@@ -53,7 +53,7 @@ class MappedFiles:
     """Knows which memory of this process is a file's, as it is at the first question."""
 
     def __init__(self) -> None:
-        self._segments: list[_Segment] | None = None
+        self._segments: list[_MappedPart] | None = None
         self._sizes: dict[tuple[str, str, int], int] = {}  # of files; 0: another one, or none, has its name by now
 
     def reduce(self, value: Any) -> Any:
@@ -78,7 +78,7 @@ class MappedFiles:
         about = (value.dtype, value.shape, value.strides, value.flags.writeable)
         return _array, (type(value), segment, at, *about, named)
 
-    def _segment(self, begin: int, end: int) -> _Segment | None:
+    def _segment(self, begin: int, end: int) -> _MappedPart | None:
         """The one that holds these addresses, if its file is still there."""
         assert self._segments is not None
         index = bisect_right(self._segments, begin, key=lambda segment: segment.begin) - 1
@@ -99,7 +99,7 @@ def _extent(shape: Any, steps: Any, size: int) -> tuple[int, int]:
     return sum(far for far in reach if far < 0), sum(far for far in reach if far > 0) + size
 
 
-def _mappings() -> Iterator[tuple[_Segment, str]]:
+def _mappings() -> Iterator[tuple[_MappedPart, str]]:
     """All files, and parts of them, that are mapped into this process, in the order of addresses; and the access."""
     if sys.platform != "linux":
         return
@@ -109,15 +109,15 @@ def _mappings() -> Iterator[tuple[_Segment, str]]:
             if path:
                 begin, end = (int(address, 16) for address in addresses.split("-"))
                 name = path[0].replace("\\012", "\n")  # the kernel writes line breaks so
-                yield _Segment(begin, end, access[1] == "w", name, int(offset, 16), device, int(inode)), access
+                yield _MappedPart(begin, end, access[1] == "w", name, int(offset, 16), device, int(inode)), access
 
 
-def _shared_segments() -> list[_Segment]:
+def _shared_segments() -> list[_MappedPart]:
     """Those that show what is in the file. A private mapping (`mode="c"`) may have been written to."""
     return [segment for segment, access in _mappings() if access[0] == "r" and access[3] == "s"]
 
 
-def _size_if_same(segment: _Segment) -> int:
+def _size_if_same(segment: _MappedPart) -> int:
     """The size of the file at the path of `segment`; 0 if that is gone, or another one by now.
 
     What `stat` says of a file need not be what the kernel says of a mapping (overlayfs, btrfs), so it is mapped anew.

@@ -20,7 +20,7 @@ import torch
 from aioloader.executors.processes.wire import SMALL_BYTES, array_type
 from aioloader.memory.lease import lease
 
-__all__ = ["Arena", "Mapping", "Place", "create_file", "shared_memory", "use_arena"]
+__all__ = ["Arena", "BufferPlace", "Mapping", "create_file", "shared_memory", "use_arena"]
 
 ALIGNMENT: Final = 64  # bytes; a cache line, and more than any dtype needs
 KEPT: Final = 8  # free segments that a worker keeps; more were needed by a consumer that kept its batches
@@ -82,7 +82,7 @@ class Mapping:
         return memoryview(lease(self.memory(), self.size, partial(on_return, *args))).cast("B")
 
 
-class Place(NamedTuple):
+class BufferPlace(NamedTuple):
     """Where a buffer lies in a segment."""
 
     segment: int
@@ -90,7 +90,7 @@ class Place(NamedTuple):
     size: int
 
 
-class _Segment:
+class _SharedSegment:
     __slots__ = ("fd", "filled", "mapping", "number", "size", "view")
 
     def __init__(self, number: int, size: int) -> None:
@@ -114,9 +114,9 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._free: list[_Segment] = []
-        self._current: list[_Segment] = []
-        self._lent: dict[int, _Segment] = {}
+        self._free: list[_SharedSegment] = []
+        self._current: list[_SharedSegment] = []
+        self._lent: dict[int, _SharedSegment] = {}
         self._made = 0
         self._expected = 0  # what the last result took
 
@@ -131,7 +131,7 @@ class Arena:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(segment.view[offset : offset + size], dtype=dtype).view(tuple(shape))
 
-    def put(self, buffers: Sequence[memoryview]) -> list[Place]:
+    def put(self, buffers: Sequence[memoryview]) -> list[BufferPlace]:
         """Where each of `buffers` lies, after copying those that lay elsewhere.
 
         Raises:
@@ -144,11 +144,11 @@ class Arena:
             for index, (buffer, place) in enumerate(zip(buffers, places, strict=True)):
                 if place is None:
                     segment.view[offset : offset + buffer.nbytes] = buffer
-                    places[index] = Place(segment.number, offset, buffer.nbytes)
+                    places[index] = BufferPlace(segment.number, offset, buffer.nbytes)
                     offset += _aligned(buffer.nbytes)
         return [place for place in places if place is not None]
 
-    def hand_over(self, places: Sequence[Place]) -> list[tuple[int, int, int]]:
+    def hand_over(self, places: Sequence[BufferPlace]) -> list[tuple[int, int, int]]:
         """The segments of `places` are the other side's until `take_back`.
 
         Returns:
@@ -188,17 +188,17 @@ class Arena:
                 segment.fd = -1
         return [segment.number for segment in gone]
 
-    def _find(self, buffer: memoryview) -> Place | None:
+    def _find(self, buffer: memoryview) -> BufferPlace | None:
         if not self._current:
             return None
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if not buffer.readonly else 0
         for segment in self._current:
             offset = address - segment.mapping.address
             if 0 <= offset <= segment.filled - buffer.nbytes:
-                return Place(segment.number, offset, buffer.nbytes)
+                return BufferPlace(segment.number, offset, buffer.nbytes)
         return None
 
-    def _reserve(self, size: int) -> tuple[_Segment, int]:
+    def _reserve(self, size: int) -> tuple[_SharedSegment, int]:
         """`size` bytes in a current segment."""
         for segment in self._current:
             if segment.size - segment.filled >= size:
@@ -209,7 +209,7 @@ class Arena:
         segment.filled += _aligned(size)
         return segment, offset
 
-    def _open(self, size: int) -> _Segment:
+    def _open(self, size: int) -> _SharedSegment:
         if not self._current:
             size = max(size, self._expected)  # all of a result in one segment, if it is like the last one
         fitting = [segment for segment in self._free if segment.size >= size]
@@ -218,7 +218,7 @@ class Arena:
             self._free.remove(segment)
         else:
             self._made += 1
-            segment = _Segment(self._made, _rounded(size))
+            segment = _SharedSegment(self._made, _rounded(size))
         segment.filled = 0
         self._current.append(segment)
         return segment

@@ -11,7 +11,7 @@ from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.processes.worker import Program, lay_out
 
 if TYPE_CHECKING:
-    from aioloader.executors.processes.host import Peer
+    from aioloader.executors.processes.worker_thread import Worker
 
 __all__ = ["StoredProgram"]
 
@@ -50,17 +50,17 @@ class StoredProgram:
             memory[offset : offset + len(piece)] = piece
             offset += len(piece)
 
-    def send_to(self, peer: "Peer", *more: int, seats: int = 1) -> None:
+    def send_to(self, worker: "Worker", *more: int, slots: int = 1) -> None:
         """Send it, as the first message.
 
         Args:
-            peer: The worker.
+            worker: The worker.
             more: Another descriptor for it, which is closed when it was sent.
-            seats: How many workers there are.
+            slots: How many workers there are.
         """
-        head = ("program", peer.seat, self._size, self._stream_at, self._layout, seats)
+        head = ("program", worker.slot, self._size, self._stream_at, self._layout, slots)
         fds: Sequence[int] = [os.dup(self._fd), *more]
-        peer.send(head, fds=fds)
+        worker.send(head, fds=fds)
 
     def close(self) -> None:
         """Let go of the memory; workers keep theirs. Idempotent."""

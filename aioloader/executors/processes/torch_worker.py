@@ -106,7 +106,7 @@ class FetchNext(Holds):
     def _collate(self, samples: Any) -> Any:
         if self._reads_again:
             return None
-        return samples if self._collate_fn is None else copy_context().run(self._collate_fn, samples)  # see `apart`
+        return samples if self._collate_fn is None else copy_context().run(self._collate_fn, samples)  # see `isolated`
 
     def _next(self, epoch: int) -> Any:
         if self._epoch is None or epoch > self._epoch:

@@ -92,7 +92,7 @@ def _pickler() -> Any:
                 if taken is not NotImplemented:
                     return taken
             if type(value) is torch.Tensor and _is_plain(value):
-                return _take_apart(value)
+                return _unpack_error(value)
             if type(value) is CodeType and otherwise is not None:
                 # cloudpickle forgets the file, and tracebacks from the worker would show no source.
                 make, args, *_ = self.dispatch_table[CodeType](value)
@@ -111,7 +111,7 @@ def _recorder() -> Any:
     """The same pickler, which takes down where that which travels by reference is defined."""
     base: Any = _pickler()
 
-    class Recorder(base):  # type: ignore[misc]  # made at runtime
+    class BufferRecorder(base):  # type: ignore[misc]  # made at runtime
         modules: dict[str, None]
 
         def reducer_override(self, value: Any) -> Any:
@@ -124,7 +124,7 @@ def _recorder() -> Any:
                     self.modules[module] = None
             return reduced
 
-    return Recorder
+    return BufferRecorder
 
 
 def _by_value_if_need_be(name: str) -> None:
@@ -157,7 +157,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _take_apart(tensor: torch.Tensor) -> Any:
+def _unpack_error(tensor: torch.Tensor) -> Any:
     shape, strides = tuple(tensor.shape), None
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.numel() == 0:

@@ -16,17 +16,17 @@ from typing import Any, Final, NoReturn, Protocol
 import torch
 
 from aioloader.executors.chunk import Call, Failed, apply_chunk
+from aioloader.executors.current_sample import KeyOnly, SampleContext
 from aioloader.executors.epochs import Copies, Epochs
+from aioloader.executors.processes.cells import ProgressCells
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
-from aioloader.executors.processes.progress import Progress
-from aioloader.executors.processes.segments import ALIGNMENT, Arena, Mapping, Place, use_arena
+from aioloader.executors.processes.segments import ALIGNMENT, Arena, BufferPlace, Mapping, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
-from aioloader.executors.sample import Named, Sample
 
 __all__ = [
-    "Channel",
     "Program",
     "Work",
+    "WorkerLink",
     "adopt_surroundings",
     "lay_out",
     "main",
@@ -40,12 +40,12 @@ SHARED_BYTES: Final = 1 << 15  # results below this go through the socket: that 
 class Program(Protocol):
     """What a worker is for. It is pickled once."""
 
-    def serve(self, channel: "Channel", seat: int) -> None:
+    def serve(self, channel: "WorkerLink", slot: int) -> None:
         """Do the work until the channel says that it is over.
 
         Args:
             channel: To the user's process.
-            seat: The worker's number.
+            slot: The worker's number.
         """
 
 
@@ -65,10 +65,10 @@ def main(sock: socket.socket, settings: dict[str, Any]) -> NoReturn:
     status = 1
     try:
         _adopt(settings)
-        channel = Channel(Connection(sock))
-        program, seat = channel.get_program()
+        channel = WorkerLink(Connection(sock))
+        program, slot = channel.get_program()
         if program is not None:
-            program.serve(channel, seat)
+            program.serve(channel, slot)
         status = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
         status = 0  # the user's process is gone: nobody is left to tell
@@ -106,7 +106,7 @@ def _adopt(settings: dict[str, Any]) -> None:
         sys.modules["numpy"].random.seed(seed & (1 << 32) - 1)
 
 
-class Channel:
+class WorkerLink:
     """A worker's connection to the user's process.
 
     Attributes:
@@ -114,7 +114,7 @@ class Channel:
         progress: Where it is noted what the worker is at; there with the program.
     """
 
-    progress: Progress
+    progress: ProgressCells
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -142,14 +142,14 @@ class Channel:
         return bool(self._poll.poll(0))
 
     def get_program(self) -> tuple[Program | None, int]:
-        """The program and the seat's number; None when it cannot be loaded, which has been told."""
+        """The program and the slot's number; None when it cannot be loaded, which has been told."""
         message = self.next()
         if message.head[0] == "close":
             return None, 0
-        _, seat, size, stream_at, layout, count = message.head
+        _, slot, size, stream_at, layout, count = message.head
         fd, *progress_fds = message.fds
         for progress_fd in progress_fds:
-            self.progress = Progress(progress_fd, count)
+            self.progress = ProgressCells(progress_fd, count)
             os.close(progress_fd)
         # Tensors and arrays of a dataset lie in this one file, whose pages all workers share until they write to them.
         memory = memoryview(Mapping(fd, size, private=True).memory()).cast("B")
@@ -159,9 +159,9 @@ class Channel:
         except BaseException as error:
             if not can_pickle_by_value():
                 error.add_note(f"aioloader: {BY_VALUE}")
-            self.send(("broken", 0), portable(error, f"worker process {seat}, which loads its functions"))
-            return None, seat
-        return program, seat
+            self.send(("broken", 0), portable(error, f"worker process {slot}, which loads its functions"))
+            return None, slot
+        return program, slot
 
     def tell(self, head: tuple[Any, ...]) -> None:
         """Send a message without a value."""
@@ -187,7 +187,7 @@ class Channel:
             buffers.append(memoryview(stream))
         fds: list[int] = []
         new: list[tuple[int, int]] = []
-        places: list[Place] | None = None
+        places: list[BufferPlace] | None = None
         layout: Sequence[tuple[int, ...]]
         if sum(buffer.nbytes for buffer in buffers) >= SHARED_BYTES:
             with contextlib.suppress(OSError):
@@ -239,15 +239,15 @@ class Work:
     prepare: Callable[[int], None] | None = None
     epochs: Epochs = ()
 
-    def serve(self, channel: Channel, seat: int) -> None:
+    def serve(self, channel: WorkerLink, slot: int) -> None:
         """One chunk after the other, as they come."""
         tasks: deque[Message] = deque()
-        where = f"worker process {seat} (pid {os.getpid()})"
+        where = f"worker process {slot} (pid {os.getpid()})"
         broken: BaseException | None = None
         copies = Copies([call.fn for call in self.calls], self.epochs)
         try:
             if self.prepare is not None:
-                self.prepare(seat)
+                self.prepare(slot)
         except BaseException as error:  # it is raised for the first sample, as torch does
             broken = error
         while True:
@@ -265,15 +265,15 @@ class Work:
                         return
             message = tasks.popleft()
             _, number, _, stream_at, layout = message.head
-            channel.progress.begin(seat, number)
-            self._run(channel, seat, number, message.body, stream_at, layout, where, copies, broken)
+            channel.progress.begin(slot, number)
+            self._run(channel, slot, number, message.body, stream_at, layout, where, copies, broken)
             broken = None
             del message
 
     def _run(
         self,
-        channel: Channel,
-        seat: int,
+        channel: WorkerLink,
+        slot: int,
         number: int,
         body: bytearray,
         stream_at: int,
@@ -296,8 +296,8 @@ class Work:
             broken = broken or error
         if broken is None:
             calls = [replace(call, seed=seed) for call, seed in zip(self.calls, seeds, strict=True)]
-            sample = Sample()
-            noted = self._noted(values, values if keys is None else keys, sample, channel.progress, seat)
+            sample = SampleContext()
+            noted = self._noted(values, values if keys is None else keys, sample, channel.progress, slot)
             result = apply_chunk(calls, noted, self.budget_seconds, sample=sample)
             outcomes, busy_seconds, cpu_seconds = result.outcomes, result.busy_seconds, result.cpu_seconds
         else:
@@ -315,12 +315,12 @@ class Work:
 
     @staticmethod
     def _noted(
-        values: Sequence[Any], keys: Sequence[Any], sample: Sample, progress: Progress, seat: int
+        values: Sequence[Any], keys: Sequence[Any], sample: SampleContext, progress: ProgressCells, slot: int
     ) -> Iterator[Any]:
         """`values`; the one that is begun is noted, and named in `sample`."""
         for index, (value, key) in enumerate(zip(values, keys, strict=True)):
-            progress.at(seat, index)
-            sample.name = Named(key)
+            progress.at(slot, index)
+            sample.name = KeyOnly(key)
             yield value
 
     def _portable_outcome(self, outcome: Any, where: str) -> Any:

@@ -202,7 +202,7 @@ def _fork_server(user: Connection, fd: int) -> int:
     try:
         _die_with(zygote)
         user.close()
-        _Server(socket.socket(fileno=fd)).serve()
+        _ForkServer(socket.socket(fileno=fd)).serve()
     finally:
         os._exit(0)
 
@@ -224,7 +224,7 @@ def _ignore(number: int, frame: object) -> None:
 # -- in the fork server of a loader ------------------------------------------------------------------------------------
 
 
-class _Server:
+class _ForkServer:
     """Imports what a loader's workers need, once, forks them, and tells how they ended.
 
     Args:

@@ -1,1 +1,0 @@
-"""From the description of a pipeline to what runs."""

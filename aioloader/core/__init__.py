@@ -1,0 +1,1 @@
+"""Words of everybody: what has no room of its own, and imports nothing but errors."""

@@ -1,0 +1,398 @@
+"""A part of a pipeline that runs in a process of its own: the node here, and what serves it there.
+
+For loops whose main thread is busy in Python: everything of the loader that needs the GIL, its event loop and the
+user's functions included, is where another GIL is. Finished entries come in shared memory, and this side does for each
+no more than unpickle it.
+
+    this process                                    the other one
+    OwnProcessNode ──"open": pass, cursor, room──▶  a run of the inner pipeline, on the event loop there
+                   ◀──"entries", with cursors─────  as far as they were granted
+                   ──"grant": so many more───────▶
+                   ──"end"───────────────────────▶  the run is stopped; the process stays for the next epoch
+
+The bound: what is under way and finished in the inner pipeline, as it would be here, and `room` entries between the
+two. Nobody is asked for what was not granted, so the connection never fills up.
+"""
+
+import asyncio
+import contextlib
+import os
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from queue import SimpleQueue
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.core.entry import DONE, Entry, places_of
+from aioloader.engine.loop_thread import new_event_loop
+from aioloader.engine.node import Kick, Node, cheap_samples
+from aioloader.engine.run import Run
+from aioloader.errors import WorkerDiedError
+from aioloader.executors.processes.failures import cannot_travel, portable
+from aioloader.executors.processes.stream_worker import (
+    Arrived,
+    Failure,
+    Heard,
+    StreamEnded,
+    StreamWorker,
+    StreamWorkerDied,
+)
+from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
+from aioloader.executors.processes.worker import WorkerLink, open_buffers
+from aioloader.executors.threads import call_loop
+from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.window import Window
+
+__all__ = ["OwnProcessNode", "Serving"]
+
+METER_SECONDS: Final = 0.2  # how often the counters of the other side come along
+
+# -- here --------------------------------------------------------------------------------------------------------------
+
+
+class OwnProcessNode(Node):
+    """Gives the entries of a pipeline that runs elsewhere. Cursors are those of that pipeline.
+
+    Args:
+        remote: Gives the process; called when the run begins.
+        request: What `Serving.build` is called with, after whether it is resumed.
+        room: Entries between the two processes; of batches each travels alone.
+        batches: Whether the entries are batches.
+    """
+
+    def __init__(self, remote: Callable[[], StreamWorker], request: Any, *, room: int, batches: bool) -> None:
+        self._get_remote = remote
+        self._request = request
+        self._room = room
+        self._batches = batches
+        self._cursor: Any = None
+        self._ready: deque[Entry] = deque()
+        self._over = False
+        self._failed = False  # something in there
+        self._closed = False
+        self._meters: list[StageMeter] = []
+        self._number = 0
+
+    @property
+    def extra_room(self) -> int:
+        return min(map(cheap_samples, self._meters), default=0)
+
+    @property
+    def gaps(self) -> bool:
+        return self._failed or any(meter.gaps for meter in self._meters)
+
+    def resume(self, cursor: Any) -> None:
+        self._cursor = cursor
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        self._meters_at = len(run.meters)
+        self._remote = self._get_remote()
+        request = (self._request, run.epoch, self._cursor, self._room, self._batches)
+        listener = partial(call_loop, run.loop, run.guarded, self._heard)
+        self._number = self._remote.open(request, listener)
+
+    def poll(self, limit: int) -> list[Entry]:
+        ready = self._ready
+        taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
+        if taken and not self._over:
+            self._remote.grant(self._number, len(taken))
+        self.ended = self._over and not ready
+        return taken
+
+    def close(self) -> None:
+        if not self._closed and self._number:
+            self._closed = True
+            self._over = True
+            self._remote.end(self._number)
+            for meter in self._meters:
+                meter.retired = True
+
+    def _heard(self, heard: Heard) -> None:
+        if self._closed:
+            return
+        match heard:
+            case Arrived():
+                self._arrived(heard)
+            case StreamEnded(meters):
+                self._count(meters)
+                self._over = True
+            case Failure(error):
+                self._run.fail(error)
+            case StreamWorkerDied(pid, reason):
+                error = WorkerDiedError(
+                    f"the process that the loader runs in (pid {pid}) {reason}; "
+                    f"without in_process() the same happens where you can see it"
+                )
+                self._ready.append(Entry.last(error, self._cursor, None))
+                self._over = True
+        self._kick()
+
+    def _arrived(self, heard: Arrived) -> None:
+        if heard.error is None:
+            values, keys, meters = heard.values
+            self._count(meters)
+        else:
+            values = keys = [None] * len(heard.places)
+        for (cursor, position, places, attempts, state, failed), value, key in zip(
+            heard.places, values, keys, strict=True
+        ):
+            entry = Entry(None if failed else value, cursor, key, position)
+            if places is not None:
+                entry.places = places
+            entry.attempts = attempts
+            entry.state = state
+            entry.error = value if failed else heard.error
+            self._failed = self._failed or entry.error is not None
+            self._ready.append(entry)
+            self._cursor = cursor
+
+    def _count(self, meters: list[StageMeter] | None) -> None:
+        """The newest counters of the stages there."""
+        for index, theirs in enumerate(meters or ()):
+            if index == len(self._meters):
+                mine = self._run.adopt(StageMeter(theirs.name, theirs.kind))
+                if self._run.meters[-1] is mine:  # a new one: before those of the stages here
+                    self._run.meters.insert(self._meters_at + index, self._run.meters.pop())
+                self._meters.append(mine)
+            for field in fields(StageMeter):
+                if field.name != "retired":
+                    setattr(self._meters[index], field.name, getattr(theirs, field.name))
+        if meters:
+            self._meters[-1].ahead += self._room
+
+
+# -- there -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The program of a process that pipelines run in.
+
+    Args:
+        build: Gives the nodes of one epoch: called with the request, and whether it is resumed.
+    """
+
+    build: Callable[[Any, bool], "Window"]
+
+    def serve(self, channel: WorkerLink, slot: int) -> None:
+        """Until there is no more need of it."""
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_EngineServer(channel, self.build).serve())
+
+
+class _EngineServer:
+    """Runs epochs on this process's event loop, as many at a time as are asked for."""
+
+    def __init__(self, channel: WorkerLink, build: Callable[[Any, bool], "Window"]) -> None:
+        self._channel = channel
+        self._build = build
+        self._streams: dict[int, _EpochStream] = {}
+        self._sender = _BatchSender(channel)
+        self.where = f"the process of its own (pid {os.getpid()})"
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._channel.fileno(), self._readable)
+        try:
+            await self._over
+        finally:
+            loop.remove_reader(self._channel.fileno())
+            streams = list(self._streams.values())
+            for stream in streams:
+                stream.run.request_stop()
+            if streams:
+                await asyncio.wait([stream.task for stream in streams])
+            self._sender.close()
+
+    def _readable(self) -> None:
+        try:
+            while self._channel.ready() and not self._over.done():
+                message = self._channel.next()
+                match message.head:
+                    case ("open", number, stream_at, layout):
+                        body = memoryview(message.body)
+                        self._open(number, body[stream_at:], open_buffers(body, layout))
+                    case ("grant", number, entries, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:
+                            stream.grant(entries)
+                    case ("end", number, _, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:
+                            stream.run.request_stop()
+                    case ("close",):
+                        self._over.set_result(None)
+        except BaseException as error:  # EOFError: the user's process is gone
+            if not self._over.done():
+                self._over.set_exception(error)
+
+    def _open(self, number: int, stream: Any, buffers: list[memoryview]) -> None:
+        try:
+            request, epoch, cursor, room, batches = decode(stream, buffers)
+            window = self._build(request, cursor is not None)
+            if cursor is not None:
+                window.resume(cursor)
+        except BaseException as error:
+            self._sender.put(("failed", number), portable(error, self.where))
+            return
+        self._streams[number] = _EpochStream(self, number, Run(window, epoch), room, batches=batches)
+
+    def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
+        """Send what has been granted."""
+        self._sender.put_entries(number, taken, meters, self.where)
+
+    def ended(self, stream: "_EpochStream") -> None:
+        """A run is over, in whatever way."""
+        del self._streams[stream.number]
+        run = stream.run
+        if run.failure is not None:
+            self._sender.put(("failed", stream.number), portable(run.failure, self.where))
+        elif run.output.ended:
+            self._sender.put(("ended", stream.number), run.meters)
+
+
+class _EpochStream:
+    """One epoch."""
+
+    def __init__(self, server: _EngineServer, number: int, run: Run, granted: int, *, batches: bool) -> None:
+        self.number = number
+        self._server = server
+        self._granted = granted
+        self._batches = batches
+        self._pumping = False
+        self._told = 0.0
+        self._told_room = 0
+        loop = asyncio.get_running_loop()
+        self.run = run
+        run.attach(loop)
+        self.task = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
+        self.task.add_done_callback(self._done)
+
+    def grant(self, entries: int) -> None:
+        """So many more."""
+        self._granted += entries
+        self._kick()
+
+    def _kick(self) -> None:
+        if not self._pumping and self.run.started and not self.run.stopping:
+            self._pumping = True
+            self.run.soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pumping = False
+        run = self.run
+        if run.stopping:
+            return
+        while self._granted > 0:
+            taken = run.output.poll(1 if self._batches else self._granted)
+            if not taken:
+                break
+            self._granted -= len(taken)
+            self._server.send_entries(self.number, taken, self._news())
+        if meters := self._news(only_room=True):
+            self._server.send_entries(self.number, [], meters)
+        if run.output.ended:
+            run.request_stop()
+
+    def _news(self, *, only_room: bool = False) -> list[StageMeter] | None:
+        """The counters, now and then; at once when a stage has more room than was told, or a gap."""
+        meters, now = self.run.meters, perf_counter()
+        room = sum(meter.room + meter.gaps for meter in meters)
+        if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
+            return None
+        self._told, self._told_room = now, room
+        return meters
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and self.run.failure is None:
+            self.run.failure = error
+        self._server.ended(self)
+
+
+class _BatchSender:
+    """A thread that pickles, copies into shared memory and writes, so that the event loop waits for none of it."""
+
+    def __init__(self, channel: WorkerLink) -> None:
+        self._channel = channel
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="aioloader-sender", daemon=True)
+        self._thread.start()
+
+    def put(self, head: tuple[Any, ...], value: Any) -> None:
+        """Send a message."""
+        self._jobs.put(partial(self._channel.send, head, value))
+
+    def put_back(self, freed: list[int]) -> None:
+        """These segments can be used again: by this thread, which alone uses them."""
+        if freed:
+            self._jobs.put(partial(self._channel.arena.take_back, freed))
+
+    def put_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
+        """Send entries."""
+        self._jobs.put(partial(self._send_entries, number, taken, meters, where))
+
+    def close(self) -> None:
+        """Send what waits, and end."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
+        failed = [entry.error is not None for entry in taken]
+        values = [entry.value if entry.error is None else portable(entry.error, where) for entry in taken]
+        keys = [entry.key for entry in taken]
+        try:
+            self._channel.send(self._head(number, taken, failed), (values, keys, meters))
+        except OSError:
+            raise
+        except BaseException:
+            refusals = [_refusal(value, where) for value in values]
+            failed = [bad or refusal is not None for bad, refusal in zip(failed, refusals, strict=True)]
+            values = [value if refusal is None else refusal for value, refusal in zip(values, refusals, strict=True)]
+            keys = [key if _refusal(key, where) is None else repr(key)[:200] for key in keys]
+            self._channel.send(self._head(number, taken, failed), (values, keys, meters))
+
+    @staticmethod
+    def _head(number: int, taken: list[Entry], failed: list[bool]) -> tuple[Any, ...]:
+        places = [
+            (
+                entry.cursor,
+                entry.position,
+                places_of(entry),
+                entry.attempts,
+                entry.state or DONE,
+                bad,
+            )
+            for entry, bad in zip(taken, failed, strict=True)
+        ]
+        return "entries", number, places
+
+    def _main(self) -> None:
+        try:
+            while (job := self._jobs.get()) is not None:
+                job()
+                del job
+        except OSError:  # the user's process is gone, which the event loop sees too
+            with contextlib.suppress(Exception):
+                while self._jobs.get() is not None:
+                    pass
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # or the user's process would wait for ever
+
+
+def _refusal(value: Any, where: str) -> BaseException | None:
+    """Why `value` cannot travel; None: it can."""
+    try:
+        encode(value)
+    except BaseException as error:
+        return portable(cannot_travel("a batch", error, by_value=can_pickle_by_value()), where)
+    return None

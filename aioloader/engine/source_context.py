@@ -1,0 +1,95 @@
+"""What the reader of a `CursorSource` may use of the run that it is part of."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future as ConcurrentFuture
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from aioloader.core.source import RunListener, SourceContext, SourceThreads
+from aioloader.executors.threads import Threads
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["RunSourceContext"]
+
+T = TypeVar("T")
+E = TypeVar("E", bound=RunListener)
+
+
+class RunSourceContext(SourceContext):
+    """What one reader uses of a run.
+
+    Args:
+        run: The run that it is part of.
+        name: Of the source, for notes and names.
+    """
+
+    def __init__(self, run: "Run", name: str) -> None:
+        self._run = run
+        self._name = name
+        self._pools: list[Threads] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self._run.loop
+
+    @property
+    def epoch(self) -> int:
+        return self._run.epoch
+
+    @property
+    def handed_out(self) -> Any:
+        return self._run.progress.cursor
+
+    def shared(self, owner: object, make: Callable[[], E]) -> E:
+        if owner not in self._run.shared:
+            self._run.shared[owner] = make()
+        return cast(E, self._run.shared[owner])
+
+    def threads(self, limit: int) -> "SourceThreads":
+        pool = self._run.threads(limit, "aioloader-source")
+        self._pools.append(pool)
+        return _RunThreads(self._run, pool)
+
+    def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
+        task = self._run.spawn(fn)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def aclose(self) -> None:
+        """End the tasks, wait for them, and let go of the threads."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for pool in self._pools:
+            pool.close()
+
+
+class _RunThreads(SourceThreads):
+    def __init__(self, run: "Run", pool: Threads) -> None:
+        self._run = run
+        self._pool = pool
+
+    def call(self, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        return self._run.submit(self._pool, fn, *args)
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "ConcurrentFuture[T]":
+        """The same for `loop.run_in_executor`."""
+        future: ConcurrentFuture[T] = ConcurrentFuture()
+
+        def job(_: BaseException | None) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = fn(*args, **kwargs)
+            except BaseException as error:  # it is raised where the call is awaited
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._pool.submit(job)
+        return future

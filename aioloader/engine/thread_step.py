@@ -1,0 +1,340 @@
+"""The steps of a journey that run synchronous calls off the loop: in threads, or in the user's executor."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future as ConcurrentFuture
+from functools import partial
+from itertools import islice
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.core.entry import Entry
+from aioloader.engine.node import CHUNK_SECONDS
+from aioloader.engine.steps import Forward, Step
+from aioloader.errors import SampleCancelledError
+from aioloader.executors.chunk import NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
+from aioloader.executors.current_sample import SampleContext
+from aioloader.executors.threads import Threads, call_loop
+from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+    from aioloader.engine.window import Window
+
+__all__ = ["CHUNK_SECONDS", "ExecutorStep", "SyncStep", "ThreadJob", "ThreadStep"]
+
+CHUNK_SAMPLES: Final = 256  # at most in one hop, so that memory is bounded for samples that cost nothing
+
+
+class SyncStep(Step):
+    """What the two ways to run synchronous calls off the loop share.
+
+    Args:
+        calls: The neighbouring synchronous stages that cross together.
+        concurrency: Calls that may stand side by side.
+        elastic: Whether the window gets more room for cheap samples, so that a hop is worth its cost.
+    """
+
+    def __init__(self, calls: Sequence[Call], concurrency: int, *, elastic: bool = True) -> None:
+        super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
+        self._calls = tuple(calls)
+        self.selects = any(call.predicate for call in calls)
+        self._elastic = elastic
+        self._active = 0  # hops under way
+        self._extra_room = 0
+        self._scheduled = False
+        self._seconds_each: float | None = None  # what a sample costs, as far as it is known
+
+    def accept(self, entry: Entry) -> None:
+        if self.closed:
+            return
+        self.inbox.append(entry)
+        if not self._scheduled:  # after the entries that come in this same turn
+            self._scheduled = True
+            self._run.soon(self.dispatch)
+
+    @property
+    def extra_room(self) -> int:
+        return self._extra_room
+
+    @property
+    def under_way(self) -> int:
+        """Crossings that have begun and are not over."""
+        return self._active
+
+    @property
+    def standing(self) -> int:
+        """Those of them in which a sample has been for longer than a hop of cheap ones takes."""
+        return self._active
+
+    def _begins(self) -> None:
+        """One more hop."""
+        self._active += 1
+        self.meter.idle.wait_for(None)
+        self._window.hop_began()
+
+    @property
+    def _size(self) -> int:
+        """Samples that one hop is worth."""
+        cost = self._seconds_each
+        return 1 if cost is None else max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
+
+    def _landed(self, entries: Iterable[Entry], result: ChunkResult, settled: int = 0) -> None:
+        """A hop is over; back on the loop. The first `settled` of its samples went on before."""
+        self._active -= 1
+        tried = len(result.outcomes)
+        self._settle(entries, result.outcomes[settled:])
+        self.meter.samples += tried
+        self.meter.busy_seconds += result.busy_seconds
+        self.meter.cpu_seconds += result.cpu_seconds
+        if tried and result.busy_seconds:
+            each = result.busy_seconds / tried
+            self._seconds_each = each if self._seconds_each is None else (self._seconds_each + each) / 2
+            extra_room = 2 * self.concurrency * (self._size - 1) if self._elastic else 0
+            if extra_room != self._extra_room:
+                self._extra_room = extra_room
+                self._window.resize()
+        self.dispatch()
+        if not self._active:
+            self.meter.idle.wait_for("input")
+
+    def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
+        """Send samples on with their outcomes."""
+        forward = self._forward
+        for entry, outcome in zip(entries, outcomes, strict=False):
+            if type(outcome) is Refusal:
+                self._drop(entry, nothing=outcome is NOTHING)
+            elif type(outcome) is Failed:
+                self._fail(entry, outcome.error, outcome.label)
+            else:
+                entry.value = outcome
+                forward(entry)
+
+    def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
+        """A hop never ran, or did not come back."""
+        label = self._calls[0].label
+        self._landed(entries, ChunkResult([Failed(error, label) for _ in entries], 0.0, 0.0))
+
+
+class ThreadStep(SyncStep):
+    """Runs calls in threads, which take samples from the inbox themselves.
+
+    A hop costs 30 to 70 µs, so a thread that has been woken takes cheap samples one after the other for about a
+    millisecond and reports them together. Since each sample is claimed only when it is begun, samples begin in order,
+    slow ones stand side by side up to `concurrency`, and none waits behind another one in a chunk. Claiming is one
+    operation of a deque, which is atomic.
+
+    What if samples that were cheap turn slow? The thread stops after the one that took it past its millisecond. Until
+    that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
+    results before it, which nobody knows of. `_look_again`, two milliseconds after a hop began, sees to both.
+
+    Args:
+        calls: See `SyncStep`.
+        concurrency: Threads.
+        elastic: See `SyncStep`.
+        executor: The user's pool of threads; None: threads of ours, which end with the window.
+        thread_name: Names our threads.
+        initializer: Called in each of our threads with its number.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        concurrency: int,
+        *,
+        elastic: bool = True,
+        executor: ThreadPoolExecutor | None = None,
+        thread_name: str = "aioloader-map",
+        initializer: Callable[[int], None] | None = None,
+    ) -> None:
+        super().__init__(calls, concurrency, elastic=elastic)
+        self._executor = executor
+        self._thread_name = thread_name
+        self._initializer = initializer
+        self._threads: Threads | None = None
+        self._jobs: set[ThreadJob] = set()
+        self._watching = False
+
+    @property
+    def standing(self) -> int:
+        overdue = perf_counter() - CHUNK_SECONDS
+        return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)
+
+    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
+        super().bind(run, window, forward)
+        if self._executor is None:
+            self._threads = run.threads(self.concurrency, self._thread_name, self._initializer)
+            if window.room:
+                self._threads.prepare()  # while the first samples are being read
+
+    def close(self) -> None:
+        super().close()
+        if self._threads is not None:
+            self._threads.close()
+
+    def dispatch(self) -> None:
+        """Wake as many threads as the inbox is worth: one per millisecond of work in it.
+
+        Threads that are under way count where samples are cheap, for they take the next ones within the millisecond.
+        """
+        self._scheduled = False
+        waiting = len(self.inbox)
+        size = self._size
+        if size == 1:
+            self._wake(self._active + waiting, 1)
+        else:
+            self._wake(-(-waiting // size), CHUNK_SAMPLES)
+            if self._active:
+                self._watch()
+
+    def _watch(self) -> None:
+        if not self._watching:
+            self._watching = True
+            self._run.loop.call_later(2 * CHUNK_SECONDS, self._run.guarded, self._look_again)
+
+    def _look_again(self) -> None:
+        """See the class: samples that were thought to be cheap are not.
+
+        Not only a matter of speed, for a call may wait for what the next sample's call does.
+        """
+        self._watching = False
+        overdue = perf_counter() - CHUNK_SECONDS
+        for job in self._jobs:
+            if job.began > overdue:
+                self._watch()
+            else:
+                if fresh := job.outcomes[job.settled :]:
+                    self._settle(job.claimed[job.settled :], fresh)
+                    job.settled += len(fresh)
+                if not job.claimed:  # its thread has not run yet: all this may still happen
+                    self._watch()
+        if self.inbox:  # else there is nothing to wake anybody for, nor to look at again
+            self._seconds_each = None
+            self.dispatch()
+
+    def _wake(self, wanted: int, limit: int) -> None:
+        while self._active < min(wanted, self.concurrency) and not (self.closed or self._run.stopping):
+            self._begins()
+            job = ThreadJob(limit)
+            self._jobs.add(job)
+            if self._threads is not None:
+                self._threads.submit(partial(self._work, job))
+                continue
+            assert self._executor is not None
+            try:
+                future = self._executor.submit(self._work, job)
+            except RuntimeError as error:  # it has been shut down
+                self._run.loop.call_soon(self._run.guarded, self._refused, job, error)
+                return
+            future.add_done_callback(partial(self._cancelled, job))
+
+    def _work(self, job: "ThreadJob", broken: BaseException | None = None) -> None:
+        """In a thread."""
+        sample = SampleContext()
+        samples = job.samples(self.inbox, sample)
+        if broken is None:
+            result = apply_chunk(self._calls, samples, CHUNK_SECONDS, job.outcomes, sample)
+        else:
+            failures = [Failed(broken, self._calls[0].label) for _ in islice(samples, 1)]
+            result = ChunkResult(list(failures), 0.0, 0.0)
+        call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
+        del job, samples, sample, result  # as in `apply_chunk`
+
+    def _reported(self, job: "ThreadJob", result: ChunkResult) -> None:
+        self._jobs.discard(job)
+        self._landed(job.claimed[job.settled :], result, job.settled)
+
+    def _refused(self, job: "ThreadJob", error: BaseException) -> None:
+        """The user's pool does not run it, nor any other: what waits fails."""
+        self._jobs.discard(job)
+        entries = list(self.inbox)
+        self.inbox.clear()
+        self._lost(entries, error)
+
+    def _cancelled(self, job: "ThreadJob", future: "ConcurrentFuture[None]") -> None:
+        # Called in any thread, for each hop; one that ran has reported itself.
+        if future.cancelled():
+            error = SampleCancelledError("the executor was shut down before it ran this sample")
+            call_loop(self._run.loop, self._run.guarded, self._refused, job, error)
+
+
+class ThreadJob:
+    """What one wake-up of a thread does.
+
+    Attributes:
+        began: When it was asked for.
+        claimed: The samples that it has begun, in order; the thread appends.
+        outcomes: One for each that is done; the thread appends.
+        settled: How many of them went on already; the loop's.
+    """
+
+    __slots__ = ("_limit", "began", "claimed", "outcomes", "settled")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.began = perf_counter()
+        self.claimed: list[Entry] = []
+        self.outcomes: list[Any] = []
+        self.settled = 0
+
+    def samples(self, inbox: deque[Entry], sample: SampleContext) -> Iterator[Any]:
+        """Claim samples, in the thread, until the inbox is empty; `sample` tells which one is at hand."""
+        for _ in range(self._limit):
+            try:
+                entry = inbox.popleft()
+            except IndexError:
+                return
+            self.claimed.append(entry)
+            sample.name = entry
+            yield entry.value
+
+
+class ExecutorStep(SyncStep):
+    """Runs calls in a user's executor of any kind, in chunks: functions and samples travel by pickle.
+
+    What travels cannot be taken back, so a chunk is at most what the samples before it say is worth a millisecond, and
+    is shared fairly among the places that are free.
+
+    Args:
+        calls: See `SyncStep`.
+        concurrency: Chunks under way.
+        executor: For instance a `ProcessPoolExecutor`.
+    """
+
+    def __init__(self, calls: Sequence[Call], concurrency: int, executor: Executor) -> None:
+        super().__init__(calls, concurrency)
+        self._executor = executor
+
+    def dispatch(self) -> None:
+        self._scheduled = False
+        inbox = self.inbox
+        while inbox and self._active < self.concurrency and not (self.closed or self._run.stopping):
+            fair = -(-len(inbox) // (self.concurrency - self._active))
+            chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
+            self._begins()
+            values = [entry.value for entry in chunk]
+            try:
+                future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
+            except RuntimeError as error:  # shut down, or broken
+                self._run.loop.call_soon(self._run.guarded, self._lost, chunk, error)
+            else:
+                future.add_done_callback(partial(self._done, chunk))
+
+    def _done(self, chunk: list[Entry], future: "ConcurrentFuture[ChunkResult]") -> None:
+        # Called in a thread of the executor.
+        error: BaseException | None
+        if future.cancelled():
+            error = SampleCancelledError("the executor was shut down before it ran these samples")
+        else:
+            error = future.exception()
+        if error is None:
+            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, future.result())
+        else:  # a worker process died, or something could not be pickled
+            call_loop(self._run.loop, self._run.guarded, self._lost, chunk, error)
+
+    def _returned(self, chunk: list[Entry], result: ChunkResult) -> None:
+        tried = len(result.outcomes)
+        if not self.closed:
+            self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
+        self._landed(chunk[:tried], result)

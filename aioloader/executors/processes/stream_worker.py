@@ -1,0 +1,187 @@
+"""A worker that is asked for streams of entries, and sends them as far as it is allowed to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from aioloader.errors import LoaderClosedError
+from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.stored import StoredProgram
+from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
+from aioloader.executors.processes.worker import Program, lay_out
+from aioloader.executors.processes.worker_thread import Worker, WorkerThread
+
+__all__ = ["Arrived", "Failure", "Heard", "StreamEnded", "StreamWorker", "StreamWorkerDied"]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Entries of a stream.
+
+    Attributes:
+        places: What the worker says of each beside its value, see `engine/process_stream.py`.
+        values: Theirs, and keys and meters; None: they cannot be unpickled here.
+        error: Why.
+    """
+
+    places: list[tuple[Any, ...]]
+    values: Any
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class StreamEnded:
+    """No more of this stream.
+
+    Attributes:
+        values: The last meters.
+    """
+
+    values: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The stream, or any stream, cannot go on.
+
+    Attributes:
+        error: Why.
+    """
+
+    error: BaseException
+
+
+@dataclass(frozen=True)
+class StreamWorkerDied:
+    """The worker is dead.
+
+    Attributes:
+        pid: Its process id.
+        reason: How it ended, in words.
+    """
+
+    pid: int | None
+    reason: str
+
+
+Heard = Arrived | StreamEnded | Failure | StreamWorkerDied
+
+
+class StreamWorker:
+    """One worker, started when it is first asked for something, and again if it has died.
+
+    Args:
+        host: Runs it.
+        make_program: Gives what it does; called in the thread of `host`, for there it is pickled.
+    """
+
+    def __init__(self, host: WorkerThread, make_program: Callable[[], Program]) -> None:
+        self._host = host
+        self._make_program = make_program
+        self._numbers = count(1)
+        self._listeners: dict[int, Callable[[Heard], None]] = {}
+        self._worker: Worker | None = None
+        self._program: StoredProgram | None = None
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    def open(self, request: Any, listener: Callable[[Heard], None]) -> int:
+        """Ask for a stream.
+
+        Args:
+            request: For the program.
+            listener: Called in the thread of the host with what comes, until `end`.
+
+        Returns:
+            The number of the stream.
+        """
+        number = next(self._numbers)
+        self._host.call(self._open, number, request, listener)
+        return number
+
+    def grant(self, number: int, entries: int) -> None:
+        """Allow so many entries more."""
+        self._host.call(self._tell, "grant", number, entries)
+
+    def end(self, number: int) -> None:
+        """No more of this stream is wanted."""
+        self._host.call(self._end, number)
+
+    # -- in the host's thread ----------------------------------------------------------------------------------------
+
+    def _open(self, number: int, request: Any, listener: Callable[[Heard], None]) -> None:
+        if self._host.closed:
+            listener(Failure(LoaderClosedError("the loader was closed while it began an epoch in another process")))
+            return
+        self._listeners[number] = listener
+        try:
+            if self._worker is None:
+                self._host.begin()
+                if self._program is None:
+                    self._program = StoredProgram(self._make_program())
+                self._worker = self._host.spawn(self, 0, self._program.modules)
+                self._program.send_to(self._worker)
+            stream, buffers = encode(request)
+        except BaseException as error:  # the program cannot be pickled, or nothing can be started
+            del self._listeners[number]
+            listener(Failure(error))
+            return
+        layout, parts = lay_out(buffers)
+        self._worker.send(("open", number, sum(map(len, parts)), layout), [*parts, stream])
+
+    def _tell(self, kind: str, number: int, value: int) -> None:
+        if self._worker is not None and number in self._listeners:
+            self._worker.send((kind, number, value, self._worker.freed()))
+
+    def _end(self, number: int) -> None:
+        self._tell("end", number, 0)
+        self._listeners.pop(number, None)
+
+    def received(self, worker: Worker, message: Message) -> None:
+        """See `Owner`."""
+        kind, number, *rest = message.head
+        heard: Heard
+        try:
+            value = worker.unpack(message)  # also when nobody listens any more: it says which segments there are
+        except BaseException as error:
+            lost = cannot_travel("a batch", error, by_value=can_pickle_by_value())
+            heard = Arrived(rest[0], None, lost) if kind == "entries" else Failure(lost)
+        else:
+            match kind:
+                case "entries":
+                    heard = Arrived(rest[0], value)
+                case "ended":
+                    heard = StreamEnded(value)
+                case _:
+                    heard = Failure(value)
+        if kind == "broken":
+            worker.close()
+            self._worker = None  # the next stream gets a new one
+            self._tell_all(heard)
+        elif (listener := self._listeners.get(number)) is not None:
+            if kind != "entries":
+                del self._listeners[number]
+            listener(heard)
+
+    def died(self, worker: Worker, reason: str) -> None:
+        """See `Owner`."""
+        if self._worker is worker:
+            self._worker = None
+            self._tell_all(StreamWorkerDied(worker.pid, reason))
+        if self._host.closed and self._program is not None:
+            self._program.close()
+            self._program = None
+
+    def _tell_all(self, heard: Heard) -> None:
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener(heard)
+
+    def close(self) -> None:
+        """End the worker. Idempotent."""
+        if self._worker is not None:
+            self._worker.close()
+        if self._program is not None:
+            self._program.close()
+            self._program = None

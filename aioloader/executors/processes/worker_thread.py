@@ -1,0 +1,425 @@
+"""The user's process's side: one thread that starts worker processes, writes to them, and reads what they send."""
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import Any, Final, Protocol
+from weakref import WeakSet
+
+from aioloader.executors.processes.segments import Mapping
+from aioloader.executors.processes.wire import Connection, Message, decode
+from aioloader.executors.processes.worker import open_buffers, settings_of_this_process
+from aioloader.executors.processes.zygote import Zygote, describe_exit, forget_zygote
+
+__all__ = ["Worker", "WorkerOwner", "WorkerThread", "end_all_processes", "forget_all_processes"]
+
+GRACE_SECONDS: Final = 1.0  # what user code that is still running in a worker gets before the worker is killed
+
+
+class WorkerOwner(Protocol):
+    """Who a worker works for; called in the thread of `WorkerThread`."""
+
+    def received(self, worker: "Worker", message: Message) -> None:
+        """A message from the worker."""
+
+    def died(self, worker: "Worker", reason: str) -> None:
+        """The worker is gone, and everything that it sent has been received."""
+
+    def close(self) -> None:
+        """End the workers, those that are busy after a moment of grace."""
+
+
+class Worker:
+    """One worker process.
+
+    Attributes:
+        slot: Its number, which a worker that takes its place inherits.
+        pid: None until it has been forked.
+    """
+
+    def __init__(self, host: "WorkerThread", owner: WorkerOwner, slot: int, connection: Connection) -> None:
+        self.slot = slot
+        self.owner = owner
+        self.pid: int | None = None
+        self._closing = False
+        self._deadline: float | None = None  # when it is killed
+        self._host = host
+        self._connection = connection
+        self._open = True
+        self._mappings: dict[int, Mapping] = {}
+        self._freed: deque[int] = deque()  # appended to by whatever thread drops the last view
+
+    def send(self, head: tuple[Any, ...], parts: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
+        """Send a message, now or as soon as the worker takes it; nothing happens when it is gone."""
+        if self._open:
+            with contextlib.suppress(OSError):  # its death will be told
+                self._connection.send(head, parts, fds)
+            self._host._watch(self)
+        else:
+            for fd in fds:
+                os.close(fd)
+
+    def freed(self) -> list[int]:
+        """The segments that no view is left of, once: the worker is to be told."""
+        return [self._freed.popleft() for _ in range(len(self._freed))]
+
+    def unpack(self, message: Message) -> Any:
+        """The value of a message of `Channel.send`. Its tensors lie in the worker's memory, as long as they live.
+
+        Raises:
+            Exception: It cannot be unpickled here.
+        """
+        *_, stream_at, layout, new, forgotten = message.head
+        for number in forgotten:
+            self._mappings.pop(number, None)
+        for (number, size), fd in zip(new, message.fds, strict=True):
+            try:
+                self._mappings[number] = Mapping(fd, size)
+            finally:
+                os.close(fd)
+        body = memoryview(message.body)
+        if not layout or len(layout[0]) == 2:
+            buffers = open_buffers(body, layout)
+        else:
+            used = {number for number, _, _ in layout}
+            lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
+            buffers = [lent[number][offset : offset + size] for number, offset, size in layout]
+        stream = buffers.pop() if stream_at < 0 else body[stream_at:]
+        return decode(stream, buffers)
+
+    @property
+    def given_up(self) -> bool:
+        """It was told to end, and had its time."""
+        return self._closing and self._deadline is None
+
+    def close(self) -> None:
+        """Let the worker end after what it is doing; kill it if that takes too long."""
+        if not self._closing:
+            self._closing = True
+            self._deadline = monotonic() + GRACE_SECONDS
+            self.send(("close",))
+
+
+class WorkerThread:
+    """The worker processes of one loader, and the thread `aioloader-processes` that serves them.
+
+    The thread does all that may wait or take long: starting, pickling, writing, reading. Nothing here polls: it sleeps
+    until a socket or another thread has something for it. It is started by the first `call`, and ends with `close`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._commands: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._thread: threading.Thread | None = None
+        self._wake: socket.socket | None = None
+        self._closing = False  # no more commands but the end
+        self._ended = False  # the thread takes no commands any more: callers run theirs
+        self._forgotten = False  # this is a forked child
+        self._owners: dict[Any, WorkerOwner] = {}
+        self._zygote: Zygote | None = None
+        self._number = 0  # of our fork server
+        self._control: Connection | None = None
+        self._workers: set[Worker] = set()
+        self._tickets: dict[int, Worker] = {}
+        self._ticket = 0
+
+    # -- any thread --------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closing
+
+    def get_or_create(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is kept under `key` until `close`, made at need."""
+        with self._lock:
+            if key not in self._owners:
+                self._owners[key] = make()
+            return self._owners[key]
+
+    def call(self, fn: Callable[..., object], *args: Any) -> None:
+        """Call `fn` in the thread, soon; from any thread, and from inside a garbage collection."""
+        self._commands.append((fn, args))
+        if self._thread is None:
+            self._start()
+        if self._ended or self._thread is None:
+            self._run_commands()
+        else:
+            self._rouse()
+
+    def close(self) -> None:
+        """End all workers, and then the thread; does not wait. Idempotent, and may be called by the garbage collector.
+
+        Workers in the middle of something get a moment to finish it, then they are killed.
+        """
+        self._closing = True
+        self._rouse()
+
+    def join(self, seconds: float) -> bool:
+        """Wait until workers and thread have ended. False: they did not in time."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return True
+        self._thread.join(max(0.0, seconds))
+        return not self._thread.is_alive()
+
+    def forget(self) -> None:
+        """In a forked child: close our copies of what is the parent's, and do nothing ever again."""
+        self._forgotten = self._closing = True
+        if self._wake is not None:
+            self._wake.close()
+            self._woken.close()
+            self._selector.close()
+        if self._control is not None:
+            self._control.close()
+        for worker in self._workers:
+            worker._connection.close()
+
+    def _rouse(self) -> None:
+        wake = self._wake
+        if wake is not None:
+            with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
+                wake.send(b"\0")
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is not None or self._closing:
+                return
+            self._woken, wake = socket.socketpair()
+            self._woken.setblocking(False)
+            wake.setblocking(False)
+            self._selector = selectors.DefaultSelector()
+            self._selector.register(self._woken, selectors.EVENT_READ)
+            self._wake = wake  # last, for `forget`
+            thread = threading.Thread(target=self._main, name="aioloader-processes", daemon=True)
+            _alive.add(self)
+            thread.start()
+            self._thread = thread
+        self._rouse()
+
+    # -- in the thread -----------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Have the process that workers are forked from, which takes seconds where there is none yet.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        if self._control is None:
+            self._zygote, self._number, sock = Zygote.join()
+            sock.setblocking(False)
+            self._control = Connection(sock)
+            self._selector.register(self._control, selectors.EVENT_READ)
+
+    def spawn(self, owner: WorkerOwner, slot: int, modules: Sequence[str]) -> Worker:
+        """A new worker; messages to it may be sent at once.
+
+        Args:
+            owner: Who it works for.
+            slot: Its number.
+            modules: What it will import; that is done once for all workers.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        self.begin()
+        assert self._control is not None
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        worker = Worker(self, owner, slot, Connection(ours))
+        self._ticket += 1
+        self._tickets[self._ticket] = worker
+        with theirs, contextlib.suppress(OSError):  # the zygote is gone: it will be noticed
+            self._control.send(
+                ("fork", self._ticket, settings_of_this_process(), modules), fds=[os.dup(theirs.fileno())]
+            )
+        self._watch_control()
+        self._workers.add(worker)
+        self._selector.register(worker._connection, selectors.EVENT_READ, worker)
+        return worker
+
+    def _main(self) -> None:
+        try:
+            while not self._closing or self._waits_for_workers():
+                if self._closing:
+                    for worker in list(self._workers):
+                        worker.close()
+                self._turn()
+        finally:
+            self._end()
+
+    def _waits_for_workers(self) -> bool:
+        """There are workers, or will be in a moment. When an import of the user's hangs, there will be none."""
+        born = self._zygote is not None and self._zygote.born
+        return born and any(not (worker.pid is None and worker.given_up) for worker in self._workers)
+
+    def _turn(self) -> None:
+        deadlines = [worker._deadline for worker in self._workers if worker._deadline is not None]
+        timeout = max(0.0, min(deadlines) - monotonic()) if deadlines else None
+        for key, events in self._selector.select(timeout):
+            if key.fileobj is self._woken:
+                with contextlib.suppress(BlockingIOError):
+                    while self._woken.recv(4096):
+                        pass
+            elif key.fileobj is self._control:
+                self._control_ready(events)
+            elif key.data in self._workers:  # it may have been lost a moment ago
+                self._worker_ready(key.data, events)
+        if deadlines:
+            now = monotonic()
+            for worker in list(self._workers):
+                if worker._deadline is not None and worker._deadline <= now:
+                    self._kill(worker)
+        self._run_commands()
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            try:
+                fn, args = self._commands.popleft()
+            except IndexError:
+                return
+            fn(*args)
+
+    def _watch(self, worker: Worker) -> None:
+        """Wait until the worker's socket takes what is pending, if anything is."""
+        if worker._open:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker._connection.pending else 0)
+            if self._selector.get_key(worker._connection).events != events:
+                self._selector.modify(worker._connection, events, worker)
+
+    def _watch_control(self) -> None:
+        if self._control is not None:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._control.pending else 0)
+            self._selector.modify(self._control, events)
+
+    def _worker_ready(self, worker: Worker, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            with contextlib.suppress(OSError):
+                worker._connection.flush()
+            self._watch(worker)
+        if events & selectors.EVENT_READ:
+            self._read(worker)
+
+    def _read(self, worker: Worker) -> None:
+        """Receive what has come from a worker."""
+        try:
+            for message in worker._connection.receive():
+                worker.owner.received(worker, message)
+        except EOFError:
+            # Dead, or it has closed what it should not have: dead in a moment. The zygote tells how it ended.
+            self._disconnect(worker)
+            self._kill(worker)
+
+    def _disconnect(self, worker: Worker) -> None:
+        if worker._open:
+            worker._open = False
+            self._selector.unregister(worker._connection)
+            worker._connection.close()
+
+    def _kill(self, worker: Worker) -> None:
+        """Make sure that a worker ends; one that is not forked yet is killed when it is."""
+        worker._deadline = None
+        if worker.pid is None:
+            self._disconnect(worker)
+        elif self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(("kill", worker.pid))
+
+    def _lost(self, worker: Worker, reason: str) -> None:
+        """A worker is dead: hear what it said before, then tell its owner."""
+        if worker._open:
+            self._read(worker)
+        self._disconnect(worker)
+        self._workers.discard(worker)
+        worker.owner.died(worker, reason)
+
+    def _control_ready(self, events: int) -> None:
+        control = self._control
+        assert control is not None
+        assert self._zygote is not None
+        try:
+            if events & selectors.EVENT_WRITE:
+                control.flush()
+                self._watch_control()
+            for message in control.receive():
+                self._zygote.born = True
+                match message.head:
+                    case ("forked", ticket, pid):
+                        worker = self._tickets.pop(ticket)
+                        worker.pid = pid
+                        if not worker._open:
+                            self._kill(worker)
+                    case ("unborn", ticket, reason):
+                        self._lost(self._tickets.pop(ticket), reason)
+                    case ("died", pid, code, number):
+                        for worker in [worker for worker in self._workers if worker.pid == pid]:
+                            self._lost(worker, describe_exit(code, number))
+        except (EOFError, OSError):
+            self._zygote_gone()
+
+    def _zygote_gone(self) -> None:
+        """It was killed, or could not start: its workers are dead, or have nobody to start and reap them."""
+        assert self._control is not None
+        assert self._zygote is not None
+        self._selector.unregister(self._control)
+        self._control.close()
+        self._control = None
+        zygote, self._zygote = self._zygote, None
+        reason = f"was lost, because the process that starts workers {zygote.exit_reason()}"
+        zygote.leave()
+        self._tickets.clear()
+        for worker in list(self._workers):
+            if worker.pid is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(worker.pid, 9)  # where there is no prctl
+            self._lost(worker, reason)
+
+    def _end(self) -> None:
+        if self._forgotten:
+            return
+        self._closing = True
+        if self._control is not None:
+            self._selector.unregister(self._control)
+            self._control.close()
+            self._control = None
+            if self._tickets and self._zygote is not None:
+                self._zygote.kill(self._number)  # it imports, and does not see that it is to end
+        try:
+            for worker in list(self._workers):
+                self._lost(worker, "was not needed any more")
+            if self._zygote is not None:
+                self._zygote.leave()
+            for owner in self._owners.values():
+                owner.close()
+        finally:  # whoever waits for something hears of the end, whatever is broken here
+            self._ended = True
+            self._run_commands()
+        self._selector.close()
+        wake, self._wake = self._wake, None
+        if wake is not None:
+            wake.close()
+        self._woken.close()
+
+
+_alive: WeakSet[WorkerThread] = WeakSet()
+
+
+def end_all_processes(deadline: float) -> None:
+    """At the end of the interpreter: end all workers, and wait for them until `deadline` (`time.monotonic`)."""
+    alive = list(_alive)
+    for processes in alive:
+        processes.close()
+    for processes in alive:
+        processes.join(deadline - monotonic())
+
+
+def forget_all_processes() -> None:
+    """In a forked child: they are the parent's."""
+    for processes in list(_alive):
+        processes.forget()
+    _alive.clear()
+    forget_zygote()

@@ -1,0 +1,310 @@
+"""What a pipeline is: its sources and stages, and what can be told of them without running anything."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from aioloader.core.source import CursorSource
+from aioloader.engine.resumable import tells_state
+from aioloader.sources.files import Files
+from aioloader.sources.order import is_order_stage
+from aioloader.sources.resolve import Indexable, StreamData, describe_content, source_name
+from aioloader.sources.sampler_order import generators_of, is_repeatable
+from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.stages.batch import Batch
+from aioloader.stages.cache import Cache
+from aioloader.stages.flow import STRENGTH, Flow, Guarantee, Shared, Steps
+from aioloader.stages.map import Filter, Map
+from aioloader.stages.shard import Shard
+
+__all__ = [
+    "DEFAULT_PREFETCH",
+    "Combined",
+    "Plan",
+    "Repeat",
+    "Single",
+    "flow_of",
+    "flows_of",
+    "forgets_numbers",
+    "functions_of",
+    "guarantee_of_stream",
+    "in_front_of_cache",
+    "length_of",
+    "with_ranks",
+]
+
+DEFAULT_PREFETCH = 2
+
+
+@dataclass(frozen=True)
+class Single:
+    """One source.
+
+    Attributes:
+        data: What it is.
+        sampler: Gives the keys of an epoch instead of 0, 1, 2, ...
+        name: In statistics; None: that of the user's object.
+        keys: `data` gives keys, or the keys of batches.
+        ahead: Of these so many may be read before they are asked for.
+        check: Of keys: refuses a place in them that is none, see `drawn.check_place`.
+        tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
+    """
+
+    data: Indexable | StreamData
+    sampler: StreamData | None = None
+    name: str | None = None
+    keys: bool = False
+    ahead: int = 0
+    check: Callable[[Any, int], None] | None = None
+    tells_epoch: bool = False
+
+    def length(self) -> int:
+        """Samples per epoch; TypeError when unknown."""
+        return self.data.length if self.sampler is None else self.sampler.length
+
+    @property
+    def indexable(self) -> bool:
+        """Whether order stages are arithmetic on its keys."""
+        return self.sampler is None and isinstance(self.data, Indexable)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Several pipelines as one source."""
+
+    how: Literal["interleave", "merge", "mix", "zip"]
+    plans: tuple["Plan", ...]
+    weights: tuple[float, ...] = ()
+    seed: int = 0
+
+    indexable = False
+
+    def length(self) -> int:
+        """Samples per epoch; TypeError when unknown."""
+        lengths = [length_of(plan) for plan in self.plans]
+        return min(lengths) if self.how == "zip" else sum(lengths)
+
+
+@dataclass(frozen=True)
+class Repeat(Stage):
+    """All that is before it, again and again."""
+
+    times: int | None
+
+    exact_in_any_order = True
+    same_each_epoch = True
+
+    @property
+    def label(self) -> str:
+        return f"repeat({'' if self.times is None else self.times})"
+
+    def length(self, upstream: int) -> int:
+        if self.times is None:
+            raise UnknownLengthError("repeat() without a number is endless")
+        return upstream * self.times
+
+    def shape(self) -> dict[str, Any]:
+        return {"stage": "repeat", "n": self.times}
+
+    def flow(self, before: Flow) -> Flow:
+        free = self.times is None or (before.batch_size is not None and before.steady)
+        return (before if free else before.limited(Shared.SAME_WORLD, self.label)).cut().closed()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pipeline's description.
+
+    Attributes:
+        source: Where samples come from.
+        stages: What is done to them.
+        prefetch: Finished batches held ahead; None: 2, and for samples that are not batched what their window holds.
+        room: Batches being made and finished together; None: decided here.
+        seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
+        gives_info: What is handed out are pairs of a batch and its `BatchInfo`.
+    """
+
+    source: Single | Combined
+    stages: tuple[Stage, ...] = ()
+    prefetch: int | None = None
+    room: int | None = None
+    seed: int | None = None
+    gives_info: bool = False
+
+
+def functions_of(plan: "Plan") -> list[Any]:
+    """The user's datasets and functions that work for `plan`, in an order that a copy of it shares."""
+    if isinstance(plan.source, Combined):
+        functions = [function for inner in plan.source.plans for function in functions_of(inner)]
+    else:
+        data = plan.source.data
+        functions = [data.data if isinstance(data, Indexable) else data.make]
+    for stage in plan.stages:
+        functions.append(stage.collate.fn if isinstance(stage, Batch) else getattr(stage, "fn", None))
+    return functions
+
+
+def length_of(plan: Plan) -> int:
+    """Entries per epoch.
+
+    Raises:
+        TypeError: Unknown before it has run.
+    """
+    length = plan.source.length()
+    for stage in plan.stages:
+        length = stage.length(length)
+    return length
+
+
+def flow_of(plan: Plan) -> Flow:
+    """What is known of the samples that `plan` gives."""
+    flow = flows_of(plan)[-1]
+    return flow.limited(Shared.SAME_RANK, flow.completion_order) if flow.completion_order else flow
+
+
+def flows_of(plan: Plan) -> list[Flow]:
+    """What is known of the samples before each stage of `plan`, and after the last one."""
+    flow = _combined(plan.source) if isinstance(plan.source, Combined) else _single(plan.source)
+    flows = [flow]
+    for stage in plan.stages:
+        flows.append(flow := stage.flow(flow))
+    return flows
+
+
+def _single(source: Single) -> Flow:
+    flow = Flow(by_key=source.indexable)
+    if source.sampler is None:
+        return flow.at_least(guarantee_of_stream(source.data.make)) if isinstance(source.data, StreamData) else flow
+    # If an epoch ends before its keys do, a resumed one may take no more of them, and then draws nothing. Where the
+    # sampler's own generator is by then, no state tells: later epochs have another order.
+    sampler = source.sampler.make
+    flow = replace(flow, guarantee_if_cut="replayed" if generators_of(sampler) else "exact")
+    return flow if is_repeatable(sampler) else flow.at_least("replayed")
+
+
+def _combined(source: Combined) -> Flow:
+    """Several sources, some of which may have been dealt to ranks."""
+    label = f"Pipeline.{source.how}(...)"
+    parts = [flow_of(plan).cut() for plan in source.plans]
+    as_they_come = label if source.how == "merge" and len(parts) > 1 else ""
+    order = as_they_come or next((part.completion_order for part in parts if part.completion_order), "")
+    orders = [part.closed().rank_order for part in parts]
+    flow = Flow(
+        completion_order=order,
+        timed=next((part.timed for part in parts if part.timed), ""),
+        rank_order=as_they_come or next(filter(None, orders), ""),
+        guarantee=max((part.guarantee for part in parts), key=STRENGTH.index),
+        steady=all(part.steady for part in parts),
+        steps=Steps(input_order=order),
+    )
+    dealt = [(part.ranks, part.batch_size) for part in parts if part.ranks is not None]
+    if not dealt:
+        return flow
+    ranks, batch_size = max(dealt, key=lambda one: one[0].shared)
+    flow = replace(flow, ranks=ranks, batch_size=batch_size)
+    if as_they_come or any((its.rank, its.world_size) != (ranks.rank, ranks.world_size) for its, _ in dealt):
+        return flow.limited(Shared.SAME_RANK, label)
+    if source.how == "zip" and len(dealt) == len(parts) and len({size for _, size in dealt}) == 1:
+        return flow
+    return flow.limited(Shared.SAME_WORLD, label)
+
+
+def forgets_numbers(plan: Plan) -> bool:
+    """Whether a resume after one of several sources has failed gives some samples again.
+
+    That source takes part again then, so that numbers would be those of other entries: stages that know entries by
+    number forget them.
+    """
+    inner = plan.source.plans if isinstance(plan.source, Combined) else ()
+    counts = any(not stage.exact_in_any_order for stage in plan.stages) or bool(flow_of(plan).completion_order)
+    return counts or any(map(forgets_numbers, inner))
+
+
+def guarantee_of_stream(stream: Any) -> Guarantee:
+    """Whether `stream` can be entered in the middle."""
+    if isinstance(stream, CursorSource) and not stream.replayable:
+        return "live"
+    return "exact" if isinstance(stream, CursorSource) or tells_state(stream) else "replayed"
+
+
+def with_ranks(plan: Plan) -> Plan:
+    """The plan with each `shard` as it is now: looked up once, so that a whole epoch is of one rank.
+
+    Raises:
+        ValueError: `shard(even="error")`, and it is known that the samples do not share out evenly; or the rank that
+            the environment names is none.
+    """
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(with_ranks(inner) for inner in source.plans))
+    plan = replace(plan, source=source)
+    for at, stage in enumerate(plan.stages):
+        if isinstance(stage, Shard):
+            shard = stage.with_ranks()
+            plan = replace(plan, stages=(*plan.stages[:at], shard, *plan.stages[at + 1 :]))
+            if shard.even == "error":
+                with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
+                    length_of(replace(plan, stages=plan.stages[: at + 1]))
+    return plan
+
+
+def in_front_of_cache(plan: Plan) -> str:
+    """What is in front of a cache behind `plan`, in words: a cache on disk belongs to one such pipeline.
+
+    Raises:
+        ValueError: The next epoch would give other samples, or in another order, and nothing else tells them apart.
+    """
+    if isinstance(plan.source, Single) and isinstance(plan.source.data, Indexable) and _is_keyed(plan):
+        data = plan.source.data
+        if isinstance(data.data, Files):
+            first = f"samples by name of Files(read={data.data.read!r}, with_path={data.data.with_path})"
+        elif data.load is None and isinstance(data.data, list | tuple):
+            first = "samples by name"
+        else:
+            first = f"samples by index of {source_name(data.data)}({data.length})"
+        return " > ".join([first, *(stage.label for stage in plan.stages if isinstance(stage, Map | Filter))])
+    return " > ".join(["samples by position", *_in_order(plan)])
+
+
+def _is_keyed(plan: Plan) -> bool:
+    """Whether entries are samples of the source by its keys: nothing but order stages, then maps and filters."""
+    one_for_one = True
+    for stage in plan.stages:
+        if isinstance(stage, Filter):
+            one_for_one = False
+        elif not isinstance(stage, Map | Cache) and not (
+            one_for_one and is_order_stage(stage) and plan.source.indexable
+        ):
+            return False
+    return True
+
+
+def _in_order(plan: Plan) -> list[str]:
+    """`plan` in words, if its epochs are all the same."""
+    if isinstance(plan.source, Combined):
+        if plan.source.how not in ("zip", "interleave"):
+            raise ValueError(
+                f"cache() after {plan.source.how}() cannot tell samples apart: they come in another order in each "
+                f"epoch; put cache() into each of the pipelines that are combined"
+            )
+        words = [f"{plan.source.how}({', '.join(' > '.join(_in_order(part)) for part in plan.source.plans)})"]
+    else:
+        if plan.source.sampler is not None:
+            raise ValueError(
+                "cache() cannot tell samples apart here: the sampler may give another order in each epoch, and what is "
+                "between it and cache() is more than map and filter; put cache() before that"
+            )
+        words = [describe_content(plan.source.data)]
+    for stage in plan.stages:
+        if not stage.same_each_epoch:
+            raise ValueError(
+                f"cache() after {stage.label} cannot tell samples apart: the next epoch may give others, or give them "
+                f"in another order; put cache() before it"
+            )
+        if isinstance(stage, Shard):
+            rank, world_size = stage.place()
+            words.append(f"shard({rank}, {world_size})")
+        elif not isinstance(stage, Cache):
+            words.append(stage.label)
+    return words

@@ -1,0 +1,270 @@
+"""`EpochSampling`: the keys of a `DataLoader`'s epochs, drawn as torch's iterator draws them."""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.data
+from torch.utils.data import BatchSampler, RandomSampler
+
+from aioloader.core.safe_text import safe_repr
+from aioloader.core.seeds import derive_seed
+from aioloader.engine.progress import Progress
+from aioloader.engine.resumable import Origin, is_stateful
+from aioloader.sources.sampler_order import (
+    Draws,
+    ReplayableOrder,
+    arguments_of,
+    check_place,
+    detached_copies,
+    drawing_from,
+    draws_globally,
+    draws_of,
+    generators_of,
+    is_plain,
+    is_repeatable,
+    kind_of,
+    replayable_keys,
+)
+
+__all__ = ["BaseSeed", "EpochSampling"]
+
+
+@dataclass
+class BaseSeed:
+    """What the seeds of an epoch's workers begin with, once it has been drawn."""
+
+    value: int = 0
+
+
+class EpochSampling:
+    """What an epoch draws when it begins: the order of its keys, and a base seed for its workers.
+
+    Attributes:
+        told_epoch: What `set_epoch` was last called with.
+
+    Args:
+        loader: torch's own, which has made the samplers.
+        shuffled: By `shuffle=True`.
+        seed: With it the order depends on the seed and the epoch alone.
+        persistent: Workers stay, and have one base seed for all epochs: as in torch only the first epoch draws one,
+            so that the orders of the later ones are others than without. A loader that goes on from a state does as
+            the one that the state is of, whatever its own workers do. With `seed` no order depends on it.
+    """
+
+    def __init__(
+        self, loader: "torch.utils.data.DataLoader[Any]", *, shuffled: bool, seed: int | None, persistent: bool
+    ) -> None:
+        self.seed = seed
+        self.generator: torch.Generator | None = loader.generator
+        self.dataset: Any = loader.dataset
+        self.sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+        self._batch_size = loader.batch_size
+        self._drop_last = loader.drop_last
+        self._seeded = seed is not None and shuffled
+        self._draws_once = persistent and seed is None
+        self._base_seed: int | None = None  # once drawn, where that happens once
+        self.told_epoch: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nobody can tell when keys are read."""
+        return is_plain(self.sampler)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a resumed epoch surely has the same keys."""
+        return self._seeded or is_repeatable(self.sampler)
+
+    @property
+    def draws_globally(self) -> bool:
+        """Whether their order depends on torch's global generator."""
+        return not self._seeded and draws_globally(self.sampler)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that an epoch draws from, the global one aside."""
+        return generators_of(self, self.sampler)
+
+    def shape(self) -> dict[str, Any]:
+        """What decides their order, for the comparison of pipelines."""
+        if self._seeded:
+            return {"stage": "shuffle", "seed": self.seed}
+        inner = getattr(self.sampler, "sampler", self.sampler)
+        of = inner if self._batch_size is not None else self.sampler  # else the batch sampler is the user's
+        shape = {
+            "stage": "sampler",
+            "kind": kind_of(inner),
+            "name": type(inner).__name__,
+            "arguments": arguments_of(of),
+        }
+        return shape if self.seed is None else shape | {"seed": self.seed}
+
+    @property
+    def _with_epochs(self) -> list[Any]:
+        """The samplers and the dataset that have a `set_epoch`."""
+        parts = (self.sampler, getattr(self.sampler, "sampler", None), self.dataset)
+        return [part for part in parts if callable(getattr(part, "set_epoch", None))]
+
+    @property
+    def _that_tell(self) -> list[Any]:
+        """Those of them that say which epoch they are in."""
+        return [part for part in self._with_epochs if type(getattr(part, "epoch", None)) is int]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the samplers and the dataset that have a `set_epoch`."""
+        self.told_epoch = epoch
+        for part in self._with_epochs:
+            part.set_epoch(epoch)
+
+    def detached(self) -> "EpochSampling":
+        """The same keys, drawn without moving a sampler, generator or iterable of the user's.
+
+        Raises:
+            LookupError: One of them cannot be copied.
+        """
+        again = copy(self)
+        shared = [] if is_stateful(self.dataset) else [self.dataset]
+        things = [self.sampler, self.generator] if shared else [self.sampler, self.generator, self.dataset]
+        again.sampler, again.generator, *copied = detached_copies(things, shared)
+        again.dataset = copied[0] if copied else self.dataset
+        return again
+
+    def set_epoch_of_dataset(self, state: dict[str, Any]) -> None:
+        """Let the dataset alone be in the epoch that `state` tells of."""
+        set_epoch = getattr(self.dataset, "set_epoch", None)
+        if callable(set_epoch):
+            told = state.get("set_epoch")
+            for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
+                told = epoch if part is self.dataset else told
+            if told is not None:
+                set_epoch(told)
+
+    # -- drawing -----------------------------------------------------------------------------------------------------
+
+    def of(self, progress: Progress, base: BaseSeed | None = None) -> Any:
+        """The keys of an epoch, drawn when the first of them is asked for, as they were when it began.
+
+        Args:
+            progress: Where it stands.
+            base: Gets the base seed.
+        """
+        open_keys = partial(self.draw, progress.epoch, base)
+        if self._seeded:
+            return ReplayableOrder(open_keys, Draws(resumed=progress.begun_before))
+        return replayable_keys(self.sampler, open_keys, draws_of(progress))
+
+    def check_place(self, origin: Origin | None, since: int) -> None:
+        """Refuse a place in the keys that is none.
+
+        Raises:
+            ValueError: Why.
+        """
+        check_place(self.sampler, origin, since, in_cursor=False)
+
+    def draw_base_seed(self, progress: Progress, base: BaseSeed | None = None) -> None:
+        """What an epoch without a sampler draws; a resumed one has drawn it before.
+
+        Args:
+            progress: Where it stands.
+            base: Gets the base seed.
+        """
+        with drawing_from(draws_of(progress)):
+            self.draw(progress.epoch, base)
+
+    def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
+        """The keys of an epoch, drawn now.
+
+        As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
+        generator; so that everything drawn later, by samplers or by the user, is the same.
+
+        Args:
+            epoch: Its number.
+            base: Gets the base seed.
+        """
+        sampler = self.sampler
+        seed = self._base_seed
+        if self.seed is not None:
+            seed = derive_seed(self.seed, "workers", epoch)
+            if self._seeded:
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
+                sampler = RandomSampler(self.dataset, generator=generator)
+                if self._batch_size is not None:
+                    sampler = BatchSampler(sampler, self._batch_size, self._drop_last)
+        keys: Iterator[Any] = iter(sampler)
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self.generator))
+            if self._draws_once:
+                self._base_seed = seed
+        if base is not None:
+            base.value = seed
+        return keys
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What else the next epoch depends on, generators aside; JSON-able."""
+        state: dict[str, Any] = {}
+        if self._draws_once:
+            state["draws_once"] = True
+        if self._base_seed is not None:
+            state["base_seed"] = self._base_seed
+        return state | self.epochs()
+
+    def epochs(self) -> dict[str, Any]:
+        """The part of it that says in which epochs samplers and dataset are."""
+        state: dict[str, Any] = {}
+        if self.told_epoch is not None:
+            state["set_epoch"] = self.told_epoch
+        if parts := self._that_tell:
+            state["epochs"] = [part.epoch for part in parts]
+        return state
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse what `set_state` could not take.
+
+        Raises:
+            ValueError: Why.
+        """
+        if type(state.get("draws_once", False)) is not bool:
+            raise ValueError(f"'draws_once' is true or false, got {safe_repr(state['draws_once'])}")
+        for name in ("base_seed", "set_epoch"):
+            if name in state:
+                _check_int64(name, state[name])
+        if not isinstance(epochs := state.get("epochs", []), list) or len(epochs) not in (0, len(self._that_tell)):
+            raise ValueError(f"epochs of {len(self._that_tell)} samplers were expected, got {epochs!r}"[:200])
+        for epoch in epochs:
+            _check_int64("the epoch of a sampler", epoch)
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Draw from what `state` tells of; what `check_state` has let pass."""
+        self._draws_once = state.get("draws_once", False)
+        self._base_seed = state.get("base_seed") if self._draws_once else None
+
+    def set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
+        """Let samplers and dataset be in the epochs that `state` tells of.
+
+        Args:
+            state: See `set_state`.
+            told: Also those that do not say which they are in.
+        """
+        if told:
+            self.told_epoch = None
+            if (epoch := state.get("set_epoch")) is not None:
+                self.set_epoch(epoch)
+        for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
+            if part.epoch != epoch:
+                part.set_epoch(epoch)
+
+
+def _check_int64(name: str, value: Any) -> None:
+    """Refuse what torch would not take as a seed.
+
+    Raises:
+        ValueError: It is no such integer.
+    """
+    if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {safe_repr(value)}")

@@ -1,0 +1,76 @@
+"""Lists of entries that a task makes ahead, and readers take from."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from aioloader.core.entry import Entry
+from aioloader.core.source import EntryReader, SourceContext
+
+__all__ = ["Ahead", "failed"]
+
+
+class Ahead(EntryReader):
+    """Reads what `make()` yields, one task further than asked.
+
+    The task iterates the generator and closes it, also when it is cancelled at the end of the epoch.
+
+    Args:
+        access: The source's.
+        make: Gives lists of entries. What it raises, the reader raises, after what came before.
+        lists: How many lists may lie ready; while they do, the generator stands still.
+    """
+
+    def __init__(
+        self, access: SourceContext, make: Callable[[], AsyncGenerator[list[Entry]]], *, lists: int = 1
+    ) -> None:
+        self._make = make
+        self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists)  # None: the end
+        self._current: list[Entry] = []
+        self._next = 0  # in `current`
+        self._error: BaseException | None = None
+        self._ended = False
+        access.spawn(self._read_ahead)
+
+    async def _read_ahead(self) -> None:
+        try:
+            async with aclosing(self._make()) as made:
+                async for entries in made:
+                    if entries:
+                        await self._lists.put(entries)
+                    del entries  # it is the consumer's now
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which is for this task
+            self._error = error
+        await self._lists.put(None)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `read` gives something at once."""
+        return self._next < len(self._current) or not self._lists.empty()
+
+    async def read(self, limit: int) -> list[Entry]:
+        if self._ended:
+            return []
+        if self._next == len(self._current):
+            self._current = []  # not kept while waiting
+            self._next = 0
+            entries = await self._lists.get()
+            if entries is None:
+                self._ended = True
+                error, self._error = self._error, None
+                if error is not None:
+                    raise error
+                return []
+            self._current = entries
+            del entries
+        start = self._next
+        self._next = min(start + limit, len(self._current))
+        return self._current[start : self._next]
+
+
+def failed(error: BaseException, cursor: Any, key: Any) -> Entry:
+    """An entry that raises `error` at its place."""
+    entry = Entry(None, cursor, key, 0)
+    entry.error = error
+    return entry

@@ -1,0 +1,142 @@
+"""Batches whose samples are loaded one by one: the keys of a batch sampler, taken apart and put together again.
+
+For datasets with an async `__getitem__`: the sample is the unit of work, so that the requests of several batches are
+under way at once and the first batch does not wait for the last.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aioloader.core.entry import Entry
+from aioloader.engine.node import Fold
+from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
+from aioloader.stages.batch import CollateWith, Group, group_entries
+
+__all__ = ["INSIDE", "JoinBatches", "SplitBatches"]
+
+
+class _Inside:
+    def __repr__(self) -> str:
+        return "INSIDE"
+
+
+INSIDE: Final = _Inside()
+"""The cursor of a key that is not the last of its batch: nobody goes on there, for only whole batches are given."""
+
+
+@dataclass(frozen=True)
+class SplitBatches(FoldStage):
+    """The keys of each batch, one by one.
+
+    Cursor: the last key of a batch carries the batch's own, those before it carry `INSIDE`. `JoinBatches` tells the end
+    of a batch by that.
+
+    Args:
+        batch_size: Of all batches but the last; None: the sampler decides.
+    """
+
+    batch_size: int | None
+
+    exact_in_any_order = True
+
+    @property
+    def label(self) -> str:
+        return "split"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError("the batch sampler decides how many samples there are")
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _SplitFold(self.batch_size)
+
+
+class _SplitFold:
+    full = False
+
+    def __init__(self, batch_size: int | None) -> None:
+        self._batch_size = batch_size
+
+    def resume(self, cursor: Any) -> Any:
+        return cursor  # what `JoinBatches` gives are whole batches
+
+    def failed_at(self, cursor: Any) -> Any:
+        return cursor
+
+    def wants(self, limit: int) -> int:
+        return 1
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        out: list[Entry] = []
+        for entry in run:
+            keys = list(entry.value) if entry.error is None else []
+            first = None if self._batch_size is None or entry.position is None else entry.position * self._batch_size
+            if not keys:  # nothing to load, but it is a batch: as an error it passes by the loading stages
+                entry.error = _EmptyBatchError() if entry.error is None else entry.error
+                out.append(entry)
+            for offset, key in enumerate(keys, 1):
+                cursor = entry.cursor if offset == len(keys) else INSIDE
+                out.append(Entry(key, cursor, key, None if first is None else first + offset - 1))
+        return out
+
+    def flush(self) -> list[Entry]:
+        return []
+
+
+@dataclass(frozen=True)
+class JoinBatches(FoldStage):
+    """The groups that `SplitBatches` took apart. Cursor: that of the batch."""
+
+    collate: CollateWith
+
+    exact_in_any_order = True
+
+    @property
+    def label(self) -> str:
+        return "join"
+
+    def length(self, upstream: int) -> int:
+        raise UnknownLengthError("the batch sampler decides how many samples a batch has")
+
+    def fold(self, this_pass: Pass) -> Fold:
+        return _JoinFold()
+
+
+class _JoinFold:
+    full = False
+
+    def __init__(self) -> None:
+        self._pending: list[Entry] = []
+        self._size = 1  # of the batch before: most are as long
+
+    def resume(self, cursor: Any) -> Any:
+        return cursor
+
+    def failed_at(self, cursor: Any) -> Any:
+        return cursor
+
+    def wants(self, limit: int) -> int:
+        return max(1, limit * self._size - len(self._pending))  # or batches would pile up here, for which no room is
+
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        groups = []
+        for entry in run:
+            self._pending.append(entry)
+            if entry.cursor is not INSIDE:
+                groups.append(self._group())
+        return groups
+
+    def flush(self) -> list[Entry]:
+        return [self._group()] if self._pending else []
+
+    def _group(self) -> Entry:
+        if isinstance(self._pending[0].error, _EmptyBatchError):
+            group = Entry(Group([], [], []), self._pending[0].cursor, [], self._pending[0].position)
+        else:
+            group = group_entries(self._pending)
+            self._size = len(self._pending)
+        self._pending = []
+        return group
+
+
+class _EmptyBatchError(Exception):
+    """Stands for the samples of a batch that has none, between the two folds."""
