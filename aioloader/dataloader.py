@@ -25,9 +25,9 @@ from aioloader.engine.window import Window
 from aioloader.errors import ReplayWarning, StateError
 from aioloader.executors.chunk import Call
 from aioloader.executors.epochs import epochs_of
+from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
-from aioloader.executors.processes.zygote import check_processes
 from aioloader.insight.meters import StageMeter
 from aioloader.loader import Loader
 from aioloader.plan.build import build

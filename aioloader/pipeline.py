@@ -19,7 +19,7 @@ from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
 from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
-from aioloader.executors.processes.zygote import check_processes
+from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.build import build
 from aioloader.plan.plan import Combined, Plan, Repeat, Single, flow_of, forgets_numbers, in_front_of_cache, length_of

@@ -55,10 +55,10 @@ def collect(loader: Loader, face: Face, *, limit: int | None = None) -> list[Any
 
 
 def workers() -> set[int]:
-    """Worker processes that are alive: children of the fork servers, which are children of the zygote."""
+    """Worker processes that are alive: children of the loader servers, which are children of the fork server."""
     found = set()
-    for zygote in psutil.Process().children():
-        for server in zygote.children():
+    for parent in psutil.Process().children():
+        for server in parent.children():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found |= {worker.pid for worker in server.children()}
     return found

@@ -31,7 +31,7 @@ Arguments = dict[str, Any]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def zygote() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """The process that workers are forked from: made once, for it takes seconds to import torch."""
     with loader(Made(2, pair), persistent_workers=True, num_workers=1) as keeper:
         assert len(list(keeper)) == 2

@@ -201,7 +201,7 @@ HELD = {
     "the cache's": "store._lock",
     "that of drawing": "drawn._drawing",
     "that of torch's threads": "threads._intraop_lock",
-    "that of the fork server": "zygote._lock",
+    "that of the fork server": "fork_server._lock",
     "the memory's": "loader._memory._lock",
 }
 
@@ -210,7 +210,7 @@ def test_a_lock_that_another_thread_held_at_the_fork_stops_nobody() -> None:
     """Each lock of ours, held by a thread that the child has not."""
     script = f"""
 from aioloader.executors import threads
-from aioloader.executors.processes import zygote
+from aioloader.executors.processes import fork_server
 from aioloader.sources import drawn
 for disk in (False, True):
     loader = Pipeline(list(range(40))).shuffle(seed=0).map(int)

@@ -24,7 +24,7 @@ from tests._support import workers as processes
 
 
 @pytest.fixture(scope="module", autouse=True)
-def zygote() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """The process that others are forked from: made once, for it takes seconds to import torch."""
     with Pipeline(range(1)).in_process() as keeper:
         assert list(keeper) == [0]

@@ -37,7 +37,7 @@ def pipeline(n: int, fn: Any, concurrency: int = 2) -> Pipeline:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def zygote() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """The process that workers are forked from: made once, for it takes seconds to import torch."""
     resource_tracker.ensure_running()  # of multiprocessing; it stays
     with pipeline(1, _work.double, 1) as keeper:
@@ -47,7 +47,7 @@ def zygote() -> Iterator[None]:
 
 def servers() -> set[psutil.Process]:
     """The processes that workers are forked from, one for each loader."""
-    return {server for zygote in psutil.Process().children() for server in zygote.children()}
+    return {server for parent in psutil.Process().children() for server in parent.children()}
 
 
 @contextlib.contextmanager
@@ -553,14 +553,14 @@ def test_an_async_function_is_refused() -> None:
         Pipeline(range(3)).map(fetch, executor="process")
 
 
-def test_a_zygote_that_is_killed_takes_its_workers_and_is_replaced() -> None:
+def test_a_fork_server_that_is_killed_takes_its_workers_and_is_replaced() -> None:
     """No worker outlives it, and the loader goes on. The last test here: a new one takes seconds."""
     with pipeline(20, _work.double) as loader:
         list(loader)
         before = [psutil.Process(pid) for pid in workers()]
-        (zygote,) = {server.parent() for worker in before if (server := worker.parent()) is not None}
-        assert zygote is not None
-        zygote.kill()
+        (fork_server,) = {server.parent() for worker in before if (server := worker.parent()) is not None}
+        assert fork_server is not None
+        fork_server.kill()
         _, alive = psutil.wait_procs(before, timeout=10)
         assert not alive
         assert list(loader) == [2 * i for i in range(20)]

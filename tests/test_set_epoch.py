@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no wo
 
 
 @pytest.fixture(scope="module", autouse=True)
-def zygote() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """The process that others are forked from: made once, for it takes seconds to import torch."""
     with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
         assert list(keeper) == [0]

@@ -43,7 +43,7 @@ class Rows:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def zygote() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """The process that others are forked from: made once, for it takes seconds to import torch."""
     with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
         assert list(keeper) == [0]

@@ -1,7 +1,7 @@
 """Worker processes: for Python code that holds the GIL.
 
-    the user's process                            the zygote         a fork server              a worker
-    worker_thread.py  one thread per loader ────▶ zygote.py          imports the user's         worker.py
+    the user's process                            the fork server    the loader's server        a worker
+    worker_thread.py  one thread per loader ────▶ fork_server.py     imports the user's         worker.py
     worker_pool.py    n workers, one program      imports torch ──▶  modules, forks, reaps ──▶  runs the program
                 │                                                                               │
                 └──────────────── wire.py: one socket per worker ───────────────────────────────┘

@@ -11,10 +11,10 @@ from time import monotonic
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
+from aioloader.executors.processes.fork_server import ForkServer, describe_exit, forget_fork_server
 from aioloader.executors.processes.segments import Mapping
 from aioloader.executors.processes.wire import Connection, Message, decode
 from aioloader.executors.processes.worker import open_buffers, settings_of_this_process
-from aioloader.executors.processes.zygote import Zygote, describe_exit, forget_zygote
 
 __all__ = ["Worker", "WorkerOwner", "WorkerThread", "end_all_processes", "forget_all_processes"]
 
@@ -121,8 +121,8 @@ class WorkerThread:
         self._ended = False  # the thread takes no commands any more: callers run theirs
         self._forgotten = False  # this is a forked child
         self._owners: dict[Any, WorkerOwner] = {}
-        self._zygote: Zygote | None = None
-        self._number = 0  # of our fork server
+        self._fork_server: ForkServer | None = None
+        self._number = 0  # of our loader server
         self._control: Connection | None = None
         self._workers: set[Worker] = set()
         self._tickets: dict[int, Worker] = {}
@@ -210,7 +210,7 @@ class WorkerThread:
             OSError: It cannot be started.
         """
         if self._control is None:
-            self._zygote, self._number, sock = Zygote.join()
+            self._fork_server, self._number, sock = ForkServer.join()
             sock.setblocking(False)
             self._control = Connection(sock)
             self._selector.register(self._control, selectors.EVENT_READ)
@@ -233,7 +233,7 @@ class WorkerThread:
         worker = Worker(self, owner, slot, Connection(ours))
         self._ticket += 1
         self._tickets[self._ticket] = worker
-        with theirs, contextlib.suppress(OSError):  # the zygote is gone: it will be noticed
+        with theirs, contextlib.suppress(OSError):  # the fork server is gone: it will be noticed
             self._control.send(
                 ("fork", self._ticket, settings_of_this_process(), modules), fds=[os.dup(theirs.fileno())]
             )
@@ -254,7 +254,7 @@ class WorkerThread:
 
     def _waits_for_workers(self) -> bool:
         """There are workers, or will be in a moment. When an import of the user's hangs, there will be none."""
-        born = self._zygote is not None and self._zygote.born
+        born = self._fork_server is not None and self._fork_server.born
         return born and any(not (worker.pid is None and worker.given_up) for worker in self._workers)
 
     def _turn(self) -> None:
@@ -310,7 +310,7 @@ class WorkerThread:
             for message in worker._connection.receive():
                 worker.owner.received(worker, message)
         except EOFError:
-            # Dead, or it has closed what it should not have: dead in a moment. The zygote tells how it ended.
+            # Dead, or it has closed what it should not have: dead in a moment. The fork server tells how it ended.
             self._disconnect(worker)
             self._kill(worker)
 
@@ -340,13 +340,13 @@ class WorkerThread:
     def _control_ready(self, events: int) -> None:
         control = self._control
         assert control is not None
-        assert self._zygote is not None
+        assert self._fork_server is not None
         try:
             if events & selectors.EVENT_WRITE:
                 control.flush()
                 self._watch_control()
             for message in control.receive():
-                self._zygote.born = True
+                self._fork_server.born = True
                 match message.head:
                     case ("forked", ticket, pid):
                         worker = self._tickets.pop(ticket)
@@ -359,18 +359,18 @@ class WorkerThread:
                         for worker in [worker for worker in self._workers if worker.pid == pid]:
                             self._lost(worker, describe_exit(code, number))
         except (EOFError, OSError):
-            self._zygote_gone()
+            self._server_gone()
 
-    def _zygote_gone(self) -> None:
+    def _server_gone(self) -> None:
         """It was killed, or could not start: its workers are dead, or have nobody to start and reap them."""
         assert self._control is not None
-        assert self._zygote is not None
+        assert self._fork_server is not None
         self._selector.unregister(self._control)
         self._control.close()
         self._control = None
-        zygote, self._zygote = self._zygote, None
-        reason = f"was lost, because the process that starts workers {zygote.exit_reason()}"
-        zygote.leave()
+        server, self._fork_server = self._fork_server, None
+        reason = f"was lost, because the process that starts workers {server.exit_reason()}"
+        server.leave()
         self._tickets.clear()
         for worker in list(self._workers):
             if worker.pid is not None:
@@ -386,13 +386,13 @@ class WorkerThread:
             self._selector.unregister(self._control)
             self._control.close()
             self._control = None
-            if self._tickets and self._zygote is not None:
-                self._zygote.kill(self._number)  # it imports, and does not see that it is to end
+            if self._tickets and self._fork_server is not None:
+                self._fork_server.kill(self._number)  # it imports, and does not see that it is to end
         try:
             for worker in list(self._workers):
                 self._lost(worker, "was not needed any more")
-            if self._zygote is not None:
-                self._zygote.leave()
+            if self._fork_server is not None:
+                self._fork_server.leave()
             for owner in self._owners.values():
                 owner.close()
         finally:  # whoever waits for something hears of the end, whatever is broken here
@@ -422,4 +422,4 @@ def forget_all_processes() -> None:
     for processes in list(_alive):
         processes.forget()
     _alive.clear()
-    forget_zygote()
+    forget_fork_server()

@@ -1,7 +1,7 @@
-"""The zygote: a small process that imports torch once, and forks a server for each loader, which forks its workers.
+"""The fork server: a small process that imports torch once and forks a server for each loader, which forks its workers.
 
-    the user's process ──▶ zygote ──▶ fork server of a loader ──▶ workers
-                           torch      the user's modules
+    the user's process ──▶ fork server ──▶ loader's server ──▶ workers
+                           torch           the user's modules
 
 It has one thread, no CUDA state, and nothing of the user's in it, so forking it is safe and takes milliseconds; and
 since it is started with a program of ours, nothing of the user's `__main__` runs again, as it does with
@@ -13,9 +13,9 @@ has nothing of the one before it; and another loader has a server of its own, wh
 
 The story of the end. Each loader has a connection to its server; when it closes, in whatever way (`close()`, garbage
 collection, `kill -9` of the user's process), the server kills the workers and exits. One that hangs in an import is
-killed by the zygote. That exits when all loaders are gone. A zygote or server that is killed itself takes what it has
-forked with it where there is `prctl` (Linux); elsewhere the user's process kills workers, and a worker whose user's
-process is gone finds its own connection closed.
+killed by the fork server. That exits when all loaders are gone. Either of them, killed itself, takes what it has forked
+with it where there is `prctl` (Linux); elsewhere the user's process kills workers, and a worker whose user's process is
+gone finds its own connection closed.
 """
 
 import contextlib
@@ -36,10 +36,10 @@ from typing import Any, NoReturn
 from aioloader.executors.processes import worker
 from aioloader.executors.processes.wire import Connection
 
-__all__ = ["Zygote", "check_processes", "forget_zygote", "main"]
+__all__ = ["ForkServer", "check_processes", "forget_fork_server", "main"]
 
-END_SECONDS = 5.0  # how long the end of the zygote is waited for before it is killed
-EXIT_SECONDS = 0.5  # between the end of a server, which the zygote's brings about, and that of the zygote
+END_SECONDS = 5.0  # how long the end of the fork server is waited for before it is killed
+EXIT_SECONDS = 0.5  # between the end of a server, which the fork server's brings about, and that of the fork server
 
 # -- in the user's process ---------------------------------------------------------------------------------------------
 
@@ -55,10 +55,10 @@ def check_processes(argument: str) -> None:
 
 
 _lock = threading.Lock()
-_zygote: "Zygote | None" = None
+_fork_server: "ForkServer | None" = None
 
 
-class Zygote:
+class ForkServer:
     """The process, as seen from outside; all loaders of this process share it, and it ends with the last of them.
 
     Attributes:
@@ -69,7 +69,7 @@ class Zygote:
         self.born = False
         ours, theirs = socket.socketpair()
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from aioloader.executors.processes.zygote import main; "
+            f"import sys; sys.path[:] = {sys.path!r}; from aioloader.executors.processes.fork_server import main; "
             f"main({theirs.fileno()})"
         )
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing does
@@ -89,7 +89,7 @@ class Zygote:
         self._numbers = 0
 
     @classmethod
-    def join(cls) -> tuple["Zygote", int, socket.socket]:
+    def join(cls) -> tuple["ForkServer", int, socket.socket]:
         """The process, started if need be, and for one loader the number of its server and a connection to that.
 
         May take milliseconds.
@@ -97,17 +97,17 @@ class Zygote:
         Raises:
             OSError: It cannot be started.
         """
-        global _zygote
+        global _fork_server
         with _lock:
-            if _zygote is None or _zygote._process.poll() is not None:
-                _zygote = cls()
-            _zygote._numbers += 1
-            number = _zygote._numbers
+            if _fork_server is None or _fork_server._process.poll() is not None:
+                _fork_server = cls()
+            _fork_server._numbers += 1
+            number = _fork_server._numbers
             ours, theirs = socket.socketpair()
             with theirs, contextlib.suppress(OSError):  # it has just died: so has the connection, which will say so
-                _zygote._connection.send(("client", number), fds=[os.dup(theirs.fileno())])
-            _zygote._clients += 1
-            return _zygote, number, ours
+                _fork_server._connection.send(("client", number), fds=[os.dup(theirs.fileno())])
+            _fork_server._clients += 1
+            return _fork_server, number, ours
 
     def kill(self, number: int) -> None:
         """End a server that does not listen."""
@@ -116,13 +116,13 @@ class Zygote:
 
     def leave(self) -> None:
         """One loader less; the last one waits for the end of the process, which it kills while that imports torch."""
-        global _zygote
+        global _fork_server
         with _lock:
             self._clients -= 1
             if self._clients:
                 return
-            if _zygote is self:
-                _zygote = None
+            if _fork_server is self:
+                _fork_server = None
         self._connection.close()
         if not self.born:
             self._process.kill()
@@ -140,18 +140,18 @@ class Zygote:
         return "ended, maybe while it imported modules of yours"
 
     def forget(self) -> None:
-        """In a forked child, whose zygote this is not."""
+        """In a forked child, whose fork server this is not."""
         self._connection.close()
         self._process.returncode = 0  # nobody here is to wait for it
 
 
-def forget_zygote() -> None:
-    """In a forked child: only the parent's copy of the connection may keep the zygote alive."""
-    global _zygote, _lock
+def forget_fork_server() -> None:
+    """In a forked child: only the parent's copy of the connection may keep the fork server alive."""
+    global _fork_server, _lock
     _lock = threading.Lock()
-    if _zygote is not None:
-        _zygote.forget()
-        _zygote = None
+    if _fork_server is not None:
+        _fork_server.forget()
+        _fork_server = None
 
 
 def describe_exit(code: int, signal_number: int) -> str:
@@ -163,7 +163,7 @@ def describe_exit(code: int, signal_number: int) -> str:
     return f"was killed by signal {signal_number}"
 
 
-# -- in the zygote -----------------------------------------------------------------------------------------------------
+# -- in the fork server ------------------------------------------------------------------------------------------------
 
 
 def main(fd: int) -> NoReturn:
@@ -184,7 +184,7 @@ def main(fd: int) -> NoReturn:
             match message.head:
                 case ("client", number):
                     with contextlib.suppress(OSError):  # no more processes: the loader finds its connection closed
-                        servers[number] = _fork_server(user, message.fds[0])
+                        servers[number] = _fork_loader_server(user, message.fds[0])
                     os.close(message.fds[0])
                 case ("kill", number) if number in servers:
                     with contextlib.suppress(ProcessLookupError):
@@ -195,14 +195,14 @@ def main(fd: int) -> NoReturn:
     os._exit(0)
 
 
-def _fork_server(user: Connection, fd: int) -> int:
-    zygote = os.getpid()
+def _fork_loader_server(user: Connection, fd: int) -> int:
+    parent = os.getpid()
     if pid := os.fork():
         return pid
     try:
-        _die_with(zygote)
+        _die_with(parent)
         user.close()
-        _ForkServer(socket.socket(fileno=fd)).serve()
+        _LoaderServer(socket.socket(fileno=fd)).serve()
     finally:
         os._exit(0)
 
@@ -221,10 +221,10 @@ def _ignore(number: int, frame: object) -> None:
     """The handler of a signal that has done its work by waking `select`."""
 
 
-# -- in the fork server of a loader ------------------------------------------------------------------------------------
+# -- in the loader's server --------------------------------------------------------------------------------------------
 
 
-class _ForkServer:
+class _LoaderServer:
     """Imports what a loader's workers need, once, forks them, and tells how they ended.
 
     Args:
