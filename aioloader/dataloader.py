@@ -16,6 +16,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.faces import AsyncBatches, Batches
+from aioloader.engine.fuse import InProcesses
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
@@ -38,12 +39,13 @@ from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
-from aioloader.stages.batch import Batch, BatchFold, CollateWith, Group
+from aioloader.stages.batch import Batch, BatchFold, CollateWith
 from aioloader.stages.collate import Collate
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.flow import Guarantee
+from aioloader.stages.group import Group
 from aioloader.stages.load import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
-from aioloader.stages.map import ASYNC_CONCURRENCY, InProcesses, Map
+from aioloader.stages.map import ASYNC_CONCURRENCY, Map
 from aioloader.stages.split_join import JoinBatches, SplitBatches
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
@@ -312,7 +314,7 @@ class DataLoader(Loader, Generic[T_co]):
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
             source = inline_source = InlineSource(self._keys.of(progress), "sampler", epoch, keys=True)
-            seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 0 1")  # as `plan.build` numbers it
+            seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
             calls = [Call(self._fetch(alloc), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
             calls.append(Call(transfer.send, False, f"to({self.device})"))
@@ -328,41 +330,49 @@ class DataLoader(Loader, Generic[T_co]):
 
     # -- with workers, or on a loop ----------------------------------------------------------------------------------
 
-    def _build(self, progress: Progress, *, dry: bool = False) -> Window:
-        transfer = None if dry else self._open_transfer()
+    def _build(self, progress: Progress) -> Window:
+        base = BaseSeed()
+        if self._workers_read:
+            self._begin_turns(progress, base)
+        elif self._iterable:
+            self._keys.draw_base_seed(progress)
+        return self._nodes(progress, self._open_transfer(), base)
+
+    def _nodes(
+        self,
+        progress: Progress,
+        transfer: Transfer | None = None,
+        base: BaseSeed | None = None,
+    ) -> Window:
+        stages: list[Stage]
         if self._in_processes:
-            return self._build_processes(progress, transfer, dry=dry)
-        if self._iterable:
-            if not dry:
-                self._keys.draw_base_seed(progress)
-            source = StreamData(self.dataset, call=False, single_use=False)
+            alloc = None
+            source, stages = self._in_workers(progress, BaseSeed() if base is None else base)
         else:
-            source = StreamData(partial(self._keys.of, progress), call=True, single_use=False)
-        alloc = self._alloc(transfer)
-        stages = self._stages(alloc)
+            alloc = self._alloc(transfer)
+            keys = partial(self._keys.of, progress)
+            source = StreamData(self.dataset if self._iterable else keys, call=not self._iterable, single_use=False)
+            stages = self._stages(alloc)
         if self.device is not None:
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
         plan = Plan(self._single(source), tuple(stages), room=self._room)
-        return build(plan, self._pass(progress), transfer, alloc, dry=dry)
+        return build(plan, self._pass(progress), transfer, alloc, self._open_processes)
 
-    def _build_processes(self, progress: Progress, transfer: Transfer | None, *, dry: bool) -> Window:
+    def _in_workers(self, progress: Progress, base: BaseSeed) -> tuple[StreamData, list[Stage]]:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
-        base = BaseSeed()
+        turns = Turns(self.num_workers) if self._iterable else None
         place = InProcesses(
             kept=self.persistent_workers,
-            key="fetch",
             in_turn=self.in_order or self._iterable,
             prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
-            turns=Turns(self.num_workers) if self._iterable else None,
+            turns=turns,
             epochs=partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch),
         )
         fetch: Callable[[Any], Any]
-        if place.turns is not None:
-            if not dry:
-                self._begin_turns(progress, base)
-            source = StreamData(place.turns, call=False, single_use=False)
+        if turns is not None:
+            source = StreamData(turns, call=False, single_use=False)
             collate = None if self._collates_async else self._collate_call(shared_memory)
             fetch = FetchNext(self.dataset, self.batch_size, self.drop_last, collate)
         else:
@@ -371,12 +381,7 @@ class DataLoader(Loader, Generic[T_co]):
         stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
         if self._collates_async:
             stages.append(self._convert(shared_memory))
-        if self.device is not None:
-            stages.append(To(self.device))
-        elif transfer is not None:
-            stages.append(PinMemory())
-        plan = Plan(self._single(source), tuple(stages), room=self._room)
-        return build(plan, self._pass(progress), transfer, processes=self._open_processes, dry=dry)
+        return source, stages
 
     def _begin_turns(self, progress: Progress, base: BaseSeed) -> None:
         """Give workers that iterate the dataset their base seed: that which they had, where the epoch goes on."""

@@ -88,13 +88,12 @@ class Loader(LoaderHooks):
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
     @abstractmethod
-    def _build(self, progress: Progress, *, dry: bool = False) -> Window:
-        """The nodes of one epoch, not started.
+    def _build(self, progress: Progress) -> Window:
+        """The nodes of one epoch, not started, and all that they need."""
 
-        Args:
-            progress: Where the epoch stands.
-            dry: They will never be started: no source is used up, and no order is drawn.
-        """
+    @abstractmethod
+    def _nodes(self, progress: Progress) -> Window:
+        """The same, only to see whether a cursor fits: nothing is opened, drawn or used up."""
 
     @abstractmethod
     def _shape(self) -> Shape:
@@ -366,7 +365,7 @@ class Loader(LoaderHooks):
             self._check_random_state(loaded["random"] or {}, begun=cursor is not None)
             part = "cursor"
             if cursor is not None:
-                self._build(Progress(loaded["epoch"], cursor, loaded["batches"]), dry=True).resume(cursor)
+                self._nodes(Progress(loaded["epoch"], cursor, loaded["batches"])).resume(cursor)
         except (ValueError, TypeError, LookupError, OverflowError) as error:
             raise StateError(f"{part!r} of the state does not fit this loader, or is broken: {error}") from error
 

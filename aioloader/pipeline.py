@@ -1,6 +1,5 @@
 """`Pipeline`: the description of how samples become batches."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -14,7 +13,9 @@ from torch import Generator, empty, int64
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.core.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
-from aioloader.device import Transfer, can_pin, check_device, open_backend
+from aioloader.core.memory import Alloc
+from aioloader.device import Transfer, check_device
+from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
 from aioloader.engine.source import is_async_callable
@@ -22,7 +23,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.build import build
-from aioloader.plan.plan import Combined, Plan, Repeat, Single, flow_of, forgets_numbers, in_front_of_cache, length_of
+from aioloader.plan.plan import Combined, Plan, Single, before_cache, flow_of, flows_of, forgets_numbers, length_of
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.unsplit import gives_all
@@ -36,9 +37,11 @@ from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.flow import Guarantee
 from aioloader.stages.in_process import OwnProcess
-from aioloader.stages.map import PROCESSES, Filter, FlatMap, InProcesses, Map
+from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.rank import Even
+from aioloader.stages.repeat import Repeat
 from aioloader.stages.select import Enumerate, Skip, Take
-from aioloader.stages.shard import Even, Shard
+from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 
 __all__ = ["Pipeline"]
@@ -94,7 +97,7 @@ class Pipeline(Loader):
         """This pipeline and one more stage."""
         if self._plan.gives_info:
             raise ValueError(f"with_info() must be the last stage, got {stage.label} behind it")
-        if self._plan.stages and isinstance(self._plan.stages[-1], To):
+        if self._plan.stages and self._plan.stages[-1].must_be_last:
             last = self._plan.stages[-1]
             raise ValueError(f"{last.label} must be the last stage, got {stage.label} behind it; put it before .to()")
         return self._of(replace(self._plan, stages=(*self._plan.stages, stage)))
@@ -267,7 +270,7 @@ class Pipeline(Loader):
             TypeError: Neither `memory_bytes` nor `disk`, or both.
             ValueError: The directory is not this pipeline's, or samples cannot be told apart from epoch to epoch.
         """
-        pipeline = in_front_of_cache(self._plan)
+        pipeline = before_cache(self._plan)
         if (memory_bytes is None) == (disk is None):
             raise TypeError(
                 f"cache() takes either memory_bytes or disk, got {memory_bytes=} and {disk=}; pass for instance "
@@ -282,9 +285,7 @@ class Pipeline(Loader):
 
     def unbatch(self) -> "Pipeline":
         """The samples of each batch: rows of tensors, items of lists; the inverse of the default `batch`."""
-        batches = [stage for stage in self._plan.stages if isinstance(stage, Batch)]
-        collated = bool(batches) and batches[-1].collate.fn is None
-        return self._then(Unbatch(collated))
+        return self._then(Unbatch(flows_of(self._plan)[-1].collated))
 
     def take(self, n: int) -> "Pipeline":
         """The first `n`; what is behind them is not read."""
@@ -356,7 +357,7 @@ class Pipeline(Loader):
         """
         check_processes("in_process()")
         for stage in self._plan.stages:
-            if isinstance(stage, PinMemory | OwnProcess | DropIf):
+            if stage.here_only:
                 raise ValueError(f"in_process() must come before {stage.label}, got {self!r}; put it first, once")
         for stream in _streams(self._plan):
             if stream.single_use:
@@ -494,21 +495,15 @@ class Pipeline(Loader):
             if stream.single_use:
                 stream.check_unused()
 
-    def _build(self, progress: Progress, *, dry: bool = False) -> Window:
-        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._seed))
-        if dry:
-            return build(self._plan, this_pass, processes=self._open_processes, dry=True)
+    def _build(self, progress: Progress) -> Window:
         if self._transfer is None:
             self._transfer = _open_transfer(self._plan)
-        alloc = self._alloc(self._transfer)
-        return build(
-            self._plan,
-            this_pass,
-            self._transfer,
-            alloc,
-            self._open_processes,
-            draws=draws_of(progress, sole=self._draws_alone),
-        )
+        return self._nodes(progress, self._transfer, self._alloc(self._transfer))
+
+    def _nodes(self, progress: Progress, transfer: Transfer | None = None, alloc: Alloc | None = None) -> Window:
+        this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._seed))
+        draws = draws_of(progress, sole=self._draws_alone)
+        return build(self._plan, this_pass, transfer, alloc, self._open_processes, draws=draws)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -619,7 +614,7 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
     for pipeline in pipelines:
         if pipeline._plan.gives_info:
             raise ValueError(f"{how} combines samples, got pairs with their info; put .with_info() behind .{how}()")
-        if any(isinstance(stage, To | PinMemory) for stage in pipeline._plan.stages):
+        if any(stage.on_device for stage in pipeline._plan.stages):
             raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() behind .{how}()")
     return tuple(pipeline._plan for pipeline in pipelines)
 
@@ -682,8 +677,7 @@ def _keeping_last(plan: Plan) -> Plan:
     source = plan.source
     if isinstance(source, Combined):
         source = replace(source, plans=tuple(_keeping_last(inner) for inner in source.plans))
-    stages = [replace(stage, drop_last=False) if isinstance(stage, Batch) else stage for stage in plan.stages]
-    return replace(plan, source=source, stages=tuple(stages))
+    return replace(plan, source=source, stages=tuple(stage.keeping_last() for stage in plan.stages))
 
 
 def _with_streams(plan: Plan, others: dict[int, Any]) -> Plan:
@@ -712,13 +706,6 @@ def _describe_source(plan: Plan) -> str:
 def _open_transfer(plan: Plan) -> Transfer | None:
     """The way to the plan's device, or to its page-locked memory."""
     for stage in reversed(plan.stages):
-        if isinstance(stage, To):
-            return Transfer(open_backend(stage.device))
-        if isinstance(stage, PinMemory):
-            if can_pin():
-                return Transfer(open_backend("cuda"))
-            warnings.warn(
-                "pin_memory() does nothing, because no accelerator was found: batches stay in plain memory",
-                stacklevel=4,
-            )
+        if stage.on_device:
+            return stage.open_transfer()
     return None

@@ -809,7 +809,7 @@ def test_two_threads_that_open_a_file_at_once_both_read_it(tmp_path: Path, monke
         return read_now(*args)
 
     read_now = disk_cache._read
-    monkeypatch.setattr(disk_cache, "_File", Opened)
+    monkeypatch.setattr(disk_cache, "_SharedFile", Opened)
     monkeypatch.setattr(disk_cache, "_read", read)
     with ThreadPoolExecutor(2) as threads:
         samples = list(threads.map(store.load, [store.find(0), store.find(1)]))
@@ -1163,7 +1163,7 @@ def test_a_disk_that_takes_no_files_is_read_on(tmp_path: Path, monkeypatch: pyte
                 raise OSError(errno.EROFS, "Read-only file system", str(path))
             super().__init__(path, flags)
 
-    monkeypatch.setattr(disk_cache, "_File", ReadOnly)
+    monkeypatch.setattr(disk_cache, "_SharedFile", ReadOnly)
     loader = Pipeline(range(10)).map(make_tensor).cache(disk=folder)
     with pytest.warns(RuntimeWarning, match="cannot be written to, and keeps no more: .*Read-only file system"):
         assert first_values(collect(loader, "for")) == list(range(10))

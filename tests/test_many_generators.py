@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,7 @@ from aioloader.core.entry import ONE_LOST, Entry
 from aioloader.engine.combine import InterleaveNode
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.source import KeySource
-from aioloader.sources.order import order_of
-from aioloader.stages.base import Pass
+from aioloader.stages.key_order import KeyOrder
 from aioloader.testing import FaultySource, Gate, RecordingSource, SyncRecordingSource, virtual_order
 from tests._support import Face, Started, Steps, collect, on_both_faces, run, until
 
@@ -184,8 +184,11 @@ def test_interleave_fails_in_turn(face: Face) -> None:
 def test_interleave_resumes_the_indexable_without_reading_it_again() -> None:
     """Keys are arithmetic: the cursor of each is where it goes on."""
 
+    def keys(length: int, permute: bool) -> KeyOrder:
+        return KeyOrder(range(length))
+
     def node() -> InterleaveNode:
-        return InterleaveNode([KeySource(order_of(length, [], Pass(0)), None, "keys") for length in (5, 2, 9)])
+        return InterleaveNode([KeySource(partial(keys, length), None, "keys") for length in (5, 2, 9)])
 
     found = everything(node(), itertools.repeat(4))
     again = node()

@@ -27,10 +27,11 @@ from aioloader.plan.plan import Plan
 from aioloader.plan.ranks import check_shard_state, shard_state
 from aioloader.sources import Channel
 from aioloader.sources.lines import Lines
-from aioloader.sources.order import KeyOrder, order_of
-from aioloader.stages.base import Pass, Stage
+from aioloader.stages.base import FoldStage, Pass, order_of
+from aioloader.stages.key_order import KeyOrder
+from aioloader.stages.rank import Even
 from aioloader.stages.select import Skip, Take
-from aioloader.stages.shard import Even, Shard
+from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.testing import assert_resumes_exactly
 from tests._states import contents_of
@@ -52,8 +53,8 @@ def resumed(loader: Pipeline, cursor: Any) -> Pipeline:
     cursor = json.loads(json.dumps(cursor))
     build = loader._build
 
-    def build_resumed(progress: Progress, *, dry: bool = False) -> Window:
-        window = build(progress, dry=dry)
+    def build_resumed(progress: Progress) -> Window:
+        window = build(progress)
         window.resume(cursor)
         return window
 
@@ -249,7 +250,7 @@ order_stages = st.lists(
 )
 
 
-def by_lists(n: int, stages: Sequence[Stage], this_pass: Pass) -> list[int]:
+def by_lists(n: int, stages: Sequence[FoldStage], this_pass: Pass) -> list[int]:
     """`take`, `skip` and `shuffle` as said in one line each."""
     keys = list(range(n))
     for stage in stages:
@@ -276,7 +277,7 @@ def by_lists(n: int, stages: Sequence[Stage], this_pass: Pass) -> list[int]:
     data=st.data(),
 )
 def test_order_stages_are_arithmetic(
-    n: int, before: list[Stage], behind: list[Stage], world_size: int, even: Even, data: st.DataObject
+    n: int, before: list[FoldStage], behind: list[FoldStage], world_size: int, even: Even, data: st.DataObject
 ) -> None:
     """In any order, any slice of them, resumed at any of their positions."""
     this_pass = Pass(epoch=data.draw(st.integers(0, 2)))
@@ -301,7 +302,7 @@ def test_order_stages_are_arithmetic(
     data=st.data(),
 )
 def test_ranks_of_any_number_share_what_is_left(
-    n: int, before: list[Stage], worlds: list[int], data: st.DataObject
+    n: int, before: list[FoldStage], worlds: list[int], data: st.DataObject
 ) -> None:
     """Behind any position, complete and disjoint; the ends of other worlds' orders included."""
     this_pass = Pass(epoch=0)
@@ -319,7 +320,7 @@ def test_ranks_of_any_number_share_what_is_left(
 
 
 @pytest.mark.parametrize("behind", [Take(4), Skip(1), Shuffle(None, 0)], ids=["take", "skip", "shuffle"])
-def test_a_position_within_a_round_is_refused_behind_stages_of_a_rank(behind: Stage) -> None:
+def test_a_position_within_a_round_is_refused_behind_stages_of_a_rank(behind: FoldStage) -> None:
     """They know this rank's samples by number; where none can be said, the numbers are."""
     order = order_of(20, [Shard(1, 3), behind], Pass(0))
     with pytest.raises(ValueError, match="position 7 lies within a round of 3 ranks"):

@@ -49,6 +49,7 @@ class PlacedNode(Node):
         return self._upstream.extra_room if self._begun else MOST_EARLY
 
     def resume(self, cursor: Any) -> None:
+        self._again().resume(cursor)  # raises when it does not fit; the upstream may go on elsewhere
         self._resume_at = cursor
 
     def start(self, run: "Run", kick: Kick) -> None:

@@ -62,12 +62,16 @@ class OwnProcessNode(Node):
     Args:
         remote: Gives the process; called when the run begins.
         request: What `Serving.build` is called with, after whether it is resumed.
+        inner: What would run here. It is never started, but knows which cursors fit.
         room: Entries between the two processes; of batches each travels alone.
         batches: Whether the entries are batches.
     """
 
-    def __init__(self, remote: Callable[[], StreamWorker], request: Any, *, room: int, batches: bool) -> None:
+    def __init__(
+        self, remote: Callable[[], StreamWorker], request: Any, inner: Node, *, room: int, batches: bool
+    ) -> None:
         self._get_remote = remote
+        self._inner = inner
         self._request = request
         self._room = room
         self._batches = batches
@@ -88,6 +92,7 @@ class OwnProcessNode(Node):
         return self._failed or any(meter.gaps for meter in self._meters)
 
     def resume(self, cursor: Any) -> None:
+        self._inner.resume(cursor)
         self._cursor = cursor
 
     def start(self, run: "Run", kick: Kick) -> None:
@@ -158,7 +163,7 @@ class OwnProcessNode(Node):
         """The newest counters of the stages there."""
         for index, theirs in enumerate(meters or ()):
             if index == len(self._meters):
-                mine = self._run.adopt(StageMeter(theirs.name, theirs.kind))
+                mine = self._run.adopt(StageMeter(theirs.name, theirs.kind, address=theirs.address))
                 if self._run.meters[-1] is mine:  # a new one: before those of the stages here
                     self._run.meters.insert(self._meters_at + index, self._run.meters.pop())
                 self._meters.append(mine)

@@ -149,7 +149,8 @@ class Run:
     def adopt(self, meter: StageMeter) -> StageMeter:
         """Count with `meter`, or go on with that of the same stage in an earlier repetition."""
         for known in self.meters:
-            if known.retired and (known.name, known.kind) == (meter.name, meter.kind):
+            same = (known.address, known.name, known.kind) == (meter.address, meter.name, meter.kind)
+            if known.retired and same:
                 known.retired = False
                 return known
         self.meters.append(meter)

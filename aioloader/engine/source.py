@@ -60,25 +60,26 @@ class KeySource(Node):
     of all ranks: when each has got as many samples, their cursors are the same.
 
     Args:
-        keys: The epoch's order.
+        order: Gives the epoch's order, or, called with False, one with the same positions in which no key was moved.
         values: A built-in sequence to read; None: the key itself goes on, and a step of the window loads it.
         name: For statistics.
         names: What the samples are called in notes of errors; None: by their keys, or themselves.
     """
 
-    def __init__(self, keys: Keys, values: Sequence[Any] | None, name: str, names: Sequence[Any] | None = None) -> None:
-        self._keys = keys
+    def __init__(
+        self, order: Callable[[bool], Keys], values: Sequence[Any] | None, name: str, names: Sequence[Any] | None = None
+    ) -> None:
+        self._order = order
+        self._keys: Keys
         self._values = values
         self._names = names
         self._position = 0
-        self._cursor = 0  # where `keys` begin
+        self._cursor = 0  # where `_keys` begin
         self.meter = StageMeter(name, "source")
-        self.ended = not len(keys)
 
     def resume(self, cursor: Any) -> None:
         self._cursor = as_count(cursor)
-        self._keys = self._keys.behind(self._cursor)
-        self.ended = not len(self._keys)
+        self._order(False).behind(self._cursor)  # raises when there is no such place
 
     @property
     def extra_room(self) -> int:
@@ -86,6 +87,9 @@ class KeySource(Node):
 
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
+        keys = self._order(True)
+        self._keys = keys.behind(self._cursor) if self._cursor else keys
+        self.ended = not len(self._keys)
 
     def close(self) -> None:
         self.meter.retired = True
@@ -244,6 +248,7 @@ class StreamSource(_Pump):
         keys: Its samples are keys, or lists of the keys of a batch.
         ahead: So many samples may be read before they are asked for, though none before the first.
         warns: Say so when samples are read again only to be dropped.
+        use: Called when the epoch begins; raises where it cannot.
         unknown: `make` may give a `CursorSource`.
         check: Refuses a place, an origin and a number from there on, that is none.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
@@ -259,6 +264,7 @@ class StreamSource(_Pump):
         keys: bool = False,
         ahead: int = 0,
         warns: bool = False,
+        use: Callable[[], None] | None = None,
         unknown: bool = False,
         check: Callable[[Origin | None, int], None] | None = None,
         tells_epoch: bool = False,
@@ -272,6 +278,7 @@ class StreamSource(_Pump):
         self._ahead = ahead
         self._computes = not keys  # the first batch does not wait for what a sampler has no use for
         self._warns = warns
+        self._use = use
         self._unknown = unknown
         self._check = check
         self._tells_epoch = tells_epoch
@@ -298,8 +305,13 @@ class StreamSource(_Pump):
                 check_origin(self._make, origin, made=self._call)
             if origin is None and since and not self._call:
                 note_silent(self._make)
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        if self._use is not None:
+            self._use()
         if self._warns:
-            warn_of_replay(cursor, self.meter.name)
+            warn_of_replay(self._resume_at, self.meter.name)
+        super().start(run, kick)
 
     async def _pump(self) -> None:
         await self._demanded()  # nothing of the user's runs before a sample is wanted

@@ -75,6 +75,11 @@ class Window(Node):
     # -- the node interface ------------------------------------------------------------------------------------------
 
     @property
+    def holds(self) -> bool:
+        """Whether it begins anything before it is asked for, and holds it."""
+        return self._room is not None
+
+    @property
     def gaps(self) -> bool:
         return any(step.meter.gaps for step in self.steps) or self.upstream.gaps
 

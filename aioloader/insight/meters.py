@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
+from aioloader.core.address import Address
+
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
 Kind = Literal["source", "async", "sync", "process", "fold"]
@@ -37,6 +39,7 @@ class StageMeter:
         finished_sum: Finished entries in the window at each hand-over, summed.
         handovers: How many hand-overs there were.
         gaps: See `Node.gaps`.
+        address: Tells stages apart that have the same name, see `Address`.
         retired: The stage has ended; if `repeat` makes it anew, it goes on counting here.
         hits: Samples that came from this cache.
         misses: Samples that were not in it.
@@ -60,6 +63,7 @@ class StageMeter:
     finished_sum: int = 0
     handovers: int = 0
     gaps: bool = False
+    address: Address = ()
     retired: bool = False
     hits: int = 0
     misses: int = 0

@@ -1,6 +1,6 @@
 """What a pipeline is: its sources and stages, and what can be told of them without running anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -8,29 +8,24 @@ from typing import Any, Literal
 from aioloader.core.source import CursorSource
 from aioloader.engine.resumable import tells_state
 from aioloader.sources.files import Files
-from aioloader.sources.order import is_order_stage
 from aioloader.sources.resolve import Indexable, StreamData, describe_content, source_name
 from aioloader.sources.sampler_order import generators_of, is_repeatable
 from aioloader.stages.base import Stage, UnknownLengthError
-from aioloader.stages.batch import Batch
-from aioloader.stages.cache import Cache
-from aioloader.stages.flow import STRENGTH, Flow, Guarantee, Shared, Steps
-from aioloader.stages.map import Filter, Map
-from aioloader.stages.shard import Shard
+from aioloader.stages.flow import STRENGTH, Again, Flow, Guarantee, Shared, Steps
 
 __all__ = [
     "DEFAULT_PREFETCH",
     "Combined",
     "Plan",
-    "Repeat",
     "Single",
+    "before_cache",
     "flow_of",
     "flows_of",
     "forgets_numbers",
     "functions_of",
     "guarantee_of_stream",
-    "in_front_of_cache",
     "length_of",
+    "walk",
     "with_ranks",
 ]
 
@@ -87,32 +82,6 @@ class Combined:
 
 
 @dataclass(frozen=True)
-class Repeat(Stage):
-    """All that is before it, again and again."""
-
-    times: int | None
-
-    exact_in_any_order = True
-    same_each_epoch = True
-
-    @property
-    def label(self) -> str:
-        return f"repeat({'' if self.times is None else self.times})"
-
-    def length(self, upstream: int) -> int:
-        if self.times is None:
-            raise UnknownLengthError("repeat() without a number is endless")
-        return upstream * self.times
-
-    def shape(self) -> dict[str, Any]:
-        return {"stage": "repeat", "n": self.times}
-
-    def flow(self, before: Flow) -> Flow:
-        free = self.times is None or (before.batch_size is not None and before.steady)
-        return (before if free else before.limited(Shared.SAME_WORLD, self.label)).cut().closed()
-
-
-@dataclass(frozen=True)
 class Plan:
     """A pipeline's description.
 
@@ -140,9 +109,15 @@ def functions_of(plan: "Plan") -> list[Any]:
     else:
         data = plan.source.data
         functions = [data.data if isinstance(data, Indexable) else data.make]
-    for stage in plan.stages:
-        functions.append(stage.collate.fn if isinstance(stage, Batch) else getattr(stage, "fn", None))
-    return functions
+    return functions + [function for stage in plan.stages for function in stage.functions]
+
+
+def walk(plan: Plan) -> Iterator[Plan]:
+    """`plan`, and those that are combined in it."""
+    yield plan
+    if isinstance(plan.source, Combined):
+        for inner in plan.source.plans:
+            yield from walk(inner)
 
 
 def length_of(plan: Plan) -> int:
@@ -173,7 +148,7 @@ def flows_of(plan: Plan) -> list[Flow]:
 
 
 def _single(source: Single) -> Flow:
-    flow = Flow(by_key=source.indexable)
+    flow = Flow(by_key=source.indexable, keyed=isinstance(source.data, Indexable), again=_again(source))
     if source.sampler is None:
         return flow.at_least(guarantee_of_stream(source.data.make)) if isinstance(source.data, StreamData) else flow
     # If an epoch ends before its keys do, a resumed one may take no more of them, and then draws nothing. Where the
@@ -183,6 +158,15 @@ def _single(source: Single) -> Flow:
     return flow if is_repeatable(sampler) else flow.at_least("replayed")
 
 
+def _again(source: Single) -> Again:
+    data = source.data
+    if isinstance(data, StreamData) and isinstance(data.make, CursorSource) and not data.make.replayable:
+        return "none"
+    # A sampler may draw another order when it is iterated once more.
+    once = source.sampler is not None or (isinstance(data, StreamData) and data.single_use)
+    return "all" if once else "head"
+
+
 def _combined(source: Combined) -> Flow:
     """Several sources, some of which may have been dealt to ranks."""
     label = f"Pipeline.{source.how}(...)"
@@ -190,7 +174,9 @@ def _combined(source: Combined) -> Flow:
     as_they_come = label if source.how == "merge" and len(parts) > 1 else ""
     order = as_they_come or next((part.completion_order for part in parts if part.completion_order), "")
     orders = [part.closed().rank_order for part in parts]
+    agains = {part.again for part in parts}
     flow = Flow(
+        again="none" if "none" in agains else "all" if "all" in agains else "head",
         completion_order=order,
         timed=next((part.timed for part in parts if part.timed), ""),
         rank_order=as_they_come or next(filter(None, orders), ""),
@@ -238,24 +224,23 @@ def with_ranks(plan: Plan) -> Plan:
     source = plan.source
     if isinstance(source, Combined):
         source = replace(source, plans=tuple(with_ranks(inner) for inner in source.plans))
-    plan = replace(plan, source=source)
-    for at, stage in enumerate(plan.stages):
-        if isinstance(stage, Shard):
-            shard = stage.with_ranks()
-            plan = replace(plan, stages=(*plan.stages[:at], shard, *plan.stages[at + 1 :]))
-            if shard.even == "error":
-                with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
-                    length_of(replace(plan, stages=plan.stages[: at + 1]))
-    return plan
+    stages: tuple[Stage, ...] = ()
+    for stage in plan.stages:
+        now = stage.with_ranks()
+        stages = (*stages, now)
+        if now is not stage:
+            with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
+                length_of(replace(plan, source=source, stages=stages))
+    return replace(plan, source=source, stages=stages)
 
 
-def in_front_of_cache(plan: Plan) -> str:
-    """What is in front of a cache behind `plan`, in words: a cache on disk belongs to one such pipeline.
+def before_cache(plan: Plan) -> str:
+    """What is before a cache that comes after `plan`, in words: a cache on disk belongs to one such pipeline.
 
     Raises:
         ValueError: The next epoch would give other samples, or in another order, and nothing else tells them apart.
     """
-    if isinstance(plan.source, Single) and isinstance(plan.source.data, Indexable) and _is_keyed(plan):
+    if isinstance(plan.source, Single) and isinstance(plan.source.data, Indexable) and flows_of(plan)[-1].keyed:
         data = plan.source.data
         if isinstance(data.data, Files):
             first = f"samples by name of Files(read={data.data.read!r}, with_path={data.data.with_path})"
@@ -263,21 +248,9 @@ def in_front_of_cache(plan: Plan) -> str:
             first = "samples by name"
         else:
             first = f"samples by index of {source_name(data.data)}({data.length})"
-        return " > ".join([first, *(stage.label for stage in plan.stages if isinstance(stage, Map | Filter))])
+        changes = [stage.label for stage in plan.stages if not stage.keeps_samples]
+        return " > ".join([first, *changes])
     return " > ".join(["samples by position", *_in_order(plan)])
-
-
-def _is_keyed(plan: Plan) -> bool:
-    """Whether entries are samples of the source by its keys: nothing but order stages, then maps and filters."""
-    one_for_one = True
-    for stage in plan.stages:
-        if isinstance(stage, Filter):
-            one_for_one = False
-        elif not isinstance(stage, Map | Cache) and not (
-            one_for_one and is_order_stage(stage) and plan.source.indexable
-        ):
-            return False
-    return True
 
 
 def _in_order(plan: Plan) -> list[str]:
@@ -302,9 +275,6 @@ def _in_order(plan: Plan) -> list[str]:
                 f"cache() after {stage.label} cannot tell samples apart: the next epoch may give others, or give them "
                 f"in another order; put cache() before it"
             )
-        if isinstance(stage, Shard):
-            rank, world_size = stage.place()
-            words.append(f"shard({rank}, {world_size})")
-        elif not isinstance(stage, Cache):
-            words.append(stage.label)
+        if not stage.caches:
+            words.append(stage.cache_label)
     return words

@@ -6,25 +6,22 @@ that order: any number of ranks can go on there ("elastic"). Pure: nothing is st
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from aioloader.core.safe_text import safe_repr
 from aioloader.errors import StateError
-from aioloader.plan.plan import Combined, Plan, flow_of, with_ranks
+from aioloader.plan.plan import Combined, Plan, flow_of, flows_of, with_ranks
 from aioloader.sources.resolve import StreamData
 from aioloader.sources.sampler_order import chain_of
-from aioloader.stages.batch import Batch
 from aioloader.stages.flow import Ranks, Shared
-from aioloader.stages.shard import Shard
 
 __all__ = ["batch_of_all_ranks", "check_one_order", "check_shard_state", "is_sharded", "shard_state"]
 
 
 def is_sharded(plan: Plan) -> bool:
     """Whether the samples, or those of one of several sources, are dealt to ranks."""
-    if isinstance(plan.source, Combined) and any(map(is_sharded, plan.source.plans)):
-        return True
-    return any(isinstance(stage, Shard) for stage in plan.stages)
+    return flow_of(plan).ranks is not None
 
 
 def shard_state(plan: Plan) -> dict[str, Any] | None:
@@ -170,12 +167,11 @@ def batch_of_all_ranks(plan: Plan) -> dict[int, int]:
 
     Empty: there is none. Batches of batches are counted in steps, and so are the same whatever the ranks.
     """
-    flow = flow_of(with_ranks(plan))
-    if flow.ranks is None or not flow.elastic:
+    flows = flows_of(with_ranks(plan))
+    ranks = flows[-1].ranks
+    if ranks is None or not flows[-1].elastic:
         return {}
-    sharded = False
-    for number, stage in enumerate(plan.stages):
-        sharded = sharded or isinstance(stage, Shard)
-        if sharded and isinstance(stage, Batch):
-            return {number: stage.batch_size * flow.ranks.world_size}
+    for number, (before, after) in enumerate(pairwise(flows)):
+        if before.ranks is not None and after.batch_size is not None and after.batch_size != before.batch_size:
+            return {number: after.batch_size // (before.batch_size or 1) * ranks.world_size}
     return {}

@@ -9,10 +9,10 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from aioloader.core.source import CursorSource
 from aioloader.errors import UnsplitWarning
 from aioloader.plan.plan import Combined, Plan
+from aioloader.plan.ranks import is_sharded
 from aioloader.sources.resolve import Indexable
 from aioloader.sources.sampler_order import chain_of
 from aioloader.stages.rank import current_rank
-from aioloader.stages.shard import Shard
 
 __all__ = ["dataset_gives_all", "gives_all", "keys_of_all", "several_ranks", "warn_of_unsplit"]
 
@@ -45,7 +45,7 @@ def warn_of_unsplit(loader: object, world_size: int, way_out: str) -> None:
 
 def gives_all(plan: Plan) -> bool:
     """Whether `plan` gives the same on each rank, as far as can be told: no `shard`, and a source that has no parts."""
-    if any(isinstance(stage, Shard) for stage in plan.stages):
+    if is_sharded(plan):
         return False
     source = plan.source
     if isinstance(source, Combined):

@@ -103,10 +103,18 @@ class StreamData:
             SourceUsedUpError: One has begun already.
         """
         if self.used or _is_used(self.make):
-            raise SourceUsedUpError(
-                f"{describe(self.make)} can be iterated once, and an epoch of it has begun already; pass the generator "
-                f"function itself (without calling it), which is called anew for each epoch"
-            )
+            raise self._used_up()
+
+    def _used_up(self) -> SourceUsedUpError:
+        return SourceUsedUpError(
+            f"{describe(self.make)} can be iterated once, and an epoch of it has begun already; pass the generator "
+            f"function itself (without calling it), which is called anew for each epoch"
+        )
+
+    def use_again(self) -> None:
+        """It is read once more in an epoch that reads it already, or is going to."""
+        if self.single_use:
+            raise self._used_up()
 
     def use(self) -> None:
         """An epoch begins."""

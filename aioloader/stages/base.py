@@ -1,14 +1,20 @@
 """The common part of stage descriptions."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
+from aioloader.core.memory import Alloc
 from aioloader.core.seeds import derive_seed
-from aioloader.engine.node import Fold
+from aioloader.device import Transfer
+from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
+from aioloader.stages.key_order import KeyOrder
 
-__all__ = ["FoldStage", "Pass", "Stage", "UnknownLengthError"]
+__all__ = ["Builder", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
 
 
 class UnknownLengthError(TypeError):
@@ -41,6 +47,65 @@ class Pass:
         return replace(self, repetitions=(*self.repetitions, repetition))
 
 
+class Builder(Protocol):
+    """A pipeline while its nodes are made, stage after stage: what `Stage.build` adds to.
+
+    Attributes:
+        node: Gives what the stages so far make, but for what `fused` does.
+        fused: What is done to that in the window that comes next.
+        this_pass: Which epoch.
+        flow: What is known of the samples that come into the stage that is built.
+        following: The stages after it.
+        key_stages: Those so far that act on the keys of an indexable source; see `FoldStage.reorder`.
+        prefetch: Finished batches held ahead.
+        transfer: The loader's way to its device; None: there is none.
+        alloc: Where the default collate puts batches; None: into fresh memory.
+        processes: Gives the loader's worker processes; called when something runs there.
+    """
+
+    node: Node
+    fused: FusedOps
+    this_pass: Pass
+    flow: Flow
+    following: "Sequence[Stage]"
+    key_stages: "list[FoldStage]"
+    transfer: Transfer | None
+    alloc: Alloc | None
+
+    @property
+    def prefetch(self) -> int: ...
+
+    @property
+    def processes(self) -> Callable[[], WorkerThread]: ...
+
+    def fuse(self, op: Op) -> None:
+        """Do `op` in the next window, with an address and random numbers of its own."""
+
+    def close(self, *, room: int | None = None) -> Node:
+        """Put what is fused so far into a window, if there is anything, and begin anew.
+
+        Args:
+            room: Entries that it holds, exactly; then there is a window in any case.
+
+        Returns:
+            The node that gives what all stages so far make, which `node` is from now on.
+        """
+
+    def again(self, *, closed: bool, warns: bool = True) -> Callable[[], Node]:
+        """Gives the nodes of all stages before this one once more, not started.
+
+        Args:
+            closed: What is fused by them is in a window at their end; else left out.
+            warns: Say so when a source is read again only to drop samples.
+        """
+
+    def repetitions(self) -> Callable[[int], Node]:
+        """Gives the nodes of all stages before this one, not started, for each repetition of them by its number."""
+
+    def run_in_process(self) -> None:
+        """Let all stages before this one run in a process of their own."""
+
+
 class Stage(ABC):
     """The description of one step of a pipeline: immutable, checked when it is made.
 
@@ -52,11 +117,30 @@ class Stage(ABC):
             cursors have no numbers of their own, or none that are about one entry ("two rows of the batch are out").
         keeps_samples: It changes no sample and runs no user code: what comes out is what came in.
         same_each_epoch: If its input is the same in each epoch, in the same order, then so is its output.
+        only_reads: What it makes has no part of its input in it: a cache need not copy what it hands to this stage.
+        encloses: It builds what is before it itself, maybe several times.
+        caches: It keeps samples for later epochs, so that reading its input again is no surprise.
+        here_only: In a process of its own nothing could come of it.
+        on_device: Its output may be in the memory of a device.
+        must_be_last: Nothing can be done to its output here.
+        cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
+        functions: The user's functions that work for it.
     """
 
     exact_in_any_order: ClassVar[bool] = False
     keeps_samples: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
+    only_reads: ClassVar[bool] = False
+    encloses: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
+    here_only: ClassVar[bool] = False
+    on_device: ClassVar[bool] = False
+    must_be_last: ClassVar[bool] = False
+    functions: tuple[Any, ...] = ()
+
+    @property
+    def cache_label(self) -> str:
+        return self.label
 
     @property
     @abstractmethod
@@ -92,14 +176,65 @@ class Stage(ABC):
         after = before.cut().limited(Shared.SAME_RANK, self.label).closed()
         return after if self.exact_in_any_order else after.counted()
 
+    def with_ranks(self) -> Self:
+        """The same with rank and world size as they are now: looked up once, so that an epoch is of one rank."""
+        return self
+
+    def keeping_last(self) -> Self:
+        """The same, but nothing is left out because there is too little of it."""
+        return self
+
+    def open_transfer(self) -> Transfer | None:
+        """The way to the device that its output goes to; None: to none."""
+        return None
+
+    @abstractmethod
+    def build(self, builder: Builder) -> None:
+        """Add what runs it. Pure: nothing is started, and nothing of the user's is called."""
+
 
 class FoldStage(Stage):
     """A stage that runs as a fold.
 
     Unless it is `exact_in_any_order`, a resume after samples without a fixed order forgets the numbers in its cursor
     (see `FoldNode`): some samples come twice rather than never.
+
+    Attributes:
+        reorders: Where samples are those of an indexable source by their keys (`Flow.by_key`), it is arithmetic on the
+            keys, and moves no samples; see `reorder`.
     """
+
+    reorders: ClassVar[bool] = False
 
     @abstractmethod
     def fold(self, this_pass: Pass) -> Fold:
         """Its rule, with fresh state."""
+
+    def reorder(self, order: KeyOrder, this_pass: Pass, *, permute: bool) -> KeyOrder:
+        """What it makes of the order of the keys.
+
+        Args:
+            order: The keys so far.
+            this_pass: Which epoch.
+            permute: False: only the positions must be right, no key need move.
+        """
+        raise NotImplementedError(f"{self.label} does not reorder keys")
+
+    def build(self, builder: Builder) -> None:
+        if self.reorders and builder.flow.by_key:
+            builder.key_stages.append(self)
+            return
+        first = builder.fused.first and not builder.fused.ops
+        recounts = not self.exact_in_any_order
+        unordered_input = recounts and bool(builder.flow.completion_order)
+        fold = self.fold(builder.this_pass)
+        builder.node = FoldNode(builder.close(), fold, unordered_input=unordered_input, recounts=recounts)
+        builder.fused = FusedOps(first=first)
+
+
+def order_of(length: int, stages: Sequence[FoldStage], this_pass: Pass, *, permute: bool = True) -> KeyOrder:
+    """The keys of a source of `length` samples after `stages`, see `FoldStage.reorder`."""
+    order = KeyOrder(range(length))
+    for stage in stages:
+        order = stage.reorder(order, this_pass, permute=permute)
+    return order

@@ -7,41 +7,21 @@ from typing import Any
 import torch
 
 from aioloader.core.checks import callable_name
+from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry, annotate, places_of
 from aioloader.core.keys import PartKey
-from aioloader.core.safe_text import add_note, safe_repr
-from aioloader.engine.node import Fold
+from aioloader.core.memory import Alloc
+from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
 from aioloader.engine.source import is_async_callable
-from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
+from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
+from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
+from aioloader.stages.group import group_entries
+from aioloader.stages.load import CollateAny, CollateAsync, FetchBatch, FetchGroup
 
-__all__ = ["Batch", "BatchFold", "CollateWith", "Group", "Unbatch", "group_entries"]
-
-
-class Group:
-    """The samples of one batch, before collate.
-
-    Attributes:
-        samples: In order.
-        keys: What each was loaded by, None where nothing names it.
-        places: Where each stands in its source, see `Entry.places`.
-        left_over: There are too few of them: they are only loaded, since that may fail, and no batch is made of them.
-    """
-
-    __slots__ = ("keys", "left_over", "places", "samples")
-
-    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None] | None = None) -> None:
-        self.samples = samples
-        self.keys = keys
-        self.places = [] if places is None else places
-        self.left_over = False
-
-    def skipped_steps(self, out: list[bool]) -> None:
-        """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
-        self.samples = [sample for sample, gone in zip(self.samples, out, strict=True) if not gone]
-        self.keys[:] = [key for key, gone in zip(self.keys, out, strict=True) if not gone]
-        self.places[:] = [place for place, gone in zip(self.places, out, strict=True) if not gone]
+__all__ = ["Batch", "BatchFold", "CollateWith", "Unbatch"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +47,30 @@ class CollateWith:
     def label(self) -> str:
         """The name of the step."""
         return f"collate({callable_name(self.fn)})" if self.fn is not None else "collate"
+
+    def op(self, alloc: Alloc | None) -> Op:
+        """What does it; the default collate puts batches into memory of `alloc`."""
+        if self.fn in (list, tuple):
+            return Op(CollateAny(self.fn), self.label, concurrency=1, in_place=True)
+        fn: Callable[[Any], Any]
+        if self.fn is None:
+            fn = CollateAny(None, Collate(alloc))
+        else:
+            fn = CollateAsync(self.fn) if self.is_async else CollateAny(self.fn)
+        return Op(
+            fn,
+            self.label,
+            self.is_async,
+            self.workers or usable_cores(),
+            initializer=self.initializer,
+            thread_name="aioloader-collate",
+        )
+
+    def build(self, builder: Builder, checks: Sequence[Op]) -> None:
+        """Collate the groups that `builder.node` gives, after `checks` of `FusedOps`."""
+        builder.fused = FusedOps(batches=True)
+        for op in (*checks, self.op(builder.alloc)):
+            builder.fused.add(op)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,14 @@ class Batch(FoldStage):
         return self.max_wait is None
 
     @property
+    def only_reads(self) -> bool:  # type: ignore[override]
+        return self.collate.fn is None  # the default puts samples straight into the batch
+
+    @property
+    def functions(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (self.collate.fn,)
+
+    @property
     def label(self) -> str:
         return f"batch({self.batch_size}{'' if self.max_wait is None else f', max_wait={self.max_wait:g}'})"
 
@@ -115,10 +127,45 @@ class Batch(FoldStage):
                 rank_order=after.rank_order or self.label,
             )
         batch_size = (after.batch_size or 1) * self.batch_size
-        return replace(after, batch_size=batch_size, steady=after.steady and not self.drop_last)
+        steady = after.steady and not self.drop_last
+        return replace(after, batch_size=batch_size, steady=steady, collated=self.collate.fn is None)
+
+    def keeping_last(self) -> "Batch":
+        return replace(self, drop_last=False)
 
     def fold(self, this_pass: Pass) -> "BatchFold":
         return BatchFold(self.batch_size, drop_last=self.drop_last)
+
+    def build(self, builder: Builder) -> None:
+        if self._build_of_keys(builder):
+            return
+        checks = builder.fused.checks
+        node, fold = builder.close(), self.fold(builder.this_pass)
+        if self.max_wait is None:
+            builder.node = FoldNode(node, fold)
+        else:
+            builder.node = TimedFoldNode(node, fold, self.max_wait, self.label)
+        self.collate.build(builder, checks)
+
+    def _build_of_keys(self, builder: Builder) -> bool:
+        """Of a dataset that loads many samples at once: batch the keys, and load and collate a batch in one step.
+
+        Cursors are as they would be otherwise. False: something else is done to single samples before, or the batch
+        cannot be made that way.
+        """
+        ops, collate = builder.fused.ops, self.collate
+        load = ops[0] if builder.flow.by_key and len(ops) == 1 else None
+        if not isinstance(load, Op) or load.many is None or collate.is_async or self.max_wait is not None:
+            return False
+        fold = BatchFold(self.batch_size, drop_last=self.drop_last, of_keys=True)
+        builder.node = FoldNode(builder.node, fold)
+        fetch = FetchGroup(FetchBatch(load.dataset, collate.fn, Collate(builder.alloc)))
+        width = collate.workers or usable_cores()
+        builder.fused = FusedOps(batches=True)
+        builder.fused.add(
+            replace(load, fn=fetch, concurrency=width, thread_name="aioloader-fetch", many=None, flexible=False)
+        )
+        return True
 
 
 class BatchFold:
@@ -191,29 +238,6 @@ class BatchFold:
         self._count += 1
         self._after = group.cursor
         return group
-
-
-def group_entries(entries: list[Entry]) -> Entry:
-    """One entry of many. The first error among them is its error; the note names how many others there are."""
-    samples = [entry.value for entry in entries]
-    keys = [entry.key for entry in entries]
-    places = [entry.position for entry in entries]
-    group = Entry(Group(samples, keys, places), entries[-1].cursor, keys, entries[0].position)
-    group.places = places
-    if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
-        group.attempts = max(attempts)
-    failed = [entry for entry in entries if entry.error is not None]
-    if failed:
-        group.value = None
-        group.error = first = failed[0].error
-        others = [entry for entry in failed if entry.error is not first]
-        if first is not None and others:
-            named = "; ".join(f"key {safe_repr(entry.key)}: {safe_repr(entry.error)}" for entry in others[:3])
-            add_note(first, f"aioloader: {len(others)} more samples of this batch failed: {named}")
-        for entry in failed:  # the traceback of an error may lead back to its entry
-            entry.error = None
-        del entry, first, others
-    return group
 
 
 @dataclass(frozen=True)

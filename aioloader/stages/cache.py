@@ -1,19 +1,16 @@
 """`cache`: samples kept from one epoch to the next."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
 
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.samples import copied
-from aioloader.core.cores import usable_cores
-from aioloader.stages.base import Stage
-from aioloader.stages.batch import Batch
+from aioloader.engine.cache_stream_node import PlacedNode
+from aioloader.engine.fuse import CacheOp, FusedOps, Op
+from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
-from aioloader.stages.map import Map
 
-__all__ = ["COPY", "Cache", "with_copies"]
+__all__ = ["Cache"]
 
 
 @dataclass(frozen=True)
@@ -28,23 +25,16 @@ class Cache(Stage):
     store: MemoryStore | DiskStore = field(compare=False)
     pipeline: str
 
-    concurrency = None
-    ordered = True
-    is_async = False
-    exact_in_any_order = True  # which it refuses, see `plan.in_front_of_cache`
+    exact_in_any_order = True  # which it refuses, see `plan.before_cache`
     keeps_samples = True
     same_each_epoch = True
+    caches = True
 
     @property
     def label(self) -> str:
         if isinstance(self.store, MemoryStore):
             return f"cache(memory_bytes={self.store.budget})"
         return f"cache(disk={str(self.store.folder)!r})"
-
-    @property
-    def width(self) -> int:
-        """Samples that are written or read side by side."""
-        return 1 if isinstance(self.store, MemoryStore) else usable_cores()
 
     def length(self, upstream: int) -> int:
         return upstream
@@ -55,22 +45,17 @@ class Cache(Stage):
     def flow(self, before: Flow) -> Flow:
         return before if before.by_key else before.closed()
 
-
-COPY: Final = Map(copied, False, name="copy", flexible=True)
-"""What is kept in memory is the cache's, and what a user's function gets is the user's."""
-
-
-def with_copies(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """`stages`, and a copy behind each cache in memory whose samples reach somebody who may change them.
-
-    The default collate only reads: it puts samples straight into the batch. Everybody else gets a copy.
-    """
-    found: list[Stage] = []
-    for at, stage in enumerate(stages):
-        found.append(stage)
-        if isinstance(stage, Cache) and isinstance(stage.store, MemoryStore):
-            following: Any = next((s for s in stages[at + 1 :] if not s.keeps_samples), None)
-            collates = isinstance(following, Batch) and following.collate.fn is None
-            if following is not COPY and not collates:
-                found.append(COPY)
-    return tuple(found)
+    def build(self, builder: Builder) -> None:
+        op = CacheOp(self.store, self.pipeline, self.label)
+        if builder.fused.keyed:
+            builder.fused.add(op)
+        else:  # known by their positions in the stream
+            batches = builder.fused.batches
+            again = builder.again(closed=True, warns=False)
+            builder.node = PlacedNode(builder.close(), self.store, self.pipeline, again)
+            builder.fused = FusedOps(batches, ops=[op])
+        if isinstance(self.store, MemoryStore):
+            # What is kept is the cache's, and what a user's function gets is the user's.
+            taker = next((stage for stage in builder.following if not stage.keeps_samples), None)
+            if taker is None or not taker.only_reads:
+                builder.fused.add(Op(copied, "copy", flexible=True))

@@ -1,9 +1,14 @@
 """`pin_memory` and `to`: the last stages of a pipeline."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from aioloader.stages.base import Stage
+from aioloader.device import Transfer, can_pin, open_backend, pin_batch
+from aioloader.engine.fuse import Op
+from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
 
 __all__ = ["PinMemory", "To"]
@@ -15,6 +20,8 @@ class PinMemory(Stage):
 
     exact_in_any_order = True
     same_each_epoch = True
+    here_only = True
+    on_device = True
 
     @property
     def label(self) -> str:
@@ -27,7 +34,18 @@ class PinMemory(Stage):
         return None
 
     def flow(self, before: Flow) -> Flow:
-        return replace(before, by_key=False)  # one more step of the window
+        return replace(before, by_key=False, keyed=False)  # one more step of the window
+
+    def open_transfer(self) -> Transfer | None:
+        if can_pin():
+            return Transfer(open_backend("cuda"))
+        warnings.warn(
+            "pin_memory() does nothing, because no accelerator was found: batches stay in plain memory", stacklevel=5
+        )
+        return None
+
+    def build(self, builder: Builder) -> None:
+        _build(builder, self.label, lambda transfer: partial(pin_batch, backend=transfer.backend))
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,8 @@ class To(Stage):
 
     exact_in_any_order = True
     same_each_epoch = True
+    on_device = True
+    must_be_last = True
 
     @property
     def label(self) -> str:
@@ -54,4 +74,28 @@ class To(Stage):
         return None
 
     def flow(self, before: Flow) -> Flow:
-        return replace(before, by_key=False)  # one more step of the window
+        return replace(before, by_key=False, keyed=False)  # one more step of the window
+
+    def open_transfer(self) -> Transfer:
+        return Transfer(open_backend(self.device))
+
+    def build(self, builder: Builder) -> None:
+        _build(builder, self.label, lambda transfer: transfer.send)
+
+
+def _build(builder: Builder, label: str, function: Callable[[Transfer], Callable[[Any], Any]]) -> None:
+    """A step on the one device thread."""
+    builder.fused.batches = True  # whatever it is made of, it is held as batches are
+    builder.fused.checks = []
+    transfer = builder.transfer
+    if transfer is not None:
+        initializer = transfer.backend.init_thread
+        builder.fused.add(
+            Op(
+                function(transfer),
+                label,
+                concurrency=1,
+                initializer=lambda _: initializer(),
+                thread_name="aioloader-device",
+            )
+        )

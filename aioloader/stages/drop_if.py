@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aioloader.core.checks import callable_name
+from aioloader.engine.fuse import FusedOps, Op, exactly, steps_of
+from aioloader.engine.window import Window
 from aioloader.insight.meters import StageMeter
-from aioloader.stages.base import Stage, UnknownLengthError
-from aioloader.stages.batch import Group
+from aioloader.stages.base import Builder, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
-from aioloader.stages.map import Filter
+from aioloader.stages.group import Group
 
 __all__ = ["DropIf", "FreshGroup"]
 
@@ -31,6 +32,11 @@ class DropIf(Stage):
     fn: Callable[[Any], Any]
 
     exact_in_any_order = True
+    here_only = True
+
+    @property
+    def functions(self) -> tuple[Any, ...]:  # type: ignore[override]  # a plain attribute where there are none
+        return (self.fn,)
 
     @property
     def label(self) -> str:
@@ -46,9 +52,20 @@ class DropIf(Stage):
         after = before.limited(Shared.SAME_RANK, self.label).closed()
         return replace(after, timed=after.timed or self.label, rank_order=after.rank_order or self.label)
 
-    def check(self) -> Filter:
-        """The step of its window."""
-        return Filter(_Unless(self.fn), is_async=False, name=self.label)
+    def build(self, builder: Builder) -> None:
+        """A window that begins what it is asked for, over one that holds what is made ahead."""
+        checks = builder.fused.checks
+        if builder.fused.batches:
+            node = builder.close(room=builder.prefetch)
+        elif builder.fused.ops or builder.following:
+            node = builder.close()
+        else:
+            node = Window(builder.close(), (), room=exactly(builder.prefetch))
+        check = Op(_Unless(self.fn), self.label, predicate=True, flexible=True)
+        (step,) = steps_of([check], None, builder.processes, keyed=False)
+        builder.node = Window(node, [step], room=None)
+        again = Op(FreshGroup(self.fn, lambda: step.meter), self.label, predicate=True, flexible=True)
+        builder.fused = FusedOps(checks=[*checks, again])
 
 
 @dataclass(frozen=True)
@@ -77,5 +94,5 @@ class FreshGroup:
         if any(stale):
             with self._lock:
                 self._meter().dropped_late += sum(stale)
-            group.skipped_steps(stale)
+            group.leave_out(stale)
         return bool(group.samples)

@@ -8,7 +8,11 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Final, Literal
 
-__all__ = ["STRENGTH", "Flow", "Guarantee", "Ranks", "Shared", "Steps"]
+__all__ = ["STRENGTH", "Again", "Flow", "Guarantee", "Ranks", "Shared", "Steps"]
+
+Again = Literal["head", "all", "none"]
+"""How the first samples of an epoch are had once more, in the middle of it. `head`: from another reader, which stops
+after them. `all`: by reading everything again, since another reader might be given others. `none`: not at all."""
 
 Guarantee = Literal["exact", "replayed", "at-least-once", "live"]
 """What a resume gives. `exact`: what was to come. `replayed`: that too, if a source that cannot be entered in the
@@ -70,6 +74,9 @@ class Flow:
     Attributes:
         by_key: They are samples of an indexable source. Order stages here are arithmetic on its keys, and therefore go
             before the maps that are written before them.
+        keyed: They are samples of an indexable source, maybe not all, and nothing but maps and filters was done to
+            them: the key of one names it in every epoch.
+        again: How a resumed reader gets the first ones of the epoch.
         completion_order: The stage that gives samples as they finish; empty: they come in the same order each time.
         timed: The stage by which it is a matter of time what a batch holds; empty: there is none.
         rank_order: The stage that makes the order while it runs, so that each rank would see another one; empty: all
@@ -77,18 +84,22 @@ class Flow:
         guarantee: What a resume gives.
         guarantee_if_cut: The same if a later stage ends the epoch before its source does.
         batch_size: Samples per batch on this rank; None: they are not batched.
+        collated: The newest batches among them come from the default collate.
         ranks: None: all ranks get all samples.
         steady: There are as many batches per epoch, whatever the number of ranks.
         steps: The maps and filters right before this place.
     """
 
     by_key: bool = False
+    keyed: bool = False
+    again: Again = "head"
     completion_order: str = ""
     timed: str = ""
     rank_order: str = ""
     guarantee: Guarantee = "exact"
     guarantee_if_cut: Guarantee = "exact"
     batch_size: int | None = None
+    collated: bool = False
     ranks: Ranks | None = None
     steady: bool = True
     steps: Steps = Steps()
@@ -127,6 +138,7 @@ class Flow:
         return replace(
             self,
             by_key=False,
+            keyed=False,
             rank_order=self.rank_order or self.steps.unordered,
             steps=Steps(input_order=self.completion_order),
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from aioloader.stages.base import Stage
+from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow, Shared
 
 __all__ = ["OwnProcess"]
@@ -14,6 +14,8 @@ class OwnProcess(Stage):
 
     exact_in_any_order = True
     same_each_epoch = True
+    encloses = True
+    here_only = True
 
     @property
     def label(self) -> str:
@@ -27,3 +29,6 @@ class OwnProcess(Stage):
 
     def flow(self, before: Flow) -> Flow:
         return before.limited(Shared.SAME_RANK, self.label).closed()
+
+    def build(self, builder: Builder) -> None:
+        builder.run_in_process()

@@ -12,8 +12,8 @@ from aioloader.executors.chunk import DROP
 from aioloader.executors.current_sample import BatchBeingLoaded, BulkLoad, SampleContext, current_sample
 from aioloader.executors.epochs import Holds
 from aioloader.executors.isolated import isolated
-from aioloader.stages.batch import Group
 from aioloader.stages.collate import DEFAULT, Collate, collate_samples, named
+from aioloader.stages.group import Group
 
 __all__ = ["CollateAny", "CollateAsync", "FetchAsync", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
 

@@ -1,6 +1,6 @@
 """`map`, `filter`, `flat_map`: the stages that run user functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,40 +8,14 @@ from typing import Any, Final
 
 from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
-from aioloader.engine.turns import Turns
-from aioloader.executors.epochs import Epochs, epochs_of
-from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.engine.fuse import FusedOps, InProcesses, Op
+from aioloader.engine.source import FlatMapNode
+from aioloader.stages.base import Builder, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
 
-__all__ = ["ASYNC_CONCURRENCY", "PROCESSES", "Filter", "FlatMap", "InProcesses", "Map"]
+__all__ = ["ASYNC_CONCURRENCY", "Filter", "FlatMap", "Map"]
 
 ASYNC_CONCURRENCY: Final = 64  # what awaits costs next to nothing; this many requests hide usual latencies
-
-
-@dataclass(frozen=True)
-class InProcesses:
-    """A place where sync functions run: worker processes of the loader.
-
-    Args:
-        kept: They stay from one epoch to the next.
-        key: Names them among those of the loader that are kept; None: the stages do.
-        in_turn: The workers take turns, so that with seeds of their own random numbers are repeatable.
-        prepare: Called before the first sample; gives what each worker calls with its number, if anything. That travels
-            with the functions.
-        turns: The source, when it is the workers that know when there is no more.
-        epochs: Gives those that the user's objects with `set_epoch` are in, for their copies there.
-    """
-
-    kept: bool = True
-    key: str | None = None
-    in_turn: bool = False
-    prepare: Callable[[], Callable[[int], None] | None] | None = None
-    turns: Turns | None = None
-    epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
-
-
-PROCESSES: Final = InProcesses()
-"""Neighbouring stages there cross together."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +31,8 @@ class Map(Stage):
         name: Instead of the name of `fn`.
         initializer: Called in each of our threads with its number.
         thread_name: Of our threads.
-        flexible: The concurrency is nobody's wish: beside another sync stage, it takes that one's.
-        many: The same as `fn` for a list of samples at once, where that may be cheaper.
         record_order: With `ordered=False`: a folder for the order in which results left.
         replay_order: With `ordered=False`: such a folder, whose order is taken.
-        in_place: `fn` runs no code of the user's and takes less time than a hop: it is called on the loop.
     """
 
     fn: Callable[[Any], Any]
@@ -72,11 +43,8 @@ class Map(Stage):
     name: str | None = None
     initializer: Callable[[int], None] | None = None
     thread_name: str = "aioloader-map"
-    flexible: bool = False
-    many: Callable[[list[Any]], Any] | None = None
     record_order: Path | None = None
     replay_order: Path | None = None
-    in_place: bool = False
 
     exact_in_any_order = True
 
@@ -89,9 +57,8 @@ class Map(Stage):
         return self.name or f"map({callable_name(self.fn)})"
 
     @property
-    def width(self) -> int:
-        """The concurrency that it runs with."""
-        return self.concurrency or (ASYNC_CONCURRENCY if self.is_async else usable_cores())
+    def functions(self) -> tuple[Any, ...]:  # type: ignore[override]  # a plain attribute where there are none
+        return (self.fn,)
 
     def length(self, upstream: int) -> int:
         return upstream
@@ -113,6 +80,26 @@ class Map(Stage):
             steps=replace(before.steps, unordered=before.steps.unordered or unordered),
         )
 
+    def build(self, builder: Builder) -> None:
+        builder.fuse(
+            Op(
+                self.fn,
+                self.label,
+                self.is_async,
+                self.concurrency or _default_concurrency(self.is_async),
+                ordered=self.ordered,
+                executor=self.executor,
+                initializer=self.initializer,
+                thread_name=self.thread_name,
+                record_order=self.record_order,
+                replay_order=self.replay_order,
+            )
+        )
+
+
+def _default_concurrency(is_async: bool) -> int:
+    return ASYNC_CONCURRENCY if is_async else usable_cores()
+
 
 @dataclass(frozen=True)
 class Filter(Stage):
@@ -122,12 +109,6 @@ class Filter(Stage):
     is_async: bool
     name: str | None = None
 
-    concurrency = None
-    ordered = True
-    executor = None
-    initializer = None
-    thread_name = "aioloader-map"
-    flexible = True
     exact_in_any_order = True
     same_each_epoch = True
 
@@ -136,9 +117,8 @@ class Filter(Stage):
         return self.name or f"filter({callable_name(self.fn)})"
 
     @property
-    def width(self) -> int:
-        """The concurrency that it runs with."""
-        return ASYNC_CONCURRENCY if self.is_async else usable_cores()
+    def functions(self) -> tuple[Any, ...]:  # type: ignore[override]  # a plain attribute where there are none
+        return (self.fn,)
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
@@ -149,6 +129,10 @@ class Filter(Stage):
     def flow(self, before: Flow) -> Flow:
         limited = before.limited(Shared.SAME_RANK, self.label)
         return replace(limited, by_key=False, steps=replace(before.steps, only_maps=False))
+
+    def build(self, builder: Builder) -> None:
+        width = _default_concurrency(self.is_async)
+        builder.fuse(Op(self.fn, self.label, self.is_async, width, predicate=True, flexible=True))
 
 
 @dataclass(frozen=True)
@@ -163,6 +147,10 @@ class FlatMap(Stage):
     def label(self) -> str:
         return f"flat_map({callable_name(self.fn)})"
 
+    @property
+    def functions(self) -> tuple[Any, ...]:  # type: ignore[override]  # a plain attribute where there are none
+        return (self.fn,)
+
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} gives as many items as its function turns out to")
 
@@ -171,3 +159,8 @@ class FlatMap(Stage):
 
     def flow(self, before: Flow) -> Flow:
         return before.counted().limited(Shared.SAME_RANK, self.label).closed()
+
+    def build(self, builder: Builder) -> None:
+        unordered_input = bool(builder.flow.completion_order)
+        builder.node = FlatMapNode(builder.close(), self.fn, self.label, unordered_input=unordered_input)
+        builder.fused = FusedOps()

@@ -5,7 +5,7 @@ All of it is looked up in what this process knows already: nothing here talks to
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,7 +15,20 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["MeshDims", "check_group", "check_mesh", "check_rank", "current_rank", "group_rank", "mesh_rank"]
+__all__ = [
+    "Even",
+    "MeshDims",
+    "check_group",
+    "check_mesh",
+    "check_rank",
+    "current_rank",
+    "group_rank",
+    "mesh_rank",
+    "uneven",
+]
+
+Even = Literal["pad", "drop", "error"]
+"""What becomes of a last round with fewer samples than ranks, see `Shard`."""
 
 MeshDims = tuple["DeviceMesh", tuple[int, ...]]
 """A mesh, and the dimensions that data is split over, by number; the last one counts fastest."""
@@ -191,3 +204,14 @@ def mesh_rank(mesh_dims: MeshDims) -> tuple[int, int]:
         size = mesh.size(dim)
         rank, world_size = rank * size + coordinate[dim], world_size * size
     return rank, world_size
+
+
+def uneven(samples: int, world_size: int, resumed_at: int = 0) -> ValueError:
+    """The error for a source of `samples`, of which `resumed_at` had been delivered before this run."""
+    resumed_at = resumed_at if resumed_at % world_size else 0  # whole rounds make no difference
+    left = samples - resumed_at
+    behind = f" behind position {resumed_at}" if resumed_at else ""
+    return ValueError(
+        f"shard(even='error') needs as many samples for each rank, but {left} samples{behind} on {world_size} ranks "
+        f"leave {left % world_size} over; take a number that {world_size} divides, or even='pad' or even='drop'"
+    )

@@ -8,6 +8,7 @@ from aioloader.core.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
+from aioloader.stages.key_order import KeyOrder
 
 __all__ = ["Enumerate", "Skip", "Take"]
 
@@ -38,6 +39,7 @@ class Take(FoldStage):
     exact_in_any_order = True
     keeps_samples = True
     same_each_epoch = True
+    reorders = True
 
     @property
     def label(self) -> str:
@@ -55,6 +57,9 @@ class Take(FoldStage):
 
     def fold(self, this_pass: Pass) -> Fold:
         return _TakeFold(self.n)
+
+    def reorder(self, order: KeyOrder, this_pass: Pass, *, permute: bool) -> KeyOrder:
+        return order.cut(0, self.n)
 
 
 class _TakeFold(_EachFold):
@@ -93,6 +98,7 @@ class Skip(FoldStage):
     exact_in_any_order = True
     keeps_samples = True
     same_each_epoch = True
+    reorders = True
 
     @property
     def label(self) -> str:
@@ -110,6 +116,9 @@ class Skip(FoldStage):
 
     def fold(self, this_pass: Pass) -> Fold:
         return _SkipFold(self.n)
+
+    def reorder(self, order: KeyOrder, this_pass: Pass, *, permute: bool) -> KeyOrder:
+        return order.cut(self.n, len(order))
 
 
 class _SkipFold(_EachFold):

@@ -1,26 +1,34 @@
 """`shard`: this rank's part, the same number of samples on every rank."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry, places_of
-from aioloader.engine.node import Fold
+from aioloader.engine.combine import HeadNode
+from aioloader.engine.node import Fold, FoldNode
 from aioloader.engine.resumable import beginning
-from aioloader.stages.base import FoldStage, Pass
-from aioloader.stages.flow import Flow, Ranks, Shared
-from aioloader.stages.rank import check_group, check_mesh, check_rank, current_rank, group_rank, mesh_rank
+from aioloader.stages.base import Builder, FoldStage, Pass
+from aioloader.stages.flow import Again, Flow, Ranks, Shared
+from aioloader.stages.key_order import KeyOrder
+from aioloader.stages.rank import (
+    Even,
+    check_group,
+    check_mesh,
+    check_rank,
+    current_rank,
+    group_rank,
+    mesh_rank,
+    uneven,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Again", "Even", "Shard", "ShardFold", "uneven"]
+__all__ = ["Shard", "ShardFold"]
 
-Even = Literal["pad", "drop", "error"]
 _EVEN: Final = get_args(Even)
-
-Again = Literal["head", "all", "none"]
 
 AGAIN_AT_ONCE: Final = 4096  # samples that come once more are asked for in such runs, however many there are
 
@@ -52,6 +60,7 @@ class Shard(FoldStage):
     exact_in_any_order = True  # which it refuses, see `elastic.check_one_order`
     keeps_samples = True
     same_each_epoch = True
+    reorders = True
 
     def __post_init__(self) -> None:
         numbers = self.rank is not None or self.world_size is not None
@@ -87,6 +96,11 @@ class Shard(FoldStage):
         if self.even != "pad":
             given.append(f"even={self.even!r}")
         return f"shard({', '.join(given)})"
+
+    @property
+    def cache_label(self) -> str:
+        rank, world_size = self.place()
+        return f"shard({rank}, {world_size})"
 
     def place(self) -> tuple[int, int]:
         """Rank and world size, now. Never a collective call."""
@@ -125,16 +139,21 @@ class Shard(FoldStage):
     def fold(self, this_pass: Pass) -> Fold:
         return ShardFold(*self.place(), self.even)
 
+    def reorder(self, order: KeyOrder, this_pass: Pass, *, permute: bool) -> KeyOrder:
+        return order.dealt(*self.place(), self.even)
 
-def uneven(samples: int, world_size: int, resumed_at: int = 0) -> ValueError:
-    """The error for a source of `samples`, of which `resumed_at` had been delivered before this run."""
-    resumed_at = resumed_at if resumed_at % world_size else 0  # whole rounds make no difference
-    left = samples - resumed_at
-    behind = f" behind position {resumed_at}" if resumed_at else ""
-    return ValueError(
-        f"shard(even='error') needs as many samples for each rank, but {left} samples{behind} on {world_size} ranks "
-        f"leave {left % world_size} over; take a number that {world_size} divides, or even='pad' or even='drop'"
-    )
+    def build(self, builder: Builder) -> None:
+        """A map gives one sample for one, so maps before this run on this rank's samples alone."""
+        if builder.flow.by_key:
+            builder.key_stages.append(self)
+            return
+        commutes = builder.fused.one_for_one
+        again = builder.again(closed=not commutes)
+        node = builder.node if commutes else builder.close()
+        fold = ShardFold(*self.place(), self.even, builder.flow.again)
+        if fold.head and builder.flow.again == "head":
+            node = HeadNode(node, again, fold.head)
+        builder.node = FoldNode(node, fold)
 
 
 class ShardFold:

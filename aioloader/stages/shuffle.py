@@ -12,6 +12,7 @@ from aioloader.engine.node import Fold
 from aioloader.engine.resumable import beginning
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
+from aioloader.stages.key_order import KeyOrder
 
 __all__ = ["Shuffle"]
 
@@ -21,8 +22,8 @@ class Shuffle(FoldStage):
     """Another order in each epoch, the same for the same seed.
 
     Args:
-        buffer_size: None: a permutation of the whole (indexable) source, which `sources/order.py` applies to the keys;
-            else how many samples wait for their turn.
+        buffer_size: None: a permutation of the keys of the whole (indexable) source; else how many samples wait for
+            their turn.
         seed: With the epoch, all that the order depends on.
     """
 
@@ -30,6 +31,10 @@ class Shuffle(FoldStage):
     seed: int
 
     keeps_samples = True
+
+    @property
+    def reorders(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
+        return self.buffer_size is None
 
     @property
     def label(self) -> str:
@@ -46,6 +51,9 @@ class Shuffle(FoldStage):
         free = before.batch_size is not None and before.steady
         after = before if free else before.limited(Shared.SAME_WORLD, self.label)
         return after if before.by_key and self.buffer_size is None else after.counted().closed()
+
+    def reorder(self, order: KeyOrder, this_pass: Pass, *, permute: bool) -> KeyOrder:
+        return order.permuted(this_pass.seed(self.seed, "shuffle") if permute else None)
 
     def fold(self, this_pass: Pass) -> Fold:
         assert self.buffer_size is not None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from aioloader.core.entry import Entry
-from aioloader.engine.node import Fold
-from aioloader.stages.base import FoldStage, Pass, UnknownLengthError
-from aioloader.stages.batch import CollateWith, Group, group_entries
+from aioloader.engine.node import Fold, FoldNode
+from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
+from aioloader.stages.batch import CollateWith
+from aioloader.stages.group import Group, group_entries
 
 __all__ = ["INSIDE", "JoinBatches", "SplitBatches"]
 
@@ -99,6 +100,11 @@ class JoinBatches(FoldStage):
 
     def fold(self, this_pass: Pass) -> Fold:
         return _JoinFold()
+
+    def build(self, builder: Builder) -> None:
+        checks = builder.fused.checks
+        builder.node = FoldNode(builder.close(), self.fold(builder.this_pass))
+        self.collate.build(builder, checks)
 
 
 class _JoinFold:

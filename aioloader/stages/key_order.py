@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from aioloader.stages.base import Pass, Stage
-from aioloader.stages.select import Skip, Take
-from aioloader.stages.shard import Even, Shard, uneven
-from aioloader.stages.shuffle import Shuffle
+from aioloader.stages.rank import Even, uneven
 
-__all__ = ["KeyOrder", "is_order_stage", "order_of"]
+__all__ = ["KeyOrder"]
 
 
 class KeyOrder:
@@ -81,32 +78,24 @@ class KeyOrder:
             )
         return KeyOrder(self._keys[number:], self.stride, filler=self._filler, offset=self.offset)
 
-    def apply(self, stage: Stage, this_pass: Pass, *, permute: bool = True) -> "KeyOrder":
-        """The order after one more stage; without `permute` the positions are those, and `shuffle` moves no key."""
-        match stage:
-            case Take(n):
-                return self._cut(0, n)
-            case Skip(n):
-                return self._cut(n, len(self))
-            case Shuffle(None) if not permute:
-                return KeyOrder(self._keys, self.stride, filler=self._filler, offset=self.offset)
-            case Shuffle(None, seed):
-                generator = torch.Generator().manual_seed(this_pass.seed(seed, "shuffle"))
-                keys = self._all()
-                permutation = torch.randperm(len(keys), generator=generator, device="cpu")
-                plain = isinstance(keys, range) and keys == range(len(keys))
-                shuffled = permutation if plain else _tensor(keys)[permutation]
-                return KeyOrder(shuffled, self.stride, offset=self.offset)
-            case Shard():
-                rank, world_size = stage.place()
-                dealt = _Deal(self._all(), rank, world_size, stage.even, self.stride, self.offset)
-                return dealt.behind(0)
-        raise AssertionError(f"{stage.label} is no arithmetic on keys")
-
-    def _cut(self, start: int, stop: int) -> "KeyOrder":
+    def cut(self, start: int, stop: int) -> "KeyOrder":
+        """Keys `start` to `stop`, as `slice` counts them."""
         count = len(self._keys)
         filler = self._filler[max(0, start - count) : max(0, stop - count)]
         return KeyOrder(self._keys[start:stop], self.stride, filler=filler, offset=self.offset)
+
+    def permuted(self, seed: int | None) -> "KeyOrder":
+        """In random order. Without a seed no key moves, which is enough to tell whether a position fits."""
+        if seed is None:
+            return KeyOrder(self._keys, self.stride, filler=self._filler, offset=self.offset)
+        keys = self._all()
+        permutation = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed), device="cpu")
+        plain = isinstance(keys, range) and keys == range(len(keys))
+        return KeyOrder(permutation if plain else _tensor(keys)[permutation], self.stride, offset=self.offset)
+
+    def dealt(self, rank: int, world_size: int, even: Even) -> "KeyOrder":
+        """Those of one rank, see `Shard`."""
+        return _Deal(self._all(), rank, world_size, even, self.stride, self.offset).behind(0)
 
     def _all(self) -> range | torch.Tensor:
         """The keys in one piece."""
@@ -163,16 +152,3 @@ def _tensor(keys: range | torch.Tensor) -> torch.Tensor:
     if isinstance(keys, torch.Tensor):
         return keys
     return torch.arange(keys.start, keys.stop, keys.step, dtype=torch.int64, device="cpu")
-
-
-def is_order_stage(stage: Stage) -> bool:
-    """Whether `stage` of an indexable source is arithmetic on its keys."""
-    return isinstance(stage, Take | Skip | Shard) or (isinstance(stage, Shuffle) and stage.buffer_size is None)
-
-
-def order_of(length: int, stages: Sequence[Stage], this_pass: Pass, *, permute: bool = True) -> KeyOrder:
-    """The order of a source of `length` samples after `stages`; without `permute`, only its positions are right."""
-    order = KeyOrder(range(length))
-    for stage in stages:
-        order = order.apply(stage, this_pass, permute=permute)
-    return order

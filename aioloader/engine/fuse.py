@@ -1,0 +1,333 @@
+"""Neighbouring operations on each entry, fused into one window: which share a step, and with how much room."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from aioloader.cache.disk import DiskStore
+from aioloader.cache.memory import MemoryStore
+from aioloader.core.address import Address
+from aioloader.core.cores import usable_cores
+from aioloader.engine.bulk_load_step import BulkLoadStep
+from aioloader.engine.cache_step import KeepInMemory, KeepOnDisk, LookUp
+from aioloader.engine.node import Node
+from aioloader.engine.order_log import Recorded, Replayed
+from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
+from aioloader.engine.room import Room, StepsRoom
+from aioloader.engine.steps import AsyncStep, InPlaceStep, Step
+from aioloader.engine.thread_step import ExecutorStep, ThreadStep
+from aioloader.engine.turns import Turns, TurnStep
+from aioloader.engine.window import Window
+from aioloader.executors.chunk import Call
+from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
+from aioloader.executors.processes.worker import Work
+from aioloader.executors.processes.worker_pool import WorkerPool
+from aioloader.executors.processes.worker_thread import WorkerThread
+
+__all__ = ["PROCESSES", "CacheOp", "FusedOps", "InProcesses", "Op", "exactly", "steps_of"]
+
+
+@dataclass(frozen=True)
+class InProcesses:
+    """A place where sync functions run: worker processes of the loader.
+
+    Args:
+        kept: They stay from one epoch to the next.
+        in_turn: The workers take turns, so that with seeds of their own random numbers are repeatable.
+        prepare: Called before the first sample; gives what each worker calls with its number, if anything. That travels
+            with the functions.
+        turns: The source, when it is the workers that know when there is no more.
+        epochs: Gives those that the user's objects with `set_epoch` are in, for their copies there.
+    """
+
+    kept: bool = True
+    in_turn: bool = False
+    prepare: Callable[[], Callable[[int], None] | None] | None = None
+    turns: Turns | None = None
+    epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
+
+
+PROCESSES: Final = InProcesses()
+"""Neighbouring stages there travel together."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function that a window calls with each entry.
+
+    Attributes:
+        fn: Sync or async.
+        label: In statistics, and in notes of errors.
+        is_async: Whether `fn` is awaited on the loop.
+        concurrency: How many calls side by side, at most.
+        address: See `Address`; where workers are kept for it, and what its random numbers depend on.
+        seed: Of the random numbers of its samples; None: it draws none.
+        predicate: `fn` says which entries stay.
+        ordered: Results in the order of the input.
+        executor: Where a sync `fn` runs; None: threads of ours.
+        initializer: Called in each of our threads with its number.
+        thread_name: Of our threads.
+        flexible: The concurrency is nobody's wish: beside another sync op, it takes that one's.
+        many: The same as `fn` for a list of samples at once, where that may be cheaper.
+        dataset: What `fn` loads samples of by their keys, with `many`.
+        record_order: With `ordered=False`: a folder for the order in which results left.
+        replay_order: With `ordered=False`: such a folder, whose order is taken.
+        in_place: `fn` runs no code of the user's and takes less time than a hop: it is called on the loop.
+    """
+
+    fn: Callable[[Any], Any]
+    label: str
+    is_async: bool = False
+    concurrency: int = field(default_factory=usable_cores)
+    address: Address = ()
+    seed: int | None = None
+    predicate: bool = False
+    ordered: bool = True
+    executor: Executor | InProcesses | None = None
+    initializer: Callable[[int], None] | None = None
+    thread_name: str = "aioloader-map"
+    flexible: bool = False
+    many: Callable[[list[Any]], Any] | None = None
+    dataset: Any = None
+    record_order: Path | None = None
+    replay_order: Path | None = None
+    in_place: bool = False
+
+    @property
+    def call(self) -> Call:
+        """For steps that take several ops in one hop."""
+        return Call(self.fn, self.predicate, self.label, self.seed)
+
+
+@dataclass(frozen=True)
+class CacheOp:
+    """A cache that keeps what the ops before it made.
+
+    Attributes:
+        store: Where.
+        pipeline: What is before it, in words.
+        label: In statistics.
+    """
+
+    store: MemoryStore | DiskStore
+    pipeline: str
+    label: str
+
+    is_async = False
+    ordered = True
+
+    @property
+    def concurrency(self) -> int:
+        """Samples that are written or read side by side."""
+        return 1 if isinstance(self.store, MemoryStore) else usable_cores()
+
+    def step(self, limit: int | None) -> KeepInMemory | KeepOnDisk:
+        """What keeps samples; `limit` as for `steps_of`."""
+        if isinstance(self.store, DiskStore):
+            return KeepOnDisk(self.store, _narrowed(self.concurrency, limit), self.label)
+        return KeepInMemory(self.store, self.label)
+
+
+@dataclass
+class FusedOps:
+    """Neighbouring ops that one window will run.
+
+    Attributes:
+        batches: Its entries are batches.
+        unordered_input: What comes in has no fixed order.
+        keyed: Its entries are samples of an indexable source.
+        first: No op has begun what comes in.
+        checks: Predicates of groups: they look once more at the samples of a batch, if it is made of these entries.
+    """
+
+    batches: bool = False
+    unordered_input: bool = False
+    keyed: bool = False
+    first: bool = False
+    checks: list[Op] = field(default_factory=list)
+    ops: list[Op | CacheOp] = field(default_factory=list)
+
+    @property
+    def one_for_one(self) -> bool:
+        """Whether they give one entry for each, wherever it is: what comes in may as well be dealt before them."""
+        return all(self.keyed if isinstance(op, CacheOp) else not op.predicate for op in self.ops)
+
+    def add(self, op: Op | CacheOp) -> None:
+        """One more."""
+        if not (isinstance(op, Op) and op.predicate):
+            self.checks = []  # what it makes of samples is nothing that their functions know
+        self.ops.append(op)
+
+    def window(
+        self,
+        upstream: Node,
+        processes: Callable[[], WorkerThread],
+        order_name: str,
+        *,
+        room: int | None = None,
+        finished: int | None = None,
+        last: bool = False,
+    ) -> Window:
+        """The window.
+
+        Args:
+            upstream: Where its entries come from.
+            processes: Gives the loader's worker processes; called when an op runs there.
+            order_name: Of the file of `record_order`, in its folder.
+            room: How many entries it holds, exactly; None: what its steps have use for, and of batches, which are
+                large, as many as its ops are wide and half of the widest again.
+            finished: Then: how many of them may be finished, beside those that are under way.
+            last: The consumer takes from it.
+        """
+        if room is None and self.batches:
+            widths = [op.concurrency for op in self.ops]
+            room = sum(widths) + max(1, max(widths) // 2)
+        limit = None if room is None else max(1, room)
+        steps = steps_of(self.ops, limit, processes, keyed=self.keyed)
+        early = last or (self.first and not any(op.is_async for op in self.ops))
+        places = StepsRoom(upstream, steps, finished, early=early) if room is None else exactly(room)
+        return Window(
+            upstream,
+            steps,
+            room=places,
+            ordered=all(op.ordered for op in self.ops),
+            log=self._order_log(order_name),
+            unordered_input=self.unordered_input,
+        )
+
+    def _order_log(self, name: str) -> Recorded | Replayed | None:
+        """Where the order in which they leave is recorded, or read from."""
+        logged = [op for op in self.ops if isinstance(op, Op) and (op.record_order or op.replay_order)]
+        if not logged:
+            return None
+        if len(logged) > 1:
+            raise ValueError(
+                f"{' and '.join(op.label for op in logged)} run in one window, which has one order; "
+                f"pass record_order or replay_order to one of them"
+            )
+        (op,) = logged
+        if op.replay_order is not None:
+            return Replayed(op.replay_order / name)
+        assert op.record_order is not None
+        return Recorded(op.record_order / name)
+
+
+def exactly(places: int) -> Room | None:
+    """Room for that many; without any, a window begins what it is asked for."""
+    return Room(places) if places else None
+
+
+def steps_of(
+    ops: Sequence[Op | CacheOp],
+    limit: int | None,
+    processes: Callable[[], WorkerThread],
+    *,
+    keyed: bool,
+) -> list[Step]:
+    """The steps of a window: neighbouring sync ops in the same place with the same width share a hop.
+
+    Args:
+        ops: Those of the window.
+        limit: What the window holds, when that is exact: more workers would have nothing to do.
+        processes: See `FusedOps.window`.
+        keyed: What caches know samples by: their keys, or else their number in the epoch.
+    """
+    steps: list[Step] = []
+    together: list[Op] = []
+    keeps: list[tuple[KeepInMemory | KeepOnDisk, str]] = []
+
+    def put(step: Step, address: Address) -> None:
+        step.meter.address = address
+        steps.append(step)
+
+    def close() -> None:
+        if together:
+            put(_sync_step(tuple(together), limit, processes), together[0].address)
+            together.clear()
+
+    for at, op in enumerate(ops):
+        if isinstance(op, CacheOp):
+            close()
+            keep = op.step(limit)
+            for step in steps:
+                step.drops_to = step.drops_to or keep.refused
+            keeps.append((keep, op.pipeline))
+            put(keep, ())
+        elif op.many is not None:
+            width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
+            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op.address)
+        elif op.in_place:
+            close()
+            put(InPlaceStep(op.fn, op.label), op.address)
+        elif op.is_async:
+            close()
+            width = _narrowed(op.concurrency, limit)
+            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op.address)
+        else:
+            if together and not _same_place(together, op):
+                close()
+            together.append(op)
+    close()
+    return [LookUp(keeps, by_position=not keyed), *steps] if keeps else steps
+
+
+def _narrowed(width: int, limit: int | None) -> int:
+    return width if limit is None else min(width, limit)
+
+
+def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int:
+    """As many loads side by side as of what follows in threads, or the usual number."""
+    op = following[0] if following else None
+    beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
+    return op.concurrency if beside and op is not None else load.concurrency
+
+
+def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[], WorkerThread]) -> Step:
+    calls = [op.call for op in together]
+    leading = next((op for op in together if not op.flexible), together[0])
+    width = _narrowed(leading.concurrency, limit)
+    executor = leading.executor
+    if isinstance(executor, InProcesses):
+        pool = partial(_worker_pool, processes(), executor, together, width)
+        elastic, owned = limit is None, not executor.kept
+        epochs = executor.epochs(with_set_epoch(call.fn for call in calls))
+        if executor.turns is not None:
+            return TurnStep(calls, width, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
+        return ProcessStep(calls, width, pool, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
+    if executor is not None and not isinstance(executor, ThreadPoolExecutor):
+        return ExecutorStep(calls, width, executor)
+    return ThreadStep(
+        calls,
+        width,
+        elastic=limit is None,
+        executor=executor,
+        thread_name=leading.thread_name,
+        initializer=next((op.initializer for op in together if op.initializer), None),
+    )
+
+
+def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op], width: int) -> WorkerPool:
+    """The workers of neighbouring ops: those of the epoch before where they are kept."""
+
+    def make() -> WorkerPool:
+        return WorkerPool(host, width, program, resumes=place.turns is None)
+
+    def program() -> Work:
+        prepare = None if place.prepare is None else place.prepare()
+        epochs = place.epochs(with_set_epoch(op.fn for op in together))
+        return Work(tuple(op.call for op in together), 2 * CHUNK_SECONDS, prepare, epochs)
+
+    if not place.kept:
+        return make()
+    pool: WorkerPool = host.get_or_create(("pool", *(op.address for op in together)), make)
+    return pool
+
+
+def _same_place(together: Sequence[Op], op: Op) -> bool:
+    fixed = next((other for other in together if not other.flexible), None)
+    if together[0].executor is not op.executor:
+        return False
+    return fixed is None or op.flexible or (fixed.concurrency, fixed.thread_name) == (op.concurrency, op.thread_name)

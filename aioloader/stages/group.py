@@ -1,0 +1,56 @@
+"""The samples of a batch before they are collated, and the entry that they travel in."""
+
+from typing import Any
+
+from aioloader.core.entry import Entry
+from aioloader.core.safe_text import add_note, safe_repr
+
+__all__ = ["Group", "group_entries"]
+
+
+class Group:
+    """The samples of one batch, before collate.
+
+    Attributes:
+        samples: In order.
+        keys: What each was loaded by, None where nothing names it.
+        places: Where each stands in its source, see `Entry.places`.
+        left_over: There are too few of them: they are only loaded, since that may fail, and no batch is made of them.
+    """
+
+    __slots__ = ("keys", "left_over", "places", "samples")
+
+    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None] | None = None) -> None:
+        self.samples = samples
+        self.keys = keys
+        self.places = [] if places is None else places
+        self.left_over = False
+
+    def leave_out(self, out: list[bool]) -> None:
+        """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
+        self.samples = [sample for sample, gone in zip(self.samples, out, strict=True) if not gone]
+        self.keys[:] = [key for key, gone in zip(self.keys, out, strict=True) if not gone]
+        self.places[:] = [place for place, gone in zip(self.places, out, strict=True) if not gone]
+
+
+def group_entries(entries: list[Entry]) -> Entry:
+    """One entry of many. The first error among them is its error; the note names how many others there are."""
+    samples = [entry.value for entry in entries]
+    keys = [entry.key for entry in entries]
+    places = [entry.position for entry in entries]
+    group = Entry(Group(samples, keys, places), entries[-1].cursor, keys, entries[0].position)
+    group.places = places
+    if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
+        group.attempts = max(attempts)
+    failed = [entry for entry in entries if entry.error is not None]
+    if failed:
+        group.value = None
+        group.error = first = failed[0].error
+        others = [entry for entry in failed if entry.error is not first]
+        if first is not None and others:
+            named = "; ".join(f"key {safe_repr(entry.key)}: {safe_repr(entry.error)}" for entry in others[:3])
+            add_note(first, f"aioloader: {len(others)} more samples of this batch failed: {named}")
+        for entry in failed:  # the traceback of an error may lead back to its entry
+            entry.error = None
+        del entry, first, others
+    return group
