@@ -81,7 +81,7 @@ class DataLoader(Loader, Generic[T_co]):
         batch_sampler: See torch.
         num_workers: Threads. 0: everything in the consumer's thread inside `next()`, nothing ahead; under `async for`,
             one thread, so that the event loop is never blocked.
-        collate_fn: See torch; an async one is awaited on the event loop, behind worker processes too.
+        collate_fn: See torch; an async one is awaited on the event loop, with worker processes too.
         pin_memory: See torch.
         drop_last: See torch; at most one batch is dropped, whatever the number of workers.
         timeout: Seconds to wait for one batch; the batch is not lost.
@@ -454,7 +454,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _sure_length(self) -> int | None:
         if self._iterable or not self._keys.repeatable or self._keys.generators:
-            return None  # a generator may be drawn from once more behind the last batch
+            return None  # a generator may be drawn from once more at the end
         try:
             return len(self)
         except TypeError:

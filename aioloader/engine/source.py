@@ -41,8 +41,8 @@ class Keys(Protocol):
 
     def __len__(self) -> int: ...
 
-    def behind(self, position: int) -> "Keys":
-        """Those behind a position of the whole order."""
+    def after(self, position: int) -> "Keys":
+        """Those after a position of the whole order."""
 
     def slice(self, start: int, stop: int) -> Sequence[int]:
         """Keys `start` to `stop` as Python integers; fewer at the end."""
@@ -79,7 +79,7 @@ class KeySource(Node):
 
     def resume(self, cursor: Any) -> None:
         self._cursor = as_count(cursor)
-        self._order(False).behind(self._cursor)  # raises when there is no such place
+        self._order(False).after(self._cursor)  # raises when there is no such place
 
     @property
     def extra_room(self) -> int:
@@ -88,7 +88,7 @@ class KeySource(Node):
     def start(self, run: "Run", kick: Kick) -> None:
         self.meter = run.adopt(self.meter)
         keys = self._order(True)
-        self._keys = keys.behind(self._cursor) if self._cursor else keys
+        self._keys = keys.after(self._cursor) if self._cursor else keys
         self.ended = not len(self._keys)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ __all__ = ["Batch", "BatchFold", "CollateWith", "Unbatch"]
 
 @dataclass(frozen=True)
 class CollateWith:
-    """How groups become batches, in the window behind their fold.
+    """How groups become batches, in the window after their fold.
 
     Args:
         fn: From a list of samples to a batch, sync or async; None: torch's default collate.
@@ -245,7 +245,7 @@ class Unbatch(FoldStage):
     """The samples of each batch, one by one. Cursor: that *before* the batch, and how many of its samples are out.
 
     A tensor or array gives its rows, a tuple or mapping of them gives tuples and mappings of rows, a list gives its
-    items; but behind a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
+    items; but after a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
 
     Args:
         collated: The batches come from the default collate.

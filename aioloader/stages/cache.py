@@ -15,7 +15,7 @@ __all__ = ["Cache"]
 
 @dataclass(frozen=True)
 class Cache(Stage):
-    """Keeps samples behind the stages in front of it.
+    """Keeps the samples that the stages before it made.
 
     Args:
         store: Where; shared by all pipelines that go on from this stage.
