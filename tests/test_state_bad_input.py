@@ -331,7 +331,7 @@ def test_a_cursor_that_no_text_can_hold() -> None:
             return [Entry(1, object(), None, 0)]
 
     class Source(CursorSource):
-        def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+        def open(self, context: SourceContext, cursor: Any) -> EntryReader:
             return Reader()
 
     loader = Pipeline(Source())

@@ -70,7 +70,7 @@ class CursorSource(ABC):
         """
 
     @abstractmethod
-    def open(self, access: "SourceContext", cursor: Any) -> EntryReader:
+    def open(self, context: "SourceContext", cursor: Any) -> EntryReader:
         """Begin an epoch behind `cursor`, or at its start when that is None. On the loop; must not block or wait."""
 
 
