@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future as ConcurrentFuture
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from aioloader.core.checks import check_count
 from aioloader.core.source import RunListener, SourceContext, SourceThreads
 from aioloader.executors.threads import Threads
 
@@ -49,7 +50,7 @@ class RunSourceContext(SourceContext):
         return cast(E, self._run.shared[owner])
 
     def threads(self, limit: int) -> "SourceThreads":
-        pool = self._run.threads(limit, "aioloader-source")
+        pool = self._run.threads(check_count("limit", limit, least=1), "aioloader-source")
         self._pools.append(pool)
         return _RunThreads(self._run, pool)
 

@@ -37,6 +37,7 @@ class Turns(CursorSource):
     """
 
     _numbers = itertools.count()
+    _names_samples = False
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
