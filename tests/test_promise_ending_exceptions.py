@@ -308,6 +308,11 @@ class _NumberReader(EntryReader):
         self._source = source
         self._thread = context.threads(1)
         self._number = -1
+        if source.where == "task":
+            context.spawn(self._fail)
+
+    async def _fail(self) -> None:
+        self._source.load(BAD)
 
     async def read(self, limit: int) -> list[Entry]:
         self._number = number = self._number + 1
@@ -385,6 +390,13 @@ def test_without_workers_the_iterable_is_asked_again(kind: Ending) -> None:
 def test_a_reader_that_cannot_be_closed(face: Face, kind: Ending) -> None:
     assert seen(Pipeline(Numbers(Raise(kind, bad=9), "aclose")), face) == [0, 1, 2, 3, 4, 5]
     assert seen(Pipeline(Numbers(Raise(kind), "aclose")), face)[-1] is kind
+
+
+@both_kinds
+@on_both_faces
+def test_a_task_of_a_reader(face: Face, kind: Ending) -> None:
+    """It is the whole run that ends, as with any error that a task lets out."""
+    assert seen(Pipeline(Numbers(Raise(kind), "task")), face)[-1] is kind
 
 
 @both_kinds

@@ -55,10 +55,17 @@ class RunSourceContext(SourceContext):
         return _RunThreads(self._run, pool)
 
     def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
-        task = self._run.spawn(fn)
+        task = self._run.spawn(self._guarded, fn)
+        task.set_name(f"aioloader-{getattr(fn, '__qualname__', 'task')}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _guarded(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await fn()
+        except (KeyboardInterrupt, SystemExit) as error:  # which asyncio would end the loop with
+            self._run.fail(error)
 
     async def aclose(self) -> None:
         """End the tasks, wait for them, and let go of the threads."""
