@@ -1446,3 +1446,26 @@ def test_a_key_that_was_written_down_says_the_same(key: Any) -> None:
     read = read_key(json.loads(json.dumps(written_key(key))))
     assert key_text(read) == key_text(key)
     assert source_of(read) == source_of(key)
+
+
+@on_both_faces
+def test_that_flat_map_gave_nothing_is_kept_and_its_error_is_not(face: Face) -> None:
+    """Nobody can tell an empty answer from an outage; an error is one."""
+    down = {3}
+
+    def empty(key: int) -> list[int]:
+        return [] if key in down else [key]
+
+    def failing(key: int) -> list[int]:
+        if key in down:
+            raise OSError("down")
+        return [key]
+
+    kept = Pipeline(range(6)).flat_map(empty).cache(memory_bytes=1 << 20)
+    again = Pipeline(range(6)).flat_map(failing).cache(memory_bytes=1 << 20)
+    assert collect(kept, face) == [0, 1, 2, 4, 5]
+    with Steps(again, face) as steps:
+        assert [str(outcome) for outcome in steps.outcomes()] == ["0", "1", "2", "down", "4", "5"]
+    down.clear()
+    assert collect(kept, face) == [0, 1, 2, 4, 5]
+    assert collect(again, face) == [0, 1, 2, 3, 4, 5]

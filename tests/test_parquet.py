@@ -160,8 +160,8 @@ def test_batches_open_at_every_cursor(files: list[str], batch_rows: int) -> None
 class _Listed(ParquetRows):
     """Gives lists for tensors, which compare."""
 
-    def open(self, access: Any, cursor: Any) -> Any:
-        reader = super().open(access, cursor)
+    def open(self, context: Any, cursor: Any) -> Any:
+        reader = super().open(context, cursor)
         read = reader.read
 
         async def listed(limit: int) -> Any:

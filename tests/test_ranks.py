@@ -474,9 +474,9 @@ def test_a_resumed_stream_seeks(face: Face, tmp_path: Path) -> None:
     opened: list[tuple[Any, list[int]]] = []
 
     class Watched(Lines):
-        def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+        def open(self, context: SourceContext, cursor: Any) -> EntryReader:
             opened.append((cursor, []))
-            return WatchedReader(super().open(access, cursor), opened[-1][1])
+            return WatchedReader(super().open(context, cursor), opened[-1][1])
 
     class WatchedReader(EntryReader):
         def __init__(self, reader: EntryReader, read: list[int]) -> None:

@@ -29,10 +29,20 @@ ONE_LOST: Final = 4  # finished: one of several sources failed with `error`; it 
 class Entry:
     """One sample or batch on its way.
 
+    The reader of a source makes one for each sample, anew each time: the loader writes into it. It sets `value`,
+    `cursor` and `key`, or makes it with `Entry.failed`, and leaves the other attributes alone.
+
+    ```python
+    [Entry(row, cursor=row_id, key=row_id) for row_id, row in rows]
+    ```
+
     Attributes:
         value: The sample as the last stage left it.
-        cursor: Where to go on *after* this entry; small, immutable, JSON-able (integers and tuples).
-        key: What names the sample in its epoch, see `aioloader.keys`. Of a batch: the list of its samples' keys.
+        cursor: Where to go on *after* this entry. Small, immutable and JSON-able: integers, floats, strings, and tuples
+            of these and None. Not None itself, which is the start.
+        key: What names the sample in its epoch, see `aioloader.core.keys`: a number, a string, a path, or a tuple of
+            these. The same wherever the source was opened, since `sample_rng()` is seeded by it and notes of errors
+            show it. Of a batch: the list of its samples' keys.
         position: Where it stands in its source, in the order of this epoch and of all ranks, from 0; of a batch: where
             its first sample stands. What is made of an entry keeps its position. None: not known, in a source with
             cursors of its own that was entered in the middle.
@@ -48,7 +58,7 @@ class Entry:
     kept_as: Any
     places: list[int | None]
 
-    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None) -> None:
+    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None) -> None:
         self.value = value
         self.cursor = cursor
         self.key = key
@@ -56,6 +66,26 @@ class Entry:
         self.attempts: int = 1
         self.error: BaseException | None = None
         self.state: int = UNDER_WAY
+
+    @classmethod
+    def failed(cls, error: BaseException, cursor: Any, key: Any) -> "Entry":
+        """A sample that could not be made: `error` is raised in its place, and the next one follows.
+
+        Args:
+            error: What is raised: this object, with a note that names the source, the key and the epoch.
+            cursor: Where to go on after it.
+            key: What names it.
+
+        Raises:
+            TypeError: `error` is not an exception.
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(
+                f"Entry.failed takes an exception, got {safe_repr(error, 80)} of type {type(error).__name__}"
+            )
+        entry = cls(None, cursor, key)
+        entry.error = error
+        return entry
 
     @classmethod
     def last(cls, error: BaseException, cursor: Any, position: int | None) -> "Entry":

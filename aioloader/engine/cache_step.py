@@ -194,7 +194,11 @@ class KeepInMemory(Step):
     def accept(self, entry: Entry) -> None:
         self.meter.samples += 1
         if entry.kept_as is not None and entry.value is not None:  # what came to nothing may come another time
-            self._put(entry, entry.value)
+            try:
+                self._put(entry, entry.value)
+            except (KeyboardInterrupt, SystemExit) as error:  # of the sample's `__reduce__`; here it would end the loop
+                self._fail(entry, error, self.meter.name)
+                return
         self._forward(entry)
 
     def refused(self, entry: Entry) -> None:

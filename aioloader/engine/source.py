@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import LAST, ONE_LOST, Entry, annotate
 from aioloader.core.keys import NAMES, PartKey
-from aioloader.core.source import CursorSource
+from aioloader.core.source import CursorSource, EntryReader
 from aioloader.engine.node import MOST_EARLY, Kick, Node, cheap_samples
 from aioloader.engine.reading import Reader, open_reader
 from aioloader.engine.resumable import Origin, check_origin, note_silent, split_cursor
+from aioloader.engine.source_checks import ReadCheck, opened
 from aioloader.engine.source_context import RunSourceContext
 from aioloader.errors import ReplayWarning, SampleCancelledError, StateError
 from aioloader.executors.threads import InContext, TakesJobs
@@ -373,23 +374,30 @@ class StreamSource(_Pump):
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
-        access = RunSourceContext(self._run, meter.name)
-        reader = source.open(access, self._resume_at)
+        context = RunSourceContext(self._run, meter.name)
+        reader: EntryReader | None = None
         self._numbered = self._resume_at is None  # its cursors do not count
         try:
+            reader = opened(source, context, self._resume_at)
+            check = ReadCheck(source, reader)
             while True:
                 limit = await self._demanded()
                 began = perf_counter()
-                entries = await reader.read(limit)
+                entries = await check.awaitable(reader.read(limit))
                 meter.busy_seconds += perf_counter() - began
+                check.look_at(entries, limit)
                 if not entries:
                     break
-                for position, entry in enumerate(entries, self._position):
-                    entry.position = position if self._numbered else None
-                    if entry.error is not None:
-                        annotate(entry.error, meter.name, entry, self._run.epoch)
-                        meter.errors += 1
-                        meter.gaps = True  # it may stand for the rest of a file
+                try:
+                    for position, entry in enumerate(entries, self._position):
+                        entry.position = position if self._numbered else None
+                        if entry.error is not None:
+                            annotate(entry.error, meter.name, entry, self._run.epoch)
+                            meter.errors += 1
+                            meter.gaps = True  # it may stand for the rest of a file
+                except AttributeError:
+                    check.look_at_all(entries)  # one of them is no entry
+                    raise
                 self._position += len(entries)
                 self._failed_at = entries[-1].cursor
                 meter.samples = self._position
@@ -399,9 +407,10 @@ class StreamSource(_Pump):
                 del entries, entry
         finally:
             try:
-                await self._run.closing(reader.aclose)
+                if reader is not None:
+                    await self._run.closing(reader.aclose)
             finally:
-                await self._run.closing(access.aclose)
+                await self._run.closing(context.aclose)
 
 
 def warn_of_replay(cursor: Any, name: str) -> None:

@@ -37,6 +37,7 @@ class Turns(CursorSource):
     """
 
     _numbers = itertools.count()
+    _names_samples = False
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -49,7 +50,7 @@ class Turns(CursorSource):
         if workers != self.workers:
             raise ValueError(f"a cursor of {self.workers} workers was expected, got one of {workers}")
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         if cursor is not None:
             _, self.given = cursor
         return _TurnReader(self)

@@ -177,11 +177,11 @@ class Channel(CursorSource):
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         """Read on; what comes does not depend on `cursor`, since live samples do not come again."""
         self._check_process()
-        ledger: _Ledger = access.shared(self, lambda: _Ledger(self))
-        return _ChannelReader(self, access, ledger)
+        ledger: _Ledger = context.shared(self, lambda: _Ledger(self))
+        return _ChannelReader(self, context, ledger)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -135,11 +135,11 @@ class Lines(CursorSource):
             for first, one in enumerate(cursors):
                 self._place(first, one)
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         if self.interleave == 1:
-            return self._reader(access, 0, cursor)
+            return self._reader(context, 0, cursor)
         turn, cursors = self._places(cursor)
-        readers = [self._reader(access, first, one) for first, one in enumerate(cursors)]
+        readers = [self._reader(context, first, one) for first, one in enumerate(cursors)]
         return _InTurn(readers, turn, [None if one is None else tuple(one) for one in cursors])
 
     def _places(self, cursor: Any) -> tuple[int, list[Any]]:

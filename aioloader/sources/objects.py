@@ -229,8 +229,8 @@ class _Listing(CursorSource):
         if not isinstance(cursor, str):
             raise ValueError(f"the cursor of a listing is a key, got {cursor!r}"[:200])
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return Ahead(access, lambda: self._pages(cursor), lists=PAGES_AHEAD)
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return Ahead(context, lambda: self._pages(cursor), lists=PAGES_AHEAD)
 
     async def _pages(self, behind: str | None) -> AsyncGenerator[list[Entry]]:
         found = behind is not None

@@ -125,8 +125,8 @@ class ParquetRows(CursorSource):
             )
         return place
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _FilesReader(self, access, self._place(cursor))
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return _FilesReader(self, context, self._place(cursor))
 
 
 def _require_pyarrow() -> None:

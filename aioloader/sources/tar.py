@@ -185,8 +185,8 @@ class TarShards(CursorSource):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
         return index, start
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _InOrder(access, self._shards, self._decode, self._limits, self._open_ahead, *self._place(cursor))
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return _InOrder(context, self._shards, self._decode, self._limits, self._open_ahead, *self._place(cursor))
 
 
 class _InOrder(EntryReader):

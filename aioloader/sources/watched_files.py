@@ -81,8 +81,8 @@ class WatchedFiles(CursorSource):
     def check_cursor(self, cursor: Any) -> None:
         _Given(cursor)
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _FolderReader(self, access, _Given(cursor))
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return _FolderReader(self, context, _Given(cursor))
 
     def wants(self, name: str) -> bool:
         """Whether the file with this name below the folder is one of those to be given."""

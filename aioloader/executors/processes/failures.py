@@ -215,13 +215,15 @@ def _unpack(parcel: _Parcel) -> BaseException:
 
 
 def cannot_travel(what: str, error: BaseException, *, by_value: bool) -> BaseException:
-    """The error for something that cannot be pickled.
+    """The error for something that cannot be pickled; what ends a program stays what it is.
 
     Args:
         what: A noun with its article.
         error: Pickle's.
         by_value: Whether cloudpickle is there already.
     """
+    if isinstance(error, KeyboardInterrupt | SystemExit):  # of the user's `__reduce__`, or a Ctrl-C meanwhile
+        return error
     way_out = "make it where it is used, or use threads" if by_value else f"{BY_VALUE}; or use threads"
     refused = pickle.PicklingError(f"{what} cannot cross to another process: {error}; {way_out}")
     refused.__cause__ = error

@@ -37,6 +37,8 @@ class StoredProgram:
         modules: dict[str, None] = {}
         try:
             stream, buffers = encode(program, MappedFiles(), modules)
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:
             raise cannot_travel("the functions or the dataset", error, by_value=can_pickle_by_value()) from error
         self.modules = [name for name in modules if name not in _OF_SCRIPTS]
