@@ -199,7 +199,7 @@ HELD = {
     "the loader's": "loader._lock",
     "a beginning iterator's": "iterator._starting",
     "the cache's": "store._lock",
-    "that of drawing": "drawn._drawing",
+    "that of drawing": "sampler_order._drawing",
     "that of torch's threads": "threads._intraop_lock",
     "that of the fork server": "fork_server._lock",
     "the memory's": "loader._memory._lock",
@@ -211,7 +211,7 @@ def test_a_lock_that_another_thread_held_at_the_fork_stops_nobody() -> None:
     script = f"""
 from aioloader.executors import threads
 from aioloader.executors.processes import fork_server
-from aioloader.sources import drawn
+from aioloader.sources import sampler_order
 for disk in (False, True):
     loader = Pipeline(list(range(40))).shuffle(seed=0).map(int)
     loader = loader.cache(disk=tempfile.mkdtemp() + "/cache") if disk else loader.cache(memory_bytes=100_000)
