@@ -10,8 +10,7 @@ from typing import Any, Final
 __all__ = ["CacheDescription"]
 
 FORMAT: Final = 3
-SUFFIXES: Final = {".index", ".samples", ".new"}
-"""Of the other files in the directory."""
+SUFFIXES: Final = {".index", ".samples", ".new"}  # of the other files in the directory
 
 
 class CacheDescription:
@@ -19,7 +18,7 @@ class CacheDescription:
 
     Attributes:
         path: The file.
-        checksum: Of its text; the checksums in indices start from it.
+        checksum: The checksum of its text, from which those in indices start.
     """
 
     def __init__(self, folder: Path, pipeline: str, version: str) -> None:
