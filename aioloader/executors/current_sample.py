@@ -85,12 +85,10 @@ class BulkLoad:
 
     @property
     def key(self) -> NoReturn:
-        """Not known."""
         self._refuse()
 
     @property
     def position(self) -> NoReturn:
-        """Not known."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

@@ -168,7 +168,6 @@ class InContext:
         self._context = context
 
     def submit(self, job: Job) -> None:
-        """Run `job` in the thread."""
         self._threads.submit(lambda broken: self._context.run(job, broken))
 
 

@@ -140,7 +140,6 @@ class StreamWorker:
         self._listeners.pop(number, None)
 
     def received(self, worker: Worker, message: Message) -> None:
-        """See `WorkerOwner`."""
         kind, number, *rest = message.head
         heard: Heard
         try:
@@ -166,7 +165,6 @@ class StreamWorker:
             listener(heard)
 
     def died(self, worker: Worker, reason: str) -> None:
-        """See `WorkerOwner`."""
         if self._worker is worker:
             self._worker = None
             self._tell_all(StreamWorkerDied(worker.pid, reason))

@@ -212,92 +212,102 @@ class Work:
     epochs: Epochs = ()
 
     def serve(self, channel: WorkerLink, slot: int) -> None:
-        """Run chunks in the order in which they come."""
-        tasks: deque[Message] = deque()
-        where = f"worker process {slot} (pid {os.getpid()})"
-        broken: BaseException | None = None
-        copies = Copies([call.fn for call in self.calls], self.epochs)
+        _ChunkServer(self, channel, slot).serve()
+
+
+class _ChunkServer:
+    """Runs chunks in a worker, in the order in which they come."""
+
+    def __init__(self, work: Work, channel: WorkerLink, slot: int) -> None:
+        self._work = work
+        self._channel = channel
+        self._slot = slot
+        self._where = f"worker process {slot} (pid {os.getpid()})"
+        self._tasks: deque[Message] = deque()
+        self._copies = Copies([call.fn for call in work.calls], work.epochs)
+        self._broken: BaseException | None = None  # raised for the first sample, as in torch
+
+    def serve(self) -> None:
         try:
-            if self.prepare is not None:
-                self.prepare(slot)
-        except BaseException as error:  # raised for the first sample, as in torch
-            broken = error
-        while True:
-            while not tasks or channel.ready():  # read first whether a task is still wanted
-                message = channel.next()
-                match message.head:
-                    case ("task", _, freed, *_):
-                        channel.arena.take_back(freed)
-                        tasks.append(message)
-                    case ("forget", numbers):
-                        skipped = [task.head[1] for task in tasks if task.head[1] in numbers]
-                        tasks = deque(task for task in tasks if task.head[1] not in numbers)
-                        channel.tell(("skipped", skipped))
-                    case ("close",):
-                        return
-            message = tasks.popleft()
+            if self._work.prepare is not None:
+                self._work.prepare(self._slot)
+        except BaseException as error:
+            self._broken = error
+        while self._receive():
+            message = self._tasks.popleft()
             _, number, _, layout = message.head
-            channel.progress.begin(slot, number)
-            self._run(channel, slot, number, message.body, layout, where, copies, broken)
-            broken = None
+            self._channel.progress.begin(self._slot, number)
+            self._run(number, message.body, layout)
             del message
 
-    def _run(
-        self,
-        channel: WorkerLink,
-        slot: int,
-        number: int,
-        body: bytearray,
-        layout: Layout,
-        where: str,
-        copies: Copies,
-        broken: BaseException | None,
-    ) -> None:
+    def _receive(self) -> bool:
+        """Read all messages that are there, and wait for the first task; returns False to close.
+
+        What is forgotten before it was begun is not run.
+        """
+        while not self._tasks or self._channel.ready():
+            message = self._channel.next()
+            match message.head:
+                case ("task", _, freed, *_):
+                    self._channel.arena.take_back(freed)
+                    self._tasks.append(message)
+                case ("forget", numbers):
+                    skipped = [task.head[1] for task in self._tasks if task.head[1] in numbers]
+                    self._tasks = deque(task for task in self._tasks if task.head[1] not in numbers)
+                    self._channel.tell(("skipped", skipped))
+                case ("close",):
+                    return False
+        return True
+
+    def _run(self, number: int, body: bytearray, layout: Layout) -> None:
         *buffers, stream = open_buffers(memoryview(body), layout)
         try:
             seeds, epochs, keys, values = decode(stream, buffers)
         except BaseException as error:
-            channel.send(("lost", number), portable(error, f"{where}, which unpickles samples"))
+            self._channel.send(("lost", number), portable(error, f"{self._where}, which unpickles samples"))
             return
-        busy_seconds = cpu_seconds = 0.0
-        try:
-            copies.tell(epochs)
-        except BaseException as error:
-            broken = broken or error
-        if broken is None:
-            calls = [replace(call, seed=seed) for call, seed in zip(self.calls, seeds, strict=True)]
-            sample = SampleContext()
-            recorded = self._recorded(values, values if keys is None else keys, sample, channel.progress, slot)
-            result = apply_chunk(calls, recorded, self.budget_seconds, sample=sample)
-            outcomes, busy_seconds, cpu_seconds = result.outcomes, result.busy_seconds, result.cpu_seconds
-        else:
-            outcomes = [Failed(broken, self.calls[0].label)]
-        for outcome in outcomes:
+        result = self._outcomes(seeds, epochs, values if keys is None else keys, values)
+        for outcome in result[0]:
             if type(outcome) is Failed:
-                outcome.error = portable(outcome.error, where)
+                outcome.error = portable(outcome.error, self._where)
         try:
-            channel.send(("done", number), (outcomes, busy_seconds, cpu_seconds))
+            self._channel.send(("done", number), result)
         except (BrokenPipeError, ConnectionResetError):
             raise
         except BaseException:
-            outcomes = [self._portable_outcome(outcome, where) for outcome in outcomes]
-            channel.send(("done", number), (outcomes, busy_seconds, cpu_seconds))
+            outcomes, *seconds = result
+            outcomes = [self._portable_outcome(outcome) for outcome in outcomes]
+            self._channel.send(("done", number), (outcomes, *seconds))
 
-    @staticmethod
-    def _recorded(
-        values: Sequence[Any], keys: Sequence[Any], sample: SampleContext, progress: ProgressCells, slot: int
-    ) -> Iterator[Any]:
-        """`values`; each is recorded in `progress` when it is begun, and named in `sample`."""
-        for index, (value, key) in enumerate(zip(values, keys, strict=True)):
+    def _outcomes(
+        self, seeds: Sequence[int | None], epochs: Epochs, keys: Sequence[Any], values: Sequence[Any]
+    ) -> tuple[list[Any], float, float]:
+        """The fields of a `ChunkResult`."""
+        broken, self._broken = self._broken, None
+        try:
+            self._copies.tell(epochs)
+        except BaseException as error:
+            broken = broken or error
+        if broken is not None:
+            return [Failed(broken, self._work.calls[0].label)], 0.0, 0.0
+        calls = [replace(call, seed=seed) for call, seed in zip(self._work.calls, seeds, strict=True)]
+        sample = SampleContext()
+        result = apply_chunk(calls, self._recorded(keys, values, sample), self._work.budget_seconds, sample=sample)
+        return result.outcomes, result.busy_seconds, result.cpu_seconds
+
+    def _recorded(self, keys: Sequence[Any], values: Sequence[Any], sample: SampleContext) -> Iterator[Any]:
+        """`values`; each is recorded as begun when it is taken, and named in `sample`."""
+        progress, slot = self._channel.progress, self._slot
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             progress.at(slot, index)
             sample.name = KeyOnly(key)
             yield value
 
-    def _portable_outcome(self, outcome: Any, where: str) -> Any:
+    def _portable_outcome(self, outcome: Any) -> Any:
         try:
             encode(outcome)
         except BaseException as error:
-            label = self.calls[-1].label
+            label = self._work.calls[-1].label
             refused = cannot_travel(f"what {label} returned", error, by_value=can_pickle_by_value())
-            return Failed(portable(refused, where), label)
+            return Failed(portable(refused, self._where), label)
         return outcome

@@ -217,7 +217,6 @@ class WorkerPool:
                 worker.send(("forget", numbers))
 
     def received(self, worker: Worker, message: Message) -> None:
-        """See `WorkerOwner`."""
         kind, *rest = message.head
         if kind == "broken":
             error = worker.unpack(message)
@@ -241,7 +240,6 @@ class WorkerPool:
             task.done(outcome)
 
     def died(self, worker: Worker, reason: str) -> None:
-        """See `WorkerOwner`."""
         tasks = self._tasks_of.pop(worker)
         if self._workers[worker.slot] is worker:
             self._workers[worker.slot] = None
