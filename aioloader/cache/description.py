@@ -16,9 +16,7 @@ SUFFIXES: Final = {".index", ".samples", ".new"}  # of the other files in the di
 class CacheDescription:
     """Describes a pipeline, and compares that with what a directory says.
 
-    Attributes:
-        path: The file.
-        checksum: The checksum of its text, from which those in indices start.
+    The checksums in the indices of a cache start from its `checksum`.
     """
 
     def __init__(self, folder: Path, pipeline: str, version: str) -> None:

@@ -55,22 +55,14 @@ class Location:
 
 
 class StoredSegment:
-    """Two files that one process has written: samples one after the other, and an index of the complete ones.
-
-    Attributes:
-        samples: The file of samples.
-        index: The index.
-        end: The number of bytes that known samples take.
-        ours: Whether it is written by this process.
-        file: The file of samples, while it is open for reading.
-    """
+    """Two files that one process has written: samples one after the other, and an index of the complete ones."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.samples = folder / f"{name}.samples"
         self.index = folder / f"{name}.index"
-        self.end = 0
-        self.ours = False
-        self.file: _SharedFile | None = None
+        self.end = 0  # of the known samples
+        self.ours = False  # whether this process writes it
+        self.file: _SharedFile | None = None  # the samples, while it is open for reading
         self._index_read = 0  # bytes of the index
 
     def size(self) -> int:
@@ -100,8 +92,7 @@ class StoredSegment:
     def new_entries(self, seed: int) -> Iterator[tuple[list[Any], Location]]:
         """The keys and locations that have been added to the index; a truncated or broken entry ends them.
 
-        Args:
-            seed: The checksum of the description.
+        Their checksums start from `seed`, the description's.
         """
         try:
             with self.index.open("rb") as file:
@@ -135,14 +126,7 @@ class SegmentWriter:
         self._index = _SharedFile(self.segment.index, flags)
 
     def append(self, key: list[Any], parts: list[Any], length: int, checksum: int, seed: int) -> Location:
-        """Write a sample, and then its entry in the index.
-
-        Args:
-            key: As it is written to the index.
-            parts: The sample.
-            length: The bytes of `parts`.
-            checksum: Of `parts`.
-            seed: The checksum of the description.
+        """Write a sample, in parts, and then its entry in the index.
 
         Raises:
             OSError: The disk is full, or the like.

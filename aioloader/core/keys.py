@@ -33,12 +33,7 @@ class PartKey(NamedTuple):
 
 
 class SourceKey(NamedTuple):
-    """The key of an entry from one of several sources.
-
-    Attributes:
-        source: The number of the source, from 0.
-        key: The key in that source.
-    """
+    """The key of an entry from one of several sources, which are numbered from 0."""
 
     source: int
     key: Any

@@ -246,13 +246,10 @@ _warned: WeakSet[type] = WeakSet()
 
 
 def warn_if_it_holds_tensors(value: object, needs: str) -> None:
-    """Warn once per class that its tensors are not moved; torch's DataLoader says nothing about such objects.
+    """Warn once per class that its tensors are not moved, since it `needs` for instance "pin_memory()".
 
-    Only the first instance of a class is searched, so that a list of objects costs almost nothing.
-
-    Args:
-        value: An object that is passed on unchanged.
-        needs: What its class lacks, for instance "pin_memory()".
+    torch's DataLoader says nothing about such objects. Only the first instance of a class is searched, so that a list
+    of objects costs almost nothing.
     """
     cls = type(value)
     if cls in _warned:

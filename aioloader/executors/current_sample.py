@@ -51,12 +51,7 @@ class KeyOnly:
 
 
 class BatchBeingLoaded:
-    """A batch whose samples are loaded one by one; names the next one to load.
-
-    Args:
-        keys: The keys of the batch.
-        samples: The samples loaded so far; the loading function appends to it.
-    """
+    """A batch whose samples are loaded one by one, and appended to `samples`; names the next one to load."""
 
     def __init__(self, keys: Sequence[Any], samples: list[Any]) -> None:
         self._keys = keys

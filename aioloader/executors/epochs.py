@@ -39,13 +39,7 @@ def with_set_epoch(functions: Iterable[Any]) -> list[Any]:
 
 
 def epochs_of(originals: Sequence[Any], dataset: Any = None, told: int | None = None) -> Epochs:
-    """The epochs that the user's objects are in.
-
-    Args:
-        originals: The objects that `with_set_epoch` found.
-        dataset: The one whose epoch `DataLoader.set_epoch` sets.
-        told: The epoch that it was set to.
-    """
+    """The epochs that the user's objects are in; `told` is what `DataLoader.set_epoch` has set for `dataset`."""
     found = (getattr(original, "epoch", None) for original in originals)
     return tuple(
         (epoch if type(epoch) is int else None, told if original is dataset else None)
@@ -54,14 +48,10 @@ def epochs_of(originals: Sequence[Any], dataset: Any = None, told: int | None = 
 
 
 class Copies:
-    """The copies in a worker.
+    """The copies in a worker, made when the originals were in `epochs`.
 
     Their `set_epoch` is called only when the epoch of the original has changed: copies that count epochs themselves are
     left alone.
-
-    Args:
-        functions: As for `with_set_epoch`.
-        epochs: The epochs of the originals when the copies were made.
     """
 
     def __init__(self, functions: Iterable[Any], epochs: Epochs) -> None:

@@ -10,14 +10,10 @@ __all__ = ["isolated"]
 def isolated(go_on: Callable[..., bool], *args: Any) -> None:
     """Call `go_on(context, clean, *args)` in a copy of this context, and again in a new copy while it returns True.
 
-    A copy for each sample would cost 0.1 µs, and almost no function sets a variable. So `go_on` takes one sample after
-    the other and checks `context != clean` after each, which compares two pointers (25 ns) while nothing was set. When
-    something was, it returns True. The comparison raises where two values cannot be compared, such as tensors; then
-    they count as different.
-
-    Args:
-        go_on: Gets the context that it runs in, and an unchanged copy of it.
-        *args: Passed to `go_on`.
+    `context` is the copy that it runs in, and `clean` an unchanged one. A copy for each sample would cost 0.1 µs, and
+    almost no function sets a variable. So `go_on` takes one sample after the other and checks `context != clean` after
+    each, which compares two pointers (25 ns) while nothing was set. When something was, it returns True. The comparison
+    raises where two values cannot be compared, such as tensors; then they count as different.
     """
     while True:
         context = copy_context()

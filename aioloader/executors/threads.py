@@ -156,12 +156,7 @@ class Threads:
 
 
 class InContext:
-    """Runs jobs in the thread of `threads`, in a context that they share.
-
-    Args:
-        threads: Has one thread: two cannot enter the same context.
-        context: The context of the jobs.
-    """
+    """Runs jobs in the one thread of `threads`, in a context that they share: two threads could not enter it."""
 
     def __init__(self, threads: Threads, context: Context) -> None:
         self._threads = threads

@@ -11,11 +11,9 @@ _SLOT_BYTES: Final = 64  # a cache line for each worker
 
 
 class ProgressCells:
-    """For each worker, the number of the task that it runs, and the index of the value in it.
+    """For each of `count` workers, the number of the task that it runs, and the index of the value in it.
 
-    Args:
-        fd: Memory that the workers and the main process map; the caller closes it.
-        count: The number of workers.
+    The memory `fd` is mapped by the workers and the main process; the caller closes it.
     """
 
     def __init__(self, fd: int, count: int) -> None:

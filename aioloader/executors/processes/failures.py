@@ -24,12 +24,9 @@ BY_VALUE: Final = (
 def portable(error: BaseException, where: str) -> BaseException:
     """A stand-in for `error` that can always be pickled, and is unpickled as an exception of the same type.
 
-    It carries the notes, `__cause__` and `__context__`, and the traceback as a note. Attributes that cannot be pickled,
-    such as open files and locks, are left out and named in a note.
-
-    Args:
-        error: The exception as it was caught; not changed.
-        where: The worker, in words.
+    It carries the notes, `__cause__` and `__context__`, and the traceback as a note that names `where` it was raised.
+    Attributes that cannot be pickled, such as open files and locks, are left out and named in a note. `error` itself is
+    not changed.
     """
     if isinstance(error, _TravellingError):
         return error
@@ -52,15 +49,8 @@ class _TravellingError(Exception):
 class _Parcel(NamedTuple):
     """An exception as plain data.
 
-    Attributes:
-        content: The pickle of the exception or of its `_Parts`; None: neither can be pickled.
-        buffers: The buffers of `content`.
-        words: The message used where the exception's type cannot be imported.
-        notes: Its notes.
-        members: The exceptions of a group.
-        cause: Its `__cause__`.
-        context: Its `__context__`.
-        suppresses: Its `__suppress_context__`.
+    `content` is the pickle of the exception or of its `_Parts`, with its `buffers`; None: neither can be pickled.
+    `words` is the message used where the exception's type cannot be imported.
     """
 
     content: bytes | None
@@ -74,13 +64,7 @@ class _Parcel(NamedTuple):
 
 
 def _pack(error: BaseException, outer: dict[int, BaseException], *more_notes: str) -> _Parcel:
-    """Pack `error` and the exceptions that it refers to.
-
-    Args:
-        error: The exception.
-        outer: The exceptions that refer to it, by `id`: chains may be circular.
-        more_notes: Added to its own.
-    """
+    """Pack `error` and the exceptions that it refers to, without those in `outer` (by `id`), which refer to it."""
     outer = {**outer, id(error): error}
 
     def linked(other: BaseException | None) -> _Parcel | None:
@@ -215,13 +199,7 @@ def _unpack(parcel: _Parcel) -> BaseException:
 
 
 def cannot_travel(what: str, error: BaseException, *, by_value: bool) -> BaseException:
-    """The error for something that cannot be pickled.
-
-    Args:
-        what: A noun with its article.
-        error: The error that pickle raised.
-        by_value: Whether cloudpickle is installed.
-    """
+    """The error for something that cannot be pickled; `what` is a noun with its article."""
     way_out = "make it where it is used, or use threads" if by_value else f"{BY_VALUE}; or use threads"
     refused = pickle.PicklingError(f"{what} cannot cross to another process: {error}; {way_out}")
     refused.__cause__ = error

@@ -168,11 +168,7 @@ def describe_exit(code: int, signal_number: int) -> str:
 
 
 def main(fd: int) -> NoReturn:
-    """Fork a server for each loader until the main process has ended.
-
-    Args:
-        fd: Our end of the connection to the main process.
-    """
+    """Fork a server for each loader until the main process, at the other end of the socket `fd`, has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the servers: nobody asks how they ended
     warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks where numpy has started threads

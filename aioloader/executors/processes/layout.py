@@ -28,11 +28,9 @@ def layout_of(sizes: Iterable[int], start: int = 0) -> Layout:
 
 
 def lay_out(buffers: Sequence[Any], start: int = 0) -> tuple[Layout, list[Any]]:
-    """The layout of `buffers`, and the pieces to write one after the other: padding and buffer in turn.
+    """The layout of `buffers`, flat ones, and the pieces to write one after the other: padding and buffer in turn.
 
-    Args:
-        buffers: Bytes or flat views of them.
-        start: The number of bytes that are written before.
+    The pieces begin after `start` bytes that are written before.
     """
     layout = layout_of(map(len, buffers), start)
     pieces: list[Any] = []

@@ -23,24 +23,14 @@ __all__ = ["MappedFiles"]
 
 @dataclass(frozen=True, eq=False)
 class _MappedPart:
-    """A mapped part of a file. When it is unpickled, the other process maps it once for all arrays in it.
+    """A mapped part of a file. When it is unpickled, the other process maps it once for all arrays in it."""
 
-    Attributes:
-        begin: The address of its first byte.
-        end: The address after its last byte.
-        writable: Whether writing to the memory writes to the file.
-        path: The file.
-        offset: Where in the file it begins.
-        device: The file's device, as the kernel shows it.
-        inode: The file's inode, likewise.
-    """
-
-    begin: int
+    begin: int  # addresses
     end: int
-    writable: bool
+    writable: bool  # whether writing to the memory writes to the file
     path: str
-    offset: int
-    device: str
+    offset: int  # in the file
+    device: str  # as the kernel shows it
     inode: int
 
     def __reduce__(self) -> Any:

@@ -50,12 +50,8 @@ class Mapping:
     """A mapped segment, which stays mapped as long as this object or a lease of it lives.
 
     Python's `mmap` keeps a file descriptor for each mapping: a consumer that keeps a thousand batches would run into
-    the limit of open files, as it does with torch's workers.
-
-    Args:
-        fd: The descriptor of the segment; the caller closes it.
-        size: In bytes.
-        private: Whether changes stay in this process.
+    the limit of open files, as it does with torch's workers. Here the caller may close `fd` at once. If the mapping is
+    `private`, changes stay in this process.
     """
 
     def __init__(self, fd: int, size: int, *, private: bool = False) -> None:

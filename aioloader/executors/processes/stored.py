@@ -19,10 +19,7 @@ _SCRIPT_MODULES = ("__main__", "__mp_main__")  # what they define travels by val
 
 
 class StoredProgram:
-    """A pickled program in shared memory.
-
-    Attributes:
-        modules: The modules that workers import for it.
+    """A pickled program in shared memory, and the `modules` that workers import for it.
 
     Raises:
         PicklingError: The program cannot be pickled.
@@ -45,13 +42,7 @@ class StoredProgram:
             memory[offset : offset + size] = part
 
     def send_to(self, worker: "Worker", *more: int, slots: int = 1) -> None:
-        """Send the program, as the first message to `worker`.
-
-        Args:
-            worker: The worker.
-            more: The descriptor of its progress cells, which is closed once it is sent.
-            slots: How many workers there are.
-        """
+        """Send the program, as the first message to `worker`; `more` is the descriptor of progress cells, if any."""
         head = ("program", worker.slot, self._size, self._layout, slots)
         worker.send(head, fds=[os.dup(self._fd), *more])
 

@@ -20,10 +20,8 @@ __all__ = ["Arrived", "Failure", "Heard", "StreamEnded", "StreamWorker", "Stream
 class Arrived:
     """Entries of a stream.
 
-    Attributes:
-        places: What is known of each entry besides its value, see `engine/process_stream.py`.
-        values: The values, keys and meters; None: they cannot be unpickled here.
-        error: The reason for that.
+    `places` is what is known of each entry besides its value, see `engine/process_stream.py`; `values` are the values,
+    keys and meters, or None if they cannot be unpickled here for the reason `error`.
     """
 
     places: list[tuple[Any, ...]]
@@ -33,34 +31,21 @@ class Arrived:
 
 @dataclass(frozen=True)
 class StreamEnded:
-    """The stream has ended.
-
-    Attributes:
-        values: The last meters.
-    """
+    """The stream has ended; `values` are its last meters."""
 
     values: Any
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The stream failed, or no stream can be started.
-
-    Attributes:
-        error: The reason.
-    """
+    """The stream failed, or no stream can be started."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class StreamWorkerDied:
-    """The worker has died.
-
-    Attributes:
-        pid: Its process id.
-        reason: How it ended, in words.
-    """
+    """The worker has died; `reason` says how it ended, in words."""
 
     pid: int | None
     reason: str
@@ -72,9 +57,7 @@ Heard = Arrived | StreamEnded | Failure | StreamWorkerDied
 class StreamWorker:
     """One worker. It is started by the first stream, and again by the next one after it has died.
 
-    Args:
-        worker_thread: Runs it.
-        make_program: Makes its program; called in the worker thread, where the program is pickled.
+    Its program is made in the worker thread, where it is pickled.
     """
 
     def __init__(self, worker_thread: WorkerThread, make_program: Callable[[], Program]) -> None:
@@ -88,15 +71,7 @@ class StreamWorker:
     # -- in any thread -----------------------------------------------------------------------------------------------
 
     def open(self, request: Any, listener: Callable[[Heard], None]) -> int:
-        """Begin a stream.
-
-        Args:
-            request: Passed to the program.
-            listener: Called in the worker thread with what arrives, until `end`.
-
-        Returns:
-            The number of the stream.
-        """
+        """Begin a stream, and return its number. `listener` gets what arrives, in the worker thread, until `end`."""
         number = next(self._numbers)
         self._worker_thread.call(self._open, number, request, listener)
         return number

@@ -201,13 +201,7 @@ _MAX_PIECES: Final = 512  # in one call of sendmsg, which takes 1024 at most
 
 
 class Message(NamedTuple):
-    """One message.
-
-    Attributes:
-        head: A small tuple; its first item names the kind.
-        body: Raw bytes.
-        fds: File descriptors; the receiver closes them.
-    """
+    """One message. The first item of its head names its kind; the receiver closes the descriptors."""
 
     head: tuple[Any, ...]
     body: bytearray
@@ -215,11 +209,7 @@ class Message(NamedTuple):
 
 
 class Connection:
-    """Messages over a stream socket, blocking or not. Used by one thread.
-
-    Args:
-        sock: One end of a socket pair; closed with the connection.
-    """
+    """Messages over a stream socket, blocking or not, which is closed with the connection. Used by one thread."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -241,12 +231,9 @@ class Connection:
         return bool(self._out)
 
     def send(self, head: tuple[Any, ...], pieces: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
-        """Send a message; what the socket does not take now stays pending.
+        """Send a message with its body in `pieces`; what the socket does not take now stays pending.
 
-        Args:
-            head: See `Message`.
-            pieces: The body, in pieces.
-            fds: At most 16; they are closed once they are sent.
+        At most 16 descriptors can be sent; they are closed once they are.
 
         Raises:
             OSError: The other side has closed the connection.

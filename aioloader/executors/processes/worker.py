@@ -33,12 +33,7 @@ class Program(Protocol):
     """What a worker runs. It is pickled once."""
 
     def serve(self, channel: "WorkerLink", slot: int) -> None:
-        """Do the work until the channel is told to close.
-
-        Args:
-            channel: The connection to the main process.
-            slot: The worker's number.
-        """
+        """Do the work until the main process closes `channel`."""
 
 
 def settings_of_this_process() -> dict[str, Any]:

@@ -26,25 +26,14 @@ MAX_IDLE_DEATHS: Final = 3  # workers that may die with a task that they had not
 
 @dataclass(frozen=True)
 class NotSent:
-    """The task or its result could not be pickled.
-
-    Attributes:
-        error: The reason.
-    """
+    """The task or its result could not be pickled."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class Died:
-    """The worker died while it had the task.
-
-    Attributes:
-        slot: The number of the worker.
-        pid: Its process id.
-        reason: How it ended, in words.
-        at: The index of the value that it was working on.
-    """
+    """The worker died, for `reason`, while it worked on the value with the index `at` of the task."""
 
     slot: int
     pid: int | None
@@ -54,11 +43,7 @@ class Died:
 
 @dataclass(frozen=True)
 class Broken:
-    """No worker can run any task: the program cannot be sent or loaded, or no process can be started.
-
-    Attributes:
-        error: The reason.
-    """
+    """No worker can run any task: the program cannot be sent or loaded, or no process can be started."""
 
     error: BaseException
 
@@ -81,13 +66,8 @@ class _Task:
 class WorkerPool:
     """At most `count` workers.
 
-    Args:
-        worker_thread: Runs the workers.
-        count: How many workers there may be.
-        make_program: Makes the program of the workers. Called at the first task, in the worker thread, where the
-            program is pickled.
-        resumes: Whether another worker may finish the tasks of one that died. False where each worker has state of its
-            own.
+    Their program is made at the first task, in the worker thread, where it is pickled. If the pool `resumes`, tasks of
+    a worker that died are given to others; it must not where each worker has state of its own.
     """
 
     def __init__(

@@ -37,18 +37,12 @@ class WorkerOwner(Protocol):
 
 
 class Worker:
-    """One worker process, as seen from the worker thread.
-
-    Attributes:
-        slot: Its number, which its replacement gets when it dies.
-        owner: Gets its messages.
-        pid: None until it has been forked.
-    """
+    """One worker process, as seen from the worker thread. If it dies, its replacement gets the same `slot`."""
 
     def __init__(self, worker_thread: "WorkerThread", owner: WorkerOwner, slot: int, connection: Connection) -> None:
         self.slot = slot
         self.owner = owner
-        self.pid: int | None = None
+        self.pid: int | None = None  # until it has been forked
         self._closing = False
         self._deadline: float | None = None  # when it is killed
         self._worker_thread = worker_thread
@@ -221,12 +215,7 @@ class WorkerThread:
             self._selector.register(self._control, selectors.EVENT_READ)
 
     def spawn(self, owner: WorkerOwner, slot: int, modules: Sequence[str]) -> Worker:
-        """Start a worker; messages can be sent to it at once.
-
-        Args:
-            owner: Gets its messages.
-            slot: Its number.
-            modules: What its program imports; the loader server imports each of them once, for all workers.
+        """Start a worker, to which messages can be sent at once. `modules` are imported before, once for all workers.
 
         Raises:
             OSError: It cannot be started.
