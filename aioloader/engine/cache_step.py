@@ -13,8 +13,9 @@ from itertools import repeat
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.cache.disk import DiskStore, Location, LostError
+from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
+from aioloader.cache.segment import Location, LostError
 from aioloader.cache.store import MISSING, REFUSED, Mark, StreamPlace
 from aioloader.core.entry import DONE, Entry, places_of
 from aioloader.engine.cache_opening import Opening
