@@ -1,6 +1,5 @@
 """`ParquetRows`: the rows of Parquet files, one by one or as batches of columns."""
 
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
+from aioloader.sources.in_order import InOrder
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
@@ -36,8 +36,8 @@ took 4.4 µs instead of 2.6, as Python's garbage collector went through all it h
 SPAN_BYTES: Final = 32 << 20
 """Row groups that are smaller are read several at a time."""
 
-LANES: Final = 3
-"""So many spans are open: the one whose rows are handed out, and those behind it."""
+SPANS_AHEAD: Final = 2
+"""Spans that are open after the one whose rows are handed out."""
 
 PIECES_AHEAD: Final = 4
 """Decoded pieces that wait, per span."""
@@ -168,8 +168,6 @@ class _FilesReader(Ahead):
         self._access = access
         self._place = place
         self._footer_thread = access.threads(1)
-        # A span has one thread to itself, for its file is opened and closed in it; see `LANES`.
-        self._threads = [access.threads(1) for _ in range(LANES)]
         self._known: tuple[str, Any] | None = None  # the columns that all files must have, and the file that says so
         self._over = 0  # files before this one are done with
         self._memory = BatchMemory()
@@ -179,34 +177,19 @@ class _FilesReader(Ahead):
         self._memory.close()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
+        reader = InOrder(self._access, self._spans(), self._read_span, open_ahead=SPANS_AHEAD, lists_ahead=PIECES_AHEAD)
         batches = None if self._source.batch_rows is None else _BatchCutter(self._source.batch_rows, self._memory)
-        opened: deque[tuple[int, Ahead]] = deque()
-        count = 0
-        async with aclosing(self._spans()) as spans:
-            more = True
-            while more or opened:
-                while more and len(opened) < LANES:
-                    following = await anext(spans, None)
-                    if following is None:
-                        more = False
-                    else:
-                        index, span = following
-                        opened.append((index, self._lane(span, self._threads[count % LANES])))
-                        count += 1
-                if opened:
-                    index, lane = opened[0]
-                    pieces = await lane.read(PIECES_AHEAD * PIECE_ROWS)
-                    if not pieces:
-                        opened.popleft()
-                        continue
-                    if index < self._over:  # an error has ended its file
-                        continue
-                    if pieces[-1].error is not None:
-                        self._over = pieces[-1].cursor[0]
-                    if batches is None:
-                        yield pieces
-                    elif entries := await self._footer_thread.call(batches.feed, pieces):
-                        yield entries
+        async with aclosing(reader):
+            while pieces := await reader.read(PIECES_AHEAD * PIECE_ROWS):
+                index, _ = reader.part
+                if index < self._over:  # an error has ended its file
+                    continue
+                if pieces[-1].error is not None:
+                    self._over = pieces[-1].cursor[0]
+                if batches is None:
+                    yield pieces
+                elif entries := await self._footer_thread.call(batches.feed, pieces):
+                    yield entries
         if batches is not None and (entries := await self._footer_thread.call(batches.flush)):
             yield entries
 
@@ -234,19 +217,19 @@ class _FilesReader(Ahead):
                     yield index, span
             place = _Start(index + 1, 0, 0)
 
-    def _lane(self, span: "_Span | Entry", thread: SourceThreads) -> Ahead:
-        async def pieces() -> AsyncGenerator[list[Entry]]:
-            if isinstance(span, Entry):
-                yield [span]
-                return
-            reading = _Reading(self._source, span)
-            try:
-                while entries := await thread.call(reading.next):
-                    yield entries
-            finally:
-                await thread.call(reading.close)
-
-        return Ahead(self._access, pieces, lists=PIECES_AHEAD)
+    async def _read_span(
+        self, numbered: tuple[int, "_Span | Entry"], thread: SourceThreads
+    ) -> AsyncGenerator[list[Entry]]:
+        _, span = numbered
+        if isinstance(span, Entry):
+            yield [span]
+            return
+        reading = _Reading(self._source, span)
+        try:
+            while entries := await thread.call(reading.next):
+                yield entries
+        finally:
+            await thread.call(reading.close)
 
     def _knows_all(self) -> bool:
         """Whether no later file can tell more of the columns."""

@@ -1,7 +1,6 @@
 """`TarShards`: samples in tar archives, in the layout of WebDataset."""
 
 import re
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +18,11 @@ from aioloader.errors import BrokenDataError
 from aioloader.masking import masked
 from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
+from aioloader.sources.in_order import InOrder
 from aioloader.sources.marks import read_mark, read_offset
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
-from aioloader.sources.read_ahead import Ahead, failed
+from aioloader.sources.read_ahead import failed
 from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import BLOCK, BrokenHeaderError, EndMark, Member, TarMembers
@@ -71,12 +71,6 @@ class _Archive:
     def name(self) -> str:
         """What keys and errors call it: the URL without its password."""
         return masked(self.url)
-
-    def chunks(self, thread: SourceThreads, parser: "_Samples") -> AsyncGenerator[Any]:
-        """Its bytes that `parser` wants."""
-        if self.store is None:
-            return file_chunks(self.key, thread, start=parser.start, needed=parser.needed)
-        return object_chunks(self.store, self.key, parser.version, start=parser.start, needed=parser.needed)
 
 
 class TarShards(CursorSource):
@@ -186,57 +180,19 @@ class TarShards(CursorSource):
         return index, start
 
     def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _InOrder(access, self._shards, self._decode, self._limits, self._open_ahead, *self._place(cursor))
-
-
-class _InOrder(EntryReader):
-    """The samples of the archives, one after the other; each is read by a task and a thread of its own."""
-
-    def __init__(
-        self,
-        access: SourceContext,
-        shards: list[_Archive],
-        decode: DecodeSample,
-        limits: _Limits,
-        open_ahead: int,
-        index: int,
-        start: _Start,
-    ) -> None:
-        self._access = access
-        self._shards = shards
-        self._decode = decode
-        self._limits = limits
-        # An archive has one thread to itself, for its file is opened and closed in it. The threads are used in turn:
-        # an archive is opened only when the one that used its thread before has been read to its end.
-        self._threads = [access.threads(1) for _ in range(open_ahead + 1)]
-        self._open: deque[Ahead] = deque()
-        self._next = index
-        self._start = start
-
-    def _open_more(self) -> None:
-        while len(self._open) < len(self._threads) and self._next < len(self._shards):
-            self._open.append(self._ahead(self._next, self._start))
-            self._next += 1
-            self._start = _BEGINNING
-
-    def _ahead(self, index: int, start: _Start) -> Ahead:
-        shard = self._shards[index]
-        thread = self._threads[index % len(self._threads)]
-        parser = _Samples(shard, index, start, self._decode, self._limits)
-        chunks = shard.chunks(thread, parser)
-        return Ahead(
-            self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, *_BEGINNING)), lists=LISTS_AHEAD
+        return InOrder(
+            access,
+            self._parsers(*self._place(cursor)),
+            _Samples.read,
+            open_ahead=self._open_ahead,
+            lists_ahead=LISTS_AHEAD,
         )
 
-    async def read(self, limit: int) -> list[Entry]:
-        while True:
-            self._open_more()
-            if not self._open:
-                return []
-            entries = await self._open[0].read(limit)
-            if entries:
-                return entries
-            self._open.popleft()
+    async def _parsers(self, index: int, start: _Start) -> AsyncGenerator["_Samples"]:
+        """One for each archive from number `index` on; the first begins at `start`."""
+        for at in range(index, len(self._shards)):
+            yield _Samples(self._shards[at], at, start, self._decode, self._limits)
+            start = _BEGINNING
 
 
 class _Samples(Parser):
@@ -251,6 +207,7 @@ class _Samples(Parser):
     ) -> None:
         offset, mark, version = start
         super().__init__(shard.name, offset, mark, limits.window_bytes)
+        self._shard = shard
         self.version = Version(shard.store, shard.key, version)
         self._limits = limits
         self._index = index
@@ -261,6 +218,15 @@ class _Samples(Parser):
         self._broken: str | None = None  # what is wrong with it
         self._member: Member | None = None  # its content is still coming
         self._extension = ""  # of that member
+
+    def read(self, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+        """Read the archive in `thread`."""
+        shard = self._shard
+        if shard.store is None:
+            chunks = file_chunks(shard.key, thread, start=self.start, needed=self.needed)
+        else:
+            chunks = object_chunks(shard.store, shard.key, self.version, start=self.start, needed=self.needed)
+        return parsed(chunks, self, thread, after=(self._index + 1, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:
         self._members.feed(piece)
