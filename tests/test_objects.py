@@ -15,9 +15,9 @@ from obstore.exceptions import PermissionDeniedError
 from obstore.store import HTTPStore, LocalStore, MemoryStore, S3Store
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
+from aioloader.core.memory import tensor_over_bytes
 from aioloader.core.source import CursorSource
 from aioloader.sources import Objects, ParquetRows, TarShards
-from aioloader.sources.buffers import tensor_over
 from aioloader.testing import Gate
 from tests._cursor_sources import assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer, S3Server
@@ -380,7 +380,7 @@ def test_a_tensor_shares_the_memory_and_keeps_it_alive() -> None:
         pass
 
     memory = Memory(b"abc")
-    tensor = tensor_over(memory)
+    tensor = tensor_over_bytes(memory)
     assert tensor.tolist() == [97, 98, 99]
     memory[0] = 0
     assert tensor.tolist() == [0, 98, 99]
@@ -391,12 +391,12 @@ def test_a_tensor_shares_the_memory_and_keeps_it_alive() -> None:
     assert sys.getrefcount(memory) == 3
     del view
     assert sys.getrefcount(memory) == 2
-    assert tensor_over(b"").shape == (0,)
-    assert tensor_over(memoryview(b"xyz")[1:]).tolist() == [121, 122]
+    assert tensor_over_bytes(b"").shape == (0,)
+    assert tensor_over_bytes(memoryview(b"xyz")[1:]).tolist() == [121, 122]
     with pytest.raises(TypeError):
-        tensor_over(3)
+        tensor_over_bytes(3)
     with pytest.raises(BufferError):
-        tensor_over(memoryview(b"abcdef")[::2])
+        tensor_over_bytes(memoryview(b"abcdef")[::2])
 
 
 # -- bad arguments -----------------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ from typing import Any, Final, Literal
 
 from aioloader.core.checks import check_count
 from aioloader.core.entry import Entry
+from aioloader.core.memory import tensor_over_bytes
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
-from aioloader.sources.buffers import tensor_over
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.read_ahead import Ahead
 from aioloader.sources.stores import Version, with_options
@@ -187,7 +187,7 @@ class Objects(FetchSource):
         if self._read == "bytes":
             content = bytes(content)
         elif self._read == "tensor":
-            content = tensor_over(content)
+            content = tensor_over_bytes(content)
         return (key, content) if self._with_key else content
 
     async def _range_of_version(self, key: str, start: int, end: int, version: Version) -> Any:

@@ -17,7 +17,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from aioloader.executors.processes.wire import SMALL_BYTES, array_type
+from aioloader.core.memory import memory_at
+from aioloader.executors.processes.wire import SMALL_BYTES
 from aioloader.memory.lease import lease
 
 __all__ = ["Arena", "BufferPlace", "Mapping", "create_file", "shared_memory", "use_arena"]
@@ -71,11 +72,9 @@ class Mapping:
         if hasattr(self, "_unmap"):  # it has been mapped
             self._unmap(self.address, self.size)
 
-    def memory(self) -> Any:
-        """All of it, as a ctypes array that keeps it mapped; whatever is made over that array keeps the array."""
-        memory = array_type(self.size).from_address(self.address)
-        memory.mapping = self
-        return memory
+    def memory(self) -> memoryview:
+        """All of it; stays mapped as long as the view, or anything made over it, lives."""
+        return memory_at(self.address, self.size, owner=self)
 
     def lend(self, on_return: Callable[..., object], *args: Any) -> memoryview:
         """All of it, once; `on_return(*args)` is called when the last view has died, in any thread, maybe inside gc."""
@@ -102,7 +101,7 @@ class _SharedSegment:
         except OSError:
             os.close(self.fd)
             raise
-        self.view = memoryview(self.mapping.memory()).cast("B")
+        self.view = self.mapping.memory()
         self.filled = 0
 
 
