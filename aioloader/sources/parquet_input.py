@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
+from aioloader.sources.stores import Version
 
 __all__ = ["Input", "open_input", "rewritten"]
 
@@ -155,15 +156,18 @@ def _masking() -> Iterator[None]:
 
 
 class _Object(Input):
-    def __init__(self, store: Any, key: str, version: Any) -> None:
+    def __init__(self, store: Any, key: str, version: Version | None) -> None:
         import obstore
 
         self._store = store
         self._key = key
         self._change: str | None = None
-        with _masking():
-            self.version = obstore.head(store, key) if version is None else version
-        self.size = self.version["size"]
+        if version is None:
+            version = Version(store, key)
+            with _masking():
+                version.is_same(obstore.head(store, key))  # the first answer decides
+        self.version: Version = version
+        self.size = version.size
         self.file: _Ranges = _Ranges(self)
 
     def fetch(self, places: Sequence[tuple[int, int]]) -> None:
@@ -173,12 +177,7 @@ class _Object(Input):
         import obstore
         from obstore.exceptions import PreconditionError
 
-        options: obstore.GetOptions = {"range": (start, stop)}
-        tag = self.version["e_tag"]
-        if tag is None:
-            options["if_unmodified_since"] = self.version["last_modified"]
-        elif not tag.startswith("W/"):  # a weak one matches nothing, by the standard
-            options["if_match"] = tag
+        options: Any = {"range": (start, stop), **self.version.condition}
         try:
             with _masking():
                 answer = obstore.get(self._store, self._key, options=options)
@@ -187,7 +186,7 @@ class _Object(Input):
         except FileNotFoundError:
             self._change = "the store does not have it any more"
         else:  # maybe of a server that ignores conditions
-            self._change = _difference(self.version, answer.meta)
+            self._change = self.version.difference(answer.meta)
         if self._change is not None:
             raise rewritten(self._key, self._change)
         with _masking():
@@ -201,17 +200,6 @@ class _Object(Input):
 
     def close(self) -> None:
         self.file.close()
-
-
-def _difference(before: Any, now: Any) -> str | None:
-    """What tells one version of an object from the other, going by what the store says of it."""
-    if before["size"] != now["size"]:
-        return f"it had {before['size']} bytes, and has {now['size']} now"
-    if before["e_tag"] and now["e_tag"]:
-        same, what = before["e_tag"] == now["e_tag"], "ETag"
-    else:
-        same, what = before["last_modified"] == now["last_modified"], "time of its last change"
-    return None if same else f"its {what} is another one now (if nobody wrote it: servers behind one URL disagree)"
 
 
 def _together(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -109,6 +109,11 @@ class Version:
         """Whether an answer has come."""
         return self._meta is not None
 
+    @property
+    def size(self) -> int:
+        """Bytes of the object, once an answer has come."""
+        return int(self._meta["size"])
+
     def is_same(self, meta: Any) -> bool:
         """Whether an answer is of the version that the first one was of; the first one decides."""
         if self._meta is None:
@@ -117,12 +122,18 @@ class Version:
             place, _, version = (self._expected or "").partition(":")
             here, _, now = (self.mark or "").partition(":")
             return place != here or version == now
+        return self.difference(meta) is None
+
+    def difference(self, meta: Any) -> str | None:
+        """What tells the version of an answer from that of the first one, in words; None: they are the same."""
         first = self._meta
+        if first["size"] != meta["size"]:
+            return f"it had {first['size']} bytes, and has {meta['size']} now"
         if first["e_tag"] is not None and meta["e_tag"] is not None:
-            same = first["e_tag"] == meta["e_tag"]
+            same, what = first["e_tag"] == meta["e_tag"], "ETag"
         else:
-            same = first["last_modified"] == meta["last_modified"]
-        return bool(same and first["size"] == meta["size"])
+            same, what = first["last_modified"] == meta["last_modified"], "time of its last change"
+        return None if same else f"its {what} is another one now (if nobody wrote it: servers behind one URL disagree)"
 
     @property
     def condition(self) -> dict[str, Any]:
