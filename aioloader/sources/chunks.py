@@ -225,15 +225,80 @@ class _Range:
             self._body.cancel()
 
 
+class _OpenObject:
+    """An object that is read range by range, the next one under way.
+
+    Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails
+    is tried again by the store itself.
+
+    Attributes:
+        at: Where the next range begins.
+        end: Of the object, once an answer has come.
+        has_ranges: Whether the server knows them, as far as it has been asked.
+    """
+
+    def __init__(self, store: Any, key: str, version: Version, start: int, needed: int, size: int) -> None:
+        self._store = store
+        self._key = key
+        self._version = version
+        self._needed = needed
+        self._size = size
+        self._request: _Range | None = None
+        self._ahead: _Range | None = None
+        self.at = start
+        self.end = start + 1  # there may be something
+        self.has_ranges = True
+
+    async def read(self) -> Any:
+        """The next range; `b""` at the end, or if the server has no ranges.
+
+        Raises:
+            BrokenDataError: It is another version than it was, or the answer was cut short.
+            Exception: The store's own.
+        """
+        from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
+
+        at, stop = self.at, self.at + self._size
+        if at >= self.end:
+            return b""
+        self._request, self._ahead = self._ahead or _Range(self._store, self._key, at, stop, {}), None
+        try:
+            self._check(await self._request.answer())
+            if stop < self.end:
+                following = min(stop + self._size, self.end)
+                self._ahead = _Range(self._store, self._key, stop, following, self._version.condition)
+            data = await self._request.body()
+        except NotSupportedError:  # a plain HTTP server
+            self.has_ranges = False
+            return b""
+        except PreconditionError as error:
+            raise BrokenDataError(_changed_meanwhile(self._key, at)) from error
+        except GenericError as error:
+            self._check(await _head_if_beyond(self._store, self._key, error))
+            if at < self.end:
+                raise
+            return b""
+        _check_length(self._key, at, len(data), min(stop, self.end))
+        self.at += len(data)
+        return data
+
+    def _check(self, meta: Any) -> None:
+        self.end = _checked_size(meta, self._version, self._key, self.at, self._needed)
+
+    def cancel(self) -> None:
+        """Let go of what is under way; may be called at any time."""
+        for request in (self._request, self._ahead):
+            if request is not None:
+                request.cancel()
+
+
 async def object_chunks(
     store: Any, key: str, version: Version, *, start: int = 0, needed: int = 0, size: int = RANGE_BYTES
 ) -> AsyncGenerator[Any]:
     """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, the next one under way.
 
-    Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails
-    is tried again by the store itself. A server that knows no ranges is asked for the whole. All answers must be of
-    one version of the object, or else samples would be of two, or missing: where it was written anew meanwhile, the
-    next range is an error.
+    A server that knows no ranges is asked for the whole object. All answers must be of one version of it, or else
+    samples would be of two, or missing: where it was written anew meanwhile, the next range is an error.
 
     Args:
         store: A store of obstore.
@@ -247,45 +312,21 @@ async def object_chunks(
         BrokenDataError: It is another version than it was, or an answer was cut short.
         Exception: Of obstore, for instance `FileNotFoundError`; without the secrets in its URL.
     """
-    from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
-
-    at, end = start, start + 1  # the end is not known yet
-    request: _Range | None = None
-    ahead: _Range | None = None
+    file = _OpenObject(store, key, version, start, needed, size)
     try:
-        while at < end:
-            request, ahead = ahead or _Range(store, key, at, at + size, {}), None
-            try:
-                meta = await request.answer()
-                end = _checked_size(meta, version, key, at, needed)
-                if at + size < end:
-                    ahead = _Range(store, key, at + size, min(at + 2 * size, end), version.condition)
-                data = await request.body()
-            except NotSupportedError:  # a plain HTTP server
-                break
-            except PreconditionError as error:
-                raise BrokenDataError(_changed_meanwhile(key, at)) from error
-            except GenericError as error:
-                end = _checked_size(await _head_if_beyond(store, key, error), version, key, at, needed)
-                if at < end:
-                    raise
-                return
-            _check_length(key, at, len(data), min(at + size, end))
-            at += len(data)
+        while len(data := await file.read()):
             yield data
-        if at < end:
-            async with aclosing(_object_at_once(store, key, version, at, needed)) as pieces:
+        if not file.has_ranges:
+            async with aclosing(_object_at_once(store, key, version, file.at, needed)) as pieces:
                 async for data in pieces:
                     yield data
     except Exception as error:
         mask_message(error)
         if not isinstance(error, BrokenDataError):
-            add_note(error, f"aioloader: object {key!r}, from byte {at} on, of {store!r}")
+            add_note(error, f"aioloader: object {key!r}, from byte {file.at} on, of {store!r}")
         raise
     finally:
-        for under_way in (request, ahead):
-            if under_way is not None:
-                under_way.cancel()
+        file.cancel()
 
 
 async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:

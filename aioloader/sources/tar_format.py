@@ -9,7 +9,7 @@ Only what is asked for is held: a member's content after `content()`, headers of
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Final
@@ -29,6 +29,7 @@ BLOCK: Final = 512
 _ZEROS: Final = bytes(BLOCK)
 _FILES: Final = b"0\x007S1"
 _HARD_LINK: Final = b"1"
+_SPARSE: Final = b"S"
 _EXTENSIONS: Final = b"xXgLK"  # headers that belong to the next one: pax, GNU long names and link targets
 _WITHOUT_DATA: Final = b"123456"  # links, devices, folders, pipes
 _NAME_BYTES: Final = 100  # what a header has room for
@@ -184,44 +185,69 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
         pax = _NOTHING
         if kind in _EXTENSIONS:
             pax = _Pax()
-        while kind in _EXTENSIONS:
-            yield from _extension(blocks, pax, kind, size)
-            at = blocks.offset
-            while (block := blocks.take(BLOCK)) is None:
-                yield None
-            kind, name, size = _header(block, at, begin, False, pax.name)
-        if pax.size is not None:
-            size = pax.size
-        sparse, fault, link = pax.sparse, pax.fault, None
-        if kind in _WITHOUT_DATA:
-            if kind != _HARD_LINK:
-                continue
-            size = 0
-            link = pax.link or text(block[157:257])
+            block, kind, name, size = yield from _extensions(blocks, pax, begin, kind, size)
+        size = 0 if kind in _WITHOUT_DATA else size if pax.size is None else pax.size
         at_hand.stored = size
-        if kind not in _FILES:
-            continue
-        if kind == b"S":
-            more: list[bytes] = []
-            flag = block[482]
-            while flag:
-                while (continued := blocks.take(BLOCK)) is None:
-                    yield None
-                flag = continued[504]
-                if len(more) <= MAX_SPANS // 21:  # 21 spans in each
-                    more.append(continued)
-        try:
-            if kind == b"S":
-                sparse = SparseMap.of_header(block, more)
-            if sparse is not None:
-                sparse.check(size)
-                size = sparse.size
-        except ValueError as error:
-            fault = fault or f"its sparse map has {error}"
-        if fault is not None and not pax.name and _may_be_cut(name):
-            raise BrokenDataError(f"the member at byte {begin} has no name that can be read: {fault}")
-        at_hand.sparse = sparse
-        yield Member(name, begin, size, link, fault)
+        at_hand.sparse = None
+        if kind in _FILES:
+            link = (pax.link or text(block[157:257])) if kind == _HARD_LINK else None
+            member = Member(name, begin, size, link, pax.fault)
+            if kind == _SPARSE or pax.sparse is not None or pax.fault is not None:
+                yield from _complete(member, blocks, at_hand, block, pax)
+            yield member
+
+
+def _extensions(
+    blocks: "_Blocks", pax: "_Pax", begin: int, kind: bytes, size: int
+) -> Generator[None, None, tuple[bytes, bytes, str, int]]:
+    """Read the headers before a member's own into `pax`, then that one; each `yield` waits for bytes.
+
+    Returns:
+        The member's own header, and its kind, name and size.
+    """
+    while True:
+        yield from _extension(blocks, pax, kind, size)
+        at = blocks.offset
+        while (block := blocks.take(BLOCK)) is None:
+            yield
+        kind, name, size = _header(block, at, begin, False, pax.name)
+        if kind not in _EXTENSIONS:
+            return block, kind, name, size
+
+
+def _complete(member: Member, blocks: "_Blocks", at_hand: _AtHand, header: bytes, pax: "_Pax") -> Iterator[None]:
+    """Find where the stored bytes of a sparse member belong, and whether its name is known.
+
+    Each `yield` waits for bytes: GNU's own format has more of the map after `header`, the member's own.
+
+    Raises:
+        BrokenDataError: The name may be lost with headers that cannot be read.
+    """
+    at_hand.sparse = pax.sparse
+    try:
+        if header[156:157] == _SPARSE:
+            more = yield from _map_blocks(blocks, header)
+            at_hand.sparse = SparseMap.of_header(header, more)
+        if at_hand.sparse is not None:
+            at_hand.sparse.check(member.size)
+            member.size = at_hand.sparse.size
+    except ValueError as error:
+        member.fault = member.fault or f"its sparse map has {error}"
+    if member.fault is not None and not pax.name and _may_be_cut(member.name):
+        raise BrokenDataError(f"the member at byte {member.offset} has no name that can be read: {member.fault}")
+
+
+def _map_blocks(blocks: "_Blocks", header: bytes) -> Generator[None, None, list[bytes]]:
+    """The blocks that go on with the map in `header`; each `yield` waits for bytes."""
+    more: list[bytes] = []
+    goes_on = header[482]
+    while goes_on:
+        while (block := blocks.take(BLOCK)) is None:
+            yield
+        goes_on = block[504]
+        if len(more) <= MAX_SPANS // 21:  # 21 spans in each
+            more.append(block)
+    return more
 
 
 @dataclass(slots=True)
