@@ -21,7 +21,6 @@ from aioloader import BrokenDataError, Pipeline
 from aioloader.core.entry import Entry
 from aioloader.sources import Lines
 from aioloader.sources.file_events import folders_of_links
-from aioloader.sources.lines import _LinesOf
 from tests._cursor_sources import Opened, assert_opens_at_every_cursor, outcomes
 from tests._support import Child, Face, Steps, collect, on_both_faces
 
@@ -211,7 +210,7 @@ def test_where_the_pieces_end_makes_no_difference(
     content = b"\n".join(lines) + (b"\n" if ended else b"")
 
     def entries(pieces: list[bytes], *, scans: bool = True) -> list[Any]:
-        parser = _LinesOf(source, 0, (0, 0, None))
+        parser = source._parser(0, (0, 0, None))
         parser._may_scan = parser._may_scan and scans
         found: list[Entry] = []
         for piece in pieces:

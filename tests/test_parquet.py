@@ -56,7 +56,7 @@ def files(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row group is a span, and pieces are of three rows."""
-    monkeypatch.setattr(parquet, "SPAN_BYTES", 1)
+    monkeypatch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", 1)
     monkeypatch.setattr(parquet, "PIECE_ROWS", 3)
     monkeypatch.setattr(parquet, "PIECE_BYTES", 100)
 
@@ -197,7 +197,7 @@ def test_any_division_gives_the_same_rows(
         start += rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "PIECE_BYTES", piece_bytes)
-        patch.setattr(parquet, "SPAN_BYTES", span_bytes)
+        patch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", span_bytes)
         batches = list(Pipeline(ParquetRows(folder / "*.parquet", batch_rows=batch_rows)))
         whole = list(Pipeline(ParquetRows(folder / "*.parquet")))
     assert as_table(batches) == whole == table(start).to_pylist()

@@ -24,7 +24,7 @@ ROWS = 900
 @pytest.fixture(autouse=True)
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row group is a span, which opens the file anew."""
-    monkeypatch.setattr(parquet, "SPAN_BYTES", 1)
+    monkeypatch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,22 +3,19 @@
 import asyncio
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from aioloader.core.checks import check_count
 from aioloader.core.entry import Entry
-from aioloader.core.source import CursorSource, EntryReader, RunListener, SourceContext
+from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import ChannelClosedError
-from aioloader.executors.threads import call_loop
+from aioloader.sources.channel_ledger import ChannelLedger
+from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake
 
 __all__ = ["Channel", "Sender", "SyncSender"]
-
-KEPT_SAMPLES: Final = 1 << 16
-"""So many samples that a loader has read and not handed out are kept, to go back when it is closed."""
 
 
 class Channel(CursorSource):
@@ -50,7 +47,7 @@ class Channel(CursorSource):
         # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
         self._lock = threading.RLock()
         self._samples: deque[Any] = deque()
-        self._senders: OrderedDict[_WaitingSender, None] = OrderedDict()  # in order; none waits while there is room
+        self._senders: OrderedDict[WaitingSender, None] = OrderedDict()  # in order; none waits while there is room
         self._promised = 0  # places of senders that have been woken and have not put their sample there yet
         self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # those who wait for a sample
         self._closed = False
@@ -74,7 +71,7 @@ class Channel(CursorSource):
         with self._lock:
             if self._put(sample):
                 return
-            waiting = _WaitingTask()
+            waiting = WaitingTask()
             self._senders[waiting] = None
         try:
             await waiting.told
@@ -142,7 +139,7 @@ class Channel(CursorSource):
             readers = self._take_readers()
         for waiting in refused:
             waiting.tell()
-        _wake(readers)
+        wake(readers)
 
     @property
     def closed(self) -> bool:
@@ -180,7 +177,7 @@ class Channel(CursorSource):
     def open(self, access: SourceContext, cursor: Any) -> EntryReader:
         """Read on; what comes does not depend on `cursor`, since live samples do not come again."""
         self._check_process()
-        ledger: _Ledger = access.shared(self, lambda: _Ledger(self))
+        ledger: ChannelLedger = access.shared(self, lambda: ChannelLedger(self._put_back))
         return _ChannelReader(self, access, ledger)
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -197,9 +194,9 @@ class Channel(CursorSource):
     def _append(self, sample: Any) -> None:
         self._samples.append(sample)
         if self._readers:
-            _wake(self._take_readers())
+            wake(self._take_readers())
 
-    def _put_promised(self, waiting: "_WaitingSender", sample: Any) -> bool:
+    def _put_promised(self, waiting: WaitingSender, sample: Any) -> bool:
         """Put `sample` into the place that was promised to its sender; False: none was, and the sender gives up."""
         with self._lock:
             self._senders.pop(waiting, None)
@@ -217,7 +214,7 @@ class Channel(CursorSource):
         refusal.__cause__ = self._error
         return refusal
 
-    def _withdraw(self, waiting: "_WaitingSender") -> None:
+    def _withdraw(self, waiting: WaitingSender) -> None:
         """A sender gives up: a place that was promised to it goes to the next."""
         with self._lock:
             self._senders.pop(waiting, None)
@@ -252,7 +249,7 @@ class Channel(CursorSource):
         with self._lock:
             self._samples.extendleft(reversed(samples))
             readers = self._take_readers()
-        _wake(readers)
+        wake(readers)
 
     def _count_handle(self, change: int, error: Exception | None = None) -> None:
         self._check_process()
@@ -357,7 +354,7 @@ class SyncSender(_Handle):
         with channel._lock:
             if channel._put(sample):
                 return
-            waiting = _WaitingThread()
+            waiting = WaitingThread()
             channel._senders[waiting] = None
         try:
             waiting.told.wait(timeout)
@@ -369,78 +366,10 @@ class SyncSender(_Handle):
             raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
 
 
-class _WaitingSender(ABC):
-    """A sender that waits for room.
-
-    The story of a race. A reader that makes room could move the sample of the sender whose turn it is, and wake the
-    sender to tell. But between that and the sender's next step there is time: its task may be cancelled in the same
-    turn of the loop, by a timeout for instance (asyncio then throws `CancelledError` into it although the future that
-    it waited for has a result), and a thread may get a Ctrl-C. It can neither take the sample back, which may have been
-    trained on, nor swallow the cancellation, which others wait for. So only the *place* is promised, and the sender
-    puts the sample there itself, in the step in which it returns. What is cancelled before has not sent, and hands its
-    place on; after it there is nothing left to cancel.
-
-    Attributes:
-        promised: One place in the channel is its own. Guarded by the channel's lock.
-    """
-
-    promised = False
-
-    @property
-    @abstractmethod
-    def alive(self) -> bool:
-        """Whether it can still be woken."""
-
-    @abstractmethod
-    def tell(self) -> None:
-        """Wake the sender, from any thread."""
-
-
-class _WaitingTask(_WaitingSender):
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.told = self._loop.create_future()
-
-    @property
-    def alive(self) -> bool:
-        return not self._loop.is_closed()
-
-    def tell(self) -> None:
-        _set(self.told, self._loop)
-
-
-class _WaitingThread(_WaitingSender):
-    alive = True
-
-    def __init__(self) -> None:
-        self.told = threading.Event()
-
-    def tell(self) -> None:
-        self.told.set()
-
-
-def _wake(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
-    for future, loop in futures.items():
-        _set(future, loop)
-
-
-def _set(future: "asyncio.Future[None]", loop: asyncio.AbstractEventLoop) -> None:
-    """Complete `future`, from whatever thread."""
-    if asyncio._get_running_loop() is loop:
-        _complete(future)
-    else:
-        call_loop(loop, _complete, future)
-
-
-def _complete(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
-
-
 class _ChannelReader(EntryReader):
     """Takes samples out as they are asked for."""
 
-    def __init__(self, channel: Channel, access: SourceContext, ledger: "_Ledger") -> None:
+    def __init__(self, channel: Channel, access: SourceContext, ledger: ChannelLedger) -> None:
         self._channel = channel
         self._access = access
         self._ledger = ledger
@@ -466,58 +395,6 @@ class _ChannelReader(EntryReader):
         if channel._error is not None:
             raise channel._error
         return []
-
-
-class _Ledger(RunListener):
-    """What one run has read of a channel and not handed out, so that it can go back.
-
-    The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever the stages behind make of
-    cursors, the one that was handed out last has such a triple in it, and what comes after that number has not been
-    handed out. Behind `shuffle(buffer_size)` and `ordered=False` that is so from the oldest one on that has not been:
-    what overtook it comes again.
-
-    A filter that drops samples for ever hands nothing out, hence the bound of what is kept.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._name = os.urandom(6).hex()  # a cursor of another run, from a saved state, says nothing about this one
-        self._read = 0
-        self._kept: deque[Any] = deque(maxlen=KEPT_SAMPLES)
-        self._seen: Any = None
-
-    def entries(self, samples: list[Any]) -> list[Entry]:
-        """The next that were read."""
-        start, name = self._read, self._name
-        self._read = stop = start + len(samples)
-        self._kept.extend(samples)
-        cursors = [("channel", name, number) for number in range(start + 1, stop + 1)]
-        return list(map(Entry, samples, cursors, range(start, stop), range(start, stop)))
-
-    def forget(self, handed_out: Any) -> None:
-        """The entry with the cursor `handed_out` has reached the consumer, and all before it."""
-        if handed_out is self._seen:
-            return
-        self._seen = handed_out
-        number = self._number_in(handed_out)
-        if number is not None:
-            kept = self._kept
-            while len(kept) > self._read - number:
-                kept.popleft()
-
-    def _number_in(self, cursor: Any) -> int | None:
-        """The lowest number of ours in `cursor`."""
-        if not isinstance(cursor, tuple):
-            return None
-        if len(cursor) == 3 and cursor[0] == "channel" and cursor[1] == self._name:
-            return int(cursor[2])
-        return min((number for part in cursor if (number := self._number_in(part)) is not None), default=None)
-
-    def run_over(self, handed_out: Any) -> None:
-        self.forget(handed_out)
-        if self._kept:
-            self._channel._put_back(self._kept)
-            self._kept = deque(maxlen=0)
 
 
 _process: object = object()  # another one in each forked child

@@ -24,8 +24,9 @@ from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
 from aioloader.sources.read_ahead import failed
 from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
+from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
-from aioloader.sources.tar_format import BLOCK, BrokenHeaderError, EndMark, Member, TarMembers
+from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
 
 __all__ = ["TarShards"]
 

@@ -7,32 +7,31 @@ Nothing is ever written to disk, so names are no danger; they are judged by the 
 Only what is asked for is held: a member's content after `content()`, headers of up to a megabyte.
 """
 
-import re
-from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Final
 from zlib import adler32
 
 from aioloader.errors import BrokenDataError
-from aioloader.sources.tar_fields import digits, number, octal, text
+from aioloader.sources.tar_blocks import BLOCK, TarBlocks
+from aioloader.sources.tar_fields import number, octal, text
+from aioloader.sources.tar_pax import PaxHeaders
 from aioloader.sources.tar_sparse import MAX_SPANS, SparseMap
 
-__all__ = ["BLOCK", "BrokenHeaderError", "EndMark", "Member", "TarMembers"]
+__all__ = ["BrokenHeaderError", "EndMark", "Member", "TarMembers"]
 
-MAX_HEADER_BYTES: Final = 1 << 20
-"""Of a pax header or a long name. Paths end at a few kilobytes; extended attributes, which pax headers hold too, at 64
-KiB each."""
-
-BLOCK: Final = 512
 _ZEROS: Final = bytes(BLOCK)
 _FILES: Final = b"0\x007S1"
 _HARD_LINK: Final = b"1"
 _SPARSE: Final = b"S"
 _EXTENSIONS: Final = b"xXgLK"  # headers that belong to the next one: pax, GNU long names and link targets
 _WITHOUT_DATA: Final = b"123456"  # links, devices, folders, pipes
+_NO_PAX: Final = PaxHeaders()
 _NAME_BYTES: Final = 100  # what a header has room for
+
+MAX_HEADER_BYTES: Final = 1 << 20
+"""Of a pax header or a long name. Paths end at a few kilobytes; extended attributes, which pax headers hold too, at 64
+KiB each."""
 
 
 @dataclass(slots=True)
@@ -90,7 +89,7 @@ class TarMembers:
     """
 
     def __init__(self, offset: int = 0) -> None:
-        self._blocks = _Blocks(offset)
+        self._blocks = TarBlocks(offset)
         self._at_hand = _AtHand(offset)
         self._members = _members(self._blocks, self._at_hand)  # not of `self`, which would be a cycle
 
@@ -164,7 +163,7 @@ class _AtHand:
     sparse: SparseMap | None = None
 
 
-def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark | None]:
+def _members(blocks: TarBlocks, at_hand: _AtHand) -> Iterator[Member | EndMark | None]:
     """Read headers; None: more bytes are needed."""
     while True:
         if at_hand.stored:
@@ -182,9 +181,9 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
             continue
         kind, name, size = _header(block, begin, begin, at_hand.end is not None)
         at_hand.end = None
-        pax = _NOTHING
+        pax = _NO_PAX
         if kind in _EXTENSIONS:
-            pax = _Pax()
+            pax = PaxHeaders()
             block, kind, name, size = yield from _extensions(blocks, pax, begin, kind, size)
         size = 0 if kind in _WITHOUT_DATA else size if pax.size is None else pax.size
         at_hand.stored = size
@@ -198,7 +197,7 @@ def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark |
 
 
 def _extensions(
-    blocks: "_Blocks", pax: "_Pax", begin: int, kind: bytes, size: int
+    blocks: TarBlocks, pax: PaxHeaders, begin: int, kind: bytes, size: int
 ) -> Generator[None, None, tuple[bytes, bytes, str, int]]:
     """Read the headers before a member's own into `pax`, then that one; each `yield` waits for bytes.
 
@@ -215,7 +214,7 @@ def _extensions(
             return block, kind, name, size
 
 
-def _complete(member: Member, blocks: "_Blocks", at_hand: _AtHand, header: bytes, pax: "_Pax") -> Iterator[None]:
+def _complete(member: Member, blocks: TarBlocks, at_hand: _AtHand, header: bytes, pax: PaxHeaders) -> Iterator[None]:
     """Find where the stored bytes of a sparse member belong, and whether its name is known.
 
     Each `yield` waits for bytes: GNU's own format has more of the map after `header`, the member's own.
@@ -237,7 +236,7 @@ def _complete(member: Member, blocks: "_Blocks", at_hand: _AtHand, header: bytes
         raise BrokenDataError(f"the member at byte {member.offset} has no name that can be read: {member.fault}")
 
 
-def _map_blocks(blocks: "_Blocks", header: bytes) -> Generator[None, None, list[bytes]]:
+def _map_blocks(blocks: TarBlocks, header: bytes) -> Generator[None, None, list[bytes]]:
     """The blocks that go on with the map in `header`; each `yield` waits for bytes."""
     more: list[bytes] = []
     goes_on = header[482]
@@ -250,67 +249,7 @@ def _map_blocks(blocks: "_Blocks", header: bytes) -> Generator[None, None, list[
     return more
 
 
-@dataclass(slots=True)
-class _Pax:
-    """What the headers before a member's own say about it.
-
-    Attributes:
-        name: Of the member.
-        link: Of the member that it is a link to.
-        size: Of what is stored.
-        sparse: Where that belongs.
-        fault: What cannot be read of these headers.
-    """
-
-    name: str | None = None
-    link: str | None = None
-    size: int | None = None
-    sparse: SparseMap | None = None
-    fault: str | None = None
-
-    def read_pax(self, content: bytes) -> None:
-        """Take what a pax header says.
-
-        Raises:
-            ValueError: Something in it makes no sense; the names are taken all the same.
-        """
-        pax: dict[bytes, bytes] = {}
-        sparse: list[tuple[str, bytes]] = []
-        at = 0
-        fault: str | None = None
-        while at < len(content) and content[at]:
-            record = _RECORD.match(content, at)
-            end = at + int(record[1]) if record is not None else at
-            if record is None or not record.end() < end <= len(content) or content[end - 1] != 10:
-                fault = f"no record at its byte {at}"
-                break
-            key, value = record[2], content[record.end() : end - 1]
-            pax[key] = value
-            if key.startswith(b"GNU.sparse."):
-                sparse.append((text(key), value))
-            at = end
-        name = pax.get(b"GNU.sparse.name") or pax.get(b"path")
-        if name:
-            self.name = name.decode("utf-8", "surrogateescape")
-        if b"linkpath" in pax:
-            self.link = pax[b"linkpath"].decode("utf-8", "surrogateescape")
-        if fault is not None:
-            raise ValueError(fault)
-        if b"size" in pax:
-            try:
-                self.size = digits(pax[b"size"])
-            except ValueError as error:
-                raise ValueError(f"the size {error}") from None
-        if sparse:
-            self.sparse = SparseMap.of_pax(sparse)
-
-
-_RECORD: Final = re.compile(rb"([0-9]{1,20}) ([^=]+)=")  # `length key=value`, a line each
-
-_NOTHING: Final = _Pax()
-
-
-def _extension(blocks: "_Blocks", pax: _Pax, kind: bytes, size: int) -> Iterator[None]:
+def _extension(blocks: TarBlocks, pax: PaxHeaders, kind: bytes, size: int) -> Iterator[None]:
     """Read what a header before a member's own has; it waits for bytes by a `yield`."""
     at = blocks.offset
     if kind == b"g":  # for all members that follow: a comment
@@ -395,87 +334,3 @@ def _signed_sum(block: bytes) -> int:
 def _may_be_cut(name: str) -> bool:
     """Whether `name`, in a header of its own, may be what is left of another one that did not fit there."""
     return len(name) >= _NAME_BYTES or not name.isascii() or "?" in name
-
-
-class _Blocks:
-    """What was fed and not used, in blocks of 512 bytes: each part begins with one, zeros fill its last one up.
-
-    Args:
-        offset: Where in the archive the first byte is.
-    """
-
-    def __init__(self, offset: int) -> None:
-        self._base = offset  # of `data`
-        self._data = b""
-        self._at = 0  # in `data`: what is before has been used
-        self._pieces: deque[Any] = deque()  # what comes after `data`
-        self._part = BytesIO()  # what is there of a part that was asked for; then `data` is used up
-        self.missing = 0  # bytes to come which are to be passed over; while there are any, nothing is held
-
-    @property
-    def offset(self) -> int:
-        """Where in the archive the next part begins."""
-        return self._base + self._at
-
-    @property
-    def total(self) -> int:
-        """How long the archive is, once all that was fed has been used."""
-        return self.offset - self.missing
-
-    def feed(self, piece: Any) -> None:
-        """More of the archive."""
-        if self.missing:
-            passed = min(self.missing, len(piece))
-            self.missing -= passed
-            piece = memoryview(piece)[passed:]
-        if len(piece):
-            self._pieces.append(piece)
-
-    def take(self, size: int) -> bytes | None:
-        """The next part; None: not all of it is there."""
-        start = self._at
-        stop = start + _padded(size)
-        if stop <= len(self._data):
-            self._at = stop
-            return self._data[start : start + size]
-        # It goes on in other pieces, each of which is copied and let go of: joining them would hold all of it twice.
-        part = self._part
-        while True:
-            self._at += part.write(self._data[self._at : self._at + size - part.tell()])
-            if part.tell() == size:
-                break
-            if not self._pieces:
-                return None
-            self._next_piece()
-        self._part = BytesIO()
-        self._pass_over(_padded(size) - size)
-        return part.getvalue()
-
-    def skip(self, size: int) -> None:
-        """Pass the next part over, also what has not come yet."""
-        self._pass_over(_padded(size))
-
-    def rest(self) -> bytes:
-        """What is there of a part that was asked for and not given."""
-        return self._part.getvalue()
-
-    def _pass_over(self, count: int) -> None:
-        target = self.offset + count
-        while (missing := target - self._base - len(self._data)) > 0 and self._pieces:
-            self._next_piece()
-        if missing > 0:
-            self._base, self._data, self._at = target, b"", 0
-            self.missing = missing
-        else:
-            self._at = target - self._base
-
-    def _next_piece(self) -> None:
-        """Go on to it; `data` is used up."""
-        self._base += len(self._data)
-        piece = self._pieces.popleft()
-        self._data = piece if type(piece) is bytes else bytes(piece)
-        self._at = 0
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
