@@ -290,7 +290,7 @@ def test_files_that_cannot_be_read_raise_at_their_place(tmp_path: Path, face: Fa
     assert f"'{folder}/*.parquet'" in notes(no_file)
     for error, path in ((no_table, text), (nothing, empty), (part, cut)):
         assert isinstance(error, BrokenDataError)
-        assert str(error).startswith(f"{path}: it is no Parquet file, or only a part of one")
+        assert str(error).startswith(f"{path}: it is not a Parquet file, or only a part of one")
 
 
 def test_a_short_batch_comes_before_a_file_that_cannot_be_read(tmp_path: Path) -> None:
