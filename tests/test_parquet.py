@@ -56,7 +56,7 @@ def files(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row group is a span, and pieces are of three rows."""
-    monkeypatch.setattr(parquet, "SPAN_BYTES", 1)
+    monkeypatch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", 1)
     monkeypatch.setattr(parquet, "PIECE_ROWS", 3)
     monkeypatch.setattr(parquet, "PIECE_BYTES", 100)
 
@@ -197,7 +197,7 @@ def test_any_division_gives_the_same_rows(
         start += rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "PIECE_BYTES", piece_bytes)
-        patch.setattr(parquet, "SPAN_BYTES", span_bytes)
+        patch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", span_bytes)
         batches = list(Pipeline(ParquetRows(folder / "*.parquet", batch_rows=batch_rows)))
         whole = list(Pipeline(ParquetRows(folder / "*.parquet")))
     assert as_table(batches) == whole == table(start).to_pylist()
@@ -290,7 +290,7 @@ def test_files_that_cannot_be_read_raise_at_their_place(tmp_path: Path, face: Fa
     assert f"'{folder}/*.parquet'" in notes(no_file)
     for error, path in ((no_table, text), (nothing, empty), (part, cut)):
         assert isinstance(error, BrokenDataError)
-        assert str(error).startswith(f"{path}: it is no Parquet file, or only a part of one")
+        assert str(error).startswith(f"{path}: it is not a Parquet file, or only a part of one")
 
 
 def test_a_short_batch_comes_before_a_file_that_cannot_be_read(tmp_path: Path) -> None:

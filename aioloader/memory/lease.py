@@ -4,13 +4,13 @@ import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import torch
 
-__all__ = ["Lease", "lease", "tensor_over", "writable"]
+__all__ = ["Lease", "lease", "writable"]
 
 Lease: TypeAlias = "ctypes.Array[ctypes.c_char]"
 """Has the buffer protocol, and keeps its block alive."""
@@ -46,27 +46,6 @@ def lease(block: Any, nbytes: int, on_free: Callable[[], object]) -> Lease:
     watch.on_free, watch.pid = on_free, os.getpid()
     _watches[id(watch)] = watch
     return lent
-
-
-def tensor_over(lent: Lease, shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """A contiguous tensor over leased memory, in every respect an ordinary one: its own base, not a view.
-
-    Args:
-        lent: At least as large as the tensor and `offset` together.
-        shape: Of at least one element.
-        dtype: Any but the quantised ones.
-        offset: Bytes to leave out at the start; a multiple of the dtype's size.
-
-    The storage is exactly as large as the tensor, so that `torch.save` writes nothing else. It cannot be resized, like
-    the storage of batches that come from torch's worker processes.
-    """
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
-    storage = torch.frombuffer(lent, dtype=torch.uint8, count=count, offset=offset).untyped_storage()
-    # Not `.view(dtype).view(shape)`: the result would be a view, with a `_base` and the rules that autograd has for it.
-    tensor: torch.Tensor = torch.empty(0, dtype=dtype, device="cpu")
-    return tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]  # stride may be left out
 
 
 def writable(tensor: torch.Tensor) -> memoryview:

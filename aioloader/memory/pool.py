@@ -12,7 +12,8 @@ from weakref import WeakSet
 import torch
 
 from aioloader.core.forks import tell_of_fork
-from aioloader.memory.lease import lease, tensor_over
+from aioloader.core.memory import tensor_over
+from aioloader.memory.lease import lease
 
 __all__ = ["IDLE_ALLOCATIONS", "SMALLEST_BYTES", "BatchMemory"]
 

@@ -1,15 +1,13 @@
 """Arrow columns as tensors and as Python lists, without a Python object per cell where that can be avoided."""
 
-import ctypes
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from aioloader.core.memory import Alloc
+from aioloader.core.memory import Alloc, memory_at, tensor_over
 
 __all__ = ["Columns", "NullsError", "rows_and_failures", "rows_of"]
 
@@ -152,15 +150,9 @@ def _over(array: Any, dtype: torch.dtype) -> torch.Tensor:
     if not count:
         return torch.empty(0, dtype=dtype)
     buffer = array.buffers()[1]
-    memory = _array_type(count * dtype.itemsize).from_address(buffer.address + array.offset * dtype.itemsize)
-    memory.owner = buffer
-    tensor = torch.frombuffer(memory, dtype=dtype)
+    address, nbytes = buffer.address + array.offset * dtype.itemsize, count * dtype.itemsize
+    tensor = tensor_over(memory_at(address, nbytes, owner=buffer), (count,), dtype)
     return tensor if buffer.is_mutable else tensor.clone()
-
-
-@lru_cache(maxsize=256)
-def _array_type(nbytes: int) -> Any:
-    return ctypes.c_char * nbytes
 
 
 def rows_of(batch: Any) -> list[dict[str, Any]]:

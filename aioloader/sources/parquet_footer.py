@@ -97,7 +97,7 @@ def read_end(path: str, file: Input) -> tuple[bytes, Any, Any]:
         raise rewritten(path, change)
     if broken is not None:
         raise BrokenDataError(
-            f"{path}: it is no Parquet file, or only a part of one (the end, which says what is in it, cannot be "
+            f"{path}: it is not a Parquet file, or only a part of one (the end, which says what is in it, cannot be "
             f"read): {broken}"
         ) from broken.__cause__
     return end, metadata, schema

@@ -26,7 +26,7 @@ def read_bytes(path: str) -> bytes:
     """The content of a file.
 
     Raises:
-        BrokenDataError: It was written anew meanwhile.
+        BrokenDataError: It was rewritten meanwhile.
         OSError: The system's own, with the path.
     """
     fd = _open(path)
@@ -50,7 +50,7 @@ def read_tensor(path: str) -> torch.Tensor:
     """The content of a file: uint8 [bytes], in memory of its own.
 
     Raises:
-        BrokenDataError: It was written anew meanwhile.
+        BrokenDataError: It was rewritten meanwhile.
         OSError: The system's own, with the path.
     """
     fd = _open(path)
@@ -110,7 +110,7 @@ def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
 
 
 def _check_unchanged(fd: int, path: str, before: os.stat_result, length: int) -> None:
-    """Refuse what may be half of one content and half of another: a file that was truncated or written anew meanwhile.
+    """Refuse what may be half of one content and half of another: a file that was truncated or rewritten meanwhile.
 
     Of one that is read by a single call in microseconds that is not asked: it would cost a sixth of the read. Appending
     is no harm, and the files of /proc and /sys have less in them than their size, or more.
@@ -124,7 +124,7 @@ def _check_unchanged(fd: int, path: str, before: os.stat_result, length: int) ->
     appended = now.st_size > before.st_size
     if not appended and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise BrokenDataError(
-            f"{path} was written anew while it was read: it has {now.st_size} bytes now, and had {before.st_size}; "
+            f"{path} was rewritten while it was read: it has {now.st_size} bytes now, and had {before.st_size}; "
             f"write to another name and rename"
         )
 

@@ -233,16 +233,9 @@ def _check_can_begin(source: Any) -> None:
 
 def _indexable(source: Any) -> Indexable | None:
     kind = type(source)
-    if isinstance(source, Files):
-        if source.read is None:
-            return Indexable(source, None, is_async=False)  # the paths are there
+    if isinstance(source, Files) and source.read is not None:
         return Indexable(source, source.__getitem__, is_async=False, names=source.paths)
-    if isinstance(source, torch.Tensor) or kind.__module__ == "numpy":
-        if not getattr(source, "ndim", 1):
-            raise TypeError(f"a source must be {TAKEN}; got {describe(source)} without dimensions")
-        if hasattr(kind, "__len__"):
-            return Indexable(source, None, is_async=False)
-    if kind in _BUILT_IN:
+    if _is_in_memory(source):
         return Indexable(source, None, is_async=False)
     if not hasattr(kind, "__len__") and not hasattr(source, "__len__"):
         return None
@@ -253,6 +246,17 @@ def _indexable(source: Any) -> Indexable | None:
             return Indexable(source, _OneOfManyAsync(source), is_async=True)
         return Indexable(source, _OneOfMany(source), is_async=False)
     return None
+
+
+def _is_in_memory(source: Any) -> bool:
+    """Whether samples are there already, and reading one runs no user code."""
+    if isinstance(source, Files):
+        return source.read is None  # its samples are the paths
+    if isinstance(source, torch.Tensor) or type(source).__module__ == "numpy":
+        if not getattr(source, "ndim", 1):
+            raise TypeError(f"a source must be {TAKEN}; got {describe(source)} without dimensions")
+        return hasattr(type(source), "__len__")
+    return type(source) in _BUILT_IN
 
 
 @dataclass(frozen=True)

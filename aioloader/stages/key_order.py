@@ -14,7 +14,7 @@ __all__ = ["KeyOrder"]
 
 
 class KeyOrder:
-    """The keys of one epoch, all of them or one rank's: a range where that will do, else an int64 tensor.
+    """The keys of one epoch, all of them or one rank's: a range if possible, else an int64 tensor.
 
     Not a list: a permutation of 180 million keys is 1.4 GB as a tensor and about 100 GB in time and garbage as a list
     of Python integers.
@@ -98,7 +98,7 @@ class KeyOrder:
         return _Deal(self._all(), rank, world_size, even, self.stride, self.offset).after(0)
 
     def _all(self) -> range | torch.Tensor:
-        """The keys in one piece."""
+        """All keys, the filler included."""
         if not self._filler:
             return self._keys
         return torch.cat([_tensor(self._keys), torch.tensor(self._filler, dtype=torch.int64, device="cpu")])
@@ -108,13 +108,11 @@ class KeyOrder:
 class _Deal:
     """Keys that are dealt to ranks, one each in a round.
 
-    Args:
+    Attributes:
         keys: Those of all ranks.
-        rank: Of this process.
-        world_size: Of all.
         even: See `Shard`.
-        stride: How many ranks `keys` had been dealt to before.
-        offset: Which of those this process belongs to.
+        stride: How many ranks `keys` were dealt to by an earlier `shard`.
+        offset: The position of `keys` within a round of these.
     """
 
     keys: range | torch.Tensor
@@ -127,7 +125,7 @@ class _Deal:
     def after(self, position: int) -> KeyOrder:
         """This rank's keys of the rounds that begin at `position`.
 
-        They are dealt from there on, whatever the position: it need not be the end of a round of this many ranks.
+        They are dealt anew from there on: the position need not be the end of a round of this many ranks.
         """
         stride = self.stride * self.world_size
         total = len(self.keys)
@@ -140,7 +138,7 @@ class _Deal:
         if rest and self.even == "drop":
             mine = mine[:rounds]
         elif rest and len(mine) == rounds:
-            # The last round is filled from the beginning, and again if there are fewer samples than ranks.
+            # Fill the last round from the beginning, several times if there are fewer samples than ranks.
             at = (done + self.rank + rounds * self.world_size) % total
             key = self.keys[at]
             filler = (int(key),)

@@ -17,8 +17,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from aioloader.core.memory import memory_at
 from aioloader.executors.processes.layout import aligned
-from aioloader.executors.processes.wire import SMALL_BYTES, array_type
+from aioloader.executors.processes.wire import SMALL_BYTES
 from aioloader.memory.lease import lease
 
 __all__ = ["Arena", "BufferPlace", "Mapping", "create_file", "shared_memory", "use_arena"]
@@ -67,11 +68,9 @@ class Mapping:
         if hasattr(self, "_unmap"):  # the constructor has succeeded
             self._unmap(self.address, self.size)
 
-    def memory(self) -> Any:
-        """The whole segment as a ctypes array that keeps it mapped; buffers made over the array keep the array."""
-        memory = array_type(self.size).from_address(self.address)
-        memory.mapping = self
-        return memory
+    def memory(self) -> memoryview:
+        """All of it; stays mapped as long as the view, or anything made over it, lives."""
+        return memory_at(self.address, self.size, owner=self)
 
     def lend(self, on_return: Callable[..., object], *args: Any) -> memoryview:
         """The whole segment. `on_return(*args)` is called once when the last view of it has died, as `lease` says."""
@@ -98,7 +97,7 @@ class _SharedSegment:
         except OSError:
             os.close(self.fd)
             raise
-        self.view = memoryview(self.mapping.memory()).cast("B")
+        self.view = self.mapping.memory()
         self.filled = 0
 
 

@@ -1,7 +1,6 @@
 """What crosses between two processes: values as a pickle and large buffers, and messages on a socket."""
 
 import array
-import ctypes
 import io
 import os
 import pickle
@@ -10,12 +9,13 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
 
+from aioloader.core.memory import memory_at, tensor_over
 from aioloader.executors.processes.mapped_files import MappedFiles
 
 try:  # at import time: a fork while a thread imports it would leave it half done in the child
@@ -23,7 +23,7 @@ try:  # at import time: a fork while a thread imports it would leave it half don
 except ImportError:
     cloudpickle = None
 
-__all__ = ["SMALL_BYTES", "Connection", "Message", "array_type", "can_pickle_by_value", "decode", "encode"]
+__all__ = ["SMALL_BYTES", "Connection", "Message", "can_pickle_by_value", "decode", "encode"]
 
 SMALL_BYTES: Final = 1024  # smaller tensors and arrays stay inside the pickle
 
@@ -169,28 +169,16 @@ def _reduce_tensor(tensor: torch.Tensor) -> Any:
             strides, tensor = tensor.stride(), dense
         else:
             tensor = tensor.contiguous()
-    memory = array_type(tensor.nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # which owns the memory
+    memory = memory_at(tensor.data_ptr(), tensor.nbytes, owner=tensor)
     return _put_together, (pickle.PickleBuffer(memory), dtype, shape, strides)
 
 
 def _put_together(memory: Any, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> torch.Tensor:
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    # Not `.view(shape)`: that would be a view, with a `_base` and the rules that autograd has for it.
-    tensor: torch.Tensor = torch.empty(0, dtype=getattr(torch, dtype), device="cpu")
-    if strides is None:
-        return tensor.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]  # strides may be left out
-    return tensor.set_(storage, 0, shape, strides)
+    return tensor_over(memory, shape, getattr(torch, dtype), strides=strides)
 
 
 def _make_empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
-
-
-@lru_cache(256)
-def array_type(size: int) -> Any:
-    """The ctypes type of `size` bytes. Making a type takes longer than making an instance, so they are cached."""
-    return ctypes.c_char * size
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
