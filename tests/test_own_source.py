@@ -220,6 +220,24 @@ def test_an_identity_of_tuples_is_the_same_after_json() -> None:
     assert_resumes_exactly(lambda: Pipeline(Named(one_by_one)))
 
 
+@on_both_faces
+def test_a_cache_on_disk_is_of_one_source(table: Table, tmp_path: Path, face: Face) -> None:
+    """The path of another table is another source, as a string or as a path."""
+
+    class OfPath(Table):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.path = path  # type: ignore[assignment]
+
+    other = make_table(tmp_path / "other.db", [1])
+    for number, make in enumerate((Table, OfPath)):
+        folder = tmp_path / f"cache-{number}"
+        for _ in range(2):
+            assert len(collect(Pipeline(make(Path(table.path))).cache(disk=folder), face)) == 30
+        with pytest.raises(ValueError, match="keeps the samples of another"):
+            Pipeline(make(other)).cache(disk=folder)
+
+
 # -- where its code runs -----------------------------------------------------------------------------------------------
 
 

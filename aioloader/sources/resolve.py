@@ -8,6 +8,7 @@ from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
+from pathlib import PurePath
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -315,6 +316,8 @@ def _plain(value: Any) -> str:
         return f"[{', '.join(map(_plain, value))}]"
     if value is None or isinstance(value, str | int | float | bool | range):
         return repr(value)
+    if isinstance(value, PurePath):
+        return repr(str(value))
     if is_dataclass(value):
         return _plain([getattr(value, each.name) for each in fields(value)])
     return source_name(value)
