@@ -140,7 +140,7 @@ def test_a_listing_has_no_length_and_no_numbers(memory: MemoryStore) -> None:
         len(objects)
     with pytest.raises(TypeError, match="has no length"):
         len(Pipeline(objects))
-    with pytest.raises(TypeError, match="has no length, for it lists as it reads; pass it to Pipeline"):
+    with pytest.raises(TypeError, match="has no length, as it lists while it reads; pass it to Pipeline"):
         DataLoader(objects, shuffle=True)
 
 
@@ -198,7 +198,7 @@ def test_a_range_that_an_object_does_not_have_stands_at_its_place(memory: Memory
         found = steps.outcomes()
     assert [found[0], found[2]] == [bytes(2), bytes([2, 2])]
     assert isinstance(found[1], BrokenDataError)
-    assert str(found[1]) == f"the object '{KEYS[1]}' ends at byte 10, but bytes 8 to 12 are asked for"
+    assert str(found[1]) == f"the object '{KEYS[1]}' ends at byte 10, but bytes 8 to 12 were requested"
     assert f"aioloader: object '{KEYS[1]}', bytes 8 to 12 of <obstore" in notes(found[1])
 
 
@@ -363,7 +363,7 @@ def test_what_a_store_has_besides_stays() -> None:
 def test_a_store_that_waits_for_nobody_takes_no_timeouts(memory: MemoryStore, tmp_path: Path) -> None:
     for store in (memory, LocalStore(tmp_path)):
         with pytest.raises(
-            ValueError, match="takes client_options and retry_config for a store behind a network, got "
+            ValueError, match="takes client_options and retry_config for a store that is reached over a network, got "
         ):
             Objects(store, ["a"], **HURRY)
     with pytest.raises(ValueError, match="takes client_options and retry_config for a store, got paths"):

@@ -87,7 +87,7 @@ def test_a_state_that_lacks_something(key: str) -> None:
             "3",
             "'cursor' of the state does not fit this loader, or is broken: an integer .* was expected, got '3'",
         ),
-        ("cursor", 99, "position 99 is behind the end of an order of 10 keys"),
+        ("cursor", 99, "position 99 is past the end of an order of 10 keys"),
         ("cursor", [3, 1], "was expected"),
         ("cursor", {"a": 1}, "was expected"),
         ("cursor", True, "was expected"),

@@ -13,26 +13,27 @@ from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import ChannelClosedError
 from aioloader.sources.channel_ledger import ChannelLedger
-from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake
+from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake_all
 
 __all__ = ["Channel", "Sender", "SyncSender"]
 
 
 class Channel(CursorSource):
-    """A live source: samples that others send, in the order in which they came.
+    """A live source: samples that other tasks or threads send, in the order in which they were sent.
 
     Tasks of any event loop send with `await send(sample)`, threads with `sender_sync().send(sample)`; both wait while
-    `maxsize` samples lie in the channel, so that a slow consumer slows down those who produce. An epoch lasts until the
+    the channel holds `maxsize` samples, so that a slow consumer slows down its producers. An epoch lasts until the
     channel is closed. All methods may be called from any thread.
 
-    Several loaders, or several iterators of one, may read a channel: each sample goes to one of them. What a loader has
-    read ahead and not handed out when its iterator is closed, or its `take(n)` is over, goes back to the front of the
-    channel, in order, and comes with the next epoch.
+    Several loaders, or several iterators of one, may read a channel: each sample goes to one of them. Samples that a
+    loader has read ahead and not handed out when its iterator is closed, or its `take(n)` is complete, go back to the
+    front of the channel, in order, and come in the next epoch.
 
-    A live sample comes once: a state that was saved cannot bring it back in another process.
+    A live sample comes once: a saved state cannot bring it back in another process.
 
     Args:
-        maxsize: Samples that may lie in the channel, at least 1. What goes back to it may be more.
+        maxsize: How many samples the channel holds before senders wait, at least 1. Samples that go back to it may
+            exceed this.
 
     ```python
     channel = Channel(maxsize=256)
@@ -47,22 +48,22 @@ class Channel(CursorSource):
         # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
         self._lock = threading.RLock()
         self._samples: deque[Any] = deque()
-        self._senders: OrderedDict[WaitingSender, None] = OrderedDict()  # in order; none waits while there is room
-        self._promised = 0  # places of senders that have been woken and have not put their sample there yet
-        self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # those who wait for a sample
+        self._senders: OrderedDict[WaitingSender, None] = OrderedDict()  # in order; only while there is no room
+        self._promised = 0  # places for senders that were woken and have not put their sample there yet
+        self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # waiting readers, and their loops
         self._closed = False
         self._error: Exception | None = None
-        self._handles = 0  # that are open
+        self._handles = 0  # how many are open
         self._handle_error: Exception | None = None
         self._process = _process
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
     async def send(self, sample: Any) -> None:
-        """Put `sample` into the channel; wait for room, in turn with others.
+        """Put `sample` into the channel; wait for room, first come, first served.
 
-        A call that is cancelled, or that a timeout around it ends, has not sent and never sends later; one that returns
-        has sent.
+        A call that is cancelled, also by a timeout around it, has not sent the sample and never will; one that returns
+        has sent it.
 
         Raises:
             ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
@@ -74,17 +75,17 @@ class Channel(CursorSource):
             waiting = WaitingTask()
             self._senders[waiting] = None
         try:
-            await waiting.told
-        except BaseException:  # also when the task is collected with its loop
+            await waiting.woken
+        except BaseException:  # also GeneratorExit, when the task is collected with its loop
             self._withdraw(waiting)
             raise
-        self._put_promised(waiting, sample)  # in the step that was woken: no cancellation can come in between
+        self._put_promised(waiting, sample)  # in the same step as the wake-up: no cancellation can come in between
 
     def send_nowait(self, sample: Any) -> None:
         """Put `sample` into the channel if there is room.
 
         Raises:
-            asyncio.QueueFull: There is none.
+            asyncio.QueueFull: There is no room.
             ChannelClosedError: The channel is closed.
         """
         self._check_process()
@@ -97,9 +98,9 @@ class Channel(CursorSource):
         )
 
     def sender(self) -> "Sender":
-        """A handle for one of several senders: the channel is closed when all handles that were made are closed.
+        """A handle for one of several senders: the channel is closed when all its handles are closed.
 
-        Make them before the first one is closed, and use each as a context manager, by `with` or `async with`:
+        Make all of them before the first one is closed, and use each in a `with` or `async with` block:
 
         ```python
         async def rollout(sender):
@@ -113,15 +114,15 @@ class Channel(CursorSource):
         return Sender(self)
 
     def sender_sync(self) -> "SyncSender":
-        """The same for a thread: its `send` blocks. Whoever does not close it calls `channel.close()` in the end."""
+        """A handle for a thread: its `send` blocks. Close it, or call `channel.close()` in the end."""
         return SyncSender(self)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self, error: Exception | None = None) -> None:
-        """No more samples: an epoch ends after those that are in the channel. Idempotent, the first call counts.
+        """End the epoch after the samples in the channel. Idempotent; the first call counts.
 
-        Senders that wait get `ChannelClosedError`; their samples have not been sent.
+        Waiting senders get `ChannelClosedError`; their samples are not sent.
 
         Args:
             error: Raised to the consumer at the end, instead of a plain end.
@@ -138,16 +139,16 @@ class Channel(CursorSource):
             self._senders.clear()
             readers = self._take_readers()
         for waiting in refused:
-            waiting.tell()
-        wake(readers)
+            waiting.wake()
+        wake_all(readers)
 
     @property
     def closed(self) -> bool:
-        """Whether `close` has been called; samples may still be in the channel."""
+        """Whether `close` was called; the channel may still hold samples."""
         return self._closed
 
     def qsize(self) -> int:
-        """How many samples lie in the channel."""
+        """How many samples the channel holds."""
         return len(self._samples)
 
     def __enter__(self) -> Self:
@@ -175,7 +176,7 @@ class Channel(CursorSource):
     # -- reading -----------------------------------------------------------------------------------------------------
 
     def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        """Read on; what comes does not depend on `cursor`, since live samples do not come again."""
+        """Read on. `cursor` has no effect, because live samples do not come again."""
         self._check_process()
         ledger: ChannelLedger = access.shared(self, lambda: ChannelLedger(self._put_back))
         return _ChannelReader(self, access, ledger)
@@ -183,7 +184,7 @@ class Channel(CursorSource):
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _put(self, sample: Any) -> bool:
-        """Take `sample` in if there is room, and tell who waits for it. Under the lock."""
+        """Append `sample` if there is room, and wake a reader. Call it under the lock."""
         if self._closed:
             raise self._refusal()
         if len(self._samples) + self._promised >= self._maxsize:
@@ -194,10 +195,10 @@ class Channel(CursorSource):
     def _append(self, sample: Any) -> None:
         self._samples.append(sample)
         if self._readers:
-            wake(self._take_readers())
+            wake_all(self._take_readers())
 
     def _put_promised(self, waiting: WaitingSender, sample: Any) -> bool:
-        """Put `sample` into the place that was promised to its sender; False: none was, and the sender gives up."""
+        """Put `sample` into the place that was promised to its sender; False if none was, and the sender gives up."""
         with self._lock:
             self._senders.pop(waiting, None)
             if self._closed:
@@ -215,7 +216,7 @@ class Channel(CursorSource):
         return refusal
 
     def _withdraw(self, waiting: WaitingSender) -> None:
-        """A sender gives up: a place that was promised to it goes to the next."""
+        """Remove a sender that gives up; a place that was promised to it goes to the next."""
         with self._lock:
             self._senders.pop(waiting, None)
             if waiting.promised:
@@ -224,20 +225,20 @@ class Channel(CursorSource):
                 self._promise_places()
 
     def _promise_places(self) -> None:
-        """Wake the senders whose turn it is, one for each free place. Under the lock."""
+        """Wake senders in order, one for each free place. Call it under the lock."""
         while self._senders and len(self._samples) + self._promised < self._maxsize:
             waiting, _ = self._senders.popitem(last=False)
             if waiting.alive:
                 waiting.promised = True
                 self._promised += 1
-                waiting.tell()
+                waiting.wake()
 
     def _take_readers(self) -> "dict[asyncio.Future[None], asyncio.AbstractEventLoop]":
         readers, self._readers = self._readers, {}
         return readers
 
     def _take(self, limit: int) -> list[Any]:
-        """Up to `limit` samples; the room that this makes goes to those who wait. Under the lock."""
+        """Take up to `limit` samples, and give the room to waiting senders. Call it under the lock."""
         samples = self._samples
         taken = [samples.popleft() for _ in range(min(limit, len(samples)))]
         if self._senders:
@@ -245,11 +246,11 @@ class Channel(CursorSource):
         return taken
 
     def _put_back(self, samples: Sequence[Any]) -> None:
-        """What was read and not handed out comes first in the next epoch."""
+        """Put samples that were read and not handed out in front of the others."""
         with self._lock:
             self._samples.extendleft(reversed(samples))
             readers = self._take_readers()
-        wake(readers)
+        wake_all(readers)
 
     def _count_handle(self, change: int, error: Exception | None = None) -> None:
         self._check_process()
@@ -262,19 +263,19 @@ class Channel(CursorSource):
         self.close(self._handle_error)
 
     def _check_process(self) -> None:
-        """Before the lock is taken: in a forked child another thread of the parent may hold it for ever."""
+        """Refuse to work in a forked child. Call it before taking the lock, which may be locked there for ever."""
         if self._process is not _process:
             raise RuntimeError(
-                "this Channel was made before a fork and belongs to the parent process: nobody would read what is sent "
-                "to it here; let the parent send, for instance what it reads from a pipe"
+                "this Channel was made before a fork and belongs to the parent process: samples sent to it here would "
+                "never be read; let the parent send them, for instance after reading them from a pipe"
             )
 
 
 class _Handle:
     """One of several senders; leaving its `with` block closes it.
 
-    When the block ends with an exception, the others go on, and the consumer gets the first such exception in the end:
-    what it has got then is not all.
+    If the block ends with an exception, the others go on, and the consumer gets the first such exception at the end,
+    because it has not got all samples.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -288,7 +289,7 @@ class _Handle:
         self._channel.send_nowait(sample)
 
     def close(self) -> None:
-        """This sender has sent its last; the last one of all closes the channel. Idempotent."""
+        """Close this sender; closing the last one closes the channel. Idempotent."""
         self._close(None)
 
     def _close(self, error: Exception | None) -> None:
@@ -309,9 +310,9 @@ class _Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A sender that stops because the channel was closed has no error of its own to tell.
+        # A sender that stops because the channel was closed has no error of its own.
         failed = isinstance(error, Exception) and not isinstance(error, ChannelClosedError)
-        self._close(error if failed else None)  # type: ignore[arg-type]  # an Exception, as was just asked
+        self._close(error if failed else None)  # type: ignore[arg-type]  # checked in the line above
 
 
 class Sender(_Handle):
@@ -339,12 +340,12 @@ class SyncSender(_Handle):
 
         Args:
             sample: Anything.
-            timeout: Seconds to wait at most; None: for ever.
+            timeout: The most seconds to wait; None means no limit.
 
         Raises:
             TimeoutError: There was no room in that time; `sample` has not been sent.
             ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
-            RuntimeError: This thread runs an event loop, which would stand still.
+            RuntimeError: This thread runs an event loop, which would be blocked.
         """
         self._check_open()
         if asyncio._get_running_loop() is not None:
@@ -357,7 +358,7 @@ class SyncSender(_Handle):
             waiting = WaitingThread()
             channel._senders[waiting] = None
         try:
-            waiting.told.wait(timeout)
+            waiting.woken.wait(timeout)
             sent = channel._put_promised(waiting, sample)
         except BaseException:  # a Ctrl-C
             channel._withdraw(waiting)
@@ -367,7 +368,7 @@ class SyncSender(_Handle):
 
 
 class _ChannelReader(EntryReader):
-    """Takes samples out as they are asked for."""
+    """Takes samples out of a channel as they are asked for."""
 
     def __init__(self, channel: Channel, access: SourceContext, ledger: ChannelLedger) -> None:
         self._channel = channel

@@ -1,4 +1,4 @@
-"""What a loader has read from a `Channel` and not handed out, which goes back when it is closed."""
+"""Samples that a loader has read from a `Channel` and not handed out: they go back when the loader is closed."""
 
 import os
 from collections import deque
@@ -11,29 +11,31 @@ from aioloader.core.source import RunListener
 __all__ = ["ChannelLedger"]
 
 KEPT_SAMPLES: Final = 1 << 16
-"""So many samples that a loader has read and not handed out are kept, to go back when it is closed."""
+"""The most samples that are kept to go back."""
 
 
 class ChannelLedger(RunListener):
-    """What one run has read of a channel and not handed out, so that it can go back.
+    """The samples that one run has read from a channel and not handed out, so that they can go back.
 
-    The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever the stages behind make of
-    cursors, the one that was handed out last has such a triple in it, and what comes after that number has not been
-    handed out. Behind `shuffle(buffer_size)` and `ordered=False` that is so from the oldest one on that has not been:
-    what overtook it comes again.
+    The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever later stages make of cursors,
+    the one that was handed out last contains such a triple, and entries after that number were not handed out. After
+    `shuffle(buffer_size)` and `ordered=False` it is the number before the oldest entry that was not handed out:
+    samples that overtook it come again.
 
-    A filter that drops samples for ever hands nothing out, hence the bound of what is kept.
+    The number of samples is bounded, because a filter may drop all samples, so that nothing is handed out.
     """
 
     def __init__(self, put_back: Callable[[Sequence[Any]], None]) -> None:
         self._put_back = put_back
-        self._name = os.urandom(6).hex()  # a cursor of another run, from a saved state, says nothing about this one
+        self._name = os.urandom(
+            6
+        ).hex()  # so that a cursor of another run, from a saved state, is not taken for one of this run
         self._read = 0
         self._kept: deque[Any] = deque(maxlen=KEPT_SAMPLES)
         self._seen: Any = None
 
     def entries(self, samples: list[Any]) -> list[Entry]:
-        """The next that were read."""
+        """Entries for samples that were read."""
         start, name = self._read, self._name
         self._read = stop = start + len(samples)
         self._kept.extend(samples)
@@ -41,7 +43,7 @@ class ChannelLedger(RunListener):
         return list(map(Entry, samples, cursors, range(start, stop), range(start, stop)))
 
     def forget(self, handed_out: Any) -> None:
-        """The entry with the cursor `handed_out` has reached the consumer, and all before it."""
+        """Drop what the consumer has: the entry with cursor `handed_out` and all before it."""
         if handed_out is self._seen:
             return
         self._seen = handed_out
@@ -52,7 +54,7 @@ class ChannelLedger(RunListener):
                 kept.popleft()
 
     def _number_in(self, cursor: Any) -> int | None:
-        """The lowest number of ours in `cursor`."""
+        """The lowest number of this ledger's entries in `cursor`."""
         if not isinstance(cursor, tuple):
             return None
         if len(cursor) == 3 and cursor[0] == "channel" and cursor[1] == self._name:

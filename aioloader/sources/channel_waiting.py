@@ -1,4 +1,4 @@
-"""Who waits at a `Channel`, for room or for a sample, and how one is woken from any thread."""
+"""Senders that wait for room in a `Channel`, and how waiting tasks and threads are woken from any thread."""
 
 import asyncio
 import threading
@@ -6,22 +6,22 @@ from abc import ABC, abstractmethod
 
 from aioloader.executors.threads import call_loop
 
-__all__ = ["WaitingSender", "WaitingTask", "WaitingThread", "wake"]
+__all__ = ["WaitingSender", "WaitingTask", "WaitingThread", "wake_all"]
 
 
 class WaitingSender(ABC):
     """A sender that waits for room.
 
-    The story of a race. A reader that makes room could move the sample of the sender whose turn it is, and wake the
-    sender to tell. But between that and the sender's next step there is time: its task may be cancelled in the same
-    turn of the loop, by a timeout for instance (asyncio then throws `CancelledError` into it although the future that
-    it waited for has a result), and a thread may get a Ctrl-C. It can neither take the sample back, which may have been
-    trained on, nor swallow the cancellation, which others wait for. So only the *place* is promised, and the sender
-    puts the sample there itself, in the step in which it returns. What is cancelled before has not sent, and hands its
-    place on; after it there is nothing left to cancel.
+    Why a reader that makes room does not move the sample of the next sender itself, and then wake the sender: there is
+    a race. Before the sender's next step its task may be cancelled in the same iteration of the loop, for instance by a
+    timeout (asyncio then throws `CancelledError` into it although the future that it waited for has a result), and a
+    thread may get a Ctrl-C. The sender can neither take the sample back, which may have been trained on, nor swallow
+    the cancellation, which others wait for. So it is only *promised* a place, and puts the sample there itself, in the
+    step in which it returns. If it is cancelled before that, it has not sent the sample, and its place goes to the
+    next; after that there is nothing to cancel.
 
     Attributes:
-        promised: One place in the channel is its own. Guarded by the channel's lock.
+        promised: Whether a place in the channel is reserved for it. Guarded by the channel's lock.
     """
 
     promised = False
@@ -29,41 +29,41 @@ class WaitingSender(ABC):
     @property
     @abstractmethod
     def alive(self) -> bool:
-        """Whether it can still be woken."""
+        """Whether it can still be woken up."""
 
     @abstractmethod
-    def tell(self) -> None:
+    def wake(self) -> None:
         """Wake the sender, from any thread."""
 
 
 class WaitingTask(WaitingSender):
-    """A task that waits in `Channel.send`; it awaits `told`."""
+    """A task that waits in `Channel.send`; it awaits `woken`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.told = self._loop.create_future()
+        self.woken = self._loop.create_future()
 
     @property
     def alive(self) -> bool:
         return not self._loop.is_closed()
 
-    def tell(self) -> None:
-        _set(self.told, self._loop)
+    def wake(self) -> None:
+        _set(self.woken, self._loop)
 
 
 class WaitingThread(WaitingSender):
-    """A thread that waits in `SyncSender.send`, for the event `told`."""
+    """A thread that waits in `SyncSender.send`, for the event `woken`."""
 
     alive = True
 
     def __init__(self) -> None:
-        self.told = threading.Event()
+        self.woken = threading.Event()
 
-    def tell(self) -> None:
-        self.told.set()
+    def wake(self) -> None:
+        self.woken.set()
 
 
-def wake(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
+def wake_all(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
     """Complete futures, each on its loop."""
     for future, loop in futures.items():
         _set(future, loop)

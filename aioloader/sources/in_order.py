@@ -25,7 +25,7 @@ class InOrder(EntryReader, Generic[P]):
         parts: Closed with the reader.
         read_part: Gives lists of the entries of a part, made in the given thread.
         open_ahead: How many parts after the current one are open.
-        lists_ahead: How many lists may lie ready, per open part.
+        lists_ahead: How many lists may be ready, per open part.
 
     Attributes:
         part: The one that the last entries belong to.

@@ -23,26 +23,26 @@ __all__ = ["Decode", "LineParser", "LineStart"]
 Decode = Callable[[bytes], Any]
 
 LineStart = tuple[int, int, int | None]
-"""Where to begin: byte offset, number of the line before, mark."""
+"""Where reading begins: byte offset, number of the line before it, mark."""
 
 MOST_LINES: Final = 256
-"""Decoded between two looks at the clock."""
+"""The most lines that are decoded between two looks at the clock."""
 
 SHOWN_BYTES: Final = 40
-"""Of a line that is wrong, in its error."""
+"""How much of a broken line its error shows."""
 
 _JSON: Final = json.JSONDecoder()
-_LIKE_ASCII: Final = {"utf-8", "ascii"}  # ASCII bytes are ASCII characters, whatever is before them
+_LIKE_ASCII: Final = {"utf-8", "ascii"}  # an ASCII byte is that character, whatever comes before it
 
 
 class LineParser(Parser):
     """The lines of one file.
 
-    What stands behind the last line end of a piece is kept for the next; of a line that grows past the limit only the
-    length and the beginning are kept. Lines are decoded, and made entries, some at a time by loops that run in C: with
-    a fast parser these would cost as much as it does. JSON in ASCII is not even cut into lines: its parser is told
-    where to begin, and where it stopped must be the line's end. From the first line on for which that is not so (it
-    is blank, or wrong) the piece is taken line by line, which finds out what is the matter.
+    What comes after the last line end of a piece is kept for the next one; of a line that grows past the limit only the
+    length and the beginning are kept. Lines are decoded and made entries in groups, by loops that run in C: with a fast
+    parser, Python loops would cost as much as the parser. JSON in ASCII is not even split into lines: the parser is
+    told where to begin, and must stop at the line's end. From the first line on where it does not (it is blank, or
+    broken), the piece is read line by line, which finds out what is wrong.
     """
 
     def __init__(
@@ -60,24 +60,24 @@ class LineParser(Parser):
         super().__init__(path, self._offset, mark, max_window_bytes, least=1)
         self._index = index
         self._encoding = encoding
-        self._ours = not callable(decode)
+        self._has_own_decoder = not callable(decode)
         self._skips_blank = decode == "json"
         self._decode_all = _decoder(decode, encoding)
-        self._longest = max_line_bytes
-        self._too_long: tuple[int, bytes] | None = None  # a line that comes before `lines`: length and beginning
+        self._max_line_bytes = max_line_bytes
+        self._too_long: tuple[int, bytes] | None = None  # length and beginning of a line that comes before `lines`
         self._lines: list[bytes] = []
-        self._at = 0  # in `lines`: those before it have been used
+        self._at = 0  # how many of `lines` have been used
         self._may_scan = decode == "json" and codecs.lookup(encoding).name in _LIKE_ASCII
-        self._text = ""  # JSON values that come after `lines`, each with its line end
-        self._text_at = 0  # in `text`: what is before it has been used
-        self._some = 1  # lines at a time
-        self._half: list[bytes] = []  # of the line whose end has not come yet
+        self._text = ""  # lines of JSON that come after `lines`
+        self._text_at = 0  # how much of `text` has been used
+        self._group = 1  # how many lines are decoded at a time
+        self._half: list[bytes] = []  # the line whose end has not come yet
         self._half_bytes = 0
-        self._cut_off = False  # the line at hand has no end
+        self._cut_off = False  # the last line has no end
 
     def _feed(self, piece: bytes) -> None:
         if self.trail.before not in (b"\n", b""):
-            piece = self._end_given(piece)
+            piece = self._skip_line_end(piece)
         end = piece.rfind(b"\n")
         if end >= 0:
             first = piece.index(b"\n")
@@ -91,12 +91,12 @@ class LineParser(Parser):
             piece = piece[end + 1 :]
         self._keep(piece)
 
-    def _end_given(self, piece: bytes) -> bytes:
-        """What comes after a last line without an end, which was given as it was: if it is the end, all is well."""
+    def _skip_line_end(self, piece: bytes) -> bytes:
+        """Skip the line end of the last line, which had none when it was given."""
         self.trail.before = b""
         line_end = piece[: 1 + piece.startswith(b"\r\n")]
         if not line_end.endswith(b"\n"):
-            raise BrokenDataError(f"there is no line end before the byte to go on at: {changed_since(self._offset)}")
+            raise BrokenDataError(f"there is no line end before the byte to resume at: {changed_since(self._offset)}")
         self._offset += len(line_end)
         return piece[len(line_end) :]
 
@@ -114,17 +114,17 @@ class LineParser(Parser):
 
     def _keep(self, piece: bytes) -> None:
         self._half_bytes += len(piece)
-        if self._half_bytes > self._longest:
+        if self._half_bytes > self._max_line_bytes:
             beginning = b"".join(self._half)[:SHOWN_BYTES]
             self._half = [beginning + piece[: SHOWN_BYTES - len(beginning)]]
         elif piece:
             self._half.append(piece)
 
     def _end_half(self, piece: bytes) -> None:
-        """`piece` ends the line that was kept; it is the next one."""
+        """Complete the line that was kept with `piece`; it is the next line."""
         self._keep(piece)
         self._at = 0
-        if self._half_bytes > self._longest:
+        if self._half_bytes > self._max_line_bytes:
             self._too_long = (self._half_bytes, self._half[0])
             self._lines = []
         else:
@@ -135,33 +135,33 @@ class LineParser(Parser):
     def _take(self, entries: list[Entry], deadline: float) -> bool:
         if self._too_long is not None:
             (length, beginning), self._too_long = self._too_long, None
-            entries.append(self._failed(_refusal(length, self._longest), beginning, length))
+            entries.append(self._failed(_long_line(length, self._max_line_bytes), beginning, length))
         now = perf_counter()
         while (by_line := self._at < len(self._lines)) or self._text:
             if by_line:
-                self._take_some(entries, self._lines[self._at : self._at + self._some])
+                self._take_lines(entries, self._lines[self._at : self._at + self._group])
             else:
-                self._scan_some(entries)
+                self._scan_text(entries)
             before, now = now, perf_counter()
             if now > deadline:
-                self._some = max(1, self._some // 2)
+                self._group = max(1, self._group // 2)
                 return True
             if now - before < PARSE_SECONDS / 16:
-                self._some = min(2 * self._some, MOST_LINES)
+                self._group = min(2 * self._group, MOST_LINES)
         return False
 
-    def _take_some(self, entries: list[Entry], lines: list[bytes]) -> None:
-        """The entries of the next `lines`, up to one that fails."""
+    def _take_lines(self, entries: list[Entry], lines: list[bytes]) -> None:
+        """Add the entries of `lines`, up to one that fails."""
         ends = list(accumulate([len(line) + 1 for line in lines], initial=self._offset))
         values: list[Any] = []
         failure: BaseException | None = None
         try:
-            if max(map(len, lines)) > self._longest:
-                fine = next(at for at, line in enumerate(lines) if len(line) > self._longest)
-                values += self._decode_all(lines[:fine])
-                raise _refusal(len(lines[fine]), self._longest)
+            if max(map(len, lines)) > self._max_line_bytes:
+                too_long = next(at for at, line in enumerate(lines) if len(line) > self._max_line_bytes)
+                values += self._decode_all(lines[:too_long])
+                raise _long_line(len(lines[too_long]), self._max_line_bytes)
             values += self._decode_all(lines)  # `+=` keeps what came before a failure
-        except BaseException as error:  # also what ends a program: it is the consumer's, at this place
+        except BaseException as error:  # also SystemExit and the like: the consumer gets it, in this position
             failure = error
         count = len(values)
         self._at += count
@@ -175,22 +175,22 @@ class LineParser(Parser):
             else:
                 entries.append(self._failed(failure, line, len(line)))
 
-    def _scan_some(self, entries: list[Entry]) -> None:
-        """The entries of the next values in `text`; at one that is not its line, go on line by line."""
-        text, start, longest = self._text, self._text_at, self._longest
+    def _scan_text(self, entries: list[Entry]) -> None:
+        """Add the entries of the next values in `text`; from one that is not all of its line, go on line by line."""
+        text, start, max_bytes = self._text, self._text_at, self._max_line_bytes
         base = self._offset - start  # of bytes, each of which is a character
         values: list[Any] = []
         ends: list[int] = []
         try:
-            while start < len(text) and len(ends) < self._some:
+            while start < len(text) and len(ends) < self._group:
                 end = text.index("\n", start)
                 value, stop = _JSON.raw_decode(text, start)
-                if (stop != end and (stop > end or text[stop:end].strip(" \t\r"))) or end - start > longest:
-                    raise ValueError("it is not the line")
+                if (stop != end and (stop > end or text[stop:end].strip(" \t\r"))) or end - start > max_bytes:
+                    raise ValueError("the value is not all of the line")
                 values.append(value)
                 start = end + 1
                 ends.append(base + start)
-        except Exception:  # whatever it is, it is found again, in the line alone
+        except Exception:  # reading the line alone will raise it again
             self._lines, self._at = _split(text[start:].encode()), 0
             self._text = ""
         else:
@@ -200,7 +200,7 @@ class LineParser(Parser):
         self._add(entries, values, ends)
 
     def _add(self, entries: list[Entry], values: list[Any], ends: list[int]) -> None:
-        """The entries of the next `values`, whose lines have these `ends`."""
+        """Add the entries of the next `values`, whose lines have these `ends`."""
         if not values:
             return
         numbers = range(self._number + 1, self._number + 1 + len(values))
@@ -216,18 +216,18 @@ class LineParser(Parser):
         self._number += len(values)
 
     def _cursor(self) -> tuple[int, int, int, int | None]:
-        """After the line that was taken last."""
+        """The cursor after the last line."""
         return self._index, self._offset, self._number, self.trail.mark(self._offset)
 
     def _failed(self, error: BaseException, line: bytes, length: int) -> Entry:
-        """The entry of the next line, which cannot be used: our errors say where themselves, the user's in a note.
+        """The entry of the next line, which is broken: our own errors name the place, the user's get a note.
 
         Args:
             error: What is wrong.
             line: The line, or its beginning.
-            length: Of all of it.
+            length: The length of the line.
         """
-        if error.__traceback__ is not None:  # without the frame of `_take_some`, which holds the entries before it
+        if error.__traceback__ is not None:  # drop the frame of `_take_lines`, which holds the entries before it
             error.__traceback__ = error.__traceback__.tb_next
         begin = self._offset
         self._offset += length + 1
@@ -236,16 +236,18 @@ class LineParser(Parser):
         what = f"{self.path}, line {self._number}, byte {begin}"
         if self._cut_off:
             what += " (the last line, which has no line end: the file was cut off, or is still being written)"
-        if isinstance(error, UnicodeDecodeError) and self._ours:
+        if isinstance(error, UnicodeDecodeError) and self._has_own_decoder:
             what += f": not {self._encoding}: {error.reason} at byte {error.start} of the line"
-        elif isinstance(error, json.JSONDecodeError) and self._ours:
+        elif isinstance(error, json.JSONDecodeError) and self._has_own_decoder:
             what += f": not JSON: {error.msg} at character {error.pos} of {len(error.doc)}"
             if line.startswith(codecs.BOM_UTF8):
                 what += "; the line begins with a byte order mark: pass encoding='utf-8-sig'"
         elif isinstance(error, _LongLineError):
             what += f": {error}"
-        elif isinstance(error, RecursionError | ValueError) and self._ours:  # nested too deeply, a number too long
-            what += f": {error}; pass a function as decode= if it is to be read"
+        elif (
+            isinstance(error, RecursionError | ValueError) and self._has_own_decoder
+        ):  # nested too deeply, a number too long
+            what += f": {error}; pass a function as decode= to read it"
         else:
             add_note(error, f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
             return failed(error, cursor, key)
@@ -257,32 +259,32 @@ class LineParser(Parser):
 
 
 class _LongLineError(Exception):
-    """Only between raising it and `_failed`."""
+    """Raised by this module and caught in it."""
 
 
-def _refusal(length: int, longest: int) -> _LongLineError:
+def _long_line(length: int, max_line_bytes: int) -> _LongLineError:
     return _LongLineError(
-        f"a line of {length} bytes, and at most {longest} are taken; pass a larger max_line_bytes, unless the file has "
-        f"other line ends than LF"
+        f"a line of {length} bytes, and at most {max_line_bytes} are allowed; pass a larger max_line_bytes, unless the "
+        f"file has line ends other than LF"
     )
 
 
 def _split(lines: bytes) -> list[bytes]:
-    """Lines, the last one too with its end, to lines without. `bytes.split` takes four times as long for a kilobyte."""
+    """Remove the line ends, which the last line has too. `bytes.split` takes four times as long for a kilobyte."""
     return [line[:-1] for line in BytesIO(lines)]
 
 
 def _decoder(decode: Literal["json"] | Decode | None, encoding: str) -> Callable[[list[bytes]], Iterable[Any]]:
-    """From lines as bytes to samples, each as it is asked for."""
+    """A lazy function from lines as bytes to samples."""
     if decode is None:
         return partial(_texts, methodcaller("decode", encoding))
     if callable(decode):
         return partial(_texts, decode)
-    # What `json.loads` comes to, without its looking for the encoding of each line.
+    # The same as `json.loads`, which would also detect the encoding of each line.
     to_text, to_value = methodcaller("decode", encoding), _JSON.decode
     return lambda lines: map(to_value, map(to_text, lines))
 
 
 def _texts(decode: Decode, lines: list[bytes]) -> Iterable[Any]:
-    """Of lines without the first half of CR LF."""
+    """Decode lines without the CR of CR LF."""
     return map(decode, [line.removesuffix(b"\r") for line in lines])

@@ -13,7 +13,7 @@ from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.file_events import require_watchfiles
 from aioloader.sources.line_parser import Decode, LineParser, LineStart
-from aioloader.sources.marks import read_mark, read_offset
+from aioloader.sources.marks import read_mark
 from aioloader.sources.parsing import parsed
 from aioloader.sources.paths import Paths, find_files, names_of
 from aioloader.sources.read_ahead import Ahead
@@ -27,30 +27,30 @@ class Lines(CursorSource):
     """The lines of files, in order: text, or JSON values.
 
     Files that end in `.gz` or `.zst` are decompressed. They are read in large pieces in a thread, which decodes too. A
-    line that cannot be decoded raises at its place, with file, line number and byte offset, and so does a file that
+    line that cannot be decoded raises in its position, with file, line number and byte offset, and so does a file that
     cannot be opened or ends too early (`.gz`, `.zst`); what comes after it goes on.
 
     Cursor: file, byte offset, line number, and a mark of what is before, see `aioloader.sources.marks`; with
-    `interleave` those of each file under way. A plain file goes on at the offset, a compressed one is decompressed up
-    to it again. A file that was written anew since, or while it is read, is an error at its place.
+    `interleave` those of each open file. Reading resumes at the offset of a plain file; a compressed one is
+    decompressed again up to there. A file that was rewritten since, or while it is read, is an error.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
         decode: None: the line as `str`, without its end (LF or CR LF). `"json"`: the value in it; lines of nothing but
-            white space are left out. A function: of the line as `bytes`, for instance `orjson.loads`.
-        encoding: Of the text, one in which a line ends with the single byte 10: not UTF-16 or UTF-32.
+            white space are left out. A function: called with the line as `bytes`, for instance `orjson.loads`.
+        encoding: The encoding of the text, in which a line must end with the single byte 10: not UTF-16 or UTF-32.
         interleave: How many files are read side by side, at least 1: one line of each in turn. The first reader has
             the files 0, `interleave`, 2 `interleave`, ..., the second 1, `interleave` + 1, ..., whatever their lengths.
-        follow: Wait for more at the end of the last file, until the loader is closed; what stands behind its last line
+        follow: Wait for more at the end of the last file, until the loader is closed; what comes after its last line
             end waits too. Needs watchfiles (`aioloader[watch]`), and a plain file.
-        max_line_bytes: A line of more is an error at its place: in a file without line ends nothing else bounds memory.
-        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): so much
-            of what came out is kept while it is read. A file that is broken on purpose can ask for any size.
+        max_line_bytes: A longer line is an error: in a file without line ends nothing else bounds memory.
+        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): that much
+            of the output is kept while it is read. A file that is broken on purpose can ask for any size.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
         ImportError: `follow` without watchfiles, or `.zst` without something that reads it.
-        ValueError: An argument does not fit.
+        ValueError: An argument is invalid.
 
     ```python
     loader = Pipeline(Lines("data/*.jsonl.gz", decode="json", interleave=4)).shuffle(buffer_size=10_000).batch(64)
@@ -82,7 +82,7 @@ class Lines(CursorSource):
         self.max_line_bytes = check_count("max_line_bytes", max_line_bytes, least=1)
         self.max_window_bytes = check_count("max_window_bytes", max_window_bytes, least=1)
         for path in self.paths:
-            decompressor_for(path)  # what is not installed is said here
+            decompressor_for(path)  # raises if the package for it is not installed
         if self.follow:
             self._check_follow()
 
@@ -123,25 +123,25 @@ class Lines(CursorSource):
         return _InTurn(readers, turn, [None if one is None else tuple(one) for one in cursors])
 
     def _places(self, cursor: Any) -> tuple[int, list[Any]]:
-        """Whose turn is next, and the cursors of all."""
+        """Whose turn is next, and the cursors of all readers."""
         if cursor is None:
             return 0, [None] * self.interleave
         turn, cursors = cursor_parts(cursor, 2)
         return as_count(turn, self.interleave - 1), cursor_parts(cursors, self.interleave)
 
     def _place(self, first: int, cursor: Any) -> tuple[int, LineStart]:
-        """File and place in it, of a reader whose first file is `first`."""
+        """The file and the place in it where the reader with first file `first` resumes."""
         if cursor is None:
             return first, _BEGINNING
         index, offset, number, mark = cursor_parts(cursor, 4)
-        start = read_offset(offset), as_count(number), read_mark(mark)
+        start = as_count(offset), as_count(number), read_mark(mark)
         as_count(index)
         if index >= len(self.paths) + self.interleave or index % self.interleave != first:
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
         return index, start
 
     def _reader(self, access: SourceContext, first: int, cursor: Any) -> Ahead:
-        """Reads every `interleave`-th file from `first` on, behind `cursor`."""
+        """A reader of every `interleave`-th file from `first` on, from `cursor` on."""
         index, begin = self._place(first, cursor)
         thread = access.threads(1)
 
@@ -184,22 +184,22 @@ class Lines(CursorSource):
 class _InTurn(EntryReader):
     """One entry of each reader in turn; those that have ended drop out.
 
-    Cursor: whose turn is next, and the cursors of all.
+    Cursor: whose turn is next, and the cursors of all readers.
     """
 
     def __init__(self, readers: list[Ahead], turn: int, cursors: list[Any]) -> None:
         self._readers: list[Ahead | None] = list(readers)
         self._cursors = cursors
         self._turn = turn
-        self._left = len(readers)
+        self._open_readers = len(readers)
 
     async def read(self, limit: int) -> list[Entry]:
         entries: list[Entry] = []
-        while self._left and len(entries) < limit:
+        while self._open_readers and len(entries) < limit:
             turn = self._turn
             reader = self._readers[turn]
             if reader is not None and not reader.ready and entries:
-                break  # nobody waits for those that are there
+                break  # give what is there instead of waiting
             taken = await reader.read(1) if reader is not None else []
             self._turn = (turn + 1) % len(self._readers)
             if taken:
@@ -209,16 +209,16 @@ class _InTurn(EntryReader):
                 entries.append(entry)
             elif reader is not None:
                 self._readers[turn] = None
-                self._left -= 1
+                self._open_readers -= 1
         return entries
 
 
 def _check_encoding(encoding: str) -> None:
-    """Refuse what cannot be split at the byte 10.
+    """Refuse an encoding whose lines cannot be split at the byte 10.
 
     Raises:
         LookupError: Python does not know it.
-        ValueError: A line end is written in another way.
+        ValueError: It writes a line end in another way.
     """
     if not "a\n".encode(encoding).endswith(b"a\n"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The order of an indexable source in one epoch: which key stands at which position.
+"""The order of an indexable source in one epoch: which key has which position.
 
 `shuffle`, `shard`, `take` and `skip` of an indexable source move no samples: they are arithmetic on its keys.
 """
@@ -17,20 +17,20 @@ __all__ = ["KeyOrder", "is_order_stage", "order_of"]
 
 
 class KeyOrder:
-    """The keys of one epoch, all of them or one rank's: a range where that will do, else an int64 tensor.
+    """The keys of one epoch, all of them or one rank's: a range if possible, else an int64 tensor.
 
     Not a list: a permutation of 180 million keys is 1.4 GB as a tensor and about 100 GB in time and garbage as a list
     of Python integers.
 
-    Positions, which are cursors, are those of the order of all ranks, before it was dealt: a rank's key number `i`
-    stands behind `i * stride` others.
+    Positions, which are cursors, count in the order of all ranks, before keys were dealt to them: a rank's key number
+    `i` comes after `i * stride` others.
 
     Args:
         keys: In order.
-        stride: How many ranks have been dealt keys, so that each key stands for as many positions.
-        deal: What was dealt from, where nothing has been done to this rank's keys since.
-        filler: A key behind the last one that fills the last round.
-        offset: Which of a round's positions is this rank's.
+        stride: How many ranks keys were dealt to, so that each key here stands for as many positions.
+        deal: What they were dealt from, if nothing has been done to this rank's keys since.
+        filler: A key after the last one that fills the last round.
+        offset: This rank's position within a round.
     """
 
     def __init__(
@@ -59,16 +59,16 @@ class KeyOrder:
         return taken
 
     def behind(self, position: int) -> "KeyOrder":
-        """What is left behind `position`, which may be that of another number of ranks.
+        """The keys from `position` on, which may come from another number of ranks.
 
         Raises:
-            ValueError: `position` is none, or it lies within a round of these ranks, and what stands behind `shard`
-                needs whole ones.
+            ValueError: `position` is invalid, or lies within a round of these ranks while stages after `shard` need
+                complete rounds.
         """
         if type(position) is not int or position < 0:
             raise ValueError(f"a position must be an integer of at least 0, got {position!r}")
         if self._deal is None and self.stride == 1 and position > len(self):
-            raise ValueError(f"position {position} is behind the end of an order of {len(self)} keys")
+            raise ValueError(f"position {position} is past the end of an order of {len(self)} keys")
         if self._deal is not None:
             return self._deal.behind(position)
         if position >= len(self) * self.stride:
@@ -82,7 +82,7 @@ class KeyOrder:
         return KeyOrder(self._keys[number:], self.stride, filler=self._filler, offset=self.offset)
 
     def apply(self, stage: Stage, this_pass: Pass, *, permute: bool = True) -> "KeyOrder":
-        """The order after one more stage; without `permute` the positions are those, and `shuffle` moves no key."""
+        """The order after one more stage; without `permute`, `shuffle` moves no key, and positions stay the same."""
         match stage:
             case Take(n):
                 return self._cut(0, n)
@@ -101,7 +101,7 @@ class KeyOrder:
                 rank, world_size = stage.place()
                 dealt = _Deal(self._all(), rank, world_size, stage.even, self.stride, self.offset)
                 return dealt.behind(0)
-        raise AssertionError(f"{stage.label} is no arithmetic on keys")
+        raise AssertionError(f"{stage.label} is not arithmetic on keys")
 
     def _cut(self, start: int, stop: int) -> "KeyOrder":
         count = len(self._keys)
@@ -109,7 +109,7 @@ class KeyOrder:
         return KeyOrder(self._keys[start:stop], self.stride, filler=filler, offset=self.offset)
 
     def _all(self) -> range | torch.Tensor:
-        """The keys in one piece."""
+        """All keys, the filler included."""
         if not self._filler:
             return self._keys
         return torch.cat([_tensor(self._keys), torch.tensor(self._filler, dtype=torch.int64, device="cpu")])
@@ -119,13 +119,11 @@ class KeyOrder:
 class _Deal:
     """Keys that are dealt to ranks, one each in a round.
 
-    Args:
+    Attributes:
         keys: Those of all ranks.
-        rank: Of this process.
-        world_size: Of all.
         even: See `Shard`.
-        stride: How many ranks `keys` had been dealt to before.
-        offset: Which of those this process belongs to.
+        stride: How many ranks `keys` were dealt to by an earlier `shard`.
+        offset: The position of `keys` within a round of these.
     """
 
     keys: range | torch.Tensor
@@ -138,7 +136,7 @@ class _Deal:
     def behind(self, position: int) -> KeyOrder:
         """This rank's keys of the rounds that begin at `position`.
 
-        They are dealt from there on, whatever the position: it need not be the end of a round of this many ranks.
+        Keys are dealt again from there on: the position need not be the end of a round of this many ranks.
         """
         stride = self.stride * self.world_size
         total = len(self.keys)
@@ -151,7 +149,7 @@ class _Deal:
         if rest and self.even == "drop":
             mine = mine[:rounds]
         elif rest and len(mine) == rounds:
-            # The last round is filled from the beginning, and again if there are fewer samples than ranks.
+            # Fill the last round from the beginning, several times if there are fewer samples than ranks.
             at = (done + self.rank + rounds * self.world_size) % total
             key = self.keys[at]
             filler = (int(key),)

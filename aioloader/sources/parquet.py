@@ -25,48 +25,48 @@ from aioloader.sources.stores import check_no_options, with_options
 __all__ = ["ParquetRows"]
 
 PIECE_BYTES: Final = 4 << 20
-"""Decoded in one hop into a thread, about: what stays in the caches of a processor."""
+"""About how much is decoded in one hop into a thread: what fits into the caches of a processor."""
 
 PIECE_ROWS: Final = 1024
-"""The same for rows as dictionaries, at most: they cost Python objects, and the GIL meanwhile. With twice as many a row
-took 4.4 µs instead of 2.6, as Python's garbage collector went through all it has."""
+"""The most rows that are made dictionaries in one hop: they cost Python objects, and hold the GIL. With twice as many,
+a row took 4.4 µs instead of 2.6, because Python's garbage collector went through more objects."""
 
 SPANS_AHEAD: Final = 2
-"""Spans that are open after the one whose rows are handed out."""
+"""Spans that are open after the one being handed out."""
 
 PIECES_AHEAD: Final = 4
-"""Decoded pieces that wait, per span."""
+"""Decoded pieces that wait per span."""
 
 
 class ParquetRows(CursorSource):
     """The rows of Parquet files, in order, as dictionaries; or batches of columns, most of them tensors.
 
-    Row groups are read ahead in threads. A file that cannot be read raises at its place, a broken row group at its
-    place, a row with a value that Python cannot hold at its place, and what comes after it goes on. All files must have
-    the columns of the first, of types that are the same in Python, or that fit into its tensors. A file that is
-    rewritten while it is read, or before a resume, is an error.
+    Row groups are read ahead in threads. A file that cannot be read, a broken row group, or a row with a value that
+    Python cannot hold raises in its position, and what comes after it goes on. All files must have the columns of the
+    first, with types that are the same in Python or that fit into its tensors. A file that is rewritten while it is
+    read, or before a resume, is an error.
 
     With `batch_rows`, a sample is a dictionary of columns, made without Python objects per row. Numbers, bools,
     fixed-size lists of them and fixed-shape tensors become tensors, rows first; other columns become lists. A null is
-    None in a list and NaN in a tensor of floats; in any other tensor it is an error, at the place of its batch.
-    Batches run over the borders of row groups and files, so that all have `batch_rows` rows, except the last one and
-    one before something that cannot be read. A tensor may lie in memory of arrow, which it keeps: about 4 MB, however
+    None in a list and NaN in a tensor of floats; in any other tensor it is an error, in the position of its batch.
+    Batches cross the borders of row groups and files, so all have `batch_rows` rows, except the last one and one
+    before something that cannot be read. A tensor may share arrow's memory, which it keeps alive: about 4 MB, however
     small the batch.
 
     Cursor: file, row group, the row in it, and the checksum of the file's footer.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
-        columns: Names of those to read; None: all.
-        batch_rows: None: one sample per row. Else at least 1.
+        columns: The names of the columns to read; None means all.
+        batch_rows: Rows per batch, at least 1; None means one sample per row.
         store: A store of obstore; `paths` are keys in it, without globs.
         client_options, retry_config: With `store`: timeouts and retries in place of its own, as obstore names them. By
-            its defaults a request ends after 30 seconds and is tried again until three minutes are over.
+            its defaults, a request times out after 30 seconds and is retried for up to three minutes.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
         ImportError: Without pyarrow.
-        TypeError, ValueError: An argument does not fit.
+        TypeError, ValueError: An argument is invalid.
 
     ```python
     loader = Pipeline(ParquetRows("data/*.parquet", columns=["x", "label"], batch_rows=1024)).to("cuda")
@@ -147,7 +147,7 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where to go on: a cursor."""
+    """Where to resume: a cursor."""
 
     index: int
     group: int
@@ -156,15 +156,15 @@ class _Start:
 
 
 class _FilesReader(Ahead):
-    """One epoch: spans of row groups are read by tasks and threads of their own, in turn, and put in order here."""
+    """One epoch: spans of row groups are read ahead in order, and cut into batches if these are asked for."""
 
     def __init__(self, source: ParquetRows, access: SourceContext, place: _Start) -> None:
         self._source = source
         self._access = access
         self._place = place
         self._footer_thread = access.threads(1)
-        self._known: tuple[str, Any] | None = None  # the columns that all files must have, and the file that says so
-        self._over = 0  # files before this one are done with
+        self._known: tuple[str, Any] | None = None  # a file, and the columns that it and all others have
+        self._first_open_file = 0  # those before it have ended, some of them with an error
         self._memory = BatchMemory()
         super().__init__(access, self._entries, lists=2)
 
@@ -177,10 +177,10 @@ class _FilesReader(Ahead):
         async with aclosing(reader):
             while pieces := await reader.read(PIECES_AHEAD * PIECE_ROWS):
                 index, _ = reader.part
-                if index < self._over:  # an error has ended its file
+                if index < self._first_open_file:  # an error has ended its file
                     continue
                 if pieces[-1].error is not None:
-                    self._over = pieces[-1].cursor[0]
+                    self._first_open_file = pieces[-1].cursor[0]
                 if batches is None:
                     yield pieces
                 elif entries := await self._footer_thread.call(batches.feed, pieces):
@@ -189,15 +189,15 @@ class _FilesReader(Ahead):
             yield entries
 
     async def _spans(self) -> AsyncGenerator[tuple[int, Span | Entry]]:
-        """The number of a file and what is to be read of it, in order; an entry for a file that cannot be."""
+        """What to read, in order: spans with the numbers of their files, or the error of a file that cannot be read."""
         place = self._place
         call = self._footer_thread.call
-        for index in range(place.index):  # on going on, the files must still be as those before are
+        for index in range(place.index):  # after a resume too, the columns must be those of the files before
             if self._knows_all():
                 break
             try:
                 await call(self._read_footer, index)
-            except Exception:  # it was raised at its place, before
+            except Exception:  # it was raised before the resume
                 continue
         for index in range(place.index, len(self._source.paths)):
             try:
@@ -207,7 +207,7 @@ class _FilesReader(Ahead):
                 yield index, failed(error, (index + 1, 0, 0), self._source.paths[index])
             else:
                 for span in spans_of(footer, start):
-                    if index < self._over:
+                    if index < self._first_open_file:
                         break
                     yield index, span
             place = _Start(index + 1, 0, 0)
@@ -227,7 +227,7 @@ class _FilesReader(Ahead):
             await thread.call(reading.close)
 
     def _knows_all(self) -> bool:
-        """Whether no later file can tell more of the columns."""
+        """Whether the types of all columns are known, so that later files cannot add to them."""
         if self._known is None:
             return False
         from aioloader.sources.arrow_types import has_unknown_parts
@@ -235,10 +235,10 @@ class _FilesReader(Ahead):
         return not any(map(has_unknown_parts, self._known[1].types))
 
     def _read_footer(self, index: int) -> Footer:
-        """In a thread.
+        """Read and check the footer of a file; runs in a thread.
 
         Raises:
-            Exception: The file cannot be read, or has not the columns it should have.
+            Exception: The file cannot be read, or does not have the expected columns.
         """
         source = self._source
         path = source.paths[index]
@@ -269,7 +269,7 @@ class _FilesReader(Ahead):
         )
 
     def _piece_rows(self, size: int) -> int:
-        """How many rows of `size` bytes to decode at once: whole batches, where these are small."""
+        """How many rows of `size` bytes to decode at once: a multiple of `batch_rows` where that is small."""
         rows = max(1, PIECE_BYTES // size)
         batch_rows = self._source.batch_rows
         if batch_rows is None:
@@ -278,20 +278,20 @@ class _FilesReader(Ahead):
 
 
 def _start(footer: Footer, place: _Start) -> int:
-    """The number of the row to begin with.
+    """The number of the first row to read.
 
     Raises:
-        BrokenDataError: The file is not the one that the cursor is of.
+        BrokenDataError: The file is not the one that the cursor was taken from.
     """
     starts = footer.starts
     if place.checksum is not None and place.checksum != footer.checksum:
-        change = "its footer is another one"
+        change = "its footer differs"
     elif place.group >= max(1, len(starts) - 1) or starts[place.group] + place.row > starts[-1]:
         change = f"it has {len(starts) - 1} row groups and {starts[-1]} rows"
     else:
         return starts[place.group] + place.row
     raise BrokenDataError(
-        f"{footer.path}: reading shall go on in row group {place.group} after row {place.row}, but {change}: it was "
-        f"changed after the state was made, so its rows from there on are left out; begin the epoch anew, or bring "
-        f"the old file back"
+        f"{footer.path}: reading resumes in row group {place.group} after row {place.row}, but {change}: it was "
+        f"changed after the state was made, so the rest of its rows are left out; restore the old file, or begin the "
+        f"epoch again without the state"
     )

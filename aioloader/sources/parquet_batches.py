@@ -1,4 +1,4 @@
-"""Batches of so many rows each, cut from pieces of Parquet files that have other sizes."""
+"""Cuts batches with a given number of rows from pieces of Parquet files."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ __all__ = ["BatchCutter"]
 
 
 class BatchCutter:
-    """Cuts pieces into batches of so many rows. In one thread at a time."""
+    """Cuts pieces into batches of `batch_rows` rows. Not thread-safe."""
 
     def __init__(self, batch_rows: int, memory: BatchMemory) -> None:
         self._batch_rows = batch_rows
@@ -44,7 +44,7 @@ class BatchCutter:
         return entries
 
     def flush(self) -> list[Entry]:
-        """What is left: a short batch."""
+        """The last batch, which may be short."""
         return [self._batch()] if self._pending else []
 
     def _batch(self) -> Entry:
@@ -70,7 +70,7 @@ class BatchCutter:
 
 
 def _first_unreadable(pieces: list[RowPiece]) -> BrokenDataError | None:
-    """What is wrong with the first row that Python cannot hold, if there is one."""
+    """The error of the first row with a value that Python cannot hold, if there is one."""
     from aioloader.sources.arrow_columns import rows_and_failures
 
     for piece in pieces:
@@ -82,8 +82,8 @@ def _first_unreadable(pieces: list[RowPiece]) -> BrokenDataError | None:
 
 
 def _broken_batch(pieces: list[RowPiece], error: Exception) -> BrokenDataError:
-    """Each row can be read alone, but not all together."""
+    """The error of rows that can be read one by one, but not together."""
     paths = ", ".join(dict.fromkeys(piece.footer.path for piece in pieces))
-    broken = BrokenDataError(f"{paths}: a batch of columns cannot be made of rows from there: {error}")
+    broken = BrokenDataError(f"{paths}: their rows cannot be put together into a batch of columns: {error}")
     broken.__cause__ = error
     return broken

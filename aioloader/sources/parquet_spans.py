@@ -18,7 +18,7 @@ SPAN_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `start` to the end of row group `last` of a file; `start` lies in row group `first`."""
+    """The rows of a file from number `start`, in row group `first`, to the end of row group `last`."""
 
     footer: Footer
     first: int
@@ -49,7 +49,7 @@ class SpanReader:
     """Reads a span, in the one thread that opens and closes it.
 
     One row group after the other: asked for several, pyarrow fills a column that is short of values with those of the
-    next row group, and pairs them with what they do not belong to.
+    next row group, and pairs them with the wrong rows.
     """
 
     def __init__(self, span: Span, store: Any, *, as_pieces: bool) -> None:
@@ -64,13 +64,16 @@ class SpanReader:
         self._batches: Any = None
 
     def close(self) -> None:
-        """Let go of the file; may be called at any time."""
+        """Close the file; may be called at any time."""
         self._batches = self._file = None
         if self._input is not None:
             self._input.close()
 
     def next(self) -> list[Entry]:
-        """The next rows, or record batches, of small row groups several; an error at its place; `[]` at the end."""
+        """The next rows or record batches, those of several small row groups at once; `[]` at the end.
+
+        What cannot be read is an entry with an error.
+        """
         entries: list[Entry] = []
         until = self._row + self._footer.piece_rows
         while self._group <= self._last and self._row < until:
@@ -83,7 +86,7 @@ class SpanReader:
                 if self._input is None:
                     return [*entries, self._end_file(error)]
                 failure = error
-            # Only now, for what was just read may be of another version.
+            # Only now, because what was just read may be of another version.
             change = self._input.change(self._footer.version)
             if change is not None:
                 return [*entries, self._end_file(rewritten(self._footer.path, change, self._row))]
@@ -94,7 +97,7 @@ class SpanReader:
         return entries
 
     def _next_piece(self) -> Any:
-        """Of the row group, a record batch of rows that are wanted; None: there may be more."""
+        """The next wanted rows of the row group, as a record batch; None means to call it again."""
         footer, group = self._footer, self._group
         if self._row == footer.starts[group + 1]:
             self._next_group()
@@ -107,11 +110,11 @@ class SpanReader:
         piece = next(self._batches, None)
         if piece is None:
             raise BrokenDataError(f"{footer.starts[group + 1] - self._at} rows fewer came than the footer promises")
-        behind = max(0, self._row - self._at)  # rows that are not wanted: reading goes on in the middle of a row group
+        skipped = max(0, self._row - self._at)  # rows before the one that reading resumes at, within the row group
         self._at += piece.num_rows
-        if behind >= piece.num_rows:
+        if skipped >= piece.num_rows:
             return None
-        return (piece.slice(behind) if behind else piece).select(footer.schema.names)
+        return (piece.slice(skipped) if skipped else piece).select(footer.schema.names)
 
     def _open(self) -> Any:
         import pyarrow.parquet as pq
@@ -151,7 +154,7 @@ class SpanReader:
         return entries
 
     def _end_group(self, error: Exception) -> Entry:
-        """The rest of the row group cannot be decoded."""
+        """The error entry of the rest of the row group, which cannot be decoded."""
         path, group, start = self._footer.path, self._group, self._row
         self._next_group()
         broken = BrokenDataError(
@@ -161,7 +164,7 @@ class SpanReader:
         return failed(broken, self._footer.cursor(self._row), f"{path}:{start}")
 
     def _end_file(self, error: Exception) -> Entry:
-        """Nothing more of the file can be read, here and in the spans after this one."""
+        """The error entry after which nothing more of the file is read, here and in later spans."""
         self._group = self._last + 1
         return failed(error, self._footer.end, f"{self._footer.path}:{self._row}")
 
@@ -179,7 +182,7 @@ def unreadable(footer: Footer, row: int, column: str, error: Exception) -> Broke
 
 @dataclass(frozen=True, slots=True)
 class RowPiece:
-    """A record batch, where it stands, and what is left of it."""
+    """Rows of a record batch that are not used yet, and the number of the first of them in the file."""
 
     rows: Any
     footer: Footer

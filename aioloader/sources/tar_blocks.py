@@ -1,4 +1,4 @@
-"""The bytes of a tar archive that arrives in pieces, given out in parts that begin with a block of 512 bytes."""
+"""The bytes of a tar archive that arrive in pieces, read in parts that are padded to blocks of 512 bytes."""
 
 from collections import deque
 from io import BytesIO
@@ -10,19 +10,22 @@ BLOCK: Final = 512
 
 
 class TarBlocks:
-    """What was fed and not used, in blocks of 512 bytes: each part begins with one, zeros fill its last one up.
+    """A buffer of bytes that were fed and not used. Each part begins with a block; its last block is padded.
 
     Args:
         offset: Where in the archive the first byte is.
+
+    Attributes:
+        missing: How many bytes to come are skipped; while there are any, nothing is buffered.
     """
 
     def __init__(self, offset: int) -> None:
-        self._base = offset  # of `data`
+        self._base = offset  # where `data` begins
         self._data = b""
-        self._at = 0  # in `data`: what is before has been used
-        self._pieces: deque[Any] = deque()  # what comes after `data`
-        self._part = BytesIO()  # what is there of a part that was asked for; then `data` is used up
-        self.missing = 0  # bytes to come which are to be passed over; while there are any, nothing is held
+        self._at = 0  # how much of `data` has been used
+        self._pieces: deque[Any] = deque()  # those after `data`
+        self._part = BytesIO()  # the beginning of an incomplete part; then `data` is used up
+        self.missing = 0
 
     @property
     def offset(self) -> int:
@@ -31,26 +34,26 @@ class TarBlocks:
 
     @property
     def total(self) -> int:
-        """How long the archive is, once all that was fed has been used."""
+        """The length of the archive, once all that was fed has been used."""
         return self.offset - self.missing
 
     def feed(self, piece: Any) -> None:
-        """More of the archive."""
+        """Add a piece of the archive."""
         if self.missing:
-            passed = min(self.missing, len(piece))
-            self.missing -= passed
-            piece = memoryview(piece)[passed:]
+            skipped = min(self.missing, len(piece))
+            self.missing -= skipped
+            piece = memoryview(piece)[skipped:]
         if len(piece):
             self._pieces.append(piece)
 
     def take(self, size: int) -> bytes | None:
-        """The next part; None: not all of it is there."""
+        """The next part; None if it is not complete yet."""
         start = self._at
         stop = start + _padded(size)
         if stop <= len(self._data):
             self._at = stop
             return self._data[start : start + size]
-        # It goes on in other pieces, each of which is copied and let go of: joining them would hold all of it twice.
+        # It goes on in other pieces. Each is copied and dropped, because joining them would hold all of it twice.
         part = self._part
         while True:
             self._at += part.write(self._data[self._at : self._at + size - part.tell()])
@@ -60,18 +63,18 @@ class TarBlocks:
                 return None
             self._next_piece()
         self._part = BytesIO()
-        self._pass_over(_padded(size) - size)
+        self._skip(_padded(size) - size)
         return part.getvalue()
 
     def skip(self, size: int) -> None:
-        """Pass the next part over, also what has not come yet."""
-        self._pass_over(_padded(size))
+        """Skip the next part, also what has not come yet."""
+        self._skip(_padded(size))
 
     def rest(self) -> bytes:
-        """What is there of a part that was asked for and not given."""
+        """The beginning of an incomplete part."""
         return self._part.getvalue()
 
-    def _pass_over(self, count: int) -> None:
+    def _skip(self, count: int) -> None:
         target = self.offset + count
         while (missing := target - self._base - len(self._data)) > 0 and self._pieces:
             self._next_piece()
@@ -82,7 +85,7 @@ class TarBlocks:
             self._at = target - self._base
 
     def _next_piece(self) -> None:
-        """Go on to it; `data` is used up."""
+        """Replace `data`, which is used up."""
         self._base += len(self._data)
         piece = self._pieces.popleft()
         self._data = piece if type(piece) is bytes else bytes(piece)

@@ -1,10 +1,10 @@
 """The members of a tar archive that arrives in pieces.
 
-The standard library's `tarfile` in stream mode takes 50 µs per member, and ends in silence at a header that is broken
-or missing in the middle: samples would be lost without a word. Here each of these is an error, and a member takes 5 µs.
-Nothing is ever written to disk, so names are no danger; they are judged by the caller.
+The standard library's `tarfile` in stream mode takes 50 µs per member, and stops silently at a header that is broken or
+missing in the middle, so samples would be lost. Here each of these is an error, and a member takes 5 µs. Nothing is
+written to disk, so names are harmless; the caller checks them.
 
-Only what is asked for is held: a member's content after `content()`, headers of up to a megabyte.
+Only what is asked for is buffered: a member's content after `content()`, and headers of up to a megabyte.
 """
 
 from collections.abc import Generator, Iterator
@@ -24,14 +24,14 @@ _ZEROS: Final = bytes(BLOCK)
 _FILES: Final = b"0\x007S1"
 _HARD_LINK: Final = b"1"
 _SPARSE: Final = b"S"
-_EXTENSIONS: Final = b"xXgLK"  # headers that belong to the next one: pax, GNU long names and link targets
+_EXTENSIONS: Final = b"xXgLK"  # headers about the next one: pax, GNU long names and link targets
 _WITHOUT_DATA: Final = b"123456"  # links, devices, folders, pipes
 _NO_PAX: Final = PaxHeaders()
-_NAME_BYTES: Final = 100  # what a header has room for
+_NAME_BYTES: Final = 100  # what fits into a header
 
 MAX_HEADER_BYTES: Final = 1 << 20
-"""Of a pax header or a long name. Paths end at a few kilobytes; extended attributes, which pax headers hold too, at 64
-KiB each."""
+"""The most that a pax header or a long name may have. Paths have up to a few kilobytes; extended attributes, which pax
+headers hold too, up to 64 KiB each."""
 
 
 @dataclass(slots=True)
@@ -39,11 +39,11 @@ class Member:
     """A file in an archive, or a hard link to one.
 
     Attributes:
-        name: As it is written there.
+        name: As the archive has it.
         offset: Where its headers begin.
-        size: Of its content.
-        link: Of a hard link: the member that has the content.
-        fault: Why it cannot be read, while what comes after it can.
+        size: The size of its content.
+        link: For a hard link, the member that has the content.
+        fault: Why it cannot be read; the members after it can.
     """
 
     name: str
@@ -58,20 +58,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class EndMark:
-    """The end of an archive; another one may follow in the same file.
-
-    Attributes:
-        offset: Where it is.
-    """
+    """The end of an archive; another one may follow in the same file."""
 
     offset: int
 
 
 class BrokenHeaderError(BrokenDataError):
-    """A header without a size: nobody knows where the next one is.
+    """A header without a size, so that the next one cannot be found.
 
     Attributes:
-        name: Of the member, as far as it is known.
+        name: The member's name, as far as it is known.
         offset: Where its headers begin.
     """
 
@@ -82,60 +78,60 @@ class BrokenHeaderError(BrokenDataError):
 
 
 class TarMembers:
-    """The members, one after the other, as far as the bytes that were fed go.
+    """The members in the bytes that were fed, one after the other.
 
     Args:
-        offset: Where in the archive the first byte is; the beginning of a member.
+        offset: Where in the archive the first byte is; a member must begin there.
     """
 
     def __init__(self, offset: int = 0) -> None:
         self._blocks = TarBlocks(offset)
-        self._at_hand = _AtHand(offset)
-        self._members = _members(self._blocks, self._at_hand)  # not of `self`, which would be a cycle
+        self._current = _CurrentMember(offset)
+        self._members = _members(self._blocks, self._current)  # does not refer to `self`, which would be a cycle
 
     def feed(self, piece: Any) -> None:
-        """More of the archive: bytes, or another buffer."""
+        """Add a piece of the archive: bytes, or another buffer."""
         self._blocks.feed(piece)
 
     def next(self) -> Member | EndMark | None:
-        """The next member, whose content may still be coming; None: its headers are not all there.
+        """The next member, whose content may still be coming; None if its headers are not complete yet.
 
-        What was not asked for of the member before is passed over. What is no file and no hard link to one is left out.
-        Archives that were written one after the other are read as one.
+        The content of the member before is skipped if it was not asked for. Only files and hard links to files are
+        returned. Archives that were written one after the other are read as one.
 
         Raises:
-            BrokenDataError: This is no tar archive, or it cannot be read on.
+            BrokenDataError: This is not a tar archive, or the rest of it cannot be read.
         """
         return next(self._members)
 
     def content(self) -> bytes | None:
-        """Of the member at hand, once; None: its bytes are not all there.
+        """The content of the current member, once; None if it is not complete yet.
 
         Raises:
-            BrokenDataError: It makes no sense; what comes after it can be read.
+            BrokenDataError: It is broken; the members after it can be read.
         """
-        at_hand = self._at_hand
-        stored = self._blocks.take(at_hand.stored)
+        current = self._current
+        stored = self._blocks.take(current.stored)
         if stored is None:
             return None
-        at_hand.stored = 0
-        if at_hand.sparse is None:
+        current.stored = 0
+        if current.sparse is None:
             return stored
         try:
-            return at_hand.sparse.expand(stored)
+            return current.sparse.expand(stored)
         except ValueError as error:
             raise BrokenDataError(f"its sparse map has {error}") from None
 
     def finish(self) -> None:
-        """There are no more bytes.
+        """Check that the archive is complete, after its last byte.
 
         Raises:
-            BrokenDataError: The archive is not complete.
+            BrokenDataError: It is not.
         """
-        total, begin = self._blocks.total, self._at_hand.begin
-        if self._at_hand.end is not None:
+        total, begin = self._blocks.total, self._current.begin
+        if self._current.end is not None:
             if self._blocks.rest().strip(b"\0"):
-                raise BrokenDataError(f"there is something after the end mark, at byte {begin}, which is no archive")
+                raise BrokenDataError(f"there is something after the end mark, at byte {begin}, that is not an archive")
             return
         if not total:
             raise BrokenDataError("the file is empty, and even an archive without members has an end mark")
@@ -147,14 +143,14 @@ class TarMembers:
 
 
 @dataclass(slots=True)
-class _AtHand:
-    """Which member is being read.
+class _CurrentMember:
+    """The member that is being read.
 
     Attributes:
         begin: Where its headers begin.
-        end: Where the end mark is, if nothing but zeros came after it.
-        stored: Bytes of its content that have not been used.
-        sparse: Where these belong.
+        end: Where the end mark is, if only zeros came after it.
+        stored: How many bytes of its content have not been used.
+        sparse: Where these belong in a sparse file.
     """
 
     begin: int
@@ -163,36 +159,36 @@ class _AtHand:
     sparse: SparseMap | None = None
 
 
-def _members(blocks: TarBlocks, at_hand: _AtHand) -> Iterator[Member | EndMark | None]:
-    """Read headers; None: more bytes are needed."""
+def _members(blocks: TarBlocks, current: _CurrentMember) -> Iterator[Member | EndMark | None]:
+    """Read headers; None means that more bytes are needed."""
     while True:
-        if at_hand.stored:
-            blocks.skip(at_hand.stored)
-            at_hand.stored = 0
+        if current.stored:
+            blocks.skip(current.stored)
+            current.stored = 0
         while blocks.missing:
             yield None
-        begin = at_hand.begin = blocks.offset
+        begin = current.begin = blocks.offset
         while (block := blocks.take(BLOCK)) is None:
             yield None
         if block == _ZEROS:
-            if at_hand.end is None:
-                at_hand.end = begin
+            if current.end is None:
+                current.end = begin
                 yield EndMark(begin)
             continue
-        kind, name, size = _header(block, begin, begin, at_hand.end is not None)
-        at_hand.end = None
+        kind, name, size = _header(block, begin, begin, current.end is not None)
+        current.end = None
         pax = _NO_PAX
         if kind in _EXTENSIONS:
             pax = PaxHeaders()
             block, kind, name, size = yield from _extensions(blocks, pax, begin, kind, size)
         size = 0 if kind in _WITHOUT_DATA else size if pax.size is None else pax.size
-        at_hand.stored = size
-        at_hand.sparse = None
+        current.stored = size
+        current.sparse = None
         if kind in _FILES:
             link = (pax.link or text(block[157:257])) if kind == _HARD_LINK else None
             member = Member(name, begin, size, link, pax.fault)
             if kind == _SPARSE or pax.sparse is not None or pax.fault is not None:
-                yield from _complete(member, blocks, at_hand, block, pax)
+                yield from _complete(member, blocks, current, block, pax)
             yield member
 
 
@@ -214,7 +210,9 @@ def _extensions(
             return block, kind, name, size
 
 
-def _complete(member: Member, blocks: TarBlocks, at_hand: _AtHand, header: bytes, pax: PaxHeaders) -> Iterator[None]:
+def _complete(
+    member: Member, blocks: TarBlocks, current: _CurrentMember, header: bytes, pax: PaxHeaders
+) -> Iterator[None]:
     """Find where the stored bytes of a sparse member belong, and whether its name is known.
 
     Each `yield` waits for bytes: GNU's own format has more of the map after `header`, the member's own.
@@ -222,14 +220,14 @@ def _complete(member: Member, blocks: TarBlocks, at_hand: _AtHand, header: bytes
     Raises:
         BrokenDataError: The name may be lost with headers that cannot be read.
     """
-    at_hand.sparse = pax.sparse
+    current.sparse = pax.sparse
     try:
         if header[156:157] == _SPARSE:
             more = yield from _map_blocks(blocks, header)
-            at_hand.sparse = SparseMap.of_header(header, more)
-        if at_hand.sparse is not None:
-            at_hand.sparse.check(member.size)
-            member.size = at_hand.sparse.size
+            current.sparse = SparseMap.of_header(header, more)
+        if current.sparse is not None:
+            current.sparse.check(member.size)
+            member.size = current.sparse.size
     except ValueError as error:
         member.fault = member.fault or f"its sparse map has {error}"
     if member.fault is not None and not pax.name and _may_be_cut(member.name):
@@ -237,7 +235,7 @@ def _complete(member: Member, blocks: TarBlocks, at_hand: _AtHand, header: bytes
 
 
 def _map_blocks(blocks: TarBlocks, header: bytes) -> Generator[None, None, list[bytes]]:
-    """The blocks that go on with the map in `header`; each `yield` waits for bytes."""
+    """The blocks that continue the map in `header`; each `yield` waits for bytes."""
     more: list[bytes] = []
     goes_on = header[482]
     while goes_on:
@@ -250,14 +248,14 @@ def _map_blocks(blocks: TarBlocks, header: bytes) -> Generator[None, None, list[
 
 
 def _extension(blocks: TarBlocks, pax: PaxHeaders, kind: bytes, size: int) -> Iterator[None]:
-    """Read what a header before a member's own has; it waits for bytes by a `yield`."""
+    """Read the content of a header before a member's own; each `yield` waits for bytes."""
     at = blocks.offset
-    if kind == b"g":  # for all members that follow: a comment
+    if kind == b"g":  # a comment for all members after it
         blocks.skip(size)
         return
     what = "pax header" if kind in b"xX" else "long name"
     if size > MAX_HEADER_BYTES:
-        pax.fault = f"the {what} at byte {at} has {size} bytes, and at most {MAX_HEADER_BYTES} are taken"
+        pax.fault = f"the {what} at byte {at} has {size} bytes, and at most {MAX_HEADER_BYTES} are allowed"
         blocks.skip(size)
         return
     while (content := blocks.take(size)) is None:
@@ -281,25 +279,25 @@ def _header(
     Args:
         block: The header.
         at: Its offset.
-        begin: Of the first header of the same member.
-        is_after_end: Whether an end mark came before it.
-        pax_name: What the headers before it say about the name.
+        begin: The offset of the member's first header.
+        is_after_end: Whether an end mark comes before it.
+        pax_name: The name that the headers before it give.
 
     Raises:
-        BrokenDataError: It is none, or has no size.
+        BrokenDataError: It is not a header, or has no size.
 
     Source: IEEE Std 1003.1, pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
     """
     try:
         expected = octal(block[148:156])
-        # The checksum counts its own field as eight spaces. Some old writers summed signed bytes.
+        # The checksum counts its own field as eight spaces. Some old programs sum signed bytes.
         if _sum(block) - sum(block[148:156]) + 256 != expected and _signed_sum(block) != expected:
             raise ValueError("wrong")
     except ValueError as error:
         if is_after_end:
-            what = "there is something after the end mark which is no archive"
+            what = "there is something after the end mark that is not an archive"
         else:
-            what = "the file is no tar archive" if at == 0 else "the archive is broken"
+            what = "the file is not a tar archive" if at == 0 else "the archive is broken"
         raise BrokenDataError(f"{what}: there is no member header at byte {at}: its checksum is {error}") from None
     kind = block[156:157]
     name = pax_name
@@ -316,13 +314,13 @@ def _header(
         if kind in _EXTENSIONS and not pax_name:
             raise BrokenDataError(message) from None
         raise BrokenHeaderError(message, name, begin) from None
-    if kind == b"\0" and name.endswith("/"):  # as written before POSIX
+    if kind == b"\0" and name.endswith("/"):  # a folder as before POSIX
         kind = b"5"
     return kind, name, size
 
 
 def _sum(block: bytes) -> int:
-    """Of all bytes. Half of an Adler-32 is such a sum plus 1, modulo 65521: of 256 bytes, exactly; `sum` takes 2 µs."""
+    """The sum of all bytes. `sum` takes 2 µs; half of an Adler-32 is the sum plus 1, exact for up to 256 bytes."""
     return (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
 
 
@@ -332,5 +330,5 @@ def _signed_sum(block: bytes) -> int:
 
 
 def _may_be_cut(name: str) -> bool:
-    """Whether `name`, in a header of its own, may be what is left of another one that did not fit there."""
+    """Whether `name` may be the beginning of a longer one that did not fit into the member's own header."""
     return len(name) >= _NAME_BYTES or not name.isascii() or "?" in name

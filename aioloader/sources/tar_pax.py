@@ -12,14 +12,14 @@ __all__ = ["PaxHeaders"]
 
 @dataclass(slots=True)
 class PaxHeaders:
-    """What the headers before a member's own say about it.
+    """What extra headers say about the member after them.
 
     Attributes:
-        name: Of the member.
-        link: Of the member that it is a link to.
-        size: Of what is stored.
-        sparse: Where that belongs.
-        fault: What cannot be read of these headers.
+        name: The member's name.
+        link: The name of the member that it is a link to.
+        size: The size of its stored bytes.
+        sparse: Where these bytes belong in a sparse file.
+        fault: Why one of these headers cannot be read.
     """
 
     name: str | None = None
@@ -29,10 +29,10 @@ class PaxHeaders:
     fault: str | None = None
 
     def read_pax(self, content: bytes) -> None:
-        """Take what a pax header says.
+        """Read a pax header.
 
         Raises:
-            ValueError: Something in it makes no sense; the names are taken all the same.
+            ValueError: Something in it is broken; the names are set nevertheless.
         """
         pax: dict[bytes, bytes] = {}
         sparse: list[tuple[str, bytes]] = []
@@ -65,4 +65,4 @@ class PaxHeaders:
             self.sparse = SparseMap.of_pax(sparse)
 
 
-_RECORD: Final = re.compile(rb"([0-9]{1,20}) ([^=]+)=")  # `length key=value`, a line each
+_RECORD: Final = re.compile(rb"([0-9]{1,20}) ([^=]+)=")  # a line `length key=value`

@@ -1,7 +1,7 @@
 """Thrift's compact protocol, read-only: what Parquet footers are written in.
 
-Pyarrow shows the numbers of a footer too. But when it is asked for those of a column whose statistics are broken, the
-process ends (pyarrow 26: an exception of C++ that nobody catches), while reading the same column only raises.
+Pyarrow exposes the numbers of a footer too. But when it is asked for those of a column with broken statistics, the
+process is aborted (pyarrow 26: an uncaught C++ exception), while reading the same column only raises.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any, Final
 __all__ = ["Struct", "read_struct"]
 
 Struct = dict[int, Any]
-"""Values by the numbers of their fields: integers, bools, bytes, lists and structs."""
+"""Values by field number: integers, bools, bytes, lists and structs."""
 
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BYTES, _LIST, _SET, _STRUCT = 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12
 _NOTHING: Final[Mapping[int, Any]] = {}
@@ -24,12 +24,12 @@ def read_struct(data: bytes, kept: Mapping[int, Callable[[Any], Any]] = _NOTHING
     """The struct that `data` begins with.
 
     Args:
-        data: May go on after the struct.
-        kept: Of lists in it, by the number of their field, what to keep of each item. Many items take many times the
-            memory of `data`.
+        data: May have more bytes after the struct.
+        kept: By field number, what to keep of each item of a list. All items together would take many times the memory
+            of `data`.
 
     Raises:
-        IndexError, ValueError: It is none, or not all of one.
+        IndexError, ValueError: It is not a struct, or not all of one.
     """
     return _struct(BytesIO(data), kept)
 
@@ -87,7 +87,7 @@ def _refuse(kind: int, file: BytesIO) -> None:
 
 
 _READERS: Final[list[Callable[[BytesIO], Any]]] = [partial(_refuse, kind) for kind in range(16)]
-"""What reads a value, by its type."""
+"""A reader of values for each type."""
 
 _READERS[_TRUE] = _READERS[_FALSE] = lambda file: file.read(1)[0] == _TRUE  # in a list; of a field the type says it
 _READERS[_BYTE] = lambda file: _bytes(file, 1)
