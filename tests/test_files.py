@@ -309,7 +309,7 @@ def broken(folder: Path, how: str) -> tuple[str, type[OSError], str]:
     path.unlink()
     match how:
         case "missing":
-            return str(path), FileNotFoundError, "look it up again"
+            return str(path), FileNotFoundError, "look files up again"
         case "a folder":
             path.mkdir()
             return str(path), IsADirectoryError, "pass it alone"
@@ -439,8 +439,8 @@ def test_nothing_found_is_said_at_once(tmp_path: Path) -> None:
         ({"paths": "x", "read": "text"}, ValueError, "read must be 'bytes', 'tensor' or None, got 'text'"),
         ({"paths": "x", "read": None, "with_path": True}, ValueError, "samples are paths already"),
         ({"paths": ["x", "y"], "watch": True}, TypeError, "Pipeline.merge"),
-        ({"paths": "nowhere", "watch": True}, FileNotFoundError, "which is none"),
-        ({"paths": "nowhere/*.bin", "watch": True}, FileNotFoundError, "which is none"),
+        ({"paths": "nowhere", "watch": True}, FileNotFoundError, "which is not a folder"),
+        ({"paths": "nowhere/*.bin", "watch": True}, FileNotFoundError, "which is not a folder"),
         ({"paths": __file__, "watch": True}, NotADirectoryError, r"Lines\(follow=True\)"),
         ({"paths": ".", "watch": True, "settle": 0}, ValueError, "more than 0"),
         ({"paths": ".", "watch": True, "settle": "1"}, TypeError, "number of seconds"),

@@ -177,7 +177,7 @@ def test_a_cursor_that_does_not_fit_is_refused(write: Write) -> None:
     )
     short = write("data.gz", b"1\n2\n3\n")
     assert (
-        "data.gz: it ends 54 bytes before the place to go on at: it was changed"
+        "data.gz: it ends 54 bytes before the place to resume at: it was changed"
         in outcomes(Lines(short), cursor=(0, 60, 9, None))[0]
     )
 
@@ -258,7 +258,7 @@ def test_json_that_python_does_not_take_is_an_error_at_its_place(write: Write, f
         assert type(error) is BrokenDataError
         assert isinstance(error.__cause__, cause)
         assert str(error).startswith(f"{path}, line {line}, byte ")
-        assert "; pass a function as decode= if it is to be read; the line begins b'" in str(error)
+        assert "; pass a function as decode= to read it; the line begins b'" in str(error)
 
 
 def test_half_a_line_of_json_at_the_end_says_so(write: Write) -> None:

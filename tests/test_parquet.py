@@ -316,8 +316,8 @@ def test_files_with_other_columns(tmp_path: Path) -> None:
     other = tmp_path / "b.parquet"
     pq.write_table(table(1).drop_columns(["half"]).append_column("id2", [[7]]).set_column(0, "id", [["x"]]), other)
     error = (
-        f"{other} has other columns than {first}: 'id' is string and not int64, 'half' is missing, 'id2' is more; "
-        f"columns= chooses those that all files have, and other files need a source of their own"
+        f"{other} has other columns than {first}: 'id' is string and not int64, 'half' is missing, 'id2' is new; "
+        f"choose those that all files have with columns=, or read the others by a source of their own"
     )
     assert outcomes(ParquetRows([first, other])) == [table(1).to_pylist()[0], error]
     assert outcomes(ParquetRows([first, other]), cursor=(1, 0, 0)) == [error]
@@ -430,8 +430,8 @@ def test_a_column_of_nulls_becomes_what_is_found_later(tmp_path: Path, batch_row
     source = ParquetRows(paths, columns=["x"], batch_rows=batch_rows)
     found = assert_opens_at_every_cursor(source)
     assert found[-1] == (
-        f"{paths[3]} has other columns than {paths[2]}: 'x' is double and not string; columns= chooses those that all "
-        f"files have, and other files need a source of their own"
+        f"{paths[3]} has other columns than {paths[2]}: 'x' is double and not string; choose those that all "
+        f"files have with columns=, or read the others by a source of their own"
     )
     cells = [cell for sample in found[:-1] for cell in (sample["x"] if batch_rows else [sample["x"]])]
     assert cells == [None] * 6 + TEXT

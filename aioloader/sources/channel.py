@@ -13,7 +13,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import ChannelClosedError
 from aioloader.sources.channel_ledger import ChannelLedger
-from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake
+from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake_all
 
 __all__ = ["Channel", "Sender", "SyncSender"]
 
@@ -75,7 +75,7 @@ class Channel(CursorSource):
             waiting = WaitingTask()
             self._senders[waiting] = None
         try:
-            await waiting.told
+            await waiting.woken
         except BaseException:  # also GeneratorExit, when the task is collected with its loop
             self._withdraw(waiting)
             raise
@@ -85,7 +85,7 @@ class Channel(CursorSource):
         """Put `sample` into the channel if there is room.
 
         Raises:
-            asyncio.QueueFull: There is none.
+            asyncio.QueueFull: There is no room.
             ChannelClosedError: The channel is closed.
         """
         self._check_process()
@@ -139,8 +139,8 @@ class Channel(CursorSource):
             self._senders.clear()
             readers = self._take_readers()
         for waiting in refused:
-            waiting.tell()
-        wake(readers)
+            waiting.wake()
+        wake_all(readers)
 
     @property
     def closed(self) -> bool:
@@ -195,7 +195,7 @@ class Channel(CursorSource):
     def _append(self, sample: Any) -> None:
         self._samples.append(sample)
         if self._readers:
-            wake(self._take_readers())
+            wake_all(self._take_readers())
 
     def _put_promised(self, waiting: WaitingSender, sample: Any) -> bool:
         """Put `sample` into the place that was promised to its sender; False if none was, and the sender gives up."""
@@ -231,7 +231,7 @@ class Channel(CursorSource):
             if waiting.alive:
                 waiting.promised = True
                 self._promised += 1
-                waiting.tell()
+                waiting.wake()
 
     def _take_readers(self) -> "dict[asyncio.Future[None], asyncio.AbstractEventLoop]":
         readers, self._readers = self._readers, {}
@@ -250,7 +250,7 @@ class Channel(CursorSource):
         with self._lock:
             self._samples.extendleft(reversed(samples))
             readers = self._take_readers()
-        wake(readers)
+        wake_all(readers)
 
     def _count_handle(self, change: int, error: Exception | None = None) -> None:
         self._check_process()
@@ -358,7 +358,7 @@ class SyncSender(_Handle):
             waiting = WaitingThread()
             channel._senders[waiting] = None
         try:
-            waiting.told.wait(timeout)
+            waiting.woken.wait(timeout)
             sent = channel._put_promised(waiting, sample)
         except BaseException:  # a Ctrl-C
             channel._withdraw(waiting)

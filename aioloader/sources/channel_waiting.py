@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from aioloader.executors.threads import call_loop
 
-__all__ = ["WaitingSender", "WaitingTask", "WaitingThread", "wake"]
+__all__ = ["WaitingSender", "WaitingTask", "WaitingThread", "wake_all"]
 
 
 class WaitingSender(ABC):
@@ -32,38 +32,38 @@ class WaitingSender(ABC):
         """Whether it can still be woken up."""
 
     @abstractmethod
-    def tell(self) -> None:
+    def wake(self) -> None:
         """Wake the sender, from any thread."""
 
 
 class WaitingTask(WaitingSender):
-    """A task that waits in `Channel.send`; it awaits `told`."""
+    """A task that waits in `Channel.send`; it awaits `woken`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.told = self._loop.create_future()
+        self.woken = self._loop.create_future()
 
     @property
     def alive(self) -> bool:
         return not self._loop.is_closed()
 
-    def tell(self) -> None:
-        _set(self.told, self._loop)
+    def wake(self) -> None:
+        _set(self.woken, self._loop)
 
 
 class WaitingThread(WaitingSender):
-    """A thread that waits in `SyncSender.send`, for the event `told`."""
+    """A thread that waits in `SyncSender.send`, for the event `woken`."""
 
     alive = True
 
     def __init__(self) -> None:
-        self.told = threading.Event()
+        self.woken = threading.Event()
 
-    def tell(self) -> None:
-        self.told.set()
+    def wake(self) -> None:
+        self.woken.set()
 
 
-def wake(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
+def wake_all(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
     """Complete futures, each on its loop."""
     for future, loop in futures.items():
         _set(future, loop)

@@ -169,7 +169,7 @@ def _up_to_the_fault(decoder: Any, data: bytes) -> Iterator[bytes]:
 
 
 def _zstd() -> Callable[[], Any]:
-    """A function that makes decoders of one frame: from the standard library since Python 3.14, else `zstandard`."""
+    """A function that makes decoders of a frame, from Python 3.14 or else from `zstandard`."""
     try:
         from compression.zstd import (  # type: ignore[import-not-found,unused-ignore]
             DecompressionParameter,
@@ -202,8 +202,8 @@ class _Zstd:
         self._decoder = decoder
         self._max_window_bytes = max_window_bytes
         self._part_length = _Zstd._header_length  # of what comes next; not bound, which would be a cycle
-        self._part_missing = 0  # bytes of the part at hand that have not come yet
-        self._kept = b""  # the beginning of a part that does not tell its length yet
+        self._part_missing = 0  # how many bytes of the current part are to come
+        self._kept = b""  # the beginning of a part whose length is not known yet
         self.unused_data = b""
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
@@ -262,7 +262,7 @@ class _Zstd:
         header = int.from_bytes(data[at : at + 3], "little")
         if header & 1:  # the last block
             self._part_length = _Zstd._all  # a checksum, if any
-        return 3 + (1 if header >> 1 & 3 == 1 else header >> 3)  # one byte that is repeated, or so many
+        return 3 + (1 if header >> 1 & 3 == 1 else header >> 3)  # a byte that is repeated, or that many bytes
 
     def _all(self, data: bytes, at: int) -> int | None:
         return len(data) - at

@@ -1,4 +1,4 @@
-"""The names of files that were given already: a cursor, and a set that forgets files which were removed."""
+"""The names of files that were already given: the cursor of watched files."""
 
 from typing import Any, Final
 
@@ -8,11 +8,11 @@ __all__ = ["GivenNames"]
 
 CHUNK_NAMES: Final = 512
 SEPARATOR: Final = "//"
-"""Between names in a cursor: a path that is put together from names has no two slashes side by side."""
+"""Between names in a cursor: no path below a folder contains two slashes in a row."""
 
 
 class GivenNames:
-    """The names that were given; see `WatchedFiles`."""
+    """The names of files that were already given, and that are still there; see `WatchedFiles`."""
 
     def __init__(self, cursor: Any) -> None:
         full, current = ((), ()) if cursor is None else cursor_parts(cursor, 2)
@@ -25,20 +25,20 @@ class GivenNames:
 
     def _pack(self) -> None:
         names = list(self._names)
-        whole = len(names) - len(names) % CHUNK_NAMES
-        self._full = tuple(SEPARATOR.join(names[at : at + CHUNK_NAMES]) for at in range(0, whole, CHUNK_NAMES))
-        self._current = tuple(names[whole:])
+        packed = len(names) - len(names) % CHUNK_NAMES
+        self._full = tuple(SEPARATOR.join(names[at : at + CHUNK_NAMES]) for at in range(0, packed, CHUNK_NAMES))
+        self._current = tuple(names[packed:])
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
     @property
     def cursor(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Where to go on."""
+        """The cursor after the last name that was added."""
         return self._full, self._current
 
     def add(self, name: str) -> None:
-        """One more."""
+        """Add the name of a file that is given now."""
         self._names[name] = None
         self._current = (*self._current, name)
         if len(self._current) == CHUNK_NAMES:
@@ -48,18 +48,18 @@ class GivenNames:
                 self._pack()
 
     def names(self) -> list[str]:
-        """All of them."""
+        """All names, in the order in which they were added."""
         return list(self._names)
 
     def forget(self, name: str) -> None:
-        """Its file was removed: another one with that name is a new one."""
+        """Remove the name of a file that was removed: another file with that name is a new one."""
         self._names.pop(name, None)
 
     def forget_below(self, folder: str) -> None:
-        """The same for all in a folder."""
+        """Remove the names of all files in a folder."""
         self.keep({name for name in self._names if not name.startswith(f"{folder}/")})
 
     def keep(self, there: set[str]) -> None:
-        """Forget all whose file is not there any more."""
+        """Remove all names that are not in `there`."""
         self._names = {name: None for name in self._names if name in there}
         self._pack()

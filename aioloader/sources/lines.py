@@ -13,7 +13,7 @@ from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.file_events import require_watchfiles
 from aioloader.sources.line_parser import Decode, LineParser, LineStart
-from aioloader.sources.marks import read_mark, read_offset
+from aioloader.sources.marks import read_mark
 from aioloader.sources.parsing import parsed
 from aioloader.sources.paths import Paths, find_files, names_of
 from aioloader.sources.read_ahead import Ahead
@@ -134,7 +134,7 @@ class Lines(CursorSource):
         if cursor is None:
             return first, _BEGINNING
         index, offset, number, mark = cursor_parts(cursor, 4)
-        start = read_offset(offset), as_count(number), read_mark(mark)
+        start = as_count(offset), as_count(number), read_mark(mark)
         as_count(index)
         if index >= len(self.paths) + self.interleave or index % self.interleave != first:
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")

@@ -18,22 +18,13 @@ from zlib import crc32
 from aioloader.core.cursors import as_count
 from aioloader.errors import BrokenDataError
 
-__all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark", "read_offset"]
+__all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark"]
 
 MARK_BYTES: Final = 1024
 
 BLOCK: Final = 64 << 10
 """Marks are made before each multiple of this, and before each smaller power of two: 16 marks per megabyte cost nothing
 that can be measured, one per line does."""
-
-
-def read_offset(value: Any) -> int:
-    """Check a byte offset in a cursor.
-
-    Raises:
-        ValueError: It is not an offset.
-    """
-    return as_count(value, (1 << 63) - 1)
 
 
 def read_mark(value: Any) -> int | None:

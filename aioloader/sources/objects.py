@@ -1,4 +1,4 @@
-"""`Objects`: what lies in an object store, many requests at once."""
+"""`Objects`: the objects of a store, fetched by many requests at once."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence

@@ -57,16 +57,16 @@ class ParquetRows(CursorSource):
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
-        columns: Names of those to read; None: all.
-        batch_rows: None: one sample per row. Else at least 1.
+        columns: The names of the columns to read; None means all.
+        batch_rows: Rows per batch, at least 1; None means one sample per row.
         store: A store of obstore; `paths` are keys in it, without globs.
         client_options, retry_config: With `store`: timeouts and retries in place of its own, as obstore names them. By
-            its defaults a request ends after 30 seconds and is tried again until three minutes are over.
+            its defaults, a request times out after 30 seconds and is retried for up to three minutes.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
         ImportError: Without pyarrow.
-        TypeError, ValueError: An argument does not fit.
+        TypeError, ValueError: An argument is invalid.
 
     ```python
     loader = Pipeline(ParquetRows("data/*.parquet", columns=["x", "label"], batch_rows=1024)).to("cuda")

@@ -1,4 +1,4 @@
-"""Batches of so many rows each, cut from pieces of Parquet files that have other sizes."""
+"""Cuts batches with a given number of rows from pieces of Parquet files."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -18,7 +18,7 @@ SPAN_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True)
 class Span:
-    """Rows `start` to the end of row group `last` of a file; `start` lies in row group `first`."""
+    """The rows of a file from number `start`, in row group `first`, to the end of row group `last`."""
 
     footer: Footer
     first: int
@@ -97,7 +97,7 @@ class SpanReader:
         return entries
 
     def _next_piece(self) -> Any:
-        """A record batch of wanted rows of the row group; None if there is none yet: call it again."""
+        """The next wanted rows of the row group, as a record batch; None means to call it again."""
         footer, group = self._footer, self._group
         if self._row == footer.starts[group + 1]:
             self._next_group()

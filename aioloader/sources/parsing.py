@@ -11,6 +11,7 @@ from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
+from aioloader.sources.read_ahead import failed
 
 __all__ = ["Parser", "parsed"]
 
@@ -131,6 +132,5 @@ async def parsed(
                     yield await thread.call(parser.parse, b"")
         entries = await thread.call(parser.finish)
     except Exception as error:
-        entries = [Entry(None, after, parser.path, 0)]
-        entries[0].error = error
+        entries = [failed(error, after, parser.path)]
     yield entries

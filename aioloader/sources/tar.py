@@ -19,7 +19,7 @@ from aioloader.masking import masked
 from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
 from aioloader.sources.in_order import InOrder
-from aioloader.sources.marks import read_mark, read_offset
+from aioloader.sources.marks import read_mark
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
 from aioloader.sources.read_ahead import failed
@@ -169,7 +169,7 @@ class TarShards(CursorSource):
         if cursor is None:
             return 0, _BEGINNING
         index, offset, mark, version = cursor_parts(cursor, 4)
-        start = read_offset(offset), read_mark(mark), read_version(version)
+        start = as_count(offset), read_mark(mark), read_version(version)
         if as_count(index) > len(self._shards):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
         return index, start

@@ -21,7 +21,7 @@ def octal(field: bytes) -> int:
     """
     found = _OCTAL.match(field)
     if found is None:
-        raise ValueError(f"{field!r} is not an octal number")
+        raise ValueError(f"{field!r}, which is not an octal number")
     return int(found[1] or b"0", 8)
 
 
@@ -49,7 +49,7 @@ def digits(field: bytes) -> int:
     """
     if not (field.isdigit() and len(field) <= 20):
         shown = repr(field) if len(field) <= SHOWN_BYTES else f"{field[:SHOWN_BYTES]!r}..."
-        raise ValueError(f"{shown} is not a decimal number")
+        raise ValueError(f"{shown}, which is not a decimal number")
     return int(field)
 
 

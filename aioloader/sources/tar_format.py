@@ -235,7 +235,7 @@ def _complete(
 
 
 def _map_blocks(blocks: TarBlocks, header: bytes) -> Generator[None, None, list[bytes]]:
-    """The blocks that go on with the map in `header`; each `yield` waits for bytes."""
+    """The blocks that continue the map in `header`; each `yield` waits for bytes."""
     more: list[bytes] = []
     goes_on = header[482]
     while goes_on:

@@ -21,23 +21,23 @@ __all__ = ["WatchedFiles"]
 
 TEMPORARY: Final = (".tmp", ".temp", ".part", ".partial", ".crdownload", ".swp", "~")
 READ_FILES: Final = 16
-"""So many are read in one hop, at most: the first of them waits for the last."""
+"""The most files that are read in one hop: the first of them waits for the last."""
 
 
 class WatchedFiles(CursorSource):
-    """What `Files(..., watch=True)` is; its arguments are described there.
+    """What `Files(..., watch=True)` returns; its arguments are described there.
 
-    The rule for "complete". What the system knows exactly, the end of a writer (`IN_CLOSE_WRITE` on Linux), is not told
-    by watchfiles, does not exist on other systems, and would not help with a writer who opens a file twice. A lock or a
-    lease on the file would disturb its writer. So what remains is to wait until nothing happens: `settle` seconds
-    without a notification, with size and time of change as they were before, and something in it, since a file is
-    empty between its creation and the first write, however long that takes. A file that is renamed into place waits as
-    well: it cannot be told from one that is created.
+    When a file is complete. What the system knows exactly, that a writer has closed it (`IN_CLOSE_WRITE` on Linux), is
+    not reported by watchfiles, does not exist on other systems, and would not help if a writer opens a file twice. A
+    lock or a lease on the file would disturb its writer. So the only way is to wait until nothing happens: `settle`
+    seconds without a notification and with the same size and time of change. An empty file waits longer, because a
+    file is empty between its creation and the first write. A file that is renamed into place waits as well, because it
+    looks the same as one that is created.
 
-    Cursor: the names given so far, below the folder. Nothing smaller is exact: names need not grow, times of change
-    are kept by those who copy and move files, and files arrive while nobody watches. The state of a loader therefore
-    grows with the epoch, by the length of a name per file that is still there; names of files that have been removed
-    are left out of it in time. Entries share their cursors' parts, 512 names to a part.
+    Cursor: the names given so far, relative to the folder. Nothing smaller is exact: names need not be in order, copies
+    and moved files keep their times of change, and files may arrive while no loader runs. So the state of a loader
+    grows during the epoch by the length of a name per file that is still there; names of removed files are dropped
+    from it at some point. Entries share the parts of their cursors, 512 names to a part.
     """
 
     live = True
@@ -64,7 +64,7 @@ class WatchedFiles(CursorSource):
         if not os.path.isdir(self.folder):  # noqa: PTH112
             kind = NotADirectoryError if os.path.lexists(self.folder) else FileNotFoundError
             raise kind(
-                f"Files(watch=True) watches a folder, got {self.folder!r}, which is none, looked at from "
+                f"Files(watch=True) watches a folder, got {self.folder!r}, which is not a folder, looked up from "
                 f"{os.getcwd()!r}; make it first, or for a file that grows use Lines(follow=True)"  # noqa: PTH109
             )
 
@@ -78,7 +78,7 @@ class WatchedFiles(CursorSource):
         return _FolderReader(self, context, GivenNames(cursor))
 
     def wants(self, name: str) -> bool:
-        """Whether the file with this name below the folder is one of those to be given."""
+        """Whether to give the file with this name below the folder."""
         parts = name.split("/")
         if name.endswith(TEMPORARY) or any(part.startswith(".") for part in parts):
             return False
@@ -89,7 +89,7 @@ class WatchedFiles(CursorSource):
 
 
 def _split(path: str) -> tuple[str, list[str]]:
-    """A folder, and the names in it that are meant."""
+    """The folder to watch, and the parts of the pattern below it."""
     if not glob.has_magic(path) or os.path.lexists(path):
         return path, ["**"]
     parts = path.split("/")
@@ -110,8 +110,8 @@ def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 class _FolderReader(EntryReader):
-    # Its thread waits for notifications, and reads what is complete. Where the folder is found through a link, another
-    # one waits for what happens to that.
+    # One thread waits for notifications, and reads what is complete. If the folder is found through links, another one
+    # waits for changes of these.
 
     def __init__(self, source: WatchedFiles, context: SourceContext, given: GivenNames) -> None:
         self._source = source
@@ -129,7 +129,6 @@ class _FolderReader(EntryReader):
         return await self._thread.call(self._read, min(limit, READ_FILES))
 
     def _open(self) -> None:
-        """In the thread."""
         folders = folders_of_links(self._source.folder)
         if folders:
             self._links = Growth(folders)
@@ -140,7 +139,7 @@ class _FolderReader(EntryReader):
             self._stop()
 
     def _watch_links(self) -> None:
-        """In the other thread: the folder must stay the one that its path leads to."""
+        """Check that the path still leads to the folder, after each change of a link; runs in the other thread."""
         assert self._folder is not None
         assert self._links is not None
         try:
@@ -151,7 +150,6 @@ class _FolderReader(EntryReader):
             self._folder.stop(error)
 
     def _read(self, limit: int) -> list[Entry]:
-        """In the thread."""
         assert self._folder is not None
         return [self._load(name, cursor, error) for name, cursor, error in self._folder.take(limit)]
 
@@ -168,7 +166,7 @@ class _FolderReader(EntryReader):
 
     async def aclose(self) -> None:
         self._closed = True
-        self._stop()  # the threads may be waiting
+        self._stop()  # the threads may be in `wait`
         await self._thread.call(self._close)
         if self._links is not None:
             await self._links_thread.call(self._links.close)

@@ -1,4 +1,4 @@
-"""What arrives in a folder, and when it is complete."""
+"""Which files arrive in a folder, and when each is complete."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ __all__ = ["WatchedFolder"]
 
 
 class _Seen(NamedTuple):
-    """A file, or a folder, that may be complete at `due`, if it is then as it was when it was looked at."""
+    """The state of a file or folder that is complete at `due`, if it has not changed by then."""
 
     due: float
     size: int
@@ -24,28 +24,28 @@ class _Seen(NamedTuple):
 
 
 class WatchedFolder:
-    """What arrives in a folder, for one thread."""
+    """The files that arrive in a folder. Not thread-safe, except for `stop`."""
 
     def __init__(self, folder: str, given: GivenNames, *, settle: float, wants: Callable[[str], bool]) -> None:
         self._folder = folder
         self._settle = settle
         self._wants = wants
         self._given = given
-        self._root = os.path.realpath(folder)  # which is how notifications name it
+        self._root = os.path.realpath(folder)  # as notifications name it
         self._place = os.path.abspath(folder)  # noqa: PTH100
         self._identity = _identity(self._root)
-        self._growth = Growth([self._root], recursive=True)  # before the first look, so that nothing is missed between
+        self._growth = Growth([self._root], recursive=True)  # before the first look, so that nothing is missed
         self._waiting: dict[str, _Seen] = {}  # by name
-        self._complete: dict[str, OSError | None] = {}  # in order; with why what is below it cannot be given
-        self._folders_given: set[str] = set()  # those of the names given
+        self._complete: dict[str, OSError | None] = {}  # in order; with an error for a folder that cannot be read
+        self._folders_given: set[str] = set()  # folders of given names
         self._refused: set[str] = set()  # folders that cannot be read
-        self._folders: dict[Identity, dict[str, None]] = {}  # what they are called
-        self._links_made = False  # to folders, since the watch began: it does not see what happens there
+        self._folders: dict[Identity, dict[str, None]] = {}  # their names
+        self._links_made = False  # to folders, since the watch began: it does not see changes there
         self._failure: Exception | None = None
         self._first_look()
 
     def stop(self, failure: Exception | None = None) -> None:
-        """End `take`, from any thread; it raises `failure` after what is complete."""
+        """End `take`, from any thread; it raises `failure` after the complete files."""
         self._failure = failure
         self._growth.stop()
 
@@ -56,7 +56,7 @@ class WatchedFolder:
     def take(self, limit: int) -> list[tuple[str, Any, OSError | None]]:
         """Wait for complete files; 1 to `limit` names with their cursors, none after `stop`.
 
-        With an error: the name is that of a folder which cannot be looked through.
+        A name with an error is that of a folder that cannot be read.
         """
         while not self._complete and not self._growth.stopped:
             due = min((seen.due for seen in self._waiting.values()), default=None)
@@ -84,10 +84,10 @@ class WatchedFolder:
         return taken
 
     def check_place(self) -> None:
-        """Whether the folder is still the one that is watched.
+        """Check that the path still leads to the watched folder.
 
         Raises:
-            OSError: It was removed, or another one has its name.
+            OSError: The folder was removed or replaced.
         """
         identity = _identity(self._place)
         if identity is None:
@@ -104,7 +104,7 @@ class WatchedFolder:
             self._folders_given.add(name)
 
     def _forget(self, name: str) -> None:
-        """It was removed: what is there from now on is something else; of a folder that is so for all in it."""
+        """Forget a file, or all files in a folder, after it was removed: what appears there now is new."""
         self._given.forget(name)
         if name in self._folders_given:
             self._folders_given.discard(name)
@@ -134,7 +134,7 @@ class WatchedFolder:
                 self._finish(name)
 
     def _look_over(self) -> None:
-        """Anything may have happened. What waits and is as it was goes on waiting, not from the beginning."""
+        """Look at everything, after changes may have been missed. Files that have not changed keep their due time."""
         self.check_place()
         names = self._names_below(self._root)
         there = set(names)
@@ -154,9 +154,9 @@ class WatchedFolder:
         if not path.startswith(f"{self._root}/"):
             self.check_place()
             return
-        if "\ufffd" in path:  # a name that is no UTF-8 is not told as it is
+        if "\ufffd" in path:  # notifications garble names that are not UTF-8
             path = os.path.dirname(path)  # noqa: PTH120
-        # Of a folder that links give several names, one is told.
+        # If links give a folder several names, notifications use one of them.
         folder, base = os.path.split(path)
         identity = _identity(folder)
         others = self._folders.get(identity, {}) if identity is not None else {}
@@ -167,17 +167,17 @@ class WatchedFolder:
             self._look(name, monotonic())
 
     def _look(self, name: str, now: float) -> None:
-        """Something happened to what has this name."""
+        """Look at a file or folder that may have changed."""
         path = self._path(name)
         try:
             status = os.stat(path)  # noqa: PTH116
-        except OSError:  # removed, or renamed
+        except OSError:  # removed or renamed
             self._waiting.pop(name, None)
             self._complete.pop(name, None)
             self._forget(name)
             return
         if stat.S_ISDIR(status.st_mode):
-            # It is looked through now, and when it settled: it is not watched from its first moment on.
+            # Look into it now and once more later, because it was not watched from its first moment on.
             self._waiting[name] = _Seen(now + self._settle, -1, 0)
             inside: list[str] = []
             try:
@@ -185,7 +185,7 @@ class WatchedFolder:
                 self._links_made = self._links_made or name in self._refused or _has_links(path)
                 self._refused.discard(name)
             except (FileNotFoundError, NotADirectoryError):
-                pass  # removed again
+                pass  # it was removed again
             except PermissionError as error:
                 if name not in self._refused:
                     self._refused.add(name)
@@ -202,7 +202,7 @@ class WatchedFolder:
             self._waiting[name] = _Seen(now + self._settle, status.st_size, status.st_mtime_ns)
 
     def _look_again(self) -> None:
-        """At those that are due."""
+        """Look at those that are due."""
         now = monotonic()
         for _, name in sorted((seen.due, name) for name, seen in self._waiting.items() if seen.due <= now):
             before = self._waiting.pop(name)
@@ -210,9 +210,9 @@ class WatchedFolder:
             after = self._waiting.get(name)
             if after is None or after.size < 0:
                 if before.size < 0:
-                    self._waiting.pop(name, None)  # a folder, for the second time
+                    self._waiting.pop(name, None)  # a folder, which has now been looked into twice
             elif not after.size:
-                del self._waiting[name]  # its first byte will be told
+                del self._waiting[name]  # its first byte will cause a notification
             elif (before.size, before.changed) == (after.size, after.changed):
                 self._finish(name)
 
@@ -222,7 +222,7 @@ class WatchedFolder:
 
 
 def _identity(folder: str) -> Identity | None:
-    """What tells a folder from others; None: it is none."""
+    """What tells a folder from others; None if it is not a folder."""
     try:
         status = os.stat(folder)  # noqa: PTH116
     except OSError:
@@ -231,7 +231,7 @@ def _identity(folder: str) -> Identity | None:
 
 
 def _has_links(folder: str) -> bool:
-    """Whether it is a link, or there are links to folders in it."""
+    """Whether it is a link, or has links to folders in it."""
     if os.path.islink(folder):  # noqa: PTH114
         return True
     return any(os.path.islink(os.path.join(here, name)) for here, names, _ in os.walk(folder) for name in names)  # noqa: PTH114, PTH118
