@@ -56,8 +56,7 @@ class PlacedNode(Node):
         self._run = run
         self._kick = kick
         self._meters_before = len(run.meters)
-        self._opening = Opening(run, [(self._store, self._pipeline)])
-        self._opening.begin(kick)
+        self._opening = Opening(run, self._store, self._pipeline, kick)
 
     def poll(self, limit: int) -> list[Entry]:
         if not self._opening.done or self.ended:

@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from aioloader.cache.disk import DiskStore
-from aioloader.cache.memory import MemoryStore
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.engine.bulk_load_step import BulkLoadStep
-from aioloader.engine.cache_step import KeepInMemory, KeepOnDisk, LookUp
+from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
@@ -27,7 +25,7 @@ from aioloader.executors.processes.worker import Work
 from aioloader.executors.processes.worker_pool import WorkerPool
 from aioloader.executors.processes.worker_thread import WorkerThread
 
-__all__ = ["PROCESSES", "CacheOp", "FusedOps", "InProcesses", "Op", "exactly", "steps_of"]
+__all__ = ["PROCESSES", "FusedOps", "InProcesses", "Op", "exactly", "steps_of"]
 
 
 @dataclass(frozen=True)
@@ -102,35 +100,6 @@ class Op:
         return Call(self.fn, self.predicate, self.label, self.seed)
 
 
-@dataclass(frozen=True)
-class CacheOp:
-    """A cache that keeps what the ops before it made.
-
-    Attributes:
-        store: Where.
-        pipeline: What is before it, in words.
-        label: In statistics.
-    """
-
-    store: MemoryStore | DiskStore
-    pipeline: str
-    label: str
-
-    is_async = False
-    ordered = True
-
-    @property
-    def concurrency(self) -> int:
-        """Samples that are written or read side by side."""
-        return 1 if isinstance(self.store, MemoryStore) else usable_cores()
-
-    def step(self, limit: int | None) -> KeepInMemory | KeepOnDisk:
-        """What keeps samples; `limit` as for `steps_of`."""
-        if isinstance(self.store, DiskStore):
-            return KeepOnDisk(self.store, _narrowed(self.concurrency, limit), self.label)
-        return KeepInMemory(self.store, self.label)
-
-
 @dataclass
 class FusedOps:
     """Neighbouring ops that one window will run.
@@ -153,7 +122,7 @@ class FusedOps:
     @property
     def one_for_one(self) -> bool:
         """Whether they give one entry for each, wherever it is: what comes in may as well be dealt before them."""
-        return all(self.keyed if isinstance(op, CacheOp) else not op.predicate for op in self.ops)
+        return all(op.stream is None if isinstance(op, CacheOp) else not op.predicate for op in self.ops)
 
     def add(self, op: Op | CacheOp) -> None:
         """One more."""
@@ -186,7 +155,7 @@ class FusedOps:
             widths = [op.concurrency for op in self.ops]
             room = sum(widths) + max(1, max(widths) // 2)
         limit = None if room is None else max(1, room)
-        steps = steps_of(self.ops, limit, processes, keyed=self.keyed)
+        steps = steps_of(self.ops, limit, processes)
         early = last or (self.first and not any(op.is_async for op in self.ops))
         places = StepsRoom(upstream, steps, finished, early=early) if room is None else exactly(room)
         return Window(
@@ -220,24 +189,18 @@ def exactly(places: int) -> Room | None:
     return Room(places) if places else None
 
 
-def steps_of(
-    ops: Sequence[Op | CacheOp],
-    limit: int | None,
-    processes: Callable[[], WorkerThread],
-    *,
-    keyed: bool,
-) -> list[Step]:
+def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable[[], WorkerThread]) -> list[Step]:
     """The steps of a window: neighbouring sync ops in the same place with the same width share a hop.
+
+    A cache is a step around all those before it.
 
     Args:
         ops: Those of the window.
         limit: What the window holds, when that is exact: more workers would have nothing to do.
         processes: See `FusedOps.window`.
-        keyed: What caches know samples by: their keys, or else their number in the epoch.
     """
     steps: list[Step] = []
     together: list[Op] = []
-    keeps: list[tuple[KeepInMemory | KeepOnDisk, str]] = []
 
     def put(step: Step, address: Address) -> None:
         step.meter.address = address
@@ -251,11 +214,7 @@ def steps_of(
     for at, op in enumerate(ops):
         if isinstance(op, CacheOp):
             close()
-            keep = op.step(limit)
-            for step in steps:
-                step.drops_to = step.drops_to or keep.refused
-            keeps.append((keep, op.pipeline))
-            put(keep, ())
+            steps = [op.around(steps, limit)]
         elif op.many is not None:
             width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
             put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op.address)
@@ -271,7 +230,7 @@ def steps_of(
                 close()
             together.append(op)
     close()
-    return [LookUp(keeps, by_position=not keyed), *steps] if keeps else steps
+    return steps
 
 
 def _narrowed(width: int, limit: int | None) -> int:

@@ -3,8 +3,9 @@
 from abc import ABC, abstractmethod
 from asyncio import CancelledError, Future, current_task
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
+from itertools import zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from aioloader.engine.run import Run
     from aioloader.engine.window import Window
 
-__all__ = ["AsyncStep", "Forward", "InPlaceStep", "Step"]
+__all__ = ["AsyncStep", "Forward", "InPlaceStep", "Step", "bind_in_a_row"]
 
 Forward = Callable[[Entry], None]
 
@@ -46,11 +47,9 @@ class Step(ABC):
     Attributes:
         inbox: Entries that wait for this step. Bounded by the window's room, like everything in it.
         places: As many entries count as under way here in the window's room, see `StepsRoom`.
-        drops_to: The next cache in this window, which keeps that a sample was refused.
         selects: It leaves samples out.
     """
 
-    drops_to: "Callable[[Entry], None] | None" = None
     closed: bool = False
     selects: bool = False
 
@@ -59,12 +58,17 @@ class Step(ABC):
         self.concurrency = self.places = meter.concurrency = concurrency
         self.inbox: deque[Entry] = deque()
 
-    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
-        """Join a run; finished entries go to `forward`, failed and dropped ones straight to the window."""
+    @property
+    def parts(self) -> "list[Step]":
+        """The steps with a meter of their own: this one, unless it is made of others."""
+        return [self]
+
+    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+        """Join a run; entries go to `forward`, but failed and dropped ones to `finished`."""
         self._run = run
         self._window = window
         self._forward = forward
-        self.meter = run.adopt(self.meter)
+        self._finished = finished
 
     @property
     def extra_room(self) -> int:
@@ -91,7 +95,7 @@ class Step(ABC):
         entry.value = None
         self.meter.errors += 1
         self._window.failed()
-        self._window.finished(entry)
+        self._finished(entry)
 
     def _drop(self, entry: Entry, *, nothing: bool = False) -> None:
         """A predicate refused it.
@@ -103,12 +107,16 @@ class Step(ABC):
         self.meter.dropped += 1
         if nothing:
             self.meter.gaps = True
-        elif self.drops_to is not None:
-            self.drops_to(entry)
-            return
+            entry.kept_as = None
         entry.state = DROPPED
         entry.value = None
-        self._window.finished(entry)
+        self._finished(entry)
+
+
+def bind_in_a_row(steps: Sequence[Step], run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+    """Bind `steps` so that each gives to the next one, and the last one to `forward`."""
+    for step, following in zip_longest(steps, steps[1:]):
+        step.bind(run, window, forward if following is None else following.accept, finished)
 
 
 class InPlaceStep(Step):

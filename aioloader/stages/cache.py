@@ -1,12 +1,13 @@
 """`cache`: samples kept from one epoch to the next."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.samples import copied
+from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.cache_stream_node import PlacedNode
-from aioloader.engine.fuse import CacheOp, FusedOps, Op
+from aioloader.engine.fuse import FusedOps, Op
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
 
@@ -52,8 +53,8 @@ class Cache(Stage):
         else:  # known by their positions in the stream
             batches = builder.fused.batches
             again = builder.again(closed=True, warns=False)
-            builder.node = PlacedNode(builder.close(), self.store, self.pipeline, again)
-            builder.fused = FusedOps(batches, ops=[op])
+            builder.node = stream = PlacedNode(builder.close(), self.store, self.pipeline, again)
+            builder.fused = FusedOps(batches, ops=[replace(op, stream=stream)])
         if isinstance(self.store, MemoryStore):
             # What is kept is the cache's, and what a user's function gets is the user's.
             taker = next((stage for stage in builder.following if not stage.keeps_samples), None)
