@@ -9,13 +9,14 @@ from typing import Any, Final
 
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
+from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.room import Room, StepsRoom
-from aioloader.engine.steps import AsyncStep, InPlaceStep, Step
+from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
 from aioloader.engine.turns import Turns, TurnStep
 from aioloader.engine.window import Window
