@@ -329,6 +329,32 @@ def test_two_caches_in_a_row(tmp_path: Path) -> None:
     assert first.take() == list(range(10))
 
 
+def test_what_the_later_cache_has_lost_the_earlier_one_has(tmp_path: Path) -> None:
+    """A lost sample goes through all that the cache spares, the other cache included."""
+    first, second = Calls(), Calls(lambda t: t + 1)
+    loader = Pipeline(range(10)).map(first).cache(memory_bytes=1 << 20).map(second).cache(disk=tmp_path / "c")
+    collect(loader, "for")
+    (victim,) = (tmp_path / "c").glob("*.samples")
+    victim.write_bytes(bytes(victim.stat().st_size))
+    first.take()
+    second.made.clear()
+    assert first_values(collect(loader, "for")) == list(range(1, 11))
+    assert (first.take(), len(second.made)) == ([], 10)
+    hits = {stage.name.partition("=")[0]: (stage.hits, stage.misses) for stage in loader.stats().stages}
+    assert (hits["cache(memory_bytes"], hits["cache(disk"]) == ((10, 0), (0, 10))
+
+
+@pytest.mark.parametrize("broken", ["first", "second"])
+def test_an_error_names_the_cache_that_could_not_be_opened(tmp_path: Path, broken: str) -> None:
+    """Of two on disk in a row."""
+    loader = Pipeline(range(3)).map(str).cache(disk=tmp_path / "first").map(str).cache(disk=tmp_path / "second")
+    (tmp_path / broken).write_text("")
+    with Steps(loader, "for") as steps:
+        found = steps.outcomes()
+    assert [type(one) for one in found] == [NotADirectoryError] * 3
+    assert all(f"stage cache(disk={str(tmp_path / broken)!r})" in notes(one) for one in found)
+
+
 def test_functions_in_processes() -> None:
     """Hits do not go there."""
     made = Pipeline(range(8)).map(_work.filled, executor="process", concurrency=1)

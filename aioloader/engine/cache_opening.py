@@ -1,9 +1,9 @@
-"""How an epoch opens its caches: in a thread, since that may read."""
+"""Opening a cache at the beginning of an epoch: in a thread, since it may read files."""
 
-from collections.abc import Sequence
+from asyncio import Future
 from contextlib import suppress
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.store import Store
@@ -17,48 +17,44 @@ __all__ = ["Opening"]
 
 
 class Opening:
-    """Opens stores in a thread, since that may read, and says when it is done.
+    """Opens a store in a thread; a store in memory is open at once.
 
     Args:
-        run: Of which epoch.
-        stores: With the pipeline in front of each, in words.
-        done: Called on the loop with what went wrong.
+        run: The epoch.
+        store: The cache.
+        pipeline: What comes before the cache, in words.
+        ready: Called on the loop when the thread is done; not for a store in memory.
+
+    Attributes:
+        done: The store is open, or opening it has failed.
     """
 
-    def __init__(self, run: "Run", stores: Sequence[tuple[Store, str]]) -> None:
-        self._run = run
-        self._stores = stores
-        self._opened: list[Store] = []
-        self._threads: Threads | None = None
-        self._closed = False
-        self.done = False
+    def __init__(self, run: "Run", store: Store, pipeline: str, ready: Kick) -> None:
+        self._store = store
         self._error: BaseException | None = None
+        self._threads: Threads | None = None
+        self._open_stores: list[Store] = []  # at most one; the loop or the thread, whichever pops it, closes it
+        self._closed = False
+        self.done = not isinstance(store, DiskStore)
+        if not self.done:
+            self._threads = run.threads(1, "aioloader-cache")
+            future = run.submit(self._threads, self._open, pipeline)
+            future.add_done_callback(lambda future: run.guarded(self._landed, future, ready))
 
-    def begin(self, ready: Kick) -> None:
-        """Open them; `ready` is called when they are, unless that is at once."""
-        slow = [(store, pipeline) for store, pipeline in self._stores if isinstance(store, DiskStore)]
-        if not slow:
-            self.done = True
-            return
-        self._threads = self._run.threads(1, "aioloader-cache")
-        future = self._run.submit(self._threads, self._open, slow)
-        future.add_done_callback(lambda future: self._run.guarded(self._landed, future, ready))
+    def _open(self, pipeline: str) -> None:
+        self._store.open(pipeline)
+        self._open_stores.append(self._store)
+        if self._closed:  # in the meantime
+            self._close_store()
 
-    def _open(self, slow: Sequence[tuple[Store, str]]) -> None:
-        for store, pipeline in slow:
-            store.open(pipeline)
-            self._opened.append(store)
-        if self._closed:  # meanwhile
-            self._close_opened()
-
-    def _landed(self, future: Any, ready: Kick) -> None:
+    def _landed(self, future: "Future[None]", ready: Kick) -> None:
         self.done = True
         self._error = None if future.cancelled() else future.exception()
         ready()
 
     @property
     def error(self) -> BaseException | None:
-        """What went wrong: another object each time, since one that was raised keeps the frames it went through."""
+        """Why opening failed: a new object each time, since an exception that is raised collects frames."""
         if self._error is not None:
             with suppress(Exception):
                 return copy(self._error)
@@ -67,14 +63,10 @@ class Opening:
     def close(self) -> None:
         """The epoch is over."""
         self._closed = True
-        self._close_opened()
+        self._close_store()
         if self._threads is not None:
             self._threads.close()
 
-    def _close_opened(self) -> None:
-        while self._opened:
-            try:
-                store = self._opened.pop()
-            except IndexError:  # the thread was faster
-                return
-            store.close()
+    def _close_store(self) -> None:
+        with suppress(IndexError):
+            self._open_stores.pop().close()

@@ -1,4 +1,4 @@
-"""A cache of a stream, in front of its window: what is kept comes without touching the stream."""
+"""The node between a stream and its cache: samples that are kept come without reading the stream."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,18 @@ __all__ = ["PlacedNode"]
 
 
 class PlacedNode(Node):
-    """In front of a cache of a stream: gives what is kept without touching the stream, and then the rest of it.
+    """Gives the samples of a stream that are kept without reading the stream, and then the rest of it.
 
-    Samples of a stream are kept as their number in the epoch, with their cursors. Those from the first on without a
-    gap are given from the cache, as empty entries that `LookUp` fills; if the stream has been kept to its end, it is
-    not opened at all. Else it is resumed behind the last of them. What turns out to be lost when it is loaded is read
-    from the stream once more, see `LostSamples`.
+    The key of a stream's sample in the cache is its number in the epoch; its cursor is kept too. Samples from the
+    first one up to the first gap come from the cache, as empty entries that the window's `CacheStep` fills. If the
+    whole stream is kept it is not opened at all; otherwise it resumes after the last of these samples. Samples that
+    turn out to be lost when they are loaded are read from the stream again, see `LostSamples`.
 
     Args:
         upstream: The stream; it gives the same samples in each epoch.
-        store: Where they are kept.
-        pipeline: What is in front of the cache, in words.
-        again: Makes the stream once more.
+        store: Where samples are kept.
+        pipeline: What comes before the cache, in words.
+        again: Builds the stream once more.
     """
 
     def __init__(self, upstream: Node, store: Store, pipeline: str, again: Callable[[], Node]) -> None:
@@ -37,11 +37,12 @@ class PlacedNode(Node):
         self._lost: LostSamples | None = None
         self._store = store
         self._pipeline = pipeline
+        self._opening: Opening | None = None
         self._resume_at: Any = None
-        self._position = 0  # in the epoch, of the next sample; None where that cannot be known
-        self._numbered = True
-        self._ready = False  # the cache is open, and what was delivered before a resume has been found in it
-        self._begun = False  # the upstream
+        self._position = 0  # of the next sample in the epoch
+        self._numbered = True  # that position is known, and will be the same in other epochs
+        self._ready = False  # the cache is open, and the position to resume at has been found in it
+        self._begun = False  # the upstream has been started
         self._whole = True  # no error so far
 
     @property
@@ -49,18 +50,17 @@ class PlacedNode(Node):
         return self._upstream.extra_room if self._begun else MOST_EARLY
 
     def resume(self, cursor: Any) -> None:
-        self._again().resume(cursor)  # raises when it does not fit; the upstream may go on elsewhere
+        self._again().resume(cursor)  # raises if the cursor does not fit; the upstream itself may resume elsewhere
         self._resume_at = cursor
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
         self._meters_before = len(run.meters)
-        self._opening = Opening(run, [(self._store, self._pipeline)])
-        self._opening.begin(kick)
+        self._opening = Opening(run, self._store, self._pipeline, kick)
 
     def poll(self, limit: int) -> list[Entry]:
-        if not self._opening.done or self.ended:
+        if self._opening is None or not self._opening.done or self.ended:
             return []
         if (error := self._opening.error) is not None:
             self.ended = True
@@ -79,7 +79,7 @@ class PlacedNode(Node):
                 self._upstream.resume(self._resume_at)
             self._start_upstream()
         run = self._upstream.poll(limit)
-        if self._upstream.gaps:  # what comes after it, and the end, may have other numbers another time
+        if self._upstream.gaps:  # samples after it, and the end, may have other numbers in another epoch
             self._numbered = False
         for entry in run:
             if entry.error is not None:
@@ -93,19 +93,19 @@ class PlacedNode(Node):
         return run
 
     def make_again(self, entry: Entry, made: "Made") -> None:
-        """`entry` could not be loaded: make its sample.
+        """Make the sample of an entry that could not be loaded.
 
         Args:
-            entry: One that this node gave.
-            made: Called on the loop with the entry, which has its value or its own error; and with an error when there
-                is no such sample any more.
+            entry: An entry that this node gave.
+            made: Called on the loop with the entry, which then has its value or its own error. The second argument is
+                an error when the stream has no such sample any more.
         """
         if self._lost is None:
             self._lost = LostSamples(self._run, self._store, self._again)
         self._lost.make(entry, made)
 
     def _start_upstream(self) -> None:
-        """Later than others are: its meters go where they would have gone."""
+        """Start the stream, later than other nodes, and put its meters where they would have been."""
         meters = self._run.meters
         count = len(meters)
         self._upstream.start(self._run, self._kick)
@@ -113,7 +113,7 @@ class PlacedNode(Node):
         meters[self._meters_before :] = late + meters[self._meters_before : count]
 
     def _find_position(self) -> None:
-        """The number of the sample behind the cursor to go on at."""
+        """Find the number of the first sample after the cursor that this node resumes at."""
         if self._resume_at is None:
             return
         wanted = _alike(self._resume_at)
@@ -142,7 +142,7 @@ class PlacedNode(Node):
         return entries
 
     def close(self) -> None:
-        if hasattr(self, "_opening"):
+        if self._opening is not None:
             self._opening.close()
         if self._lost is not None:
             self._lost.close()
@@ -153,15 +153,15 @@ Made = Callable[[Entry, BaseException | None], None]
 
 
 class LostSamples:
-    """Reads a stream once more, for samples that were kept of it and have been lost since.
+    """Reads a stream again, for samples of it that were kept and have been lost since.
 
-    Most often what is lost is a file of many samples, and they are asked for about in order: the stream stays open
-    after one, and goes on to the next. For one further to the front it is opened anew.
+    Most often a file of many samples is lost, and they are wanted roughly in order. So the stream stays open after
+    each of them and goes on to the next; it is opened again only for a sample before its position.
 
     Args:
-        run: Of which epoch.
-        store: Knows where the stream goes on after each of its samples.
-        again: Makes the stream.
+        run: The epoch.
+        store: Has the cursors of the samples, with which the stream can resume after each of them.
+        again: Builds the stream.
     """
 
     def __init__(self, run: "Run", store: Store, again: Callable[[], Node]) -> None:
@@ -191,7 +191,7 @@ class LostSamples:
             first = min(self._wanted)
             try:
                 stream = self._stream_before(first)
-            except Exception as error:  # a generator, which cannot be iterated once more
+            except Exception as error:  # a generator, which cannot be iterated twice
                 add_note(error, "aioloader: the sample was kept on disk, has been lost since, and cannot be made again")
                 self._give(first, error)
                 continue
@@ -204,7 +204,7 @@ class LostSamples:
                 self._give(first, BrokenDataError("the stream has fewer samples than it had; delete its cache"))
 
     def _stream_before(self, position: int) -> Node:
-        """The stream, open somewhere before the sample at `position`."""
+        """The stream, open at or before the sample at `position`."""
         stream = self._stream
         if stream is not None and self._position <= position:
             return stream
@@ -217,12 +217,12 @@ class LostSamples:
         meters = self._run.meters
         count = len(meters)
         stream.start(self._run, self._wake)
-        del meters[count:]  # statistics show each stage once
+        del meters[count:]  # statistics show each stage only once
         self._stream = stream
         return stream
 
     def _take(self, entry: Entry) -> None:
-        """The stream has given `entry`."""
+        """Use `entry`, which the stream has given, if it is wanted."""
         if entry.state == LAST:
             self.close_stream()
             self._give(min(self._wanted), entry.error)
@@ -239,19 +239,19 @@ class LostSamples:
         made(entry, error)
 
     def close_stream(self) -> None:
-        """It is read no further."""
+        """Close the stream; a later sample opens it again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """The epoch is over: no sample is wanted any more."""
         self._closed = True
         self.close_stream()
 
 
 def _alike(cursor: Any) -> Any:
-    """`cursor` as it is compared: across JSON, tuples become lists."""
+    """`cursor` with tuples for lists, to compare: JSON turns tuples into lists."""
     if isinstance(cursor, dict):
         return {key: _alike(value) for key, value in cursor.items()}
     return tuple(map(_alike, cursor)) if isinstance(cursor, list | tuple) else cursor

@@ -1,4 +1,4 @@
-"""Neighbouring operations on each entry, fused into one window: which share a step, and with how much room."""
+"""Neighbouring operations fused into one window: which of them share a step, and how much room there is."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -7,17 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from aioloader.cache.disk import DiskStore
-from aioloader.cache.memory import MemoryStore
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
+from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
-from aioloader.engine.cache_step import KeepInMemory, KeepOnDisk, LookUp
+from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
 from aioloader.engine.room import Room, StepsRoom
-from aioloader.engine.steps import AsyncStep, InPlaceStep, Step
+from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
 from aioloader.engine.turns import Turns, TurnStep
 from aioloader.engine.window import Window
@@ -27,20 +26,20 @@ from aioloader.executors.processes.worker import Work
 from aioloader.executors.processes.worker_pool import WorkerPool
 from aioloader.executors.processes.worker_thread import WorkerThread
 
-__all__ = ["PROCESSES", "CacheOp", "FusedOps", "InProcesses", "Op", "exactly", "steps_of"]
+__all__ = ["PROCESSES", "FusedOps", "InProcesses", "Op", "exactly", "steps_of"]
 
 
 @dataclass(frozen=True)
 class InProcesses:
-    """A place where sync functions run: worker processes of the loader.
+    """Runs sync functions in worker processes of the loader.
 
     Args:
-        kept: They stay from one epoch to the next.
-        in_turn: The workers take turns, so that with seeds of their own random numbers are repeatable.
-        prepare: Called before the first sample; gives what each worker calls with its number, if anything. That travels
-            with the functions.
-        turns: The source, when it is the workers that know when there is no more.
-        epochs: Gives those that the user's objects with `set_epoch` are in, for their copies there.
+        kept: The workers stay from one epoch to the next.
+        in_turn: The workers take turns, so that random numbers are repeatable when each worker has its own seed.
+        prepare: Called before the first sample; returns a function that each worker calls with its number, or None.
+            That function is sent to the workers with the others.
+        turns: The source, when only the workers know where the data ends.
+        epochs: Returns the current epochs of the user's objects with `set_epoch`, for their copies in the workers.
     """
 
     kept: bool = True
@@ -51,7 +50,7 @@ class InProcesses:
 
 
 PROCESSES: Final = InProcesses()
-"""Neighbouring stages there travel together."""
+"""The usual place. Neighbouring stages that run here are sent to the workers together."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,22 @@ class Op:
 
     Attributes:
         fn: Sync or async.
-        label: In statistics, and in notes of errors.
+        label: Its name in statistics and in notes of errors.
         is_async: Whether `fn` is awaited on the loop.
-        concurrency: How many calls side by side, at most.
-        address: See `Address`; where workers are kept for it, and what its random numbers depend on.
-        seed: Of the random numbers of its samples; None: it draws none.
-        predicate: `fn` says which entries stay.
-        ordered: Results in the order of the input.
-        executor: Where a sync `fn` runs; None: threads of ours.
-        initializer: Called in each of our threads with its number.
-        thread_name: Of our threads.
-        flexible: The concurrency is nobody's wish: beside another sync op, it takes that one's.
-        many: The same as `fn` for a list of samples at once, where that may be cheaper.
-        dataset: What `fn` loads samples of by their keys, with `many`.
-        record_order: With `ordered=False`: a folder for the order in which results left.
-        replay_order: With `ordered=False`: such a folder, whose order is taken.
-        in_place: `fn` runs no code of the user's and takes less time than a hop: it is called on the loop.
+        concurrency: The maximum number of calls at once.
+        address: See `Address`; identifies its worker processes, and its random numbers depend on it.
+        seed: The seed of its samples' random numbers; None: it draws none.
+        predicate: `fn` decides which entries stay.
+        ordered: Results come in the order of the input.
+        executor: Where a sync `fn` runs; None: in threads of the loader.
+        initializer: Called in each of the loader's threads with its number.
+        thread_name: The name of these threads.
+        flexible: The user did not set the concurrency: next to another sync op, it takes that one's.
+        many: Does the same as `fn` for a list of samples at once, where that may be cheaper.
+        dataset: With `many`: the dataset from which `fn` loads samples by their keys.
+        record_order: With `ordered=False`: a folder to which the order of the results is written.
+        replay_order: With `ordered=False`: such a folder; results come in the order that it has.
+        in_place: `fn` runs no user code and takes less time than a hop: it is called on the loop.
     """
 
     fn: Callable[[Any], Any]
@@ -98,37 +97,8 @@ class Op:
 
     @property
     def call(self) -> Call:
-        """For steps that take several ops in one hop."""
+        """The same for steps that run several ops in one hop."""
         return Call(self.fn, self.predicate, self.label, self.seed)
-
-
-@dataclass(frozen=True)
-class CacheOp:
-    """A cache that keeps what the ops before it made.
-
-    Attributes:
-        store: Where.
-        pipeline: What is before it, in words.
-        label: In statistics.
-    """
-
-    store: MemoryStore | DiskStore
-    pipeline: str
-    label: str
-
-    is_async = False
-    ordered = True
-
-    @property
-    def concurrency(self) -> int:
-        """Samples that are written or read side by side."""
-        return 1 if isinstance(self.store, MemoryStore) else usable_cores()
-
-    def step(self, limit: int | None) -> KeepInMemory | KeepOnDisk:
-        """What keeps samples; `limit` as for `steps_of`."""
-        if isinstance(self.store, DiskStore):
-            return KeepOnDisk(self.store, _narrowed(self.concurrency, limit), self.label)
-        return KeepInMemory(self.store, self.label)
 
 
 @dataclass
@@ -136,11 +106,11 @@ class FusedOps:
     """Neighbouring ops that one window will run.
 
     Attributes:
-        batches: Its entries are batches.
-        unordered_input: What comes in has no fixed order.
-        keyed: Its entries are samples of an indexable source.
-        first: No op has begun what comes in.
-        checks: Predicates of groups: they look once more at the samples of a batch, if it is made of these entries.
+        batches: The entries are batches.
+        unordered_input: The input has no fixed order.
+        keyed: The entries are samples of an indexable source.
+        first: No op has worked on the input before.
+        checks: Predicates of groups, which check the samples of a batch once more, if it is made of these entries.
     """
 
     batches: bool = False
@@ -152,13 +122,13 @@ class FusedOps:
 
     @property
     def one_for_one(self) -> bool:
-        """Whether they give one entry for each, wherever it is: what comes in may as well be dealt before them."""
-        return all(self.keyed if isinstance(op, CacheOp) else not op.predicate for op in self.ops)
+        """Whether each entry gives exactly one, whatever its position: sharding may then come before these ops."""
+        return all(op.stream is None if isinstance(op, CacheOp) else not op.predicate for op in self.ops)
 
     def add(self, op: Op | CacheOp) -> None:
-        """One more."""
+        """Append `op`."""
         if not (isinstance(op, Op) and op.predicate):
-            self.checks = []  # what it makes of samples is nothing that their functions know
+            self.checks = []  # it makes other samples, which are not what these predicates are for
         self.ops.append(op)
 
     def window(
@@ -171,22 +141,22 @@ class FusedOps:
         finished: int | None = None,
         last: bool = False,
     ) -> Window:
-        """The window.
+        """Build the window.
 
         Args:
             upstream: Where its entries come from.
-            processes: Gives the loader's worker processes; called when an op runs there.
-            order_name: Of the file of `record_order`, in its folder.
-            room: How many entries it holds, exactly; None: what its steps have use for, and of batches, which are
-                large, as many as its ops are wide and half of the widest again.
-            finished: Then: how many of them may be finished, beside those that are under way.
-            last: The consumer takes from it.
+            processes: Returns the loader's worker processes; called if an op runs there.
+            order_name: The name of the file in the `record_order` folder.
+            room: The exact number of entries that it holds. None: as many as its steps can use; of batches, which are
+                large, the sum of its ops' concurrencies and half of the largest one.
+            finished: With `room=None`: how many entries may be finished, in addition to those under way.
+            last: Whether the consumer takes from it.
         """
         if room is None and self.batches:
             widths = [op.concurrency for op in self.ops]
             room = sum(widths) + max(1, max(widths) // 2)
         limit = None if room is None else max(1, room)
-        steps = steps_of(self.ops, limit, processes, keyed=self.keyed)
+        steps = steps_of(self.ops, limit, processes)
         early = last or (self.first and not any(op.is_async for op in self.ops))
         places = StepsRoom(upstream, steps, finished, early=early) if room is None else exactly(room)
         return Window(
@@ -199,7 +169,7 @@ class FusedOps:
         )
 
     def _order_log(self, name: str) -> Recorded | Replayed | None:
-        """Where the order in which they leave is recorded, or read from."""
+        """Where the order of the results is recorded or read."""
         logged = [op for op in self.ops if isinstance(op, Op) and (op.record_order or op.replay_order)]
         if not logged:
             return None
@@ -216,28 +186,23 @@ class FusedOps:
 
 
 def exactly(places: int) -> Room | None:
-    """Room for that many; without any, a window begins what it is asked for."""
+    """Room for `places` entries; None for 0: such a window starts only what it is asked for."""
     return Room(places) if places else None
 
 
-def steps_of(
-    ops: Sequence[Op | CacheOp],
-    limit: int | None,
-    processes: Callable[[], WorkerThread],
-    *,
-    keyed: bool,
-) -> list[Step]:
-    """The steps of a window: neighbouring sync ops in the same place with the same width share a hop.
+def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable[[], WorkerThread]) -> list[Step]:
+    """The steps of a window.
+
+    Neighbouring sync ops with the same place and width share a hop. A cache becomes one step around all steps before
+    it.
 
     Args:
-        ops: Those of the window.
-        limit: What the window holds, when that is exact: more workers would have nothing to do.
+        ops: The window's ops.
+        limit: How many entries the window holds, when that is exact: more workers would have nothing to do.
         processes: See `FusedOps.window`.
-        keyed: What caches know samples by: their keys, or else their number in the epoch.
     """
     steps: list[Step] = []
     together: list[Op] = []
-    keeps: list[tuple[KeepInMemory | KeepOnDisk, str]] = []
 
     def put(step: Step, address: Address) -> None:
         step.meter.address = address
@@ -251,11 +216,7 @@ def steps_of(
     for at, op in enumerate(ops):
         if isinstance(op, CacheOp):
             close()
-            keep = op.step(limit)
-            for step in steps:
-                step.drops_to = step.drops_to or keep.refused
-            keeps.append((keep, op.pipeline))
-            put(keep, ())
+            steps = [op.around(steps, limit)]
         elif op.many is not None:
             width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
             put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op.address)
@@ -271,7 +232,7 @@ def steps_of(
                 close()
             together.append(op)
     close()
-    return [LookUp(keeps, by_position=not keyed), *steps] if keeps else steps
+    return steps
 
 
 def _narrowed(width: int, limit: int | None) -> int:
@@ -279,7 +240,7 @@ def _narrowed(width: int, limit: int | None) -> int:
 
 
 def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int:
-    """As many loads side by side as of what follows in threads, or the usual number."""
+    """The concurrency of `load`: that of the op that follows it in threads, if one does, or its own."""
     op = following[0] if following else None
     beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
     return op.concurrency if beside and op is not None else load.concurrency
@@ -310,7 +271,7 @@ def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[]
 
 
 def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op], width: int) -> WorkerPool:
-    """The workers of neighbouring ops: those of the epoch before where they are kept."""
+    """The workers of neighbouring ops: those of the previous epoch, where they are kept."""
 
     def make() -> WorkerPool:
         return WorkerPool(host, width, program, resumes=place.turns is None)

@@ -77,8 +77,8 @@ class ProcessStep(SyncStep):
         self._deaths = 0  # in a row
         self._team: WorkerPool
 
-    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
-        super().bind(run, window, forward)
+    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+        super().bind(run, window, forward, finished)
         self._team = self._make_team()
         if self._owned:
             self._team.end_on(run.loop)

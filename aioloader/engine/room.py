@@ -65,7 +65,7 @@ class StepsRoom(Room):
 
     def __init__(self, upstream: Node, steps: Sequence[Step], finished: int | None, *, early: bool) -> None:
         self._upstream = upstream
-        self._working = [step for step in steps if step.concurrency]
+        self._working = [part for step in steps for part in step.parts if part.concurrency]
         self._look_ups = [step for step in steps if not step.concurrency]
         self._hop = [step for step in self._working if isinstance(step, SyncStep)]
         self._awaited = [step for step in self._working if not isinstance(step, SyncStep)]

@@ -161,8 +161,8 @@ class ThreadStep(SyncStep):
         overdue = perf_counter() - CHUNK_SECONDS
         return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)
 
-    def bind(self, run: "Run", window: "Window", forward: Forward) -> None:
-        super().bind(run, window, forward)
+    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+        super().bind(run, window, forward, finished)
         if self._executor is None:
             self._threads = run.threads(self.concurrency, self._thread_name, self._initializer)
             if window.room:

@@ -7,7 +7,7 @@ upstream moves. A window without steps is a plain buffer.
 
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import CompletionCursor
@@ -15,7 +15,7 @@ from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.room import Room
-from aioloader.engine.steps import Step
+from aioloader.engine.steps import Step, bind_in_a_row
 from aioloader.insight.meters import Why
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Window(Node):
         unordered_input: bool = False,
     ) -> None:
         self.upstream = upstream
-        self.steps = tuple(steps)
+        self._steps = tuple(steps)
+        self._parts = [part for step in steps for part in step.parts]
         self._room = room
         self._told_room = 0  # the most there was, for statistics
         self.ordered = ordered
@@ -81,7 +82,7 @@ class Window(Node):
 
     @property
     def gaps(self) -> bool:
-        return any(step.meter.gaps for step in self.steps) or self.upstream.gaps
+        return any(step.meter.gaps for step in self._parts) or self.upstream.gaps
 
     def resume(self, cursor: Any) -> None:
         if self._completion is not None:
@@ -100,11 +101,12 @@ class Window(Node):
                 if log is not None:
                     log.begin(self._completion.count)
         self.upstream.start(run, self.wake)
-        if not self.steps and run.meters:
+        if not self._steps and run.meters:
             run.meters[-1].ahead = self.room
-        for step, following in zip_longest(self.steps, self.steps[1:]):
-            step.bind(run, self, following.accept if following is not None else self.finished)
+        for step in self._parts:
+            step.meter = run.adopt(step.meter)
             step.meter.ordered = self.ordered
+        bind_in_a_row(self._steps, run, self, self.finished, self.finished)
         self._tell_room(self.room)
         if self._room is not None:
             self.wake()
@@ -139,7 +141,7 @@ class Window(Node):
         """Up to `limit` finished entries from the front; those that were dropped give up their slots, too."""
         slots = self._slots
         taken: list[Entry] = []
-        for step in self.steps:
+        for step in self._parts:
             step.meter.finished_sum += self._occupied - self.under_way
             step.meter.handovers += 1
         before = len(slots)
@@ -164,7 +166,7 @@ class Window(Node):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            for step in self.steps:
+            for step in self._steps:
                 step.close()
             self.upstream.close()
             for log in (self._record, self._replay):
@@ -189,13 +191,13 @@ class Window(Node):
 
     @property
     def extra_room(self) -> int:
-        return min([self.upstream.extra_room, *(step.extra_room for step in self.steps if step.concurrency)])
+        return min([self.upstream.extra_room, *(step.extra_room for step in self._parts if step.concurrency)])
 
     def _tell_room(self, room: int) -> None:
         """Let statistics say how much there is. Entries that were let in stay when it shrinks: the most counts."""
         if room > self._told_room:
             self._told_room = room
-            for step in self.steps:
+            for step in self._parts:
                 step.meter.room = max(step.meter.room, room)  # it may have counted for an earlier repetition
             self._kick()  # in a process of its own, whoever polls tells it
 
@@ -250,7 +252,7 @@ class Window(Node):
             self._kick()
         elif not self.under_way and not self._input_ended:
             waits_for: Why = "room" if self._occupied + self._lent >= room else "input"
-            for step in self.steps:
+            for step in self._parts:
                 step.meter.idle.wait_for(waits_for)
 
     def _free(self, room: int) -> int:
@@ -306,7 +308,7 @@ class Window(Node):
         self._occupied += len(run)
         if self.ordered:
             self._slots.extend(run)
-        if not self.steps:
+        if not self._steps:
             self._finish_at_once(run)
             return
         if failed := [entry for entry in run if entry.error is not None]:  # each keeps its place, and no step sees it
@@ -314,7 +316,7 @@ class Window(Node):
             self.failed()
             self._finish_at_once(failed)
         if run:
-            first = self.steps[0]
+            first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
             first.inbox.extend(run)
@@ -344,7 +346,7 @@ class Window(Node):
 
     def failed(self) -> None:
         """An entry has failed, here or before: without that, a predicate might have left it out."""
-        for step in self.steps:
+        for step in self._parts:
             step.meter.gaps = step.meter.gaps or step.selects
 
     def finished(self, entry: Entry) -> None:

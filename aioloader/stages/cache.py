@@ -1,12 +1,13 @@
 """`cache`: samples kept from one epoch to the next."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.cache.samples import copied
+from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.cache_stream_node import PlacedNode
-from aioloader.engine.fuse import CacheOp, FusedOps, Op
+from aioloader.engine.fuse import FusedOps, Op
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
 
@@ -15,17 +16,17 @@ __all__ = ["Cache"]
 
 @dataclass(frozen=True)
 class Cache(Stage):
-    """Keeps the samples that the stages before it made.
+    """Keeps the samples that the stages before it make.
 
     Args:
-        store: Where; shared by all pipelines that go on from this stage.
-        pipeline: What is in front, in words.
+        store: Where samples are kept; all pipelines that continue from this stage share it.
+        pipeline: What comes before the cache, in words.
     """
 
     store: MemoryStore | DiskStore = field(compare=False)
     pipeline: str
 
-    exact_in_any_order = True  # which it refuses, see `plan.before_cache`
+    exact_in_any_order = True  # `plan.before_cache` refuses streams without a fixed order
     keeps_samples = True
     same_each_epoch = True
     caches = True
@@ -49,13 +50,13 @@ class Cache(Stage):
         op = CacheOp(self.store, self.pipeline, self.label)
         if builder.fused.keyed:
             builder.fused.add(op)
-        else:  # known by their positions in the stream
+        else:  # samples of a stream are identified by their positions
             batches = builder.fused.batches
             again = builder.again(closed=True, warns=False)
-            builder.node = PlacedNode(builder.close(), self.store, self.pipeline, again)
-            builder.fused = FusedOps(batches, ops=[op])
+            builder.node = stream = PlacedNode(builder.close(), self.store, self.pipeline, again)
+            builder.fused = FusedOps(batches, ops=[replace(op, stream=stream)])
         if isinstance(self.store, MemoryStore):
-            # What is kept is the cache's, and what a user's function gets is the user's.
+            # The cache owns what it keeps; a user's function may change what it gets, so it gets a copy.
             taker = next((stage for stage in builder.following if not stage.keeps_samples), None)
             if taker is None or not taker.only_reads:
                 builder.fused.add(Op(copied, "copy", flexible=True))

@@ -62,7 +62,7 @@ class DropIf(Stage):
         else:
             node = Window(builder.close(), (), room=exactly(builder.prefetch))
         check = Op(_Unless(self.fn), self.label, predicate=True, flexible=True)
-        (step,) = steps_of([check], None, builder.processes, keyed=False)
+        (step,) = steps_of([check], None, builder.processes)
         builder.node = Window(node, [step], room=None)
         again = Op(FreshGroup(self.fn, lambda: step.meter), self.label, predicate=True, flexible=True)
         builder.fused = FusedOps(checks=[*checks, again])

@@ -1,0 +1,203 @@
+"""The step that awaits an async function on the loop, for many samples at once."""
+
+from asyncio import CancelledError, Future, Task, current_task
+from collections.abc import Awaitable, Callable
+from contextvars import Context
+from time import perf_counter
+from typing import Any, Final
+
+from aioloader.core.entry import Entry
+from aioloader.core.safe_text import add_note, safe_str
+from aioloader.engine.node import cheap_samples
+from aioloader.engine.steps import Step
+from aioloader.errors import SampleCancelledError
+from aioloader.executors.current_sample import SampleContext, current_sample
+from aioloader.insight.meters import StageMeter
+
+__all__ = ["AsyncStep"]
+
+OTHER_LOOP: Final = (
+    "attached to a different loop",  # asyncio: a future or a task
+    "bound to a different event loop",  # asyncio: a lock, a semaphore, a queue
+    "should be used inside a task",  # timeouts of aiohttp and async_timeout, which look for a task of their own loop
+    "Event loop is closed",  # asyncio: a client of an earlier epoch, or of an `asyncio.run` that has returned
+)
+"""Parts of the errors that are raised when a client of one event loop is used on another."""
+
+OTHER_LOOP_NOTE: Final = (
+    "aioloader: under `for`, async functions run on a private event loop, and this looks like a client that was made "
+    "on another one; make it at the first sample, and iterate within `with loader:`, which keeps that loop for all "
+    "epochs, or use `async for`, which runs on yours"
+)
+
+STREAK_SECONDS: Final = 0.001  # how long a worker may go on without a turn of the loop, when nothing suspends
+
+
+class AsyncStep(Step):
+    """Awaits `fn` on the loop, in up to `concurrency` long-lived workers.
+
+    There is no task per sample: a worker that finishes one sample takes the next, and when `fn` does not suspend, a
+    single worker does them all without a turn of the loop. Workers are started and woken only as they are needed.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[[Any], Awaitable[Any]],
+        concurrency: int,
+        name: str,
+        *,
+        predicate: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(StageMeter(name, "async"), concurrency)
+        self._fn = fn
+        self._seed = seed  # see `Call`
+        self._predicate = self.selects = predicate
+        self._workers = 0
+        self._coming = 0  # workers that have been started or woken and have not run yet
+        self._idle: list[Future[None]] = []  # one per worker that waits
+        self._runner: object = None  # the worker that ran last
+
+    def accept(self, entry: Entry) -> None:
+        if not self.closed:
+            self.inbox.append(entry)
+            self.dispatch()
+
+    @property
+    def extra_room(self) -> int:
+        return cheap_samples(self.meter)
+
+    def dispatch(self) -> None:
+        self.meter.idle.wait_for(None)
+        self._summon()
+
+    def close(self) -> None:
+        super().close()
+        for future in self._idle:
+            if not future.done():
+                future.set_result(None)
+        self._idle.clear()
+
+    def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        super()._fail(entry, error, label)
+        if (
+            isinstance(error, RuntimeError)
+            and self._run.private_loop
+            and OTHER_LOOP_NOTE not in getattr(error, "__notes__", ())
+            and any(words in safe_str(error) for words in OTHER_LOOP)
+        ):
+            add_note(error, OTHER_LOOP_NOTE)
+
+    def _summon(self) -> None:
+        """Start or wake up to two more workers.
+
+        The number of running workers limits how many may be on their way. Where samples wait, the crowd therefore
+        doubles with each turn of the loop (512 requests are out after ten turns); where none wait it stays at two,
+        since the running worker has emptied the inbox before the others arrive. No sample is left behind: each worker
+        that arrives takes one, and summons the next workers before it suspends.
+        """
+        for _ in range(2):
+            if self._coming > self._workers - len(self._idle) - self._coming:
+                return
+            if self._idle:
+                future = self._idle.pop()
+                if future.done():  # cancelled, with the worker that waited for it
+                    continue
+                future.set_result(None)
+            elif self._workers < self.concurrency:
+                self._workers += 1
+                self._start_worker()
+            else:
+                return
+            self._coming += 1
+
+    def _start_worker(self) -> None:
+        context = self._run.context.copy()
+        self._run.spawn(self._work, context, context=context)
+
+    async def _work(self, context: Context) -> None:
+        run, inbox, fn, forward, predicate = self._run, self.inbox, self._fn, self._forward, self._predicate
+        me = current_task()
+        assert me is not None
+        sample = SampleContext(self._seed)
+        current_sample.set(sample)  # in this task's own context
+        clean = context.copy()
+        self._coming -= 1
+        count = 0  # samples since `began`, not yet in the meter
+        woken = began = perf_counter()
+        while True:
+            if not inbox:
+                began, count = self._counted(count, began), 0
+                self._ran_out(began - woken)
+                if inbox:
+                    continue
+                sample.name = sample.rng = None
+                if self.closed:
+                    return
+                await self._wait()
+                woken = began = perf_counter()
+                continue
+            entry = inbox.popleft()
+            if self._runner is not me:  # as long as it is, the workers summoned before are still on their way
+                self._runner = me
+                if inbox:
+                    self._summon()
+                began, count = self._counted(count, began), 0
+            sample.name = entry
+            try:
+                result = await fn(entry.value)
+                dropped = predicate and not result
+            except CancelledError as error:
+                if run.stopping:
+                    raise
+                self._fail(entry, self._cancelled_inside(me, error), self.meter.name)
+            except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
+                self._fail(entry, error, self.meter.name)
+            else:
+                if dropped:
+                    self._drop(entry, nothing=entry.value is None)
+                else:
+                    if not predicate:
+                        entry.value = result
+                    forward(entry)
+                del result  # else an idle worker would keep its last sample alive
+            count += 1
+            del entry
+            try:
+                if context == clean:
+                    continue
+            except Exception:  # a user's `__eq__` failed: not clean, as far as anyone can tell
+                pass
+            # As in `isolated`. A task keeps its context for life, so another task takes over from this one.
+            self._counted(count, began)
+            self._coming += 1
+            self._start_worker()
+            return
+
+    def _counted(self, count: int, began: float) -> float:
+        """Add `count` samples since `began` to the meter; returns the time."""
+        now = perf_counter()
+        self.meter.samples += count
+        self.meter.busy_seconds += now - began
+        return now
+
+    def _ran_out(self, streak_seconds: float) -> None:
+        """A worker has emptied the inbox, `streak_seconds` after it was woken: see whether more comes at once."""
+        if len(self._idle) + 1 == self._workers and self._window.under_way:
+            self.meter.idle.wait_for("input")  # from the step before; for the first step, the window knows better
+        if not self.closed and streak_seconds < STREAK_SECONDS:
+            self._run.drain()
+
+    async def _wait(self) -> None:
+        future = self._run.loop.create_future()
+        self._idle.append(future)
+        await future
+        self._coming -= 1
+
+    def _cancelled_inside(self, me: "Task[Any]", cause: CancelledError) -> SampleCancelledError:
+        """The error of a sample whose function was cancelled, though nobody cancelled the loader."""
+        error = SampleCancelledError(f"{self.meter.name} was cancelled from inside, not by the loader")
+        error.__cause__ = cause
+        while me.cancelling():  # dealt with: when the supervisor cancels, that is another cancellation
+            me.uncancel()
+        return error
