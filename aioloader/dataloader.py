@@ -10,7 +10,7 @@ import torch.utils.data
 from torch.utils.data import IterableDataset, default_convert
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
-from aioloader.core.checks import check_count, check_integer
+from aioloader.core.checks import check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
@@ -20,7 +20,7 @@ from aioloader.engine.fuse import InProcesses
 from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
-from aioloader.engine.source import is_async_callable, warn_of_replay
+from aioloader.engine.stream_source import warn_of_replay
 from aioloader.engine.turns import Turns
 from aioloader.engine.window import Window
 from aioloader.errors import ReplayWarning, StateError
