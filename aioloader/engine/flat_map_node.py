@@ -123,7 +123,7 @@ class FlatMapNode(Pump):
             reader = await self._open(iterable, threads)
             del iterable
             while items := await reader.read(await self._demanded()):
-                for item in items:
+                for item, _ in items:
                     offset += 1
                     if offset <= skipped:
                         if not offset % TURN_SAMPLES:

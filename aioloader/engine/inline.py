@@ -15,17 +15,8 @@ from aioloader.core.keys import NAMES
 from aioloader.engine.faces import LoaderHooks, Receive, T_co
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import (
-    KnowsOrigin,
-    Origin,
-    after_origin,
-    is_due,
-    note_first,
-    open_at,
-    snapshot,
-    split_cursor,
-)
-from aioloader.engine.torch_state import check_leak, context_state
+from aioloader.engine.resumable import split_cursor
+from aioloader.engine.sync_cursor import SyncCursor
 from aioloader.executors.chunk import Call, refuse_coroutine
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
@@ -37,88 +28,71 @@ __all__ = ["InlineBatches", "InlineMap", "InlineSource"]
 
 
 class InlineSource(Node):
-    """Reads a sync iterable, one sample per poll."""
+    """Reads a sync iterable, no further than asked."""
 
     def __init__(self, iterable: Iterable[Any], name: str, epoch: int, *, keys: bool = False) -> None:
-        self._iterable: Iterable[Any] | None = iterable
-        self._iterator: Iterator[Any] | None = None
+        self._samples = SyncCursor(iterable, name)
         self._keys = keys  # see `StreamSource`
-        self._origin: Origin | None = None
-        self._since = 0  # samples since the origin
-        self._skipped = 0  # those that were delivered before a resume
+        self._skipped = 0  # samples from the origin on that were delivered before a resume
         self._position = 0
-        self._before = 0  # samples of the epoch before the origin that it was opened at
-        self._count = 0  # samples read since then
-        self._asked: Any = None
+        self._failed_at: Any = None  # where to go on if it fails now
+        self._over = False
+        self._failure: Exception | None = None
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
 
     def resume(self, cursor: Any) -> None:
-        self._origin, self._skipped = split_cursor(cursor)
-        self._before = 0 if self._origin is None else self._origin["at"]
-        self._position = self._skipped + self._before
+        origin, self._skipped = split_cursor(cursor)
+        self._samples.origin, self._failed_at = origin, cursor
+        self._position = self._skipped + (0 if origin is None else origin["at"])
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")
 
     def poll(self, limit: int) -> list[Entry]:
-        if self.ended:
-            return []
-        position = self._position
-        before = context_state()
-        began = perf_counter()
+        ready = self._samples.ready
+        if not (ready or self._over):
+            self._read(limit)
+        entries: list[Entry] = []
+        while ready and len(entries) < limit:
+            sample, self._failed_at = ready.popleft()
+            position = self._position
+            self._position = self.meter.samples = position + 1
+            key = sample if self._keys or isinstance(sample, NAMES) else position
+            entry = Entry(sample, self._failed_at, key, position)
+            entry.state = DONE
+            entries.append(entry)
+        if not entries and self._failure is not None:
+            entries = [Entry.last(self._failure, self._failed_at, self._position)]
+            annotate(self._failure, self.meter.name, entries[0], self._epoch)
+            self._failure = None
+        self.ended = self._over and not (ready or self._failure)
+        return entries
+
+    def _read(self, limit: int) -> None:
+        """Read up to `limit` samples, after those that were delivered before a resume, which are dropped.
+
+        A Ctrl-C may cut this short, and the next call goes on.
+        """
+        samples = self._samples
         try:
-            if self._iterator is None:
-                assert self._iterable is not None
-                self._iterator, self._asked = open_at(self._iterable, self._origin)
-            while self._since < self._skipped:  # read again, and dropped
-                self._read(self._iterator)
-            sample = self._read(self._iterator)
-            check_leak(before, self.meter.name)
-            if self._iterable is not None:  # what the keys were drawn from is known with the first one
-                if isinstance(self._iterable, KnowsOrigin):
-                    self._origin = self._iterable.origin
-                self._iterable = None
+            while self._skipped:
+                samples.ready.clear()
+                if samples.count < self._skipped:
+                    samples.read(self._skipped - samples.count)
+                else:
+                    self._skipped = 0
+            samples.read(limit)
         except StopIteration:
-            self.ended = True
-            return []
+            self._over = True
         except Exception as error:
-            self.ended = True
-            since = max(self._since, self._skipped)
-            last = Entry.last(error, after_origin(self._origin, since) or None, position)
-            annotate(error, self.meter.name, last, self._epoch)
-            return [last]
+            self._over = True
+            self._failure = error
         finally:
-            self.meter.busy_seconds += perf_counter() - began
-        self._position = self.meter.samples = position + 1
-        cursor = self._since if self._origin is None else (self._origin, self._since)
-        entry = Entry(sample, cursor, sample if self._keys or isinstance(sample, NAMES) else position, position)
-        entry.state = DONE
-        return [entry]
-
-    def _read(self, iterator: Iterator[Any]) -> Any:
-        sample = next(iterator)
-        self._count += 1
-        self._since += 1
-        if self._asked is not None:
-            if self._count == 1 and self._before:
-                note_first(self._asked, iterator)
-            elif is_due(self._before + self._count):
-                self._ask()
-        return sample
-
-    def _ask(self) -> None:
-        origin = snapshot(self._asked, self._iterator, self._before + self._count)
-        if origin is None:
-            self._asked = None
-        else:
-            self._skipped = max(0, self._skipped - self._since)
-            self._origin, self._since = origin, 0
+            self.meter.busy_seconds = samples.busy_seconds
 
     def close(self) -> None:
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
+        self._samples.close()
 
 
 class InlineMap(Node):

@@ -124,22 +124,15 @@ class StreamSource(Pump):
         self._position = since + (0 if origin is None else origin["at"])
         reader = await self._open(iterable, self._threads, origin)
         del iterable
-        marks = reader.marks
         try:
             await self._skip(reader, since)
-            number = since  # samples that this reader gave
             while samples := await reader.read(await self._demanded()):
-                for sample in samples:
-                    while marks and marks[0][0] <= number + 1:
-                        at, origin = marks.popleft()
-                        since = number - at
+                for sample, cursor in samples:
                     position = self._position
                     key = sample if self._keys or isinstance(sample, NAMES) else position
-                    number += 1
-                    since += 1
                     self._position += 1
-                    self._failed_at = since if origin is None else (origin, since)
-                    self._put(Entry(sample, self._failed_at, key, position))
+                    self._failed_at = cursor
+                    self._put(Entry(sample, cursor, key, position))
                 self.meter.samples = self._position
                 self.meter.busy_seconds = reader.busy_seconds
                 del samples, sample
