@@ -3,18 +3,16 @@
 This is `num_workers=0` of the drop-in, and the reference that everything concurrent must equal.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import copy_context
 from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import CompletionCursor
-from aioloader.core.entry import DONE, LAST, Entry, annotate, presentable
+from aioloader.core.entry import DONE, LAST, Entry, annotate
 from aioloader.core.keys import NAMES
-from aioloader.engine.faces import LoaderHooks, Receive, T_co
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import split_cursor
 from aioloader.engine.sync_cursor import SyncCursor
 from aioloader.executors.chunk import Call, refuse_coroutine
@@ -24,7 +22,7 @@ from aioloader.insight.meters import StageMeter
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["InlineBatches", "InlineMap", "InlineSource"]
+__all__ = ["InlineMap", "InlineSource"]
 
 
 class InlineSource(Node):
@@ -51,17 +49,21 @@ class InlineSource(Node):
 
     def poll(self, limit: int) -> list[Entry]:
         ready = self._samples.ready
-        if not (ready or self._over):
-            self._read(limit)
         entries: list[Entry] = []
-        while ready and len(entries) < limit:
-            sample, self._failed_at = ready.popleft()
-            position = self._position
-            self._position = self.meter.samples = position + 1
-            key = sample if self._keys or isinstance(sample, NAMES) else position
-            entry = Entry(sample, self._failed_at, key, position)
-            entry.state = DONE
-            entries.append(entry)
+        while len(entries) < limit:
+            if ready:
+                sample, cursor = ready.popleft()
+                position = self._position
+                self._position = self.meter.samples = position + 1
+                self._failed_at = cursor
+                key = sample if self._keys or isinstance(sample, NAMES) else position
+                entry = Entry(sample, cursor, key, position)
+                entry.state = DONE
+                entries.append(entry)
+            elif entries or self._over:
+                break
+            else:
+                self._read(limit)
         if not entries and self._failure is not None:
             entries = [Entry.last(self._failure, self._failed_at, self._position)]
             annotate(self._failure, self.meter.name, entries[0], self._epoch)
@@ -171,73 +173,3 @@ class InlineMap(Node):
 
     def close(self) -> None:
         self._upstream.close()
-
-
-class InlineBatches(Iterator[T_co]):
-    """The iterator of a loader without workers.
-
-    Args:
-        opener: The loader.
-        open_nodes: Gives the last node and where the epoch stands, at the first `next()`.
-    """
-
-    def __init__(self, opener: LoaderHooks, open_nodes: Callable[[], tuple[Node, Progress]]) -> None:
-        self._opener = opener
-        self._open_nodes = open_nodes
-        self._receive: Receive | None = None
-        self._node: Node | None = None
-        self._progress: Progress | None = None
-        self._over = False
-
-    @property
-    def cursor(self) -> Any:
-        """Where to go on after the last batch that was handed out; None before the first."""
-        return None if self._progress is None else self._progress.cursor
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
-        return self._opener._state_of(self._progress)
-
-    def __iter__(self) -> "InlineBatches[T_co]":
-        return self
-
-    def __next__(self) -> T_co:
-        if self._over:
-            raise StopIteration
-        asked = perf_counter()
-        if self._node is None or self._progress is None:
-            self._node, self._progress = self._open_nodes()
-            self._receive = self._opener._receiver()
-        progress = self._progress
-        run = self._node.poll(1)
-        while run and progress.skipped_steps and progress.is_skipped(run[0]):
-            run = self._node.poll(1)
-        if not run:
-            progress.over = True
-            progress.meter.finish()
-            if progress.resumed_at_end:  # it was resumed behind its end: the next epoch is what was to come
-                self._node = None
-                return self.__next__()
-            self._over = True
-            raise StopIteration
-        entry = run[0]
-        progress.hand_out(entry, asked)
-        error, entry.error = entry.error, None  # an error keeps frames that know its entry: it must not keep the error
-        if error is not None:
-            try:
-                raise presentable(error)
-            finally:
-                del self, error
-        batch: T_co = entry.value if self._receive is None else self._receive(entry.value)
-        return batch
-
-    def close(self) -> None:
-        """End the epoch. Idempotent."""
-        self._over = True
-        if self._node is not None:
-            self._node.close()
-            assert self._progress is not None
-            self._progress.meter.finish()
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an iterator over batches cannot be pickled; pickle the loader")
