@@ -202,8 +202,9 @@ class _Ended:
     """The last thing in a thread queue: the run is over."""
 
 
-LARGE_ROOM: Final = 8
 _ENDED: Final = _Ended()
+
+LARGE_ROOM: Final = 8
 
 
 class SyncDelivery(RunDelivery):
@@ -220,7 +221,7 @@ class SyncDelivery(RunDelivery):
         self._queue: SimpleQueue[Entry | _Ended] = SimpleQueue()
         self._put = 0  # on the loop: batches put into the queue
         self._given = 0  # on the loop: those of them whose room was given back
-        self._unreported = 0  # about how many the consumer took since it told the loop; only decides when to tell
+        self._unreported = 0  # batches taken since the loop was told, roughly; only decides when to tell it
         self._report_at = run.output.room // 2 if run.output.room >= LARGE_ROOM else 1
         self._lazy = run.output.room == 0
         self._asked = 0  # on the loop: how many consumers wait
@@ -241,7 +242,7 @@ class SyncDelivery(RunDelivery):
             self.run.soon(self._pump)
 
     def _pump(self) -> None:
-        """Move what is finished into the queue; when nothing is made ahead, only what the consumer waits for."""
+        """Move finished batches into the queue; without prefetch, only as many as consumers wait for."""
         self._pumping = False
         output = self.run.output
         if self.run.stopping or not self.run.started or (self._lazy and not self._asked):
@@ -259,7 +260,7 @@ class SyncDelivery(RunDelivery):
         if error is not None and self.run.failure is None and not isinstance(error, asyncio.CancelledError):
             self.run.failure = error
         self._over.set()
-        if not process_ends():  # else the consumer is a daemon thread, which ends with the process, without a word
+        if not process_ends():  # else the consumer is a daemon thread, which ends with the process
             self._queue.put(_ENDED)
         if self._own_loop is not None:
             self._own_loop.request_stop()
@@ -307,7 +308,7 @@ class SyncDelivery(RunDelivery):
         raise self._cut_short()
 
     def _report(self, *, waits: bool) -> None:
-        """Tell the loop to look at the queue. Nothing depends on a count of this side, which a Ctrl-C may spoil."""
+        """Make the loop look at the queue. It does not rely on counts of this thread, which a Ctrl-C may spoil."""
         self._unreported = 0
         call_loop(self.run.loop, self.run.guarded, self._reported, waits)
 

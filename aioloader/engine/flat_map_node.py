@@ -21,16 +21,17 @@ __all__ = ["FlatMapNode"]
 
 
 class FlatMapNode(Pump):
-    """Gives the items of `fn(sample)` one after the other.
+    """Gives the items of `fn(sample)` in order, sample by sample.
 
-    Cursor: the cursor *before* the sample, and how many of its items are out.
-    A sample whose function fails, at once or in the middle of its items, raises at that place; the next one follows.
+    Cursor: the cursor *before* the sample, and how many of its items have been given.
+    If `fn` fails for a sample, at once or in the middle of its items, the error is raised at that place, and the next
+    sample follows.
 
     Args:
         upstream: Gives the samples.
         fn: Returns an iterable or an async iterable; an async function or generator is called on the loop.
         name: For notes and statistics.
-        loose: As in `FoldNode`.
+        unordered_input: As in `FoldNode`.
     """
 
     _numbered = False
@@ -42,7 +43,7 @@ class FlatMapNode(Pump):
         self._fn = fn
         self._arrival: Future[None] | None = None
         self._forgets = False  # one of several sources has failed, see `FoldNode`
-        self._before: Any = None  # the cursor that leads to the next sample
+        self._before: Any = None  # the cursor before the next sample
         self._skipped = 0  # items of it that were delivered before a resume
 
     @property
@@ -96,12 +97,12 @@ class FlatMapNode(Pump):
                 return
             after = sample.cursor
             if sample.error is not None:
-                sample.cursor = (after, 0)  # nothing of what comes after it
+                sample.cursor = (after, 0)  # no item of the next sample has been given
                 self.meter.gaps = True
                 self._forgets = self._forgets or sample.state == ONE_LOST
                 self._put(sample)
             else:
-                # In a task of its own, for context variables that are set for one sample do not show to the next.
+                # In a task of its own: context variables that are set for one sample must not be seen by the next.
                 items = self._items_of(sample, self._before)
                 await self._run.loop.create_task(items, context=self._run.context.copy())
             self._before = after

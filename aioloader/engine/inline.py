@@ -1,4 +1,4 @@
-"""No concurrency at all: the same folds over sources and steps that run in the consumer's thread, in `next()`.
+"""No concurrency at all: the same folds, but source and functions run in the consumer's thread, inside `next()`.
 
 This is `num_workers=0` of the drop-in, and the reference that everything concurrent must equal.
 """
@@ -102,10 +102,10 @@ class InlineMap(Node):
 
     Args:
         upstream: Gives the entries.
-        calls: The functions.
+        calls: The functions, in order.
         epoch: For notes.
-        ordered: False: the cursors are those of a window that gives entries as they are finished, so that a state is
-            the same with workers and without.
+        ordered: False: cursors are those of a window that gives entries as they are finished, so that states are the
+            same with and without workers.
     """
 
     def __init__(self, upstream: Node, calls: Sequence[Call], epoch: int, *, ordered: bool = True) -> None:
@@ -133,7 +133,7 @@ class InlineMap(Node):
             if self._completion is not None and not (run := self._completion.comes(run)):
                 continue
             entry = run[0]
-            kept = copy_context().run(self._journey, entry)  # as `isolated`; nor does it show to the consumer
+            kept = copy_context().run(self._journey, entry)  # as `isolated`; the consumer must not see it either
             if self._completion is not None:
                 if entry.state == LAST:
                     entry.cursor = self._completion.cursor

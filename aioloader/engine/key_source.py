@@ -16,20 +16,20 @@ __all__ = ["KeySource", "Keys"]
 
 
 class Keys(Protocol):
-    """The keys of one epoch, in order: all of them, or those of this rank."""
+    """The keys of one epoch, in order: all of them, or this rank's."""
 
     @property
     def stride(self) -> int:
-        """How many positions of the whole order each key stands for: one for each rank."""
+        """How many positions of the whole order there are for each key: one per rank."""
 
     @property
     def offset(self) -> int:
-        """Which of them is its own."""
+        """Which of these positions is the key's own."""
 
     def __len__(self) -> int: ...
 
     def behind(self, position: int) -> "Keys":
-        """Those behind a position of the whole order."""
+        """The keys after a position of the whole order."""
 
     def slice(self, start: int, stop: int) -> Sequence[int]:
         """Keys `start` to `stop` as Python integers; fewer at the end."""
@@ -38,14 +38,14 @@ class Keys(Protocol):
 class KeySource(Node):
     """Gives the keys of an indexable source, or its samples when reading one runs no user code.
 
-    Cursor: the position in the epoch's order after the sample; seed and epoch give the order again. The order is that
-    of all ranks: when each has got as many samples, their cursors are the same.
+    Cursor: the position after the sample in the epoch's order, which follows from seed and epoch. It is the order of
+    all ranks: ranks that have got equally many samples have the same cursor.
 
     Args:
-        order: Gives the epoch's order, or, called with False, one with the same positions in which no key was moved.
-        values: A built-in sequence to read; None: the key itself goes on, and a step of the window loads it.
+        order: Makes the epoch's order; called with False, one that is as long but not shuffled.
+        values: A built-in sequence to read; None: the entries' values are the keys, and a step of the window loads.
         name: For statistics.
-        names: What the samples are called in notes of errors; None: by their keys, or themselves.
+        names: What the samples are called in notes of errors; None: by their keys, or by themselves.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class KeySource(Node):
 
     def resume(self, cursor: Any) -> None:
         self._cursor = as_count(cursor)
-        self._order(False).behind(self._cursor)  # raises when there is no such place
+        self._order(False).behind(self._cursor)  # raises when there is no such position
 
     @property
     def extra_room(self) -> int:

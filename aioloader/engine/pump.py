@@ -1,4 +1,4 @@
-"""A node with a task of its own, which reads what users iterate."""
+"""What `StreamSource` and `FlatMapNode` share: a task that reads the user's iterables."""
 
 import inspect
 from abc import abstractmethod
@@ -24,21 +24,21 @@ __all__ = ["TURN_SAMPLES", "Pump", "call_source"]
 
 
 GRACE_SECONDS: Final = 1.0  # what an async iterator has for one step, at the end, before it is cancelled
-TURN_SAMPLES: Final = 256  # of those that are dropped; the loop turns after so many
+TURN_SAMPLES: Final = 256  # while samples are skipped, the loop gets a turn after so many
 
 
 class Pump(Node):
-    """A node with a task of its own, which reads user iterables as far as downstream asked.
+    """A node with a task of its own, which reads the user's iterables no further than downstream asked.
 
-    The story of its end. Most often the task waits for demand; it is cancelled, and closes the iterator. But it may be
-    in the middle of a step of an async iterator. That can be a generator that has given its last sample and cleans up,
-    which a cancellation would cut short, and nobody can see that from outside. So a step gets a moment, counted from
-    its beginning, to come to its end; one that waits for longer than that is cancelled at once.
+    How it ends: most often the task is waiting for demand; it is cancelled and closes the iterator. But it may be in
+    the middle of a step of an async iterator, for instance of a generator that has given its last sample and is
+    cleaning up. A cancellation would cut that short, and it cannot be seen from outside. So a step has
+    `GRACE_SECONDS`, counted from its beginning, to finish; one that has already waited longer is cancelled at once.
     """
 
     _computes = True  # see `Threads`
-    _ahead = 0  # entries that may be read before anybody asks for them
-    _numbered = True  # how many came before `_position` is known
+    _ahead = 0  # entries that may be read before they are asked for
+    _numbered = True  # `_position` is known
 
     def __init__(self, meter: StageMeter, thread_name: str) -> None:
         self.meter = meter
@@ -115,7 +115,7 @@ class Pump(Node):
 
     async def _demanded(self) -> int:
         """Wait until entries are wanted; returns how many."""
-        if self._closed:  # while it was in the middle of a step
+        if self._closed:  # it was closed during a step
             raise CancelledError
         while self._wanted <= 0:
             self.meter.idle.wait_for("room")
@@ -143,8 +143,7 @@ class Pump(Node):
 async def call_source(fn: Callable[..., Any], run: "Run", threads: TakesJobs, *args: Any) -> Any:
     """Call a user's function that returns an iterable.
 
-    Async generator functions and coroutine functions are called on the loop; any other in the thread, since it may do
-    whatever a sync function may do.
+    Async generator functions and coroutine functions are called on the loop, any other in the thread: it may block.
     """
     if is_async_callable(fn):
         result = fn(*args)

@@ -61,7 +61,7 @@ class AsyncReader(Reader):
         self._iterator: AsyncIterator[Any]
         self._run = run
         self._threads = threads
-        self._stateful: Any = None  # what is asked for its state when that is due
+        self._stateful: Any = None  # is asked for its state, see `is_due`
         self._origin: Origin | None = None
         self._since = 0  # samples since the origin
         self._count = 0  # samples of the epoch

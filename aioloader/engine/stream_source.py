@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 __all__ = ["StreamSource", "warn_of_replay"]
 
 
-SKIP_SAMPLES: Final = 4096  # a resumed stream reads so many at a time
+SKIP_SAMPLES: Final = 4096  # read at once, at most, by a resumed stream that skips
 
 
 class StreamSource(Pump):
     """Reads an iterable, async iterable or `CursorSource`, by one task, no further than asked.
 
-    Cursor: that of the `CursorSource`; of others the number of samples read, or an origin and the number from there on,
-    see `resumable`.
+    Cursor: that of the `CursorSource`; for anything else the number of samples read, or an origin and the number from
+    there on, see `resumable`.
 
     Args:
-        make: What to read, or a function of no arguments that gives it.
+        make: What to read, or a function of no arguments that makes it.
         call: Whether `make` is such a function.
         name: For notes and statistics.
         keys: Its samples are keys, or lists of the keys of a batch.
-        ahead: So many samples may be read before they are asked for, though none before the first.
-        warns: Say so when samples are read again only to be dropped.
-        use: Called when the epoch begins; raises where it cannot.
-        unknown: `make` may give a `CursorSource`.
-        check: Refuses a place, an origin and a number from there on, that is none.
+        ahead: How many samples may be read before they are asked for, once the first one was.
+        warns: Warn when samples are read again only to be dropped.
+        use: Called when the epoch begins; raises if it cannot.
+        unknown: `make` may return a `CursorSource`.
+        check: Raises ValueError for an origin and a count that are no place in this source.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
-        live: Its samples come into being meanwhile: none is read early.
+        live: Samples are still being produced: read none early.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StreamSource(Pump):
         self._call = call
         self._keys = keys
         self._ahead = ahead
-        self._computes = not keys  # the first batch does not wait for what a sampler has no use for
+        self._computes = not keys  # the first batch need not wait for a set-up that samplers have no use for
         self._warns = warns
         self._use = use
         self._unknown = unknown
@@ -106,7 +106,7 @@ class StreamSource(Pump):
         super().start(run, kick)
 
     async def _pump(self) -> None:
-        await self._demanded()  # nothing of the user's runs before a sample is wanted
+        await self._demanded()  # no user code runs before a sample is wanted
         iterable, self._make = self._make, None
         if self._call:
             iterable = await call_source(iterable, self._run, self._threads)
@@ -135,13 +135,13 @@ class StreamSource(Pump):
                     self._put(Entry(sample, cursor, key, position))
                 self.meter.samples = self._position
                 self.meter.busy_seconds = reader.busy_seconds
-                del samples, sample
+                del samples, sample, cursor
         finally:
             await self._run.closing(reader.aclose)
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
-        """What a function has given is known only now, and so whether the state fits."""
+        """Raise what does not fit as an error of the state: what a function returns is known only now."""
         try:
             yield
         except ValueError as error:
@@ -149,7 +149,7 @@ class StreamSource(Pump):
             raise StateError(f"the 'cursor' of the state does not fit {name}, or is broken: {error}") from error
 
     async def _skip(self, reader: Reader, count: int) -> None:
-        """Read again what was delivered before, and drop it."""
+        """Read and drop samples that were delivered before the resume."""
         left = count
         while left and not self._closed and (samples := await reader.read(min(left, SKIP_SAMPLES))):
             left -= len(samples)
@@ -190,7 +190,7 @@ class StreamSource(Pump):
 
 
 def warn_of_replay(cursor: Any, name: str) -> None:
-    """Say so when samples will be read again only to be dropped."""
+    """Warn if a resume at `cursor` reads samples again only to drop them."""
     if type(cursor) is int and cursor:
         warnings.warn(
             f"{name} cannot be entered in the middle: the resumed epoch reads the {cursor} samples before it again and "

@@ -17,11 +17,11 @@ READ_SECONDS: Final = 0.001  # what one hop into the source's thread should be w
 class SyncCursor:
     """Reads one iterable, in one thread: the source's own, or the consumer's where there are no workers.
 
-    Nothing of the user's runs before the first `read`.
+    No user code runs before the first `read`.
 
     Attributes:
-        origin: What cursors count from; to be set before the first `read`, and moved by it.
-        ready: Pairs of a sample and the cursor after it. `read` appends; the consumer of another thread may take.
+        origin: What cursors are counted from. Set it before the first `read`, which moves it on.
+        ready: Pairs of a sample and the cursor after it. `read` appends to it; another thread may take from it.
         count: How many samples were read.
         busy_seconds: Time spent in `read`.
     """
@@ -36,11 +36,11 @@ class SyncCursor:
         self._iterator: Iterator[Any] | None = None
         self._before = 0  # samples of the epoch before the first one that is read
         self._counted_from = 0  # samples that had been read at the origin
-        self._draws: KnowsOrigin | None = None  # tells its origin with its first sample
-        self._stateful: Any = None  # what is asked for its state when that is due
+        self._draws: KnowsOrigin | None = None  # its origin is known after its first sample
+        self._stateful: Any = None  # is asked for its state, see `is_due`
 
     def read(self, limit: int) -> None:
-        """Read up to `limit` samples; ends after the one that takes it past its millisecond.
+        """Read up to `limit` samples, and none after the one that took it past `READ_SECONDS`.
 
         Raises:
             StopIteration: There are no more.
@@ -68,13 +68,13 @@ class SyncCursor:
         iterable = self._iterable
         assert iterable is not None
         self._before = 0 if self.origin is None else self.origin["at"]
-        self._iterator, self._stateful = open_at(iterable, self.origin)
         self._draws = iterable if isinstance(iterable, KnowsOrigin) else None
+        self._iterator, self._stateful = open_at(iterable, self.origin)
         self._iterable = None
         return self._iterator
 
     def _find_origin(self, iterator: Iterator[Any]) -> None:
-        """Let the sample that was just read, and those after it, be counted from the newest origin."""
+        """Count the sample that was just read, and those after it, from the newest origin."""
         if self._draws is not None:
             self.origin, self._draws = self._draws.origin, None
         elif self.count == 1 and self._before:
@@ -88,7 +88,7 @@ class SyncCursor:
 
     @property
     def opened(self) -> bool:
-        """Whether the iterable was opened, as far as the calling thread can know."""
+        """Whether the iterable was opened, as far as this thread can see."""
         return self._iterator is not None
 
     @property
@@ -97,6 +97,6 @@ class SyncCursor:
         return hasattr(self._iterator, "close") and not isinstance(self._iterator, IOBase)
 
     def close(self) -> None:
-        """Close the user's generator; in the thread that reads it."""
+        """Close the user's generator, in the thread that reads it."""
         if self.closable:
             self._iterator.close()  # type: ignore[union-attr]  # as was just asked
