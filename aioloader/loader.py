@@ -20,7 +20,8 @@ from aioloader.core.forks import tell_of_fork
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
 from aioloader.device import Transfer, Transferred
-from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, LoaderHooks, Receive, SyncDelivery
+from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
+from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning

@@ -12,13 +12,19 @@ from torch import Generator, empty, int64
 
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
-from aioloader.core.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
+from aioloader.core.checks import (
+    check_callable,
+    check_count,
+    check_gives_one,
+    check_integer,
+    check_seconds,
+    is_async_callable,
+)
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
-from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader

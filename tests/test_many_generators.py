@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from aioloader import Pipeline, SampleCancelledError
 from aioloader.core.entry import ONE_LOST, Entry
 from aioloader.engine.combine import InterleaveNode
+from aioloader.engine.key_source import KeySource
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.source import KeySource
 from aioloader.insight.meters import StageMeter
 from aioloader.stages.key_order import KeyOrder
 from aioloader.testing import FaultySource, Gate, RecordingSource, SyncRecordingSource, virtual_order

@@ -5,7 +5,15 @@ from math import isfinite
 from operator import index
 from typing import Any
 
-__all__ = ["callable_name", "check_callable", "check_count", "check_gives_one", "check_integer", "check_seconds"]
+__all__ = [
+    "callable_name",
+    "check_callable",
+    "check_count",
+    "check_gives_one",
+    "check_integer",
+    "check_seconds",
+    "is_async_callable",
+]
 
 
 def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
@@ -86,6 +94,16 @@ def check_gives_one(stage: str, fn: Any, way_out: str) -> None:
             f"{stage} takes a function that returns one value, got the generator function {callable_name(fn)}, which "
             f"yields several; {way_out}"
         )
+
+
+def is_async_callable(fn: Any) -> bool:
+    """Whether calling `fn` gives an awaitable or an async generator, as far as its definition tells.
+
+    Looks through `functools.partial`, bound methods and objects with an `async def __call__`.
+    """
+    fn = _without_partial(fn)
+    call = getattr(type(fn), "__call__", None)  # noqa: B004 - the definition of the call is what is looked at
+    return any(inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) for one in (fn, call))
 
 
 def _without_partial(fn: Any) -> Any:

@@ -12,9 +12,10 @@ from aioloader.core.memory import Alloc
 from aioloader.device import Transfer
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
 from aioloader.engine.fuse import FusedOps, Op, exactly
+from aioloader.engine.key_source import KeySource
 from aioloader.engine.node import Node
 from aioloader.engine.process_stream import OwnProcessNode, Serving
-from aioloader.engine.source import KeySource, StreamSource
+from aioloader.engine.stream_source import StreamSource
 from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker

@@ -15,9 +15,9 @@ from weakref import WeakSet
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from aioloader.core.checks import is_async_callable
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
-from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
 from aioloader.masking import masked
 from aioloader.sources.files import Files

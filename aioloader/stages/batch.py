@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aioloader.core.checks import callable_name
+from aioloader.core.checks import callable_name, is_async_callable
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry, annotate, places_of
@@ -14,7 +14,6 @@ from aioloader.core.keys import PartKey
 from aioloader.core.memory import Alloc
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
-from aioloader.engine.source import is_async_callable
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
