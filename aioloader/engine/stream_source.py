@@ -102,7 +102,7 @@ class StreamSource(Pump):
     def start(self, run: "Run", kick: Kick) -> None:
         if self._use is not None:
             self._use()
-        if self._warns:
+        if self._warns and not isinstance(self._make, CursorSource):
             warn_of_replay(self._resume_at, self.meter.name)
         super().start(run, kick)
 
