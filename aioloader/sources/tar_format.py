@@ -181,8 +181,7 @@ def _members(blocks: TarBlocks, current: _CurrentMember) -> Iterator[Member | En
         if kind in _EXTENSIONS:
             pax = PaxHeaders()
             block, kind, name, size = yield from _extensions(blocks, pax, begin, kind, size)
-        size = 0 if kind in _WITHOUT_DATA else size if pax.size is None else pax.size
-        current.stored = size
+        current.stored = size = 0 if kind in _WITHOUT_DATA else size
         current.sparse = None
         if kind in _FILES:
             link = (pax.link or text(block[157:257])) if kind == _HARD_LINK else None
@@ -198,7 +197,7 @@ def _extensions(
     """Read the headers before a member's own into `pax`, then that one; each `yield` waits for bytes.
 
     Returns:
-        The member's own header, and its kind, name and size.
+        The member's own header, and the member's kind, name and size.
     """
     while True:
         yield from _extension(blocks, pax, kind, size)
@@ -207,7 +206,7 @@ def _extensions(
             yield
         kind, name, size = _header(block, at, begin, False, pax.name)
         if kind not in _EXTENSIONS:
-            return block, kind, name, size
+            return block, kind, name, size if pax.size is None else pax.size
 
 
 def _complete(
