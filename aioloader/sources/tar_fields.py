@@ -37,7 +37,7 @@ def number(field: bytes) -> int:
     if not field[0] & 0x80:
         return octal(field)
     if field[0] & 0x40:
-        raise ValueError(f"{field!r} is a negative number")
+        raise ValueError(f"{field!r}, which is a negative number")
     return int.from_bytes(field) - (0x80 << 8 * (len(field) - 1))
 
 
