@@ -191,9 +191,11 @@ def _zstd() -> Callable[[], Any]:
 class _Zstd:
     """One frame of a zstd file, which is passed to the decoder block by block.
 
-    `zstandard` cannot bound the output of a call: a block of four bytes may hold 128 KiB. So each call gets at most one
-    block, and all blocks before the fault of a broken frame are decompressed. Only the lengths of blocks and the size
-    of the window are read here; the rest is up to the decoder.
+    `zstandard` cannot bound the output of a call: a block of four bytes may hold 128 KiB. So each call gets one block,
+    and all blocks before the fault of a broken frame are decompressed. A block is passed on when all of it is there:
+    of a part of one, the decoder may return bytes that it refuses with the rest, so that what is read of a broken file
+    would depend on how large the reads are. Only the lengths of blocks and the size of the window are read here; the
+    rest is up to the decoder.
 
     Source: RFC 8878, section 3.1.1.
     """
@@ -202,24 +204,29 @@ class _Zstd:
         self._decoder = decoder
         self._max_window_bytes = max_window_bytes
         self._part_length = _Zstd._header_length  # of what comes next; not bound, which would be a cycle
-        self._part_missing = 0  # how many bytes of the current part are to come
-        self._kept = b""  # the beginning of a part whose length is not known yet
+        self._kept: list[bytes] = []  # the beginning of a part
+        self._length: int | None = None  # of that part, once it is known
+        self._missing = 0  # at least so many bytes of it are to come
         self.unused_data = b""
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
-        data = self._kept + data
-        self._kept = b""
+        if self._kept:
+            self._kept.append(data)
+            self._missing -= len(data)
+            if self._missing > 0:
+                return
+            data = b"".join(self._kept)
+            self._kept = []
         at = 0
         while at < len(data) and not self._decoder.eof:
-            if not self._part_missing:
-                length = self._part_length(self, data, at)
-                if length is None:
-                    self._kept = data[at:]
-                    return
-                self._part_missing = length
-            part = data[at : at + self._part_missing]
-            at += len(part)
-            self._part_missing -= len(part)
+            length = self._length = self._length or self._part_length(self, data, at)
+            if length is None or at + length > len(data):
+                self._kept = [data[at:]]
+                self._missing = 1 if length is None else at + length - len(data)
+                return
+            self._length = None
+            part = data[at : at + length]
+            at += length
             piece = self._decoder.decompress(part)
             if piece:
                 yield piece
@@ -260,12 +267,16 @@ class _Zstd:
         if len(data) < at + 3:
             return None
         header = int.from_bytes(data[at : at + 3], "little")
+        kind, size = header >> 1 & 3, header >> 3
+        if kind == 3 or (kind != 1 and size > _MAX_BLOCK_BYTES):
+            return self._all(data, at)  # no block is like that: the decoder refuses it, and need not wait for all of it
         if header & 1:  # the last block
             self._part_length = _Zstd._all  # a checksum, if any
-        return 3 + (1 if header >> 1 & 3 == 1 else header >> 3)  # a byte that is repeated, or that many bytes
+        return 3 + (1 if kind == 1 else size)  # a byte that is repeated, or that many bytes
 
     def _all(self, data: bytes, at: int) -> int | None:
         return len(data) - at
 
 
 _MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_MAX_BLOCK_BYTES: Final = 128 << 10
