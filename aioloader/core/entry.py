@@ -40,7 +40,7 @@ class Entry:
             samples.
         error: The user's exception, raised at this entry's place.
         state: One of the constants above.
-        kept_as: Its key in the caches of its window; set by the step that looks it up there, and not before.
+        kept_as: Its key in the caches of its window, or None if no cache may keep it; not set before it is looked up.
         places: The positions of its samples; set for a batch that was made of entries, and for nothing else.
     """
 
