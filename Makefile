@@ -44,6 +44,12 @@ $(FOLDERS):
 	@$(MAKE) --no-print-directory help >&2
 	@exit 1
 
+# A word that is mistyped.
+.DEFAULT:
+	@echo "'$@' is not a word of this Makefile; the words are:" >&2
+	@$(MAKE) --no-print-directory help >&2
+	@exit 1
+
 # The stamps are made anew when a dependency may have changed. A running demo needs no test tools, hence two of them.
 $(VENV)/.installed-demo: EXTRAS := demo,progress,uvloop
 $(VENV)/.installed-dev: EXTRAS := bench,dev

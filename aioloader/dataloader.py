@@ -10,17 +10,18 @@ import torch.utils.data
 from torch.utils.data import IterableDataset, default_convert
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
-from aioloader.core.checks import check_count, check_integer
+from aioloader.core.checks import check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
+from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.fuse import InProcesses
-from aioloader.engine.inline import InlineBatches, InlineMap, InlineSource
+from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
-from aioloader.engine.source import is_async_callable, warn_of_replay
+from aioloader.engine.stream_source import warn_of_replay
 from aioloader.engine.turns import Turns
 from aioloader.engine.window import Window
 from aioloader.errors import ReplayWarning, StateError
@@ -81,7 +82,7 @@ class DataLoader(Loader, Generic[T_co]):
         batch_sampler: See torch.
         num_workers: Threads. 0: everything in the consumer's thread inside `next()`, nothing ahead; under `async for`,
             one thread, so that the event loop is never blocked.
-        collate_fn: See torch; an async one is awaited on the event loop, behind worker processes too.
+        collate_fn: See torch; an async one is awaited on the event loop, with worker processes too.
         pin_memory: See torch.
         drop_last: See torch; at most one batch is dropped, whatever the number of workers.
         timeout: Seconds to wait for one batch; the batch is not lost.
@@ -258,11 +259,9 @@ class DataLoader(Loader, Generic[T_co]):
     def __aiter__(self) -> AsyncBatches[T_co]:
         return super().__aiter__()
 
-    def __iter__(self) -> Batches[T_co] | InlineBatches[T_co]:
+    def __iter__(self) -> Batches[T_co]:
         warn_of_live(self, self.dataset)
         self._check_usable()
-        if self.num_workers == 0 and not (self._awaited or self._collates_async):
-            return InlineBatches(self, self._open_inline)
         return Batches(self)
 
     def _check_usable(self) -> None:
@@ -283,11 +282,13 @@ class DataLoader(Loader, Generic[T_co]):
 
     # -- without workers ---------------------------------------------------------------------------------------------
 
-    def _open_inline(self) -> tuple[Node, Progress]:
+    def _open_delivery(self) -> SyncDelivery | InlineDelivery:
+        if self.num_workers or self._awaited or self._collates_async:
+            return super()._open_delivery()
         with self._beginning() as progress:
             node, meters = self._inline_nodes(progress)
         self._watch(progress, meters)
-        return node, progress
+        return InlineDelivery(node, progress, self._receiver())
 
     def _gives_all(self) -> bool:
         if not dataset_gives_all(self.dataset, indexed=not self._iterable):
@@ -454,7 +455,7 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _sure_length(self) -> int | None:
         if self._iterable or not self._keys.repeatable or self._keys.generators:
-            return None  # a generator may be drawn from once more behind the last batch
+            return None  # a generator may be drawn from once more at the end
         try:
             return len(self)
         except TypeError:

@@ -1,4 +1,4 @@
-"""`python -m aioloader doctor`: what this machine offers to a loader, and what is missing for what."""
+"""`python -m aioloader doctor`: what this machine offers to a loader, and which optional packages are missing."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from aioloader.engine.loop_thread import new_event_loop
 __all__ = ["OPTIONAL", "REQUIRED", "Facts", "collect", "describe"]
 
 REQUIRED = ("aioloader", "torch", "anyio", "aiofiles")
-"""Distributions without which nothing works."""
+"""Distributions that are always needed."""
 
 OPTIONAL = {
     "uvloop": ("uvloop", "a faster private loop under `for`"),
@@ -31,7 +31,7 @@ OPTIONAL = {
     "psutil": ("demo", "the demo's figures of memory"),
     "scikit-learn": ("demo", "the demo's digits"),
 }
-"""Distributions that something needs: the extra of aioloader that installs each, and what it is for."""
+"""Optional distributions: the extra of aioloader that installs each, and its purpose."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Facts:
     Attributes:
         python: Version and implementation.
         system: Operating system and machine.
-        threading: Whether threads of Python run side by side.
+        threading: Whether Python threads run in parallel.
         versions: Each distribution of `REQUIRED` and `OPTIONAL`; None where it is not installed.
-        event_loop: The class of the loop that the sync face makes.
-        accelerators: The name of each device; empty where there is none.
+        event_loop: The class of the private loop under `for`.
+        accelerators: The name of each device.
         torch_built_for: Where this build of torch can compute, besides the CPU.
-        usable_cores: Cores that this process may run on.
-        open_files: How many files and sockets may be open at once, or None where the system does not tell.
+        usable_cores: How many cores this process may run on.
+        open_files: How many files and sockets may be open at once; None: no limit known.
     """
 
     python: str
@@ -62,7 +62,7 @@ class Facts:
 
 
 def collect() -> Facts:
-    """Look at the interpreter, the installed distributions and the machine."""
+    """Inspect the interpreter, the installed distributions and the machine."""
     return Facts(
         python=f"{platform.python_version()} ({platform.python_implementation()})",
         system=f"{platform.system()} {platform.machine()}",
@@ -77,7 +77,7 @@ def collect() -> Facts:
 
 
 def describe(facts: Facts) -> str:
-    """Return the facts as lines for a terminal, and a last part on what is missing."""
+    """Return the facts as lines for a terminal, and then what is missing."""
     rows = [
         ("python", facts.python),
         ("system", facts.system),

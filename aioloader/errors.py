@@ -1,21 +1,21 @@
-"""The exceptions that are aioloader's own; a user's exception is never replaced by one of them.
+"""The exceptions of aioloader. They never replace a user's exception.
 
     AioloaderError
-    ├── BrokenDataError (ValueError)         a file does not hold what it should; says which, and where in it
-    ├── StateError (ValueError)              a state that cannot be loaded: not ours, another pipeline's, broken
-    ├── SourceUsedUpError (RuntimeError)     a single-use generator was asked for a second epoch
-    ├── LeakedContextError (RuntimeError)    a torch context is held across a `yield` of a user generator
-    ├── SampleCancelledError (RuntimeError)  user code was cancelled, but not by us
-    ├── LoaderClosedError (RuntimeError)     the iterator was closed while somebody waited for a batch
-    ├── ChannelClosedError (RuntimeError)    a sample was sent to a channel that is closed
-    ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited, with a sample in its hands
+    ├── BrokenDataError (ValueError)         a file is damaged; names the file and the place in it
+    ├── StateError (ValueError)              a state cannot be loaded: broken, or of another pipeline
+    ├── SourceUsedUpError (RuntimeError)     a single-use generator was iterated for a second epoch
+    ├── LeakedContextError (RuntimeError)    a user generator holds a torch context across a `yield`
+    ├── SampleCancelledError (RuntimeError)  user code raised `CancelledError` without having been cancelled
+    ├── LoaderClosedError (RuntimeError)     the iterator was closed while a caller waited for a batch
+    ├── ChannelClosedError (RuntimeError)    a sample was sent to a closed channel
+    ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
-    ReplayWarning (UserWarning)              a resumed source reads samples again, only to drop them
+    ReplayWarning (UserWarning)              a resumed source reads samples again and drops them
     UnsplitWarning (UserWarning)             several ranks each read all of the same data
 
-What they say is shown without the secrets in URLs, see `aioloader.masking`.
-Arguments that are wrong raise plain `TypeError` and `ValueError`, as torch's DataLoader does.
+Messages hide the secrets in URLs, see `aioloader.masking`. Wrong arguments raise plain `TypeError` and `ValueError`, as
+in torch's DataLoader.
 """
 
 from aioloader.masking import masked
@@ -43,28 +43,28 @@ class AioloaderError(Exception):
         super().__init__(*(masked(part) if isinstance(part, str) else part for part in args))
 
     def __str__(self) -> str:
-        # Names of files that are no UTF-8 have surrogates, which `print` refuses: they are shown as `\udce9`.
+        # File names that are not UTF-8 contain surrogates, which `print` refuses: they are shown as `\udce9`.
         return super().__str__().encode("utf-8", "backslashreplace").decode()
 
 
 class BrokenDataError(AioloaderError, ValueError):
-    """What a file holds is not what it should be: half a line, not JSON, a truncated archive; says where."""
+    """A file is damaged: half a line, invalid JSON, a truncated archive. The message says where."""
 
 
 class StateError(AioloaderError, ValueError):
-    """A state that this loader cannot load, or a recorded order that it cannot follow; says what is different."""
+    """This loader cannot load a state, or follow a recorded order. The message says what is different."""
 
 
 class ReplayWarning(UserWarning):
-    """A resumed epoch reads samples again and drops them, since its source cannot be entered in the middle."""
+    """A resumed epoch reads samples again and drops them, since its source cannot start in the middle."""
 
 
 class UnsplitWarning(UserWarning):
-    """There are several ranks, and nothing splits the data of a loader among them: each trains on everything."""
+    """Nothing splits the data of a loader among the ranks, so each of them trains on all of it."""
 
 
 class SourceUsedUpError(AioloaderError, RuntimeError):
-    """A generator, which can be iterated once, was asked for a second epoch."""
+    """A generator, which can be iterated once, was iterated for a second epoch."""
 
 
 class LeakedContextError(AioloaderError, RuntimeError):
@@ -72,19 +72,19 @@ class LeakedContextError(AioloaderError, RuntimeError):
 
 
 class SampleCancelledError(AioloaderError, RuntimeError):
-    """A user's function raised `CancelledError` while nobody had cancelled the loader."""
+    """A user's function raised `CancelledError`, but the loader had not been cancelled."""
 
 
 class LoaderClosedError(AioloaderError, RuntimeError):
-    """The iterator was closed by somebody else while this caller waited for its next batch."""
+    """The iterator was closed by another caller while this one waited for its next batch."""
 
 
 class ChannelClosedError(AioloaderError, RuntimeError):
-    """A sample was sent to a `Channel` that is closed, or was closed while the sender waited: it has not been sent."""
+    """The `Channel` was closed before or while a sample was sent to it. The sample has not been sent."""
 
 
 class WorkerDiedError(AioloaderError, RuntimeError):
-    """A worker process ended while it had a sample: says how, and which one. The epoch goes on in a fresh worker."""
+    """A worker process ended while it had a sample. The message says how, and which one. A new worker takes over."""
 
 
 class DeviceError(AioloaderError, RuntimeError):

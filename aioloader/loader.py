@@ -20,7 +20,8 @@ from aioloader.core.forks import tell_of_fork
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
 from aioloader.device import Transfer, Transferred
-from aioloader.engine.faces import AsyncBatches, AsyncDelivery, Batches, Delivery, LoaderHooks, Receive, SyncDelivery
+from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
+from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
@@ -201,10 +202,10 @@ class Loader(LoaderHooks):
         return AsyncBatches(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next epoch be number `epoch`; those after it count on from there.
+        """Let the next epoch be number `epoch`; later ones count on from there.
 
-        A state that was loaded and has not begun stays, if it is of this epoch: trainers call this before each one. One
-        of another epoch is dropped, with a warning when that loses its place.
+        A loaded state that has not begun is kept if it is of this epoch, since trainers call this before each one. A
+        state of another epoch is dropped, with a warning if it was in the middle of that epoch.
 
         Args:
             epoch: At least 0. Shuffle orders depend on it.
@@ -313,13 +314,13 @@ class Loader(LoaderHooks):
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the newest epoch that has begun stands: behind the last batch that its iterator gave.
+        """The position of the newest epoch: after the last batch that its iterator gave.
 
-        A small dict that JSON can hold, the same whatever the concurrency, the workers or the face. Its keys are always
-        the same, and its values are integers and strings. It may be asked for at any time, from any thread, and costs
-        nothing when it is not. A batch that raised an error counts as given; what is made ahead does not. After the
-        last batch it is the beginning of the next epoch, whose order is settled by that. Right after `load_state_dict`
-        it is what was loaded.
+        A small dict that JSON can hold, the same for every concurrency, kind of worker and face. Its keys never change,
+        and its values are integers and strings. Call it at any time, from any thread; it costs nothing unless you do. A
+        batch that raised an error counts as given, batches made ahead do not. After the last batch the state is the
+        beginning of the next epoch, and asking for it settles that epoch's order. Right after `load_state_dict` it is
+        what was loaded.
 
         `docs/checkpoint.md` has the schema. `"guarantee"` says what a resume gives: `"exact"`, `"replayed"` (a source
         is read again from its beginning, which is exact if it gives the same again) or `"at-least-once"`.
@@ -332,14 +333,14 @@ class Loader(LoaderHooks):
         return self._state_of(self._progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next epoch that begins be the one that `state` is of, and go on behind the batch it was taken after.
+        """Make the next epoch continue the one that `state` was taken from, right after the last batch it had given.
 
-        Iterators that have begun are not touched. Concurrency, number and kind of workers, prefetch, executor, device
-        and face may be others than when the state was taken; what decides the order may not.
+        Running iterators are not touched. Concurrency, number and kind of workers, prefetch, executor, device and
+        face may differ from those the state was taken with; what decides the order may not.
 
         Raises:
-            StateError: Not a state, or one of another version, of other stages or of another dataset; the loader is
-                as it was.
+            StateError: `state` is no state, or is of another version, other stages or another dataset. The loader is
+                unchanged.
         """
         loaded = contents_of(state)
         check_fits(loaded, loader=self._kind, pipeline=self._shape(), check_ranks=self._check_ranks)
@@ -426,19 +427,19 @@ class Loader(LoaderHooks):
         return None if self._progress is None else self._progress.info
 
     def replay(self, step: int) -> Any:
-        """The very batch that the newest epoch gave as number `step`, made once more. An error is raised again.
+        """Make batch number `step` of the newest epoch once more, exactly. If it was an error, that is raised again.
 
-        The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables that
-        know where they are are copied, and torch's global generator is put back as it was before, so draw nothing from
-        it meanwhile in another thread. What a source cannot enter in the middle is read again up to there, and must
-        give the same again. It runs on a loop of its own, as `for` does; `areplay` runs on the caller's.
+        The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables with
+        a state are copied, and torch's global generator is restored, so draw nothing from it in another thread
+        meanwhile. A source that cannot be entered in the middle is read again up to there, and must give the same
+        samples. The replay runs on a loop of its own, as `for` does; `areplay` runs on the caller's.
 
         Args:
             step: From 0, as in `BatchInfo`; one of the last 4096.
 
         Raises:
-            LookupError: That step is not known (any more), or it would be another batch: samples that come in another
-                order each time, or cannot be had again.
+            LookupError: The step is not known (any more), or the batch cannot be made again: its samples come in
+                another order each time, or are gone.
         """
         with self._replaying(step) as again, torch.random.fork_rng(devices=()), again:
             return next(iter(again))
@@ -515,9 +516,9 @@ class Loader(LoaderHooks):
         return None
 
     def skip_steps(self, first: int, stop: int, *, epoch: int | None = None) -> None:
-        """Leave out the batches number `first` to `stop - 1` of an epoch, errors included; the state records it.
+        """Leave out batches `first` to `stop - 1` of an epoch, errors included; the state records it.
 
-        They are made and dropped, so that all others stay what they are.
+        They are made and dropped, so that all other batches stay the same.
 
         Args:
             first: From 0, as in `BatchInfo`.
@@ -592,9 +593,9 @@ class Loader(LoaderHooks):
         await self.aclose()
 
     def close(self) -> None:
-        """End all epochs that are under way, and let go of what is kept between epochs. Idempotent.
+        """End all running epochs and release what is kept between epochs. Idempotent.
 
-        Returns when tasks and threads are gone, at most a few seconds later. Epochs of `async for` are only told to
+        Returns when tasks and threads are gone, after a few seconds at most. Epochs of `async for` are only asked to
         end, since their loop may be the caller's: use `aclose` there. The loader itself stays usable.
         """
         for delivery in self._alive():
@@ -643,7 +644,7 @@ class Loader(LoaderHooks):
             processes.join(2 * CLOSE_SECONDS)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The description; what is alive stays behind."""
+        """The description, without anything that is running."""
         alive = Loader.__new__(type(self))
         Loader.__init__(alive)
         return {name: value for name, value in self.__dict__.items() if name not in alive.__dict__}

@@ -1,4 +1,4 @@
-"""What of a URL is a secret, and is left out wherever one is shown: in notes, errors and `repr`."""
+"""Hides the secrets in URLs wherever these are shown: in notes, errors and `repr`."""
 
 import re
 from contextlib import suppress
@@ -8,12 +8,12 @@ __all__ = ["MASK", "mask_message", "masked"]
 
 MASK: Final = "***"
 
-# Stores quote a key that is put into a URL, so each mark may be there as it is or as `%3A`.
+# Stores quote keys in URLs, so each mark may occur as it is or quoted, as `%3A`.
 _COLON, _SLASH, _AT, _EQUALS = (f"(?:{mark}|%{ord(mark):02X})" for mark in ":/@=")
 
 _USER: Final = re.compile(
-    # Before a host: all up to the last @. A password may hold slashes that nobody quoted, but a port and a path are no
-    # password; and one that was cut off, with the text that it was in, has no @.
+    # Before a host: everything up to the last @. A password may have unquoted slashes, but a port and a path are not a
+    # password. A password in a text that was cut off may have no @ after it.
     rf"""({_COLON}{_SLASH}{{2}})
     (?: [^/?\#\s'"]*{_AT}
       | [^/?\#\s'"@:]+ : (?!\d*(?:[/?\#\s'",)\]]|$)) [^\s'"@]* (?:@|$)
@@ -27,7 +27,7 @@ _PARAMETER: Final = re.compile(
 )
 
 _SECRET: Final = re.compile(
-    # Names of parameters: Amazon's, Google's, Azure's, Alibaba's and CloudFront's, and what others call a secret.
+    # Names of parameters: Amazon's, Google's, Azure's, Alibaba's and CloudFront's, and other usual ones.
     r"""(.*(signature|credential|secret|password|passwd|token|access[_-]?key(_?id)?|api[_-]?key)
     | ((x-|.*[_.-])?(sig|sign|auth|authorization|oauth|pwd|pass|sas|jwt|hmac|policy|pw|session|sessionid|hdnts|hdnea))
     | (key-pair-id|.*(subscription|account|sas|private)[_-]?key)
@@ -36,13 +36,13 @@ _SECRET: Final = re.compile(
 )
 
 _LONG_KEY: Final = re.compile(r"[\w-]{20,}")
-"""What Google's services take as `key=`; others call the name of an object so."""
+"""The value of `key=` in Google's services. For others, `key` is the name of an object."""
 
 
 def masked(text: str) -> str:
-    """`text` with `***` for the user and the password of each URL in it, and for what signs or opens one.
+    """`text` with `***` for the user and the password of each URL in it, and for signatures, tokens and the like.
 
-    What is left still tells one sample from another, as a key must in a note: hosts, paths, and other parameters.
+    Hosts, paths and other parameters are kept, so that keys in notes still identify samples.
     """
     if "=" not in text and "%3" not in text and "//" not in text:
         return text
@@ -60,11 +60,11 @@ def _without_secret(match: re.Match[str]) -> str:
 
 
 _DEBUG: Final = re.compile(r'(password: Some\(")[^"]*')
-"""How obstore shows a password in what it says for those who debug it."""
+"""How obstore shows a password in debug output."""
 
 
 def mask_message(error: BaseException) -> None:
-    """Mask what `error` and its causes say, in place; for those that stores raise, which name the whole URL."""
+    """Mask the messages of `error` and its causes in place. Errors of stores contain the whole URL."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:

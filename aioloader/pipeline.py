@@ -12,13 +12,19 @@ from torch import Generator, empty, int64
 
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
-from aioloader.core.checks import check_callable, check_count, check_gives_one, check_integer, check_seconds
+from aioloader.core.checks import (
+    check_callable,
+    check_count,
+    check_gives_one,
+    check_integer,
+    check_seconds,
+    is_async_callable,
+)
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
-from aioloader.engine.source import is_async_callable
 from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
@@ -96,10 +102,10 @@ class Pipeline(Loader):
     def _then(self, stage: Stage) -> "Pipeline":
         """This pipeline and one more stage."""
         if self._plan.gives_info:
-            raise ValueError(f"with_info() must be the last stage, got {stage.label} behind it")
+            raise ValueError(f"with_info() must be the last stage, got {stage.label} after it")
         if self._plan.stages and self._plan.stages[-1].must_be_last:
             last = self._plan.stages[-1]
-            raise ValueError(f"{last.label} must be the last stage, got {stage.label} behind it; put it before .to()")
+            raise ValueError(f"{last.label} must be the last stage, got {stage.label} after it; put it before .to()")
         return self._of(replace(self._plan, stages=(*self._plan.stages, stage)))
 
     # -- stages ------------------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ class Pipeline(Loader):
         record_order: str | PathLike[str] | None = None,
         replay_order: str | PathLike[str] | None = None,
     ) -> "Pipeline":
-        """`fn` of each sample.
+        """Call `fn` with each sample, and give what it returns.
 
         Args:
             fn: Takes a sample and returns one. An async function is awaited on the loop; any other runs in threads.
@@ -155,19 +161,19 @@ class Pipeline(Loader):
         )
 
     def filter(self, fn: Callable[[Any], Any]) -> "Pipeline":
-        """The samples of which `fn`, sync or async, is true."""
+        """Keep the samples for which `fn`, sync or async, returns true."""
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
         return self._then(Filter(fn, is_async_callable(fn)))
 
     def drop_if(self, fn: Callable[[Any], Any]) -> "Pipeline":
-        """All but the samples of which `fn` is true when their turn comes, however long ago they were made.
+        """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
 
-        `filter` looks at a sample as soon as it is there; this looks when what stands behind takes it: before `batch`
-        when the sample is put into a batch, and once more just before that batch is collated (which may make it
-        shorter); before `map` and others when these take it, ahead of the batch, and never at what they make of it; as
-        the last stage at the moment of the consumer's `next()`. Batches made ahead are not looked at again: put another
-        `drop_if` behind `batch`, or use `prefetch(0)`.
+        `filter` looks at a sample as soon as it is there; `drop_if` looks when the next stage takes it. Before `batch`
+        that is when the sample is put into a batch, and once more just before that batch is collated (which may make
+        it shorter). Before `map` and other stages it is when these take the sample, ahead of the batch; what they make
+        of it is not looked at. As the last stage it is the moment of the consumer's `next()`. Batches made ahead are
+        not looked at again: put another `drop_if` after `batch`, or use `prefetch(0)`.
 
         ```python
         def stale(sample):
@@ -189,7 +195,7 @@ class Pipeline(Loader):
         return self._then(DropIf(fn))
 
     def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline":
-        """All items of `fn(sample)`, an iterable or async iterable; those of one sample after those of the other.
+        """Give all items of `fn(sample)`, an iterable or async iterable, one sample after the other.
 
         A generator function is iterated in a thread, an async generator function on the loop, each by one task.
         """
@@ -197,7 +203,7 @@ class Pipeline(Loader):
         return self._then(FlatMap(fn))
 
     def shuffle(self, buffer_size: int | None = None, *, seed: int = 0) -> "Pipeline":
-        """Another order in each epoch; it depends on `seed` and the number of the epoch alone.
+        """Give the samples in another order in each epoch, which depends only on `seed` and the number of the epoch.
 
         Args:
             buffer_size: None: a full permutation, for an indexable source, with nothing but `map`, `shard`, `take` and
@@ -224,18 +230,16 @@ class Pipeline(Loader):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         max_wait: float | None = None,
     ) -> "Pipeline":
-        """Batches of `batch_size` samples.
+        """Group samples into batches of `batch_size`.
 
         Args:
             batch_size: At least 1.
-            drop_last: Leave out a last batch that is shorter. It is about the end of the source alone: what `max_wait`
-                cuts short is given.
+            drop_last: Leave out a shorter batch at the end of the source. Batches that `max_wait` cuts short are given.
             collate_fn: From a list of samples to a batch, off the event loop (an async one on it). Default: torch's
                 `default_collate`, which says which samples do not fit. `list` or `tuple`: the samples as they are,
                 which costs nothing.
-            max_wait: Seconds, 0 or more, after which a batch is given as it is, counted from its first sample: for
-                sources whose samples come when they come. None: a batch waits until it is full. How many were given
-                short stands in `stats()` as `partial`.
+            max_wait: Seconds, 0 or more, after which a batch is given as it is, counted from its first sample. For live
+                sources. None: a batch waits until it is full. `stats()` counts short batches as `partial`.
         """
         size = check_count("batch_size", batch_size, least=1)
         if collate_fn is not None:
@@ -247,23 +251,23 @@ class Pipeline(Loader):
     def cache(
         self, *, memory_bytes: int | None = None, disk: str | PathLike[str] | None = None, version: Any = ""
     ) -> "Pipeline":
-        """Keeps the samples that come here, so that the next epoch does not make them again.
+        """Keep the samples that come here, so that the next epoch does not make them again.
 
-        A sample that is kept spares all stages in front of this one. Those of an indexable source with nothing but
+        For a cached sample none of the stages before this one runs. Samples of an indexable source with nothing but
         `map`, `filter`, `shuffle()`, `shard`, `take` and `skip` in between are known by their keys, and may come in
-        another order in each epoch. All others are known by their position, so that what is in front must give the same
-        samples in each epoch; as far as they are kept, the source is not even opened. What is drawn at random belongs
-        behind the cache. Errors are not kept.
+        another order in each epoch. All others are known by their position, so the stages before the cache must give
+        the same samples in each epoch; a source whose samples are all cached is not even opened. Random augmentation
+        belongs after the cache. Errors are not kept.
 
         In memory the cache belongs to this pipeline and those made of it, and lives as long as they do. Nothing is
-        evicted: when the budget is used up, the other samples are made anew in each epoch. Functions behind the cache
-        get copies of what is in it, and may change them.
+        evicted: when the budget is used up, the other samples are made anew in each epoch. Functions after the cache
+        get copies, and may change them.
 
         Args:
             memory_bytes: The budget, at least 1.
             disk: A directory, made when it is needed, which other processes may use at the same time. Samples travel by
                 pickle: it is to be trusted as code is.
-            version: Of what is in front of a cache on disk, anything that has a `str`. The directory is refused when it
+            version: Of what is before a cache on disk, anything that has a `str`. The directory is refused when it
                 was made with another one, or by a pipeline of other stages; change it when functions have changed.
 
         Raises:
@@ -284,19 +288,19 @@ class Pipeline(Loader):
         return self._then(Cache(store, pipeline))
 
     def unbatch(self) -> "Pipeline":
-        """The samples of each batch: rows of tensors, items of lists; the inverse of the default `batch`."""
+        """Give the samples of each batch, rows of tensors and items of lists: the inverse of the default `batch`."""
         return self._then(Unbatch(flows_of(self._plan)[-1].collated))
 
     def take(self, n: int) -> "Pipeline":
-        """The first `n`; what is behind them is not read."""
+        """Give the first `n` samples; no more are read."""
         return self._then(Take(check_count("n", n, least=0)))
 
     def skip(self, n: int) -> "Pipeline":
-        """All but the first `n`."""
+        """Leave out the first `n` samples."""
         return self._then(Skip(check_count("n", n, least=0)))
 
     def repeat(self, n: int | None = None) -> "Pipeline":
-        """Everything before this `n` times, or for ever, shuffled anew each time."""
+        """Give everything before this `n` times, or for ever, shuffled anew each time."""
         if n is not None:
             n = check_count("n", n, least=0, hint="leave it out to repeat for ever")
         for stream in _streams(self._plan):
@@ -308,7 +312,7 @@ class Pipeline(Loader):
         return self._then(Repeat(n))
 
     def enumerate(self) -> "Pipeline":
-        """Pairs `(number, sample)`, from 0 in each epoch."""
+        """Give pairs `(number, sample)`, counted from 0 in each epoch."""
         return self._then(Enumerate())
 
     def shard(
@@ -320,7 +324,7 @@ class Pipeline(Loader):
         mesh: Any = None,
         even: Even = "pad",
     ) -> "Pipeline":
-        """This rank's part: every `world_size`-th sample, the same number on every rank.
+        """Give this rank's part: every `world_size`-th sample, the same number on every rank.
 
         Without arguments, rank and world size are those of torch.distributed when it is initialised, else of the
         environment's RANK and WORLD_SIZE, else there is one rank. They are looked up when iteration begins; nothing
@@ -344,7 +348,7 @@ class Pipeline(Loader):
         return self._then(Shard(rank, world_size, group, mesh, even))
 
     def in_process(self) -> "Pipeline":
-        """Everything before this in a process of its own: for a loop whose main thread is busy in Python.
+        """Run everything before this in a process of its own, for a training loop that is busy in Python.
 
         There it has an event loop, threads and a GIL of its own, and finished batches come in shared memory that is
         used again. Order, errors at their place, bounds and state are as without it. What is different: all of it is
@@ -374,14 +378,14 @@ class Pipeline(Loader):
         return self._then(OwnProcess())
 
     def pin_memory(self) -> "Pipeline":
-        """Batches in page-locked memory, for copies to a device that you make yourself; `to` does both.
+        """Put batches into page-locked memory, for copies to a device that you make yourself; `to` does both.
 
         Without an accelerator it warns and does nothing, as torch's DataLoader does.
         """
         return self._then(PinMemory())
 
     def to(self, device: Any) -> "Pipeline":
-        """Batches on `device`, safe to use on the stream that is current at `next()`. The last stage.
+        """Copy batches to `device`, safe to use on the stream that is current at `next()`. The last stage.
 
         Args:
             device: `"cuda"`, `"cuda:1"`, `"cpu"`, a `torch.device`, or the index of a CUDA device.
@@ -402,7 +406,7 @@ class Pipeline(Loader):
         return self._of(replace(self._plan, prefetch=count))
 
     def with_seed(self, seed: int | None) -> "Pipeline":
-        """Let `sample_rng()` in its functions depend on `seed`; None: draw one, and keep it in the state.
+        """Let `sample_rng()` in this pipeline's functions depend on `seed`; None: draw one, and keep it in the state.
 
         With `shard`, None is 0, since all ranks need the same.
 
@@ -411,7 +415,7 @@ class Pipeline(Loader):
         return self._of(replace(self._plan, seed=None if seed is None else check_integer("seed", seed)))
 
     def with_info(self) -> "Pipeline":
-        """Pairs `(batch, info)` instead of batches: a `BatchInfo` says which samples are in it. The last stage."""
+        """Give pairs `(batch, info)`: a `BatchInfo` says which samples are in the batch. The last stage."""
         return self._of(replace(self._plan, gives_info=True))
 
     @property
@@ -427,7 +431,7 @@ class Pipeline(Loader):
 
     @staticmethod
     def merge(*sources: Any) -> "Pipeline":
-        """Samples of all sources, as they come. Ends when all have ended.
+        """Give samples of all sources, as they come. Ends when all have ended.
 
         When a source fails, its error is raised once, and the others go on; a resume tries it again.
         """
@@ -435,7 +439,7 @@ class Pipeline(Loader):
 
     @staticmethod
     def interleave(*sources: Any) -> "Pipeline":
-        """One sample of each source in turn, the first source's first; goes on with the others when one ends.
+        """Give one sample of each source in turn, the first source's first; goes on with the others when one ends.
 
         When a source fails, its error is raised in its turn, and the others go on; a resume tries it again.
         """
@@ -443,7 +447,7 @@ class Pipeline(Loader):
 
     @staticmethod
     def mix(sources: Sequence[Any], weights: Sequence[float], *, seed: int = 0) -> "Pipeline":
-        """Samples of several sources, each drawn by weight; goes on with the others when one ends.
+        """Give samples of several sources, each drawn by weight; goes on with the others when one ends.
 
         When a source fails, its error is raised where it is drawn, and the others go on; a resume tries it again.
 
@@ -462,7 +466,7 @@ class Pipeline(Loader):
 
     @staticmethod
     def zip(*sources: Any) -> "Pipeline":
-        """Tuples with one sample of each source; ends with the shortest, and when one fails."""
+        """Give tuples with one sample of each source; ends with the shortest, and when one fails."""
         return Pipeline._of(Plan(Combined("zip", _plans("zip", sources))))
 
     # -- what a loader is --------------------------------------------------------------------------------------------
@@ -613,9 +617,9 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
     pipelines = [source if isinstance(source, Pipeline) else Pipeline(source) for source in sources]
     for pipeline in pipelines:
         if pipeline._plan.gives_info:
-            raise ValueError(f"{how} combines samples, got pairs with their info; put .with_info() behind .{how}()")
+            raise ValueError(f"{how} combines samples, got pairs with their info; put .with_info() after .{how}()")
         if any(stage.on_device for stage in pipeline._plan.stages):
-            raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() behind .{how}()")
+            raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() after .{how}()")
     return tuple(pipeline._plan for pipeline in pipelines)
 
 

@@ -16,9 +16,9 @@ __all__ = ["SampleRng", "sample_rng"]
 
 
 class SampleRng(torch.Generator):
-    """A `torch.Generator` of one sample, with the generators of numpy and of Python's `random` beside it.
+    """A `torch.Generator` for one sample, which also has generators for numpy and for Python's `random`.
 
-    Each of the three goes on where it was when it is asked for again for the same sample.
+    A second call for the same sample returns the same generators, which go on where they were.
     """
 
     _sample_seed: int
@@ -27,14 +27,14 @@ class SampleRng(torch.Generator):
 
     @classmethod
     def of(cls, seed: int) -> "SampleRng":
-        """One that begins with `seed`, in [0, 2**63)."""
+        """A generator seeded with `seed`, in [0, 2**63)."""
         rng = cls()
         rng.manual_seed(seed)
         rng._sample_seed = seed
         return rng
 
     def numpy(self) -> "numpy.random.Generator":
-        """For code that draws from numpy."""
+        """A generator of numpy."""
         if self._numpy is None:
             import numpy
 
@@ -43,18 +43,18 @@ class SampleRng(torch.Generator):
         return found
 
     def random(self) -> random.Random:
-        """For code that draws from Python's `random`."""
+        """A generator of Python's `random`."""
         if self._random is None:
             self._random = random.Random(self._sample_seed)
         return self._random
 
 
 def sample_rng() -> SampleRng:
-    """The random numbers of the sample at hand; inside a function of `map` or `filter`, or a dataset's `__getitem__`.
+    """The random numbers of the current sample; call it in a function of `map` or `filter`, or in `__getitem__`.
 
-    They depend on the loader's seed, the epoch, the stage and the sample's key alone: its index or path, or what it was
-    loaded by. So an augmentation is the same with one worker and with eight, in threads, processes or on the loop,
-    on any number of ranks, and after a resume; and another one in the next epoch.
+    They depend only on the loader's seed, the epoch, the stage, and the sample's key: its index or path, or whatever it
+    was loaded by. So an augmentation is the same with one worker and with eight, in threads, in processes and on the
+    loop, on any number of ranks, and after a resume. It differs in the next epoch.
 
     ```python
     def augment(image: torch.Tensor) -> torch.Tensor:
@@ -62,11 +62,11 @@ def sample_rng() -> SampleRng:
         return image + 0.1 * torch.randn(image.shape, generator=rng)
     ```
 
-    The seed is that of `Pipeline.with_seed(seed)` or `DataLoader(seed=...)`; without one, a loader draws one for itself
-    and keeps it in its state.
+    The seed is that of `Pipeline.with_seed(seed)` or `DataLoader(seed=...)`. Without one, the loader draws a seed and
+    keeps it in its state.
 
     Raises:
-        RuntimeError: There is no sample at hand.
+        RuntimeError: There is no current sample.
     """
     sample = current_sample.get()
     name = None if sample is None else sample.name
@@ -75,10 +75,10 @@ def sample_rng() -> SampleRng:
             "sample_rng() gives the random numbers of a sample, got a call where there is none; call it inside a "
             "function that a loader runs: of map or filter, or a dataset's __getitem__"
         )
-    whose = (name, name.position, sample.seed)
-    if sample.rng is not None and sample.rng[0] == whose:
+    identity = (name, name.position, sample.seed)
+    if sample.rng is not None and sample.rng[0] == identity:
         found: SampleRng = sample.rng[1]
         return found
     rng = SampleRng.of(derive_seed(sample.seed, key_text(name.key)))
-    sample.rng = (whose, rng)
+    sample.rng = (identity, rng)
     return rng

@@ -16,8 +16,8 @@ import torch
 from obstore.store import HTTPStore
 
 from aioloader import Pipeline
+from aioloader.core.memory import tensor_over_bytes
 from aioloader.sources import Objects
-from aioloader.sources.buffers import tensor_over
 from bench._harness import PER_SECOND, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick
 from bench._object_server import ObjectServer
 
@@ -64,7 +64,7 @@ def bare(url: str, count: int, *, batches: bool = False) -> Epoch:
             content = await (await obstore.get_async(store, f"{number:06}")).bytes_async()
             assert len(content) == SIZE
             if batches:
-                batch[number % BATCH].copy_(tensor_over(content))
+                batch[number % BATCH].copy_(tensor_over_bytes(content))
             tick(1)
 
     async def main(tick: Tick) -> None:

@@ -17,9 +17,9 @@ class Opened(CursorSource):
         self._cursor = cursor
         self.cursors: list[Any] = []
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         assert cursor is None
-        return _Tapped(self._source.open(access, self._cursor), self.cursors)
+        return _Tapped(self._source.open(context, self._cursor), self.cursors)
 
 
 class _Tapped(EntryReader):

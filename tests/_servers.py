@@ -98,7 +98,7 @@ class HttpServer:
         files: What is served, by path without the first slash.
         faults: By path, what is wrong with the answers, one after the other; those after the last are fine.
         gate: If there is one, each request waits at its path's gate.
-        versions: By path, what the file is at each answer; for one that is written anew while it is read.
+        versions: By path, what the file is at each answer; for one that is rewritten while it is read.
         tells: How an answer says which version it is of: by an ETag, by a weak one, by the time of change, or not.
         conditions: Whether `If-Match` and `If-Unmodified-Since` are understood.
         heads: Whether HEAD is understood.

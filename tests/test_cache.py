@@ -25,7 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioloader import BrokenDataError, Pipeline, SourceUsedUpError, sample_rng
-from aioloader.cache import disk as disk_cache
+from aioloader.cache import segment as segment_files
+from aioloader.cache.disk import DiskStore
 from aioloader.cache.samples import copied, kept, size_of
 from aioloader.core.keys import PartKey, SourceKey, key_text, read_key, source_of, written_key
 from aioloader.sources import Lines
@@ -819,13 +820,13 @@ def test_any_cut_and_any_flipped_byte_is_found_out(tmp_path: Path) -> None:
 
 def test_two_threads_that_open_a_file_at_once_both_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both find it closed and open it; the later one is kept, and the other must stay open until it has been read."""
-    store = disk_cache.DiskStore(tmp_path / "cache", "")
+    store = DiskStore(tmp_path / "cache", "")
     store.open("any")
     for key in range(2):
         store.put(key, torch.full((1000,), key), None)
     both_open, both_read = threading.Barrier(2), threading.Barrier(2)
 
-    class Opened(disk_cache._SharedFile):
+    class Opened(segment_files._SharedFile):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             both_open.wait(10)
@@ -834,9 +835,9 @@ def test_two_threads_that_open_a_file_at_once_both_read_it(tmp_path: Path, monke
         both_read.wait(10)
         return read_now(*args)
 
-    read_now = disk_cache._read
-    monkeypatch.setattr(disk_cache, "_SharedFile", Opened)
-    monkeypatch.setattr(disk_cache, "_read", read)
+    read_now = segment_files._read
+    monkeypatch.setattr(segment_files, "_SharedFile", Opened)
+    monkeypatch.setattr(segment_files, "_read", read)
     with ThreadPoolExecutor(2) as threads:
         samples = list(threads.map(store.load, [store.find(0), store.find(1)]))
     assert [int(sample[0]) for sample in samples] == [0, 1]
@@ -961,10 +962,10 @@ def test_a_stream_is_opened_once_for_all_that_was_lost_of_it(tmp_path: Path) -> 
 def _lose(folder: Path, numbers: Iterable[int]) -> None:
     """Break the samples of a stream with these numbers."""
     (index,) = folder.glob("*.index")
-    segment = disk_cache._StoredSegment(folder, index.stem)
+    segment = segment_files.StoredSegment(folder, index.stem)
     seed = zlib.crc32((folder / "cache.json").read_bytes())
     data = bytearray(segment.samples.read_bytes())
-    for key, location, _ in disk_cache._entries(index.read_bytes(), segment, seed):
+    for key, location in segment.new_entries(seed):
         if key[0] == "@" and key[1] in numbers:
             data[location.offset + location.length // 2] ^= 1
     segment.samples.write_bytes(data)
@@ -1165,7 +1166,7 @@ def test_without_its_description_a_directory_gives_nobody_anothers_samples(tmp_p
 
 def test_a_place_that_was_made_again_meanwhile_is_not_forgotten(tmp_path: Path) -> None:
     """Two epochs find the same sample lost; the one that comes later does not undo what the other has made."""
-    store = disk_cache.DiskStore(tmp_path / "c", "")
+    store = DiskStore(tmp_path / "c", "")
     store.open("any")
     store.put(1, torch.zeros(10), None)
     lost = store.find(1)
@@ -1183,13 +1184,13 @@ def test_a_disk_that_takes_no_files_is_read_on(tmp_path: Path, monkeypatch: pyte
     folder = tmp_path / "c"
     collect(Pipeline(range(10)).map(make_tensor).cache(disk=folder).take(6), "for")
 
-    class ReadOnly(disk_cache._SharedFile):
+    class ReadOnly(segment_files._SharedFile):
         def __init__(self, path: Path, flags: int) -> None:
             if flags & os.O_CREAT:
                 raise OSError(errno.EROFS, "Read-only file system", str(path))
             super().__init__(path, flags)
 
-    monkeypatch.setattr(disk_cache, "_SharedFile", ReadOnly)
+    monkeypatch.setattr(segment_files, "_SharedFile", ReadOnly)
     loader = Pipeline(range(10)).map(make_tensor).cache(disk=folder)
     with pytest.warns(RuntimeWarning, match="cannot be written to, and keeps no more: .*Read-only file system"):
         assert first_values(collect(loader, "for")) == list(range(10))
@@ -1266,7 +1267,7 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
 
 def test_a_full_disk_ends_keeping_and_not_the_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns once; what was kept before is read on."""
-    real = disk_cache._write
+    real = segment_files._write
     written: list[int] = []
 
     def write(fd: int, parts: list[memoryview]) -> None:
@@ -1275,7 +1276,7 @@ def test_a_full_disk_ends_keeping_and_not_the_epoch(tmp_path: Path, monkeypatch:
             raise OSError(28, "No space left on device")
         real(fd, parts)
 
-    monkeypatch.setattr(disk_cache, "_write", write)
+    monkeypatch.setattr(segment_files, "_write", write)
     loader = Pipeline(range(10)).map(str, concurrency=1).cache(disk=tmp_path / "c")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -1472,3 +1473,26 @@ def test_a_key_that_was_written_down_says_the_same(key: Any) -> None:
     read = read_key(json.loads(json.dumps(written_key(key))))
     assert key_text(read) == key_text(key)
     assert source_of(read) == source_of(key)
+
+
+@on_both_faces
+def test_that_flat_map_gave_nothing_is_kept_and_its_error_is_not(face: Face) -> None:
+    """Nobody can tell an empty answer from an outage; an error is one."""
+    down = {3}
+
+    def empty(key: int) -> list[int]:
+        return [] if key in down else [key]
+
+    def failing(key: int) -> list[int]:
+        if key in down:
+            raise OSError("down")
+        return [key]
+
+    kept = Pipeline(range(6)).flat_map(empty).cache(memory_bytes=1 << 20)
+    again = Pipeline(range(6)).flat_map(failing).cache(memory_bytes=1 << 20)
+    assert collect(kept, face) == [0, 1, 2, 4, 5]
+    with Steps(again, face) as steps:
+        assert [str(outcome) for outcome in steps.outcomes()] == ["0", "1", "2", "down", "4", "5"]
+    down.clear()
+    assert collect(kept, face) == [0, 1, 2, 4, 5]
+    assert collect(again, face) == [0, 1, 2, 3, 4, 5]

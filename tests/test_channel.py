@@ -21,7 +21,7 @@ from aioloader import ChannelClosedError, DataLoader, Pipeline
 from aioloader.engine.progress import Progress
 from aioloader.engine.source_context import RunSourceContext
 from aioloader.sources import Channel
-from aioloader.sources.channel import KEPT_SAMPLES
+from aioloader.sources.channel_ledger import KEPT_SAMPLES
 from aioloader.testing import virtual_order
 from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, run, turns, until
 

@@ -155,11 +155,11 @@ def test_a_zstd_window_is_read_up_to_a_limit_that_can_be_raised(
     for window_log in (17, 27, 28, 30):
         assert found(window_log) == "0"
     assert found(31) == (
-        f"{path}: the zstd data needs a window of 2147483648 bytes, and at most 1073741824 are taken; pass a larger "
+        f"{path}: the zstd data needs a window of 2147483648 bytes, and at most 1073741824 are allowed; pass a larger "
         f"max_window_bytes"
     )
     assert found(31, max_window_bytes=1 << 31) == "0"
-    assert "a window of 1048576 bytes, and at most 1048575 are taken" in found(20, max_window_bytes=(1 << 20) - 1)
+    assert "a window of 1048576 bytes, and at most 1048575 are allowed" in found(20, max_window_bytes=(1 << 20) - 1)
     with pytest.raises(ValueError, match="max_window_bytes must be at least 1, got 0"):
         make(path, max_window_bytes=0)
 
@@ -169,7 +169,7 @@ def test_the_content_of_a_frame_in_one_segment_is_its_window() -> None:
     content = zstandard.ZstdCompressor(level=3).compress(bytes(1000))
     assert content[4] & 0x20
     assert b"".join(decompressor_for("a.zst", 1000).feed(content)) == bytes(1000)
-    with pytest.raises(BrokenDataError, match="needs a window of 1000 bytes, and at most 999 are taken"):
+    with pytest.raises(BrokenDataError, match="needs a window of 1000 bytes, and at most 999 are allowed"):
         list(decompressor_for("a.zst", 999).feed(content))
 
 

@@ -199,6 +199,21 @@ def test_functions_of_one_sample_that_cross_together_share_its_context(face: Fac
 
 
 @on_both_faces
+def test_samples_that_are_looked_at_again_in_their_batch_are_kept_apart(face: Face) -> None:
+    """`drop_if` sees each once alone, and once with the others of its batch."""
+    looked: list[Looked] = []
+
+    def stale(key: int) -> bool:
+        looked.append(look(key))
+        return False
+
+    loader = Pipeline(range(12)).drop_if(stale).batch(4, collate_fn=collate)
+    found = of_a_consumer_with_a_value(loader, face)
+    assert [batch[-1] for batch in found] == [(True, "user")] * 3
+    assert looked == [(True, "user")] * 24
+
+
+@on_both_faces
 def test_what_worker_init_fn_sets_is_there_for_each_sample(face: Face) -> None:
     """It belongs to the thread, not to a sample."""
 

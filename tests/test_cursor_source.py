@@ -18,8 +18,8 @@ class Letters(CursorSource):
         self.ends_badly = ends_badly
         self.closed = 0
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _LetterReader(self, access)
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return _LetterReader(self, context)
 
 
 class _LetterReader(EntryReader):

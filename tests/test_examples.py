@@ -3,10 +3,12 @@
 import io
 import json
 import runpy
+import sqlite3
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,41 @@ def test_jsonl_that_grows_makes_a_step_when_its_rows_are_written(tmp_path: Path)
                 file.flush()
                 line = Started(process.stdout.readline).outcome()
                 assert line.startswith(f"step {step}: 4 rows, loss ")
+            assert process.stdout.read() == ""
+        finally:
+            process.kill()
+    assert process.returncode == 0
+
+
+def test_sqlite_that_grows_goes_on_where_its_last_run_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch with a broken row is named, and rows that come while it waits are trained on."""
+    path, state = tmp_path / "rows.db", tmp_path / "state.json"
+    table = example("sqlite_that_grows")
+    table["make_table"](path)
+
+    def add(rows: Sequence[tuple[str, float]]) -> None:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.executemany("INSERT INTO samples(x, y) VALUES (?, ?)", rows)
+
+    def run(steps: int) -> list[str]:
+        table["main"]([str(path), "--steps", str(steps), "--batch-size", "2", "--state", str(state)])
+        return [line.partition(", loss")[0] for line in capsys.readouterr().out.splitlines()]
+
+    add([("[0.1, 1.0]", 0.2), ("[0.2, 1.0", 0.4), *[("[0.3, 1.0]", 0.6)] * 4])
+    first = run(2)
+    assert [line.partition(":")[0] for line in first] == ["left out", "step 1", "step 2"]
+    assert "key 2, epoch 0, position 1" in first[0]
+    assert json.loads(state.read_text())["batches"] == 3
+    add([("[0.6, 1.0]", 1.2)] * 4)
+    assert run(2) == ["step 1: 2 rows", "step 2: 2 rows"]
+
+    command = [sys.executable, str(EXAMPLES / "sqlite_that_grows.py"), str(path), "--steps", "2", "--batch-size", "2"]
+    with subprocess.Popen([*command, "--state", str(state)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            for step in (1, 2):
+                add([("[0.7, 1.0]", 1.4)] * 2)
+                assert Started(process.stdout.readline).outcome().startswith(f"step {step}: 2 rows, loss ")
             assert process.stdout.read() == ""
         finally:
             process.kill()

@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 
 from aioloader import DataLoader, Pipeline
 from aioloader.sources import Files, Lines, TarShards
-from aioloader.sources.watched_files import CHUNK_NAMES, WatchedFiles, _Folder, _Given, _matches, _split
+from aioloader.sources.given_names import CHUNK_NAMES, GivenNames
+from aioloader.sources.watched_files import WatchedFiles, _matches, _split
+from aioloader.sources.watched_folder import WatchedFolder
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Child, Face, Steps, collect, notes, on_both_faces
 
@@ -307,7 +309,7 @@ def broken(folder: Path, how: str) -> tuple[str, type[OSError], str]:
     path.unlink()
     match how:
         case "missing":
-            return str(path), FileNotFoundError, "look it up again"
+            return str(path), FileNotFoundError, "look files up again"
         case "a folder":
             path.mkdir()
             return str(path), IsADirectoryError, "pass it alone"
@@ -437,8 +439,8 @@ def test_nothing_found_is_said_at_once(tmp_path: Path) -> None:
         ({"paths": "x", "read": "text"}, ValueError, "read must be 'bytes', 'tensor' or None, got 'text'"),
         ({"paths": "x", "read": None, "with_path": True}, ValueError, "samples are paths already"),
         ({"paths": ["x", "y"], "watch": True}, TypeError, "Pipeline.merge"),
-        ({"paths": "nowhere", "watch": True}, FileNotFoundError, "which is none"),
-        ({"paths": "nowhere/*.bin", "watch": True}, FileNotFoundError, "which is none"),
+        ({"paths": "nowhere", "watch": True}, FileNotFoundError, "which is not a folder"),
+        ({"paths": "nowhere/*.bin", "watch": True}, FileNotFoundError, "which is not a folder"),
         ({"paths": __file__, "watch": True}, NotADirectoryError, r"Lines\(follow=True\)"),
         ({"paths": ".", "watch": True, "settle": 0}, ValueError, "more than 0"),
         ({"paths": ".", "watch": True, "settle": "1"}, TypeError, "number of seconds"),
@@ -727,8 +729,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr("aioloader.sources.watched_files.monotonic", lambda: self.now)
-        monkeypatch.setattr("aioloader.sources.watched_files.time", lambda: self.now)
+        monkeypatch.setattr("aioloader.sources.watched_folder.monotonic", lambda: self.now)
+        monkeypatch.setattr("aioloader.sources.watched_folder.time", lambda: self.now)
 
 
 @pytest.fixture
@@ -741,7 +743,7 @@ def arrivals(folder: Path) -> Iterator[Any]:
     """What a watch with `settle=10` knows, without a thread that waits for notifications."""
     source = Files(folder, watch=True, settle=10)
     assert isinstance(source, WatchedFiles)
-    opened = _Folder(source, _Given(None))
+    opened = WatchedFolder(source.folder, GivenNames(None), settle=source.settle, wants=source.wants)
     try:
         yield opened
     finally:
@@ -855,7 +857,7 @@ def test_a_folder_that_cannot_be_read_raises_at_its_place(tmp_path: Path, face: 
 
 def test_the_names_given_are_kept_in_parts_and_forgotten_with_their_files() -> None:
     """Cursors share their parts, and survive JSON."""
-    given = _Given(None)
+    given = GivenNames(None)
     names = [f"a/{number}.bin" for number in range(3 * CHUNK_NAMES + 5)]
     cursors = []
     for name in names:
@@ -863,7 +865,7 @@ def test_the_names_given_are_kept_in_parts_and_forgotten_with_their_files() -> N
         cursors.append(given.cursor)
     assert [len(part) for part in given.cursor] == [3, 5]
     for place in (0, CHUNK_NAMES - 1, CHUNK_NAMES, len(names) - 1):
-        again = _Given(json.loads(json.dumps(cursors[place])))
+        again = GivenNames(json.loads(json.dumps(cursors[place])))
         assert list(again._names) == names[: place + 1]
         assert again.cursor == cursors[place]
     for name in names[: 2 * CHUNK_NAMES + 5]:
@@ -871,8 +873,8 @@ def test_the_names_given_are_kept_in_parts_and_forgotten_with_their_files() -> N
     for number in range(CHUNK_NAMES):
         given.add(f"b/{number}")
     assert len(given.cursor[0]) <= 4
-    assert "a/0.bin" not in _Given(given.cursor)
-    again = _Given(given.cursor)
+    assert "a/0.bin" not in GivenNames(given.cursor)
+    again = GivenNames(given.cursor)
     again.keep({"b/1"})
     assert again.cursor == ((), ("b/1",))
 

@@ -21,7 +21,6 @@ from aioloader import BrokenDataError, Pipeline
 from aioloader.core.entry import Entry
 from aioloader.sources import Lines
 from aioloader.sources.file_events import folders_of_links
-from aioloader.sources.lines import _LinesOf
 from tests._cursor_sources import Opened, assert_opens_at_every_cursor, outcomes
 from tests._support import Child, Face, Steps, collect, on_both_faces
 
@@ -110,7 +109,7 @@ def test_much_zero_in_little_gzip_comes_in_bounded_pieces(tmp_path: Path) -> Non
     path = tmp_path / "bomb.gz"
     path.write_bytes(gzip.compress(bytes(64 << 20) + b"\nnext\n"))
     found = outcomes(Lines(path, max_line_bytes=1 << 20))
-    assert "byte 0: a line of 67108864 bytes, and at most 1048576 are taken; pass a larger max_line_bytes" in found[0]
+    assert "byte 0: a line of 67108864 bytes, and at most 1048576 are allowed; pass a larger max_line_bytes" in found[0]
     assert found[1:] == ["next"]
 
 
@@ -174,12 +173,11 @@ def test_a_cursor_that_does_not_fit_is_refused(write: Write) -> None:
     with pytest.raises(ValueError, match="a list of 3 was expected"):
         next(iter(Pipeline(Opened(Lines([path] * 3, interleave=3), (0, [None, None])))))
     assert (
-        "the file has 6 bytes now, and reading shall go on at byte 60"
-        in outcomes(Lines(path), cursor=(0, 60, 9, None))[0]
+        "the file has 6 bytes now, and reading resumes at byte 60" in outcomes(Lines(path), cursor=(0, 60, 9, None))[0]
     )
     short = write("data.gz", b"1\n2\n3\n")
     assert (
-        "data.gz: it ends 54 bytes before the place to go on at: it was changed"
+        "data.gz: it ends 54 bytes before the place to resume at: it was changed"
         in outcomes(Lines(short), cursor=(0, 60, 9, None))[0]
     )
 
@@ -211,7 +209,7 @@ def test_where_the_pieces_end_makes_no_difference(
     content = b"\n".join(lines) + (b"\n" if ended else b"")
 
     def entries(pieces: list[bytes], *, scans: bool = True) -> list[Any]:
-        parser = _LinesOf(source, 0, (0, 0, None))
+        parser = source._parser(0, (0, 0, None))
         parser._may_scan = parser._may_scan and scans
         found: list[Entry] = []
         for piece in pieces:
@@ -260,7 +258,7 @@ def test_json_that_python_does_not_take_is_an_error_at_its_place(write: Write, f
         assert type(error) is BrokenDataError
         assert isinstance(error.__cause__, cause)
         assert str(error).startswith(f"{path}, line {line}, byte ")
-        assert "; pass a function as decode= if it is to be read; the line begins b'" in str(error)
+        assert "; pass a function as decode= to read it; the line begins b'" in str(error)
 
 
 def test_half_a_line_of_json_at_the_end_says_so(write: Write) -> None:
@@ -302,7 +300,7 @@ def test_too_long_a_line_is_refused_and_the_next_one_follows(write: Write) -> No
     path = write("long.txt", b"1\n" + b"x" * 3_000_000 + b"\n2\n" + b"y" * 11 + b"\n3\n" + b"z" * 12)
     found = assert_opens_at_every_cursor(Lines(path, max_line_bytes=10))
     assert [found[0], found[2], found[4]] == ["1", "2", "3"]
-    assert f"{path}, line 2, byte 2: a line of 3000000 bytes, and at most 10 are taken" in found[1]
+    assert f"{path}, line 2, byte 2: a line of 3000000 bytes, and at most 10 are allowed" in found[1]
     assert "line 4, byte 3000005: a line of 11 bytes" in found[3]
     assert "a line of 12 bytes" in found[5]
 

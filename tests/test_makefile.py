@@ -36,3 +36,11 @@ def test_a_folder_is_no_word(folder: str) -> None:
     assert status != 0
     assert f"'{folder}' is a folder and not a word of this Makefile; the words are:" in said
     assert "make test " in said
+
+
+@pytest.mark.parametrize("word", ["chekc", "tset"])
+def test_a_word_that_is_mistyped_lists_those_there_are(word: str) -> None:
+    status, said = make(word)
+    assert status != 0
+    assert f"'{word}' is not a word of this Makefile; the words are:" in said
+    assert "make check " in said

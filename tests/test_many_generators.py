@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from aioloader import Pipeline, SampleCancelledError
 from aioloader.core.entry import ONE_LOST, Entry
 from aioloader.engine.combine import InterleaveNode
+from aioloader.engine.key_source import KeySource
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.source import KeySource
+from aioloader.insight.meters import StageMeter
 from aioloader.stages.key_order import KeyOrder
 from aioloader.testing import FaultySource, Gate, RecordingSource, SyncRecordingSource, virtual_order
 from tests._support import Face, Started, Steps, collect, on_both_faces, run, until
@@ -190,9 +191,21 @@ def test_interleave_resumes_the_indexable_without_reading_it_again() -> None:
     def node() -> InterleaveNode:
         return InterleaveNode([KeySource(partial(keys, length), None, "keys") for length in (5, 2, 9)])
 
-    found = everything(node(), itertools.repeat(4))
-    again = node()
-    again.resume(found[7].cursor)
+    class Meters:
+        """As much of a run as they need."""
+
+        def adopt(self, meter: StageMeter) -> StageMeter:
+            return meter
+
+    def started(cursor: Any = None) -> InterleaveNode:
+        made = node()
+        if cursor is not None:
+            made.resume(cursor)
+        made.start(Meters(), lambda: None)  # type: ignore[arg-type]
+        return made
+
+    found = everything(started(), itertools.repeat(4))
+    again = started(found[7].cursor)
     assert [entry.value for entry in everything(again, itertools.repeat(3))] == [e.value for e in found[8:]]
     assert found[7].cursor == ((4, 2, 3), 0, (1,)) or found[7].cursor[2] == (1,)
 

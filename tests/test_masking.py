@@ -224,6 +224,25 @@ def test_a_refusal_shows_no_secret(make: Any, url: str) -> None:
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", [Files, Lines, ParquetRows, TarShards])
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("mirror/https://user:s3cr3t@host/*.x", "'mirror/https://***@host/*.x'"),
+        ("0001.jpg?X-Amz-Signature=s3cr3t&b=*", "'0001.jpg?X-Amz-Signature=***&b=*'"),
+    ],
+)
+def test_a_glob_that_matches_nothing_shows_no_secret(source: Any, path: str, shown: str) -> None:
+    """Downloads are kept by their URLs, so a path may hold one."""
+    if source is TarShards and "://" in path:
+        pytest.skip("it is a URL there")
+    for paths in (path, [path]):
+        with pytest.raises(FileNotFoundError, match="no file matches the glob") as caught:
+            source(paths)
+        assert SECRET not in told(caught.value)
+        assert shown in str(caught.value)
+
+
 def test_our_own_errors_have_no_secret_whatever_is_in_them() -> None:
     for kind in (BrokenDataError, StateError):
         assert str(kind(f"got {SIGNED}", 3)) == str(kind(masked(f"got {SIGNED}"), 3))

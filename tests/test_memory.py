@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioloader.memory.lease import lease, tensor_over
+from aioloader.core.memory import tensor_over
+from aioloader.memory.lease import lease
 from aioloader.memory.pool import IDLE_ALLOCATIONS, SMALLEST_BYTES, BatchMemory
 from tests._support import Child, Started
 

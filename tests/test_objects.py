@@ -15,9 +15,9 @@ from obstore.exceptions import PermissionDeniedError
 from obstore.store import HTTPStore, LocalStore, MemoryStore, S3Store
 
 from aioloader import BrokenDataError, DataLoader, Pipeline
+from aioloader.core.memory import tensor_over_bytes
 from aioloader.core.source import CursorSource
 from aioloader.sources import Objects, ParquetRows, TarShards
-from aioloader.sources.buffers import tensor_over
 from aioloader.testing import Gate
 from tests._cursor_sources import assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer, S3Server
@@ -140,7 +140,7 @@ def test_a_listing_has_no_length_and_no_numbers(memory: MemoryStore) -> None:
         len(objects)
     with pytest.raises(TypeError, match="has no length"):
         len(Pipeline(objects))
-    with pytest.raises(TypeError, match="has no length, for it lists as it reads; pass it to Pipeline"):
+    with pytest.raises(TypeError, match="has no length, as it lists while it reads; pass it to Pipeline"):
         DataLoader(objects, shuffle=True)
 
 
@@ -198,7 +198,7 @@ def test_a_range_that_an_object_does_not_have_stands_at_its_place(memory: Memory
         found = steps.outcomes()
     assert [found[0], found[2]] == [bytes(2), bytes([2, 2])]
     assert isinstance(found[1], BrokenDataError)
-    assert str(found[1]) == f"the object '{KEYS[1]}' ends at byte 10, but bytes 8 to 12 are asked for"
+    assert str(found[1]) == f"the object '{KEYS[1]}' ends at byte 10, but bytes 8 to 12 were requested"
     assert f"aioloader: object '{KEYS[1]}', bytes 8 to 12 of <obstore" in notes(found[1])
 
 
@@ -363,7 +363,7 @@ def test_what_a_store_has_besides_stays() -> None:
 def test_a_store_that_waits_for_nobody_takes_no_timeouts(memory: MemoryStore, tmp_path: Path) -> None:
     for store in (memory, LocalStore(tmp_path)):
         with pytest.raises(
-            ValueError, match="takes client_options and retry_config for a store behind a network, got "
+            ValueError, match="takes client_options and retry_config for a store that is reached over a network, got "
         ):
             Objects(store, ["a"], **HURRY)
     with pytest.raises(ValueError, match="takes client_options and retry_config for a store, got paths"):
@@ -380,7 +380,7 @@ def test_a_tensor_shares_the_memory_and_keeps_it_alive() -> None:
         pass
 
     memory = Memory(b"abc")
-    tensor = tensor_over(memory)
+    tensor = tensor_over_bytes(memory)
     assert tensor.tolist() == [97, 98, 99]
     memory[0] = 0
     assert tensor.tolist() == [0, 98, 99]
@@ -391,12 +391,12 @@ def test_a_tensor_shares_the_memory_and_keeps_it_alive() -> None:
     assert sys.getrefcount(memory) == 3
     del view
     assert sys.getrefcount(memory) == 2
-    assert tensor_over(b"").shape == (0,)
-    assert tensor_over(memoryview(b"xyz")[1:]).tolist() == [121, 122]
+    assert tensor_over_bytes(b"").shape == (0,)
+    assert tensor_over_bytes(memoryview(b"xyz")[1:]).tolist() == [121, 122]
     with pytest.raises(TypeError):
-        tensor_over(3)
+        tensor_over_bytes(3)
     with pytest.raises(BufferError):
-        tensor_over(memoryview(b"abcdef")[::2])
+        tensor_over_bytes(memoryview(b"abcdef")[::2])
 
 
 # -- bad arguments -----------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def files(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row group is a span, and pieces are of three rows."""
-    monkeypatch.setattr(parquet, "SPAN_BYTES", 1)
+    monkeypatch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", 1)
     monkeypatch.setattr(parquet, "PIECE_ROWS", 3)
     monkeypatch.setattr(parquet, "PIECE_BYTES", 100)
 
@@ -160,8 +160,8 @@ def test_batches_open_at_every_cursor(files: list[str], batch_rows: int) -> None
 class _Listed(ParquetRows):
     """Gives lists for tensors, which compare."""
 
-    def open(self, access: Any, cursor: Any) -> Any:
-        reader = super().open(access, cursor)
+    def open(self, context: Any, cursor: Any) -> Any:
+        reader = super().open(context, cursor)
         read = reader.read
 
         async def listed(limit: int) -> Any:
@@ -197,7 +197,7 @@ def test_any_division_gives_the_same_rows(
         start += rows
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parquet, "PIECE_BYTES", piece_bytes)
-        patch.setattr(parquet, "SPAN_BYTES", span_bytes)
+        patch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", span_bytes)
         batches = list(Pipeline(ParquetRows(folder / "*.parquet", batch_rows=batch_rows)))
         whole = list(Pipeline(ParquetRows(folder / "*.parquet")))
     assert as_table(batches) == whole == table(start).to_pylist()
@@ -290,7 +290,7 @@ def test_files_that_cannot_be_read_raise_at_their_place(tmp_path: Path, face: Fa
     assert f"'{folder}/*.parquet'" in notes(no_file)
     for error, path in ((no_table, text), (nothing, empty), (part, cut)):
         assert isinstance(error, BrokenDataError)
-        assert str(error).startswith(f"{path}: it is no Parquet file, or only a part of one")
+        assert str(error).startswith(f"{path}: it is not a Parquet file, or only a part of one")
 
 
 def test_a_short_batch_comes_before_a_file_that_cannot_be_read(tmp_path: Path) -> None:
@@ -316,8 +316,8 @@ def test_files_with_other_columns(tmp_path: Path) -> None:
     other = tmp_path / "b.parquet"
     pq.write_table(table(1).drop_columns(["half"]).append_column("id2", [[7]]).set_column(0, "id", [["x"]]), other)
     error = (
-        f"{other} has other columns than {first}: 'id' is string and not int64, 'half' is missing, 'id2' is more; "
-        f"columns= chooses those that all files have, and other files need a source of their own"
+        f"{other} has other columns than {first}: 'id' is string and not int64, 'half' is missing, 'id2' is new; "
+        f"choose those that all files have with columns=, or read the others by a source of their own"
     )
     assert outcomes(ParquetRows([first, other])) == [table(1).to_pylist()[0], error]
     assert outcomes(ParquetRows([first, other]), cursor=(1, 0, 0)) == [error]
@@ -430,8 +430,8 @@ def test_a_column_of_nulls_becomes_what_is_found_later(tmp_path: Path, batch_row
     source = ParquetRows(paths, columns=["x"], batch_rows=batch_rows)
     found = assert_opens_at_every_cursor(source)
     assert found[-1] == (
-        f"{paths[3]} has other columns than {paths[2]}: 'x' is double and not string; columns= chooses those that all "
-        f"files have, and other files need a source of their own"
+        f"{paths[3]} has other columns than {paths[2]}: 'x' is double and not string; choose those that all "
+        f"files have with columns=, or read the others by a source of their own"
     )
     cells = [cell for sample in found[:-1] for cell in (sample["x"] if batch_rows else [sample["x"]])]
     assert cells == [None] * 6 + TEXT

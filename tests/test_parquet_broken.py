@@ -285,14 +285,14 @@ def test_the_length_of_a_footer(tmp_path: Path, length: int) -> None:
     data = written()
     path.write_bytes(data[:-8] + struct.pack("<I", length) + b"PAR1")
     (error,) = outcomes(ParquetRows(path))
-    assert error.startswith(f"{path}: it is no Parquet file, or only a part of one")
+    assert error.startswith(f"{path}: it is not a Parquet file, or only a part of one")
     with path.open("wb") as file:
         file.truncate(6 << 30)  # a hole
         file.seek(0, os.SEEK_END)
         file.write(struct.pack("<I", length) + b"PAR1")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (error,) = outcomes(ParquetRows(path))
-    assert error.startswith(f"{path}: it is no Parquet file, or only a part of one")
+    assert error.startswith(f"{path}: it is not a Parquet file, or only a part of one")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
@@ -318,7 +318,7 @@ def test_a_pipe_is_no_parquet_file(tmp_path: Path) -> None:
     """Nobody waits until somebody writes into it."""
     os.mkfifo(tmp_path / "a.parquet")
     (error,) = outcomes(ParquetRows(tmp_path / "a.parquet"))
-    assert "this is no regular file" in error
+    assert "this is not a regular file" in error
 
 
 def test_footers_are_read_as_others_read_them() -> None:

@@ -1,4 +1,4 @@
-"""`ParquetRows` over files and objects that are written anew: while they are read, and before a resume."""
+"""`ParquetRows` over files and objects that are rewritten: while they are read, and before a resume."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ ROWS = 900
 @pytest.fixture(autouse=True)
 def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row group is a span, which opens the file anew."""
-    monkeypatch.setattr(parquet, "SPAN_BYTES", 1)
+    monkeypatch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +109,7 @@ def check(found: list[Any], name: str, message: str, batch_rows: int | None = No
     assert name in str(error)
     assert message in str(error)
     if isinstance(error, BrokenDataError):
-        assert f"was written anew while it was read: {message}" in str(error) or message.startswith("bytes")
+        assert f"was rewritten while it was read: {message}" in str(error) or message.startswith("bytes")
         assert f"Its rows from {len(before)} on would be of another version" in str(error)
 
 
@@ -253,8 +253,8 @@ def test_a_resume_into_another_version_is_refused_at_its_place(
     pq.write_table(table.slice(1), paths[0], row_group_size=3)
     error, *rest = resumed(paths)
     assert isinstance(error, BrokenDataError)
-    assert str(error).startswith(f"{paths[0]}: reading shall go on in row group ")
-    assert "its footer is another one: it was changed after the state was made" in str(error)
+    assert str(error).startswith(f"{paths[0]}: reading resumes in row group ")
+    assert "its footer differs: it was changed after the state was made" in str(error)
     assert rows_of(rest, batch_rows) == [(number, 3) for number in range(4)]
 
 
@@ -283,5 +283,5 @@ def test_the_drop_in(tmp_path: Path, num_workers: int) -> None:
         replace(path, content(2))
         found += steps.outcomes()
     *batches, error = found
-    assert f"{path} was written anew while it was read" in str(error)
+    assert f"{path} was rewritten while it was read" in str(error)
     assert {version for batch in batches for version in batch["version"].tolist()} == {1}

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
+from queue import Empty, Queue
 from typing import Any
 
 import pytest
@@ -583,6 +584,15 @@ def test_a_timeout_in_user_code_is_an_error_like_others(face: Face, asynchronous
 
     with Steps(Pipeline(range(3)).map(fetch if asynchronous else read), face) as steps:
         assert [type(outcome) for outcome in steps.outcomes()] == [int, TimeoutError, int]
+
+
+@on_both_faces
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_empty_queue_in_user_code_is_no_timeout(face: Face, num_workers: int) -> None:
+    """`queue.Empty` of a sample is the user's, although the loader itself waits at a queue."""
+    loader = DataLoader(Items(2, Broken()), collate_fn=lambda _: Queue().get_nowait(), num_workers=num_workers)
+    with Steps(loader, face) as steps:
+        assert [type(outcome) for outcome in steps.outcomes()] == [Empty, Empty]
 
 
 @on_both_faces

@@ -374,7 +374,7 @@ def test_wrong_arguments_are_told_at_once() -> None:
     loader = Pipeline(range(12)).batch(2)
     with pytest.raises(ValueError, match="stop must be at least 4, got 3"):
         loader.skip_steps(3, 3)
-    with pytest.raises(ValueError, match=r"with_info\(\) must be the last stage, got batch\(2\) behind it"):
+    with pytest.raises(ValueError, match=r"with_info\(\) must be the last stage, got batch\(2\) after it"):
         Pipeline(range(3)).with_info().batch(2)
     with pytest.raises(ValueError, match=r"zip combines samples, got pairs with their info"):
         Pipeline.zip(Pipeline(range(3)).with_info())

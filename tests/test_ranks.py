@@ -291,7 +291,7 @@ def test_order_stages_are_arithmetic(
     assert list(order.slice(start, stop)) == expected[start:stop]
     assert order.stride == world_size
     for number in range(len(expected) + 1):
-        assert keys_of(order.behind(number * world_size)) == expected[number:]
+        assert keys_of(order.after(number * world_size)) == expected[number:]
 
 
 @settings(max_examples=200)
@@ -310,7 +310,7 @@ def test_ranks_of_any_number_share_what_is_left(
     position = data.draw(st.integers(0, math.ceil(len(order) / worlds[0]) * worlds[0]))
     world_size = worlds[1]
     parts = [
-        keys_of(order_of(n, [*before, Shard(rank, world_size)], this_pass).behind(position))
+        keys_of(order_of(n, [*before, Shard(rank, world_size)], this_pass).after(position))
         for rank in range(world_size)
     ]
     begin = min(position, len(order))
@@ -324,13 +324,13 @@ def test_a_position_within_a_round_is_refused_behind_stages_of_a_rank(behind: Fo
     """They know this rank's samples by number; where none can be said, the numbers are."""
     order = order_of(20, [Shard(1, 3), behind], Pass(0))
     with pytest.raises(ValueError, match="position 7 lies within a round of 3 ranks"):
-        order.behind(7)
+        order.after(7)
 
 
 @pytest.mark.parametrize("position", [-1, 2.0, "3", None, True, 21])
 def test_what_is_no_position_is_refused(position: Any) -> None:
     with pytest.raises(ValueError, match="position"):
-        order_of(20, [], Pass(0)).behind(position)
+        order_of(20, [], Pass(0)).after(position)
 
 
 def test_a_shard_of_a_large_range_holds_no_list() -> None:
@@ -474,9 +474,9 @@ def test_a_resumed_stream_seeks(face: Face, tmp_path: Path) -> None:
     opened: list[tuple[Any, list[int]]] = []
 
     class Watched(Lines):
-        def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+        def open(self, context: SourceContext, cursor: Any) -> EntryReader:
             opened.append((cursor, []))
-            return WatchedReader(super().open(access, cursor), opened[-1][1])
+            return WatchedReader(super().open(context, cursor), opened[-1][1])
 
     class WatchedReader(EntryReader):
         def __init__(self, reader: EntryReader, read: list[int]) -> None:
@@ -813,14 +813,14 @@ def test_a_state_of_other_ranks_is_taken_or_refused_with_the_numbers() -> None:
 
     taken = shard_state(plan(0, 2, 6, lambda loader: loader.take(20)))
     check_shard_state(plan(1, 2, 6, lambda loader: loader.take(20)), taken)
-    with pytest.raises(StateError, match=r"world_size=2.*rank 0 of 3: behind take\(20\).*start 2 ranks.*before shard"):
+    with pytest.raises(StateError, match=r"world_size=2.*rank 0 of 3: after take\(20\).*start 2 ranks.*before shard"):
         check_shard_state(plan(0, 3, 4, lambda loader: loader.take(20)), taken)
 
     kept = shard_state(plan(0, 2, 6, lambda loader: loader.filter(bool)))
     check_shard_state(plan(0, 2, 6, lambda loader: loader.filter(bool)), kept)
-    with pytest.raises(StateError, match=r"rank 0 of 2, and this is rank 1 of 2: behind filter\(bool\)"):
+    with pytest.raises(StateError, match=r"rank 0 of 2, and this is rank 1 of 2: after filter\(bool\)"):
         check_shard_state(plan(1, 2, 6, lambda loader: loader.filter(bool)), kept)
-    with pytest.raises(StateError, match=r"world_size=2.*rank 2 of 3: behind filter\(bool\)"):
+    with pytest.raises(StateError, match=r"world_size=2.*rank 2 of 3: after filter\(bool\)"):
         check_shard_state(plan(2, 3, 4, lambda loader: loader.filter(bool)), kept)
 
 

@@ -1,4 +1,4 @@
-"""Files and objects that are written anew while they are read, or between a state and its resume.
+"""Files and objects that are rewritten while they are read, or between a state and its resume.
 
 Right is an error that says so, or all samples of one version. Wrong are samples made of two, or a clean end with
 samples missing.
@@ -114,7 +114,7 @@ def test_a_file_that_is_written_anew_while_it_is_read_is_an_error(
     assert letters(found) == {"A", "C"}
     assert len(found) < COUNT
     assert str(path) in str(error)
-    assert "was written anew while it was read" in str(error) or "the file shrank from" in str(error)
+    assert "was rewritten while it was read" in str(error) or "the file shrank from" in str(error)
     del found, error
 
 
@@ -159,7 +159,7 @@ def test_a_followed_file_that_is_written_anew_is_an_error_and_no_piece_of_a_line
         (error,) = steps.outcomes()
     assert isinstance(error, BrokenDataError)
     assert str(error).startswith(
-        f"{path} was written anew while it was read, 4 bytes of it so far: it has 12 bytes, and had 4"
+        f"{path} was rewritten while it was read, 4 bytes of it so far: it has 12 bytes, and had 4"
     )
 
 
@@ -200,7 +200,7 @@ def test_a_whole_file_that_is_written_anew_while_it_is_read(
     if (read, how) == ("tensor", "shorter"):  # read once more, and whole
         assert content() == second
     else:
-        with pytest.raises(BrokenDataError, match=r"x\.bin was written anew while it was read"):
+        with pytest.raises(BrokenDataError, match=r"x\.bin was rewritten while it was read"):
             content()
     assert content() == second
 
@@ -235,7 +235,7 @@ def test_an_object_that_is_written_anew_between_two_ranges_is_an_error(
     (error,) = errors(found)
     assert isinstance(error, BrokenDataError)
     assert str(error).startswith(
-        "the object 'x.tar' was written anew while it was read: what comes from byte 8192 on is of another version"
+        "the object 'x.tar' was rewritten while it was read: what comes from byte 8192 on is of another version"
     )
     assert "key 'x.tar', epoch 0, position" in notes(error)
     assert letters(found) == {"A", "C"}
@@ -306,7 +306,7 @@ def test_no_store_gives_two_versions_of_an_object(
         obstore.put(store, "x.tar", second)
         found += steps.outcomes()
     (error,) = errors(found)
-    assert "'x.tar' was written anew while it was read" in str(error)
+    assert "'x.tar' was rewritten while it was read" in str(error)
     assert letters(found) == {"A"}
     del store, found, error
 
@@ -324,7 +324,7 @@ def test_the_ranges_of_one_object_are_of_one_version(http_server: HttpServer, te
     assert [found[0], found[1], found[4]] == [b"A" * 10, b"A" * 10, b"C"]
     for error in found[2:4]:
         assert isinstance(error, BrokenDataError)
-        assert str(error).startswith("the object 'all.bin' was written anew since the first of its ranges was read")
+        assert str(error).startswith("the object 'all.bin' was rewritten since the first of its ranges was read")
         assert "aioloader: object 'all.bin', bytes " in notes(error)
     del store, found, error
 
@@ -379,7 +379,7 @@ def test_a_resume_into_lines_that_were_written_anew_is_refused(
         (error,) = errors(found)
         assert isinstance(error, BrokenDataError)
         assert str(path) in str(error)
-        assert "was written anew since the state was made" in str(error) or "it was changed" in str(error), str(error)
+        assert "was rewritten since the state was made" in str(error) or "it was changed" in str(error), str(error)
         assert letters(found) <= {"C"}
         assert len(found) == (1 if follow else 21 if interleave == 1 else 16)
 
@@ -389,9 +389,7 @@ def test_a_cursor_without_a_mark_sits_on_the_beginning_of_a_line(tmp_path: Path)
     path.write_bytes(b"line number 1\nline number 2\n")
     assert outcomes(Lines(path), cursor=(0, 14, 1, None)) == ["line number 2"]
     (message,) = outcomes(Lines(path), cursor=(0, 20, 1, None))
-    assert message.startswith(
-        f"{path}: there is no line end before the byte to go on at: reading shall go on at byte 20"
-    )
+    assert message.startswith(f"{path}: there is no line end before the byte to resume at: reading resumes at byte 20")
 
 
 @on_both_faces
@@ -425,7 +423,7 @@ def test_a_last_line_without_an_end_that_went_on_is_no_line_of_its_own(tmp_path:
         assert (rest, later[0][1]) == (["3"], path.stat().st_size)
     path.write_bytes(b"1\n2 and more\n3\n")
     (message,) = outcomes(source, face, cursors[-1])
-    assert "there is no line end before the byte to go on at" in message
+    assert "there is no line end before the byte to resume at" in message
 
 
 @on_both_faces
@@ -440,9 +438,7 @@ def test_a_resume_into_another_archive_is_refused(tmp_path: Path, suffix: str, f
     path.write_bytes(write(NEW))
     error, *found = resumed(source, state, face)
     assert isinstance(error, BrokenDataError)
-    assert str(error).startswith(
-        f"{path}: reading shall go on at byte 10752, but what is before it is not what was read"
-    )
+    assert str(error).startswith(f"{path}: reading resumes at byte 10752, but what is before it is not what was read")
     assert (letters(found), len(found)) == ({"C"}, 2)
     del error, found
 
@@ -469,9 +465,7 @@ def test_a_resume_into_another_version_of_an_object_is_refused(
     state = state_after(source, 7)
     put(OLD[:20_000] + NEW[20_000:])
     (error,) = resumed(source, state, face)
-    assert str(error).startswith(
-        "the object 'x.tar' was written anew since the state was made: its ETag is another one"
-    )
+    assert str(error).startswith("the object 'x.tar' was rewritten since the state was made: its ETag differs")
     put(OLD)
     if kind != "memory":  # there each upload is another one
         assert len(resumed(source, state, face)) == 13
@@ -543,5 +537,5 @@ def test_a_mark_depends_on_nothing_but_its_place(length: int, cuts: list[int], o
     place = offset - offset % BLOCK if offset > BLOCK else 1 << offset.bit_length() - 1
     changed = bytearray(content)
     changed[place - 1 - wrong % min(place, MARK_BYTES)] ^= 1
-    with pytest.raises(BrokenDataError, match=f"shall go on at byte {offset}, but what is before"):
+    with pytest.raises(BrokenDataError, match=f"resumes at byte {offset}, but what is before"):
         rest(Trail(offset, mark), bytes(changed))

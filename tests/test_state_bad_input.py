@@ -87,7 +87,7 @@ def test_a_state_that_lacks_something(key: str) -> None:
             "3",
             "'cursor' of the state does not fit this loader, or is broken: an integer .* was expected, got '3'",
         ),
-        ("cursor", 99, "position 99 is behind the end of an order of 10 keys"),
+        ("cursor", 99, "position 99 is beyond the end of an order of 10 keys"),
         ("cursor", [3, 1], "was expected"),
         ("cursor", {"a": 1}, "was expected"),
         ("cursor", True, "was expected"),
@@ -322,20 +322,23 @@ def test_nothing_happens_to_a_source_that_can_be_read_once() -> None:
 
 
 def test_a_cursor_that_no_text_can_hold() -> None:
-    """A source of somebody's own with a cursor that JSON does not know."""
-    from aioloader.core.entry import Entry
-    from aioloader.core.source import CursorSource, EntryReader, SourceContext
+    """A source of somebody's own that turns to a cursor that JSON does not know; from the start on, `read` fails."""
+    from aioloader.sources import CursorSource, Entry, EntryReader, SourceContext
 
     class Reader(EntryReader):
+        cursor: Any = 1
+
         async def read(self, limit: int) -> list[Entry]:
-            return [Entry(1, object(), None, 0)]
+            cursor, self.cursor = self.cursor, object()
+            return [Entry(1, cursor, 1)]
 
     class Source(CursorSource):
-        def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+        def open(self, context: SourceContext, cursor: Any) -> EntryReader:
             return Reader()
 
     loader = Pipeline(Source())
-    next(iter(loader))
+    samples = iter(loader)
+    assert [next(samples) for _ in range(2)] == [1, 1]
     with pytest.raises(StateError, match="a cursor is made of numbers, strings and lists"):
         loader.state_dict()
     loader.close()

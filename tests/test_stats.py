@@ -154,8 +154,8 @@ def test_a_limit_in_the_client_looks_like_a_slow_server() -> None:
     ("name", "way_out"),
     [
         ("collate(pad)", "collate_fn=list).map(collate, concurrency=...)"),
-        ("filter(keep)", "map(fn, concurrency=...) in front of it"),
-        ("drop_if(stale)", "map(fn, concurrency=...) in front of it"),
+        ("filter(keep)", "map(fn, concurrency=...) before it"),
+        ("drop_if(stale)", "map(fn, concurrency=...) before it"),
         ("to(cuda)", "fewer bytes"),
     ],
 )

@@ -300,9 +300,7 @@ def test_a_cursor_that_does_not_fit_is_refused(shards: list[str]) -> None:
     with pytest.raises(ValueError, match="the cursor is in archive 9, but there are 4: they have changed"):
         next(iter(Pipeline(Opened(TarShards(shards), (9, 0, None, None)))))
     (message,) = outcomes(TarShards(shards[:1]), cursor=(0, 10**6, None, None))
-    assert (
-        f"the file has {Path(shards[0]).stat().st_size} bytes now, and reading shall go on at byte 1000000" in message
-    )
+    assert f"the file has {Path(shards[0]).stat().st_size} bytes now, and reading resumes at byte 1000000" in message
 
 
 def test_a_thread_whose_time_is_always_up_gives_all_samples(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +412,7 @@ def test_a_truncated_compressed_archive(tmp_path: Path, suffix: str) -> None:
 def test_what_is_no_archive(tmp_path: Path) -> None:
     source, path = broken_shards(tmp_path, b"<html>not found</html>" * 100)
     found = outcomes(source)
-    assert found[0].startswith(f"{path}: the file is no tar archive: there is no member header at byte 0: ")
+    assert found[0].startswith(f"{path}: the file is not a tar archive: there is no member header at byte 0: ")
     assert keys(found[1:]) == ["0009"]
 
 
@@ -456,7 +454,7 @@ def test_a_name_that_leads_out_of_the_archive_is_refused_and_never_on_disk(tmp_p
     assert keys([found[0], *found[2:]]) == ["1", "3", "0009"]
     assert found[1] == (
         f"{path}: the name {name!r} at byte 1024 leads out of the archive, and names must be relative and without "
-        f"'..'; nothing is extracted to disk, but pack it anew"
+        f"'..'; nothing is extracted to disk, but pack it again"
     )
     assert sorted(tmp_path.parent.rglob("*")) == there
     assert not Path("/tmp/evil.txt").exists()
@@ -523,7 +521,8 @@ def test_a_negative_size_ends_its_archive(tmp_path: Path, kind: bytes, face: Fac
     assert keys([*found[:-2], found[-1]]) == [*before, "0009"]
     assert found[-2] == (
         f"{path}: the archive is broken: the size of the member at byte 2048, in the field at 2172, is "
-        f"b'-00000001000', which is no octal number; the sample '{len(before) + 1}' may lack members and is left out"
+        f"b'-00000001000', which is not an octal number; the sample '{len(before) + 1}' may lack members and is "
+        f"left out"
     )
 
 
@@ -535,7 +534,7 @@ def test_a_size_that_is_no_number_ends_its_archive(tmp_path: Path, size: bytes) 
     assert found[2].startswith(
         f"{path}: the archive is broken: the size of the member at byte 2048, in the field at 2172"
     )
-    assert "which is no octal number" in found[2] or "which is a negative number" in found[2]
+    assert "which is not an octal number" in found[2] or "which is a negative number" in found[2]
 
 
 @on_both_faces
@@ -610,7 +609,7 @@ def test_a_header_has_a_bound_of_its_own(tmp_path: Path, kind: bytes, face: Face
     what = "pax header" if kind == b"x" else "long name"
     assert found[2] == (
         f"{path}: the member '3.txt' at byte 2048 cannot be read: the {what} at byte 2560 has 3145728 bytes, and at "
-        f"most 1048576 are taken"
+        f"most 1048576 are allowed"
     )
 
 
@@ -635,7 +634,7 @@ def test_a_member_that_is_too_long_is_an_error_at_its_place_and_the_rest_goes_on
     found = outcomes(TarShards(path, max_member_bytes=4999), face)
     assert keys([found[0], *found[2:]]) == ["1", "3", "4"]
     assert found[1] == (
-        f"{path}: the member '2.bin' at byte 2048 has 5000 bytes, and at most 4999 are taken; pass a larger "
+        f"{path}: the member '2.bin' at byte 2048 has 5000 bytes, and at most 4999 are allowed; pass a larger "
         f"max_member_bytes"
     )
     assert keys(outcomes(TarShards(path, max_member_bytes=5000), face)) == ["1", "2", "3", "4"]
@@ -651,7 +650,7 @@ def test_a_sample_that_is_too_long_is_an_error_at_its_place_and_the_rest_goes_on
     assert keys([found[0], found[2]]) == ["1", "3"]
     assert found[1] == (
         f"{path}: the sample 'img' has 50292 bytes up to the member 'img.0032.bin' at byte 50176, and at most 50000 "
-        f"are taken; pass a larger max_sample_bytes, unless the names have a dot too early: what is before the first "
+        f"are allowed; pass a larger max_sample_bytes, unless the names have a dot too early: what is before the first "
         f"one is the key"
     )
     assert keys(outcomes(TarShards(path), face)) == ["1", "img", "3"]
@@ -717,7 +716,7 @@ def test_what_is_passed_over_is_not_held() -> None:
     found, held = in_pieces(pieces, _Limits(member_bytes=1 << 20))
     assert keys([found[0], found[3]]) == ["1", "4"]
     assert "the member '2.bin' at byte 1024 has 67108864 bytes" in found[1]
-    assert "has 67108864 bytes, and at most 1048576 are taken" in found[2]
+    assert "has 67108864 bytes, and at most 1048576 are allowed" in found[2]
     assert len(found) == 4
     assert held < 16 << 20
 
@@ -775,18 +774,18 @@ SPARSE: list[Any] = [
     (old_sparse(b"10", [(b"4", b"\xff" * 12)], b"ab"), "which is a negative number"),
     (in_pax("8", b"1\n6\n2\n".ljust(512, b"\0") + b"ab"), None),
     (in_pax("8", b"9\n6\n2\n".ljust(512, b"\0")), "9 parts, and fewer follow"),
-    (in_pax("8", b"-1\n6\n2\n".ljust(512, b"\0")), "b'-1', which is no decimal number"),
-    (in_pax("8", b"9999999\n"), "9999999 parts, and at most 65536 are taken"),
-    (in_pax("8", b""), "b'', which is no decimal number"),
-    (in_pax("-8", b""), "b'-8', which is no decimal number"),
-    (in_pax("8", b"", major="2"), "the sparse version b'2.0', which is not read; pack it anew without -S"),
+    (in_pax("8", b"-1\n6\n2\n".ljust(512, b"\0")), "b'-1', which is not a decimal number"),
+    (in_pax("8", b"9999999\n"), "9999999 parts, and at most 65536 are allowed"),
+    (in_pax("8", b""), "b'', which is not a decimal number"),
+    (in_pax("-8", b""), "b'-8', which is not a decimal number"),
+    (in_pax("8", b"", major="2"), "the sparse version b'2.0', which is not supported; pack it again without -S"),
     (pax(GNU_sparse_major="1", GNU_sparse_minor="0") + member("2.bin"), "no size of a sparse member"),
     (pax(GNU_sparse_map="6,2", GNU_sparse_size="8") + member("2.bin", b"ab"), None),
     (pax(GNU_sparse_map="6,2,1", GNU_sparse_size="8") + member("2.bin", b"ab"), "a part without a length"),
-    (pax(GNU_sparse_map="6,-2", GNU_sparse_size="8") + member("2.bin", b"ab"), "b'-2', which is no decimal number"),
+    (pax(GNU_sparse_map="6,-2", GNU_sparse_size="8") + member("2.bin", b"ab"), "b'-2', which is not a decimal number"),
     (
         pax(GNU_sparse_map="6,2", GNU_sparse_size="999999999999") + member("2.bin", b"ab"),
-        "has 999999999999 bytes, and at most 268435456 are taken",
+        "has 999999999999 bytes, and at most 268435456 are allowed",
     ),
 ]  # fmt: skip
 
@@ -832,11 +831,11 @@ def test_a_hard_link_has_the_content_of_the_member_before_it_in_its_sample(tmp_p
     assert found[4] == {"__key__": long, "__url__": str(path), "txt": b"x", "copy": b"x"}
     assert keys([found[3], found[7]]) == ["4", "7"]
     assert found[1] == (
-        f"{path}: the member '2.txt' at byte 1536 is a hard link to '1.txt', which is no member before it in the same "
-        f"sample; pack it anew with tar --hard-dereference"
+        f"{path}: the member '2.txt' at byte 1536 is a hard link to '1.txt', which is not a member before it in the "
+        f"same sample; pack it again with tar --hard-dereference"
     )
     for place, target in ((2, "4.txt"), (5, "5.__key__"), (6, "6.a")):
-        assert f"is a hard link to {target!r}, which is no member before it" in found[place]
+        assert f"is a hard link to {target!r}, which is not a member before it" in found[place]
 
 
 @on_both_faces
@@ -930,14 +929,14 @@ def test_a_server_without_ranges_sends_the_whole_archive_once(http_server: HttpS
     source = TarShards(f"{http_server.url}/0.tar")
     assert keys(assert_opens_at_every_cursor(source)) == ALL_KEYS[:3]
     (message,) = outcomes(source, cursor=(0, 10**6, None, None))
-    assert f"the object '0.tar' has {len(content)} bytes now, and reading shall go on at byte 1000000" in message
+    assert f"the object '0.tar' has {len(content)} bytes now, and reading resumes at byte 1000000" in message
     del source
 
 
 def test_a_cursor_behind_the_end_of_a_stored_archive_is_refused(http_server: HttpServer) -> None:
     http_server.files = {"0.tar": archive(samples(0, 1))}
     (message,) = outcomes(TarShards(f"{http_server.url}/0.tar"), cursor=(0, 10**6, None, None))
-    assert "the object '0.tar' has 10240 bytes now, and reading shall go on at byte 1000000" in message
+    assert "the object '0.tar' has 10240 bytes now, and reading resumes at byte 1000000" in message
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------

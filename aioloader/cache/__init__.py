@@ -1,1 +1,1 @@
-"""Where samples are kept from one epoch to the next: in memory, or in a directory."""
+"""Keeps samples from one epoch to the next: in memory, or in a directory."""

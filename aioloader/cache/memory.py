@@ -1,4 +1,4 @@
-"""Samples kept in memory, up to a budget."""
+"""Keeps samples in memory, up to a budget."""
 
 import threading
 from typing import Any
@@ -11,17 +11,17 @@ __all__ = ["MemoryStore"]
 
 
 class MemoryStore(Store):
-    """The first samples that come, until the budget is used up; then no more.
+    """Keeps the samples that come first, until the budget is used up.
 
-    Nothing is evicted. With an epoch in any order, every sample is asked for once, so none is worth more than another:
-    each one kept is one fewer to fetch, in every epoch. A cache that evicts what was used longest ago would, when the
-    data is larger than the budget, throw out each sample shortly before its next use, and fetch all of them for ever.
+    Nothing is evicted. In an epoch every sample is needed once, whatever the order, so all are worth the same: each one
+    kept is one fewer to fetch in every epoch. If the data is larger than the budget, a cache that evicts the least
+    recently used sample would evict each one shortly before its next use, and fetch all of them in every epoch.
 
     Args:
-        budget: In bytes; see `size_of` for what counts.
+        budget: In bytes, counted by `size_of`.
 
     Attributes:
-        samples: By key; for reading, and not beyond this epoch's step.
+        samples: By key. Read-only for other modules.
     """
 
     def __init__(self, budget: int) -> None:
@@ -30,7 +30,7 @@ class MemoryStore(Store):
         tell_of_fork(self)
 
     def _forked(self) -> None:
-        """See `Forkable`: what is kept stays, apart from the parent's from now on."""
+        """See `Forkable`: the child has its own copy of the samples."""
         self._lock = threading.Lock()
 
     def _begin(self) -> None:
@@ -41,7 +41,7 @@ class MemoryStore(Store):
         self._lock = threading.Lock()
 
     def open(self, pipeline: str) -> None:
-        """There is nothing to read."""
+        """Does nothing."""
 
     def find(self, key: Any) -> Any:
         return self.samples.get(key, MISSING)
@@ -51,7 +51,7 @@ class MemoryStore(Store):
         if self._full or key in self.samples:
             return
         sample = kept(sample)
-        size = size_of(sample) + 200  # and its place in here, about
+        size = size_of(sample) + 200  # about what its entry in the dictionaries takes
         with self._lock:
             if key in self.samples:
                 return
@@ -75,7 +75,7 @@ class MemoryStore(Store):
         return self._nbytes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the samples: a pipeline that is sent somewhere keeps them there anew."""
+        """Leaves the samples out: a pipeline that is pickled starts with an empty cache."""
         return {"budget": self.budget}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Samples in memory: what they take, and copies that a user may change."""
+"""The size of samples in memory, and copies that the user may change."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ _IMMUTABLE: Final = (str, bytes, int, float, complex, bool, type(None), torch.dt
 
 
 def copied(sample: Any) -> Any:
-    """A sample that shares no memory with `sample` that could be written to.
+    """A copy of `sample` that shares no writable memory with it.
 
     Tensors, arrays and the usual containers are copied directly, anything else by `copy.deepcopy`.
     """
@@ -32,9 +32,9 @@ def copied(sample: Any) -> Any:
 
 
 def kept(sample: Any) -> Any:
-    """`sample` as it is worth keeping: a tensor or array that shows a part of larger memory gets memory of its own.
+    """`sample`, with copies of tensors and arrays that are small views of larger memory.
 
-    A row of a batch would keep the whole batch alive, whose size nobody has counted.
+    A row of a batch would keep the whole batch alive, which is not counted in the budget.
     """
     kind = type(sample)
     if kind is torch.Tensor:
@@ -54,11 +54,10 @@ def kept(sample: Any) -> Any:
 
 
 def size_of(sample: Any) -> int:
-    """Bytes that `sample` takes.
+    """The bytes that `sample` takes.
 
-    Tensors, arrays, strings and bytes: their content and the object around it. The usual containers: with what is in
-    them, counted each time that it is. Anything else: as large as its pickle, or, if it has none, what
-    `sys.getsizeof` says.
+    Tensors, arrays, strings and bytes count with their content, the usual containers with their elements. An element
+    that is contained twice counts twice. Any other object counts as its pickle, or if it has none, as `sys.getsizeof`.
     """
     kind = type(sample)
     if kind is torch.Tensor:
@@ -75,11 +74,11 @@ def size_of(sample: Any) -> int:
     return _pickled(sample)
 
 
-_TENSOR_BYTES: Final = 400  # of a tensor without its elements: the Python object, torch's, and the storage
+_TENSOR_BYTES: Final = 400  # of a tensor without its elements: the Python object, the C++ object, and the storage
 
 
 def _pickled(sample: Any) -> int:
     try:
         return len(pickle.dumps(sample, 5))
-    except Exception:  # whatever an object of the user's raises
+    except Exception:  # a user's object may raise anything
         return sys.getsizeof(sample)

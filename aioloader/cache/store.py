@@ -1,4 +1,4 @@
-"""What the engine asks of a cache, and the marks that stand in it for what is no sample."""
+"""The interface between the engine and a cache, and the marks for what is not a sample."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Final, NamedTuple
@@ -7,7 +7,7 @@ __all__ = ["END", "MISSING", "REFUSED", "Mark", "Store", "StreamPlace", "at_posi
 
 
 class Mark:
-    """What stands in a cache and is no sample."""
+    """A value in a cache that is not a sample."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -17,23 +17,23 @@ class Mark:
 
 
 MISSING: Final = Mark("MISSING")
-"""Nothing is kept under this key."""
+"""There is nothing under this key."""
 
 REFUSED: Final = Mark("REFUSED")
-"""Kept instead of a sample that a filter refused."""
+"""Kept instead of a sample that a filter dropped."""
 
 END: Final = "end"
 """The key under which the number of samples of a stream is kept."""
 
 
 class StreamPlace(NamedTuple):
-    """Of a sample of a stream: what it came with, to be given again.
+    """What the entry of a stream's sample had besides the sample, to be restored on a hit.
 
     Attributes:
         cursor: Where to go on after it.
         key: Its key.
-        position: Where it stands in its source; None: not known.
-        places: Of a batch: where its samples stand; None: it is none, or not known.
+        position: Its position in its source; None: not known.
+        places: For a batch, the positions of its samples; None: it is not a batch, or they are not known.
     """
 
     cursor: Any
@@ -43,36 +43,36 @@ class StreamPlace(NamedTuple):
 
 
 def at_position(position: int) -> tuple[str, int]:
-    """The key of a stream's sample."""
+    """The key of the sample at `position` in a stream."""
     return ("@", position)
 
 
 class Store(ABC):
     """Keeps samples by key. Keys are integers, strings, or pairs of a string and one of these.
 
-    Of any thread, and of several epochs at once.
+    Several threads and several epochs may use it at once.
     """
 
     @abstractmethod
     def open(self, pipeline: str) -> None:
-        """An epoch begins; in a thread, since it may read. `close` follows.
+        """Begin an epoch; `close` ends it. Called in a thread, since it may read files.
 
         Args:
-            pipeline: What is in front of the cache, in words.
+            pipeline: The stages before the cache, in words.
 
         Raises:
-            Exception: The cache cannot be used, or is that of another pipeline.
+            Exception: The cache cannot be used, or belongs to another pipeline.
         """
 
     def close(self) -> None:  # noqa: B027 - some hold nothing
-        """An epoch is over. On the loop."""
+        """End an epoch. Called on the loop."""
 
     @abstractmethod
     def find(self, key: Any) -> Any:
-        """What is kept under `key`, or `MISSING`. On the loop: where it takes longer, what `load` takes."""
+        """What is kept under `key`, or `MISSING`. Called on the loop, so it may be a location for `load`."""
 
     def place(self, position: int) -> StreamPlace | None:
-        """Of the sample of a stream at `position`; None: it is not kept."""
+        """The place of the stream's sample at `position`; None: it is not kept."""
         return self._places.get(position)
 
     @property
@@ -81,9 +81,9 @@ class Store(ABC):
 
     @abstractmethod
     def put_end(self, count: int) -> None:
-        """A stream has ended after `count` samples."""
+        """Record that a stream has ended after `count` samples."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """What the kept samples take."""
+        """The size of the kept samples."""

@@ -1,18 +1,26 @@
-"""Checks of arguments that many stages take: the rule, the value found, the way out."""
+"""Checks of arguments that many stages take. Errors give the rule, the value found and the way out."""
 
 import inspect
 from math import isfinite
 from operator import index
 from typing import Any
 
-__all__ = ["callable_name", "check_callable", "check_count", "check_gives_one", "check_integer", "check_seconds"]
+__all__ = [
+    "callable_name",
+    "check_callable",
+    "check_count",
+    "check_gives_one",
+    "check_integer",
+    "check_seconds",
+    "is_async_callable",
+]
 
 
 def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
     """`value` as an integer of at least `least`.
 
     Raises:
-        TypeError: It is not an integer; `True` is none either.
+        TypeError: It is not an integer, or a bool.
         ValueError: It is too small.
     """
     way_out = f"; {hint}" if hint else ""
@@ -28,7 +36,7 @@ def check_integer(name: str, value: Any) -> int:
     """`value` as an integer of any size.
 
     Raises:
-        TypeError: It is none; `True` is none either.
+        TypeError: It is not an integer, or a bool.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
@@ -39,8 +47,8 @@ def check_seconds(name: str, value: Any) -> float:
     """`value` as seconds, 0 or more.
 
     Raises:
-        TypeError: It is not a number; `True` is none either.
-        ValueError: It is negative, or not finite.
+        TypeError: It is not a number, or a bool.
+        ValueError: It is negative or not finite.
     """
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
@@ -51,10 +59,10 @@ def check_seconds(name: str, value: Any) -> float:
 
 
 def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
-    """Refuse an `fn` that cannot be called with that many arguments.
+    """Refuse a function that cannot be called with this number of arguments.
 
     Raises:
-        TypeError: It cannot, as far as its signature tells.
+        TypeError: `fn` is not callable, or its signature does not allow it.
     """
     if not callable(fn):
         raise TypeError(
@@ -62,7 +70,7 @@ def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
         )
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a built-in that does not tell
+    except (TypeError, ValueError):  # a built-in without a signature
         return
     try:
         signature.bind(*[None] * arguments)
@@ -74,13 +82,13 @@ def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
 
 
 def check_gives_one(stage: str, fn: Any, way_out: str) -> None:
-    """Refuse a generator function where one value per sample is wanted.
+    """Refuse a generator function where one value per sample is needed.
 
     Raises:
-        TypeError: `fn` is one, sync or async, also behind `functools.partial` or as `__call__`.
+        TypeError: `fn` is a sync or async generator function, also inside a `functools.partial` or as `__call__`.
     """
-    plain = _without_arguments(fn)
-    call = getattr(type(plain), "__call__", None)  # noqa: B004 - the definition of the call is what is looked at
+    plain = _without_partial(fn)
+    call = getattr(type(plain), "__call__", None)  # noqa: B004 - its definition is inspected
     if any(inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one) for one in (plain, call)):
         raise TypeError(
             f"{stage} takes a function that returns one value, got the generator function {callable_name(fn)}, which "
@@ -88,15 +96,24 @@ def check_gives_one(stage: str, fn: Any, way_out: str) -> None:
         )
 
 
-def _without_arguments(fn: Any) -> Any:
-    """What a `functools.partial` calls."""
+def is_async_callable(fn: Any) -> bool:
+    """Whether calling `fn` gives an awaitable or an async generator, as far as its definition tells.
+
+    Looks through `functools.partial`, bound methods and objects with an `async def __call__`.
+    """
+    fn = _without_partial(fn)
+    call = getattr(type(fn), "__call__", None)  # noqa: B004 - the definition of the call is what is looked at
+    return any(inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) for one in (fn, call))
+
+
+def _without_partial(fn: Any) -> Any:
     while hasattr(fn, "func") and hasattr(fn, "keywords"):
         fn = fn.func
     return fn
 
 
 def callable_name(fn: Any) -> str:
-    """How a stage calls the user's function: its name, without module or `<locals>`."""
-    fn = _without_arguments(fn)
+    """The name of the user's function in stage names and errors, without module and `<locals>`."""
+    fn = _without_partial(fn)
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     return str(name).rpartition("<locals>.")[2]

@@ -1,4 +1,4 @@
-"""How many cores there are for us."""
+"""The number of usable cores."""
 
 import os
 
@@ -6,7 +6,7 @@ __all__ = ["usable_cores"]
 
 
 def usable_cores() -> int:
-    """The cores that this process may run on."""
+    """How many cores this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows

@@ -1,4 +1,4 @@
-"""Cursors, the tokens from which something goes on: how their parts are read, and one of entries in no fixed order."""
+"""Cursors say where to go on: how their parts are read, and the cursor of a window without a fixed order."""
 
 from typing import Any, Final
 
@@ -8,14 +8,14 @@ from aioloader.core.safe_text import safe_repr
 __all__ = ["MAX_COUNT", "CompletionCursor", "as_count", "cursor_parts", "cursor_sequence"]
 
 MAX_COUNT: Final = (1 << 63) - 1
-"""No count in a state is larger."""
+"""The largest count that a state may have."""
 
 
 def cursor_sequence(cursor: Any) -> list[Any]:
-    """The parts of `cursor`, which JSON may have made a list.
+    """The parts of `cursor`, a tuple that JSON may have made a list.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It is neither.
     """
     if not isinstance(cursor, list | tuple):
         raise ValueError(f"a list was expected, got {safe_repr(cursor)}")
@@ -26,7 +26,7 @@ def cursor_parts(cursor: Any, count: int) -> list[Any]:
     """The `count` parts of `cursor`.
 
     Raises:
-        ValueError: It has others.
+        ValueError: It has another number of parts, or none.
     """
     parts = cursor_sequence(cursor)
     if len(parts) != count:
@@ -35,10 +35,10 @@ def cursor_parts(cursor: Any, count: int) -> list[Any]:
 
 
 def as_count(value: Any, most: int = MAX_COUNT) -> int:
-    """`value`, which counts something.
+    """`value`, a count.
 
     Raises:
-        ValueError: It is no integer from 0 to `most`.
+        ValueError: It is not an integer from 0 to `most`.
     """
     if type(value) is not int or not 0 <= value <= most:
         upper = most if most < MAX_COUNT else "2**63 - 1"
@@ -47,31 +47,31 @@ def as_count(value: Any, most: int = MAX_COUNT) -> int:
 
 
 class CompletionCursor:
-    """Who has left a window that gives entries as they are finished, for their cursors.
+    """Makes the cursors of a window that delivers entries as they finish.
 
-    Cursor: that of the last entry up to which all have left, that entry's number, and a number whose bit `i` says
-    whether the entry `1 + i` places behind it has left too. So nothing is lost and nothing repeated, however long one
-    entry takes.
+    Entries are numbered as they come. The front is the last entry up to which all have been delivered. A cursor has the
+    cursor of the front, its number, and a number whose bit `i` says whether the entry `1 + i` places after the front
+    has been delivered too. So no entry is lost or repeated, however long one takes.
 
     Attributes:
         came: The number of the newest entry.
-        forgets: Who has left beyond the front is not told: a source has failed, which takes part again after a resume,
-            so that the numbers would be those of other entries.
+        forgets: Whether entries beyond the front are left out of cursors. That is so after a source has failed: it
+            takes part again after a resume, and then the numbers would be those of other entries.
     """
 
     def __init__(self, *, unordered_input: bool = False) -> None:
         self._unordered_input = unordered_input
         self.came = 0
         self.forgets = False
-        self._front = 0  # all up to this number have left
+        self._front = 0  # all up to this number have been delivered
         self._front_cursor: Any = None
-        self._beyond = 0  # bits
-        self._cursors: dict[int, Any] = {}  # of those who left beyond the front
+        self._beyond = 0  # one bit for each entry after the front
+        self._cursors: dict[int, Any] = {}  # of those delivered beyond the front
 
     def resume(self, cursor: Any) -> Any:
-        """Go on behind those whom `cursor` tells of; returns the cursor that upstream goes on behind."""
+        """Go on after the entries in `cursor`; returns the cursor for the nodes before."""
         self._front_cursor, front, beyond = cursor_parts(cursor, 3)
-        # Where one entry takes long, the bits of those beyond it are more than JSON's decimal digits can be.
+        # A string where one entry takes long: then the bits after it are too many for a decimal number in JSON.
         self._beyond = int(beyond, 16) if isinstance(beyond, str) else beyond
         if type(self._beyond) is not int or self._beyond < 0:
             raise ValueError(f"bits, as a number of at least 0, were expected, got {safe_repr(beyond)}")
@@ -82,16 +82,16 @@ class CompletionCursor:
 
     @property
     def cursor(self) -> tuple[Any, int, int]:
-        """Behind all who have left."""
+        """The cursor after all entries that have been delivered."""
         return self._front_cursor, self._front, 0 if self.forgets else self._beyond
 
     @property
     def count(self) -> int:
-        """How many have left."""
+        """How many entries have been delivered."""
         return self._front + self._beyond.bit_count()
 
     def comes(self, run: list[Entry]) -> list[Entry]:
-        """Number the entries of `run`, and leave out those who had left before a resume."""
+        """Number the entries of `run`; returns those that were not delivered before a resume."""
         fresh = []
         for entry in run:
             if entry.state == LAST:
@@ -107,7 +107,7 @@ class CompletionCursor:
         return fresh
 
     def leaves(self, entry: Entry) -> int:
-        """Give `entry` the cursor behind all who have left, itself included; returns its number, from 1."""
+        """Give `entry` the cursor after all delivered entries including itself; returns its number, from 1."""
         number: int
         number, self._cursors[number] = entry.cursor
         self._beyond |= 1 << (number - self._front - 1)

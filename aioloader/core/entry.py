@@ -1,4 +1,4 @@
-"""What travels through the engine: one sample or batch, with the cursor to go on after it."""
+"""An entry: one sample or batch on its way through the engine, with the cursor to go on after it."""
 
 from asyncio import CancelledError
 from typing import Any, Final
@@ -21,34 +21,44 @@ __all__ = [
 # The states of an entry. Plain integers, since they are compared once or twice per sample.
 UNDER_WAY: Final = 0  # in a window, not finished
 DONE: Final = 1  # finished: `value`, or `error` when that is set
-DROPPED: Final = 2  # finished, and a filter said no
-LAST: Final = 3  # finished: the source failed with `error`, and nothing comes after this entry
-ONE_LOST: Final = 4  # finished: one of several sources failed with `error`; it is no sample, and the others go on
+DROPPED: Final = 2  # finished: dropped by a filter
+LAST: Final = 3  # finished: the source failed with `error`, and no entry comes after this one
+ONE_LOST: Final = 4  # finished: one of several sources failed with `error`; not a sample, and the other sources go on
 
 
 class Entry:
     """One sample or batch on its way.
 
+    The reader of a source makes one for each sample, anew each time: the loader writes into it. It sets `value`,
+    `cursor` and `key`, or makes it with `Entry.failed`, and leaves the other attributes alone.
+
+    ```python
+    [Entry(row, cursor=row_id, key=row_id) for row_id, row in rows]
+    ```
+
     Attributes:
-        value: The sample as the last stage left it.
-        cursor: Where to go on *after* this entry; small, immutable, JSON-able (integers and tuples).
-        key: What names the sample in its epoch, see `aioloader.keys`. Of a batch: the list of its samples' keys.
-        position: Where it stands in its source, in the order of this epoch and of all ranks, from 0; of a batch: where
-            its first sample stands. What is made of an entry keeps its position. None: not known, in a source with
-            cursors of its own that was entered in the middle.
-        attempts: How often making it was begun: 1, unless work was lost and done again; of a batch: the most of its
-            samples.
-        error: The user's exception, raised at this entry's place.
+        value: The sample as the last stage returned it.
+        cursor: Where to go on *after* this entry. Small, immutable and JSON-able: integers, floats, strings, and tuples
+            of these and None. Not None itself, which is the start.
+        key: Names the sample in its epoch, see `core/keys.py`: a number, a string, a path, or a tuple of these. The
+            same wherever the source was opened, since `sample_rng()` is seeded by it and notes of errors show it. For
+            a batch, the list of its samples' keys.
+        position: The sample's position in its source, from 0, in the order of this epoch and over all ranks; for a
+            batch, that of its first sample. Entries derived from this one keep the position. None: not known, in a
+            source with its own cursors that was resumed in the middle.
+        attempts: How often work on it was begun: 1, unless work was lost and done again. For a batch, the maximum over
+            its samples.
+        error: The user's exception, raised in place of this entry.
         state: One of the constants above.
-        kept_as: Its key in the caches of its window, or None if no cache may keep it; not set before it is looked up.
-        places: The positions of its samples; set for a batch that was made of entries, and for nothing else.
+        kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
+        places: The positions of its samples; set only for a batch that was made of entries.
     """
 
     __slots__ = ("attempts", "cursor", "error", "kept_as", "key", "places", "position", "state", "value")
     kept_as: Any
     places: list[int | None]
 
-    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None) -> None:
+    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None) -> None:
         self.value = value
         self.cursor = cursor
         self.key = key
@@ -58,15 +68,35 @@ class Entry:
         self.state: int = UNDER_WAY
 
     @classmethod
+    def failed(cls, error: BaseException, cursor: Any, key: Any) -> "Entry":
+        """A sample that could not be made: `error` is raised in its place, and the next one follows.
+
+        Args:
+            error: What is raised: this object, with a note that names the source, the key and the epoch.
+            cursor: Where to go on after it.
+            key: What names it.
+
+        Raises:
+            TypeError: `error` is not an exception.
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(
+                f"Entry.failed takes an exception, got {safe_repr(error, 80)} of type {type(error).__name__}"
+            )
+        entry = cls(None, cursor, key)
+        entry.error = error
+        return entry
+
+    @classmethod
     def last(cls, error: BaseException, cursor: Any, position: int | None) -> "Entry":
-        """The entry that a failed source ends with."""
+        """The last entry of a source that failed."""
         entry = cls(None, cursor, None, position)
         entry.error = error
         entry.state = LAST
         return entry
 
     def derived(self, value: Any, cursor: Any, key: Any, position: int | None) -> "Entry":
-        """One that is made of this one."""
+        """An entry made from this one."""
         entry = Entry(value, cursor, key, position)
         entry.attempts = self.attempts
         return entry
@@ -77,21 +107,20 @@ class Entry:
 
 
 def places_of(entry: Entry) -> list[int | None] | None:
-    """The positions of the samples of a batch; None: it was not made of entries."""
+    """The positions of a batch's samples; None: it was not made of entries."""
     return getattr(entry, "places", None)
 
 
 def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None:
-    """Say on the user's own exception which stage and sample it comes from.
+    """Add a note to the user's exception: which stage and sample it comes from.
 
-    One exception object may be raised for many samples (a cached error): it gets one note per place it was seen at,
-    and at most a few, so that its notes do not grow with the epoch.
+    One exception object may be raised for many samples (a cached error). It gets one note per stage and sample, at most
+    four, so that its notes do not grow with the epoch.
     """
-    name = (
-        "" if entry.key is None or type(entry.key) is list else f"key {safe_repr(entry.key)}, "
-    )  # a list is a batch's
-    counts = "batch" if type(entry.key) is list and places_of(entry) is None else "position"  # a sampler's batch
-    place = "" if entry.position is None else f", {counts} {entry.position}"
+    is_batch = type(entry.key) is list
+    name = "" if entry.key is None or is_batch else f"key {safe_repr(entry.key)}, "
+    unit = "batch" if is_batch and places_of(entry) is None else "position"  # a sampler's batch
+    place = "" if entry.position is None else f", {unit} {entry.position}"
     note = f"aioloader: stage {stage}, {name}epoch {epoch}{place}"
     notes = [n for n in getattr(error, "__notes__", ()) if isinstance(n, str)]
     if note not in notes and sum(n.startswith("aioloader: stage ") for n in notes) < 4:
@@ -99,10 +128,10 @@ def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None
 
 
 def presentable(error: BaseException) -> BaseException:
-    """`error`, unless raising it in `next()` would mean something else than an error.
+    """`error`, or a replacement if raising it in `next()` would not look like an error.
 
-    A `StopIteration` that escapes from a user function would end the epoch in silence, a `CancelledError` would look
-    like somebody's cancellation of the consumer.
+    A `StopIteration` from a user function would end the epoch silently, and a `CancelledError` would look as if the
+    consumer had been cancelled.
     """
     if isinstance(error, StopIteration | StopAsyncIteration | GeneratorExit):
         replacement: BaseException = RuntimeError(f"a user function raised {type(error).__name__}")

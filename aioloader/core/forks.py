@@ -1,8 +1,8 @@
-"""What a forked child begins anew.
+"""What a forked child must reset.
 
-The child has one thread: whatever its parent's other threads served is dead there, and what they held stays locked for
-ever. So each thing that has a lock or a thread is told of the fork, in the child, before anything else runs there. What
-belongs to the parent (threads, processes, connections) is let go of, never ended.
+The child has one thread: what the parent's other threads served is dead there, and locks that they held stay locked for
+ever. So every object with a lock or a thread is told of the fork, in the child, before anything else runs there. It
+lets go of what belongs to the parent (threads, processes, connections) without ending it.
 """
 
 import os
@@ -14,22 +14,22 @@ __all__ = ["Forkable", "after_fork_in_child", "tell_of_fork"]
 
 
 class Forkable(Protocol):
-    """Something that is told when it finds itself in a forked child."""
+    """An object that is told about forks."""
 
     def _forked(self) -> None:
-        """Begin anew. No other thread runs yet."""
+        """Reset this object, in the child. No other thread runs yet."""
 
 
 _told: WeakValueDictionary[int, Forkable] = WeakValueDictionary()  # by id: a user's subclass may have no hash
 
 
 def tell_of_fork(thing: Forkable) -> None:
-    """Call `thing._forked()` in each child that is forked while `thing` lives."""
+    """Call `thing._forked()` in every child that is forked while `thing` lives."""
     _told[id(thing)] = thing
 
 
 def after_fork_in_child(function: Callable[[], None]) -> None:
-    """Call `function` in each child that is forked from now on."""
+    """Call `function` in every child that is forked from now on."""
     if hasattr(os, "register_at_fork"):  # not on Windows
         os.register_at_fork(after_in_child=function)
 

@@ -1,9 +1,9 @@
-"""What names a sample in its epoch: its key.
+"""Keys: a key names a sample in its epoch.
 
-An index, a string, a path, or whatever a sampler gives; where a sample has none of these, its number in its stream. A
-sample that is made of another one, or comes from one of several sources, has the key of that one and says which it is.
-`sample_rng` seeds by keys and caches keep by them, so a key is the same whatever happened before: a resume, another
-number of ranks, a cache that was read from a disk.
+A key is an index, a string, a path, or whatever a sampler gives; without any of these it is the sample's number in its
+stream. The key of a sample that is made from another one, or comes from one of several sources, wraps the key of that
+one. `sample_rng` is seeded by keys and caches look samples up by them. So a key does not depend on what happened
+before: a resume, another number of ranks, a cache that was read from disk.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from typing import Any, Final, NamedTuple
 __all__ = ["NAMES", "PartKey", "SourceKey", "each_key", "key_text", "read_key", "source_of", "written_key"]
 
 NAMES: Final = (str, int, PurePath)
-"""Samples that are their own keys."""
+"""The types of samples that are their own keys."""
 
 
 class PartKey(NamedTuple):
-    """The key of one of several entries that come from one: of `flat_map`, `unbatch`, or a later round of `repeat`.
+    """The key of one of several entries made from one: by `flat_map`, `unbatch`, or a later round of `repeat`.
 
     Attributes:
-        key: Of the entry that it comes from.
-        part: Which of them it is, from 1; of `repeat` from 1 too, since the entries of the first round keep their keys.
+        key: The key of the original entry.
+        part: The number of this entry, from 1. For `repeat`, 1 is the second round; in the first, keys are not wrapped.
     """
 
     key: Any
@@ -33,12 +33,7 @@ class PartKey(NamedTuple):
 
 
 class SourceKey(NamedTuple):
-    """The key of an entry of one of several sources.
-
-    Attributes:
-        source: Its number, from 0.
-        key: In that source.
-    """
+    """The key of an entry from one of several sources, which are numbered from 0."""
 
     source: int
     key: Any
@@ -48,7 +43,7 @@ class SourceKey(NamedTuple):
 
 
 class _Text(str):
-    """Stands for a key that cannot be written down: it says of itself what that one did."""
+    """Stands for a key that has no form in JSON, and has the same text."""
 
     __slots__ = ()
 
@@ -57,19 +52,19 @@ class _Text(str):
 
 
 def each_key(key: Any, change: Callable[[Any], Any]) -> Any:
-    """`change(key)`; of a batch, whose key is a list, that of each of its samples, so that all still have a name."""
+    """`change(key)`; for the key of a batch, a list, the change is applied to each sample's key."""
     return [each_key(part, change) for part in key] if type(key) is list else change(key)
 
 
 def source_of(key: Any) -> int | None:
-    """Which source of `merge`, `mix` or `interleave` a sample is from, the last one that it went through."""
+    """The number of the source of `merge`, `mix` or `interleave` that a sample is from; the outermost one."""
     while isinstance(key, PartKey):
         key = key.key
     return key.source if isinstance(key, SourceKey) else None
 
 
 def key_text(key: Any) -> str:
-    """A key in words; a number is one whether it comes as Python's, numpy's or a tensor."""
+    """A key as text, which is the same for an integer of Python, of numpy and in a tensor."""
     try:
         return str(index(key))
     except TypeError:
@@ -77,7 +72,7 @@ def key_text(key: Any) -> str:
 
 
 def written_key(key: Any) -> Any:
-    """What JSON can hold of `key`, for `read_key`."""
+    """`key` in JSON's types, for `read_key`."""
     match key:
         case None | str() | int():
             return key
@@ -95,7 +90,7 @@ def written_key(key: Any) -> Any:
 
 
 def read_key(written: Any) -> Any:
-    """The key that `written_key` wrote; what has no form in JSON comes back as something of the same `key_text`."""
+    """The key that `written_key` wrote. A key without a form in JSON becomes another one with the same `key_text`."""
     if not isinstance(written, list):
         return written
     match written:

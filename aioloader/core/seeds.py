@@ -1,4 +1,4 @@
-"""Seeds that depend on names and numbers alone: the same on every machine and in every process."""
+"""Seeds that depend on names and numbers only: the same on every machine and in every process."""
 
 from hashlib import blake2b
 from random import Random
@@ -7,8 +7,8 @@ from typing import Final
 __all__ = ["BLOCK", "derive_seed", "random_of_block"]
 
 BLOCK: Final = 4096
-"""So many draws of a long row come from one generator, the next ones from another: then any of them can be found again
-without those before it."""
+"""The number of draws from one generator. The next ones come from another, so that any draw of a long sequence can be
+found without those before it."""
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
@@ -16,12 +16,12 @@ def derive_seed(seed: int, *path: int | str) -> int:
 
     Args:
         seed: The user's seed, any integer.
-        path: What it is for, for instance the epoch and a stage's name; other paths give unrelated seeds.
+        path: The purpose, for instance the epoch and a stage's name; different paths give unrelated seeds.
     """
     text = repr((int(seed), *path)).encode()
     return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def random_of_block(seed: int, number: int) -> Random:
-    """The generator of the draws from `number * BLOCK` on."""
+    """The generator of the `BLOCK` draws from `number * BLOCK` on."""
     return Random(derive_seed(seed, "block", number) if number else seed)

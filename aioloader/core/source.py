@@ -1,11 +1,19 @@
-"""Sources that know where each of their samples is: what `aioloader.sources` is made of, and what it may use.
+"""Sources that know where each of their samples is: what `aioloader.sources` is made of, and what yours may be made of.
 
 A plain iterable is read sample by sample, and its cursor is a count: to go on in it, all before is read again. A source
 of this kind gives entries with cursors of its own, for instance a file and a byte offset, and opens at one. It gives
 them in lists, since a file that is read in large pieces has many samples at once.
+
+    CursorSource   describes: what there is, where a cursor leads. Pickled and shared; holds nothing open.
+    EntryReader    reads one epoch of it. Holds files and connections, and closes them.
+    SourceContext  what a reader may use of the run: threads, tasks, the loop.
+    Entry          one sample, with its cursor and its key.
+
+`docs/sources/own.md` has a whole one.
 """
 
 import asyncio
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
@@ -20,35 +28,73 @@ E = TypeVar("E", bound="RunListener")
 
 
 class EntryReader(ABC):
-    """One epoch of a `CursorSource`, read by the one task that owns it."""
+    """One epoch of a `CursorSource`, read by one task, which calls `read` until the end and then `aclose`.
+
+    Both run on the event loop, one after the other and never twice at a time, and must not block it: what blocks goes
+    to `SourceContext.threads`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.isasyncgenfunction(cls.read):
+            raise TypeError(f"{cls.__qualname__}.read must return a list of entries, but it is an async generator")
 
     @abstractmethod
     async def read(self, limit: int) -> list[Entry]:
-        """Give 1 to `limit` entries, those that are there; `[]` at the end.
+        """Give the next 1 to `limit` entries, or `[]` at the end.
 
-        Each with its `cursor`, where to go on after it, and its `key`, which names it and no other sample of the epoch,
-        wherever it was opened; `position` is filled in by the caller. An entry with `error` raises at its place, and
-        the next one follows.
+        Called when that many more samples are wanted, and not before the first one is. It may wait as long as there is
+        nothing; as soon as there is something it should return, and not wait until `limit` are there. After `[]`, or an
+        exception, it is not called again.
+
+        It is cancelled when the epoch is given up, as by a `break`; a call in a thread that it waits for goes on.
+
+        Args:
+            limit: How many at most, 1 or more.
+
+        Returns:
+            New entries, in order, in a new list. One made by `Entry.failed` raises in its place.
 
         Raises:
-            Exception: The source cannot go on; raised once, after the entries before it, and the epoch ends.
+            Exception: The source cannot go on. Raised once, after the entries before it, and the epoch ends; a state
+                that is taken then leads to where it failed, and it is opened again there.
         """
 
     async def aclose(self) -> None:  # noqa: B027 - many hold nothing
-        """Let go of files and connections. Called once, in the same task, also after a failure or in a cancellation."""
+        """Let go of files and connections.
+
+        Called once for each reader, after its last `read`, also after a failure or a cancellation; it has five seconds.
+        Threads and tasks of the context are still there, and end after it.
+        """
 
 
 class CursorSource(ABC):
-    """A source that gives each sample with a cursor, small and JSON-able, and opens at one.
+    """A source that gives each sample with a cursor, and opens at one: a resume reads nothing again.
 
-    Pass it to `Pipeline` or `DataLoader`. Each epoch opens it anew, several may be open at a time, and it is pickled
-    like any other object: what is open belongs to the reader.
+    Pass it to `Pipeline` or `DataLoader`. Each epoch opens it anew, and several may be open at a time. What is open
+    belongs to the reader; the source itself is a description, which `in_process()` pickles, and of which
+    `cache(disk=...)` compares the class and the attributes that are plain values.
+
+    Its order is its own: `shuffle(buffer_size)` shuffles it, and with `shard()` every rank opens it, reads all of it,
+    and keeps its part. With `__len__`, `len(loader)` is known; a state is then refused once that number has changed, so
+    what grows does not define it.
 
     Attributes:
-        replayable: Opened at a cursor, it gives what came after it. False for live data, which does not come again.
+        replayable: Opened at a cursor, it gives what came after it. False for live data, which does not come again:
+            then a state says `"live"`, and a `for` loop in the thread of a running event loop warns that both may wait.
     """
 
     replayable: ClassVar[bool] = True
+    _names_samples: ClassVar[bool] = True  # False: keys come later, and are None until then
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("open", "identity", "check_cursor"):
+            if inspect.iscoroutinefunction(getattr(cls, name)):
+                raise TypeError(
+                    f"{cls.__qualname__}.{name} must be a plain function, but it is async; what has to be awaited "
+                    f"belongs into the first EntryReader.read"
+                )
 
     @property
     def live(self) -> bool:
@@ -56,22 +102,36 @@ class CursorSource(ABC):
         return not self.replayable
 
     def identity(self) -> dict[str, Any]:
-        """What cursors depend on: which files, in which order. A state of another identity is refused.
+        """What cursors depend on: which file or table, in which order. A state of another identity is refused.
 
-        A small dict that JSON can hold. Asked for with each state, so what is costly is computed once.
+        A small dict of strings to what JSON can hold. Called for each state that is made or loaded, by whoever does
+        that, so what is costly is computed once. What may change without moving a sample, such as a path or a
+        timeout, does not belong into it.
         """
         return {}
 
     def check_cursor(self, cursor: Any) -> None:  # noqa: B027 - what there is to check is the source's own matter
-        """Refuse what is no cursor of this source. May have been through JSON: lists for tuples.
+        """Refuse what is no cursor of this source, so that a broken state is told where it is loaded.
+
+        Called with the cursor of a state, never with None. It has been through JSON, which makes tuples lists, and may
+        hold anything. Looks at the value alone: nothing is opened.
 
         Raises:
             ValueError: Why.
         """
 
     @abstractmethod
-    def open(self, access: "SourceContext", cursor: Any) -> EntryReader:
-        """Begin an epoch behind `cursor`, or at its start when that is None. On the loop; must not block or wait."""
+    def open(self, context: "SourceContext", cursor: Any) -> EntryReader:
+        """Begin an epoch behind `cursor`, or at its start when that is None.
+
+        Called on the event loop, when the first sample is wanted. It must not block or wait: make the reader, and open
+        files in its first `read`, in a thread.
+
+        Args:
+            context: What the reader may use.
+            cursor: That of an entry which this source gave, in this process or another one. It may have been through
+                JSON, which makes tuples lists; `check_cursor` has accepted it.
+        """
 
 
 class RunListener(ABC):
@@ -87,17 +147,21 @@ class RunListener(ABC):
 
 
 class SourceContext(ABC):
-    """What a reader may use while it is open: its loop, threads that end with it, and tasks that end with it."""
+    """What a reader may use while it is open: its loop, threads that end with it, and tasks that end with it.
+
+    The loader makes it. Its methods are called on the loop. `handed_out` and `shared` are what `Channel` takes samples
+    back with, and may still change.
+    """
 
     @property
     @abstractmethod
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop that the reader runs on: the consumer's under `async for`."""
+        """The loop that the reader runs on: the consumer's under `async for`, a private one under `for`."""
 
     @property
     @abstractmethod
     def epoch(self) -> int:
-        """The number of the epoch."""
+        """The number of the epoch, from 0: for an order that changes with it."""
 
     @property
     @abstractmethod
@@ -110,7 +174,13 @@ class SourceContext(ABC):
 
     @abstractmethod
     def threads(self, limit: int) -> "SourceThreads":
-        """Up to `limit` threads, started as they are needed, that end with the reader."""
+        """Up to `limit` threads, started as they are needed, that end with the reader.
+
+        With a limit of 1 all calls are made by one thread, in order, as a connection of sqlite3 needs it.
+
+        Raises:
+            TypeError, ValueError: `limit` is no integer of at least 1.
+        """
 
     @abstractmethod
     def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
@@ -125,4 +195,7 @@ class SourceThreads(Executor):
 
     @abstractmethod
     def call(self, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
-        """Begin `fn(*args)` in a thread; await the result. When that is cancelled, the call itself goes on."""
+        """Begin `fn(*args)` in a thread; await the result. When that is cancelled, the call itself goes on.
+
+        More calls than there are threads wait for their turn, in order.
+        """

@@ -1,1 +1,1 @@
-"""`python -m aioloader demo`: the same small training three times, on images that stand behind a slow server."""
+"""`python -m aioloader demo`: trains the same small network with three loaders, on images from a slow server."""

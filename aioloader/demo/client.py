@@ -1,4 +1,4 @@
-"""How the training processes fetch images: with aiohttp on any event loop, or blocking as workers of torch do."""
+"""How the training processes fetch images: with aiohttp on any event loop, or blocking, in torch's workers."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable
@@ -14,7 +14,7 @@ _Holder = AsyncGenerator[aiohttp.ClientSession, None]
 
 
 def open_session(connections: int) -> aiohttp.ClientSession:
-    """Return a session for the running loop that keeps up to `connections` alive."""
+    """Return a session for the running loop with up to `connections` connections."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections))
 
 
@@ -26,10 +26,10 @@ async def fetch(session: aiohttp.ClientSession, url: str) -> bytes:
 
 
 class SessionPerLoop:
-    """One aiohttp session for each event loop that asks, made at the first request and closed together with its loop.
+    """One aiohttp session per event loop, made at the first request and closed together with its loop.
 
-    A session belongs to the loop that it was made on. Under `for`, samples are awaited on a loop of the loader's own,
-    which lives for one epoch or for a `with loader:` block, and nobody outside can open or close a session there. An
+    A session belongs to the loop on which it was made. Under `for`, samples are awaited on the loader's private loop,
+    which lives for one epoch or for a `with loader:` block, and code outside cannot open or close a session there. An
     asynchronous generator can: before a loop closes, asyncio closes the generators that are still open on it
     (`loop.shutdown_asyncgens`), and this one closes its session.
     """
@@ -43,7 +43,7 @@ class SessionPerLoop:
         loop = asyncio.get_running_loop()
         if loop not in self._open:
             holder = self._hold(loop)
-            self._open[loop] = holder, await anext(holder)  # opening never suspends, so no second task comes in between
+            self._open[loop] = holder, await anext(holder)  # this never suspends, so no other task comes in between
         return self._open[loop][1]
 
     async def _hold(self, loop: asyncio.AbstractEventLoop) -> _Holder:
@@ -68,16 +68,16 @@ class AsyncDigits(Dataset[Awaitable[Example]]):
     async def __getitem__(self, index: int) -> Example:
         name, label = self._samples[index]
         content = await fetch(await self._sessions.get(), f"{self._url}/{name}")
-        return decode(content), label  # 0.1 ms, so it may stay on the loop; a photograph would go through to_thread
+        return decode(content), label  # 0.1 ms, short enough for the loop; use to_thread for photographs
 
 
 class BlockingDigits(Dataset[Example]):
-    """The same for torch's DataLoader: each worker process keeps one connection and waits for each of its images."""
+    """The same for torch's DataLoader: each worker process has one connection and waits for each image."""
 
     def __init__(self, url: str, samples: list[Sample]) -> None:
         self._address = urlsplit(url).netloc
         self._samples = samples
-        self._connection: HTTPConnection | None = None  # made at the first request, hence in the worker
+        self._connection: HTTPConnection | None = None  # made at the first request, which is in the worker
 
     def __len__(self) -> int:
         return len(self._samples)

@@ -1,4 +1,4 @@
-"""One contender of the demo runs in a process of its own, so that its peak of memory is its own."""
+"""Runs a contender of the demo in a separate process, so that its peak memory can be measured."""
 
 import json
 import subprocess
@@ -9,15 +9,15 @@ from typing import Literal
 from aioloader.demo.memory import tree_memory_bytes
 
 Loader = Literal["async for", "for", "torch"]
-"""Which training loop of `aioloader.demo.train` is run."""
+"""The training loop of `aioloader.demo.train`."""
 
 SAMPLING_S = 0.05
-"""The memory is looked at so often, in seconds; a look costs about 3 ms per process of the contender."""
+"""How often the memory is measured, in seconds; this costs about 3 ms per process of the contender."""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a contender is told."""
+    """The task of a contender."""
 
     loader: Loader
     name: str
@@ -32,7 +32,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a contender measured of itself; see `Meter` for the first three."""
+    """The measurements of a contender; see `Meter` for the first three."""
 
     first_batch_s: float
     samples_per_s: float
@@ -42,17 +42,17 @@ class Outcome:
 
 
 class ContenderError(Exception):
-    """A contender's process failed; it has told why on standard error."""
+    """A contender's process failed; it has printed the reason to standard error."""
 
 
 def run_contender(task: Assignment) -> tuple[Outcome, int]:
     """Run `aioloader.demo.train` in a new process.
 
     Returns:
-        What it measured, and the peak of its memory in bytes, its worker processes included.
+        Its measurements, and its peak memory in bytes, with worker processes.
 
     Raises:
-        ContenderError: It ended with another exit code than 0.
+        ContenderError: Its exit code was not 0.
     """
     command = [sys.executable, "-m", "aioloader.demo.train", json.dumps(asdict(task))]
     peak_bytes = 0
@@ -64,7 +64,5 @@ def run_contender(task: Assignment) -> tuple[Outcome, int]:
             except subprocess.TimeoutExpired:
                 peak_bytes = max(peak_bytes, tree_memory_bytes(process.pid))
     if process.returncode != 0:
-        raise ContenderError(
-            f"{task.name!r} must end with exit code 0, got {process.returncode}; its error stands above"
-        )
+        raise ContenderError(f"{task.name!r} must end with exit code 0, got {process.returncode}; see its error above")
     return Outcome(**json.loads(answer)), peak_bytes

@@ -11,39 +11,39 @@ from numpy.typing import NDArray
 from PIL import Image
 
 LEVELS = 16
-"""The darkest value of a digit's pixel as scikit-learn has it; 0 is white."""
+"""The darkest pixel value in scikit-learn's digits; 0 is white."""
 
 Sample = tuple[str, int]
-"""A file's name and its label, 0 to 9."""
+"""The name of a file and its label, 0 to 9."""
 
 Example = tuple[NDArray[np.float32], int]
-"""What a network learns from: pixels as `decode` returns them, and the label."""
+"""A training example: pixels as returned by `decode`, and the label."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on and what is tested on, never both."""
+    """The training set and the test set."""
 
     train: list[Sample]
     test: list[Sample]
 
 
 def encode(pixels: NDArray[np.floating[Any]]) -> bytes:
-    """Return a grayscale PNG of a digit's [8, 8] pixels in 0..16, which become 0..255."""
+    """Return a grayscale PNG of a digit's [8, 8] pixels in 0..16, scaled to 0..255."""
     content = io.BytesIO()
     Image.fromarray((pixels * (255 / LEVELS)).round().astype(np.uint8)).save(content, format="PNG")
     return content.getvalue()
 
 
 def decode(content: bytes) -> NDArray[np.float32]:
-    """Return the pixels of a PNG as float32 [1, 8, 8] in 0..1, channel first as torch wants it."""
+    """Return the pixels of a PNG as float32 [1, 8, 8] in 0..1, channel first as in torch."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image, dtype=np.float32)[np.newaxis] / np.float32(255)
 
 
 def write_digits(folder: Path) -> Split:
-    """Write every digit and the list of them into `folder`; always split alike, a fifth of each digit for tests."""
-    from sklearn.datasets import load_digits  # here: it takes a second, and who trains only reads
+    """Write every digit and a list of them to `folder`; the split is fixed, with a fifth of each digit for tests."""
+    from sklearn.datasets import load_digits  # here: the import takes a second, and training does not need it
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
@@ -56,6 +56,6 @@ def write_digits(folder: Path) -> Split:
 
 
 def read_split(folder: Path) -> Split:
-    """Return what `write_digits` listed in `folder`."""
+    """Return the split that `write_digits` has written to `folder`."""
     parts = json.loads((folder / "split.json").read_text())
     return Split(**{part: [(name, label) for name, label in samples] for part, samples in parts.items()})

@@ -1,4 +1,4 @@
-"""How much memory a process and all its descendants use."""
+"""Measures the memory of a process and its descendants."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 
 PROPORTIONAL = Path("/proc/self/smaps_rollup").exists()
-"""Whether the kernel tells how many processes share a page (Linux); elsewhere shared pages count for each process."""
+"""Whether the kernel shows how many processes share a page (Linux); elsewhere shared pages count for each process."""
 
 MEANING = (
     "anonymous and shared pages of the process tree, each shared page counted once (Linux PSS without mapped files)"
@@ -16,10 +16,10 @@ MEANING = (
 
 
 def tree_memory_bytes(pid: int) -> int:
-    """Return what process `pid` and its descendants use now; 0 when it has ended.
+    """Return the memory of process `pid` and its descendants; 0 when it has ended.
 
-    Files mapped into memory are left out on Linux: the code of torch is the same for every contender, and its share per
-    process would depend on who else has loaded it.
+    On Linux, mapped files are left out: torch's code is the same for every contender, and its share per process would
+    depend on how many other processes have loaded it.
     """
     try:
         root = psutil.Process(pid)
@@ -33,7 +33,7 @@ def _memory_bytes(process: psutil.Process) -> int:
         return process.memory_info().rss
     try:
         rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0
     return 1024 * sum(
         int(kilobytes) for kilobytes in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB$", rollup, re.MULTILINE)

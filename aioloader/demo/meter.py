@@ -1,4 +1,4 @@
-"""Measures a training loop from inside, and shows how far it is."""
+"""Measures a training loop from inside, and shows its progress."""
 
 import math
 import sys
@@ -9,17 +9,17 @@ from typing import Protocol
 
 
 class EpochProgress(Protocol):
-    """One epoch's progress, as tqdm has it."""
+    """The progress of one epoch; a tqdm bar has this method."""
 
     def update(self, batches: int) -> object:
-        """Count more batches as done."""
+        """Count further batches as done."""
 
 
 class Meter:
-    """Wrap each epoch in `epoch()` and each training step in `step()`; what lies between two steps is waiting for data.
+    """Wrap each epoch in `epoch()` and each training step in `step()`; the time between steps is waiting for data.
 
     Args:
-        name: Who is measured, as the progress bar shall say it.
+        name: The title of the progress bar.
         epochs: How many epochs there will be.
         samples_per_epoch: How many samples each has.
         batch_size: Samples in a batch; the last one may be smaller.
@@ -50,7 +50,7 @@ class Meter:
 
     @contextmanager
     def step(self, samples: int) -> Iterator[None]:
-        """Measure the work on one batch of so many samples."""
+        """Measure the work on one batch with this number of samples."""
         arrived = perf_counter()
         waited_s = arrived - self._waiting_since
         if self.first_batch_s is None:
@@ -63,12 +63,12 @@ class Meter:
 
     @property
     def samples_per_s(self) -> float:
-        """Samples per second over whole epochs, from asking for the first batch to the end of each."""
+        """Samples per second over whole epochs, waiting and training."""
         return self._samples / self._total_s
 
     @property
     def waited_share(self) -> float:
-        """The part of all epochs' time, 0 to 1, in which the training loop had no batch to work on."""
+        """The fraction of all epochs' time, 0 to 1, in which the training loop waited for a batch."""
         return self._waited_s / self._total_s
 
 
@@ -84,7 +84,7 @@ def _open_progress(title: str, batches: int) -> AbstractContextManager[EpochProg
 
 
 class _ProgressLines:
-    """A line at each quarter of an epoch, for logs and for terminals without tqdm."""
+    """Prints a line at each quarter of an epoch, for logs and where tqdm is not installed."""
 
     def __init__(self, title: str, batches: int) -> None:
         self._title = title

@@ -1,4 +1,4 @@
-"""A convolutional network that reads digits, its training step and its accuracy."""
+"""A convolutional network that classifies digits, its training step and its accuracy."""
 
 import torch
 from torch import Tensor, nn
@@ -7,10 +7,10 @@ CLASSES = 10
 
 
 class Learner:
-    """The network with its optimizer; equal seeds start equal.
+    """The network and its optimizer.
 
     Args:
-        seed: Decides the first weights.
+        seed: Of the initial weights.
         device: Where the weights are, and where batches must be.
     """
 
@@ -26,10 +26,10 @@ class Learner:
         self._optimizer = torch.optim.Adam(self._network.parameters(), lr=3e-3)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
-        """Learn from one batch: float32 [B, 1, 8, 8] in 0..1 and int64 [B].
+        """Train on one batch: float32 [B, 1, 8, 8] in 0..1 and int64 [B].
 
         Returns:
-            The loss; so a step ends when the device is done with it, and its time is its own.
+            The loss. Reading it waits for the device, so that the time of a step includes its work.
         """
         loss = nn.functional.cross_entropy(self._network(images), labels)
         self._optimizer.zero_grad()
@@ -39,7 +39,7 @@ class Learner:
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Return the part of the images, shaped as in `step`, that is read correctly, 0 to 1."""
+        """Return the fraction of the images, shaped as in `step`, that is classified correctly."""
         self._network.eval()
         hits = self._network(images).argmax(dim=1) == labels
         self._network.train()

@@ -13,7 +13,7 @@ from aioloader.demo.server import DemoServer
 from aioloader.demo.table import render
 
 CONNECTIONS = 128
-"""Images under way at once where fetching is asynchronous."""
+"""How many images are fetched at once by asynchronous clients."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def run(settings: Settings) -> int:
     with tempfile.TemporaryDirectory(prefix="aioloader-demo-") as folder:
         split = write_digits(Path(folder))
         _tell(
-            f"{len(split.train)} images to learn from and {len(split.test)} to test on, a PNG file each; "
-            f"the server answers {settings.latency_ms:g} ms late"
+            f"{len(split.train)} images to train on and {len(split.test)} to test on, a PNG file each; "
+            f"the server answers after {settings.latency_ms:g} ms"
         )
         contenders: list[tuple[Loader, str]] = [
             ("async for", "aioloader, async for"),
@@ -81,7 +81,7 @@ def run(settings: Settings) -> int:
 
 
 def report(settings: Settings, results: list[Result], *, images: int) -> str:
-    """Return the table, what its columns mean, and what the loaders say of themselves."""
+    """Return the table, the meaning of its columns, and what `explain()` says of each loader."""
     header = ["", "first batch", "samples/s", "waited", "peak memory", "accuracy", "requests"]
     rows = [
         [
@@ -98,13 +98,13 @@ def report(settings: Settings, results: list[Result], *, images: int) -> str:
     notes = [
         "first batch: from the start of the first epoch to its first batch, worker start included, imports not.",
         "samples/s: over whole epochs, training included.",
-        "waited: the part of that time in which the training loop had no batch to work on.",
-        f"peak memory: {MEMORY_MEANING}; each loader ran in a process of its own, torch and network included.",
-        f"accuracy: on images that were not trained on; at least {settings.min_accuracy:g} is asked for.",
+        "waited: the fraction of that time in which the training loop waited for a batch.",
+        f"peak memory: {MEMORY_MEANING}; each loader ran in a separate process, torch and network included.",
+        f"accuracy: on images that were not trained on; at least {settings.min_accuracy:g} is expected.",
         f"requests: images that the server sent for that row; {settings.epochs} epochs of {images} images "
         f"are {settings.epochs * images}.",
-        f"aioloader keeps up to {CONNECTIONS} requests under way in one process. A worker of torch waits for one image "
-        "at a time; --workers gives it more of them, a process each.",
+        f"aioloader sends up to {CONNECTIONS} requests at once from one process. A torch worker fetches one image at a "
+        "time; --workers sets how many there are.",
     ]
     explained = [result for result in results if result.outcome.explanation]
     parts = [
@@ -116,7 +116,7 @@ def report(settings: Settings, results: list[Result], *, images: int) -> str:
 
 
 def failures(settings: Settings, results: list[Result], *, images: int) -> list[str]:
-    """Return a line for each promise that a row broke: every image fetched once per epoch, and learned from."""
+    """Return a line for each broken promise: every image is fetched once per epoch, and the network learns."""
     requests = settings.epochs * images
     inaccurate = [
         f"the test accuracy must be at least {settings.min_accuracy:g}, got {result.outcome.accuracy:.3f} with "

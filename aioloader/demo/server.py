@@ -1,7 +1,7 @@
-"""The demo's object store: an HTTP server in a process of its own that answers each request after a fixed latency.
+"""The demo's object store: an HTTP server in a separate process that answers each request after a fixed latency.
 
-It is run as a file (`python server.py FOLDER`), because `python -m aioloader.demo.server` would import torch first. It
-prints its port, serves until its standard input ends, and so cannot outlive the process that started it.
+It runs as a file (`python server.py FOLDER`), since `python -m aioloader.demo.server` would import torch first. It
+prints its port and serves until its standard input is closed, so it cannot outlive the process that started it.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from aiohttp import web
 
 
 class DemoServer:
-    """`with DemoServer(folder, latency_s=0.02) as server`: the images of `folder` at `server.url`, each after a while.
+    """`with DemoServer(folder, latency_s=0.02) as server`: serves the images of `folder` at `server.url`.
 
     Args:
-        folder: PNG files; they are read once, so that the latency is the only cost of an object.
-        latency_s: How long each answer waits, in seconds; any number of answers wait side by side.
+        folder: PNG files; they are read once, so that an object costs nothing but the latency.
+        latency_s: How long each answer waits, in seconds; any number of answers wait at the same time.
     """
 
     def __init__(self, folder: Path, latency_s: float) -> None:
@@ -41,10 +41,10 @@ class DemoServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.process.communicate()  # closes its standard input, which ends it, and waits
+        self.process.communicate()  # closes its standard input, and waits for its end
 
     def served(self) -> int:
-        """Return how many files were sent since the start."""
+        """Return how many files have been sent since the start."""
         with urlopen(f"{self.url}/served") as response:
             return int(response.read())
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--latency-s", type=float, required=True)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes our standard input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes standard input
     files = {path.name: path.read_bytes() for path in arguments.folder.glob("*.png")}
     asyncio.run(serve(files, arguments.latency_s))
 

@@ -1,10 +1,10 @@
-"""Renders what was measured as a table of plain text."""
+"""Renders a table as plain text."""
 
 from collections.abc import Sequence
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return lines with the first column to the left and the others to the right; rows are as long as the header."""
+    """Return lines with the first column aligned left and the others right; rows are as long as the header."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     return "\n".join(_line(cells, widths) for cells in [header, rule, *rows])

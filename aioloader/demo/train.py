@@ -20,7 +20,7 @@ SEED = 0
 
 
 async def train_with_async_for(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
-    """The whole training is one coroutine; images are fetched on its own loop, with its own session."""
+    """Train in one coroutine; images are fetched on its own event loop, with its own session."""
     async with open_session(task.connections) as session:
 
         async def fetch_sample(sample: Sample) -> tuple[bytes, int]:
@@ -49,7 +49,7 @@ async def train_with_async_for(task: Assignment, samples: list[Sample], learner:
 
 
 def train_with_for(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
-    """A classic loop over torch's signature; the dataset's coroutines run on a loop that the loader owns."""
+    """Train with a plain `for` loop over the drop-in `DataLoader`; coroutines run on the loader's private loop."""
     dataset = AsyncDigits(task.url, samples, task.connections)
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
         dataset,
@@ -69,7 +69,7 @@ def train_with_for(task: Assignment, samples: list[Sample], learner: Learner, me
 
 
 def train_with_torch(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
-    """The rival at its best: workers stay alive between epochs, and each keeps its connection."""
+    """Train with torch's DataLoader at its best: workers stay alive between epochs, and each keeps its connection."""
     loader = torch.utils.data.DataLoader(
         BlockingDigits(task.url, samples),
         batch_size=task.batch_size,
@@ -87,7 +87,7 @@ def train_with_torch(task: Assignment, samples: list[Sample], learner: Learner, 
 
 
 def train(task: Assignment) -> Outcome:
-    """Run the training loop that `task` names, then test the network on images from disk, which no server counts."""
+    """Run the training loop of `task`, then test the network on images from disk, which the server does not count."""
     folder = Path(task.folder)
     split = read_split(folder)
     learner = Learner(SEED, task.device)
@@ -117,9 +117,7 @@ def _test_set(folder: Path, samples: list[Sample]) -> tuple[Tensor, Tensor]:
 
 def main() -> int:
     """Run the task given as JSON on the command line; print the outcome as JSON."""
-    torch.set_num_threads(
-        1
-    )  # for all alike: so small a network gains nothing from more, and they would fight the loaders
+    torch.set_num_threads(1)  # for all contenders: the network is too small for more, which would slow the loaders
     try:
         outcome = train(Assignment(**json.loads(sys.argv[1])))
     except KeyboardInterrupt:

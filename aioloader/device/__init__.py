@@ -1,4 +1,4 @@
-"""The device stage: page-locks batches, copies them on a stream of their own, and hands them over safely."""
+"""The device stage: page-locks batches, copies them on a separate stream, and hands them over safely."""
 
 from aioloader.device.base import Backend, Event, Stream
 from aioloader.device.cuda import CudaBackend

@@ -1,7 +1,7 @@
 """Structures of tensors: rebuild one with other tensors, and find the tensors in an object.
 
-The rules are those of torch (`torch.utils.data._utils.pin_memory`), and more: dataclasses are rebuilt, what did not
-change is not copied, and an object that holds a tensor nobody can move is not passed over in silence.
+The rules are those of torch (`torch.utils.data._utils.pin_memory`), with three additions: dataclasses are rebuilt,
+containers without changes are not copied, and there is a warning for objects whose tensors cannot be moved.
 """
 
 import copy
@@ -27,44 +27,44 @@ __all__ = [
 ]
 
 _NO_STRUCTURE: Final = (str, bytes, bytearray, memoryview, range, array, int, float, complex, type, type(None))
-"""What holds no tensor for sure; some are sequences, long ones at times."""
+"""Types that cannot hold a tensor; some of them are sequences, which may be long."""
 
 ATTRIBUTE_STEPS: Final = 4
-"""How deep the tensors of an object are searched for: batch, storage, mapping, value, and one more."""
+"""How many attributes deep tensors are searched for: batch, storage, mapping, value, and one more."""
 
 
 def rebuild(
     value: Any,
     tensor: Callable[[torch.Tensor], torch.Tensor],
-    whole: Callable[[Any], bool],
+    is_leaf: Callable[[Any], bool],
     other: Callable[[Any], Any],
 ) -> Any:
     """`value` with its tensors replaced; containers in which nothing changed are returned themselves.
 
     Args:
         value: Tensors in tuples, lists, named tuples, mappings, sequences and dataclasses, in any depth.
-        tensor: Gives the new tensor for a tensor.
-        whole: Whether an object is left to `other` although it is a container.
-        other: Gives the new object for any object that is not a container.
+        tensor: Returns the new tensor for a tensor.
+        is_leaf: Whether a container is passed to `other` as a whole.
+        other: Returns the new object for any object that is not a container.
 
     Containers keep their type where they can be rebuilt: mutable ones are shallow copies with the changed entries
-    replaced (they may have further attributes), others are made anew from their entries. Where that fails with
+    replaced (they may have further attributes), others are made again from their entries. Where that fails with
     TypeError, a mapping becomes a dict and a sequence a list, as in torch.
     """
-    return _Rebuilding(tensor, whole, other).new(value)
+    return _Rebuilding(tensor, is_leaf, other).new(value)
 
 
 class _Rebuilding:
-    # Not a function within `rebuild` that calls itself: that is a reference cycle, and all that `tensor` holds, for
-    # instance a batch of page-locked memory, would live until the garbage collector comes by.
+    # Not a recursive function within `rebuild`: that would be a reference cycle, and everything that `tensor` refers
+    # to, for instance a batch in page-locked memory, would live until the garbage collector runs.
     def __init__(
         self,
         tensor: Callable[[torch.Tensor], torch.Tensor],
-        whole: Callable[[Any], bool],
+        is_leaf: Callable[[Any], bool],
         other: Callable[[Any], Any],
     ) -> None:
         self._tensor = tensor
-        self._whole = whole
+        self._is_leaf = is_leaf
         self._other = other
 
     def new(self, value: Any) -> Any:
@@ -72,7 +72,7 @@ class _Rebuilding:
             return self._tensor(value)
         if isinstance(value, _NO_STRUCTURE):
             return value
-        if self._whole(value):
+        if self._is_leaf(value):
             return self._other(value)
         if dataclasses.is_dataclass(value):
             return _rebuild_dataclass(value, self.new)
@@ -84,7 +84,7 @@ class _Rebuilding:
 
 
 def _rebuild_dataclass(value: Any, new: Callable[[Any], Any]) -> Any:
-    # Before the mappings, as the outputs of Hugging Face models are both, and only `replace` keeps the two in step.
+    # Checked before mappings: the outputs of Hugging Face models are both, and only `replace` keeps the two equal.
     changed = {}
     for field in dataclasses.fields(value):
         if hasattr(value, field.name):  # a field without `init` and default may never have been set
@@ -118,8 +118,8 @@ def _rebuild_mapping(value: Mapping[Any, Any], new: Callable[[Any], Any]) -> Any
         clone.update(changed)
     except (TypeError, NotImplementedError):
         return entries
-    # A class that wraps a dict and does not define `__copy__` shares it with its copy: the user's batch, which the
-    # dataset may keep, would have been changed.
+    # A class that wraps a dict and has no `__copy__` shares the dict with its copy. Then the user's batch, which the
+    # dataset may keep, has been changed: undo that.
     if any(value[key] is entry for key, entry in changed.items()):
         value.update({key: old[key] for key in changed})
         return entries
@@ -151,12 +151,12 @@ def _rebuild_sequence(value: Sequence[Any], new: Callable[[Any], Any]) -> Any:
 
 
 def has_method(value: object, name: str) -> bool:
-    """Whether the class of `value` has this method; an entry of that name in a mapping with attributes is none."""
+    """Whether the class of `value` has this method. Mappings with attribute access may have an entry of that name."""
     return callable(getattr(type(value), name, None))
 
 
 def names_non_blocking(to: Callable[..., Any]) -> bool:
-    """Whether `to` has a parameter of the name `non_blocking`, as what moves to devices has."""
+    """Whether `to` has a parameter `non_blocking`, as methods have that move data to a device."""
     return "non_blocking" in _parameters(to)
 
 
@@ -169,19 +169,19 @@ def takes_non_blocking(to: Callable[..., Any]) -> bool:
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(function).parameters
-    except (TypeError, ValueError):  # written in C, without telling
+    except (TypeError, ValueError):  # a C function without a signature
         return {}
 
 
 def tensors_in(value: Any, attribute_steps: int = ATTRIBUTE_STEPS) -> Iterator[torch.Tensor]:
-    """All tensors that can be found in `value`, through containers and the attributes of objects; each one once."""
+    """The tensors in `value`, each once, found through containers and the attributes of objects."""
     yield from _search(value, attribute_steps, {})
 
 
 def _search(value: Any, steps: int, seen: dict[int, Any]) -> Iterator[torch.Tensor]:
     if isinstance(value, _NO_STRUCTURE) or id(value) in seen:
         return
-    seen[id(value)] = value  # kept alive, or another object could get its id
+    seen[id(value)] = value  # kept alive, since another object could get its id
     if isinstance(value, torch.Tensor):
         yield value
         return
@@ -197,7 +197,7 @@ def _search(value: Any, steps: int, seen: dict[int, Any]) -> Iterator[torch.Tens
 
 
 def _attributes(value: object) -> Iterator[Any]:
-    """What instances hold themselves. Properties are not asked: they may compute anything."""
+    """The attributes of the instance. Properties are left out: they may compute anything."""
     yield from getattr(value, "__dict__", {}).values()
     for cls in type(value).__mro__:
         slots = cls.__dict__.get("__slots__", ())
@@ -211,13 +211,13 @@ def _attributes(value: object) -> Iterator[Any]:
 
 
 def memory_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors whose memory `tensor` uses: itself, or the parts of a sparse, nested or wrapping tensor."""
+    """The tensors whose memory `tensor` uses: itself, or the parts of a sparse, nested or wrapper tensor."""
     if hasattr(type(tensor), "__tensor_flatten__"):  # nested (jagged) tensors, DTensor, quantised wrappers
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         for name in names:
             yield from memory_of(getattr(tensor, name))
     elif tensor.layout is torch.sparse_coo:
-        yield tensor._indices()  # not `indices()`, which refuses what is not coalesced
+        yield tensor._indices()  # not `indices()`, which raises for uncoalesced tensors
         yield tensor._values()
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
@@ -230,7 +230,7 @@ def memory_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements of a strided tensor fill its memory without gaps and overlap, in any order of dimensions."""
+    """Whether a strided tensor has no gaps and no overlap in memory, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -246,20 +246,17 @@ _warned: WeakSet[type] = WeakSet()
 
 
 def warn_if_it_holds_tensors(value: object, needs: str) -> None:
-    """Say once per class that a tensor stays behind; torch's DataLoader passes over such objects in silence.
+    """Warn once per class that its tensors are not moved, since it `needs` for instance "pin_memory()".
 
-    Only the first instance of a class is looked at, so that a list of objects costs next to nothing.
-
-    Args:
-        value: An object that is passed on as it is.
-        needs: What its class lacks, for instance "pin_memory()".
+    torch's DataLoader says nothing about such objects. Only the first instance of a class is searched, so that a list
+    of objects costs almost nothing.
     """
     cls = type(value)
     if cls in _warned:
         return
     try:
         _warned.add(cls)
-    except TypeError:  # a class that cannot be referred to weakly: one of C
+    except TypeError:  # a class that cannot be referenced weakly
         return
     if next(tensors_in(value, attribute_steps=1), None) is not None:
         warnings.warn(

@@ -1,7 +1,7 @@
-"""What a device must be able to do: the primitives, over which `Transfer` is written once.
+"""The operations that a device must support; `Transfer` is written over them once for all devices.
 
-`CudaBackend` is the real thing, `HostBackend` does nothing, and `aioloader.testing.FakeBackend` is a device made of
-CPU memory whose copies happen as late as a test likes.
+`CudaBackend` is the real one, `HostBackend` does nothing, and `aioloader.testing.FakeBackend` is a device made of CPU
+memory whose copies happen as late as a test wants.
 """
 
 from collections.abc import Sequence
@@ -12,51 +12,51 @@ import torch
 __all__ = ["Backend", "Event", "Stream"]
 
 Stream: TypeAlias = Any
-"""A queue of work on the device, done in order. Each backend has its own kind, and only the backend looks into it."""
+"""A queue of work on the device, done in order. Each backend has its own type, which only the backend uses."""
 
 
 class Event(Protocol):
     """A point in a stream."""
 
     def query(self) -> bool:
-        """Whether all work up to this point is done; never waits."""
+        """Whether all work before this point is done; never waits."""
         ...
 
     def synchronize(self) -> None:
-        """Wait, on the host, until all work up to this point is done. Never called on the consumer's path."""
+        """Block the host until all work before this point is done. Never called on the consumer's path."""
         ...
 
 
 @runtime_checkable
 class Backend(Protocol):
-    """The primitives of one device. All methods but `init_thread` leave the calling thread's settings as they were.
+    """The operations of one device. No method but `init_thread` changes settings of the calling thread.
 
-    Copies are made on one thread; `current_stream`, `wait_event` and `record_use` are called on the consumer's, and
-    `alloc_pinned` and `pin` on any.
+    Copies are made in one thread; `current_stream`, `wait_event` and `record_use` are called in the consumer's thread,
+    `alloc_pinned` and `pin` in any.
     """
 
     @property
     def device(self) -> torch.device:
-        """The device, with its index where it has one."""
+        """The device, with its index if it has one."""
         ...
 
     @property
     def pins(self) -> bool:
-        """Whether `pin` and `alloc_pinned` give page-locked memory here."""
+        """Whether `pin` and `alloc_pinned` return page-locked memory."""
         ...
 
     def init_thread(self) -> None:
-        """Make `device` the current one of this thread. Called once, first, in a thread that is the loader's own."""
+        """Make `device` the current device of this thread. Called first in each device thread of the loader."""
         ...
 
     def alloc_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised, contiguous, page-locked host memory; plain memory where there is no other."""
+        """Uninitialised, contiguous, page-locked host memory; pageable if it cannot be page-locked."""
         ...
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A page-locked copy of `tensor` from which one asynchronous copy can be made: without gaps or overlap.
+        """A page-locked copy of `tensor` without gaps or overlap, from which one asynchronous copy can be made.
 
-        The tensor itself when it is that already, is not in host memory, or cannot be page-locked.
+        The tensor itself if it is one already, is not in host memory, or cannot be page-locked.
         """
         ...
 
@@ -73,18 +73,18 @@ class Backend(Protocol):
         ...
 
     def current_stream(self) -> Stream:
-        """The stream that is current in the calling thread."""
+        """The current stream of the calling thread."""
         ...
 
     def default_stream(self) -> Stream:
-        """The stream that is current in a thread which never chose one."""
+        """The current stream of threads that have not set one."""
         ...
 
     def copy(self, tensor: torch.Tensor, stream: Stream) -> torch.Tensor:
         """Queue a copy of `tensor` on `stream`, into device memory that belongs to `stream`.
 
-        The caller keeps `tensor` until an event recorded after it is done. From memory that is not page-locked this
-        returns when the source has been read.
+        The caller keeps `tensor` until an event recorded after the copy is done. If the memory is not page-locked, this
+        returns only when the source has been read.
         """
         ...
 
@@ -93,17 +93,17 @@ class Backend(Protocol):
         ...
 
     def record_event(self, stream: Stream) -> Event:
-        """An event after all that is queued on `stream` now."""
+        """An event after everything that is queued on `stream` now."""
         ...
 
     def wait_event(self, stream: Stream, event: Any) -> None:
-        """What is queued on `stream` from now on starts after `event`, one of this backend. The host does not wait."""
+        """Let work that is queued on `stream` from now on start after `event`. The host does not wait."""
         ...
 
     def record_use(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """When `tensor` is dropped, its memory is not used again before what `stream` had queued by then is done."""
+        """After `tensor` is dropped, keep its memory until the work that `stream` has queued by then is done."""
         ...
 
     def close(self) -> None:
-        """Give back what the backend holds. Idempotent."""
+        """Release what the backend holds. Idempotent."""
         ...

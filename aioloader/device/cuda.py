@@ -17,15 +17,15 @@ T = TypeVar("T")
 class CudaBackend:
     """One CUDA device.
 
-    Page-locked memory comes from torch's caching host allocator, whose blocks are rounded up to powers of two and go
-    to a process-wide cache when they are dropped, where the next batch finds them: after warm-up no batch makes the
-    driver page-lock anything, which takes locks of the whole machine.
+    Page-locked memory comes from torch's caching host allocator. Its blocks are rounded up to powers of two, and go to
+    a process-wide cache when they are dropped, where the next batch finds them. So after warm-up the driver page-locks
+    nothing more, which would take locks of the whole machine.
 
     Args:
-        device: With an index; without one it is the calling thread's current device.
+        device: With an index, or the calling thread's current device.
 
     Attributes:
-        pins: Becomes False, for good and with one warning, when the driver refuses to page-lock memory: batches are
+        pins: Becomes False, permanently and with one warning, when the driver refuses to page-lock memory. Batches are
             then copied from pageable memory.
     """
 
@@ -37,26 +37,24 @@ class CudaBackend:
         self.pins = True
 
     def init_thread(self) -> None:
-        """Make this device the current one of this thread; it is thread-local."""
+        """Make this device the current one of this thread."""
         torch.cuda.set_device(self.device)
 
     def alloc_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised page-locked memory, of any thread; pageable when the driver refused once.
-
-        The device is named, as a thread may have set another default one.
-        """
+        """Uninitialised page-locked memory; pageable once the driver has refused."""
 
         def alloc(pin_memory: bool) -> torch.Tensor:
+            # The device is given, since the thread may have another default.
             return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=pin_memory)
 
         return self._try_to_pin(lambda: alloc(True), lambda: alloc(False))
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A page-locked copy without gaps, in `tensor`'s own order of dimensions (channels-last stays channels-last).
+        """A page-locked copy without gaps, in the tensor's order of dimensions (channels-last stays channels-last).
 
-        Not simply `Tensor.pin_memory()`: that keeps the strides of any view, so it page-locks the gaps of `x[:, ::2]`,
-        refuses `x.expand(...)`, and makes a plain tensor of a subclass. A pinned tensor with gaps is copied too, since
-        torch would make it dense in *pageable* memory for the copy.
+        `Tensor.pin_memory()` would keep the strides of any view: it page-locks the gaps of `x[:, ::2]`, refuses
+        `x.expand(...)`, and turns a subclass into a plain tensor. A pinned tensor with gaps is copied too, since torch
+        would make it dense in *pageable* memory for the copy.
         """
         if tensor.device.type != "cpu" or tensor.numel() == 0 or not self.pins:
             return tensor
@@ -75,23 +73,23 @@ class CudaBackend:
             pinned = self._try_to_pin(pin, lambda: tensor)
         except (RuntimeError, TypeError):  # not every layout and subclass can be page-locked
             return tensor
-        # A subclass that does not survive this, as those of torchvision, is copied by its own `to`, pageable.
+        # Some subclasses get lost here, for instance torchvision's. They are copied from pageable memory.
         return pinned if type(pinned) is type(tensor) else tensor
 
     def pin_object(self, value: Any) -> Any:
-        """Call the object's own `pin_memory()`; the object itself when the driver refuses."""
+        """Call the object's own `pin_memory()`; returns the object itself when the driver refuses."""
         return self._try_to_pin(value.pin_memory, lambda: value)
 
     def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is on this device, not only on some CUDA device."""
+        """Whether `tensor` is on this CUDA device, not on another one."""
         return tensor.device == self.device
 
     def new_stream(self) -> torch.cuda.Stream:
-        """A stream for the life of a loader: torch has 32 per device, and memory stays with the stream it came from."""
+        """A stream. Make one per loader: torch has 32 per device, and memory is only used again on its own stream."""
         return torch.cuda.Stream(self.device)
 
     def current_stream(self) -> torch.cuda.Stream:
-        """The calling thread's current stream on this device, whichever device is the thread's current one."""
+        """The calling thread's current stream on this device, which need not be its current device."""
         return torch.cuda.current_stream(self.device)
 
     def default_stream(self) -> torch.cuda.Stream:
@@ -99,24 +97,24 @@ class CudaBackend:
         return torch.cuda.default_stream(self.device)
 
     def copy(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
-        """Queue a copy on `stream`; the memory it goes to belongs to `stream`'s part of torch's caching allocator.
+        """Queue a copy on `stream`, into memory from `stream`'s part of torch's caching allocator.
 
-        From pageable memory this waits until the copy is done. With `non_blocking` CUDA returns as soon as it has read
-        the source into a buffer of its own, but promises this only for some platforms (CUDA Runtime API, "API
-        synchronization behavior"), and the source may be memory that the dataset writes to again.
+        From pageable memory this waits until the copy is done, because the dataset may write to the source again. With
+        `non_blocking`, CUDA returns as soon as it has read the source into a buffer of its own, but guarantees this
+        only on some platforms (CUDA Runtime API, "API synchronization behavior").
         """
-        with torch.cuda.stream(stream):  # nothing in here awaits or yields: the current stream is thread-local
+        with torch.cuda.stream(stream):  # the current stream is thread-local: do not await or yield in here
             return tensor.to(self.device, non_blocking=_is_pinned(tensor))
 
     def move_object(self, value: Any, stream: torch.cuda.Stream) -> Any:
-        """Call the object's own `to`, with `non_blocking=True` when it takes that."""
+        """Call the object's own `to`, with `non_blocking=True` if it accepts that."""
         with torch.cuda.stream(stream):
             if takes_non_blocking(value.to):
                 return value.to(self.device, non_blocking=True)
             return value.to(self.device)
 
     def record_event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """An event without timing, which costs less; waiting for it (in `Transfer.close` only) does not spin."""
+        """An event without timing, which is cheaper. Waiting for it, as `Transfer.close` does, does not spin."""
         event = torch.cuda.Event(enable_timing=False, blocking=True)
         event.record(stream)
         return event
@@ -126,14 +124,14 @@ class CudaBackend:
         stream.wait_event(event)
 
     def record_use(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        """`Tensor.record_stream`; nothing for a tensor that is not on the device."""
+        """`Tensor.record_stream`; does nothing for a CPU tensor."""
         if tensor.is_cuda:
             tensor.record_stream(stream)
 
     def close(self) -> None:
-        """Nothing: streams go back with their references, page-locked memory to torch's cache.
+        """Does nothing: streams and page-locked memory go back to torch with their last reference.
 
-        The cache is not emptied. It is everybody's, and freeing page-locked memory synchronizes the device.
+        torch's cache is not emptied: the whole process uses it, and freeing page-locked memory synchronizes the device.
         """
 
     def _try_to_pin(self, pin: Callable[[], T], instead: Callable[[], T]) -> T:
@@ -142,16 +140,16 @@ class CudaBackend:
         try:
             return pin()
         except RuntimeError as error:
-            if not _is_of_the_driver(error):
+            if not _is_driver_error(error):
                 raise
             self._stop_pinning(error)
             return instead()
 
     def _stop_pinning(self, error: RuntimeError) -> None:
-        """Go on pageable, and take away the error that CUDA remembers for this thread.
+        """Use pageable memory from now on, and clear the error that CUDA remembers for this thread.
 
-        A failed page-lock was seen to stay as the thread's last error, so that the *next kernel launch* reports it. A
-        launch that nobody needs takes the blame.
+        A failed page-lock was observed to remain the thread's last error, which the *next kernel launch* reports. So
+        one kernel is launched here, and its error is ignored.
         """
         first, self.pins = self.pins, False
         with suppress(RuntimeError, AssertionError), torch.cuda.device(self.device):
@@ -165,10 +163,10 @@ class CudaBackend:
             )
 
 
-def _is_of_the_driver(error: RuntimeError) -> bool:
-    """Whether CUDA refused, and not torch, or a user's `pin_memory()`, for reasons of their own.
+def _is_driver_error(error: RuntimeError) -> bool:
+    """Whether `error` comes from CUDA, and not from torch or from a user's `pin_memory()`.
 
-    Since torch 2.8 such errors have a class, AcceleratorError; before, only their words.
+    Since torch 2.8 such errors have a class, AcceleratorError. In earlier versions only the message shows it.
     """
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith(("CUDA error", "HIP error"))
 
@@ -176,5 +174,5 @@ def _is_of_the_driver(error: RuntimeError) -> bool:
 def _is_pinned(tensor: torch.Tensor) -> bool:
     try:
         return tensor.is_pinned()
-    except RuntimeError:  # NotImplementedError is one: some layouts and subclasses cannot tell
+    except RuntimeError:  # or its subclass NotImplementedError, for some layouts and tensor subclasses
         return False

@@ -1,4 +1,4 @@
-"""The host as a device: nothing is page-locked, copied or waited for."""
+"""The CPU as a device: nothing is page-locked, copied or waited for."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -11,16 +11,16 @@ __all__ = ["HostBackend"]
 
 
 class HostBackend:
-    """`.to("cpu")`: batches stay where they are; tensors that a dataset made on another device are fetched."""
+    """The backend of `.to("cpu")`: CPU tensors stay where they are, tensors on other devices are copied to the CPU."""
 
     device: Final = torch.device("cpu")
     pins: Final = False
 
     def init_thread(self) -> None:
-        """Nothing: the host is every thread's device."""
+        """Does nothing."""
 
     def alloc_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Plain memory, uninitialised."""
+        """Uninitialised pageable memory."""
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
 
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ class HostBackend:
         return tensor
 
     def pin_object(self, value: Any) -> Any:
-        """The object itself: its `pin_memory()` would fail without an accelerator."""
+        """The object itself, since its `pin_memory()` would fail without an accelerator."""
         return value
 
     def owns(self, tensor: torch.Tensor) -> bool:
@@ -36,19 +36,19 @@ class HostBackend:
         return tensor.device.type == "cpu"
 
     def new_stream(self) -> Stream:
-        """There are no streams here: None."""
+        """None: the CPU has no streams."""
         return None
 
     def current_stream(self) -> Stream:
-        """There are no streams here: None."""
+        """None: the CPU has no streams."""
         return None
 
     def default_stream(self) -> Stream:
-        """There are no streams here: None."""
+        """None: the CPU has no streams."""
         return None
 
     def copy(self, tensor: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """Fetch `tensor` to the host; it is there when this returns (`non_blocking` would not wait for the device)."""
+        """Copy `tensor` to the CPU, and wait for it: with `non_blocking` it might be read before the copy is done."""
         return tensor.to(self.device)
 
     def move_object(self, value: Any, stream: Stream) -> Any:
@@ -56,20 +56,20 @@ class HostBackend:
         return value.to(self.device)
 
     def record_event(self, stream: Stream) -> Event:
-        """An event that has happened."""
-        return _HAPPENED
+        """An event that is done."""
+        return _DONE
 
     def wait_event(self, stream: Stream, event: Event) -> None:
-        """Nothing: all events have happened."""
+        """Does nothing: all events are done."""
 
     def record_use(self, tensor: torch.Tensor, stream: Stream) -> None:
-        """Nothing: host memory lives by its references."""
+        """Does nothing: references keep CPU memory alive."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
-class _Happened:
+class _DoneEvent:
     def query(self) -> bool:
         return True
 
@@ -77,4 +77,4 @@ class _Happened:
         pass
 
 
-_HAPPENED: Final = _Happened()
+_DONE: Final = _DoneEvent()

@@ -1,4 +1,4 @@
-"""From what the user calls a device to the backend for it, with errors that come before any work starts."""
+"""Opens the backend for a device, and raises for a wrong device before any work starts."""
 
 import torch
 
@@ -13,10 +13,10 @@ DeviceLike = str | torch.device | int | Backend
 
 
 def check_device(device: DeviceLike) -> torch.device:
-    """What `device` means, as far as it can be said without starting CUDA in this process.
+    """The `torch.device` for `device`, checked without starting CUDA in this process.
 
-    So a pipeline can be described, and refused, before worker processes are forked: a process that has used CUDA
-    cannot fork children that do.
+    So a pipeline can be described and checked before worker processes are forked: children of a process that has used
+    CUDA cannot use it.
 
     Args:
         device: `"cpu"`, `"cuda"`, `"cuda:1"`, a `torch.device`, or an int, which is a CUDA index as in torch.
@@ -26,8 +26,8 @@ def check_device(device: DeviceLike) -> torch.device:
 
     Raises:
         TypeError: Not a device at all.
-        ValueError: Not a device that batches can be copied to by us.
-        DeviceError: A CUDA device that is not there.
+        ValueError: A device that batches cannot be copied to.
+        DeviceError: A CUDA device that does not exist.
     """
     if isinstance(device, torch.device):
         found = device
@@ -57,12 +57,10 @@ def check_device(device: DeviceLike) -> torch.device:
 
 
 def open_backend(device: DeviceLike) -> Backend:
-    """The backend for `device`.
-
-    `"cuda"` without an index is the current CUDA device of the thread that calls this, from now on.
+    """The backend for `device`. `"cuda"` without an index is the current CUDA device of the calling thread.
 
     Args:
-        device: As in `check_device`. A `Backend` is returned as it is: tests pass `aioloader.testing.FakeBackend`.
+        device: As in `check_device`. A `Backend` is returned itself: tests pass `aioloader.testing.FakeBackend`.
 
     Raises:
         TypeError, ValueError, DeviceError: As in `check_device`.
@@ -76,11 +74,11 @@ def open_backend(device: DeviceLike) -> Backend:
 
 
 def can_pin() -> bool:
-    """Whether there is a device for which page-locked memory makes sense; does not start CUDA in this process.
+    """Whether there is a device for which page-locked memory is useful; does not start CUDA in this process.
 
-    Where there is none, torch's DataLoader warns and goes on without, and so should whoever asks.
+    If there is none, warn and go on without pinning, as torch's DataLoader does.
     """
-    # Not `torch.cuda.is_available()`: that one starts the driver in this process, after which forked children fail.
+    # Not `torch.cuda.is_available()`: that starts the driver in this process, after which forked children fail.
     return torch.cuda.device_count() > 0
 
 

@@ -26,10 +26,10 @@ class Transferred:
     """A batch whose copies are queued, until the consumer takes it with `Transfer.receive`.
 
     Attributes:
-        batch: The structure on the device. Not to be used before `receive`.
-        event: After it all copies are done.
-        others: Events that come before the work on tensors which were on the device already.
-        tensors: Whatever memory of the device the batch uses.
+        batch: The structure on the device. Do not use it before `receive`.
+        event: Done when all copies are.
+        others: Further events to wait for, when some tensors were on the device already.
+        tensors: The tensors whose device memory the batch uses.
     """
 
     __slots__ = ("batch", "event", "others", "tensors")
@@ -42,25 +42,25 @@ class Transferred:
 
 
 class Transfer:
-    """Copies batches to a device on one stream, and hands them over so that the consumer can do with them as he likes.
+    """Copies batches to a device on one stream, and hands them over safely to the consumer's stream.
 
-    Two things can go wrong when memory is filled on one stream and read on another, and both are silent:
+    Two things can go wrong when memory is filled on one stream and read on another, and neither raises an error:
 
     - The consumer's kernel runs before the copy has ended, and reads what was there before. So the consumer's stream
-      *waits for an event* behind the copies. The host does not wait.
+      *waits for an event* after the copies. The host does not wait.
     - The consumer queues a kernel and drops the batch (`loss = step(batch)`, next batch) before the kernel has run.
-      torch's allocator knows only the stream on which memory was allocated: ours. The next copy gets this memory at
-      once and overwrites it. So each tensor's *use is recorded* on the consumer's stream.
+      torch's allocator knows only the stream on which the memory was allocated, the transfer's. The next copy gets this
+      memory at once and overwrites it. So each tensor's *use is recorded* on the consumer's stream.
 
     The first costs nothing when the copy was early enough. The second delays reuse of the memory until the consumer's
-    queued work is done, which is about one batch more of device memory.
+    queued work is done, which takes about one batch more of device memory.
 
-    A source must live as long as its copy is queued. torch's own page-locked memory may be dropped at once, for torch
-    knows of the copy; page-locked memory of others (`cudaHostRegister`, an array around somebody's slab) may not, and
-    cannot be told from it. So all sources are kept until a later `send` finds their event done.
+    A source must live as long as its copy is queued. torch's own page-locked memory may be dropped at once, since torch
+    knows of the copy. Other page-locked memory (`cudaHostRegister`, an array over another library's buffer) must be
+    kept, and cannot be distinguished from torch's. So all sources are kept until a later `send` finds their event done.
 
     Args:
-        backend: Stays open when the transfer is closed: who opened it closes it.
+        backend: The device. Closing the transfer does not close it.
 
     Source: torch documentation of `Tensor.record_stream`; torch 2.13 `ATen/core/CachingHostAllocator.h`.
     """
@@ -68,21 +68,21 @@ class Transfer:
     def __init__(self, backend: Backend) -> None:
         self.backend: Final = backend
         self._stream: Final[Stream] = backend.new_stream()
-        # Sources with the event after which they are not needed; of several iterators, each with its own device thread.
+        # Sources with the event after which they are not needed. Each iterator has a device thread, hence the lock.
         self._lock = threading.Lock()
         self._held: deque[tuple[Event, list[Any]]] = deque()
         self._stranded: list[list[Any]] = []
 
     def send(self, batch: Any) -> Transferred:
-        """Page-lock what is not, queue all copies of `batch`, and return without waiting for them.
+        """Page-lock the tensors of `batch`, queue their copies, and return without waiting.
 
-        Called on a device thread, one per iterator of the loader, which calls `backend.init_thread()` first.
+        Called in a device thread, one per iterator of the loader, which calls `backend.init_thread()` first.
 
         Args:
-            batch: CPU tensors of any shape, strides and dtype, in tuples, lists, mappings, dataclasses and objects
-                with their own `to(device, non_blocking=...)`. Everything else passes unchanged. A tensor that is
-                already on the device is passed on too, and taken to be ready where the device's default stream is now.
-                The same tensor twice is copied once; two views of one storage become two tensors.
+            batch: CPU tensors of any shape, strides and dtype, in tuples, lists, mappings, dataclasses and objects with
+                their own `to(device, non_blocking=...)`. Everything else is passed on unchanged, and so are tensors
+                that are already on the device; they must be ready once the device's default stream has done what it has
+                queued now. A tensor that occurs twice is copied once; two views of one storage become two tensors.
 
         Returns:
             The same structure on the device, for `receive`.
@@ -95,7 +95,7 @@ class Transfer:
             self._drop_done()
             moved = rebuild(batch, sending.tensor, _moves_itself, sending.other)
             event = self.backend.record_event(self._stream)
-            others = (self.backend.record_event(self.backend.default_stream()),) if sending.found_there else ()
+            others = (self.backend.record_event(self.backend.default_stream()),) if sending.found_on_device else ()
         except Exception as error:
             self._hold_after_failure(sending.sources)
             raise DeviceError(f"a batch could not be copied to {self.backend.device}: {error}") from error
@@ -104,9 +104,9 @@ class Transfer:
         return Transferred(moved, event, others, tuple(sending.tensors))
 
     def receive(self, transferred: Transferred) -> Any:
-        """The batch, safe on the stream that is current in the calling thread now; called by the consumer's thread.
+        """The batch, safe to use on the current stream of the calling thread, which is the consumer's.
 
-        Nothing here waits for the device.
+        The host does not wait for the device.
 
         Raises:
             DeviceError: The device is broken; `__cause__` is the error.
@@ -120,11 +120,11 @@ class Transfer:
         return transferred.batch
 
     def close(self) -> None:
-        """Wait until no copy is under way and let go of the sources. Call it when nobody sends any more. Idempotent."""
+        """Wait for all copies and release the sources. Do not call `send` any more. Idempotent."""
         with self._lock:
             held, self._held = self._held, deque()
         for event, _ in held:
-            with suppress(RuntimeError):  # a broken device reads nothing any more
+            with suppress(RuntimeError):  # a broken device does not read them any more
                 event.synchronize()
         self._stranded.clear()
 
@@ -142,13 +142,13 @@ class Transfer:
             # Copies end in the order in which they were queued.
             while self._held and self._held[0][0].query():
                 done.append(self._held.popleft())
-        del done  # outside the lock: freeing large memory takes its time
+        del done  # outside the lock, since freeing large memory is slow
 
     def _hold_after_failure(self, sources: list[Any]) -> None:
-        """Copies that were queued before the failure still read their sources."""
+        """Keep the sources of copies that were queued before the failure."""
         try:
             event = self.backend.record_event(self._stream)
-        except Exception:  # the failure itself is being raised; the device is beyond saying when it has finished
+        except Exception:  # the device is broken, and cannot tell when it has read them; the first error is raised
             self._stranded.append(sources)
         else:
             with self._lock:
@@ -156,7 +156,7 @@ class Transfer:
 
 
 class _Sending:
-    """One batch on its way: what to do with each leaf, and what came of it."""
+    """One call of `send`: moves each leaf of the batch, and collects what has to be kept."""
 
     def __init__(self, backend: Backend, stream: Stream) -> None:
         self._backend = backend
@@ -164,21 +164,21 @@ class _Sending:
         self._moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.sources: list[Any] = []
         self.tensors: list[torch.Tensor] = []
-        self.found_there = False
+        self.found_on_device = False
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in self._moved:
-            # With the tensor itself, or a later one could get its id.
+            # The tensor itself is kept too, since a later one could get its id.
             self._moved[id(tensor)] = (tensor, self._move(tensor))
         return self._moved[id(tensor)][1]
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._backend.owns(tensor):
             moved = tensor
-            self.found_there = True
+            self.found_on_device = True
         else:
             source = self._backend.pin(tensor)
-            # Before the copy: one that fails may have been queued.
+            # Kept before the copy, since a copy that raises may have been queued.
             self.sources.append(source)
             moved = self._backend.copy(source, self._stream)
         self.tensors.extend(memory_of(moved))
@@ -198,9 +198,9 @@ class _Sending:
 
 
 def pin_batch(batch: Any, backend: Backend) -> Any:
-    """`batch` with all its tensors page-locked, for a consumer who copies to the device himself.
+    """`batch` with all its tensors page-locked, for a training loop that copies to the device itself.
 
-    Objects with their own `pin_memory()` are asked for it, as by torch. On a backend that cannot page-lock, the batch
+    As in torch, objects with their own `pin_memory()` pin themselves. A backend that cannot page-lock returns the batch
     itself.
 
     Raises:
@@ -219,11 +219,11 @@ def pin_batch(batch: Any, backend: Backend) -> Any:
 
 
 def _moves_itself(value: Any) -> bool:
-    """Whether to leave the move to the object's own `to`.
+    """Whether the object's own `to` is used.
 
-    A packed sequence is a named tuple whose lengths must stay on the host, a TensorDict is a mapping that moves in one
-    piece: both have `pin_memory` too. The batches of Hugging Face have only `to`, and are mappings: taken apart, their
-    tensors get page-locked. Outside containers `to` must speak of devices; that of a physical quantity speaks of units.
+    A packed sequence is a named tuple whose lengths must stay on the CPU, and a TensorDict is a mapping that moves as a
+    whole; both have `pin_memory` too. Hugging Face's batches are mappings with only `to`: they are rebuilt, so that
+    their tensors are page-locked. For other objects, `to` must be about devices; a physical quantity's is about units.
     """
     if not has_method(value, "to"):
         return False

@@ -15,8 +15,9 @@ from itertools import repeat
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from aioloader.cache.disk import DiskStore, Location, LostError
+from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
+from aioloader.cache.segment import Location, LostError
 from aioloader.cache.store import MISSING, REFUSED, Mark, StreamPlace
 from aioloader.core.cores import usable_cores
 from aioloader.core.entry import DONE, DROPPED, UNDER_WAY, Entry, places_of
@@ -193,7 +194,11 @@ class MemoryCacheStep(CacheStep):
         super()._made(entry)
 
     def _keep(self, entry: Entry, sample: Any) -> None:
-        self._store.put(entry.kept_as, sample, _place_of(entry))
+        try:
+            self._store.put(entry.kept_as, sample, _place_of(entry))
+        except (KeyboardInterrupt, SystemExit) as error:  # of the sample's `__reduce__`; here it would end the loop
+            self._fail(entry, error, self.meter.name)
+            return
         self.meter.cached_bytes = self._store.nbytes
         if sample is REFUSED:
             self._drop(entry)

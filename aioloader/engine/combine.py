@@ -411,7 +411,7 @@ class HeadNode(Node):
     """An upstream that, when it is resumed, first gives the beginning of its stream once more.
 
     Args:
-        upstream: What goes on behind a cursor.
+        upstream: What goes on after a cursor.
         again: Gives the same from its beginning; called after a resume only.
         count: How many entries come once more, if there are as many.
     """

@@ -1,31 +1,20 @@
-"""No concurrency at all: the same folds over sources and steps that run in the consumer's thread, in `next()`.
+"""No concurrency at all: the same folds, but source and functions run in the consumer's thread, inside `next()`.
 
 This is `num_workers=0` of the drop-in, and the reference that everything concurrent must equal.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import copy_context
 from time import perf_counter
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import CompletionCursor
-from aioloader.core.entry import DONE, LAST, Entry, annotate, presentable
+from aioloader.core.entry import DONE, LAST, Entry, annotate
 from aioloader.core.keys import NAMES
-from aioloader.engine.faces import LoaderHooks, Receive, T_co
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import (
-    KnowsOrigin,
-    Origin,
-    after_origin,
-    is_due,
-    note_first,
-    open_at,
-    snapshot,
-    split_cursor,
-)
-from aioloader.engine.torch_state import check_leak, context_state
+from aioloader.engine.resumable import split_cursor
+from aioloader.engine.sync_cursor import SyncCursor
 from aioloader.executors.chunk import Call, refuse_coroutine
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
@@ -33,92 +22,79 @@ from aioloader.insight.meters import StageMeter
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["InlineBatches", "InlineMap", "InlineSource"]
+__all__ = ["InlineMap", "InlineSource"]
 
 
 class InlineSource(Node):
-    """Reads a sync iterable, one sample per poll."""
+    """Reads a sync iterable, no further than asked."""
 
     def __init__(self, iterable: Iterable[Any], name: str, epoch: int, *, keys: bool = False) -> None:
-        self._iterable: Iterable[Any] | None = iterable
-        self._iterator: Iterator[Any] | None = None
+        self._samples = SyncCursor(iterable, name)
         self._keys = keys  # see `StreamSource`
-        self._origin: Origin | None = None
-        self._since = 0  # samples since the origin
-        self._skipped = 0  # those that were delivered before a resume
+        self._skipped = 0  # samples from the origin on that were delivered before a resume
         self._position = 0
-        self._before = 0  # samples of the epoch before the origin that it was opened at
-        self._count = 0  # samples read since then
-        self._asked: Any = None
+        self._failed_at: Any = None  # where to go on if it fails now
+        self._over = False
+        self._failure: Exception | None = None
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
 
     def resume(self, cursor: Any) -> None:
-        self._origin, self._skipped = split_cursor(cursor)
-        self._before = 0 if self._origin is None else self._origin["at"]
-        self._position = self._skipped + self._before
+        origin, self._skipped = split_cursor(cursor)
+        self._samples.origin, self._failed_at = origin, cursor
+        self._position = self._skipped + (0 if origin is None else origin["at"])
 
     def start(self, run: "Run", kick: Kick) -> None:
         raise AssertionError("an inline node belongs to no run")
 
     def poll(self, limit: int) -> list[Entry]:
-        if self.ended:
-            return []
-        position = self._position
-        before = context_state()
-        began = perf_counter()
+        ready = self._samples.ready
+        entries: list[Entry] = []
+        while len(entries) < limit:
+            if ready:
+                sample, cursor = ready.popleft()
+                position = self._position
+                self._position = self.meter.samples = position + 1
+                self._failed_at = cursor
+                key = sample if self._keys or isinstance(sample, NAMES) else position
+                entry = Entry(sample, cursor, key, position)
+                entry.state = DONE
+                entries.append(entry)
+            elif entries or self._over:
+                break
+            else:
+                self._read(limit)
+        if not entries and self._failure is not None:
+            entries = [Entry.last(self._failure, self._failed_at, self._position)]
+            annotate(self._failure, self.meter.name, entries[0], self._epoch)
+            self._failure = None
+        self.ended = self._over and not (ready or self._failure)
+        return entries
+
+    def _read(self, limit: int) -> None:
+        """Read up to `limit` samples, after those that were delivered before a resume, which are dropped.
+
+        A Ctrl-C may cut this short, and the next call goes on.
+        """
+        samples = self._samples
         try:
-            if self._iterator is None:
-                assert self._iterable is not None
-                self._iterator, self._asked = open_at(self._iterable, self._origin)
-            while self._since < self._skipped:  # read again, and dropped
-                self._read(self._iterator)
-            sample = self._read(self._iterator)
-            check_leak(before, self.meter.name)
-            if self._iterable is not None:  # what the keys were drawn from is known with the first one
-                if isinstance(self._iterable, KnowsOrigin):
-                    self._origin = self._iterable.origin
-                self._iterable = None
+            while self._skipped:
+                samples.ready.clear()
+                if samples.count < self._skipped:
+                    samples.read(self._skipped - samples.count)
+                else:
+                    self._skipped = 0
+            samples.read(limit)
         except StopIteration:
-            self.ended = True
-            return []
+            self._over = True
         except Exception as error:
-            self.ended = True
-            since = max(self._since, self._skipped)
-            last = Entry.last(error, after_origin(self._origin, since) or None, position)
-            annotate(error, self.meter.name, last, self._epoch)
-            return [last]
+            self._over = True
+            self._failure = error
         finally:
-            self.meter.busy_seconds += perf_counter() - began
-        self._position = self.meter.samples = position + 1
-        cursor = self._since if self._origin is None else (self._origin, self._since)
-        entry = Entry(sample, cursor, sample if self._keys or isinstance(sample, NAMES) else position, position)
-        entry.state = DONE
-        return [entry]
-
-    def _read(self, iterator: Iterator[Any]) -> Any:
-        sample = next(iterator)
-        self._count += 1
-        self._since += 1
-        if self._asked is not None:
-            if self._count == 1 and self._before:
-                note_first(self._asked, iterator)
-            elif is_due(self._before + self._count):
-                self._ask()
-        return sample
-
-    def _ask(self) -> None:
-        origin = snapshot(self._asked, self._iterator, self._before + self._count)
-        if origin is None:
-            self._asked = None
-        else:
-            self._skipped = max(0, self._skipped - self._since)
-            self._origin, self._since = origin, 0
+            self.meter.busy_seconds = samples.busy_seconds
 
     def close(self) -> None:
-        close = getattr(self._iterator, "close", None)
-        if close is not None:
-            close()
+        self._samples.close()
 
 
 class InlineMap(Node):
@@ -126,10 +102,10 @@ class InlineMap(Node):
 
     Args:
         upstream: Gives the entries.
-        calls: The functions.
+        calls: The functions, in order.
         epoch: For notes.
-        ordered: False: the cursors are those of a window that gives entries as they are finished, so that a state is
-            the same with workers and without.
+        ordered: False: cursors are those of a window that gives entries as they are finished, so that states are the
+            same with and without workers.
     """
 
     def __init__(self, upstream: Node, calls: Sequence[Call], epoch: int, *, ordered: bool = True) -> None:
@@ -157,7 +133,7 @@ class InlineMap(Node):
             if self._completion is not None and not (run := self._completion.comes(run)):
                 continue
             entry = run[0]
-            kept = copy_context().run(self._journey, entry)  # as `isolated`; nor does it show to the consumer
+            kept = copy_context().run(self._journey, entry)  # as `isolated`; the consumer must not see it either
             if self._completion is not None:
                 if entry.state == LAST:
                     entry.cursor = self._completion.cursor
@@ -197,73 +173,3 @@ class InlineMap(Node):
 
     def close(self) -> None:
         self._upstream.close()
-
-
-class InlineBatches(Iterator[T_co]):
-    """The iterator of a loader without workers.
-
-    Args:
-        opener: The loader.
-        open_nodes: Gives the last node and where the epoch stands, at the first `next()`.
-    """
-
-    def __init__(self, opener: LoaderHooks, open_nodes: Callable[[], tuple[Node, Progress]]) -> None:
-        self._opener = opener
-        self._open_nodes = open_nodes
-        self._receive: Receive | None = None
-        self._node: Node | None = None
-        self._progress: Progress | None = None
-        self._over = False
-
-    @property
-    def cursor(self) -> Any:
-        """Where to go on after the last batch that was handed out; None before the first."""
-        return None if self._progress is None else self._progress.cursor
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
-        return self._opener._state_of(self._progress)
-
-    def __iter__(self) -> "InlineBatches[T_co]":
-        return self
-
-    def __next__(self) -> T_co:
-        if self._over:
-            raise StopIteration
-        asked = perf_counter()
-        if self._node is None or self._progress is None:
-            self._node, self._progress = self._open_nodes()
-            self._receive = self._opener._receiver()
-        progress = self._progress
-        run = self._node.poll(1)
-        while run and progress.skipped_steps and progress.is_skipped(run[0]):
-            run = self._node.poll(1)
-        if not run:
-            progress.over = True
-            progress.meter.finish()
-            if progress.resumed_at_end:  # it was resumed behind its end: the next epoch is what was to come
-                self._node = None
-                return self.__next__()
-            self._over = True
-            raise StopIteration
-        entry = run[0]
-        progress.hand_out(entry, asked)
-        error, entry.error = entry.error, None  # an error keeps frames that know its entry: it must not keep the error
-        if error is not None:
-            try:
-                raise presentable(error)
-            finally:
-                del self, error
-        batch: T_co = entry.value if self._receive is None else self._receive(entry.value)
-        return batch
-
-    def close(self) -> None:
-        """End the epoch. Idempotent."""
-        self._over = True
-        if self._node is not None:
-            self._node.close()
-            assert self._progress is not None
-            self._progress.meter.finish()
-
-    def __reduce__(self) -> Any:
-        raise TypeError("an iterator over batches cannot be pickled; pickle the loader")

@@ -68,7 +68,7 @@ class Node(ABC):
 
     @abstractmethod
     def resume(self, cursor: Any) -> None:
-        """Go on behind the entry that carried `cursor`, instead of at the beginning. Before `start`, once at most."""
+        """Go on after the entry that carried `cursor`, instead of at the beginning. Before `start`, once at most."""
 
     @abstractmethod
     def start(self, run: "Run", kick: Kick) -> None:
@@ -96,7 +96,7 @@ class Fold(Protocol):
     """
 
     def resume(self, cursor: Any) -> Any:
-        """Go on behind the output that carried `cursor`; returns the cursor that upstream goes on behind.
+        """Go on after the output that carried `cursor`; returns the cursor that upstream goes on after.
 
         None for upstream means its beginning. Called before anything is fed.
         """

@@ -23,7 +23,7 @@ __all__ = ["CHUNK_SECONDS", "ProcessStep", "hint", "who"]
 
 CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
-QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued behind one another
+QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
 
 Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]]
@@ -35,7 +35,7 @@ class ProcessStep(SyncStep):
 
     A hop costs about 0.2 ms of both sides, so a chunk is worth five milliseconds. A worker has the next chunk
     before it is done with one; not so where chunks take long, for then nothing is gained, and a sample would wait
-    behind another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
+    after another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
     chunk turns out to take twice as long as it should, and the rest goes on elsewhere.
 
     What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? It has noted

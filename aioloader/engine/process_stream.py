@@ -33,6 +33,7 @@ from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.run import Run
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.processes.failures import cannot_travel, portable
+from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.stream_worker import (
     Arrived,
     Failure,
@@ -42,7 +43,7 @@ from aioloader.executors.processes.stream_worker import (
     StreamWorkerDied,
 )
 from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
-from aioloader.executors.processes.worker import WorkerLink, open_buffers
+from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
 from aioloader.insight.meters import StageMeter
 

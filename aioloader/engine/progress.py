@@ -126,5 +126,5 @@ class Progress:
 
     @property
     def resumed_at_end(self) -> bool:
-        """Whether it was resumed behind its last batch: then the next epoch is what was to come."""
+        """Whether it was resumed after its last batch: then the next epoch is what was to come."""
         return self.over and self.resumed and not self.meter.batches and not self.epoch_pinned

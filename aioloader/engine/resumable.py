@@ -1,9 +1,9 @@
-"""Iterables that say where they are: how they are opened at a place, and when they are asked for it.
+"""Iterables with a `state_dict`: how they are opened at a place, and when they are asked for their state.
 
 The cursor of a sample is a count, or a pair of an *origin* and a count from there. An origin is one of two things: what
-a sampler drew its order from, or what a user's object with `state_dict` said about itself. Asking such an object may
-cost anything, so it is asked behind the first sample and once in `SNAPSHOT_SAMPLES`; what was
-read since then is read again and dropped.
+a sampler drew its order from, or the state that a user's object with `state_dict` gave. Such a call may cost anything,
+so it is made after the first sample and then once in `SNAPSHOT_SAMPLES`; a resume reads the samples since then again
+and drops them.
 """
 
 import contextlib
@@ -44,22 +44,22 @@ object's own `state`, and whether that is one `of` the `"iterable"` or of its `"
 
 
 class KnowsOrigin(ABC):
-    """Keys of one epoch, whose order is drawn when they are first asked for, and can be drawn again."""
+    """Keys of one epoch, whose order is drawn with the first key and can be drawn again."""
 
     origin: Origin | None
-    """What it was drawn from; known once the first key was given, to be set before to have the same order again."""
+    """What the order is drawn from. Known after the first key; set it before that to get the same order again."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]: ...
 
 
 def is_stateful(thing: Any) -> bool:
-    """Whether `thing` says where it is, as torchdata's and Hugging Face's objects do."""
+    """Whether `thing` can save and load its state, as objects of torchdata and Hugging Face can."""
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
 def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
-    """Origin and count.
+    """Split `cursor` into its origin and the count from there.
 
     Raises:
         ValueError: It is no cursor of an iterable.
@@ -78,7 +78,7 @@ _OF: Final = ("iterable", "iterator")
 
 
 def beginning(cursor: Any) -> Any:
-    """Where an epoch begins of which `cursor` is a later place: its order is drawn as it was."""
+    """The cursor of the beginning of the epoch that `cursor` is from: its order is drawn as it was."""
     origin = cursor[0] if isinstance(cursor, list | tuple) and len(cursor) == 2 else None
     if isinstance(origin, dict) and "generators" in origin:
         return origin, 0
@@ -86,18 +86,18 @@ def beginning(cursor: Any) -> Any:
 
 
 def after_origin(origin: Origin | None, since: int) -> Any:
-    """The cursor behind sample number `since` from `origin` on."""
+    """The cursor after `since` samples from `origin` on."""
     return since if origin is None else (origin, since)
 
 
 class _Known:
-    """What is kept of an object of the user's that tells its state, as long as the object lives.
+    """What is remembered of a user's object with a state, as long as the object lives.
 
     Attributes:
-        initial: Its state before its first sample; None: it has told none that JSON can hold.
-        loaded: One of ours was loaded into it since.
-        after: Its state behind the first sample that it gave then; None: it gave none, or told none.
-        silent: It was asked in an epoch, and did not tell.
+        initial: Its state before its first sample; None: it gave none that JSON can hold.
+        loaded: A state was loaded into it since.
+        after: Its state after the first sample that it gave then; None: there was no sample, or no state.
+        silent: It was asked during an epoch and gave no state.
     """
 
     __slots__ = ("after", "initial", "loaded", "silent")
@@ -113,7 +113,7 @@ _known: dict[int, tuple[ref[Any], _Known]] = {}  # by id: an object may be equal
 
 
 def _knowledge(iterable: Any) -> _Known:
-    """Of `iterable`; it is asked for its state when it is seen first."""
+    """What is known of `iterable`; when it is seen first, it is asked for its state."""
     owner = getattr(iterable, "__wrapped__", iterable)
     if (entry := _known.get(id(owner))) is not None:
         return entry[1]
@@ -127,19 +127,20 @@ def _knowledge(iterable: Any) -> _Known:
 def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[Any], Any]:
     """Iterate `iterable` from `origin` on, or from its beginning; in the thread that will go on with it.
 
-    Some objects keep what was loaded for all epochs to come (Hugging Face's do, while they are told no other epoch),
-    others go on by themselves, and maybe in another order than before. What they do is seen at the first sample of the
-    epoch behind: whoever is where the loaded state had brought it then is sent back to its beginning.
+    After `load_state_dict`, some objects begin every later epoch at the loaded place (Hugging Face's do, until they are
+    told another epoch); others begin at their start, maybe in another order than before. The first sample of the next
+    epoch tells which: an object whose state is then what it was after the first sample of the resumed epoch has its
+    initial state loaded.
 
     Returns:
-        The iterator, and what can be asked where it is, if anything.
+        The iterator, and the object to ask for its state, if there is one.
     """
     if isinstance(iterable, KnowsOrigin):
         iterable.origin = origin
         return iter(iterable), None
     known = load_iterable(iterable, origin)
     iterator = iter(iterable)
-    if known is not None and known.initial is None and not known.loaded:  # some tell only what is iterated
+    if known is not None and known.initial is None and not known.loaded:  # some give it only once they are iterated
         known.initial = _told(iterable)
     who = asked(iterable, iterator, origin)
     if who is iterable and origin is None and known is not None and known.loaded:
@@ -176,7 +177,7 @@ class _Begun(Iterator[Any]):
 
 
 def load_iterable(iterable: Any, origin: Origin | None) -> _Known | None:
-    """Let an iterable with a state begin at `origin`, unless its iterators have states of their own."""
+    """Make an iterable with a state begin at `origin`, unless its iterators have states of their own."""
     if not is_stateful(iterable):
         return None
     known = _knowledge(iterable)
@@ -187,7 +188,7 @@ def load_iterable(iterable: Any, origin: Origin | None) -> _Known | None:
 
 
 def begin_again(iterable: Any) -> None:
-    """Let an async iterable into which a state was loaded begin where it did when it was seen first."""
+    """Load the initial state of an async iterable again, if another one was loaded into it since."""
     if is_stateful(iterable) and (known := _knowledge(iterable)).loaded:
         known.loaded = False
         if known.initial is not None:
@@ -195,7 +196,10 @@ def begin_again(iterable: Any) -> None:
 
 
 def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
-    """What can be asked where `iterator` is, which now begins at `origin`.
+    """Make `iterator` begin at `origin`.
+
+    Returns:
+        What is to be asked for its state, the iterator or the iterable; None: neither has one.
 
     Raises:
         ValueError: The state is one of an iterator, and this one takes none.
@@ -210,7 +214,7 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
 
 
 def check_takes_state(thing: Any) -> None:
-    """Refuse a state for `thing` that it could not take.
+    """Refuse a state if `thing` cannot load one.
 
     Raises:
         StateError: It has no `load_state_dict`.
@@ -220,12 +224,12 @@ def check_takes_state(thing: Any) -> None:
 
 
 def check_origin(iterable: Any, origin: Origin, *, made: bool) -> None:
-    """Refuse an origin that is none of `iterable`, as far as that can be told before it is iterated.
+    """Refuse an origin that `iterable` cannot be opened at, as far as that shows before it is iterated.
 
     Args:
         iterable: A source, or the generator function that makes it.
         origin: From a state.
-        made: It is such a function.
+        made: Whether it is such a function.
 
     Raises:
         ValueError: Why.
@@ -237,25 +241,25 @@ def check_origin(iterable: Any, origin: Origin, *, made: bool) -> None:
 
 
 def is_due(at: int) -> bool:
-    """Whether an object is to be asked for its state, behind so many samples of the epoch.
+    """Whether an object is to be asked for its state after `at` samples of the epoch.
 
-    Behind the first one: then it has drawn its order. Not before: what it says at the end of the last epoch is no
-    beginning of the next one.
+    After the first one, since it has drawn its order by then. Not before: its state may still be that of the end of the
+    last epoch.
     """
     return at == 1 or (at > 0 and not at % SNAPSHOT_SAMPLES)
 
 
 def note_first(thing: Any, iterator: Any) -> None:
-    """`thing`, into which a state was loaded, has given one sample."""
+    """Remember the state of `thing` after its first sample, if one was loaded into it."""
     if thing is not iterator and (known := _knowledge(thing)).loaded:
         known.after = _told(thing)
 
 
 def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:
-    """The origin that `thing` is at now; None when it tells no state that JSON can hold.
+    """The origin that `thing` is at now; None when it gives no state that JSON can hold.
 
-    That is no error while samples are read: nobody may ever ask for a state of the loader. Whoever does is told that a
-    resume reads from the beginning (`tells_state`).
+    That is no error while samples are read: the user may never ask for the loader's state. If they do, its guarantee
+    says that a resume reads from the beginning (`tells_state`).
     """
     state = _told(thing)
     if thing is not iterator:
@@ -266,19 +270,19 @@ def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:
 
 
 def note_silent(iterable: Any) -> None:
-    """A state counts the samples of `iterable`, so it was asked for its own, and did not tell."""
+    """A cursor counts the samples of `iterable`: so when the state was taken, the object gave none of its own."""
     if is_stateful(iterable):
         _knowledge(iterable).silent = True
 
 
 def tells_state(iterable: Any) -> bool:
-    """Whether `iterable` says where it is, as far as it has been asked."""
+    """Whether `iterable` gives a state, as far as it has been asked."""
     return is_stateful(iterable) and not ((known := _known.get(id(iterable))) and known[1].silent)
 
 
 def _told(thing: Any) -> Any:
-    """A copy of the state of `thing`, that shares nothing with what it goes on to change; None: it tells none."""
+    """A copy of the state of `thing` that shares nothing with it; None: it gives none."""
     try:
         return json.loads(json.dumps(thing.state_dict()))
-    except Exception:  # it may need to be iterated, or to be asked by nobody
+    except Exception:  # some give it only while they are iterated, or not at all
         return None

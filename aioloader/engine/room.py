@@ -48,7 +48,7 @@ class StepsRoom(Room):
     The first step counts with its whole width, and async ones do; a sync step after another one only with the calls
     that were found standing side by side in it, and with two if it is cheap. So a wide and cheap `decode`
     after `fetch` lets `fetch` begin nothing more, and a slow one gets its places as it takes them. Half of the widest
-    step is for samples that wait, finished, for a slower one in front of them: behind latency that keeps 96 to 99 % of
+    step is for samples that wait, finished, for a slower one before them: behind latency that keeps 96 to 99 % of
     the rate of a loop that does not keep order (measured with 512 under way: 64 places more gave 77 %, 256 gave 96 to
     99 %).
 

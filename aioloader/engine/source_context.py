@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future as ConcurrentFuture
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from aioloader.core.checks import check_count
 from aioloader.core.source import RunListener, SourceContext, SourceThreads
 from aioloader.executors.threads import Threads
 
@@ -49,15 +50,22 @@ class RunSourceContext(SourceContext):
         return cast(E, self._run.shared[owner])
 
     def threads(self, limit: int) -> "SourceThreads":
-        pool = self._run.threads(limit, "aioloader-source")
+        pool = self._run.threads(check_count("limit", limit, least=1), "aioloader-source")
         self._pools.append(pool)
         return _RunThreads(self._run, pool)
 
     def spawn(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> "asyncio.Task[None]":
-        task = self._run.spawn(fn)
+        task = self._run.spawn(self._guarded, fn)
+        task.set_name(f"aioloader-{getattr(fn, '__qualname__', 'task')}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _guarded(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await fn()
+        except (KeyboardInterrupt, SystemExit) as error:  # which asyncio would end the loop with
+            self._run.fail(error)
 
     async def aclose(self) -> None:
         """End the tasks, wait for them, and let go of the threads."""

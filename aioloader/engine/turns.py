@@ -4,7 +4,7 @@ They give batches in turn, as torch's workers do. A worker that has come to its 
 nobody counts, and drops out of the round; so which batch is the n-th of the epoch depends on their parts alone, and not
 on when somebody learned of an end. That number is the cursor.
 
-To go on behind batch n, each worker reads again what it had given. How many that is, is found out by asking: the turns
+To go on after batch n, each worker reads again what it had given. How many that is, is found out by asking: the turns
 up to n are dealt as if no part ended, and when a worker says that its part did, the rest is dealt among the others.
 """
 
@@ -37,6 +37,7 @@ class Turns(CursorSource):
     """
 
     _numbers = itertools.count()
+    _names_samples = False
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -49,7 +50,7 @@ class Turns(CursorSource):
         if workers != self.workers:
             raise ValueError(f"a cursor of {self.workers} workers was expected, got one of {workers}")
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         if cursor is not None:
             _, self.given = cursor
         return _TurnReader(self)

@@ -125,29 +125,7 @@ class Window(Node):
         return taken
 
     def _take(self, limit: int) -> list[Entry]:
-        slots = self._slots
-        taken: list[Entry] = []
-        if slots and slots[0].state:
-            for step in self._parts:
-                step.meter.finished_sum += self._occupied - self.under_way
-                step.meter.handovers += 1
-            before = len(slots)
-            popleft = slots.popleft
-            while count := _done(slots, limit - len(taken)):
-                leaving = [popleft() for _ in range(count)]
-                if self._completion is not None:
-                    for entry in leaving:
-                        number = self._completion.leaves(entry)
-                        if self._record is not None:
-                            self._record.add(number)
-                kept = [entry for entry in leaving if entry.state != DROPPED]
-                taken += kept
-                if len(kept) == count:  # then there is no more, or no more is wanted
-                    break
-            self._occupied -= before - len(slots)
-            if self._record is not None:
-                self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
-            self.wake()
+        taken = self._leave(limit) if self._slots and self._slots[0].state else []
         if self._last is not None and not self._occupied and len(taken) < limit:
             last, self._last = self._last, None
             if self._completion is not None:
@@ -157,6 +135,32 @@ class Window(Node):
             self.wake()
         if self._input_ended and not self._occupied and self._last is None:
             self._finish()
+        return taken
+
+    def _leave(self, limit: int) -> list[Entry]:
+        """Up to `limit` finished entries from the front; those that were dropped give up their slots, too."""
+        slots = self._slots
+        taken: list[Entry] = []
+        for step in self._parts:
+            step.meter.finished_sum += self._occupied - self.under_way
+            step.meter.handovers += 1
+        before = len(slots)
+        popleft = slots.popleft
+        while count := _done(slots, limit - len(taken)):
+            leaving = [popleft() for _ in range(count)]
+            if self._completion is not None:
+                for entry in leaving:
+                    number = self._completion.leaves(entry)
+                    if self._record is not None:
+                        self._record.add(number)
+            kept = [entry for entry in leaving if entry.state != DROPPED]
+            taken += kept
+            if len(kept) == count:  # then there is no more, or no more is wanted
+                break
+        self._occupied -= before - len(slots)
+        if self._record is not None:
+            self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
+        self.wake()
         return taken
 
     def close(self) -> None:
@@ -298,42 +302,47 @@ class Window(Node):
         """Begin the journeys of `run`."""
         self._input_ended = run[-1].state == LAST
         if self._completion is not None:
-            if (at := _first_failure(run)) is not None:
-                run, self._last, self._after_last = run[:at], run[at], run[at + 1 :]
-                if self._replay is not None:  # what comes now is not what came then
-                    self._last.state, self._after_last = LAST, []
-                self._input_ended = self._last.state == LAST
-                if not self._occupied:  # nobody else's end will say so
-                    self._kick()
-            run = self._completion.comes(run)
+            run = self._completion.comes(self._before_failure(run))
             if not run:
                 return
         self._occupied += len(run)
         if self.ordered:
             self._slots.extend(run)
         if not self._steps:
-            for entry in run:
-                entry.state = entry.state or DONE
-            if not self.ordered:
-                for entry in run:
-                    self._finished_unordered(entry)
-            self._kick()
+            self._finish_at_once(run)
             return
-        first = self._steps[0]
-        if failed := [entry for entry in run if entry.error is not None]:
+        if failed := [entry for entry in run if entry.error is not None]:  # each keeps its place, and no step sees it
             run = [entry for entry in run if entry.error is None]
-            for entry in failed:  # before: each keeps its place, and nothing is done to it
-                self.failed()
-                entry.state = entry.state or DONE
-                if not self.ordered:
-                    self._finished_unordered(entry)
-            self._kick()
+            self.failed()
+            self._finish_at_once(failed)
         if run:
+            first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
             first.inbox.extend(run)
             self.under_way += len(run)
             first.dispatch()
+
+    def _before_failure(self, run: list[Entry]) -> list[Entry]:
+        """The part of `run` before a source fails. The failure waits until all that came before it has left."""
+        at = next((at for at, entry in enumerate(run) if entry.state in (LAST, ONE_LOST)), None)
+        if at is None:
+            return run
+        self._last, self._after_last = run[at], run[at + 1 :]
+        if self._replay is not None:  # what comes now is not what came then
+            self._last.state, self._after_last = LAST, []
+        self._input_ended = self._last.state == LAST
+        if not self._occupied:  # nobody else's end will say so
+            self._kick()
+        return run[:at]
+
+    def _finish_at_once(self, run: list[Entry]) -> None:
+        """No step has anything to do with these entries."""
+        for entry in run:
+            entry.state = entry.state or DONE
+            if not self.ordered:
+                self._finished_unordered(entry)
+        self._kick()
 
     def failed(self) -> None:
         """An entry has failed, here or before: without that, a predicate might have left it out."""
@@ -365,11 +374,6 @@ class Window(Node):
     def _finish(self) -> None:
         self.ended = True
         self.close()
-
-
-def _first_failure(run: list[Entry]) -> int | None:
-    """Where a source fails in `run`."""
-    return next((at for at, entry in enumerate(run) if entry.state in (LAST, ONE_LOST)), None)
 
 
 def _done(slots: deque[Entry], limit: int) -> int:

@@ -1,1 +1,1 @@
-"""Where synchronous work runs: never on an event loop."""
+"""Where synchronous functions run: in threads or processes, never on an event loop."""

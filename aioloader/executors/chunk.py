@@ -1,4 +1,4 @@
-"""A chunk: several samples that cross into a worker together, because one hop costs 30 to 70 µs."""
+"""A chunk: several samples that go to a worker together, because one hop costs 30 to 70 µs."""
 
 import os
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -21,9 +21,9 @@ class Call:
 
     Attributes:
         fn: The function, sample to sample, or a predicate.
-        predicate: True when `fn` only says whether the sample stays.
+        predicate: Whether `fn` only decides if the sample is kept.
         label: The stage's name in notes and statistics.
-        seed: Of this epoch, for the random numbers of its samples; None: it gives none.
+        seed: The seed of `sample_rng` in this epoch; None: the stage has no random numbers.
     """
 
     fn: Callable[[Any], Any]
@@ -33,7 +33,7 @@ class Call:
 
 
 class Refusal:
-    """The outcome of a sample that a predicate refused."""
+    """The outcome of a sample that a predicate dropped."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -43,14 +43,14 @@ class Refusal:
 
 
 DROP: Final = Refusal("DROP")
-"""It refused a sample."""
+"""The predicate dropped a sample."""
 
 NOTHING: Final = Refusal("NOTHING")
-"""It refused None: whoever was to make the sample may have more luck another time."""
+"""The predicate dropped None, which functions return when they cannot make the sample; a later try may succeed."""
 
 
 class Failed:
-    """The outcome of a sample whose function raised."""
+    """The outcome of a sample for which a function raised."""
 
     __slots__ = ("error", "label")
 
@@ -64,14 +64,14 @@ class Failed:
 
 @dataclass(slots=True)
 class ChunkResult:
-    """What became of a chunk.
+    """The result of a chunk.
 
     Attributes:
-        outcomes: One per sample that was tried, in order: its new value, a `Refusal` or a `Failed`. Fewer than the
-            samples when the time was up: the rest was not touched.
+        outcomes: One per sample that was tried, in order: its new value, a `Refusal` or a `Failed`. There are fewer
+            than samples when the time was up; the rest was not touched.
         busy_seconds: Wall time in user functions.
-        cpu_seconds: CPU time of the worker's thread meanwhile; far less than `busy_seconds` means waiting, for I/O or
-            for the GIL.
+        cpu_seconds: CPU time of the worker's thread. Much less than `busy_seconds` means that it waited for I/O or for
+            the GIL.
     """
 
     outcomes: list[Any]
@@ -80,7 +80,7 @@ class ChunkResult:
 
 
 def refuse_coroutine(coroutine: Coroutine[Any, Any, Any], label: str) -> NoReturn:
-    """A function that did not look async gave a coroutine, which nobody would await.
+    """Raise for a function that was taken for a sync one and returned a coroutine.
 
     Raises:
         TypeError: Always.
@@ -96,23 +96,23 @@ def apply_chunk(
     outcomes: list[Any] | None = None,
     sample: SampleContext | None = None,
 ) -> ChunkResult:
-    """Take each of `values` through all `calls`, until about `budget_seconds` are over; at least one is tried.
+    """Apply all `calls` to each of `values`, until about `budget_seconds` have passed; at least one value is tried.
 
-    The time limit is what keeps a chunk honest: when samples that used to be cheap turn slow, the rest goes back and
-    other workers share it.
+    The limit is for samples that used to be cheap and turn slow: the rest of the chunk goes back, and other workers
+    share it.
 
-    Context variables that a sample's functions set do not show to the next sample, see `isolated`.
+    Context variables that a sample's functions set are not visible to the next sample, see `isolated`.
 
     Args:
         calls: The functions of one journey.
-        values: The samples; the next one is taken only when it is begun.
-        budget_seconds: How long to go on.
-        outcomes: Where to append what becomes of each, for others to see meanwhile.
-        sample: Says which one is at hand, for `sample_rng`; whoever gives `values` names them there.
+        values: The samples; each is taken from the iterable only when it is begun.
+        budget_seconds: When to stop.
+        outcomes: The outcomes are appended to this list, so that other threads see them at once.
+        sample: The context for `sample_rng`, in which the iterable of `values` names the current sample.
     """
     outcomes = [] if outcomes is None else outcomes
     token = current_sample.set(sample)
-    sample = SampleContext() if sample is None else sample  # one that nobody sees
+    sample = SampleContext() if sample is None else sample  # unused
     cpu_began = thread_time()
     began = perf_counter()
     values = iter(values)
@@ -120,8 +120,8 @@ def apply_chunk(
     busy_seconds = perf_counter() - began
     current_sample.reset(token)
     result = ChunkResult(outcomes, busy_seconds, thread_time() - cpu_began)
-    # The traceback of a failed sample keeps this frame, and frames of functions that know `sample`: not with them the
-    # other samples of its chunk, nor the entry that carries this very error.
+    # The traceback of a failed sample keeps this frame alive, and frames that refer to `sample`. These must not keep
+    # the other samples of the chunk, nor the entry that has this very error.
     sample.name = None
     try:
         return result
@@ -138,7 +138,7 @@ def _try_some(
     outcomes: list[Any],
     sample: SampleContext,
 ) -> bool:
-    """Go on until the values or the time are over, or this context is not clean any more (True)."""
+    """Go on until the values or the time run out, or until a function has set a context variable (returns True)."""
     value: Any = None
     result: Any = None
     more = False
@@ -154,9 +154,7 @@ def _try_some(
                 elif not result:  # here: a tensor of several elements is neither true nor false, and raises
                     value = DROP if value is not None else NOTHING
                     break
-            except (
-                BaseException
-            ) as error:  # KeyboardInterrupt and SystemExit too: they belong to the consumer, not to us
+            except BaseException as error:  # KeyboardInterrupt and SystemExit too: they are raised in the consumer
                 value = Failed(error, call.label)
                 break
         outcomes.append(value)

@@ -1,7 +1,7 @@
-"""Which sample a thread or a task works on: what `aioloader.sample_rng` asks.
+"""Which sample a thread or a task is working on, for `aioloader.sample_rng`.
 
-Nothing is computed per sample: whoever runs the user's function leaves a reference to the entry at hand, and only
-`sample_rng()` looks into it.
+Nothing is computed per sample: the caller of a user function only sets a reference to the entry, and `sample_rng()`
+reads it.
 """
 
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ __all__ = ["BatchBeingLoaded", "BulkLoad", "KeyOnly", "SampleContext", "SampleNa
 
 
 class SampleName(Protocol):
-    """What a sample is known by: an entry of the engine is one."""
+    """What identifies a sample; the engine's entries do."""
 
     @property
     def key(self) -> Any:
-        """The index or key it was loaded by, or its number in its stream."""
+        """The index or key by which it was loaded, or its number in its stream."""
 
     @property
     def position(self) -> int | None:
-        """Tells samples apart that one object names, one after the other."""
+        """Distinguishes the samples that one object names, one after the other."""
 
 
 class SampleContext:
-    """The sample at hand, of one thread's hop or of one task.
+    """The current sample of one hop into a thread, or of one task.
 
     Attributes:
-        name: Whoever it is; None: there is none at the moment.
-        seed: Of this epoch and of the stage that is at work; None: the stage gives no random numbers.
-        drawn: What `sample_rng` has made for it, with whom it was made for.
+        name: Identifies the sample; None: there is none.
+        seed: The seed of the epoch and the current stage; None: the stage has no random numbers.
+        rng: The generator that `sample_rng` has made, and for which sample and seed.
     """
 
     __slots__ = ("name", "rng", "seed")
@@ -41,11 +41,7 @@ class SampleContext:
 
 
 class KeyOnly:
-    """A sample by its key alone: in a worker process, where its entry is not.
-
-    Args:
-        key: Its key.
-    """
+    """A sample in a worker process, where only its key is known."""
 
     __slots__ = ("key",)
     position = 0
@@ -55,12 +51,7 @@ class KeyOnly:
 
 
 class BatchBeingLoaded:
-    """A batch whose samples are loaded one after the other: the one at hand is the first that is not there yet.
-
-    Args:
-        keys: Of the batch.
-        samples: Those that are loaded; the loading function appends to it.
-    """
+    """A batch whose samples are loaded one by one, and appended to `samples`; names the next one to load."""
 
     def __init__(self, keys: Sequence[Any], samples: list[Any]) -> None:
         self._keys = keys
@@ -68,20 +59,20 @@ class BatchBeingLoaded:
 
     @property
     def key(self) -> Any:
-        """Of the sample that is being loaded."""
+        """The key of the sample that is being loaded."""
         return self._keys[len(self._samples)]
 
     @property
     def position(self) -> int:
-        """Its place in the batch."""
+        """The place of the sample in the batch."""
         return len(self._samples)
 
 
 class BulkLoad:
-    """Samples that are loaded by one call: which of them is at hand, only the function itself knows.
+    """Samples that are loaded by one call, so that only the function itself knows which is the current one.
 
     Attributes:
-        asked: Somebody wanted to know. What the call gave, if it gave anything, is not to be used.
+        asked: Whether the function has called `sample_rng`. Then its result must not be used.
     """
 
     def __init__(self) -> None:
@@ -89,12 +80,10 @@ class BulkLoad:
 
     @property
     def key(self) -> NoReturn:
-        """Of nobody."""
         self._refuse()
 
     @property
     def position(self) -> NoReturn:
-        """Of nobody."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:

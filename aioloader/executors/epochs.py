@@ -1,4 +1,4 @@
-"""`set_epoch` for copies: an object that travelled to a worker process hears which epoch the user's own is in."""
+"""`set_epoch` for copies: objects that were sent to a worker process follow the epoch of the user's originals."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -8,22 +8,22 @@ from typing import Any, TypeAlias
 __all__ = ["Copies", "Epochs", "Holds", "epochs_of", "with_set_epoch"]
 
 Epochs: TypeAlias = tuple[tuple[int | None, int | None], ...]
-"""For each object of `with_set_epoch` what its `epoch` says, and what the loader told it; None: nothing."""
+"""For each object of `with_set_epoch`: its attribute `epoch`, and the epoch that the loader set; None: unknown."""
 
 
 class Holds(ABC):
-    """A function of ours that works with objects of the user's."""
+    """A function of aioloader that calls user objects."""
 
     @property
     @abstractmethod
     def held(self) -> tuple[Any, ...]:
-        """They, and functions of theirs."""
+        """These objects, and their methods that it calls."""
 
 
 def with_set_epoch(functions: Iterable[Any]) -> list[Any]:
-    """The objects behind `functions` that have a `set_epoch`: the functions themselves, and what they are methods of.
+    """The objects with a `set_epoch` among `functions`, and among the objects that they are methods of.
 
-    A copy of `functions` gives the copies, in the same order.
+    For a copy of `functions` these are the copies, in the same order.
     """
     found: list[Any] = []
     for function in functions:
@@ -39,28 +39,19 @@ def with_set_epoch(functions: Iterable[Any]) -> list[Any]:
 
 
 def epochs_of(originals: Sequence[Any], dataset: Any = None, told: int | None = None) -> Epochs:
-    """The epochs that the user's objects are in.
-
-    Args:
-        originals: Those of `with_set_epoch`.
-        dataset: The one that `DataLoader.set_epoch` reaches.
-        told: What it was called with.
-    """
-    says = (getattr(original, "epoch", None) for original in originals)
+    """The epochs that the user's objects are in; `told` is what `DataLoader.set_epoch` has set for `dataset`."""
+    found = (getattr(original, "epoch", None) for original in originals)
     return tuple(
         (epoch if type(epoch) is int else None, told if original is dataset else None)
-        for original, epoch in zip(originals, says, strict=True)
+        for original, epoch in zip(originals, found, strict=True)
     )
 
 
 class Copies:
-    """Copies in a worker.
+    """The copies in a worker, made when the originals were in `epochs`.
 
-    They are told an epoch only when that of the original has changed: one that counts its epochs itself goes on so.
-
-    Args:
-        functions: See `with_set_epoch`.
-        epochs: Those of the originals when the copies were made.
+    Their `set_epoch` is called only when the epoch of the original has changed: copies that count epochs themselves are
+    left alone.
     """
 
     def __init__(self, functions: Iterable[Any], epochs: Epochs) -> None:
@@ -68,15 +59,15 @@ class Copies:
         self._epochs = epochs
 
     def tell(self, epochs: Epochs) -> None:
-        """The originals are in `epochs`.
+        """Call `set_epoch` where the epoch of the original has changed.
 
         Raises:
             Exception: What a `set_epoch` raises.
         """
         if epochs != self._epochs:
-            for copy, (says, told), (says_of, was_told) in zip(self._copies, epochs, self._epochs, strict=True):
-                if says is not None and says != says_of:
-                    copy.set_epoch(says)
-                elif told is not None and told != was_told:
+            for copy, (epoch, told), (old_epoch, old_told) in zip(self._copies, epochs, self._epochs, strict=True):
+                if epoch is not None and epoch != old_epoch:
+                    copy.set_epoch(epoch)
+                elif told is not None and told != old_told:
                     copy.set_epoch(told)
             self._epochs = epochs

@@ -1,8 +1,8 @@
-"""Threads of our own: named, started when needed, and gone when their run is.
+"""Worker threads: named, started when needed, and ended with their run.
 
-`concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit without a limit, so that one hanging user
-function keeps the process for ever; its threads also cannot be waited for with a deadline. These are daemon threads,
-which an exit hook (`engine/loop_thread.py`) ends in bounded time.
+`concurrent.futures.ThreadPoolExecutor` joins its threads at interpreter exit without a limit, so one user function that
+hangs keeps the process alive for ever, and there is no way to wait for its threads with a deadline. These are daemon
+threads, which an exit hook (`engine/loop_thread.py`) ends in bounded time.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ Job = Callable[[BaseException | None], None]
 
 
 class TakesJobs(Protocol):
-    """Threads, or a way to them."""
+    """Runs jobs in threads."""
 
     def submit(self, job: Job) -> None:
         """Run `job` in a thread."""
@@ -46,11 +46,11 @@ class Threads:
     Args:
         limit: How many threads there may be. The caller keeps at most that many jobs outstanding.
         name: The threads are named `{name}-0`, `{name}-1`, ...
-        loop: The loop to tell when the last thread has ended.
+        loop: The loop on which `ended` completes.
         context: Every thread runs in a copy of it, so that user functions see the consumer's context variables.
-        initializer: Called once in each thread with its number. What it raises is given to the thread's first job, as
-            torch gives what `worker_init_fn` raises.
-        computes: Its jobs do what torch may spread over several cores, see `limit_intraop_threads`.
+        initializer: Called once in each thread with its number. If it raises, the thread's first job gets the error, as
+            in torch for `worker_init_fn`.
+        computes: Whether jobs run torch operations, which may use several cores, see `limit_intraop_threads`.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class Threads:
         self._outstanding = 0
         self._alive = 0
         self._closed = False
-        self.ended: Future[None] | None = None  # done when the last thread has ended; None: there was none
+        self.ended: Future[None] | None = None  # done when the last thread has ended; None before the first starts
         self.threads: list[threading.Thread] = []
 
     @property
     def gone(self) -> bool:
-        """Closed, and no thread is left."""
+        """Whether it is closed and all threads have ended."""
         return self._closed and not self._alive
 
     def alive(self) -> list[str]:
-        """Names of the threads that have not ended."""
+        """The names of the threads that have not ended."""
         return [thread.name for thread in self.threads if thread.is_alive()]
 
     def submit(self, job: Job) -> None:
-        """Run `job` in a thread. It gets what the thread's initializer raised, or None."""
+        """Run `job` in a thread; its argument is the error that the thread's initializer raised, or None."""
         with self._lock:
             self._outstanding += 1
             more = self._outstanding > len(self.threads) and len(self.threads) < self._limit
@@ -96,12 +96,12 @@ class Threads:
             self._start_thread()
 
     def prepare(self) -> None:
-        """Start the first thread for a job that is sure to come: getting ready takes it as long as a small batch."""
+        """Start the first thread before its job is there: starting takes as long as a small batch."""
         if not self.threads:
             self._start_thread()
 
     def close(self) -> None:
-        """Take no more jobs; idle threads end now, busy ones after their job. Idempotent."""
+        """Stop taking jobs: idle threads end now, busy ones after their job. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -128,7 +128,7 @@ class Threads:
             while (job := self._jobs.get()) is not None:
                 job(broken)
                 broken = None
-                del job  # or the last sample would live as long as the thread is idle
+                del job  # an idle thread must not keep the last sample alive
                 with self._lock:
                     self._outstanding -= 1
         finally:
@@ -140,7 +140,7 @@ class Threads:
 
     def _all_ended(self) -> None:
         for thread in self.threads:
-            thread.join()  # it has said goodbye already: microseconds
+            thread.join()  # takes microseconds, since `_main` is over
         if self.ended is not None and not self.ended.done():
             self.ended.set_result(None)
 
@@ -150,43 +150,36 @@ class Threads:
         if self._initializer is not None:
             try:
                 self._initializer(number)
-            except BaseException as error:  # kept, and raised for each sample: nothing is lost
+            except BaseException as error:  # the first job raises it
                 return error
         return None
 
 
 class InContext:
-    """A way to one thread of `Threads`, for jobs that share a context of their own.
-
-    Args:
-        threads: One thread: a context cannot be entered by two.
-        context: Theirs.
-    """
+    """Runs jobs in the one thread of `threads`, in a context that they share: two threads could not enter it."""
 
     def __init__(self, threads: Threads, context: Context) -> None:
         self._threads = threads
         self._context = context
 
     def submit(self, job: Job) -> None:
-        """Run `job` in the thread."""
         self._threads.submit(lambda broken: self._context.run(job, broken))
 
 
 def call_loop(loop: AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:
-    """Call `callback` on `loop` from another thread; nothing happens when the loop is closed.
+    """Call `callback` on `loop` from another thread; does nothing when the loop is closed.
 
-    A closed loop means that its run is over and nobody listens: a worker that was inside a slow user function while
-    everything ended finds it so.
+    The loop may be closed when a worker returns from a slow user function after its run has ended.
     """
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(callback, *args)
 
 
-_pools: WeakSet[Threads] = WeakSet()  # those that have had threads; for the end of the process
+_pools: WeakSet[Threads] = WeakSet()  # all that have started threads, for the exit of the process
 
 
 def end_all_threads(deadline: float) -> None:
-    """Tell the threads of all pools to end, and wait for them until `deadline` (`time.monotonic`)."""
+    """End the threads of all pools, and wait for them until `deadline` (`time.monotonic`)."""
     pools = list(_pools)
     for pool in pools:
         pool.close()
@@ -196,7 +189,7 @@ def end_all_threads(deadline: float) -> None:
 
 
 def forget_all_threads() -> None:
-    """In a forked child, where none of them lives."""
+    """In a forked child: forget the threads, which exist in the parent only."""
     global _intraop_lock
     _pools.clear()
     _intraop_lock = threading.Lock()
@@ -206,18 +199,18 @@ _intraop_lock = threading.Lock()
 
 
 def limit_intraop_threads() -> None:
-    """Let torch use one thread for each operation of the calling thread, and change nothing for any other thread.
+    """Let torch use one thread per operation in the calling thread, without changing it for other threads.
 
-    The operations of several loader threads would otherwise fight for the same OpenMP threads (a copy of 64 KiB: 224 µs
-    against 2). `torch.set_num_threads` sets the calling thread *and* the default of threads to come. So the libraries
-    that it passes the number on to are told directly, which keep it for each thread. Where they are not found, the
-    default is put back from a thread that ends at once; a thread of the user's that starts in between has 1 as well.
-    Measured with torch 2.13: the caller, and threads started later, keep their number.
+    Otherwise the operations of several loader threads would compete for the same OpenMP threads (a copy of 64 KiB takes
+    224 µs instead of 2). `torch.set_num_threads` sets the number of the calling thread *and* the default of later
+    threads. So the number is set in the libraries below torch directly, which keep one for each thread. Where they are
+    not found, the default is restored from a thread that ends at once; a user thread that starts in between has 1 too.
+    Measured with torch 2.13: the caller and later threads keep their number.
     """
-    if torch.get_num_threads() == 1:  # asked for here, torch has set this thread's number by now, and will not later
+    if torch.get_num_threads() == 1:  # after this first question torch does not set this thread's number later on
         return
-    for tell in _libraries_of_torch():
-        tell(1)
+    for set_number in _libraries_of_torch():
+        set_number(1)
     if torch.get_num_threads() == 1:
         return
     with _intraop_lock:
@@ -230,11 +223,11 @@ def limit_intraop_threads() -> None:
 
 @cache
 def _libraries_of_torch() -> list[Callable[[int], object]]:
-    """Functions that set the number of threads for the calling thread alone: of OpenMP, and of MKL if torch has it."""
+    """Functions that set the number of threads for the calling thread only: OpenMP's, and MKL's if torch has it."""
     found: list[Callable[[int], object]] = []
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     with contextlib.suppress(OSError, AttributeError):  # another system, another build
-        library = ctypes.CDLL(str(path))  # it is loaded already; what it depends on is looked through as well
+        library = ctypes.CDLL(str(path))  # already loaded; the lookup includes the libraries that it depends on
         found.append(library.omp_set_num_threads)
         found.append(library.MKL_Set_Num_Threads_Local)
     return found

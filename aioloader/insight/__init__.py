@@ -1,1 +1,1 @@
-"""What a loader knows about itself: counters, a frozen snapshot of them, and a sentence."""
+"""What a loader measures of itself: counters, a frozen snapshot of them, and a sentence that explains them."""

@@ -1,4 +1,4 @@
-"""Where a batch comes from."""
+"""The provenance of a batch."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,22 +11,21 @@ __all__ = ["BatchInfo"]
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """One batch that was handed out.
+    """Where one batch came from.
 
     Attributes:
         epoch: The number of its epoch.
-        step: Its number in the epoch, from 0; steps before a resume, failed batches and left out steps are counted.
-        keys: Of its samples, in order: the index or key that each was loaded by, or its number in its stream. Behind
-            `merge`, `mix` or `interleave` each says which source it is from, behind `flat_map`, `unbatch` and `repeat`
-            which part or round it is. Without `batch`, the key of the one sample.
-        positions: Of its samples: where each stands in its source, in the order of this epoch and of all ranks, from 0.
-            None where nobody counts: behind a batch sampler of your own, and after a resume in a source whose cursor is
-            no count (`Lines`, `TarShards`, `ParquetRows`, `Channel`).
-        sources: Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from; else
-            None.
-        attempts: How often work for it was begun: 1, or the most that one of its samples took. Work is done again where
-            a worker process died before it had given it back, and where a `__getitems__` for many samples failed.
-        seconds_waited: How long the consumer stood still for it.
+        step: Its number in the epoch, from 0. Steps before a resume, failed batches and skipped steps count.
+        keys: For each sample, the index or key by which it was loaded, or its number in its stream. After `merge`,
+            `mix` or `interleave` each key also has the source, after `flat_map`, `unbatch` and `repeat` the part or
+            round. Without `batch`, the key of the one sample.
+        positions: For each sample, its position in its source, from 0, in the order of this epoch and over all ranks.
+            None where it is not known: after a batch sampler of your own, and after a resume in a source whose cursor
+            is not a count (`Lines`, `TarShards`, `ParquetRows`, `Channel`).
+        sources: For each sample, the number of its source in `merge`, `mix` or `interleave`, else None.
+        attempts: How often work on it was begun: 1, or the maximum over its samples. Work is done again after a worker
+            process has died with it, and after a `__getitems__` for many samples has failed.
+        seconds_waited: How long the consumer waited for it.
     """
 
     epoch: int
@@ -38,9 +37,9 @@ class BatchInfo:
 
     @property
     def sources(self) -> tuple[int | None, ...]:
-        """Of its samples: the number of the source of `merge`, `mix` or `interleave` that each is from, else None."""
+        """For each sample, the number of its source in `merge`, `mix` or `interleave`, else None."""
         return tuple(map(source_of, self.keys))
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
-        return masked(f"BatchInfo({told})")  # keys may be URLs
+        values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
+        return masked(f"BatchInfo({values})")  # keys may be URLs

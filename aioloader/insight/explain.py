@@ -1,4 +1,4 @@
-"""One sentence on what limits a loader, drawn from its numbers."""
+"""One sentence on what limits a loader, derived from its statistics."""
 
 from typing import Final
 
@@ -7,24 +7,24 @@ from aioloader.insight.stats import StageStats, Stats
 
 __all__ = ["explain"]
 
-KEEPS_UP: Final = 0.05  # a consumer that waits less than this fraction of its time has no problem with its loader
-SATURATED: Final = 0.7  # a stage busier than this has no place free when a sample comes
-COMPUTING: Final = 0.8  # threads that compute this much of one core, or of all, are limited by the GIL, or by the cores
-LOOP_SATURATED: Final = 0.8  # an event loop busier than this delays everything that it drives
-HELD: Final = 0.15  # finished samples in more than this part of a window wait for one in front, or are not taken
-IDLE: Final = 0.5  # a stage without work for less than this part of the time has samples under way, if few
-ONE_AT_A_TIME: Final = (0.7, 1.15)  # of the time: calls side by side add up to one place
-ONE_BY_ONE_SECONDS: Final = 1e-3  # cheaper calls of sync functions travel, and are finished, in chunks
-SHORT_SECONDS: Final = 3.0  # in an epoch shorter than this, its beginning and its end count
-STARVED: Final = 0.8  # who waits for more of its time than this does not wait for bursts: there is too little
+KEEPS_UP: Final = 0.05  # a consumer that waits for less than this fraction of its time is not limited by the loader
+SATURATED: Final = 0.7  # a stage busier than this has no free place when a sample comes
+COMPUTING: Final = 0.8  # threads that use this much of one core, or of all cores, are limited by the GIL, or the cores
+LOOP_SATURATED: Final = 0.8  # an event loop busier than this delays everything on it
+HELD: Final = 0.15  # a window with more finished samples than this waits for a slower one, or is not emptied
+IDLE: Final = 0.5  # a stage that is idle for less than this has some samples under way all the time
+ONE_AT_A_TIME: Final = (0.7, 1.15)  # of the time: the range in which concurrent calls add up to one place
+ONE_BY_ONE_SECONDS: Final = 1e-3  # cheaper calls of sync functions run, and finish, in chunks
+SHORT_SECONDS: Final = 3.0  # in a shorter epoch, start and end have an influence
+STARVED: Final = 0.8  # a consumer that waits for more of its time is short of samples, not waiting for bursts
 
 
 def explain(stats: Stats, knob: str = "its concurrency") -> str:
-    """Name what limits: the consumer, the event loop, the cores, or a stage; and say what to do about it.
+    """Say what limits the loader (the consumer, the event loop, the cores, or a stage), and what to do about it.
 
     Args:
         stats: Of one epoch.
-        knob: What the loader calls the number of its threads: `num_workers` is the drop-in's.
+        knob: What the loader calls the number of its threads: `num_workers` in the drop-in.
     """
     if stats.batches < 2:
         return f"Nothing to explain yet: {stats.batches} batches were handed out; ask again after a few."
@@ -44,7 +44,7 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
         key=lambda stage: stage.utilization,
         default=None,
     )
-    threads = [stage for stage in stats.stages if stage.kind != "process"]  # which have a GIL each
+    threads = [stage for stage in stats.stages if stage.kind != "process"]  # each process has its own GIL
     computing = sum(stage.cpu_seconds for stage in threads) / stats.seconds
     if busiest is not None and computing >= COMPUTING:
         most = max(threads, key=lambda stage: stage.cpu_seconds)
@@ -67,7 +67,7 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
         return (
             f"{held_up.name} is held up by slow samples: {waited}; it was {_use(held_up)}, while "
             f"{held_up.finished_slots:.0f} finished samples on average, of the {held_up.room} it has room for, waited "
-            f"for a slower one in front of them: {_order_advice(held_up, knob)} {numbers}."
+            f"for a slower one before them: {_order_advice(held_up, knob)} {numbers}."
         )
     return (
         f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
@@ -76,9 +76,9 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
 
 
 def _blocks_loop(stage: StageStats, stats: Stats) -> bool:
-    """Whether its async calls run one after the other though there are samples and places for more.
+    """Whether its async calls run one at a time, though there are samples and places for more.
 
-    Code that blocks the loop finishes all samples of the window before anybody can take one.
+    While code blocks the loop, nobody can take samples, so the window fills with finished ones.
     """
     least, most = ONE_AT_A_TIME
     return (
@@ -90,7 +90,7 @@ def _blocks_loop(stage: StageStats, stats: Stats) -> bool:
 
 
 def _held_up(stage: StageStats, stats: Stats) -> bool:
-    """Whether finished samples of it wait for one in front: few are under way, but never none."""
+    """Whether its finished samples wait for a slower one: few are under way, but always some."""
     return (
         stage.ordered
         and stage.concurrency > 1
@@ -100,9 +100,9 @@ def _held_up(stage: StageStats, stats: Stats) -> bool:
 
 
 def _is_full(stage: StageStats, stats: Stats) -> bool:
-    """Whether its window is full of finished samples, and neither for want of work nor because nobody takes them.
+    """Whether its window holds many finished samples, although the stage is not idle.
 
-    One finished sample there is at each hand-over.
+    One finished sample is always there when samples are taken, and is not counted.
     """
     idle = stage.waiting_for_input_seconds + stage.waiting_for_room_seconds
     return stage.finished_slots - 1 >= HELD * stage.room > 0 and idle < IDLE * stats.seconds
@@ -120,7 +120,7 @@ def _is_drop_in(knob: str) -> bool:
 
 
 def _has_concurrency(stage: StageStats) -> bool:
-    """Whether a pipeline's stage takes one: `map` does, alone or in one hop with others, and `Objects`."""
+    """Whether a pipeline's stage has this argument: `map`, alone or in one hop with others, and `Objects`."""
     return any(part.startswith("map(") or part.endswith(".fetch") for part in stage.name.split(" + "))
 
 
@@ -129,10 +129,10 @@ def _is_copy(stage: StageStats) -> bool:
 
 
 def _into_map(stage: StageStats, how: str) -> str:
-    """What to do with work in a stage that takes no concurrency."""
+    """What to do about a stage without `concurrency`."""
     if stage.name.startswith("collate"):
         return f"batch() has no concurrency: use batch(..., collate_fn=list).map(collate, {how})"
-    return f"it has no concurrency: do its work in map(fn, {how}) in front of it"
+    return f"it has no concurrency: do its work in map(fn, {how}) before it"
 
 
 def _cores_advice(stage: StageStats, computing: float, knob: str) -> str:
@@ -149,7 +149,7 @@ def _cores_advice(stage: StageStats, computing: float, knob: str) -> str:
 def _order_advice(stage: StageStats, knob: str) -> str:
     timeout = "give each call a timeout in the function"
     if _is_drop_in(knob):
-        # Samples of an async `__getitem__` are put together by their order, whatever that of the batches.
+        # Samples of an async `__getitem__` are batched in their order, even with in_order=False.
         return timeout if stage.name == "dataset[...]" else f"pass in_order=False, or {timeout}"
     return f"pass ordered=False, or {timeout}" if stage.name.startswith("map(") else timeout
 
@@ -176,12 +176,12 @@ def _advice(stage: StageStats, knob: str) -> str:
     if not _is_drop_in(knob) and not _has_concurrency(stage):
         return f"; {_into_map(stage, 'concurrency=...')}"
     if stage.kind == "async":
-        mine = knob if stage.name.startswith("collate") else "its concurrency"
+        limit = knob if stage.name.startswith("collate") else "its concurrency"
         return (
-            f"; if its server and network can bear more, raise {mine}, or look for a limit in your client (its "
+            f"; if its server and network can bear more, raise {limit}, or look for a limit in your client (its "
             f"connections, a semaphore) or for code that blocks"
         )
-    if stage.kind == "process" or not stage.cpu_seconds:  # in another process
+    if stage.kind == "process" or not stage.cpu_seconds:  # it runs in another process
         return f"; raise {knob}, if there are cores for it"
     computing = stage.cpu_seconds / stage.busy_seconds
     return f", {computing:.0%} of it computing, the rest waiting: raise {knob}"

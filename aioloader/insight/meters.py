@@ -1,6 +1,6 @@
-"""Counters that running parts keep; cheap enough to be always on.
+"""Counters of a running loader, cheap enough to be always on.
 
-Written on the engine's loop, read from any thread: a snapshot may be a few samples out of step with itself.
+They are written on the engine's loop and read from any thread, so the numbers of a snapshot may be some samples apart.
 """
 
 import threading
@@ -24,26 +24,27 @@ class StageMeter:
     Attributes:
         name: The stage as the user wrote it, `map(fetch)`.
         kind: How it runs.
-        concurrency: Samples under way at once, at most; 0 for folds.
-        samples: Samples (or batches) that it finished.
+        concurrency: The maximum number of samples under way at once; 0 for folds.
+        samples: Samples (or batches) that it has finished.
         errors: How many of them failed.
-        dropped: How many a predicate left out.
-        dropped_late: How many more `drop_if` left out of batches just before collate; written in threads, under a lock.
-        partial: Batches that were given before they were full, because their time was up.
-        busy_seconds: Time in user code, summed over samples that were under way side by side.
-        cpu_seconds: CPU time of its threads or worker processes; 0 for what runs on the loop or in a user's executor.
+        dropped: How many a predicate dropped.
+        dropped_late: How many more `drop_if` dropped from batches just before collate; written in threads, under a
+            lock.
+        partial: Batches that were delivered before they were full, because `max_wait` was over.
+        busy_seconds: Time in user code, summed over concurrent samples.
+        cpu_seconds: CPU time of its threads or worker processes; 0 on the loop and in a user's executor.
         idle: When the stage had nothing under way, and why.
-        room: Entries under way or finished that its window held at most; stages of one window share it.
-        ahead: Entries that are held ready after it, where no other stage's window holds them.
-        ordered: That window gives them in the order of the input.
-        finished_sum: Finished entries in the window at each hand-over, summed.
+        room: The maximum number of entries, under way or finished, in its window; stages of one window share it.
+        ahead: Entries that are held ready after it, outside of any window.
+        ordered: Whether the window delivers entries in the order of the input.
+        finished_sum: The sum, over all hand-overs, of finished entries in the window.
         handovers: How many hand-overs there were.
         gaps: See `Node.gaps`.
-        address: Tells stages apart that have the same name, see `Address`.
-        retired: The stage has ended; if `repeat` makes it anew, it goes on counting here.
+        address: Tells apart stages that have the same name, see `Address`.
+        retired: Whether the stage has ended. If `repeat` makes it again, that goes on counting here.
         hits: Samples that came from this cache.
         misses: Samples that were not in it.
-        cached_bytes: What is in it.
+        cached_bytes: The size of its samples.
     """
 
     name: str
@@ -71,7 +72,7 @@ class StageMeter:
 
 
 class IdleClock:
-    """Splits the time in which nothing was under way by what it waited for."""
+    """Measures the time in which nothing was under way, by the reason."""
 
     __slots__ = ("_began", "_seconds", "_why")
 
@@ -81,7 +82,7 @@ class IdleClock:
         self._why: Why | None = None
 
     def wait_for(self, why: Why | None) -> None:
-        """From now on nothing is under way because of `why`; None: work goes on."""
+        """Begin to wait because of `why`; None: stop waiting."""
         if why is self._why:
             return
         now = perf_counter()
@@ -91,23 +92,24 @@ class IdleClock:
         self._why = why
 
     def seconds(self, why: Why) -> float:
-        """How long it has waited for `why`, until now if it still does."""
+        """How long it has waited because of `why`, until now if it still does."""
         going_on = perf_counter() - self._began if self._why is why else 0.0
         return self._seconds[why] + going_on
 
 
 @dataclass(slots=True)
 class ConsumerMeter:
-    """What the consumer saw of one epoch. Times are `perf_counter` seconds.
+    """One epoch as the consumer saw it. Times are `perf_counter` seconds.
 
     Attributes:
         began: When the first `next()` was called; None before.
         ended: When the epoch ended; None while it goes on.
         first_after_seconds: How long the first batch took.
         batches: How many batches were delivered.
-        waited_seconds: Time spent in `next()` after the first batch was there.
-        loop: CPU time of the thread that the event loop runs in.
-        end_seen: The consumer knows that the epoch is over.
+        waited_seconds: Time spent in `next()` after the first batch.
+        loop: CPU time of the event loop's thread.
+        end_seen: Whether the consumer knows that the epoch is over.
+        last_waited_seconds: How long the newest batch took.
     """
 
     began: float | None = None
@@ -119,23 +121,23 @@ class ConsumerMeter:
     end_seen: bool = False
     last_waited_seconds: float = 0.0
 
-    def delivered(self, asked: float) -> None:
-        """A batch was handed out that had been asked for at `asked`."""
-        waited = self.last_waited_seconds = perf_counter() - asked
+    def delivered(self, called: float) -> None:
+        """Count a batch that is delivered now, by a `next()` that was called at `called`."""
+        waited = self.last_waited_seconds = perf_counter() - called
         if self.first_after_seconds is None:
             self.first_after_seconds = waited
         else:
             self.waited_seconds += waited
         self.batches += 1
 
-    def waited_for_end(self, asked: float) -> None:
-        """There was no batch left, as turned out after waiting since `asked`; counts once."""
+    def waited_for_end(self, called: float) -> None:
+        """Count the wait of a `next()` that was called at `called` and found the end; only the first counts."""
         if not self.end_seen and self.first_after_seconds is not None:
             self.end_seen = True
-            self.waited_seconds += perf_counter() - asked
+            self.waited_seconds += perf_counter() - called
 
     def finish(self) -> None:
-        """The epoch is over, or was given up."""
+        """Stop the clocks: the epoch has ended or was closed."""
         if self.ended is None:
             self.ended = perf_counter()
             if self.loop is not None:
@@ -143,7 +145,7 @@ class ConsumerMeter:
 
 
 class ThreadClock:
-    """CPU seconds of the thread that makes it, from then on, readable from any thread."""
+    """CPU seconds of the thread that makes this object, from then on; readable from any thread."""
 
     __slots__ = ("_began", "_clock", "_ended")
 
@@ -157,15 +159,15 @@ class ThreadClock:
             return 0.0
         try:
             return time.clock_gettime(self._clock)
-        except OSError:  # the thread has ended, and nobody stopped this
+        except OSError:  # the thread has ended before `stop`
             return self._began
 
     def stop(self) -> None:
-        """Keep the figure: the thread may end now."""
+        """Keep the value, so that the thread may end."""
         self._ended = self._now()
 
     def seconds(self) -> float:
-        """CPU seconds so far; 0 where the system does not tell."""
+        """CPU seconds so far; 0 where the system has no such clock."""
         return (self._now() if self._ended is None else self._ended) - self._began
 
 

@@ -15,29 +15,30 @@ class StageStats:
     """One stage in one epoch.
 
     Attributes:
-        name: The stage as written in the pipeline, `map(fetch)`; neighbouring sync stages that run in one hop are one.
+        name: The stage as written in the pipeline, `map(fetch)`. Adjacent sync stages that run in one hop are one.
         kind: `"source"` (read by one task; `flat_map` too), `"async"` (awaited on the loop), `"sync"` (in threads or
             an executor), `"process"` (in worker processes) or `"fold"` (on the loop, without user code; only `batch`
             with `max_wait` is shown).
-        concurrency: Samples that may be under way side by side.
-        samples: Samples, or batches, that went through.
+        concurrency: How many samples may be under way at once.
+        samples: Samples, or batches, that it has finished.
         errors: How many of them failed.
-        busy_seconds: Time inside the user's function, summed over samples side by side: it may exceed the epoch's.
+        busy_seconds: Time inside the user's function, summed over concurrent samples; may exceed the epoch's.
         cpu_seconds: CPU time of its threads in that; 0 where it is not known.
         utilization: busy_seconds as a fraction of what `concurrency` samples could have used, 0 to 1.
-        waiting_for_input_seconds: Nothing was under way, because nothing came from the stages before.
-        waiting_for_room_seconds: Nothing was under way, because finished samples were not taken.
-        finished_slots: Finished samples that lay in the window when some were taken, on average.
-        room: Samples (or batches) under way and finished together that its window may hold, the most in this epoch:
-            where all stages of a window are cheap it grows, so that a hop into a thread is worth its cost. No
-            sample is begun beyond the rooms of the stages after each other; what `batch`, and `shuffle(n)`, hold while
-            they fill is part of what comes after them.
-        ordered: They leave it in the order of the input, so that finished ones wait for a slower one in front of them.
-        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` left out.
-        partial: Batches that were given before they were full, because `max_wait` was over.
-        hits: Of a `cache`: samples that came from it in this epoch, and cost nothing of what is in front of it.
-        misses: Of a `cache`: samples that were not in it.
-        cached_bytes: Of a `cache`: what it holds, all epochs together.
+        waiting_for_input_seconds: Time in which nothing was under way because no sample came from the stages before.
+        waiting_for_room_seconds: Time in which nothing was under way because finished samples were not taken.
+        finished_slots: The average number of finished samples in the window when some were taken.
+        room: The maximum number of samples (or batches), under way and finished, that its window could hold in this
+            epoch. It grows where all stages of a window are cheap, so that a hop into a thread is worth its cost. The
+            rooms of all stages together limit how many samples are begun; those that `batch` and `shuffle(n)` hold
+            while they fill count for the stages after them.
+        ordered: Whether samples leave the window in the order of the input, so that finished ones wait for a slower one
+            before them.
+        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped.
+        partial: Batches that were delivered before they were full, because `max_wait` was over.
+        hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
+        misses: For a `cache`, samples that were not in it.
+        cached_bytes: For a `cache`, the size of all samples in it.
     """
 
     name: str
@@ -68,11 +69,11 @@ class Stats:
         epoch: Its number; None before the first.
         seconds: From the first `next()` until now, or until the epoch ended.
         first_batch_seconds: How long the first batch took; None before it.
-        batches: Batches handed out.
-        waited_seconds: Time the consumer spent in `next()` after the first batch.
+        batches: How many batches were delivered.
+        waited_seconds: Time that the consumer spent in `next()` after the first batch.
         waited_fraction: That as a fraction of the time since the first batch, 0 to 1.
-        loop_cpu_fraction: How much of the time the event loop's thread was computing, 0 to 1; under `async for` that
-            includes your own code on it. 0 where there is no loop, or the system does not tell.
+        loop_cpu_fraction: The fraction of the time in which the event loop's thread was computing, 0 to 1. Under
+            `async for` it includes your own code. 0 where there is no loop, or the system does not measure it.
         stages: In the order of the pipeline.
     """
 
@@ -86,12 +87,12 @@ class Stats:
     stages: tuple[StageStats, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain dictionaries, lists and numbers."""
+        """The statistics as plain dictionaries, lists and numbers."""
         return asdict(self)
 
 
 def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: ConsumerMeter | None) -> Stats:
-    """The counters as they are now."""
+    """The current values of the counters."""
     if consumer is None or consumer.began is None:
         return Stats(epoch, 0.0, None, 0, 0.0, 0.0, 0.0, ())
     seconds = (consumer.ended or perf_counter()) - consumer.began

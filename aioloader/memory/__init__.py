@@ -1,1 +1,1 @@
-"""Host memory of batches: used again, as soon as nobody can see what was in it."""
+"""Host memory of batches, used again as soon as nothing refers to it any more."""

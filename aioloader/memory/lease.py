@@ -1,45 +1,45 @@
-"""A lease: memory that is lent out, and is told when the last tensor, view or array over it has died."""
+"""A lease: memory that is lent out, with a callback when the last tensor, view or array over it has died."""
 
 import ctypes
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import torch
 
-__all__ = ["Lease", "lease", "tensor_over", "writable"]
+__all__ = ["Lease", "lease", "writable"]
 
 Lease: TypeAlias = "ctypes.Array[ctypes.c_char]"
-"""Has the buffer protocol, and keeps the block that it was made of alive."""
+"""Has the buffer protocol, and keeps its block alive."""
 
 
 def lease(block: Any, nbytes: int, on_free: Callable[[], object]) -> Lease:
-    """Lend out the first `nbytes` of `block`, until nothing refers to them any more.
+    """Lend out the first `nbytes` of `block` until nothing refers to them any more.
 
-    Whatever is made of a lease keeps it alive: a tensor over it through its storage, and so all views of that tensor,
+    Everything made from a lease keeps it alive: a tensor over it through its storage, and so all views of that tensor,
     arrays made by `.numpy()`, DLPack imports, and memory saved for a backward pass. Only bare addresses
     (`tensor.data_ptr()`) do not.
 
     Args:
         block: Any writable buffer: an `mmap.mmap`, the `buf` of a shared memory segment, a bytearray.
         nbytes: At least 1, at most the size of `block`.
-        on_free: Called once, when the lease has died and nobody can read or write the memory any more. It may be
-            called in any thread and between any two bytecodes, also by the garbage collector in the middle of the
-            caller's own code: it must take no lock that this code may hold, so best it appends to a deque and does
-            nothing else. What it raises is reported to `sys.unraisablehook`. The block still counts as exported while
-            it runs, so it must not be closed there (`BufferError`), but may be lent out again. In a forked child, and
-            while the interpreter shuts down, it is not called: what the parent lent is not the child's to take back.
+        on_free: Called once, when the lease has died and nothing can read or write the memory any more. It may be
+            called in any thread and between any two bytecodes, even by the garbage collector in the middle of the
+            caller's own code. So it must not take a lock that this code may hold; appending to a deque is safe. What it
+            raises is reported to `sys.unraisablehook`. The block still counts as exported while it runs: it must not be
+            closed there (`BufferError`), but may be lent out again. It is not called in a forked child, which must not
+            take back what the parent has lent, nor while the interpreter shuts down.
 
     Raises:
         TypeError: `block` is read-only.
         ValueError: `block` is smaller than `nbytes`.
 
-    Why a ctypes array: torch keeps the object behind `torch.frombuffer` alive as long as the storage, but neither a
-    `memoryview` nor an `mmap` slice of its own per use would do: the one cannot be referenced weakly, the other is no
-    buffer. Neither numpy nor a C extension is needed. A lease with a tensor over it costs about 10 µs.
+    Why a ctypes array: torch keeps the object passed to `torch.frombuffer` alive as long as the storage. A `memoryview`
+    cannot be referenced weakly, and an `mmap` slice is not a buffer. This needs neither numpy nor a C extension. A
+    lease with a tensor over it costs about 10 µs.
     """
     lent = _array_type(nbytes).from_buffer(block)
     watch = _Watch(lent, _died)
@@ -48,31 +48,10 @@ def lease(block: Any, nbytes: int, on_free: Callable[[], object]) -> Lease:
     return lent
 
 
-def tensor_over(lent: Lease, shape: Sequence[int], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
-    """A contiguous tensor over leased memory, in every respect an ordinary one: its own base, not a view.
-
-    Args:
-        lent: At least as large as the tensor and `offset` together.
-        shape: Of at least one element.
-        dtype: Any but the quantised ones.
-        offset: Bytes to leave out at the start; a multiple of the dtype's size.
-
-    The storage is exactly as large as the tensor, so that `torch.save` writes nothing else. It cannot be resized, like
-    the storage of batches that come from torch's worker processes.
-    """
-    count = dtype.itemsize
-    for size in shape:
-        count *= size
-    storage = torch.frombuffer(lent, dtype=torch.uint8, count=count, offset=offset).untyped_storage()
-    # Not `.view(dtype).view(shape)`: the result would be a view, with a `_base` and the rules that autograd has for it.
-    tensor: torch.Tensor = torch.empty(0, dtype=dtype, device="cpu")
-    return tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]  # stride may be left out
-
-
 def writable(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, to be read into; it must not outlive the tensor, which it does not keep.
+    """The bytes of a contiguous CPU tensor, to read into. The view does not keep the tensor alive, so keep that.
 
-    Without numpy, which torch can do without; and not by a ctypes array, of which each size would be a type of its own.
+    It needs no numpy, which is optional for torch, and no ctypes array, whose type would be made anew for each size.
     """
     view: memoryview = _view_of_memory(tensor.data_ptr(), tensor.numel() * tensor.itemsize, _WRITABLE)
     return view
@@ -86,15 +65,15 @@ _WRITABLE: Final = 0x200  # PyBUF_WRITE
 
 @lru_cache(maxsize=64)
 def _array_type(nbytes: int) -> type[Lease]:
-    """One type per size: making them anew would leave cyclic garbage behind each time."""
+    """One type per size, cached since each new type leaves cyclic garbage behind."""
     return ctypes.c_char * nbytes
 
 
 class _Watch(weakref.ref[Lease]):
     """Calls `on_free` when the lease has died.
 
-    Not `weakref.finalize`: that one goes through its registry at exit, which fails when a thread that is still at work
-    adds to it meanwhile; and it takes three times as long.
+    `weakref.finalize` would take three times as long, and walks its registry at exit, which fails when a thread adds to
+    it at the same time.
     """
 
     __slots__ = ("on_free", "pid")
@@ -102,7 +81,7 @@ class _Watch(weakref.ref[Lease]):
     pid: int
 
 
-_watches: dict[int, _Watch] = {}  # by id: a weak reference that nobody keeps does not call back
+_watches: dict[int, _Watch] = {}  # by id: a weak reference calls back only while it is referenced itself
 
 
 def _died(
@@ -111,7 +90,7 @@ def _died(
     getpid: Callable[[], int] = os.getpid,
     is_finalizing: Callable[[], bool] = sys.is_finalizing,
 ) -> None:
-    """The defaults are for the end of the process, when the globals of this module may be gone already."""
+    """Call `on_free`. The defaults are for interpreter exit, when the globals of this module may be cleared already."""
     found = watches.pop(id(watch), None)
     if found is not None and found.pid == getpid() and not is_finalizing():
         found.on_free()

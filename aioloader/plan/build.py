@@ -12,9 +12,10 @@ from aioloader.core.memory import Alloc
 from aioloader.device import Transfer
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
 from aioloader.engine.fuse import FusedOps, Op, exactly
+from aioloader.engine.key_source import KeySource
 from aioloader.engine.node import Node
 from aioloader.engine.process_stream import OwnProcessNode, Serving
-from aioloader.engine.source import KeySource, StreamSource
+from aioloader.engine.stream_source import StreamSource
 from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker
@@ -67,10 +68,12 @@ def build(
         draws: What samplers draw their order from.
     """
     plan = with_ranks(plan)
-    return _output(_Builder(plan, this_pass, transfer, alloc, processes, live=bool(flow_of(plan).timed), draws=draws))
+    return _output(
+        _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=bool(flow_of(plan).timed), draws=draws)
+    )
 
 
-def _output(builder: "_Builder") -> Window:
+def _output(builder: "_PlanBuilder") -> Window:
     """The window that ends the nodes of a plan."""
     plan, node, fused = builder.plan, builder.node, builder.fused
     if not fused.ops:
@@ -84,7 +87,7 @@ def _output(builder: "_Builder") -> Window:
 
 
 @dataclass
-class _Builder:
+class _PlanBuilder:
     """See `Builder`; it has built `plan` when it is there.
 
     Attributes:
@@ -168,7 +171,7 @@ class _Builder:
 
     def run_in_process(self) -> None:
         before = self._before
-        here = _Builder(before, self.this_pass, live=self.live, path=self.path, warns=False)
+        here = _PlanBuilder(before, self.this_pass, live=self.live, path=self.path, warns=False)
         self.functions = here.functions
         batches = here.fused.batches
         plan = with_ranks(before)
@@ -189,9 +192,9 @@ class _Builder:
 
     def _other(
         self, plan: Plan, *, path: Address, draws: Draws, warns: bool, this_pass: Pass | None = None
-    ) -> "_Builder":
+    ) -> "_PlanBuilder":
         """The nodes of a plan inside this one, or of its beginning."""
-        return _Builder(
+        return _PlanBuilder(
             plan,
             self.this_pass if this_pass is None else this_pass,
             None,
@@ -291,8 +294,8 @@ class _InProcess:
 
     Args:
         plan: What runs there.
-        path: See `_Builder`.
-        live: See `_Builder`.
+        path: See `_PlanBuilder`.
+        live: See `_PlanBuilder`.
         epochs: Those that the user's objects in it are in.
     """
 
@@ -307,7 +310,7 @@ class _InProcess:
         # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
         draws = Draws(resumed=resumed)
         return _output(
-            _Builder(
+            _PlanBuilder(
                 self.plan, this_pass, alloc=self._memory.alloc, live=self.live, draws=draws, path=self.path, warns=True
             )
         )

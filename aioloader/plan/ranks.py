@@ -1,6 +1,6 @@
 """Which ranks may go on from a state: what of a plan depends on how many ranks there are, and on which one this is.
 
-`shard` deals one order, that all ranks see alike, in rounds of one sample each. Where nothing behind it drops, adds or
+`shard` deals one order, that all ranks see alike, in rounds of one sample each. Where no later stage drops, adds or
 reorders samples on its own, all ranks have the same cursor after the same number of batches, and it is a position of
 that order: any number of ranks can go on there ("elastic"). Pure: nothing is started, and nothing communicates.
 """
@@ -68,15 +68,15 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None) -> None:
             f"each rank, and these ranks would make others; start {world_size} ranks, or add batch() from the beginning"
         )
     if world_size != ranks.world_size and not (elastic and flow.elastic):
-        behind = f"behind {ranks.because} " if ranks.because else ""
+        after = f"after {ranks.because} " if ranks.because else ""
         raise StateError(
-            f"the state is of world_size={world_size}, and this is {now}: {behind}a position of one rank is none "
+            f"the state is of world_size={world_size}, and this is {now}: {after}a position of one rank is none "
             f"of another number of ranks; start {world_size} ranks{_cure(ranks)}"
         )
     if rank is not None and rank != ranks.rank:
         raise StateError(
-            f"the state is that of rank {rank} of {world_size}, and this is {now}: behind {ranks.because} each rank "
-            f"stands elsewhere; load the state that this rank has saved{_cure(ranks)}"
+            f"the state is that of rank {rank} of {world_size}, and this is {now}: after {ranks.because} each rank "
+            f"is elsewhere; load the state that this rank has saved{_cure(ranks)}"
         )
     if global_batch != flow.global_batch:
         its = f"{global_batch} ({_per_rank(global_batch, world_size)})"

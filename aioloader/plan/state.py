@@ -295,9 +295,29 @@ def _source(source: Single | Combined) -> dict[str, Any]:
     return described if isinstance(data, Indexable) else described | identity_of(data.make)
 
 
+_OURS: Final = {"arguments", "kind", "length", "name", "sampler", "sources", "stage"}
+"""Keys of a source's description that a state has anyway."""
+
+
 def identity_of(stream: Any) -> dict[str, Any]:
-    """What its cursors depend on, where it can tell."""
-    return stream.identity() if isinstance(stream, CursorSource) else {}
+    """What its cursors depend on, where it can tell; as JSON gives it back, to be compared with that of a state.
+
+    Raises:
+        TypeError: `identity()` of a source that somebody has written gives something else.
+    """
+    if not isinstance(stream, CursorSource):
+        return {}
+    told: Any = stream.identity()
+    rule = f"{source_name(stream)}.identity must return a small dict of strings to what JSON can hold"
+    if not isinstance(told, dict) or not all(isinstance(key, str) for key in told):
+        raise TypeError(f"{rule}, got {safe_repr(told, 80)} of type {type(told).__name__}")
+    if taken := sorted(_OURS & told.keys()):
+        raise TypeError(f"{rule}, got {safe_repr(told, 80)}; the loader uses the key {taken[0]!r} itself")
+    try:
+        plain: dict[str, Any] = _plain(told)
+    except StateError:
+        raise TypeError(f"{rule}: numbers, strings, lists and dicts, got {safe_repr(told, 80)}") from None
+    return plain
 
 
 def _length(source: Single) -> int | None:

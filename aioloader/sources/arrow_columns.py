@@ -1,15 +1,13 @@
 """Arrow columns as tensors and as Python lists, without a Python object per cell where that can be avoided."""
 
-import ctypes
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from aioloader.core.memory import Alloc
+from aioloader.core.memory import Alloc, memory_at, tensor_over
 
 __all__ = ["Columns", "NullsError", "rows_and_failures", "rows_of"]
 
@@ -30,18 +28,18 @@ _DTYPES: Final[dict[Any, torch.dtype]] = {
 
 
 class NullsError(ValueError):
-    """A column has nulls, and its tensor could not say so."""
+    """A column has nulls, which its tensor cannot represent."""
 
 
 class Columns:
-    """Makes batches, dictionaries of one column per name, of pieces of record batches.
+    """Makes batches, dictionaries of columns by name, from pieces of record batches.
 
     Numbers, bools, fixed-size lists of them (2-D, or more where they are nested) and fixed-shape tensors become
     tensors; every other column becomes a list.
 
     Args:
-        schema: Of the record batches.
-        alloc: Where a tensor goes that has to be put together.
+        schema: The schema of the record batches.
+        alloc: Allocates tensors that are put together from several pieces.
     """
 
     def __init__(self, schema: Any, alloc: Alloc) -> None:
@@ -55,7 +53,7 @@ class Columns:
 
         Raises:
             NullsError: A column of integers, bools or lists has nulls.
-            Exception: There is a cell that Python cannot hold.
+            Exception: Python cannot hold a value.
         """
         batch = {}
         for at, (name, convert) in enumerate(self._convert):
@@ -68,7 +66,7 @@ class Columns:
 
 
 def _layout(kind: Any) -> tuple[torch.dtype, tuple[int, ...]] | None:
-    """Element type and the shape of one row's tensor; None: it is none."""
+    """Element type and shape of the tensor of one row; None if the column becomes a list."""
     shape: tuple[int, ...] = ()
     if isinstance(kind, pa.FixedShapeTensorType):
         if kind.permutation is not None and list(kind.permutation) != sorted(kind.permutation):
@@ -83,8 +81,6 @@ def _layout(kind: Any) -> tuple[torch.dtype, tuple[int, ...]] | None:
 
 
 class _List:
-    """A column without a tensor."""
-
     def __call__(self, arrays: Sequence[Any]) -> list[Any]:
         found: list[Any] = []
         for array in arrays:
@@ -93,7 +89,7 @@ class _List:
 
 
 class _Tensor:
-    """A column that is a tensor: over arrow's own memory where it lies in one piece."""
+    """A column that becomes a tensor: over arrow's own memory, if it is in one piece."""
 
     def __init__(self, field: Any, dtype: torch.dtype, shape: tuple[int, ...], alloc: Alloc) -> None:
         self._name = field.name
@@ -106,16 +102,16 @@ class _Tensor:
         parts = [self._one(array) for array in arrays]
         if len(parts) == 1:
             return parts[0]
-        whole = self._alloc((sum(map(len, parts)), *self._shape), self._dtype)
+        joined = self._alloc((sum(map(len, parts)), *self._shape), self._dtype)
         start = 0
         for part in parts:
-            whole[start : start + len(part)] = part
+            joined[start : start + len(part)] = part
             start += len(part)
-        return whole
+        return joined
 
     def _one(self, array: Any) -> torch.Tensor:
         rows = len(array)
-        if array.type != self._type:  # of a file that has the column in another way
+        if array.type != self._type:  # a file that stores the column as another type
             array = _decoded(array).cast(self._type)
         if isinstance(array, pa.ExtensionArray):
             array = array.storage
@@ -126,7 +122,7 @@ class _Tensor:
             if not self._dtype.is_floating_point:
                 self._check(array)
             array = pc.fill_null(array, pa.scalar(float("nan"), array.type))
-        if self._dtype is torch.bool:  # a bit each
+        if self._dtype is torch.bool:  # stored as bits
             return _over(array.cast(pa.uint8()), torch.uint8).view(torch.bool).view(rows, *self._shape)
         flat = _over(array, self._dtype)
         return flat.view(rows, *self._shape) if self._shape else flat
@@ -145,36 +141,30 @@ class _Tensor:
 def _over(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """A flat tensor over the memory of `array`, which has no nulls.
 
-    What was decoded from a file is nobody else's, so the tensor may be written to, as any other. Neither numpy nor
-    DLPack: both call arrow's memory read-only, whosever it is, and torch warns or refuses.
+    The decoded data has no other user, so the tensor may be written to like any other. It is not made with numpy or
+    DLPack, because both mark arrow's memory as read-only, so torch warns or refuses.
     """
     count = len(array)
     if not count:
         return torch.empty(0, dtype=dtype)
     buffer = array.buffers()[1]
-    memory = _array_type(count * dtype.itemsize).from_address(buffer.address + array.offset * dtype.itemsize)
-    memory.owner = buffer
-    tensor = torch.frombuffer(memory, dtype=dtype)
+    address, nbytes = buffer.address + array.offset * dtype.itemsize, count * dtype.itemsize
+    tensor = tensor_over(memory_at(address, nbytes, owner=buffer), (count,), dtype)
     return tensor if buffer.is_mutable else tensor.clone()
-
-
-@lru_cache(maxsize=256)
-def _array_type(nbytes: int) -> Any:
-    return ctypes.c_char * nbytes
 
 
 def rows_of(batch: Any) -> list[dict[str, Any]]:
     """The rows of a record batch as dictionaries of Python objects; nulls are None.
 
     Raises:
-        Exception: There is a cell that Python cannot hold.
+        Exception: Python cannot hold a value.
     """
     names = batch.schema.names
     return [dict(zip(names, row, strict=True)) for row in zip(*map(_cells, batch.columns), strict=True)]
 
 
 def rows_and_failures(batch: Any) -> tuple[list[dict[str, Any]], dict[int, tuple[str, Exception]]]:
-    """The same, and which rows have such a cell: by number the column, the first one, and what is wrong."""
+    """The same, and the rows with values that Python cannot hold: by row, the first such column and its error."""
     failures: dict[int, tuple[str, Exception]] = {}
     columns = []
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
@@ -193,11 +183,11 @@ def rows_and_failures(batch: Any) -> tuple[list[dict[str, Any]], dict[int, tuple
 
 
 def _cells(array: Any) -> list[Any]:
-    """A column as Python objects, which arrow makes in C++."""
+    """A column as Python objects, made by arrow in C++."""
     cells: list[Any] = _decoded(array).to_pylist()
     return cells
 
 
 def _decoded(array: Any) -> Any:
-    """Without a dictionary: arrow would look up each cell in Python, seventy times as slow as all at once."""
+    """The array without a dictionary: arrow looks up single values seventy times as slowly as all at once."""
     return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array

@@ -1,4 +1,4 @@
-"""Which other type a column may have in a later file, so that its values are of one kind in all of them."""
+"""Which other types a column may have in later files, so that its values are of one kind in all of them."""
 
 from typing import Any, Final
 
@@ -11,19 +11,19 @@ _LISTS: Final = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListVie
 
 
 def joined(known: Any, kind: Any, *, tensors: bool) -> Any:
-    """The type of a column that has been `known`, after a file that has it as `kind`.
+    """The type of a column that was `known` so far, after a file in which it is `kind`.
 
-    To Python, text is text and an integer an integer, however they are stored, and a null fits anywhere. So `known`
-    stays what it is, but for parts that were nothing but nulls: they are what the first other file says. Arrow's own
-    rules for joining types are no help: they let numbers lose digits, and know nothing of dictionaries.
+    To Python, text is text and an integer is an integer, however they are stored, and a null fits anywhere. So `known`
+    stays the same, except for parts with only nulls so far: these get the type of the first other file. Arrow's own
+    rules for joining types do not help: they let numbers lose digits, and do not handle dictionaries.
 
     Args:
-        known: From the files before.
-        kind: In this file.
-        tensors: The values go into tensors of `known`: numbers must be of a type that is not wider.
+        known: The type from the files before.
+        kind: The type in this file.
+        tensors: Whether the values go into tensors of type `known`, so that numbers must not be wider.
 
     Returns:
-        None: Values of `kind` would be something else, or lose something.
+        The type, or None if values of `kind` would be something else, or lose something.
     """
     if kind == known or kinds.is_null(kind):
         return known
@@ -47,12 +47,12 @@ def joined(known: Any, kind: Any, *, tensors: bool) -> Any:
 
 
 def has_unknown_parts(kind: Any) -> bool:
-    """Whether it is nothing but nulls, or a part of it is."""
+    """Whether it, or a part of it, has only nulls."""
     return bool(kinds.is_null(kind)) or any(map(has_unknown_parts, _parts(kind)))
 
 
 def _value(kind: Any) -> Any:
-    """What its values are in Python."""
+    """What kind of objects its values are in Python."""
     if kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind):
         return "text"
     if kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_binary_view(kind):
@@ -81,7 +81,7 @@ def _is_no_wider(kind: Any, known: Any) -> bool:
 
 
 def _parts(kind: Any) -> list[Any]:
-    """The types that it is made of."""
+    """The types of which it is composed."""
     if isinstance(kind, _LISTS):
         return [kind.value_type]
     if kinds.is_map(kind):
@@ -90,7 +90,7 @@ def _parts(kind: Any) -> list[Any]:
 
 
 def _frame(kind: Any, tensors: bool) -> Any:
-    """What holds its parts together."""
+    """What must be equal beside its parts."""
     if kinds.is_struct(kind):
         return [field.name for field in kind]
     if kinds.is_map(kind):
@@ -99,7 +99,7 @@ def _frame(kind: Any, tensors: bool) -> Any:
 
 
 def _rebuilt(kind: Any, parts: list[Any]) -> Any:
-    """The same of other parts."""
+    """The same kind of type, composed of other parts."""
     if kinds.is_struct(kind):
         return pa.struct([field.with_type(part) for field, part in zip(kind, parts, strict=True)])
     if kinds.is_map(kind):

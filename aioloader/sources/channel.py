@@ -3,39 +3,37 @@
 import asyncio
 import os
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from aioloader.core.checks import check_count
 from aioloader.core.entry import Entry
-from aioloader.core.source import CursorSource, EntryReader, RunListener, SourceContext
+from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import ChannelClosedError
-from aioloader.executors.threads import call_loop
+from aioloader.sources.channel_ledger import ChannelLedger
+from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake_all
 
 __all__ = ["Channel", "Sender", "SyncSender"]
 
-KEPT_SAMPLES: Final = 1 << 16
-"""So many samples that a loader has read and not handed out are kept, to go back when it is closed."""
-
 
 class Channel(CursorSource):
-    """A live source: samples that others send, in the order in which they came.
+    """A live source: samples that other tasks or threads send, in the order in which they were sent.
 
     Tasks of any event loop send with `await send(sample)`, threads with `sender_sync().send(sample)`; both wait while
-    `maxsize` samples lie in the channel, so that a slow consumer slows down those who produce. An epoch lasts until the
+    the channel holds `maxsize` samples, so that a slow consumer slows down its producers. An epoch lasts until the
     channel is closed. All methods may be called from any thread.
 
-    Several loaders, or several iterators of one, may read a channel: each sample goes to one of them. What a loader has
-    read ahead and not handed out when its iterator is closed, or its `take(n)` is over, goes back to the front of the
-    channel, in order, and comes with the next epoch.
+    Several loaders, or several iterators of one, may read a channel: each sample goes to one of them. Samples that a
+    loader has read ahead and not handed out when its iterator is closed, or its `take(n)` is complete, go back to the
+    front of the channel, in order, and come in the next epoch.
 
-    A live sample comes once: a state that was saved cannot bring it back in another process.
+    A live sample comes once: a saved state cannot bring it back in another process.
 
     Args:
-        maxsize: Samples that may lie in the channel, at least 1. What goes back to it may be more.
+        maxsize: How many samples the channel holds before senders wait, at least 1. Samples that go back to it may
+            exceed this.
 
     ```python
     channel = Channel(maxsize=256)
@@ -50,22 +48,22 @@ class Channel(CursorSource):
         # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
         self._lock = threading.RLock()
         self._samples: deque[Any] = deque()
-        self._senders: OrderedDict[_WaitingSender, None] = OrderedDict()  # in order; none waits while there is room
-        self._promised = 0  # places of senders that have been woken and have not put their sample there yet
-        self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # those who wait for a sample
+        self._senders: OrderedDict[WaitingSender, None] = OrderedDict()  # in order; only while there is no room
+        self._promised = 0  # places for senders that were woken and have not put their sample there yet
+        self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # waiting readers, and their loops
         self._closed = False
         self._error: Exception | None = None
-        self._handles = 0  # that are open
+        self._handles = 0  # how many are open
         self._handle_error: Exception | None = None
         self._process = _process
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
     async def send(self, sample: Any) -> None:
-        """Put `sample` into the channel; wait for room, in turn with others.
+        """Put `sample` into the channel; wait for room, first come, first served.
 
-        A call that is cancelled, or that a timeout around it ends, has not sent and never sends later; one that returns
-        has sent.
+        A call that is cancelled, also by a timeout around it, has not sent the sample and never will; one that returns
+        has sent it.
 
         Raises:
             ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
@@ -74,20 +72,20 @@ class Channel(CursorSource):
         with self._lock:
             if self._put(sample):
                 return
-            waiting = _WaitingTask()
+            waiting = WaitingTask()
             self._senders[waiting] = None
         try:
-            await waiting.told
-        except BaseException:  # also when the task is collected with its loop
+            await waiting.woken
+        except BaseException:  # also GeneratorExit, when the task is collected with its loop
             self._withdraw(waiting)
             raise
-        self._put_promised(waiting, sample)  # in the step that was woken: no cancellation can come in between
+        self._put_promised(waiting, sample)  # in the same step as the wake-up: no cancellation can come in between
 
     def send_nowait(self, sample: Any) -> None:
         """Put `sample` into the channel if there is room.
 
         Raises:
-            asyncio.QueueFull: There is none.
+            asyncio.QueueFull: There is no room.
             ChannelClosedError: The channel is closed.
         """
         self._check_process()
@@ -100,9 +98,9 @@ class Channel(CursorSource):
         )
 
     def sender(self) -> "Sender":
-        """A handle for one of several senders: the channel is closed when all handles that were made are closed.
+        """A handle for one of several senders: the channel is closed when all its handles are closed.
 
-        Make them before the first one is closed, and use each as a context manager, by `with` or `async with`:
+        Make all of them before the first one is closed, and use each in a `with` or `async with` block:
 
         ```python
         async def rollout(sender):
@@ -116,15 +114,15 @@ class Channel(CursorSource):
         return Sender(self)
 
     def sender_sync(self) -> "SyncSender":
-        """The same for a thread: its `send` blocks. Whoever does not close it calls `channel.close()` in the end."""
+        """A handle for a thread: its `send` blocks. Close it, or call `channel.close()` in the end."""
         return SyncSender(self)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self, error: Exception | None = None) -> None:
-        """No more samples: an epoch ends after those that are in the channel. Idempotent, the first call counts.
+        """End the epoch after the samples in the channel. Idempotent; the first call counts.
 
-        Senders that wait get `ChannelClosedError`; their samples have not been sent.
+        Waiting senders get `ChannelClosedError`; their samples are not sent.
 
         Args:
             error: Raised to the consumer at the end, instead of a plain end.
@@ -141,16 +139,16 @@ class Channel(CursorSource):
             self._senders.clear()
             readers = self._take_readers()
         for waiting in refused:
-            waiting.tell()
-        _wake(readers)
+            waiting.wake()
+        wake_all(readers)
 
     @property
     def closed(self) -> bool:
-        """Whether `close` has been called; samples may still be in the channel."""
+        """Whether `close` was called; the channel may still hold samples."""
         return self._closed
 
     def qsize(self) -> int:
-        """How many samples lie in the channel."""
+        """How many samples the channel holds."""
         return len(self._samples)
 
     def __enter__(self) -> Self:
@@ -177,16 +175,16 @@ class Channel(CursorSource):
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        """Read on; what comes does not depend on `cursor`, since live samples do not come again."""
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        """Read on. `cursor` has no effect, because live samples do not come again."""
         self._check_process()
-        ledger: _Ledger = access.shared(self, lambda: _Ledger(self))
-        return _ChannelReader(self, access, ledger)
+        ledger: ChannelLedger = context.shared(self, lambda: ChannelLedger(self._put_back))
+        return _ChannelReader(self, context, ledger)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _put(self, sample: Any) -> bool:
-        """Take `sample` in if there is room, and tell who waits for it. Under the lock."""
+        """Append `sample` if there is room, and wake a reader. Call it under the lock."""
         if self._closed:
             raise self._refusal()
         if len(self._samples) + self._promised >= self._maxsize:
@@ -197,10 +195,10 @@ class Channel(CursorSource):
     def _append(self, sample: Any) -> None:
         self._samples.append(sample)
         if self._readers:
-            _wake(self._take_readers())
+            wake_all(self._take_readers())
 
-    def _put_promised(self, waiting: "_WaitingSender", sample: Any) -> bool:
-        """Put `sample` into the place that was promised to its sender; False: none was, and the sender gives up."""
+    def _put_promised(self, waiting: WaitingSender, sample: Any) -> bool:
+        """Put `sample` into the place that was promised to its sender; False if none was, and the sender gives up."""
         with self._lock:
             self._senders.pop(waiting, None)
             if self._closed:
@@ -217,8 +215,8 @@ class Channel(CursorSource):
         refusal.__cause__ = self._error
         return refusal
 
-    def _withdraw(self, waiting: "_WaitingSender") -> None:
-        """A sender gives up: a place that was promised to it goes to the next."""
+    def _withdraw(self, waiting: WaitingSender) -> None:
+        """Remove a sender that gives up; a place that was promised to it goes to the next."""
         with self._lock:
             self._senders.pop(waiting, None)
             if waiting.promised:
@@ -227,20 +225,20 @@ class Channel(CursorSource):
                 self._promise_places()
 
     def _promise_places(self) -> None:
-        """Wake the senders whose turn it is, one for each free place. Under the lock."""
+        """Wake senders in order, one for each free place. Call it under the lock."""
         while self._senders and len(self._samples) + self._promised < self._maxsize:
             waiting, _ = self._senders.popitem(last=False)
             if waiting.alive:
                 waiting.promised = True
                 self._promised += 1
-                waiting.tell()
+                waiting.wake()
 
     def _take_readers(self) -> "dict[asyncio.Future[None], asyncio.AbstractEventLoop]":
         readers, self._readers = self._readers, {}
         return readers
 
     def _take(self, limit: int) -> list[Any]:
-        """Up to `limit` samples; the room that this makes goes to those who wait. Under the lock."""
+        """Take up to `limit` samples, and give the room to waiting senders. Call it under the lock."""
         samples = self._samples
         taken = [samples.popleft() for _ in range(min(limit, len(samples)))]
         if self._senders:
@@ -248,11 +246,11 @@ class Channel(CursorSource):
         return taken
 
     def _put_back(self, samples: Sequence[Any]) -> None:
-        """What was read and not handed out comes first in the next epoch."""
+        """Put samples that were read and not handed out in front of the others."""
         with self._lock:
             self._samples.extendleft(reversed(samples))
             readers = self._take_readers()
-        _wake(readers)
+        wake_all(readers)
 
     def _count_handle(self, change: int, error: Exception | None = None) -> None:
         self._check_process()
@@ -265,19 +263,19 @@ class Channel(CursorSource):
         self.close(self._handle_error)
 
     def _check_process(self) -> None:
-        """Before the lock is taken: in a forked child another thread of the parent may hold it for ever."""
+        """Refuse to work in a forked child. Call it before taking the lock, which may be locked there for ever."""
         if self._process is not _process:
             raise RuntimeError(
-                "this Channel was made before a fork and belongs to the parent process: nobody would read what is sent "
-                "to it here; let the parent send, for instance what it reads from a pipe"
+                "this Channel was made before a fork and belongs to the parent process: samples sent to it here would "
+                "never be read; let the parent send them, for instance after reading them from a pipe"
             )
 
 
 class _Handle:
     """One of several senders; leaving its `with` block closes it.
 
-    When the block ends with an exception, the others go on, and the consumer gets the first such exception in the end:
-    what it has got then is not all.
+    If the block ends with an exception, the others go on, and the consumer gets the first such exception at the end,
+    because it has not got all samples.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -291,7 +289,7 @@ class _Handle:
         self._channel.send_nowait(sample)
 
     def close(self) -> None:
-        """This sender has sent its last; the last one of all closes the channel. Idempotent."""
+        """Close this sender; closing the last one closes the channel. Idempotent."""
         self._close(None)
 
     def _close(self, error: Exception | None) -> None:
@@ -312,9 +310,9 @@ class _Handle:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A sender that stops because the channel was closed has no error of its own to tell.
+        # A sender that stops because the channel was closed has no error of its own.
         failed = isinstance(error, Exception) and not isinstance(error, ChannelClosedError)
-        self._close(error if failed else None)  # type: ignore[arg-type]  # an Exception, as was just asked
+        self._close(error if failed else None)  # type: ignore[arg-type]  # checked in the line above
 
 
 class Sender(_Handle):
@@ -342,12 +340,12 @@ class SyncSender(_Handle):
 
         Args:
             sample: Anything.
-            timeout: Seconds to wait at most; None: for ever.
+            timeout: The most seconds to wait; None means no limit.
 
         Raises:
             TimeoutError: There was no room in that time; `sample` has not been sent.
             ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
-            RuntimeError: This thread runs an event loop, which would stand still.
+            RuntimeError: This thread runs an event loop, which would be blocked.
         """
         self._check_open()
         if asyncio._get_running_loop() is not None:
@@ -357,10 +355,10 @@ class SyncSender(_Handle):
         with channel._lock:
             if channel._put(sample):
                 return
-            waiting = _WaitingThread()
+            waiting = WaitingThread()
             channel._senders[waiting] = None
         try:
-            waiting.told.wait(timeout)
+            waiting.woken.wait(timeout)
             sent = channel._put_promised(waiting, sample)
         except BaseException:  # a Ctrl-C
             channel._withdraw(waiting)
@@ -369,93 +367,25 @@ class SyncSender(_Handle):
             raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
 
 
-class _WaitingSender(ABC):
-    """A sender that waits for room.
-
-    The story of a race. A reader that makes room could move the sample of the sender whose turn it is, and wake the
-    sender to tell. But between that and the sender's next step there is time: its task may be cancelled in the same
-    turn of the loop, by a timeout for instance (asyncio then throws `CancelledError` into it although the future that
-    it waited for has a result), and a thread may get a Ctrl-C. It can neither take the sample back, which may have been
-    trained on, nor swallow the cancellation, which others wait for. So only the *place* is promised, and the sender
-    puts the sample there itself, in the step in which it returns. What is cancelled before has not sent, and hands its
-    place on; after it there is nothing left to cancel.
-
-    Attributes:
-        promised: One place in the channel is its own. Guarded by the channel's lock.
-    """
-
-    promised = False
-
-    @property
-    @abstractmethod
-    def alive(self) -> bool:
-        """Whether it can still be woken."""
-
-    @abstractmethod
-    def tell(self) -> None:
-        """Wake the sender, from any thread."""
-
-
-class _WaitingTask(_WaitingSender):
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.told = self._loop.create_future()
-
-    @property
-    def alive(self) -> bool:
-        return not self._loop.is_closed()
-
-    def tell(self) -> None:
-        _set(self.told, self._loop)
-
-
-class _WaitingThread(_WaitingSender):
-    alive = True
-
-    def __init__(self) -> None:
-        self.told = threading.Event()
-
-    def tell(self) -> None:
-        self.told.set()
-
-
-def _wake(futures: "dict[asyncio.Future[None], asyncio.AbstractEventLoop]") -> None:
-    for future, loop in futures.items():
-        _set(future, loop)
-
-
-def _set(future: "asyncio.Future[None]", loop: asyncio.AbstractEventLoop) -> None:
-    """Complete `future`, from whatever thread."""
-    if asyncio._get_running_loop() is loop:
-        _complete(future)
-    else:
-        call_loop(loop, _complete, future)
-
-
-def _complete(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
-
-
 class _ChannelReader(EntryReader):
-    """Takes samples out as they are asked for."""
+    """Takes samples out of a channel as they are asked for."""
 
-    def __init__(self, channel: Channel, access: SourceContext, ledger: "_Ledger") -> None:
+    def __init__(self, channel: Channel, context: SourceContext, ledger: ChannelLedger) -> None:
         self._channel = channel
-        self._access = access
+        self._context = context
         self._ledger = ledger
 
     async def read(self, limit: int) -> list[Entry]:
         channel = self._channel
-        self._ledger.forget(self._access.handed_out)
+        self._ledger.forget(self._context.handed_out)
         while True:
             with channel._lock:
                 samples = channel._take(limit)
                 if not samples:
                     if channel._closed:
                         break
-                    arrival = self._access.loop.create_future()
-                    channel._readers[arrival] = self._access.loop
+                    arrival = self._context.loop.create_future()
+                    channel._readers[arrival] = self._context.loop
             if samples:
                 return self._ledger.entries(samples)
             try:
@@ -466,58 +396,6 @@ class _ChannelReader(EntryReader):
         if channel._error is not None:
             raise channel._error
         return []
-
-
-class _Ledger(RunListener):
-    """What one run has read of a channel and not handed out, so that it can go back.
-
-    The cursor of an entry is ("channel", the ledger's name, the entry's number). Whatever the stages behind make of
-    cursors, the one that was handed out last has such a triple in it, and what comes after that number has not been
-    handed out. Behind `shuffle(buffer_size)` and `ordered=False` that is so from the oldest one on that has not been:
-    what overtook it comes again.
-
-    A filter that drops samples for ever hands nothing out, hence the bound of what is kept.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._name = os.urandom(6).hex()  # a cursor of another run, from a saved state, says nothing about this one
-        self._read = 0
-        self._kept: deque[Any] = deque(maxlen=KEPT_SAMPLES)
-        self._seen: Any = None
-
-    def entries(self, samples: list[Any]) -> list[Entry]:
-        """The next that were read."""
-        start, name = self._read, self._name
-        self._read = stop = start + len(samples)
-        self._kept.extend(samples)
-        cursors = [("channel", name, number) for number in range(start + 1, stop + 1)]
-        return list(map(Entry, samples, cursors, range(start, stop), range(start, stop)))
-
-    def forget(self, handed_out: Any) -> None:
-        """The entry with the cursor `handed_out` has reached the consumer, and all before it."""
-        if handed_out is self._seen:
-            return
-        self._seen = handed_out
-        number = self._number_in(handed_out)
-        if number is not None:
-            kept = self._kept
-            while len(kept) > self._read - number:
-                kept.popleft()
-
-    def _number_in(self, cursor: Any) -> int | None:
-        """The lowest number of ours in `cursor`."""
-        if not isinstance(cursor, tuple):
-            return None
-        if len(cursor) == 3 and cursor[0] == "channel" and cursor[1] == self._name:
-            return int(cursor[2])
-        return min((number for part in cursor if (number := self._number_in(part)) is not None), default=None)
-
-    def run_over(self, handed_out: Any) -> None:
-        self.forget(handed_out)
-        if self._kept:
-            self._channel._put_back(self._kept)
-            self._kept = deque(maxlen=0)
 
 
 _process: object = object()  # another one in each forked child

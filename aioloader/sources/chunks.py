@@ -1,4 +1,4 @@
-"""The bytes of files and of stored objects, in large reads, from any offset on."""
+"""The bytes of files and of objects in stores, in large reads, from any offset on."""
 
 import errno
 import os
@@ -20,22 +20,22 @@ from aioloader.sources.stores import Version
 __all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
 
 READ_BYTES: Final = 1 << 20
-"""Of a file, at once: a thousand rows of a kilobyte share the price of a hop."""
+"""How much of a file is read at once: a thousand rows of a kilobyte share the cost of a hop."""
 
 RANGE_BYTES: Final = 8 << 20
-"""Of an object, per request: long against the latency of a request, small enough to be tried again."""
+"""How much of an object one request reads: long compared with its latency, small enough to be retried."""
 
 
 class _OpenFile:
     """A file, owned by the thread that opens it.
 
-    A cancelled task does not get what its thread was just opening, so the file does not travel: it is opened into this
-    object and closed from it, one after the other in the same thread.
+    A cancelled task does not get the file that its thread was just opening. So the file is opened into this object and
+    closed through it, both in the same thread.
 
-    Another file that takes its place by a rename changes nothing: what is open stays what it was. Whoever truncates it
-    or writes into it, however, changes what comes next, and samples would be of two versions, or missing. So each read
-    looks at size and time of change. A file that has grown may have been appended to, as logs are, or written anew and
-    longer: then the first and the last bytes that were read must still be there.
+    A rename of another file over this one changes nothing: the open file stays what it was. But after a truncation or a
+    write in place, samples would be of two versions, or missing. So each read checks size and time of change. A file
+    that has grown may have been appended to, as logs are, or rewritten with more content: then the first and the last
+    bytes that were read must still be there.
     """
 
     def __init__(self, path: str, follow: bool) -> None:
@@ -43,16 +43,16 @@ class _OpenFile:
         self.raw: FileIO | None = None
         self.growth: Growth | None = None
         self._follow = follow
-        self._seen: tuple[int, int] = (0, 0)  # size and time of change, as what was read is of
+        self._seen: tuple[int, int] = (0, 0)  # size and time of change when the last bytes were read
         self._start = 0
-        self._first = self._last = b""  # of what was read
+        self._first = self._last = b""  # the first and the last bytes that were read
 
     def open(self, start: int, needed: int) -> None:
         """Open at `start`.
 
         Raises:
             OSError: It cannot be opened.
-            BrokenDataError: It has fewer bytes than `needed`.
+            BrokenDataError: It has fewer than `needed` bytes.
         """
         try:
             self.raw = raw = FileIO(self.path)
@@ -60,14 +60,12 @@ class _OpenFile:
             add_note(error, f"aioloader: a file was expected; for those in a folder pass a glob: '{self.path}/*'")
             raise
         if self._follow:
-            # Before the first read, so that nothing is missed in between. A link that is pointed elsewhere touches only
-            # the folder that it lies in.
+            # Before the first read, so that nothing is missed in between. Pointing a link elsewhere only touches the
+            # folder of the link.
             self.growth = Growth([self.path, *folders_of_links(self.path)])
         self._seen = size, _ = self._now()
         if size < needed:
-            raise BrokenDataError(
-                f"{self.path}: the file has {size} bytes now, and reading shall go on at byte {needed}"
-            )
+            raise BrokenDataError(f"{self.path}: the file has {size} bytes now, and reading resumes at byte {needed}")
         self._start = start
         raw.seek(start)
 
@@ -81,12 +79,12 @@ class _OpenFile:
 
         Raises:
             OSError: The system's own.
-            BrokenDataError: What was read before them is not there any more.
+            BrokenDataError: What was read before has changed.
         """
         assert self.raw is not None
         data = self.raw.read(size) or b""
         now = self._now()
-        if now != self._seen:  # looked at after the read: until then, all was as before
+        if now != self._seen:  # checked after the read, so that it covers the read
             self._check_changed(now, len(data))
             self._seen = now
         if data:
@@ -104,12 +102,12 @@ class _OpenFile:
                 f"the file shrank from {at} to {size} bytes while {'followed' if self._follow else 'read'}",
                 self.path,
             )
-        appended = size > self._seen[0] or self._follow  # of one that is followed, the time of change may be touched
+        appended = size > self._seen[0] or self._follow  # the time alone may change in a file that is followed
         if not (appended and self._holds(self._start, self._first) and self._holds(at - len(self._last), self._last)):
             what = f"it has {size} bytes, and had {self._seen[0]}" if size != self._seen[0] else "its size is the same"
             raise BrokenDataError(
-                f"{self.path} was written anew while it was read, {at} bytes of it so far: {what}; samples before this "
-                f"place were of the old content. Write to another name and rename, or begin the epoch again"
+                f"{self.path} was rewritten while it was read, {at} bytes of it so far: {what}; samples before this "
+                f"place have the old content. Write under another name and rename, or begin the epoch again"
             )
 
     def _holds(self, at: int, data: bytes) -> bool:
@@ -123,26 +121,26 @@ class _OpenFile:
             self.raw.seek(place)
 
     def wait(self) -> None:
-        """Until the file may have grown.
+        """Wait until the file may have grown.
 
         Raises:
-            OSError: It is not the file any more that was opened.
+            OSError: The path no longer leads to the file that was opened.
         """
         assert self.raw is not None
         assert self.growth is not None
-        # It looks before it waits. When a line was written and the file replaced in one moment, that was told once,
-        # and the line made this return.
+        # Check before waiting: if a line was written and the file replaced at the same moment, there was one
+        # notification for both, and this has returned because of the line.
         while not self.growth.stopped:
             here, at = os.fstat(self.raw.fileno()), self.raw.tell()
             if here.st_size != at:
-                return  # whatever else happened, first comes what was written
+                return  # whatever else happened, what was written comes first
             there = Path(self.path).stat()  # FileNotFoundError: it was removed
             if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
                 raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
             self.growth.wait()
 
     def close(self) -> None:
-        """Let go of it; may be called at any time."""
+        """Close it; may be called at any time."""
         if self.raw is not None:
             self.raw.close()
         if self.growth is not None:
@@ -162,15 +160,15 @@ async def file_chunks(
 
     Args:
         path: The file.
-        thread: One thread, which no other file uses meanwhile: jobs run one after the other.
+        thread: A single thread that no other file uses meanwhile, so that calls run one after the other.
         start: Where to begin.
-        needed: So many bytes it must have.
-        size: How much at once, at most.
+        needed: How many bytes the file must have at least.
+        size: The most that is read at once.
         follow: Wait at the end until the file has grown, and go on.
 
     Raises:
         OSError: The system's own.
-        BrokenDataError: It was written anew while it was read, or has fewer bytes than it must.
+        BrokenDataError: It was rewritten while it was read, or has fewer than `needed` bytes.
     """
     file = _OpenFile(path, follow)
     try:
@@ -185,14 +183,14 @@ async def file_chunks(
                 await thread.call(file.wait)
     finally:
         if file.growth is not None:
-            file.growth.stop()  # the thread may be waiting
+            file.growth.stop()  # the thread may be in `wait`
         await thread.call(file.close)
 
 
 class _Range:
-    """A range of an object that is under way: the answer, and then its body.
+    """A request for a range of an object: the answer, and then its body.
 
-    obstore's awaitables are futures, so both are on their way without a task that waits for them.
+    obstore's awaitables are futures, so both make progress without a task that awaits them.
     """
 
     def __init__(self, store: Any, key: str, start: int, stop: int, condition: dict[str, Any]) -> None:
@@ -207,7 +205,7 @@ class _Range:
     def _read_body(self, answer: Any) -> None:
         if self._body is None and not answer.cancelled() and answer.exception() is None:
             self._body = answer.result().bytes_async()
-            self._body.add_done_callback(lambda body: body.cancelled() or body.exception())  # maybe nobody awaits it
+            self._body.add_done_callback(lambda body: body.cancelled() or body.exception())  # it may never be awaited
 
     async def answer(self) -> Any:
         """What the store says of the object."""
@@ -215,84 +213,125 @@ class _Range:
 
     async def body(self) -> Any:
         """The bytes; after the answer."""
-        self._read_body(self._answer)  # which may have come just now
+        self._read_body(self._answer)  # the callback may not have run yet
         return await self._body
 
     def cancel(self) -> None:
-        """Let go of it; may be called at any time."""
+        """Cancel what is pending; may be called at any time."""
         self._answer.cancel()
         if self._body is not None:
             self._body.cancel()
 
 
+class _OpenObject:
+    """An object that is read range by range, with the next one already requested.
+
+    Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and the store itself
+    retries a range that fails.
+
+    Attributes:
+        at: Where the next range begins.
+        end: The end of the object, once an answer has arrived.
+        has_ranges: False once the server has answered that it does not support them.
+    """
+
+    def __init__(self, store: Any, key: str, version: Version, start: int, needed: int, size: int) -> None:
+        self._store = store
+        self._key = key
+        self._version = version
+        self._needed = needed
+        self._size = size
+        self._request: _Range | None = None
+        self._ahead: _Range | None = None
+        self.at = start
+        self.end = start + 1  # not known yet: there may be something to read
+        self.has_ranges = True
+
+    async def read(self) -> Any:
+        """The next range; `b""` at the end, or if the server does not support ranges.
+
+        Raises:
+            BrokenDataError: It is another version than it was, or the answer was cut short.
+            Exception: The store's own.
+        """
+        from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
+
+        at, stop = self.at, self.at + self._size
+        if at >= self.end:
+            return b""
+        self._request, self._ahead = self._ahead or _Range(self._store, self._key, at, stop, {}), None
+        try:
+            self._check(await self._request.answer())
+            if stop < self.end:
+                following = min(stop + self._size, self.end)
+                self._ahead = _Range(self._store, self._key, stop, following, self._version.condition)
+            data = await self._request.body()
+        except NotSupportedError:  # a plain HTTP server
+            self.has_ranges = False
+            return b""
+        except PreconditionError as error:
+            raise BrokenDataError(_changed_meanwhile(self._key, at)) from error
+        except GenericError as error:
+            self._check(await _head_if_beyond(self._store, self._key, error))
+            if at < self.end:
+                raise
+            return b""
+        _check_length(self._key, at, len(data), min(stop, self.end))
+        self.at += len(data)
+        return data
+
+    def _check(self, meta: Any) -> None:
+        self.end = _checked_size(meta, self._version, self._key, self.at, self._needed)
+
+    def cancel(self) -> None:
+        """Cancel pending requests; may be called at any time."""
+        for request in (self._request, self._ahead):
+            if request is not None:
+                request.cancel()
+
+
 async def object_chunks(
     store: Any, key: str, version: Version, *, start: int = 0, needed: int = 0, size: int = RANGE_BYTES
 ) -> AsyncGenerator[Any]:
-    """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, the next one under way.
+    """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, with the next one requested ahead.
 
-    Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails
-    is tried again by the store itself. A server that knows no ranges is asked for the whole. All answers must be of
-    one version of the object, or else samples would be of two, or missing: where it was written anew meanwhile, the
-    next range is an error.
+    A server without support for ranges is asked for all of the object. All answers must be of one version of it,
+    otherwise samples would be of two versions, or missing: if it was rewritten meanwhile, the next range is an error.
 
     Args:
         store: A store of obstore.
-        key: Of the object in it.
-        version: Of the object; known with the first bytes.
+        key: The object's key.
+        version: The object's version; known with the first bytes.
         start: Where to begin.
-        needed: So many bytes it must have.
-        size: Of a range.
+        needed: How many bytes the object must have at least.
+        size: The size of a range.
 
     Raises:
         BrokenDataError: It is another version than it was, or an answer was cut short.
-        Exception: Of obstore, for instance `FileNotFoundError`; without the secrets in its URL.
+        Exception: obstore's own, for instance `FileNotFoundError`; without the secrets of its URL.
     """
-    from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
-
-    at, end = start, start + 1  # the end is not known yet
-    request: _Range | None = None
-    ahead: _Range | None = None
+    file = _OpenObject(store, key, version, start, needed, size)
     try:
-        while at < end:
-            request, ahead = ahead or _Range(store, key, at, at + size, {}), None
-            try:
-                meta = await request.answer()
-                end = _checked_size(meta, version, key, at, needed)
-                if at + size < end:
-                    ahead = _Range(store, key, at + size, min(at + 2 * size, end), version.condition)
-                data = await request.body()
-            except NotSupportedError:  # a plain HTTP server
-                break
-            except PreconditionError as error:
-                raise BrokenDataError(_changed_meanwhile(key, at)) from error
-            except GenericError as error:
-                end = _checked_size(await _head_if_beyond(store, key, error), version, key, at, needed)
-                if at < end:
-                    raise
-                return
-            _check_length(key, at, len(data), min(at + size, end))
-            at += len(data)
+        while len(data := await file.read()):
             yield data
-        if at < end:
-            async with aclosing(_object_at_once(store, key, version, at, needed)) as pieces:
+        if not file.has_ranges:
+            async with aclosing(_object_at_once(store, key, version, file.at, needed)) as pieces:
                 async for data in pieces:
                     yield data
     except Exception as error:
         mask_message(error)
         if not isinstance(error, BrokenDataError):
-            add_note(error, f"aioloader: object {key!r}, from byte {at} on, of {store!r}")
+            add_note(error, f"aioloader: object {key!r}, from byte {file.at} on, of {store!r}")
         raise
     finally:
-        for under_way in (request, ahead):
-            if under_way is not None:
-                under_way.cancel()
+        file.cancel()
 
 
 async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:
-    """What the store says of an object that has no such bytes (416); each says that in words of its own.
+    """The metadata of an object after a request for a range past its end (416), which stores word differently.
 
     Raises:
-        Exception: `error`, if it says something else.
+        Exception: `error`, if it is another one.
     """
     import obstore
 
@@ -305,7 +344,7 @@ async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:
 
 
 async def _object_at_once(store: Any, key: str, version: Version, start: int, needed: int) -> AsyncGenerator[Any]:
-    """The bytes from `start` on, in one answer."""
+    """The bytes from `start` on, from a single request."""
     import obstore
 
     answer = await obstore.get_async(store, key)
@@ -319,32 +358,32 @@ async def _object_at_once(store: Any, key: str, version: Version, start: int, ne
 
 
 def _checked_size(meta: Any, version: Version, key: str, at: int, needed: int) -> int:
-    """The size of the object, as an answer says it.
+    """The size of the object, from an answer.
 
     Raises:
-        BrokenDataError: It is another version, or has fewer bytes than it must.
+        BrokenDataError: It is another version, or has fewer than `needed` bytes.
     """
     begins = not version.known
     if not version.is_same(meta):
         raise BrokenDataError(_another_version(key) if begins else _changed_meanwhile(key, at))
     size: int = meta["size"]
     if size < needed:
-        raise BrokenDataError(f"the object {key!r} has {size} bytes now, and reading shall go on at byte {needed}")
+        raise BrokenDataError(f"the object {key!r} has {size} bytes now, and reading resumes at byte {needed}")
     return size
 
 
 def _another_version(key: str) -> str:
     return (
-        f"the object {key!r} was written anew since the state was made: its ETag is another one; put the old version "
-        f"back, or begin the epoch again without the state"
+        f"the object {key!r} was rewritten since the state was made: its ETag differs; restore the old "
+        f"version, or begin the epoch again without the state"
     )
 
 
 def _changed_meanwhile(key: str, at: int) -> str:
     return (
-        f"the object {key!r} was written anew while it was read: what comes from byte {at} on is of another version; "
-        f"samples before it were of the old one. Write new data under a new key, or begin the epoch again (if nobody "
-        f"wrote it: servers behind this URL disagree about its ETag)"
+        f"the object {key!r} was rewritten while it was read: what comes from byte {at} on is of another version; "
+        f"samples before it have the old one. Write new data under a new key, or begin the epoch again (if it was not "
+        f"rewritten, the servers behind its URL disagree about the ETag)"
     )
 
 

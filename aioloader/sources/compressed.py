@@ -1,4 +1,4 @@
-"""Decompressing what arrives in pieces, into pieces of bounded size."""
+"""Decompresses data that arrives in pieces, into pieces of bounded size."""
 
 import re
 import zlib
@@ -10,51 +10,51 @@ from aioloader.errors import BrokenDataError
 __all__ = ["MAX_WINDOW_BYTES", "Decompressor", "decompressor_for", "is_compressed"]
 
 PIECE_BYTES: Final = 1 << 20
-"""What comes out at once, at most: a megabyte of input may hold a gigabyte of zeros."""
+"""The most that comes out at once: a megabyte of input may hold a gigabyte of zeros."""
 
 FIRST_BYTES: Final = 16 << 10
-"""What a fresh decoder gets first, and twice as much with each call: it copies what comes after its frame, and a
-megabyte may hold 50,000 frames."""
+"""How much a new decoder gets first; each call doubles it. A decoder copies what comes after its frame, and a megabyte
+may hold 50,000 frames."""
 
 MAX_WINDOW_BYTES: Final = 1 << 30
-"""How far back a zstd frame may refer, unless the user says otherwise: the decoder keeps that much of what came out.
-`zstd --long` asks for 128 MiB, `zstd --long=30` for 1 GiB, and `--long=31` for 2 GiB, which is the most there is."""
+"""How far back a zstd frame may refer by default: the decoder keeps that much of its output. `zstd --long` asks for
+128 MiB, `zstd --long=30` for 1 GiB, and `--long=31` for 2 GiB, which is the maximum."""
 
-_LARGEST_WINDOW_LOG: Final = 31  # libzstd's own limit is lifted, for ours is the one that counts
+_LARGEST_WINDOW_LOG: Final = 31  # lifts libzstd's own limit, because ours counts
 
 
 class Decompressor(Protocol):
     """From the bytes of a file to its content."""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The content that `data` adds, piece by piece; to be used up before the next call.
+        """The content that `data` adds, piece by piece; exhaust it before the next call.
 
         Raises:
-            BrokenDataError: It cannot be decompressed; after the pieces before that.
+            BrokenDataError: `data` is broken; after the pieces before the fault.
         """
 
     def finish(self) -> None:
-        """The file is over.
+        """Check that the file is complete.
 
         Raises:
-            BrokenDataError: It was not complete.
+            BrokenDataError: It is not.
         """
 
 
 def is_compressed(path: str) -> bool:
-    """Whether the name of `path` says so: `.gz`, `.tgz` or `.zst`."""
+    """Whether `path` ends in `.gz`, `.tgz` or `.zst`."""
     return path.lower().endswith((".gz", ".tgz", ".zst"))
 
 
 def decompressor_for(path: str, max_window_bytes: int = MAX_WINDOW_BYTES) -> Decompressor:
-    """By the extension of `path`.
+    """A decompressor for the extension of `path`.
 
     Args:
-        path: Its extension counts.
+        path: Only its extension is used.
         max_window_bytes: A zstd frame that needs a larger window is refused.
 
     Raises:
-        ImportError: Nothing that is installed reads `.zst`.
+        ImportError: No installed package reads `.zst`.
     """
     lower = path.lower()
     if lower.endswith((".gz", ".tgz")):
@@ -66,17 +66,15 @@ def decompressor_for(path: str, max_window_bytes: int = MAX_WINDOW_BYTES) -> Dec
 
 
 class _Plain:
-    """No compression."""
-
     def feed(self, data: bytes) -> Iterator[bytes]:
         yield data
 
     def finish(self) -> None:
-        """There is no mark of the end."""
+        """Plain data has no mark of its end."""
 
 
 class _Frames:
-    """Frames (members, in gzip's words), one after the other, each by a decoder of its own; zeros may pad them."""
+    """Frames (gzip calls them members), each decompressed by a decoder of its own; they may be padded with zeros."""
 
     def __init__(self, make: Callable[[], Any], name: str) -> None:
         self._make = make
@@ -104,7 +102,7 @@ class _Frames:
                 yield from decoder.decompress(bytes(view[at:stop]))
             except BrokenDataError:
                 raise
-            except Exception as error:  # each library has its own
+            except Exception as error:  # each library has its own type
                 raise BrokenDataError(f"the {self._name} data is broken: {error}") from error
             at = stop
             if decoder.eof:
@@ -127,7 +125,7 @@ class _Gzip:
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
         while True:
-            before = self._decoder.copy()  # a few microseconds for a megabyte
+            before = self._decoder.copy()  # a few microseconds per megabyte
             try:
                 piece = self._decoder.decompress(data, PIECE_BYTES)
             except zlib.error:
@@ -136,7 +134,7 @@ class _Gzip:
             if piece:
                 yield piece
             data = self._decoder.unconsumed_tail
-            # A full piece: zlib may hold more of the output, even when it has taken all of the input.
+            # After a full piece zlib may hold more output, even if it has taken all of the input.
             if self._decoder.eof or not (data or len(piece) == PIECE_BYTES):
                 return
 
@@ -150,9 +148,9 @@ class _Gzip:
 
 
 def _up_to_the_fault(decoder: Any, data: bytes) -> Iterator[bytes]:
-    """What comes out of `data`, which is broken somewhere: zlib gives nothing of a call in which it fails.
+    """The output of `data` before its fault: zlib returns nothing from a call that fails.
 
-    Less than a full piece, or the call would have ended before the fault.
+    It is less than a full piece, otherwise the call would have ended before the fault.
     """
     at, step = 0, len(data)
     while step:
@@ -171,7 +169,7 @@ def _up_to_the_fault(decoder: Any, data: bytes) -> Iterator[bytes]:
 
 
 def _zstd() -> Callable[[], Any]:
-    """Makes decoders of one frame: of the standard library since Python 3.14, else of `zstandard`."""
+    """A function that makes decoders of a frame, from Python 3.14 or else from `zstandard`."""
     try:
         from compression.zstd import (  # type: ignore[import-not-found,unused-ignore]
             DecompressionParameter,
@@ -191,11 +189,11 @@ def _zstd() -> Callable[[], Any]:
 
 
 class _Zstd:
-    """One frame of a zstd file, which the decoder gets block by block.
+    """One frame of a zstd file, which is passed to the decoder block by block.
 
-    `zstandard` cannot bound what comes out of a call: a block of four bytes may hold 128 KiB. So each call gets one
-    block at most, and of a frame that is broken all blocks before the fault come. What is in a block is the decoder's;
-    only the lengths are read here, and the size of the window.
+    `zstandard` cannot bound the output of a call: a block of four bytes may hold 128 KiB. So each call gets at most one
+    block, and all blocks before the fault of a broken frame are decompressed. Only the lengths of blocks and the size
+    of the window are read here; the rest is up to the decoder.
 
     Source: RFC 8878, section 3.1.1.
     """
@@ -204,8 +202,8 @@ class _Zstd:
         self._decoder = decoder
         self._max_window_bytes = max_window_bytes
         self._part_length = _Zstd._header_length  # of what comes next; not bound, which would be a cycle
-        self._left = 0  # bytes of the part at hand that have not come yet
-        self._kept = b""  # the beginning of a part that does not tell its length yet
+        self._part_missing = 0  # how many bytes of the current part are to come
+        self._kept = b""  # the beginning of a part whose length is not known yet
         self.unused_data = b""
 
     def decompress(self, data: bytes) -> Iterator[bytes]:
@@ -213,15 +211,15 @@ class _Zstd:
         self._kept = b""
         at = 0
         while at < len(data) and not self._decoder.eof:
-            if not self._left:
+            if not self._part_missing:
                 length = self._part_length(self, data, at)
                 if length is None:
                     self._kept = data[at:]
                     return
-                self._left = length
-            part = data[at : at + self._left]
+                self._part_missing = length
+            part = data[at : at + self._part_missing]
             at += len(part)
-            self._left -= len(part)
+            self._part_missing -= len(part)
             piece = self._decoder.decompress(part)
             if piece:
                 yield piece
@@ -234,7 +232,7 @@ class _Zstd:
     def _header_length(self, data: bytes, at: int) -> int | None:
         magic = data[at : at + 4]
         if not _MAGIC.startswith(magic):
-            self._part_length = _Zstd._all  # a skippable frame, or none at all: the decoder knows
+            self._part_length = _Zstd._all  # a skippable frame, or not a frame: leave it to the decoder
             return self._all(data, at)
         if len(data) < at + 5:
             return None
@@ -252,8 +250,8 @@ class _Zstd:
             window = (8 + eighths) << (exponent + 7)
         if window > self._max_window_bytes:
             raise BrokenDataError(
-                f"the zstd data needs a window of {window} bytes, and at most {self._max_window_bytes} are taken; pass "
-                f"a larger max_window_bytes"
+                f"the zstd data needs a window of {window} bytes, and at most {self._max_window_bytes} are allowed; "
+                f"pass a larger max_window_bytes"
             )
         self._part_length = _Zstd._block_length
         return length
@@ -264,7 +262,7 @@ class _Zstd:
         header = int.from_bytes(data[at : at + 3], "little")
         if header & 1:  # the last block
             self._part_length = _Zstd._all  # a checksum, if any
-        return 3 + (1 if header >> 1 & 3 == 1 else header >> 3)  # one byte that is repeated, or so many
+        return 3 + (1 if header >> 1 & 3 == 1 else header >> 3)  # a byte that is repeated, or that many bytes
 
     def _all(self, data: bytes, at: int) -> int | None:
         return len(data) - at

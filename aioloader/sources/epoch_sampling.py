@@ -35,24 +35,24 @@ __all__ = ["BaseSeed", "EpochSampling"]
 
 @dataclass
 class BaseSeed:
-    """What the seeds of an epoch's workers begin with, once it has been drawn."""
+    """The base of the seeds of an epoch's workers; 0 until it is drawn."""
 
     value: int = 0
 
 
 class EpochSampling:
-    """What an epoch draws when it begins: the order of its keys, and a base seed for its workers.
+    """Draws what an epoch needs when it begins: the order of its keys, and a base seed for its workers.
 
     Attributes:
-        told_epoch: What `set_epoch` was last called with.
+        told_epoch: The last argument of `set_epoch`.
 
     Args:
         loader: torch's own, which has made the samplers.
-        shuffled: By `shuffle=True`.
-        seed: With it the order depends on the seed and the epoch alone.
-        persistent: Workers stay, and have one base seed for all epochs: as in torch only the first epoch draws one,
-            so that the orders of the later ones are others than without. A loader that goes on from a state does as
-            the one that the state is of, whatever its own workers do. With `seed` no order depends on it.
+        shuffled: Whether `shuffle=True` was passed.
+        seed: If given, the order depends on the seed and the epoch alone.
+        persistent: Workers stay, and have one base seed for all epochs: as in torch, only the first epoch draws one, so
+            that later epochs have other orders than without. A loader that resumes does what the saved one did,
+            whatever its own workers do. With `seed`, no order depends on it.
     """
 
     def __init__(
@@ -66,35 +66,35 @@ class EpochSampling:
         self._drop_last = loader.drop_last
         self._seeded = seed is not None and shuffled
         self._draws_once = persistent and seed is None
-        self._base_seed: int | None = None  # once drawn, where that happens once
+        self._base_seed: int | None = None  # after it was drawn, if that happens once
         self.told_epoch: int | None = None
 
     @property
     def plain(self) -> bool:
-        """Whether nobody can tell when keys are read."""
+        """Whether reading keys early has no side effects."""
         return is_plain(self.sampler)
 
     @property
     def repeatable(self) -> bool:
-        """Whether a resumed epoch surely has the same keys."""
+        """Whether a resumed epoch is guaranteed to have the same keys."""
         return self._seeded or is_repeatable(self.sampler)
 
     @property
     def draws_globally(self) -> bool:
-        """Whether their order depends on torch's global generator."""
+        """Whether the order depends on torch's global generator."""
         return not self._seeded and draws_globally(self.sampler)
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """Those that an epoch draws from, the global one aside."""
+        """The generators that an epoch draws from, apart from the global one."""
         return generators_of(self, self.sampler)
 
     def shape(self) -> dict[str, Any]:
-        """What decides their order, for the comparison of pipelines."""
+        """What decides the order, for comparing pipelines."""
         if self._seeded:
             return {"stage": "shuffle", "seed": self.seed}
         inner = getattr(self.sampler, "sampler", self.sampler)
-        of = inner if self._batch_size is not None else self.sampler  # else the batch sampler is the user's
+        of = inner if self._batch_size is not None else self.sampler  # else the user passed the batch sampler
         shape = {
             "stage": "sampler",
             "kind": kind_of(inner),
@@ -110,8 +110,8 @@ class EpochSampling:
         return [part for part in parts if callable(getattr(part, "set_epoch", None))]
 
     @property
-    def _that_tell(self) -> list[Any]:
-        """Those of them that say which epoch they are in."""
+    def _with_epoch(self) -> list[Any]:
+        """Those of them that have an `epoch`."""
         return [part for part in self._with_epochs if type(getattr(part, "epoch", None)) is int]
 
     def set_epoch(self, epoch: int) -> None:
@@ -121,7 +121,7 @@ class EpochSampling:
             part.set_epoch(epoch)
 
     def detached(self) -> "EpochSampling":
-        """The same keys, drawn without moving a sampler, generator or iterable of the user's.
+        """A copy that draws the same keys without advancing the user's samplers, generators and iterables.
 
         Raises:
             LookupError: One of them cannot be copied.
@@ -134,22 +134,22 @@ class EpochSampling:
         return again
 
     def set_epoch_of_dataset(self, state: dict[str, Any]) -> None:
-        """Let the dataset alone be in the epoch that `state` tells of."""
+        """Set the epoch of the dataset, and of nothing else, to that in `state`."""
         set_epoch = getattr(self.dataset, "set_epoch", None)
         if callable(set_epoch):
-            told = state.get("set_epoch")
-            for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
-                told = epoch if part is self.dataset else told
-            if told is not None:
-                set_epoch(told)
+            own_epoch = state.get("set_epoch")
+            for part, epoch in zip(self._with_epoch, state.get("epochs", ()), strict=False):
+                own_epoch = epoch if part is self.dataset else own_epoch
+            if own_epoch is not None:
+                set_epoch(own_epoch)
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
     def of(self, progress: Progress, base: BaseSeed | None = None) -> Any:
-        """The keys of an epoch, drawn when the first of them is asked for, as they were when it began.
+        """The keys of an epoch, drawn when the first is asked for, from the states of when the epoch began.
 
         Args:
-            progress: Where it stands.
+            progress: The progress of the epoch.
             base: Gets the base seed.
         """
         open_keys = partial(self.draw, progress.epoch, base)
@@ -158,7 +158,7 @@ class EpochSampling:
         return replayable_keys(self.sampler, open_keys, draws_of(progress))
 
     def check_place(self, origin: Origin | None, since: int) -> None:
-        """Refuse a place in the keys that is none.
+        """Refuse an invalid place in the keys.
 
         Raises:
             ValueError: Why.
@@ -166,10 +166,10 @@ class EpochSampling:
         check_place(self.sampler, origin, since, in_cursor=False)
 
     def draw_base_seed(self, progress: Progress, base: BaseSeed | None = None) -> None:
-        """What an epoch without a sampler draws; a resumed one has drawn it before.
+        """Draw for an epoch without a sampler; a resumed one has drawn before.
 
         Args:
-            progress: Where it stands.
+            progress: The progress of the epoch.
             base: Gets the base seed.
         """
         with drawing_from(draws_of(progress)):
@@ -178,11 +178,11 @@ class EpochSampling:
     def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
         """The keys of an epoch, drawn now.
 
-        As in torch's iterator the sampler's `__iter__` comes first and the draw of a base seed second, from the same
-        generator; so that everything drawn later, by samplers or by the user, is the same.
+        As in torch's iterator, the sampler's `__iter__` comes first and the base seed is drawn second, from the same
+        generator, so that everything drawn later, by samplers or by the user, is the same.
 
         Args:
-            epoch: Its number.
+            epoch: The number of the epoch.
             base: Gets the base seed.
         """
         sampler = self.sampler
@@ -206,7 +206,7 @@ class EpochSampling:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What else the next epoch depends on, generators aside; JSON-able."""
+        """What else the next epoch depends on, apart from generators; JSON-able."""
         state: dict[str, Any] = {}
         if self._draws_once:
             state["draws_once"] = True
@@ -215,16 +215,16 @@ class EpochSampling:
         return state | self.epochs()
 
     def epochs(self) -> dict[str, Any]:
-        """The part of it that says in which epochs samplers and dataset are."""
+        """The part of the state with the epochs of samplers and dataset."""
         state: dict[str, Any] = {}
         if self.told_epoch is not None:
             state["set_epoch"] = self.told_epoch
-        if parts := self._that_tell:
+        if parts := self._with_epoch:
             state["epochs"] = [part.epoch for part in parts]
         return state
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Refuse what `set_state` could not take.
+        """Refuse a state that is invalid for `set_state`.
 
         Raises:
             ValueError: Why.
@@ -234,37 +234,40 @@ class EpochSampling:
         for name in ("base_seed", "set_epoch"):
             if name in state:
                 _check_int64(name, state[name])
-        if not isinstance(epochs := state.get("epochs", []), list) or len(epochs) not in (0, len(self._that_tell)):
-            raise ValueError(f"epochs of {len(self._that_tell)} samplers were expected, got {epochs!r}"[:200])
+        if not isinstance(epochs := state.get("epochs", []), list) or len(epochs) not in (
+            0,
+            len(self._with_epoch),
+        ):
+            raise ValueError(f"epochs of {len(self._with_epoch)} samplers were expected, got {epochs!r}"[:200])
         for epoch in epochs:
             _check_int64("the epoch of a sampler", epoch)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Draw from what `state` tells of; what `check_state` has let pass."""
+        """Draw as `state` says, which `check_state` has accepted."""
         self._draws_once = state.get("draws_once", False)
         self._base_seed = state.get("base_seed") if self._draws_once else None
 
     def set_epochs(self, state: dict[str, Any], *, told: bool = True) -> None:
-        """Let samplers and dataset be in the epochs that `state` tells of.
+        """Set the epochs of samplers and dataset to those in `state`.
 
         Args:
             state: See `set_state`.
-            told: Also those that do not say which they are in.
+            told: Also for those without an `epoch`.
         """
         if told:
             self.told_epoch = None
             if (epoch := state.get("set_epoch")) is not None:
                 self.set_epoch(epoch)
-        for part, epoch in zip(self._that_tell, state.get("epochs", ()), strict=False):
+        for part, epoch in zip(self._with_epoch, state.get("epochs", ()), strict=False):
             if part.epoch != epoch:
                 part.set_epoch(epoch)
 
 
 def _check_int64(name: str, value: Any) -> None:
-    """Refuse what torch would not take as a seed.
+    """Refuse what torch would not accept as a seed.
 
     Raises:
-        ValueError: It is no such integer.
+        ValueError: It is not an integer of 64 bits.
     """
     if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
         raise ValueError(f"{name} must be an integer of 64 bits, got {safe_repr(value)}")

@@ -1,4 +1,4 @@
-"""Sources of two halves: keys, which are cheap to have, and what fetches the sample of one."""
+"""Sources with keys, which are cheap to get, and a function that fetches the sample of a key."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -9,11 +9,11 @@ __all__ = ["FetchSource"]
 class FetchSource(ABC):
     """A source whose samples are fetched by key, many at once.
 
-    `Pipeline(source)` is `Pipeline(source.keys).map(source.fetch, concurrency=source.concurrency)`: where the keys are
-    a sequence, order stages permute them, and where they are a stream, they are read no further than fetched.
+    `Pipeline(source)` is `Pipeline(source.keys).map(source.fetch, concurrency=source.concurrency)`: if the keys are a
+    sequence, order stages permute them; if they are a stream, they are read no further than they are fetched.
 
     Attributes:
-        concurrency: Fetches under way at once.
+        concurrency: How many samples are fetched at once.
     """
 
     concurrency: int
@@ -21,7 +21,7 @@ class FetchSource(ABC):
     @property
     @abstractmethod
     def keys(self) -> Any:
-        """Whatever a pipeline takes as a source."""
+        """Any source of a pipeline."""
 
     @abstractmethod
     async def fetch(self, key: Any) -> Any:

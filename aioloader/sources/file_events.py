@@ -1,4 +1,4 @@
-"""Waiting for a file to grow, or for files to arrive, by the notifications of the system."""
+"""Waits for a file to grow, or for files to arrive, with the notifications of the operating system."""
 
 import contextlib
 import os
@@ -10,17 +10,17 @@ from typing import Any, Final
 __all__ = ["Growth", "folders_of_links", "require_watchfiles"]
 
 STEP_MS: Final = 20
-"""How long watchfiles gathers changes before it tells of them, and how soon it sees that it shall end."""
+"""How long watchfiles collects changes before it reports them, and how soon it notices `stop`."""
 
 _DELETED: Final = 3  # `watchfiles.Change.deleted`
 _MOST_LINKS: Final = 40  # in one path, as on Linux
 
 
 def require_watchfiles(what: str) -> None:
-    """Say how to install watchfiles before anything waits for it.
+    """Check that watchfiles is installed.
 
     Raises:
-        ImportError: It is not there.
+        ImportError: It is not.
     """
     try:
         import watchfiles  # noqa: F401
@@ -29,19 +29,19 @@ def require_watchfiles(what: str) -> None:
 
 
 class Growth:
-    """Changes of files, or of a folder and all in it, from the moment of construction on.
+    """Changes of files and folders, from the moment of construction on.
 
     Args:
-        paths: What is watched; links are followed.
-        recursive: All below the folders among them, too.
+        paths: What to watch; links are followed.
+        recursive: Watch everything below folders, too.
 
     Raises:
         OSError: Something cannot be watched.
     """
 
     def __init__(self, paths: Sequence[str], *, recursive: bool = False) -> None:
-        # watchfiles' documented lower layer: the generators around it begin to watch at their first `next`, which would
-        # be after the read that found nothing, and what is written in between would be seen with the change after it.
+        # watchfiles' documented lower layer. Its generators begin to watch at their first `next`: that would be after
+        # the read that found nothing, so a write in between would go unnoticed until the next one.
         from watchfiles.main import _default_force_polling
 
         self._polling = _default_force_polling(None)  # no notifications: WATCHFILES_FORCE_POLLING=1
@@ -57,7 +57,7 @@ class Growth:
             raise
 
     def _watchable(self, path: str) -> str:
-        """`path`, or where it is no UTF-8, which watchfiles does not take, another name for what it leads to."""
+        """`path`, or another name for what it leads to, if it is not UTF-8, which watchfiles does not accept."""
         try:
             path.encode()
         except UnicodeEncodeError:
@@ -66,7 +66,7 @@ class Growth:
         return path
 
     def begin_again(self) -> None:
-        """Watch anew, from this moment on: also what links that were made since then lead to."""
+        """Start a new watch from this moment on, which includes the targets of new links."""
         from watchfiles._rust_notify import RustNotify
 
         before = self._notify
@@ -75,17 +75,17 @@ class Growth:
             before.close()
 
     def wait(self, timeout: float | None = None) -> dict[str, bool] | None:
-        """Block until something happened since the last call, or `stop`, or `timeout` seconds are over.
+        """Block until there are changes since the last call, or `stop` is called, or `timeout` seconds are over.
 
         Returns:
-            The paths that were touched, and whether what was there was removed: there may be something again. None:
-            anything may have happened, and what happens from now on is seen.
+            The paths that have changed, and whether something was removed there, which may have been replaced. None if
+            anything may have happened; later changes are reported again.
         """
         limit_ms = 0 if timeout is None else max(1, round(timeout * 1000))
         try:
             found = self._notify.watch(STEP_MS, STEP_MS, limit_ms, self._stop)
         except RuntimeError as error:
-            # A name that is no UTF-8. From then on this watch says nothing else, and what it had gathered is lost.
+            # A name that is not UTF-8. From then on this watch reports nothing else, and what it had collected is lost.
             if "decode" not in str(error):
                 raise
             self.begin_again()
@@ -113,7 +113,7 @@ class Growth:
         self._stop.set()
 
     def close(self) -> None:
-        """End the watch."""
+        """End the watch, and close its files."""
         if self._notify is not None:
             self._notify.close()
         while self._fds:
@@ -121,18 +121,18 @@ class Growth:
 
 
 def folders_of_links(path: str) -> list[str]:
-    """The readable folders of the links that `path` goes through: what happens in them decides where it leads to.
+    """The readable folders of the links that `path` goes through: changes in them may change where it leads to.
 
     For `/mnt/app.log`, a link to `..data/app.log`, where `..data` is a link as well, that is `/mnt`.
     """
     folders: dict[str, None] = {}
-    left = [*reversed(Path(os.path.abspath(path)).parts[1:])]  # noqa: PTH100
+    parts = [*reversed(Path(os.path.abspath(path)).parts[1:])]  # noqa: PTH100
     here = os.path.abspath(os.sep)  # noqa: PTH100
     links = 0
-    while left and links < _MOST_LINKS:
-        there = os.path.join(here, left.pop())  # noqa: PTH118
+    while parts and links < _MOST_LINKS:
+        there = os.path.join(here, parts.pop())  # noqa: PTH118
         target = None
-        with contextlib.suppress(OSError):  # it is no link, or not there
+        with contextlib.suppress(OSError):  # it is not a link, or not there
             target = os.readlink(there)  # noqa: PTH115
         if target is None:
             here = os.path.normpath(there)
@@ -142,5 +142,5 @@ def folders_of_links(path: str) -> list[str]:
             folders[here] = None
         if os.path.isabs(target):  # noqa: PTH117
             here = os.path.abspath(os.sep)  # noqa: PTH100
-        left += [part for part in reversed(Path(target).parts) if part != os.sep]
+        parts += [part for part in reversed(Path(target).parts) if part != os.sep]
     return list(folders)

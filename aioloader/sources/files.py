@@ -1,4 +1,4 @@
-"""`Files`: whole files."""
+"""`Files`: each file is a sample."""
 
 from collections.abc import Iterable, Sequence
 from operator import index
@@ -16,29 +16,31 @@ __all__ = ["Files"]
 class Files(Sequence[Any], LoadsBatches):
     """Whole files, in a stable order; a map-style dataset, so that `shuffle()` is a full permutation.
 
-    A file that cannot be read raises at its place: the system's OSError with the path; what comes after it goes on.
-    Where `batch` follows at once, and in a `DataLoader`, a worker loads all of a batch together; with `read="tensor"`
-    straight into the memory of the batch, which is used again.
+    A file that cannot be read raises in its position: the system's OSError with the path; what comes after it goes on.
+    In a `DataLoader`, and if `batch` comes directly after the source, a worker loads all files of a batch together;
+    with `read="tensor"` straight into the memory of the batch, which is reused.
 
-    Cursor: as of any indexable source, the position in the order of the epoch. With `watch=True`: the names given.
+    Cursor: as for any indexable source, the position in the order of the epoch. With `watch=True`: the names given.
 
     Args:
         paths: A folder (the files in it and in the folders in it, without hidden ones), a glob (`**` means any
             folders), a path, or a sequence of paths and globs. Folders and globs are looked up here, once, and sorted.
-        read: What a sample is: the content as `bytes`, or as a tensor, uint8 [bytes of the file], which only files of
-            one size can be batched as without a `collate_fn`. None: the path, for a function that opens it.
+        read: What a sample is: the content as `bytes`, or as a tensor, uint8 [bytes of the file]; without a
+            `collate_fn`, tensors can only be batched if all files have one size. None: the path, for a function that
+            opens it.
         with_path: Samples are pairs of path and content.
-        watch: Go on with files that appear later, each once, until the loader is closed. A stream then, of one folder
-            or glob: those that are there sorted, then each as it is complete. Needs watchfiles (`aioloader[watch]`).
+        watch: Go on with files that appear later, each once, until the loader is closed. The source is then a stream,
+            of one folder or glob: first the files that are there, sorted, then each one when it is complete. Needs
+            watchfiles (`aioloader[watch]`).
         settle: With `watch`: a file is complete when it is not empty, its name is not a temporary one (it begins with
-            a dot, or ends in `.tmp`, `.temp`, `.part`, `.partial`, `.crdownload`, `.swp` or `~`), and nothing of it
-            has changed for so many seconds. So a writer either never pauses for that long, or writes under a temporary
+            a dot, or ends in `.tmp`, `.temp`, `.part`, `.partial`, `.crdownload`, `.swp` or `~`), and it has not
+            changed for this many seconds. So a writer must not pause for that long, or it writes under a temporary
             name and renames the file when it is done, which is always safe.
 
     Raises:
-        FileNotFoundError: A glob matches nothing, or there is no file in a folder, or with `watch` no folder.
+        FileNotFoundError: A glob matches nothing, a folder has no files, or with `watch` does not exist.
         ImportError: `watch` without watchfiles.
-        TypeError, ValueError: An argument does not fit.
+        TypeError, ValueError: An argument is invalid.
 
     ```python
     loader = Pipeline(Files("images/**/*.jpg")).shuffle(seed=0).map(decode).batch(64)
@@ -48,7 +50,7 @@ class Files(Sequence[Any], LoadsBatches):
     paths: tuple[str, ...]
 
     def __new__(cls, *arguments: Any, watch: bool = False, **others: Any) -> Any:
-        # A stream is another kind of source: it has no length, and no sample by number.
+        # A stream is another kind of source: it has no length and no indices.
         return WatchedFiles(*arguments, **others) if watch else super().__new__(cls)
 
     def __init__(
@@ -69,21 +71,21 @@ class Files(Sequence[Any], LoadsBatches):
         return len(self.paths)
 
     def __getitem__(self, key: Any) -> Any:
-        """The sample with number `key`; of a slice, a list of them."""
+        """The sample with index `key`; for a slice, a list of samples."""
         if isinstance(key, slice):
             return self.__getitems__(range(*key.indices(len(self.paths))))
         return load(self.paths[index(key)], self.read, self.with_path)
 
     def __getitems__(self, keys: Iterable[Any]) -> list[Any]:
-        """The samples with these numbers, in this order."""
+        """The samples with these indices, in this order."""
         return [self[key] for key in keys]
 
     def load_batch(self, keys: Sequence[Any], alloc: Alloc) -> Any:
-        """The samples with these numbers, in this order, as torch's `default_collate` would batch them.
+        """The samples with these indices, in this order, as torch's `default_collate` would batch them.
 
         Args:
-            keys: At least one number.
-            alloc: Gives the memory of the batch.
+            keys: At least one index.
+            alloc: Allocates the memory of the batch.
 
         Raises:
             OSError: A file cannot be read.

@@ -1,76 +1,56 @@
 """`Lines`: the lines of text files, or the JSON values in them."""
 
-import codecs
-import json
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from functools import cached_property, partial
-from io import BytesIO
-from itertools import accumulate, repeat
-from math import inf
-from operator import methodcaller
-from time import perf_counter
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from aioloader.core.checks import check_callable, check_count
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
-from aioloader.core.safe_text import add_note
 from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
-from aioloader.errors import BrokenDataError
 from aioloader.sources.chunks import READ_BYTES, file_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.file_events import require_watchfiles
-from aioloader.sources.marks import changed_since, read_mark, read_offset
-from aioloader.sources.parsing import PARSE_SECONDS, Parser, parsed
+from aioloader.sources.line_parser import Decode, LineParser, LineStart
+from aioloader.sources.marks import read_mark
+from aioloader.sources.parsing import parsed
 from aioloader.sources.paths import Paths, find_files, names_of
-from aioloader.sources.read_ahead import Ahead, failed
+from aioloader.sources.read_ahead import Ahead
 
 __all__ = ["Lines"]
 
-Decode = Callable[[bytes], Any]
-
-_Start = tuple[int, int, int | None]  # byte offset, line number, mark
-_BEGINNING: Final[_Start] = (0, 0, None)
-
-MOST_LINES: Final = 256
-"""Decoded between two looks at the clock."""
-
-SHOWN_BYTES: Final = 40
-"""Of a line that is wrong, in its error."""
-
-_JSON: Final = json.JSONDecoder()
-_LIKE_ASCII: Final = {"utf-8", "ascii"}  # ASCII bytes are ASCII characters, whatever is before them
+_BEGINNING: Final[LineStart] = (0, 0, None)
 
 
 class Lines(CursorSource):
     """The lines of files, in order: text, or JSON values.
 
     Files that end in `.gz` or `.zst` are decompressed. They are read in large pieces in a thread, which decodes too. A
-    line that cannot be decoded raises at its place, with file, line number and byte offset, and so does a file that
+    line that cannot be decoded raises in its position, with file, line number and byte offset, and so does a file that
     cannot be opened or ends too early (`.gz`, `.zst`); what comes after it goes on.
 
     Cursor: file, byte offset, line number, and a mark of what is before, see `aioloader.sources.marks`; with
-    `interleave` those of each file under way. A plain file goes on at the offset, a compressed one is decompressed up
-    to it again. A file that was written anew since, or while it is read, is an error at its place.
+    `interleave` those of each open file. Reading resumes at the offset of a plain file; a compressed one is
+    decompressed again up to there. A file that was rewritten since, or while it is read, is an error.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
         decode: None: the line as `str`, without its end (LF or CR LF). `"json"`: the value in it; lines of nothing but
-            white space are left out. A function: of the line as `bytes`, for instance `orjson.loads`.
-        encoding: Of the text, one in which a line ends with the single byte 10: not UTF-16 or UTF-32.
+            white space are left out. A function: called with the line as `bytes`, for instance `orjson.loads`.
+        encoding: The encoding of the text, in which a line must end with the single byte 10: not UTF-16 or UTF-32.
         interleave: How many files are read side by side, at least 1: one line of each in turn. The first reader has
             the files 0, `interleave`, 2 `interleave`, ..., the second 1, `interleave` + 1, ..., whatever their lengths.
-        follow: Wait for more at the end of the last file, until the loader is closed; what stands behind its last line
+        follow: Wait for more at the end of the last file, until the loader is closed; what comes after its last line
             end waits too. Needs watchfiles (`aioloader[watch]`), and a plain file.
-        max_line_bytes: A line of more is an error at its place: in a file without line ends nothing else bounds memory.
-        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): so much
-            of what came out is kept while it is read. A file that is broken on purpose can ask for any size.
+        max_line_bytes: A longer line is an error: in a file without line ends nothing else bounds memory.
+        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): that much
+            of the output is kept while it is read. A file that is broken on purpose can ask for any size.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
         ImportError: `follow` without watchfiles, or `.zst` without something that reads it.
-        ValueError: An argument does not fit.
+        ValueError: An argument is invalid.
 
     ```python
     loader = Pipeline(Lines("data/*.jsonl.gz", decode="json", interleave=4)).shuffle(buffer_size=10_000).batch(64)
@@ -102,7 +82,7 @@ class Lines(CursorSource):
         self.max_line_bytes = check_count("max_line_bytes", max_line_bytes, least=1)
         self.max_window_bytes = check_count("max_window_bytes", max_window_bytes, least=1)
         for path in self.paths:
-            decompressor_for(path)  # what is not installed is said here
+            decompressor_for(path)  # raises if the package for it is not installed
         if self.follow:
             self._check_follow()
 
@@ -135,35 +115,35 @@ class Lines(CursorSource):
             for first, one in enumerate(cursors):
                 self._place(first, one)
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         if self.interleave == 1:
-            return self._reader(access, 0, cursor)
+            return self._reader(context, 0, cursor)
         turn, cursors = self._places(cursor)
-        readers = [self._reader(access, first, one) for first, one in enumerate(cursors)]
+        readers = [self._reader(context, first, one) for first, one in enumerate(cursors)]
         return _InTurn(readers, turn, [None if one is None else tuple(one) for one in cursors])
 
     def _places(self, cursor: Any) -> tuple[int, list[Any]]:
-        """Whose turn is next, and the cursors of all."""
+        """Whose turn is next, and the cursors of all readers."""
         if cursor is None:
             return 0, [None] * self.interleave
         turn, cursors = cursor_parts(cursor, 2)
         return as_count(turn, self.interleave - 1), cursor_parts(cursors, self.interleave)
 
-    def _place(self, first: int, cursor: Any) -> tuple[int, _Start]:
-        """File and place in it, of a reader whose first file is `first`."""
+    def _place(self, first: int, cursor: Any) -> tuple[int, LineStart]:
+        """The file and the place in it where the reader with first file `first` resumes."""
         if cursor is None:
             return first, _BEGINNING
         index, offset, number, mark = cursor_parts(cursor, 4)
-        start = read_offset(offset), as_count(number), read_mark(mark)
+        start = as_count(offset), as_count(number), read_mark(mark)
         as_count(index)
         if index >= len(self.paths) + self.interleave or index % self.interleave != first:
             raise ValueError(f"the cursor is in file {index}, but there are {len(self.paths)}: the files have changed")
         return index, start
 
-    def _reader(self, access: SourceContext, first: int, cursor: Any) -> Ahead:
-        """Reads every `interleave`-th file from `first` on, behind `cursor`."""
+    def _reader(self, context: SourceContext, first: int, cursor: Any) -> Ahead:
+        """A reader of every `interleave`-th file from `first` on, from `cursor` on."""
         index, begin = self._place(first, cursor)
-        thread = access.threads(1)
+        thread = context.threads(1)
 
         async def read() -> AsyncGenerator[list[Entry]]:
             start = begin
@@ -173,11 +153,22 @@ class Lines(CursorSource):
                         yield entries
                 start = _BEGINNING
 
-        return Ahead(access, read)
+        return Ahead(context, read)
 
-    def _read_file(self, index: int, start: _Start, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+    def _parser(self, index: int, start: LineStart) -> LineParser:
+        return LineParser(
+            self.paths[index],
+            index,
+            start,
+            decode=self.decode,
+            encoding=self.encoding,
+            max_line_bytes=self.max_line_bytes,
+            max_window_bytes=self.max_window_bytes,
+        )
+
+    def _read_file(self, index: int, start: LineStart, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
         """The entries of one file, from `start` on."""
-        parser = _LinesOf(self, index, start)
+        parser = self._parser(index, start)
         following = self.follow and index == len(self.paths) - 1
         chunks = file_chunks(
             self.paths[index],
@@ -193,22 +184,22 @@ class Lines(CursorSource):
 class _InTurn(EntryReader):
     """One entry of each reader in turn; those that have ended drop out.
 
-    Cursor: whose turn is next, and the cursors of all.
+    Cursor: whose turn is next, and the cursors of all readers.
     """
 
     def __init__(self, readers: list[Ahead], turn: int, cursors: list[Any]) -> None:
         self._readers: list[Ahead | None] = list(readers)
         self._cursors = cursors
         self._turn = turn
-        self._left = len(readers)
+        self._open_readers = len(readers)
 
     async def read(self, limit: int) -> list[Entry]:
         entries: list[Entry] = []
-        while self._left and len(entries) < limit:
+        while self._open_readers and len(entries) < limit:
             turn = self._turn
             reader = self._readers[turn]
             if reader is not None and not reader.ready and entries:
-                break  # nobody waits for those that are there
+                break  # give what is there instead of waiting
             taken = await reader.read(1) if reader is not None else []
             self._turn = (turn + 1) % len(self._readers)
             if taken:
@@ -218,262 +209,19 @@ class _InTurn(EntryReader):
                 entries.append(entry)
             elif reader is not None:
                 self._readers[turn] = None
-                self._left -= 1
+                self._open_readers -= 1
         return entries
-
-
-class _LinesOf(Parser):
-    """The lines of one file.
-
-    What stands behind the last line end of a piece is kept for the next; of a line that grows past the limit only the
-    length and the beginning are kept. Lines are decoded, and made entries, some at a time by loops that run in C: with
-    a fast parser these would cost as much as it does. JSON in ASCII is not even cut into lines: its parser is told
-    where to begin, and where it stopped must be the line's end. From the first line on for which that is not so (it
-    is blank, or wrong) the piece is taken line by line, which finds out what is the matter.
-    """
-
-    def __init__(self, source: Lines, index: int, start: _Start) -> None:
-        self._offset, self._number, mark = start
-        super().__init__(source.paths[index], self._offset, mark, source.max_window_bytes, least=1)
-        self._index = index
-        self._encoding = source.encoding
-        self._ours = not callable(source.decode)
-        self._skips_blank = source.decode == "json"
-        self._decode_all = _decoder(source.decode, source.encoding)
-        self._longest = source.max_line_bytes
-        self._too_long: tuple[int, bytes] | None = None  # a line that comes before `lines`: length and beginning
-        self._lines: list[bytes] = []
-        self._at = 0  # in `lines`: those before it have been used
-        self._may_scan = source.decode == "json" and codecs.lookup(source.encoding).name in _LIKE_ASCII
-        self._text = ""  # JSON values that come after `lines`, each with its line end
-        self._text_at = 0  # in `text`: what is before it has been used
-        self._some = 1  # lines at a time
-        self._half: list[bytes] = []  # of the line whose end has not come yet
-        self._half_bytes = 0
-        self._cut_off = False  # the line at hand has no end
-
-    def _feed(self, piece: bytes) -> None:
-        if self.trail.before not in (b"\n", b""):
-            piece = self._end_given(piece)
-        end = piece.rfind(b"\n")
-        if end >= 0:
-            first = piece.index(b"\n")
-            self._end_half(piece[:first])
-            if first < end:
-                lines = piece[first + 1 : end + 1]
-                if self._may_scan and lines.isascii():
-                    self._text, self._text_at = lines.decode("ascii"), 0
-                else:
-                    self._lines += _split(lines)
-            piece = piece[end + 1 :]
-        self._keep(piece)
-
-    def _end_given(self, piece: bytes) -> bytes:
-        """What comes after a last line without an end, which was given as it was: if it is the end, all is well."""
-        self.trail.before = b""
-        line_end = piece[: 1 + piece.startswith(b"\r\n")]
-        if not line_end.endswith(b"\n"):
-            raise BrokenDataError(f"there is no line end before the byte to go on at: {changed_since(self._offset)}")
-        self._offset += len(line_end)
-        return piece[len(line_end) :]
-
-    def _finish(self) -> list[Entry]:
-        if not self._half_bytes:
-            return []
-        self._end_half(b"")
-        self._cut_off = True
-        entries: list[Entry] = []
-        self._take(entries, inf)
-        self._offset -= 1  # there was no line end
-        for entry in entries:
-            entry.cursor = self._cursor()
-        return entries
-
-    def _keep(self, piece: bytes) -> None:
-        self._half_bytes += len(piece)
-        if self._half_bytes > self._longest:
-            beginning = b"".join(self._half)[:SHOWN_BYTES]
-            self._half = [beginning + piece[: SHOWN_BYTES - len(beginning)]]
-        elif piece:
-            self._half.append(piece)
-
-    def _end_half(self, piece: bytes) -> None:
-        """`piece` ends the line that was kept; it is the next one."""
-        self._keep(piece)
-        self._at = 0
-        if self._half_bytes > self._longest:
-            self._too_long = (self._half_bytes, self._half[0])
-            self._lines = []
-        else:
-            self._lines = [b"".join(self._half)]
-        self._half.clear()
-        self._half_bytes = 0
-
-    def _take(self, entries: list[Entry], deadline: float) -> bool:
-        if self._too_long is not None:
-            (length, beginning), self._too_long = self._too_long, None
-            entries.append(self._failed(_refusal(length, self._longest), beginning, length))
-        now = perf_counter()
-        while (by_line := self._at < len(self._lines)) or self._text:
-            if by_line:
-                self._take_some(entries, self._lines[self._at : self._at + self._some])
-            else:
-                self._scan_some(entries)
-            before, now = now, perf_counter()
-            if now > deadline:
-                self._some = max(1, self._some // 2)
-                return True
-            if now - before < PARSE_SECONDS / 16:
-                self._some = min(2 * self._some, MOST_LINES)
-        return False
-
-    def _take_some(self, entries: list[Entry], lines: list[bytes]) -> None:
-        """The entries of the next `lines`, up to one that fails."""
-        ends = list(accumulate([len(line) + 1 for line in lines], initial=self._offset))
-        values: list[Any] = []
-        failure: BaseException | None = None
-        try:
-            if max(map(len, lines)) > self._longest:
-                fine = next(at for at, line in enumerate(lines) if len(line) > self._longest)
-                values += self._decode_all(lines[:fine])
-                raise _refusal(len(lines[fine]), self._longest)
-            values += self._decode_all(lines)  # `+=` keeps what came before a failure
-        except BaseException as error:  # also what ends a program: it is the consumer's, at this place
-            failure = error
-        count = len(values)
-        self._at += count
-        self._add(entries, values, ends[1 : count + 1])
-        if failure is not None:
-            self._at += 1
-            line = lines[count]
-            if self._skips_blank and not line.strip():
-                self._offset = ends[count + 1]
-                self._number += 1
-            else:
-                entries.append(self._failed(failure, line, len(line)))
-
-    def _scan_some(self, entries: list[Entry]) -> None:
-        """The entries of the next values in `text`; at one that is not its line, go on line by line."""
-        text, start, longest = self._text, self._text_at, self._longest
-        base = self._offset - start  # of bytes, each of which is a character
-        values: list[Any] = []
-        ends: list[int] = []
-        try:
-            while start < len(text) and len(ends) < self._some:
-                end = text.index("\n", start)
-                value, stop = _JSON.raw_decode(text, start)
-                if (stop != end and (stop > end or text[stop:end].strip(" \t\r"))) or end - start > longest:
-                    raise ValueError("it is not the line")
-                values.append(value)
-                start = end + 1
-                ends.append(base + start)
-        except Exception:  # whatever it is, it is found again, in the line alone
-            self._lines, self._at = _split(text[start:].encode()), 0
-            self._text = ""
-        else:
-            self._text_at = start
-            if start == len(text):
-                self._text = ""
-        self._add(entries, values, ends)
-
-    def _add(self, entries: list[Entry], values: list[Any], ends: list[int]) -> None:
-        """The entries of the next `values`, whose lines have these `ends`."""
-        if not values:
-            return
-        numbers = range(self._number + 1, self._number + 1 + len(values))
-        path = self.path
-        entries += map(
-            Entry,
-            values,
-            zip(repeat(self._index), ends, numbers, self.trail.marks(ends)),
-            [f"{path}:{number}" for number in numbers],
-            repeat(0),
-        )
-        self._offset = ends[-1]
-        self._number += len(values)
-
-    def _cursor(self) -> tuple[int, int, int, int | None]:
-        """After the line that was taken last."""
-        return self._index, self._offset, self._number, self.trail.mark(self._offset)
-
-    def _failed(self, error: BaseException, line: bytes, length: int) -> Entry:
-        """The entry of the next line, which cannot be used: our errors say where themselves, the user's in a note.
-
-        Args:
-            error: What is wrong.
-            line: The line, or its beginning.
-            length: Of all of it.
-        """
-        if error.__traceback__ is not None:  # without the frame of `_take_some`, which holds the entries before it
-            error.__traceback__ = error.__traceback__.tb_next
-        begin = self._offset
-        self._offset += length + 1
-        self._number += 1
-        cursor, key = self._cursor(), f"{self.path}:{self._number}"
-        what = f"{self.path}, line {self._number}, byte {begin}"
-        if self._cut_off:
-            what += " (the last line, which has no line end: the file was cut off, or is still being written)"
-        if isinstance(error, UnicodeDecodeError) and self._ours:
-            what += f": not {self._encoding}: {error.reason} at byte {error.start} of the line"
-        elif isinstance(error, json.JSONDecodeError) and self._ours:
-            what += f": not JSON: {error.msg} at character {error.pos} of {len(error.doc)}"
-            if line.startswith(codecs.BOM_UTF8):
-                what += "; the line begins with a byte order mark: pass encoding='utf-8-sig'"
-        elif isinstance(error, _LongLineError):
-            what += f": {error}"
-        elif isinstance(error, RecursionError | ValueError) and self._ours:  # nested too deeply, a number too long
-            what += f": {error}; pass a function as decode= if it is to be read"
-        else:
-            add_note(error, f"aioloader: {what}, which begins {line[:SHOWN_BYTES]!r}")
-            return failed(error, cursor, key)
-        if line:
-            what += f"; the line begins {line[:SHOWN_BYTES]!r}"
-        broken = BrokenDataError(what)
-        broken.__cause__ = error if not isinstance(error, _LongLineError) else None
-        return failed(broken, cursor, key)
-
-
-class _LongLineError(Exception):
-    """Only between raising it and `_failed`."""
-
-
-def _refusal(length: int, longest: int) -> _LongLineError:
-    return _LongLineError(
-        f"a line of {length} bytes, and at most {longest} are taken; pass a larger max_line_bytes, unless the file has "
-        f"other line ends than LF"
-    )
-
-
-def _split(lines: bytes) -> list[bytes]:
-    """Lines, the last one too with its end, to lines without. `bytes.split` takes four times as long for a kilobyte."""
-    return [line[:-1] for line in BytesIO(lines)]
 
 
 def _check_encoding(encoding: str) -> None:
-    """Refuse what cannot be split at the byte 10.
+    """Refuse an encoding whose lines cannot be split at the byte 10.
 
     Raises:
         LookupError: Python does not know it.
-        ValueError: A line end is written in another way.
+        ValueError: It writes a line end in another way.
     """
     if not "a\n".encode(encoding).endswith(b"a\n"):
         raise ValueError(
             f"encoding must write a line end as the single byte 10, got {encoding!r}; convert the files, for instance "
             f"with iconv -t utf-8"
         )
-
-
-def _decoder(decode: Literal["json"] | Decode | None, encoding: str) -> Callable[[list[bytes]], Iterable[Any]]:
-    """From lines as bytes to samples, each as it is asked for."""
-    if decode is None:
-        return partial(_texts, methodcaller("decode", encoding))
-    if callable(decode):
-        return partial(_texts, decode)
-    # What `json.loads` comes to, without its looking for the encoding of each line.
-    to_text, to_value = methodcaller("decode", encoding), _JSON.decode
-    return lambda lines: map(to_value, map(to_text, lines))
-
-
-def _texts(decode: Decode, lines: list[bytes]) -> Iterable[Any]:
-    """Of lines without the first half of CR LF."""
-    return map(decode, [line.removesuffix(b"\r") for line in lines])

@@ -1,12 +1,12 @@
 """Whether a file is still what it was when a cursor was taken from it.
 
-A cursor says that reading goes on at byte 5,000. If the file was written anew meanwhile, that is the middle of a line,
-or a place in another file. So a cursor also has a *mark*: the CRC-32 of up to a kilobyte that was read shortly before
-that place. It is read again when reading goes on, which costs no more than a longer first read.
+A cursor says that reading resumes at byte 5,000. If the file was rewritten meanwhile, that is the middle of a line, or
+of another file. So a cursor also has a *mark*: the CRC-32 of up to a kilobyte that was read shortly before that place.
+It is checked when reading resumes, which costs no more than a longer first read.
 
-It is a mark of the content, and not the file's size and time of change: a file that was copied to another machine is
-the same file, and one that has grown is the same up to where it was. And it belongs to a place in the file alone, so
-that a state does not depend on how it was come by: after a resume, with other pieces, at another speed.
+It is a mark of the content, not of the file's size and time of change: a copy on another machine is the same file, and
+a file that has grown is the same up to where it was. And it depends only on the place in the file, so that a state does
+not depend on how it was reached: after a resume, with other pieces, at another speed.
 """
 
 from collections import deque
@@ -18,35 +18,26 @@ from zlib import crc32
 from aioloader.core.cursors import as_count
 from aioloader.errors import BrokenDataError
 
-__all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark", "read_offset"]
+__all__ = ["MARK_BYTES", "Trail", "changed_since", "read_mark"]
 
 MARK_BYTES: Final = 1024
 
 BLOCK: Final = 64 << 10
-"""Marks are of what is before the multiples of this, and before the powers of two below: the cost of 16 a megabyte
-cannot be measured, and one a line can."""
-
-
-def read_offset(value: Any) -> int:
-    """A byte offset in a cursor.
-
-    Raises:
-        ValueError: It is none.
-    """
-    return as_count(value, (1 << 63) - 1)
+"""Marks are made before each multiple of this, and before each smaller power of two: 16 marks per megabyte cost nothing
+that can be measured, one per line does."""
 
 
 def read_mark(value: Any) -> int | None:
-    """A mark in a cursor; None: it has none, and what is before it is not looked at.
+    """Check a mark in a cursor; None if it has no mark, and what is before it is not checked.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a mark.
     """
     return None if value is None else as_count(value, 0xFFFFFFFF)
 
 
 def _marked(offset: int) -> int:
-    """The last place up to `offset` before which something is marked."""
+    """The last place up to `offset` that has a mark."""
     return offset - offset % BLOCK if offset > BLOCK else 1 << offset.bit_length() - 1 if offset else 0
 
 
@@ -55,16 +46,16 @@ def _following(place: int) -> int:
 
 
 class Trail:
-    """The content of a file on its way to who parses it: makes the marks of its places, and checks the first.
+    """Follows the content of a file on its way to the parser: checks the mark to resume at, and makes those after it.
 
     Args:
-        offset: Where reading goes on.
-        mark: Of that place; None: it is not looked at.
-        least: So many bytes before it are read again, with a mark or without.
+        offset: Where reading resumes.
+        mark: The mark of that place; None if it is not checked.
+        least: How many bytes before it are read again in any case.
 
     Attributes:
         start: The first byte to read.
-        missing: Bytes that are still to come before `offset`.
+        missing: How many bytes before `offset` are still to come.
         before: The last byte before `offset`, if one was read.
     """
 
@@ -82,10 +73,10 @@ class Trail:
         self._marks: deque[tuple[int, int]] = deque([(0, 0)])  # places and marks; the first is that of the last cursor
 
     def feed(self, piece: Any) -> Any:
-        """What of `piece`, the next content, is after `offset`.
+        """The part of `piece`, the next content, that comes after `offset`.
 
         Raises:
-            BrokenDataError: What is before it is not what it was.
+            BrokenDataError: What comes before `offset` has changed.
         """
         begin, end = self._read, self._read + len(piece)
         while self._next <= end:
@@ -110,14 +101,14 @@ class Trail:
         self._marks.append((place, crc32(marked)))
 
     def mark(self, offset: int) -> int | None:
-        """For a cursor at `offset`, which is no smaller than the one before."""
+        """The mark of a cursor at `offset`, which must not be smaller than at the last call."""
         marks = self._marks
         while len(marks) > 1 and marks[1][0] <= offset:
             marks.popleft()
         return marks[0][1] if marks[0][0] else None
 
     def marks(self, offsets: Sequence[int]) -> Iterable[int | None]:
-        """The same for each of several."""
+        """The marks of cursors at `offsets`, in order."""
         mark = self.mark(offsets[0])
         if len(self._marks) == 1 or self._marks[1][0] > offsets[-1]:
             return repeat(mark)
@@ -125,8 +116,8 @@ class Trail:
 
 
 def changed_since(offset: int) -> str:
-    """What happened to a file that does not fit its mark, and the way out."""
+    """The error text of a file that does not match the mark of a cursor."""
     return (
-        f"reading shall go on at byte {offset}, but what is before it is not what was read there: it was written anew "
-        f"since the state was made; put the old content back, or begin the epoch again without the state"
+        f"reading resumes at byte {offset}, but what is before it is not what was read there: it was rewritten "
+        f"since the state was made; restore the old content, or begin the epoch again without the state"
     )

@@ -1,4 +1,4 @@
-"""`Objects`: what lies in an object store, many requests at once."""
+"""`Objects`: the objects of a store, fetched by many requests at once."""
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any, Final, Literal
 
 from aioloader.core.checks import check_count
 from aioloader.core.entry import Entry
+from aioloader.core.memory import tensor_over_bytes
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
-from aioloader.sources.buffers import tensor_over
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.read_ahead import Ahead
 from aioloader.sources.stores import Version, with_options
@@ -20,48 +20,48 @@ __all__ = ["Objects"]
 
 Range = tuple[int, int]
 Ranges = Range | Mapping[str, Range] | Sequence[Range | None]
-Request = tuple[str, int, int]  # a key, and the bytes from the one to the other
+Request = tuple[str, int, int]  # a key, and where its range starts and ends
 
 PAGE_KEYS: Final = 1000
-"""What a request for a part of a listing gives at most, in S3, GCS and Azure alike."""
+"""The most that one request for a listing returns, in S3, GCS and Azure alike."""
 
 PAGES_AHEAD: Final = 2
 
 
 class Objects(FetchSource):
-    """The objects of a store, or ranges of them: with `keys` indexable, with `prefix` a stream of whatever is there.
+    """The objects of a store, or ranges of them: with `keys` indexable, with `prefix` a stream of all that is there.
 
     With `keys`, `Pipeline(Objects(...)).shuffle()` is a full permutation, `len` is known, and `DataLoader` takes it as
-    a dataset. With `prefix`, the listing is read page by page, as far as it is needed and two pages more, and the
-    objects come in the order of their keys; those that are written meanwhile may come or not.
+    a dataset. With `prefix`, the listing is read page by page, at most two pages ahead, and the objects come in the
+    order of their keys; those that are written meanwhile may be included or not.
 
-    An object that is missing or cannot be read raises at its place, the store's own error with the key in a note, and
-    the next one follows. The store itself tries again what is worth it, see its `retry_config`.
+    An object that is missing or cannot be read raises in its position, the store's own error with the key in a note,
+    and the next one follows. The store itself retries what may succeed later, see its `retry_config`.
 
-    Where one object has several of `ranges`, they must all be of the version that the first of them was of: one that
-    was written anew meanwhile is an error at the place of the next range.
+    If `ranges` has several of one object, they must all be of the same version of it: if it is rewritten meanwhile, the
+    next range is an error.
 
-    Cursor: with `keys` the position; with `prefix` the last key, so that going on lists from there.
+    Cursor: with `keys` the position; with `prefix` the last key, so that a resume lists from there.
 
     Args:
         store: Any store of obstore (`aioloader[objects]`): S3, GCS, Azure, HTTP, a folder, memory.
         keys: Which objects, a sequence; a key may come twice.
         prefix: Instead of `keys`: all objects in this folder and below; `""` means all. A store that lists in no
             order (a folder, HTTP) is listed to its end first.
-        ranges: What of each object, as (start, end) in bytes, `end` not included: one pair for all; a mapping from key
-            to pair, where a key without one is read whole; or, with `keys`, a sequence beside them, None for the whole.
+        ranges: Which bytes of each object, as (start, end) without `end`: one pair for all; a mapping from key to pair,
+            with objects read in full that have none; or, with `keys`, a sequence as long, with None for all of one.
         read: `"bytes"`: a sample is a `bytes`. `"tensor"`: a uint8 tensor over the memory that the store received into,
             without a copy; collate copies it once, into the batch. Do not write to it, a store may share that memory.
             `"buffer"`: obstore's own `Bytes`, without a copy.
-        with_key: Samples are (key, content), for instance where the key says the label.
-        concurrency: Requests under way at once, at least 1.
+        with_key: Samples are (key, content), for instance if the key contains the label.
+        concurrency: Requests in flight at once, at least 1.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them. By its
-            defaults a request ends after 30 seconds and is tried again until three minutes are over.
+            defaults, a request times out after 30 seconds and is retried for up to three minutes.
 
     Raises:
         ImportError: obstore is not installed.
-        TypeError: An argument is of another type.
-        ValueError: An argument does not fit; both or none of `keys` and `prefix`.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is invalid; both or none of `keys` and `prefix`.
 
     ```python
     store = obstore.store.S3Store("bucket", region="eu-central-1")
@@ -102,7 +102,7 @@ class Objects(FetchSource):
         self._with_key = bool(with_key)
         self.concurrency = check_count("concurrency", concurrency, least=1)
         self._range: Range | None = None
-        self._versions: dict[str, Version] = {}  # of objects of which several ranges are read
+        self._versions: dict[str, Version] = {}  # of objects with several ranges
         self._range_of: Mapping[str, Range] = {}
         self._keys: Sequence[str | Request] | _Listing
         if keys is not None:
@@ -127,35 +127,34 @@ class Objects(FetchSource):
 
     @property
     def keys(self) -> Any:
-        """What is requested: keys, or keys with ranges; a sequence, or a stream of what is listed."""
+        """Keys, or keys with ranges; a sequence, or a stream of those that are listed."""
         return self._keys
 
     def __len__(self) -> int:
-        """How many there are.
+        """The number of samples.
 
         Raises:
-            TypeError: They are listed as they are read.
+            TypeError: It is not known, with `prefix`.
         """
         if isinstance(self._keys, _Listing):
             raise TypeError(
-                "Objects(prefix=...) has no length, for it lists as it reads; pass it to Pipeline, or pass keys"
+                "Objects(prefix=...) has no length, as it lists while it reads; pass it to Pipeline, or pass keys"
             )
         return len(self._keys)
 
     async def __getitem__(self, number: int) -> Any:
-        """Sample `number`."""
         if isinstance(self._keys, _Listing):
             raise TypeError(
-                "Objects(prefix=...) has no numbers, for it lists as it reads; pass it to Pipeline, or pass keys"
+                "Objects(prefix=...) cannot be indexed, as it lists while it reads; pass it to Pipeline, or pass keys"
             )
         return await self.fetch(self._keys[number])
 
     async def fetch(self, key: str | Request) -> Any:
-        """The object of a key, or a range of it.
+        """The content of an object, or of its range.
 
         Raises:
-            BrokenDataError: It has fewer bytes than the range.
-            Exception: The store's own; FileNotFoundError for one that is missing.
+            BrokenDataError: The object ends within the range.
+            Exception: The store's own; FileNotFoundError if it is missing.
         """
         import obstore
 
@@ -175,9 +174,9 @@ class Objects(FetchSource):
                 else:
                     content = await self._range_of_version(key, start, end, version)
                 if len(content) < end - start:
-                    there = start + len(content)
+                    object_end = start + len(content)
                     raise BrokenDataError(
-                        f"the object {key!r} ends at byte {there}, but bytes {start} to {end} are asked for"
+                        f"the object {key!r} ends at byte {object_end}, but bytes {start} to {end} were requested"
                     )
         except Exception as error:
             part = f", bytes {start} to {end}" if end else ""
@@ -187,11 +186,11 @@ class Objects(FetchSource):
         if self._read == "bytes":
             content = bytes(content)
         elif self._read == "tensor":
-            content = tensor_over(content)
+            content = tensor_over_bytes(content)
         return (key, content) if self._with_key else content
 
     async def _range_of_version(self, key: str, start: int, end: int, version: Version) -> Any:
-        """A range of an object of which other ranges are read, too."""
+        """A range of an object that has other ranges, all of one version."""
         import obstore
         from obstore.exceptions import PreconditionError
 
@@ -207,13 +206,13 @@ class Objects(FetchSource):
 
 def _changed(key: str) -> str:
     return (
-        f"the object {key!r} was written anew since the first of its ranges was read, and the ranges were for what it "
-        f"was; make a new Objects with those of what it is now"
+        f"the object {key!r} was rewritten since the first of its ranges was read, so the other ranges do not "
+        f"fit it; make a new Objects with ranges for its present content"
     )
 
 
 class _Listing(CursorSource):
-    """The keys below a prefix, in order, as a store lists them.
+    """The keys below a prefix, in order.
 
     Cursor: the key.
     """
@@ -229,54 +228,54 @@ class _Listing(CursorSource):
         if not isinstance(cursor, str):
             raise ValueError(f"the cursor of a listing is a key, got {cursor!r}"[:200])
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return Ahead(access, lambda: self._pages(cursor), lists=PAGES_AHEAD)
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return Ahead(context, lambda: self._pages(cursor), lists=PAGES_AHEAD)
 
-    async def _pages(self, behind: str | None) -> AsyncGenerator[list[Entry]]:
-        found = behind is not None
+    async def _pages(self, last_key: str | None) -> AsyncGenerator[list[Entry]]:
+        found = last_key is not None
         pages = self._in_order if _lists_in_order(self._store) else self._sorted
         try:
-            async for keys in pages(behind):
+            async for keys in pages(last_key):
                 found = True
                 yield [Entry(key, key, key, 0) for key in keys]
             if not found:
                 raise FileNotFoundError(
-                    f"Objects: no object below the prefix {self._prefix!r} in {self._store!r}; a prefix is a folder, "
-                    f"that is, whole parts of a key between slashes"
+                    f"Objects: no object below the prefix {self._prefix!r} in {self._store!r}; a prefix is a folder: "
+                    f"complete parts of a key, between slashes"
                 )
         except Exception as error:
             mask_message(error)
             raise
 
-    async def _in_order(self, behind: str | None) -> AsyncGenerator[list[str]]:
-        """The pages behind a key."""
-        last = behind
-        async for page in self._store.list(self._prefix or None, offset=behind, chunk_size=PAGE_KEYS):
+    async def _in_order(self, last_key: str | None) -> AsyncGenerator[list[str]]:
+        """The pages after `last_key`, from a store that lists in order."""
+        last = last_key
+        async for page in self._store.list(self._prefix or None, offset=last_key, chunk_size=PAGE_KEYS):
             keys = _keys_of(page)
             for key in keys:
                 if last is not None and key <= last:
                     raise ValueError(
-                        f"{self._store!r} lists in no order: {key!r} comes behind {last!r}, so that there would be no "
-                        f"going on from there; list it yourself, and pass keys=sorted(keys)"
+                        f"{self._store!r} lists in no order: {key!r} comes after {last!r}, so a resume could not go on "
+                        f"from there; list the keys yourself, and pass keys=sorted(keys)"
                     )
                 last = key
             if keys:
                 yield keys
 
-    async def _sorted(self, behind: str | None) -> AsyncGenerator[list[str]]:
-        """The same where that takes the whole listing."""
+    async def _sorted(self, last_key: str | None) -> AsyncGenerator[list[str]]:
+        """The same from a store that must be listed to its end first."""
         found: list[str] = []
         async for page in self._store.list(self._prefix or None, chunk_size=PAGE_KEYS):
             found += _keys_of(page)
-        if behind is not None:
-            found = [key for key in found if key > behind]
+        if last_key is not None:
+            found = [key for key in found if key > last_key]
         found.sort()
         for start in range(0, len(found), PAGE_KEYS):
             yield found[start : start + PAGE_KEYS]
 
 
 def _keys_of(page: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Without the empty objects by which some consoles show a folder."""
+    """The keys of a page, without the empty objects with which some consoles represent folders."""
     return [item["path"] for item in page if item["size"] or not item["path"].endswith("/")]
 
 
@@ -313,7 +312,7 @@ def _checked_keys(keys: Any) -> tuple[str, ...]:
 
 
 def _requests(keys: tuple[str, ...], ranges: Any) -> Sequence[str | Request]:
-    """The keys; with their ranges where these are a sequence beside them."""
+    """The keys, each with its range if these are a sequence."""
     if ranges is None or isinstance(ranges, Mapping) or _is_pair(ranges):
         return keys
     if isinstance(ranges, str | bytes) or not isinstance(ranges, Sequence):

@@ -1,12 +1,10 @@
 """`ParquetRows`: the rows of Parquet files, one by one or as batches of columns."""
 
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 from zlib import crc32
 
 from aioloader.core.checks import check_count
@@ -15,63 +13,60 @@ from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
+from aioloader.sources.in_order import InOrder
+from aioloader.sources.parquet_batches import BatchCutter
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
-from aioloader.sources.parquet_input import Input, open_input, rewritten
+from aioloader.sources.parquet_input import open_input
+from aioloader.sources.parquet_spans import Span, SpanReader, spans_of
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
 from aioloader.sources.read_ahead import Ahead, failed
 from aioloader.sources.stores import check_no_options, with_options
 
-if TYPE_CHECKING:
-    from aioloader.sources.arrow_columns import Columns
-
 __all__ = ["ParquetRows"]
 
 PIECE_BYTES: Final = 4 << 20
-"""Decoded in one hop into a thread, about: what stays in the caches of a processor."""
+"""About how much is decoded in one hop into a thread: what fits into the caches of a processor."""
 
 PIECE_ROWS: Final = 1024
-"""The same for rows as dictionaries, at most: they cost Python objects, and the GIL meanwhile. With twice as many a row
-took 4.4 µs instead of 2.6, as Python's garbage collector went through all it has."""
+"""The most rows that are made dictionaries in one hop: they cost Python objects, and hold the GIL. With twice as many,
+a row took 4.4 µs instead of 2.6, because Python's garbage collector went through more objects."""
 
-SPAN_BYTES: Final = 32 << 20
-"""Row groups that are smaller are read several at a time."""
-
-LANES: Final = 3
-"""So many spans are open: the one whose rows are handed out, and those behind it."""
+SPANS_AHEAD: Final = 2
+"""Spans that are open after the one being handed out."""
 
 PIECES_AHEAD: Final = 4
-"""Decoded pieces that wait, per span."""
+"""Decoded pieces that wait per span."""
 
 
 class ParquetRows(CursorSource):
     """The rows of Parquet files, in order, as dictionaries; or batches of columns, most of them tensors.
 
-    Row groups are read ahead in threads. A file that cannot be read raises at its place, a broken row group at its
-    place, a row with a value that Python cannot hold at its place, and what comes after it goes on. All files must have
-    the columns of the first, of types that are the same in Python, or that fit into its tensors. A file that is
-    rewritten while it is read, or before a resume, is an error.
+    Row groups are read ahead in threads. A file that cannot be read, a broken row group, or a row with a value that
+    Python cannot hold raises in its position, and what comes after it goes on. All files must have the columns of the
+    first, with types that are the same in Python or that fit into its tensors. A file that is rewritten while it is
+    read, or before a resume, is an error.
 
     With `batch_rows`, a sample is a dictionary of columns, made without Python objects per row. Numbers, bools,
     fixed-size lists of them and fixed-shape tensors become tensors, rows first; other columns become lists. A null is
-    None in a list and NaN in a tensor of floats; in any other tensor it is an error, at the place of its batch.
-    Batches run over the borders of row groups and files, so that all have `batch_rows` rows, except the last one and
-    one before something that cannot be read. A tensor may lie in memory of arrow, which it keeps: about 4 MB, however
+    None in a list and NaN in a tensor of floats; in any other tensor it is an error, in the position of its batch.
+    Batches cross the borders of row groups and files, so all have `batch_rows` rows, except the last one and one
+    before something that cannot be read. A tensor may share arrow's memory, which it keeps alive: about 4 MB, however
     small the batch.
 
     Cursor: file, row group, the row in it, and the checksum of the file's footer.
 
     Args:
         paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
-        columns: Names of those to read; None: all.
-        batch_rows: None: one sample per row. Else at least 1.
+        columns: The names of the columns to read; None means all.
+        batch_rows: Rows per batch, at least 1; None means one sample per row.
         store: A store of obstore; `paths` are keys in it, without globs.
         client_options, retry_config: With `store`: timeouts and retries in place of its own, as obstore names them. By
-            its defaults a request ends after 30 seconds and is tried again until three minutes are over.
+            its defaults, a request times out after 30 seconds and is retried for up to three minutes.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
         ImportError: Without pyarrow.
-        TypeError, ValueError: An argument does not fit.
+        TypeError, ValueError: An argument is invalid.
 
     ```python
     loader = Pipeline(ParquetRows("data/*.parquet", columns=["x", "label"], batch_rows=1024)).to("cuda")
@@ -125,8 +120,8 @@ class ParquetRows(CursorSource):
             )
         return place
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _FilesReader(self, access, self._place(cursor))
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return _FilesReader(self, context, self._place(cursor))
 
 
 def _require_pyarrow() -> None:
@@ -152,7 +147,7 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """Where to go on: a cursor."""
+    """Where to resume: a cursor."""
 
     index: int
     group: int
@@ -161,65 +156,50 @@ class _Start:
 
 
 class _FilesReader(Ahead):
-    """One epoch: spans of row groups are read by tasks and threads of their own, in turn, and put in order here."""
+    """One epoch: spans of row groups are read ahead in order, and cut into batches if these are asked for."""
 
-    def __init__(self, source: ParquetRows, access: SourceContext, place: _Start) -> None:
+    def __init__(self, source: ParquetRows, context: SourceContext, place: _Start) -> None:
         self._source = source
-        self._access = access
+        self._context = context
         self._place = place
-        self._footer_thread = access.threads(1)
-        # A span has one thread to itself, for its file is opened and closed in it; see `LANES`.
-        self._threads = [access.threads(1) for _ in range(LANES)]
-        self._known: tuple[str, Any] | None = None  # the columns that all files must have, and the file that says so
-        self._over = 0  # files before this one are done with
+        self._footer_thread = context.threads(1)
+        self._known: tuple[str, Any] | None = None  # a file, and the columns that it and all others have
+        self._first_open_file = 0  # those before it have ended, some of them with an error
         self._memory = BatchMemory()
-        super().__init__(access, self._entries, lists=2)
+        super().__init__(context, self._entries, lists=2)
 
     async def aclose(self) -> None:
         self._memory.close()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
-        batches = None if self._source.batch_rows is None else _BatchCutter(self._source.batch_rows, self._memory)
-        opened: deque[tuple[int, Ahead]] = deque()
-        count = 0
-        async with aclosing(self._spans()) as spans:
-            more = True
-            while more or opened:
-                while more and len(opened) < LANES:
-                    following = await anext(spans, None)
-                    if following is None:
-                        more = False
-                    else:
-                        index, span = following
-                        opened.append((index, self._lane(span, self._threads[count % LANES])))
-                        count += 1
-                if opened:
-                    index, lane = opened[0]
-                    pieces = await lane.read(PIECES_AHEAD * PIECE_ROWS)
-                    if not pieces:
-                        opened.popleft()
-                        continue
-                    if index < self._over:  # an error has ended its file
-                        continue
-                    if pieces[-1].error is not None:
-                        self._over = pieces[-1].cursor[0]
-                    if batches is None:
-                        yield pieces
-                    elif entries := await self._footer_thread.call(batches.feed, pieces):
-                        yield entries
+        reader = InOrder(
+            self._context, self._spans(), self._read_span, open_ahead=SPANS_AHEAD, lists_ahead=PIECES_AHEAD
+        )
+        batches = None if self._source.batch_rows is None else BatchCutter(self._source.batch_rows, self._memory)
+        async with aclosing(reader):
+            while pieces := await reader.read(PIECES_AHEAD * PIECE_ROWS):
+                index, _ = reader.part
+                if index < self._first_open_file:  # an error has ended its file
+                    continue
+                if pieces[-1].error is not None:
+                    self._first_open_file = pieces[-1].cursor[0]
+                if batches is None:
+                    yield pieces
+                elif entries := await self._footer_thread.call(batches.feed, pieces):
+                    yield entries
         if batches is not None and (entries := await self._footer_thread.call(batches.flush)):
             yield entries
 
-    async def _spans(self) -> AsyncGenerator[tuple[int, "_Span | Entry"]]:
-        """The number of a file and what is to be read of it, in order; an entry for a file that cannot be."""
+    async def _spans(self) -> AsyncGenerator[tuple[int, Span | Entry]]:
+        """What to read, in order: spans with the numbers of their files, or the error of a file that cannot be read."""
         place = self._place
         call = self._footer_thread.call
-        for index in range(place.index):  # on going on, the files must still be as those before are
+        for index in range(place.index):  # after a resume too, the columns must be those of the files before
             if self._knows_all():
                 break
             try:
                 await call(self._read_footer, index)
-            except Exception:  # it was raised at its place, before
+            except Exception:  # it was raised before the resume
                 continue
         for index in range(place.index, len(self._source.paths)):
             try:
@@ -228,28 +208,28 @@ class _FilesReader(Ahead):
             except Exception as error:
                 yield index, failed(error, (index + 1, 0, 0), self._source.paths[index])
             else:
-                for span in _spans_of(footer, start):
-                    if index < self._over:
+                for span in spans_of(footer, start):
+                    if index < self._first_open_file:
                         break
                     yield index, span
             place = _Start(index + 1, 0, 0)
 
-    def _lane(self, span: "_Span | Entry", thread: SourceThreads) -> Ahead:
-        async def pieces() -> AsyncGenerator[list[Entry]]:
-            if isinstance(span, Entry):
-                yield [span]
-                return
-            reading = _Reading(self._source, span)
-            try:
-                while entries := await thread.call(reading.next):
-                    yield entries
-            finally:
-                await thread.call(reading.close)
-
-        return Ahead(self._access, pieces, lists=PIECES_AHEAD)
+    async def _read_span(
+        self, numbered: tuple[int, Span | Entry], thread: SourceThreads
+    ) -> AsyncGenerator[list[Entry]]:
+        _, span = numbered
+        if isinstance(span, Entry):
+            yield [span]
+            return
+        reading = SpanReader(span, self._source.store, as_pieces=self._source.batch_rows is not None)
+        try:
+            while entries := await thread.call(reading.next):
+                yield entries
+        finally:
+            await thread.call(reading.close)
 
     def _knows_all(self) -> bool:
-        """Whether no later file can tell more of the columns."""
+        """Whether the types of all columns are known, so that later files cannot add to them."""
         if self._known is None:
             return False
         from aioloader.sources.arrow_types import has_unknown_parts
@@ -257,10 +237,10 @@ class _FilesReader(Ahead):
         return not any(map(has_unknown_parts, self._known[1].types))
 
     def _read_footer(self, index: int) -> Footer:
-        """In a thread.
+        """Read and check the footer of a file; runs in a thread.
 
         Raises:
-            Exception: The file cannot be read, or has not the columns it should have.
+            Exception: The file cannot be read, or does not have the expected columns.
         """
         source = self._source
         path = source.paths[index]
@@ -291,7 +271,7 @@ class _FilesReader(Ahead):
         )
 
     def _piece_rows(self, size: int) -> int:
-        """How many rows of `size` bytes to decode at once: whole batches, where these are small."""
+        """How many rows of `size` bytes to decode at once: a multiple of `batch_rows` where that is small."""
         rows = max(1, PIECE_BYTES // size)
         batch_rows = self._source.batch_rows
         if batch_rows is None:
@@ -300,268 +280,20 @@ class _FilesReader(Ahead):
 
 
 def _start(footer: Footer, place: _Start) -> int:
-    """The number of the row to begin with.
+    """The number of the first row to read.
 
     Raises:
-        BrokenDataError: The file is not the one that the cursor is of.
+        BrokenDataError: The file is not the one that the cursor was taken from.
     """
     starts = footer.starts
     if place.checksum is not None and place.checksum != footer.checksum:
-        change = "its footer is another one"
+        change = "its footer differs"
     elif place.group >= max(1, len(starts) - 1) or starts[place.group] + place.row > starts[-1]:
         change = f"it has {len(starts) - 1} row groups and {starts[-1]} rows"
     else:
         return starts[place.group] + place.row
     raise BrokenDataError(
-        f"{footer.path}: reading shall go on in row group {place.group} after row {place.row}, but {change}: it was "
-        f"changed after the state was made, so its rows from there on are left out; begin the epoch anew, or bring "
-        f"the old file back"
+        f"{footer.path}: reading resumes in row group {place.group} after row {place.row}, but {change}: it was "
+        f"changed after the state was made, so the rest of its rows are left out; restore the old file, or begin the "
+        f"epoch again without the state"
     )
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Rows `start` to the end of row group `last` of a file; `start` lies in row group `first`."""
-
-    footer: Footer
-    first: int
-    last: int
-    start: int
-
-
-def _spans_of(footer: Footer, start: int) -> list[_Span]:
-    """The rows of a file from number `start` on, in spans of one large row group, or of several small ones."""
-    spans = []
-    starts = footer.starts
-    first, last, size = None, 0, 0
-    for group in range(len(starts) - 1):
-        if starts[group + 1] <= start:
-            continue
-        first = group if first is None else first
-        size += footer.sizes[group]
-        last = group
-        if size >= SPAN_BYTES:
-            spans.append(_Span(footer, first, last, max(start, starts[first])))
-            first, size = None, 0
-    if first is not None:
-        spans.append(_Span(footer, first, last, max(start, starts[first])))
-    return spans
-
-
-class _Reading:
-    """Reads a span, in the one thread that opens and closes it.
-
-    One row group after the other: asked for several, pyarrow fills a column that is short of values with those of the
-    next row group, and pairs them with what they do not belong to.
-    """
-
-    def __init__(self, source: ParquetRows, span: _Span) -> None:
-        self._source = source
-        self._footer = span.footer
-        self._row = span.start
-        self._group = span.first
-        self._last = span.last
-        self._input: Input | None = None
-        self._file: Any = None
-        self._batches: Any = None
-
-    def close(self) -> None:
-        """Let go of the file; may be called at any time."""
-        self._batches = self._file = None
-        if self._input is not None:
-            self._input.close()
-
-    def next(self) -> list[Entry]:
-        """The next rows, or record batches, of small row groups several; an error at its place; `[]` at the end."""
-        entries: list[Entry] = []
-        until = self._row + self._footer.piece_rows
-        while self._group <= self._last and self._row < until:
-            piece, failure = None, None
-            try:
-                if self._input is None:
-                    self._input = open_input(self._footer.path, self._source.store, self._footer.version)
-                piece = self._next_piece()
-            except Exception as error:
-                if self._input is None:
-                    return [*entries, self._end_file(error)]
-                failure = error
-            # Only now, for what was just read may be of another version.
-            change = self._input.change(self._footer.version)
-            if change is not None:
-                return [*entries, self._end_file(rewritten(self._footer.path, change, self._row))]
-            if failure is not None:
-                return [*entries, self._end_group(failure)]
-            if piece is not None:
-                entries += self._entries_of(piece)
-        return entries
-
-    def _next_piece(self) -> Any:
-        """Of the row group, a record batch of rows that are wanted; None: there may be more."""
-        footer, group = self._footer, self._group
-        if self._row == footer.starts[group + 1]:
-            self._next_group()
-            return None
-        if self._file is None:
-            self._file = self._open()
-        if self._batches is None:
-            self._at = footer.starts[group]
-            self._batches = self._file.iter_batches(footer.piece_rows, row_groups=[group], columns=footer.schema.names)
-        piece = next(self._batches, None)
-        if piece is None:
-            raise BrokenDataError(f"{footer.starts[group + 1] - self._at} rows fewer came than the footer promises")
-        behind = max(0, self._row - self._at)  # rows that are not wanted: reading goes on in the middle of a row group
-        self._at += piece.num_rows
-        if behind >= piece.num_rows:
-            return None
-        return (piece.slice(behind) if behind else piece).select(footer.schema.names)
-
-    def _open(self) -> Any:
-        import pyarrow.parquet as pq
-
-        assert self._input is not None
-        chunks = self._footer.chunks[self._group : self._last + 1]
-        self._input.fetch([place for places in chunks for place in places])
-        return pq.ParquetFile(self._input.file, metadata=self._footer.metadata, page_checksum_verification=True)
-
-    def _next_group(self) -> None:
-        self._batches = None
-        self._group += 1
-        self._row = self._footer.starts[self._group]
-
-    def _entries_of(self, piece: Any) -> list[Entry]:
-        footer, start = self._footer, self._row
-        self._row = stop = start + piece.num_rows
-        if self._source.batch_rows is not None:
-            return [Entry(_Piece(piece, footer, start), None, None, 0)]
-        from aioloader.sources.arrow_columns import rows_and_failures, rows_of
-
-        failures: dict[int, tuple[str, Exception]] = {}
-        try:
-            rows = rows_of(piece)
-        except Exception:
-            rows, failures = rows_and_failures(piece)
-        path = footer.path
-        first = footer.starts[self._group]
-        numbers = range(start + 1 - first, stop + 1 - first)
-        cursors = zip(repeat(footer.index), repeat(self._group), numbers, repeat(footer.checksum))
-        keys = [f"{path}:{number}" for number in range(start, stop)]
-        entries = list(map(Entry, rows, cursors, keys, repeat(0)))
-        entries[-1].cursor = footer.cursor(stop)
-        for at, (column, error) in failures.items():
-            broken = _unreadable(footer, start + at, column, error)
-            entries[at] = failed(broken, entries[at].cursor, entries[at].key)
-        return entries
-
-    def _end_group(self, error: Exception) -> Entry:
-        """The rest of the row group cannot be decoded."""
-        path, group, start = self._footer.path, self._group, self._row
-        self._next_group()
-        broken = BrokenDataError(
-            f"{path}, row group {group}: its rows from {start} to {self._row - 1} cannot be read: {error}"
-        )
-        broken.__cause__ = error
-        return failed(broken, self._footer.cursor(self._row), f"{path}:{start}")
-
-    def _end_file(self, error: Exception) -> Entry:
-        """Nothing more of the file can be read, here and in the spans after this one."""
-        self._group = self._last + 1
-        return failed(error, self._footer.end, f"{self._footer.path}:{self._row}")
-
-
-def _unreadable(footer: Footer, row: int, column: str, error: Exception) -> BrokenDataError:
-    kind = footer.schema.field(column).type
-    broken = BrokenDataError(
-        f"{footer.path}, row {row}: column {column!r} of type {kind} has a value there that Python cannot hold: "
-        f"{error}; leave the column out with columns=, or write it with another type"
-    )
-    broken.__cause__ = error
-    return broken
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A record batch, where it stands, and what is left of it."""
-
-    rows: Any
-    footer: Footer
-    start: int
-
-    def take(self, count: int) -> "tuple[_Piece, _Piece]":
-        """The first `count` rows, and the rest."""
-        head = _Piece(self.rows.slice(0, count), self.footer, self.start)
-        return head, _Piece(self.rows.slice(count), self.footer, self.start + count)
-
-
-class _BatchCutter:
-    """Cuts pieces into batches of so many rows. In one thread at a time."""
-
-    def __init__(self, batch_rows: int, memory: BatchMemory) -> None:
-        self._batch_rows = batch_rows
-        self._memory = memory
-        self._pending: list[_Piece] = []
-        self._rows = 0
-        self._schema: Any = None
-        self._columns: Columns
-
-    def feed(self, pieces: list[Entry]) -> list[Entry]:
-        """The batches that `pieces` complete."""
-        entries: list[Entry] = []
-        for piece in pieces:
-            if piece.error is not None:
-                entries += self.flush()
-                entries.append(piece)
-                continue
-            rest: _Piece = piece.value
-            while self._rows + rest.rows.num_rows >= self._batch_rows:
-                head, rest = rest.take(self._batch_rows - self._rows)
-                self._pending.append(head)
-                entries.append(self._batch())
-            if rest.rows.num_rows:
-                self._pending.append(rest)
-                self._rows += rest.rows.num_rows
-        return entries
-
-    def flush(self) -> list[Entry]:
-        """What is left: a short batch."""
-        return [self._batch()] if self._pending else []
-
-    def _batch(self) -> Entry:
-        from aioloader.sources.arrow_columns import Columns, NullsError
-
-        pieces, self._pending, self._rows = self._pending, [], 0
-        first, last = pieces[0], pieces[-1]
-        if self._schema is not last.footer.schema:
-            self._schema = last.footer.schema
-            self._columns = Columns(self._schema, self._memory.alloc)
-        cursor = last.footer.cursor(last.start + last.rows.num_rows)
-        key = f"{first.footer.path}:{first.start}"
-        begins = f"aioloader: in a batch that begins with row {first.start} of {first.footer.path}"
-        try:
-            return Entry(self._columns.batch([piece.rows for piece in pieces]), cursor, key, 0)
-        except NullsError as error:
-            error.add_note(begins)
-            return failed(error, cursor, key)
-        except Exception as error:
-            broken = _first_unreadable(pieces) or _broken_batch(pieces, error)
-            broken.add_note(begins)
-            return failed(broken, cursor, key)
-
-
-def _first_unreadable(pieces: list[_Piece]) -> BrokenDataError | None:
-    """What is wrong with the first row that Python cannot hold, if there is one."""
-    from aioloader.sources.arrow_columns import rows_and_failures
-
-    for piece in pieces:
-        _, failures = rows_and_failures(piece.rows)
-        if failures:
-            at = min(failures)
-            return _unreadable(piece.footer, piece.start + at, *failures[at])
-    return None
-
-
-def _broken_batch(pieces: list[_Piece], error: Exception) -> BrokenDataError:
-    """Each row can be read alone, but not all together."""
-    paths = ", ".join(dict.fromkeys(piece.footer.path for piece in pieces))
-    broken = BrokenDataError(f"{paths}: a batch of columns cannot be made of rows from there: {error}")
-    broken.__cause__ = error
-    return broken

@@ -1,4 +1,4 @@
-"""What a Parquet file says of itself: its columns, its row groups, and whether that can be true."""
+"""The footer of a Parquet file: its columns and row groups, and whether its numbers are plausible."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from aioloader.sources.thrift import Struct, read_struct
 __all__ = ["Footer", "Numbers", "read_end", "row_bytes", "same_columns", "selected"]
 
 END_BYTES: Final = 64 << 10
-"""Read at first, from the end; most footers are smaller."""
+"""How much of the end is read first; most footers are smaller."""
 
 LARGE_FOOTER: Final = 16 << 20
-"""Where a footer claims more than this, its first byte is looked at before the rest is read."""
+"""If a footer claims to be larger, its first byte is checked before the rest is read."""
 
 FIRST_BYTE: Final = b"\x15"
-"""In Thrift's compact protocol: field 1, the version, is an integer."""
+"""Thrift's compact protocol for: field 1, the version, is an integer."""
 
 SHORTEST: Final = 12
-"""Bytes: the mark, no footer, its length, the mark."""
+"""The bytes of a mark, an empty footer, its length, and a mark."""
 
-# The fields of a footer, as parquet.thrift numbers them: of the file, of a row group, of a chunk, of its column.
+# The numbers of fields in parquet.thrift: those of the file, of a row group, of a chunk, of its column.
 _ROWS, _ROW_GROUPS = 3, 4
 _CHUNKS, _GROUP_BYTES, _GROUP_ROWS = 1, 2, 3
 _OTHER_FILE, _COLUMN = 1, 3
@@ -34,18 +34,18 @@ _TYPES: Final = ["BOOLEAN", "INT32", "INT64", "INT96", "FLOAT", "DOUBLE", "BYTE_
 
 @dataclass(frozen=True)
 class Footer:
-    """What a file says of itself.
+    """The footer of a file.
 
     Attributes:
         index: The number of the file.
-        version: Of the input that it was read from, see `Input`.
-        checksum: For states: the same in all copies of the file, and another one after it was changed, most likely.
-        metadata: Of pyarrow; saves reading it again.
-        schema: Of the columns to read, in the order to give them in, with the types that they have in all files.
-        starts: The number of the first row of each row group, and that of all rows.
-        sizes: Bytes of each row group, before compression.
+        version: The version of the input that it was read from, see `Input`.
+        checksum: For states: the same in all copies of the file, and most likely another one after a change.
+        metadata: pyarrow's, to save parsing it again.
+        schema: The columns to read, in order, with the types that they have in all files.
+        starts: The number of the first row of each row group, and the number of rows.
+        sizes: The bytes of each row group, before compression.
         chunks: Where each row group has the chunks of the columns to read: starts and stops.
-        piece_rows: Rows to decode at once.
+        piece_rows: How many rows to decode at once.
     """
 
     index: int
@@ -65,11 +65,11 @@ class Footer:
         return self.index + 1, 0, 0
 
     def group_of(self, row: int) -> int:
-        """The row group of row number `row`."""
+        """The row group that contains row number `row`."""
         return bisect_right(self.starts, row) - 1
 
     def cursor(self, row: int) -> tuple[int, ...]:
-        """After row number `row - 1` of the file."""
+        """The cursor after row number `row - 1` of the file."""
         if row >= self.starts[-1]:
             return self.end
         group = self.group_of(row - 1)
@@ -79,11 +79,11 @@ class Footer:
 def read_end(path: str, file: Input) -> tuple[bytes, Any, Any]:
     """The end of a file from its footer on, and pyarrow's metadata and Arrow schema.
 
-    The footer is found here and not by pyarrow, which would read whatever length is claimed.
+    The footer is not located by pyarrow, which would read any length that the file claims.
 
     Raises:
         OSError: The system's, or the store's.
-        BrokenDataError: It is no Parquet file, or not all of one; or it was rewritten meanwhile.
+        BrokenDataError: It is not a Parquet file, or only a part of one, or it was rewritten while it was read.
     """
     try:
         end = _end(file)
@@ -97,27 +97,27 @@ def read_end(path: str, file: Input) -> tuple[bytes, Any, Any]:
         raise rewritten(path, change)
     if broken is not None:
         raise BrokenDataError(
-            f"{path}: it is no Parquet file, or only a part of one (the end, which says what is in it, cannot be "
+            f"{path}: it is not a Parquet file, or only a part of one (the end, which says what is in it, cannot be "
             f"read): {broken}"
         ) from broken.__cause__
     return end, metadata, schema
 
 
 def _end(file: Input) -> bytes:
-    """The footer, its length, and the mark."""
+    """The end of the file: the footer, its length, and the mark."""
     size = file.size
     if size < SHORTEST:
         raise BrokenDataError(f"it has {size} bytes")
     end = bytes(file.range(max(0, size - END_BYTES), size))
     mark = end[-4:]
-    if mark not in (b"PAR1", b"PARE"):  # the latter is encrypted, which pyarrow says better
-        raise BrokenDataError("there is no mark of Parquet at its end")
+    if mark not in (b"PAR1", b"PARE"):  # the latter is encrypted; pyarrow has a better error for it
+        raise BrokenDataError("there is no Parquet mark at its end")
     length = int.from_bytes(end[-8:-4], "little")
     start = size - 8 - length
     if start < 4:
-        raise BrokenDataError(f"the footer is said to have {length} bytes, and the file has {size}")
+        raise BrokenDataError(f"the footer claims {length} bytes, and the file has {size}")
     if length > LARGE_FOOTER and mark == b"PAR1" and bytes(file.range(start, start + 1)) != FIRST_BYTE:
-        raise BrokenDataError(f"the footer is said to have {length} bytes, and none begins there")
+        raise BrokenDataError(f"the footer claims {length} bytes, and none begins there")
     if start < size - len(end):
         end = bytes(file.range(start, size - len(end))) + end
     return end[-8 - length :]
@@ -139,24 +139,24 @@ def _parsed(end: bytes) -> tuple[Any, Any]:
 class Numbers:
     """The numbers in a footer: those of row groups, and of their chunks of the columns in `schema`.
 
-    Pyarrow believes them: of a chunk that begins where another one does, it gives that one's values. Where one of them
-    is wrong nothing else can be relied on, so no row of the file is read.
+    Pyarrow does not check them: if a chunk is said to begin where another one does, it returns that one's values. If
+    one number is wrong, the others cannot be relied on either, so no row of the file is read.
 
     Args:
         path: For errors.
         end: The end of the file, from the footer on.
-        metadata: Of pyarrow.
-        schema: Of the columns that are read.
+        metadata: pyarrow's.
+        schema: The columns that are read.
         data_end: Where the footer begins.
 
     Attributes:
-        starts: The number of the first row of each row group, and that of all rows.
-        sizes: Bytes of each row group, before compression, about.
+        starts: The number of the first row of each row group, and the number of rows.
+        sizes: About how many bytes each row group has, before compression.
         chunks: Where each row group has the chunks of the columns that are read.
-        row_bytes: Of a row of the first row group, as it is encoded.
+        row_bytes: The encoded size of a row in the first row group.
 
     Raises:
-        BrokenDataError: They cannot be true.
+        BrokenDataError: They contradict each other, or the size of the file.
     """
 
     def __init__(self, path: str, end: bytes, metadata: Any, schema: Any, data_end: int) -> None:
@@ -182,7 +182,7 @@ class Numbers:
             raise BrokenDataError(f"{path}: its footer is broken, so no row of it can be read: {what}") from error
 
     def _add(self, group: Struct) -> None:
-        """The next row group."""
+        """Check and add the next row group."""
         number, rows, size, chunks = len(self.sizes), group[_GROUP_ROWS], group[_GROUP_BYTES], group[_CHUNKS]
         if rows < 0 or size < 0 or len(chunks) != len(self._leaves):
             raise BrokenDataError(
@@ -208,7 +208,7 @@ class Numbers:
             self.row_bytes = max(1, encoded // rows)
 
     def _add_chunk(self, column: Struct, rows: int, repeated: bool) -> int:
-        """The values of a column in a row group of `rows`; how many bytes they are, as they are encoded."""
+        """Check and add the chunk of a column in a row group of `rows`; returns its encoded size."""
         start = column[_DATA_PAGE]
         if 0 < column.get(_DICTIONARY_PAGE, 0) < start:
             start = column[_DICTIONARY_PAGE]
@@ -224,7 +224,7 @@ class Numbers:
 
 
 def selected(path: str, schema: Any, columns: Sequence[str] | None) -> Any:
-    """The part of `schema` that is asked for, in that order."""
+    """The fields of `schema` for `columns`, in that order; all for None."""
     import pyarrow as pa
 
     names = schema.names
@@ -243,10 +243,10 @@ def selected(path: str, schema: Any, columns: Sequence[str] | None) -> Any:
 
 
 def same_columns(path: str, schema: Any, known_path: str, known: Any, *, tensors: bool) -> Any:
-    """`known`, if `schema` has the same columns; with what it did not know of them: see `joined`.
+    """`known`, if `schema` has the same columns; types that it did not know are filled in, see `joined`.
 
     Raises:
-        BrokenDataError: It has other ones.
+        BrokenDataError: It has other columns.
     """
     import pyarrow as pa
 
@@ -263,11 +263,11 @@ def same_columns(path: str, schema: Any, known_path: str, known: Any, *, tensors
         if kind is None
     ]
     differ += [f"{name!r} is missing" for name in known.names if name not in types]
-    differ += [f"{name!r} is more" for name in schema.names if name not in types]
+    differ += [f"{name!r} is new" for name in schema.names if name not in types]
     if differ:
         raise BrokenDataError(
-            f"{path} has other columns than {known_path}: {_listed(differ, str)}; columns= chooses those that all "
-            f"files have, and other files need a source of their own"
+            f"{path} has other columns than {known_path}: {_listed(differ, str)}; choose those that all files "
+            f"have with columns=, or read the others by a source of their own"
         )
     found = pa.schema(list(types.items()))
     return known if found.types == known.types else found
@@ -279,7 +279,7 @@ def _listed(names: Sequence[str], show: Any = repr) -> str:
 
 
 def row_bytes(encoded: int, schema: Any) -> int:
-    """What a row of the columns in `schema` takes when it is decoded, about, if it is encoded in so many bytes."""
+    """About how many bytes a decoded row of the columns in `schema` has, if its encoded size is `encoded`."""
     return max(1, encoded, sum(_bits(field.type) for field in schema) // 8)
 
 
@@ -292,5 +292,5 @@ def _bits(kind: Any) -> int:
         return int(kind.list_size) * _bits(kind.value_type)
     try:
         return int(kind.bit_width)
-    except ValueError:  # strings and others, whose encoded size tells more
+    except ValueError:  # strings and others: their encoded size is a better guess
         return 0

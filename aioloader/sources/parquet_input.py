@@ -1,10 +1,9 @@
 """The file or object that Parquet is read from, held to one version: from its footer to its last page.
 
-A span of row groups opens it anew, with the footer that was read before. Were it another file by then, rows of both
-would come, or garbage. So whatever is opened is compared with what the footer was read from, and an open file is looked
-at again after each piece, since it may be written to in place. The alternative, one descriptor from the footer to the
-last row, would go on in a file that another one has replaced, but it does not help where a file is written to in place,
-and an object has no descriptor.
+A span of row groups opens the file again, with the footer that was read before. If it were another file by then, rows
+of both would come, or garbage. So what is opened is compared with what the footer was read from, and an open file is
+checked again after each piece, because it may be written to in place. The alternative, one descriptor from the footer
+to the last row, would survive a rename, but would not help when a file is written to in place, and an object has none.
 """
 
 import errno
@@ -22,23 +21,24 @@ from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
+from aioloader.sources.stores import Version
 
 __all__ = ["Input", "open_input", "rewritten"]
 
 REPLACED: Final = "another file has taken its place"
 
 HOLE_BYTES: Final = 64 << 10
-"""Column chunks of an object with no more than this in between are fetched together: two requests would take longer."""
+"""Column chunks of an object that are no further apart are fetched together: two requests would take longer."""
 
 RANGE_BYTES: Final = 32 << 20
-"""Of such a request, at most."""
+"""The most that one such request asks for."""
 
 
 def rewritten(path: str, change: str, row: int = 0) -> BrokenDataError:
-    """The error of a file that was changed before its row number `row` was read."""
+    """The error of a file that was changed before row number `row` was read."""
     return BrokenDataError(
-        f"{path} was written anew while it was read: {change}. Its rows from {row} on would be of another version than "
-        f"those before, and are left out; write new data to another name, or begin the epoch again"
+        f"{path} was rewritten while it was read: {change}. Its rows from {row} on would be of another version than "
+        f"those before, and are left out; write new data under another name, or begin the epoch again"
     )
 
 
@@ -46,9 +46,9 @@ class Input(ABC):
     """An open file or object; used by one thread at a time.
 
     Attributes:
-        version: What tells the version of it from others. It belongs into no state, for a copy has another.
-        size: Bytes.
-        file: What pyarrow reads.
+        version: Tells this version from others. It must not go into a state, because a copy has another one.
+        size: In bytes.
+        file: A file object for pyarrow.
     """
 
     version: Any
@@ -65,7 +65,7 @@ class Input(ABC):
         """
 
     def fetch(self, places: Sequence[tuple[int, int]]) -> None:  # noqa: B027 - a file is close enough
-        """Have these bytes ready for pyarrow: starts and stops, in order.
+        """Get these bytes ready for pyarrow: starts and stops, in order.
 
         Raises:
             OSError, BrokenDataError: As `range`.
@@ -73,11 +73,11 @@ class Input(ABC):
 
     @abstractmethod
     def change(self, version: Any) -> str | None:
-        """What has happened to it since it had `version`, in words; None: nothing."""
+        """How it has changed since it had `version`, in words; None if it has not."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it."""
+        """Close it."""
 
 
 def open_input(path: str, store: Any, version: Any = None) -> Input:
@@ -85,8 +85,8 @@ def open_input(path: str, store: Any, version: Any = None) -> Input:
 
     Args:
         path: Its name, or its key.
-        store: None: a file.
-        version: Of an object, the one to read; None: the one that is there.
+        store: None for a file.
+        version: Which version of an object to read; None means the one that is there.
 
     Raises:
         OSError: The system's, or the store's.
@@ -95,7 +95,7 @@ def open_input(path: str, store: Any, version: Any = None) -> Input:
 
 
 class _LocalFile(Input):
-    """Opened twice: by Python, which says what it is, and by pyarrow, which reads it without the GIL."""
+    """A file that is opened twice: by Python, to check it, and by pyarrow, which reads it without the GIL."""
 
     def __init__(self, path: str) -> None:
         mode = os.stat(path).st_mode  # noqa: PTH116 - FileNotFoundError where there is nothing, in Python's words
@@ -103,8 +103,8 @@ class _LocalFile(Input):
             error = IsADirectoryError(errno.EISDIR, "Is a directory", path)
             error.add_note(f"aioloader: a file was expected; for those in a folder pass a glob: '{path}/*.parquet'")
             raise error
-        if not S_ISREG(mode):  # opening a pipe would wait until somebody writes into it
-            raise OSError(errno.ESPIPE, "a Parquet file is read from its end, and this is no regular file", path)
+        if not S_ISREG(mode):  # opening a pipe would block until something is written to it
+            raise OSError(errno.ESPIPE, "a Parquet file is read from its end, and this is not a regular file", path)
         self._path = path
         self._raw = FileIO(path)
         self._replaced = False
@@ -146,7 +146,7 @@ def _version(status: os.stat_result) -> tuple[int, int, int, int]:
 
 @contextmanager
 def _masking() -> Iterator[None]:
-    """Errors of stores name the whole URL."""
+    """Hide the secrets of URLs in the errors of stores."""
     try:
         yield
     except Exception as error:
@@ -155,15 +155,18 @@ def _masking() -> Iterator[None]:
 
 
 class _Object(Input):
-    def __init__(self, store: Any, key: str, version: Any) -> None:
+    def __init__(self, store: Any, key: str, version: Version | None) -> None:
         import obstore
 
         self._store = store
         self._key = key
         self._change: str | None = None
-        with _masking():
-            self.version = obstore.head(store, key) if version is None else version
-        self.size = self.version["size"]
+        if version is None:
+            version = Version(store, key)
+            with _masking():
+                version.is_same(obstore.head(store, key))  # the first answer decides
+        self.version: Version = version
+        self.size = version.size
         self.file: _Ranges = _Ranges(self)
 
     def fetch(self, places: Sequence[tuple[int, int]]) -> None:
@@ -173,12 +176,7 @@ class _Object(Input):
         import obstore
         from obstore.exceptions import PreconditionError
 
-        options: obstore.GetOptions = {"range": (start, stop)}
-        tag = self.version["e_tag"]
-        if tag is None:
-            options["if_unmodified_since"] = self.version["last_modified"]
-        elif not tag.startswith("W/"):  # a weak one matches nothing, by the standard
-            options["if_match"] = tag
+        options: Any = {"range": (start, stop), **self.version.condition}
         try:
             with _masking():
                 answer = obstore.get(self._store, self._key, options=options)
@@ -187,7 +185,7 @@ class _Object(Input):
         except FileNotFoundError:
             self._change = "the store does not have it any more"
         else:  # maybe of a server that ignores conditions
-            self._change = _difference(self.version, answer.meta)
+            self._change = self.version.difference(answer.meta)
         if self._change is not None:
             raise rewritten(self._key, self._change)
         with _masking():
@@ -203,19 +201,8 @@ class _Object(Input):
         self.file.close()
 
 
-def _difference(before: Any, now: Any) -> str | None:
-    """What tells one version of an object from the other, going by what the store says of it."""
-    if before["size"] != now["size"]:
-        return f"it had {before['size']} bytes, and has {now['size']} now"
-    if before["e_tag"] and now["e_tag"]:
-        same, what = before["e_tag"] == now["e_tag"], "ETag"
-    else:
-        same, what = before["last_modified"] == now["last_modified"], "time of its last change"
-    return None if same else f"its {what} is another one now (if nobody wrote it: servers behind one URL disagree)"
-
-
 def _together(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Fewer places, with what is between those that are near each other."""
+    """Fewer places: those that are near each other are joined."""
     joined: list[tuple[int, int]] = []
     for start, stop in sorted(places):
         if joined and start - joined[-1][1] <= HOLE_BYTES and stop - joined[-1][0] <= RANGE_BYTES:
@@ -229,7 +216,7 @@ class _Ranges(io.RawIOBase):
     """An object as a file. What is not ready is requested.
 
     Attributes:
-        ready: Parts of it, and where they begin.
+        ready: Parts that were fetched, each with its offset.
     """
 
     def __init__(self, source: _Object) -> None:
@@ -252,8 +239,8 @@ class _Ranges(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> Any:
-        whole = self._source.size
-        end = whole if size < 0 else min(whole, self._at + size)
+        file_size = self._source.size
+        end = file_size if size < 0 else min(file_size, self._at + size)
         if end <= self._at:
             return b""
         start, self._at = self._at, end

@@ -11,12 +11,13 @@ from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
+from aioloader.sources.read_ahead import failed
 
 __all__ = ["Parser", "parsed"]
 
 PARSE_SECONDS: Final = 0.001
-"""What one hop into the thread is worth: some hundred rows of JSON, or one sample that takes long. With five times
-that a row cost a microsecond more: entries that live longer make Python's garbage collector look at all it has."""
+"""How long one hop into the thread may parse: some hundred rows of JSON, or one slow sample. With five times that, a
+row cost a microsecond more: entries that live longer make Python's garbage collector go through all objects."""
 
 
 class Parser(ABC):
@@ -24,21 +25,21 @@ class Parser(ABC):
 
     Args:
         path: The file, for its extension and for errors.
-        offset: In the content, where to begin.
-        mark: Of that place, if the cursor has one.
+        offset: Where to begin in the content.
+        mark: The mark of that place, if the cursor has one.
         max_window_bytes: See `decompressor_for`.
-        least: So many bytes before that place are read again, with a mark or without.
+        least: How many bytes before that place are read again in any case.
 
     Attributes:
-        start: The first byte of the file to feed: a little before `offset`, for the mark; or 0 for what is compressed,
-            whose content is dropped up to there.
-        trail: Has the marks for cursors.
-        needed: So many bytes the file must have.
+        start: The first byte of the file to feed: a little before `offset`, for the mark; 0 for a compressed file,
+            whose content is dropped up to `offset`.
+        trail: Makes the marks of cursors.
+        needed: How many bytes the file must have at least.
     """
 
     def __init__(self, path: str, offset: int, mark: int | None, max_window_bytes: int, *, least: int = 0) -> None:
         self.path = path
-        self.has_more = False  # `parse` stopped because its time was up, and is to be called again
+        self.has_more = False  # `parse` stopped because its time was up; call it again
         self._decompressor = decompressor_for(path, max_window_bytes)
         self.trail = Trail(offset, mark, least=least)
         self._dropped = self.trail.start if is_compressed(path) else 0  # bytes still to be dropped
@@ -47,10 +48,10 @@ class Parser(ABC):
         self._error: BrokenDataError | None = None
 
     def parse(self, data: bytes) -> list[Entry]:
-        """The entries that `data` completes; empty `data` goes on after `has_more`.
+        """The entries that `data` completes; pass empty `data` while `has_more`.
 
         Raises:
-            BrokenDataError: What is wrong with the whole file; after the entries before it.
+            BrokenDataError: The rest of the file cannot be read; after the entries before that.
         """
         if data:
             self._pieces = self._decompressor.feed(data)
@@ -91,7 +92,7 @@ class Parser(ABC):
             self._decompressor.finish()
             missing = self._dropped + self.trail.missing
             if missing:
-                raise BrokenDataError(f"it ends {missing} bytes before the place to go on at: it was changed")
+                raise BrokenDataError(f"it ends {missing} bytes before the place to resume at: it was changed")
             return self._finish()
         except BrokenDataError as error:
             raise self._named(error) from error.__cause__
@@ -101,27 +102,27 @@ class Parser(ABC):
 
     @abstractmethod
     def _feed(self, piece: bytes) -> None:
-        """More of the content; `_take` has returned False before."""
+        """Take more of the content, after `_take` has returned False."""
 
     @abstractmethod
     def _take(self, entries: list[Entry], deadline: float) -> bool:
-        """Append the entries that are complete; True: not all of them, since `deadline` is over."""
+        """Append entries that are complete; True if `deadline` came before the last of them."""
 
     @abstractmethod
     def _finish(self) -> list[Entry]:
-        """The content is over."""
+        """The entries that the end of the content completes."""
 
 
 async def parsed(
     chunks: AsyncGenerator[Any], parser: Parser, thread: SourceThreads, *, after: Any
 ) -> AsyncGenerator[list[Entry]]:
-    """Feed `chunks` to `parser`, in `thread`; what fails is the last entry. Lists may be empty.
+    """Feed `chunks` to `parser`, in `thread`; a failure is the last entry. Lists may be empty.
 
     Args:
         chunks: The bytes of the file; closed at the end.
-        parser: Of this file.
-        thread: Where it works.
-        after: The cursor behind the file, for the entry of its failure.
+        parser: The file's parser.
+        thread: Where it runs.
+        after: The cursor after the file, for the entry of a failure.
     """
     try:
         async with aclosing(chunks):
@@ -131,6 +132,5 @@ async def parsed(
                     yield await thread.call(parser.parse, b"")
         entries = await thread.call(parser.finish)
     except Exception as error:
-        entries = [Entry(None, after, parser.path, 0)]
-        entries[0].error = error
+        entries = [failed(error, after, parser.path)]
     yield entries

@@ -1,4 +1,4 @@
-"""Which files a user means by a path, a glob, or several of them."""
+"""The files that a path, a glob, or several of these stand for."""
 
 import glob
 import os
@@ -19,25 +19,25 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str, ...]:
     """The files of `paths`, in a stable order: as given, those of a glob sorted.
 
-    A path is taken as it is, whether or not the file is there. What looks like a glob is one, unless a file has that
-    very name; `**` means any folders.
+    A path stays as it is, whether or not the file exists. What looks like a glob is one, unless a file has exactly that
+    name; `**` means any folders.
 
     Args:
         paths: A path, a glob, or a sequence of these.
-        source: Who asks, for errors.
+        source: The name of the source, for errors.
         folders: A single path may be a folder, and stands for the files in it and in the folders in it.
 
     Raises:
-        TypeError: Something is no path.
-        FileNotFoundError: A glob matches no file, or there is none in a folder.
-        ValueError: No path at all, or a URL.
+        TypeError: Something is not a path.
+        FileNotFoundError: A glob matches no file, or a folder has none.
+        ValueError: There is no path, or a URL.
     """
     if folders and isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
         inside = sorted(files_in(os.fspath(paths)))
         if not inside:
             raise FileNotFoundError(
-                f"{source}: no file in the folder {os.fspath(paths)!r} or in the folders in it, but for hidden ones, "
-                f"looked at from {str(Path.cwd())!r}; check the path"
+                f"{source}: no file in the folder {os.fspath(paths)!r} or in the folders in it, except hidden ones, "
+                f"looked up from {str(Path.cwd())!r}; check the path"
             )
         return tuple(inside)
     found: list[str] = []
@@ -58,10 +58,10 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
 
 
 def refuse_url(path: str, *, source: str) -> None:
-    """Refuse what is no file of this machine, unless one has that very name.
+    """Refuse URLs, unless a file has exactly that name.
 
     Raises:
-        ValueError: `path` is a URL; says what reads it.
+        ValueError: `path` is a URL; the message says what reads it.
     """
     if _URL.match(path) is None or os.path.lexists(path):
         return
@@ -75,10 +75,10 @@ def refuse_url(path: str, *, source: str) -> None:
 
 
 def names_of(paths: Sequence[str]) -> dict[str, Any]:
-    """What a state says of files, in their order: how many there are, and a checksum of their names.
+    """What a state says about files, in their order: how many there are, and a checksum of their names.
 
-    Folders that all have in common do not count, so that data may be mounted elsewhere. A checksum, since the names of
-    a hundred thousand files do not belong into a checkpoint. Passwords in URLs do not count either: they change.
+    Common parent folders do not count, so that data may be mounted elsewhere. Neither do passwords in URLs, because
+    they change. A checksum, because the names of a hundred thousand files do not belong in a checkpoint.
     """
     paths = [masked(path) for path in paths] if any("://" in path for path in paths) else paths
     common = os.path.commonprefix(paths)  # noqa: RUF071 - URLs too; and it is cut at a slash
@@ -88,20 +88,20 @@ def names_of(paths: Sequence[str]) -> dict[str, Any]:
 
 
 Identity = tuple[int, int]
-"""Device and number of a folder."""
+"""Device and inode of a folder."""
 
 
 def files_in(
     folder: str, above: frozenset[Identity] = frozenset(), seen: dict[Identity, dict[str, None]] | None = None
 ) -> Iterator[str]:
-    """The files in a folder and in the folders in it, in any order; without hidden ones, as globs go.
+    """The files in a folder and in the folders in it, in any order; without hidden ones, as with globs.
 
-    Links are followed, but for those that lead back to where they are.
+    Links are followed, except for those that lead back to a folder that they are in.
 
     Args:
         folder: Where to look.
         above: The folders that it is in.
-        seen: Where to note the folders that were looked through: links give one several names.
+        seen: Gets the folders that were read, with their names: links may give one several.
     """
     status = os.stat(folder)  # noqa: PTH116
     identity = (status.st_dev, status.st_ino)
@@ -121,16 +121,16 @@ def files_in(
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, which is to raise where it is read
+    except OSError:  # a link to itself, which raises when it is read
         return False
 
 
 def each_path(paths: Any, *, source: str) -> list[str]:
-    """`paths` as a list of strings, not looked up.
+    """`paths` as a list of strings, which are not looked up.
 
     Raises:
-        TypeError: Something is no path.
-        ValueError: There is none.
+        TypeError: Something is not a path.
+        ValueError: There is no path.
     """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
@@ -149,7 +149,7 @@ def each_path(paths: Any, *, source: str) -> list[str]:
 
 
 _URL: Final = re.compile(r"[a-z][a-z0-9+.-]+://|(?:s3|gs|gcs|az|abfss?|https?|hf|file):/", re.IGNORECASE)
-"""The second one is what `pathlib` leaves of it."""
+"""The second form is what `pathlib` makes of a URL."""
 
 _BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 

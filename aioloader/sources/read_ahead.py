@@ -1,4 +1,4 @@
-"""Lists of entries that a task makes ahead, and readers take from."""
+"""A reader whose entries are made ahead of time by a task."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -12,18 +12,18 @@ __all__ = ["Ahead", "failed"]
 
 
 class Ahead(EntryReader):
-    """Reads what `make()` yields, one task further than asked.
+    """Reads the lists of entries that `make()` yields, in a task of its own.
 
     The task iterates the generator and closes it, also when it is cancelled at the end of the epoch.
 
     Args:
-        access: The source's.
-        make: Gives lists of entries. What it raises, the reader raises, after what came before.
-        lists: How many lists may lie ready; while they do, the generator stands still.
+        context: The source's.
+        make: Yields lists of entries. What it raises is raised by `read`, after the entries before it.
+        lists: How many lists may be ready; the generator is not resumed while there are that many.
     """
 
     def __init__(
-        self, access: SourceContext, make: Callable[[], AsyncGenerator[list[Entry]]], *, lists: int = 1
+        self, context: SourceContext, make: Callable[[], AsyncGenerator[list[Entry]]], *, lists: int = 1
     ) -> None:
         self._make = make
         self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists)  # None: the end
@@ -31,7 +31,7 @@ class Ahead(EntryReader):
         self._next = 0  # in `current`
         self._error: BaseException | None = None
         self._ended = False
-        access.spawn(self._read_ahead)
+        context.spawn(self._read_ahead)
 
     async def _read_ahead(self) -> None:
         try:
@@ -39,21 +39,21 @@ class Ahead(EntryReader):
                 async for entries in made:
                     if entries:
                         await self._lists.put(entries)
-                    del entries  # it is the consumer's now
-        except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which is for this task
+                    del entries  # do not keep the samples alive
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which cancels this task
             self._error = error
         await self._lists.put(None)
 
     @property
     def ready(self) -> bool:
-        """Whether `read` gives something at once."""
+        """Whether `read` returns without waiting."""
         return self._next < len(self._current) or not self._lists.empty()
 
     async def read(self, limit: int) -> list[Entry]:
         if self._ended:
             return []
         if self._next == len(self._current):
-            self._current = []  # not kept while waiting
+            self._current = []  # do not keep the samples alive while waiting
             self._next = 0
             entries = await self._lists.get()
             if entries is None:
@@ -70,7 +70,7 @@ class Ahead(EntryReader):
 
 
 def failed(error: BaseException, cursor: Any, key: Any) -> Entry:
-    """An entry that raises `error` at its place."""
+    """An entry that raises `error` in its position."""
     entry = Entry(None, cursor, key, 0)
     entry.error = error
     return entry

@@ -1,4 +1,4 @@
-"""Whole files, read at once: into bytes, into a tensor, or many of one size into one tensor."""
+"""Reads a file at once: into bytes, into a tensor, or many of one size into one tensor."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ __all__ = ["Read", "check_read", "load", "read_bytes", "read_stacked", "read_ten
 
 Read = Literal["bytes", "tensor"]
 
-_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would take CR LF for a line end
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # else Windows translates CR LF
 
 CHECKED_BYTES: Final = 1 << 20
 
@@ -26,14 +26,14 @@ def read_bytes(path: str) -> bytes:
     """The content of a file.
 
     Raises:
-        BrokenDataError: It was written anew meanwhile.
+        BrokenDataError: It was rewritten while it was read.
         OSError: The system's own, with the path.
     """
     fd = _open(path)
     try:
         before = os.fstat(fd)
         content = os.read(fd, before.st_size + 1)
-        if len(content) != before.st_size:  # one that grows, or like those of /proc has no size
+        if len(content) != before.st_size:  # it grows, or has no size, as those of /proc
             pieces = [content]
             while piece := os.read(fd, 1 << 20):
                 pieces.append(piece)
@@ -47,10 +47,10 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_tensor(path: str) -> torch.Tensor:
-    """The content of a file: uint8 [bytes], in memory of its own.
+    """The content of a file, uint8 [bytes].
 
     Raises:
-        BrokenDataError: It was written anew meanwhile.
+        BrokenDataError: It was rewritten while it was read.
         OSError: The system's own, with the path.
     """
     fd = _open(path)
@@ -58,7 +58,7 @@ def read_tensor(path: str) -> torch.Tensor:
         before = os.fstat(fd)
         size = before.st_size
         content = torch.empty(size, dtype=torch.uint8, device="cpu")
-        # Not a bytearray, which may begin 16 bytes behind a multiple of 32: the kernel then copies at a third of the
+        # Not a bytearray, which may begin 16 bytes after a multiple of 32: the kernel then copies at a third of the
         # speed (measured on an EPYC); torch's memory begins at multiples of 64.
         memory = writable(content) if size else memoryview(bytearray())
         fits = _read_into(fd, memory, bytearray(1)) == size
@@ -68,23 +68,23 @@ def read_tensor(path: str) -> torch.Tensor:
         raise _named(error, path) from None
     finally:
         os.close(fd)
-    if not fits:  # it changes meanwhile
+    if not fits:  # it is being changed
         changed = bytearray(read_bytes(path))
         return torch.frombuffer(changed, dtype=torch.uint8) if changed else torch.empty(0, dtype=torch.uint8)
     return content
 
 
 def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
-    """Files of one size in one tensor, uint8 [files, bytes], each read straight to its place.
+    """Files of one size in one tensor, uint8 [files, bytes], each read straight into its row.
 
-    A read costs 6 µs for 64 KiB in the page cache. What else could be done costs more than that: memory for each file
-    (page faults), a copy into the batch, a hop into a thread, and even the three system calls in between make up
-    half of it. So there is one allocation for all, of memory that was used before, and no `fstat`: each read asks for
-    one byte more than the file should have.
+    Reading 64 KiB from the page cache costs 6 µs. Memory for each file (page faults), a copy into the batch or a hop
+    into a thread would each cost more, and even three system calls make up half of it. So there is one allocation for
+    all files, of memory that was used before, and no `fstat`: each read asks for one byte more than the file should
+    have.
 
     Args:
         paths: At least one.
-        alloc: Gives the memory.
+        alloc: Allocates the memory.
 
     Raises:
         OSError: The system's own, with the path.
@@ -110,13 +110,13 @@ def read_stacked(paths: Sequence[str], alloc: Alloc) -> torch.Tensor:
 
 
 def _check_unchanged(fd: int, path: str, before: os.stat_result, length: int) -> None:
-    """Refuse what may be half of one content and half of another: a file that was truncated or written anew meanwhile.
+    """Refuse a file that was truncated or rewritten while it was read: half of the content may be old, half new.
 
-    Of one that is read by a single call in microseconds that is not asked: it would cost a sixth of the read. Appending
-    is no harm, and the files of /proc and /sys have less in them than their size, or more.
+    A file that a single call reads within microseconds is not checked, which would cost a sixth of the read. Appending
+    does no harm, and the size of files in /proc and /sys is not that of their content.
 
     Raises:
-        BrokenDataError: It was.
+        BrokenDataError: It has changed.
     """
     if before.st_size <= length < CHECKED_BYTES:
         return
@@ -124,13 +124,13 @@ def _check_unchanged(fd: int, path: str, before: os.stat_result, length: int) ->
     appended = now.st_size > before.st_size
     if not appended and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise BrokenDataError(
-            f"{path} was written anew while it was read: it has {now.st_size} bytes now, and had {before.st_size}; "
-            f"write to another name and rename"
+            f"{path} was rewritten while it was read: it has {now.st_size} bytes now, and had {before.st_size}; "
+            f"write under another name and rename"
         )
 
 
 def _read_into(fd: int, place: memoryview, beyond: bytearray) -> int:
-    """Fill `place` from the beginning of a file; how many bytes there were, one more than fit if there are more."""
+    """Fill `place` from the beginning of a file; returns the bytes read, one more than fit if there are more."""
     size = len(place)
     if not _HAS_READV:
         content = os.read(fd, size + 1)
@@ -138,7 +138,7 @@ def _read_into(fd: int, place: memoryview, beyond: bytearray) -> int:
             place[:] = content
         return len(content)
     got = total = os.readv(fd, (place, beyond))
-    while got and total < size:  # a signal, or a file system that gives less than there is
+    while got and total < size:  # a signal came, or the file system returns less than there is
         got = os.readv(fd, (place[total:], beyond))
         total += got
     return total
@@ -161,7 +161,7 @@ def _open(path: str) -> int:
 
 
 def _named(error: OSError, path: str) -> OSError:
-    """`error` of a descriptor, with the file that it was: `[Errno 21] Is a directory: '/data/images'`."""
+    """`error` with the path, which errors of descriptors lack: `[Errno 21] Is a directory: '/data/images'`."""
     named = OSError(error.errno, error.strerror, path)
     _advise(named, path)
     return named
@@ -169,7 +169,7 @@ def _named(error: OSError, path: str) -> OSError:
 
 def _advise(error: OSError, path: str) -> None:
     if isinstance(error, FileNotFoundError):
-        add_note(error, "aioloader: it is not there any more, or never was: look it up again with a new Files(...)")
+        add_note(error, "aioloader: it was removed, or never existed: look files up again with a new Files(...)")
     elif isinstance(error, IsADirectoryError):
         add_note(
             error,
@@ -190,10 +190,10 @@ _READERS: Final[dict[str | None, Callable[[str], Any]]] = {"bytes": read_bytes, 
 
 
 def check_read(read: Any, with_path: bool) -> None:
-    """Whether the two arguments of `Files` fit.
+    """Check the two arguments of `Files`.
 
     Raises:
-        ValueError: They do not.
+        ValueError: One is invalid.
     """
     if not (read is None or (isinstance(read, str) and read in _READERS)):
         raise ValueError(f"read must be 'bytes', 'tensor' or None, got {read!r}")

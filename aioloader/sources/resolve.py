@@ -1,4 +1,4 @@
-"""What a user may pass as a source, and what it is."""
+"""How the object that a user passes as a source is read."""
 
 import asyncio
 import contextlib
@@ -8,15 +8,16 @@ from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
+from pathlib import PurePath
 from typing import Any, Final
 from weakref import WeakSet
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from aioloader.core.checks import is_async_callable
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
-from aioloader.engine.source import is_async_callable
 from aioloader.errors import SourceUsedUpError
 from aioloader.masking import masked
 from aioloader.sources.files import Files
@@ -38,18 +39,18 @@ TAKEN: Final = (
     "or a function of no arguments that returns one of these"
 )
 
-_BUILT_IN = (list, tuple, range, array)  # reading one of these runs no code of the user's
+_BUILT_IN = (list, tuple, range, array)  # reading one of these runs no user code
 
 
 @dataclass(frozen=True)
 class Indexable:
-    """A source with a length and samples by number.
+    """A source with a length and indices.
 
     Attributes:
         data: The user's object.
-        load: Its `__getitem__`, when calling that may run user code; None: read on the loop.
+        load: Its `__getitem__` if that may run user code; None if it is read on the loop.
         is_async: Whether `load` is awaited.
-        names: What samples are called in notes of errors, instead of their numbers.
+        names: The names of samples in notes of errors, instead of their indices.
     """
 
     data: Any
@@ -59,13 +60,13 @@ class Indexable:
 
     @property
     def loads_many(self) -> bool:
-        """Whether a whole batch is loaded by one call, off the loop."""
+        """Whether one call loads a batch, off the loop."""
         many = getattr(self.data, "__getitems__", None)
         return self.load is not None and not self.is_async and bool(many) and not is_async_callable(many)
 
     @property
     def length(self) -> int:
-        """How many samples there are, now."""
+        """The current number of samples."""
         return len(self.data)
 
 
@@ -74,10 +75,10 @@ class StreamData:
     """A source that is iterated.
 
     Attributes:
-        make: The iterable, or the function that gives it.
+        make: The iterable, or the function that returns it.
         call: Whether `make` is a function.
-        single_use: It is an iterator, and iterating uses it up.
-        used: That has happened.
+        single_use: Whether it is an iterator, which iterating uses up.
+        used: Whether that has happened.
     """
 
     make: Any
@@ -87,10 +88,10 @@ class StreamData:
 
     @property
     def length(self) -> int:
-        """How many samples there are.
+        """The number of samples.
 
         Raises:
-            TypeError: It does not say.
+            TypeError: It is not known.
         """
         if self.call or not hasattr(self.make, "__len__"):
             raise TypeError(f"{describe(self.make)} has no length")
@@ -100,7 +101,7 @@ class StreamData:
         """Refuse a second epoch of a generator.
 
         Raises:
-            SourceUsedUpError: One has begun already.
+            SourceUsedUpError: An epoch has begun already.
         """
         if self.used or _is_used(self.make):
             raise self._used_up()
@@ -108,7 +109,7 @@ class StreamData:
     def _used_up(self) -> SourceUsedUpError:
         return SourceUsedUpError(
             f"{describe(self.make)} can be iterated once, and an epoch of it has begun already; pass the generator "
-            f"function itself (without calling it), which is called anew for each epoch"
+            f"function itself (without calling it), which is called again for each epoch"
         )
 
     def use_again(self) -> None:
@@ -117,11 +118,11 @@ class StreamData:
             raise self._used_up()
 
     def use(self) -> None:
-        """An epoch begins."""
+        """Note that an epoch begins."""
         if self.single_use:
             self.check_unused()
             self.used = True
-            with contextlib.suppress(TypeError):  # an iterator that cannot be referred to weakly, or has no hash
+            with contextlib.suppress(TypeError):  # an iterator without weak references or hash
                 _used.add(self.make)
 
 
@@ -136,11 +137,11 @@ def _is_used(iterator: Any) -> bool:
 
 
 def resolve(source: Any) -> Indexable | StreamData:
-    """What `source` is.
+    """How `source` is read.
 
     Raises:
-        TypeError: None of what is taken.
-        SourceUsedUpError: A generator that has nothing to give.
+        TypeError: It cannot be a source.
+        SourceUsedUpError: It is a generator that is used up.
     """
     if isinstance(source, type):
         raise TypeError(f"a source must be {TAKEN}; got the class {source.__name__}: pass an instance of it")
@@ -166,9 +167,9 @@ def resolve(source: Any) -> Indexable | StreamData:
 
 
 def warn_of_live(loader: Any, *streams: Any) -> None:
-    """Warn whoever begins a `for` loop in the thread of an event loop, if one of `streams` waits for others to send.
+    """Warn of a `for` loop in the thread of an event loop if one of `streams` waits for others to send.
 
-    Called by what the caller has called.
+    The warning names the caller of the function that calls this one.
     """
     if asyncio._get_running_loop() is not None and any(map(_is_live, streams)):
         warnings.warn(
@@ -180,20 +181,20 @@ def warn_of_live(loader: Any, *streams: Any) -> None:
 
 
 def _is_live(stream: Any) -> bool:
-    """Whether samples come when others send them, and more may come."""
+    """Whether its samples come when others send them, and more may come."""
     return isinstance(stream, CursorSource) and not stream.replayable and not getattr(stream, "closed", False)
 
 
 def is_one_source(value: Any) -> bool:
-    """Whether this is a source itself, and no list of sources or of numbers."""
+    """Whether this is a source itself, and not a list of sources or numbers."""
     return isinstance(value, (Dataset, CursorSource, AsyncIterable))
 
 
 def check_dataset(dataset: Any) -> None:
-    """Refuse for `DataLoader` what it could neither index nor iterate, at its first batch, and a name for a dataset.
+    """Refuse what `DataLoader` can neither index nor iterate, or what looks like a mistake: a class, or a name.
 
     Raises:
-        TypeError: Which of these it is, and the way out.
+        TypeError: What it is, and the way out.
     """
     rule = "dataset must be a map-style Dataset with __getitem__, an IterableDataset or an async iterable"
     if isinstance(dataset, type):
@@ -218,7 +219,7 @@ def check_dataset(dataset: Any) -> None:
 
 
 def _check_can_begin(source: Any) -> None:
-    """Refuse a generator that is over already, or is at work: it would give nothing, or raise."""
+    """Refuse a generator that has ended, or is running: it would give nothing, or raise."""
     over = running = False
     if inspect.isgenerator(source):
         over, running = source.gi_frame is None, source.gi_running
@@ -227,22 +228,15 @@ def _check_can_begin(source: Any) -> None:
     if over or running:
         raise SourceUsedUpError(
             f"{describe(source)} can be iterated once, and {'is over already' if over else 'is being iterated now'}; "
-            f"pass the generator function itself (without calling it), which is called anew for each epoch"
+            f"pass the generator function itself (without calling it), which is called again for each epoch"
         )
 
 
 def _indexable(source: Any) -> Indexable | None:
     kind = type(source)
-    if isinstance(source, Files):
-        if source.read is None:
-            return Indexable(source, None, is_async=False)  # the paths are there
+    if isinstance(source, Files) and source.read is not None:
         return Indexable(source, source.__getitem__, is_async=False, names=source.paths)
-    if isinstance(source, torch.Tensor) or kind.__module__ == "numpy":
-        if not getattr(source, "ndim", 1):
-            raise TypeError(f"a source must be {TAKEN}; got {describe(source)} without dimensions")
-        if hasattr(kind, "__len__"):
-            return Indexable(source, None, is_async=False)
-    if kind in _BUILT_IN:
+    if _is_in_memory(source):
         return Indexable(source, None, is_async=False)
     if not hasattr(kind, "__len__") and not hasattr(source, "__len__"):
         return None
@@ -253,6 +247,17 @@ def _indexable(source: Any) -> Indexable | None:
             return Indexable(source, _OneOfManyAsync(source), is_async=True)
         return Indexable(source, _OneOfMany(source), is_async=False)
     return None
+
+
+def _is_in_memory(source: Any) -> bool:
+    """Whether its samples are in memory, and reading one runs no user code."""
+    if isinstance(source, Files):
+        return source.read is None  # its samples are the paths
+    if isinstance(source, torch.Tensor) or type(source).__module__ == "numpy":
+        if not getattr(source, "ndim", 1):
+            raise TypeError(f"a source must be {TAKEN}; got {describe(source)} without dimensions")
+        return hasattr(type(source), "__len__")
+    return type(source) in _BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -278,7 +283,7 @@ class _OneOfManyAsync:
 def _check_no_arguments(fn: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a built-in that does not tell
+    except (TypeError, ValueError):  # a built-in without a signature
         return
     try:
         signature.bind()
@@ -290,17 +295,17 @@ def _check_no_arguments(fn: Callable[..., Any]) -> None:
 
 
 def describe_content(source: Indexable | StreamData) -> str:
-    """What a source gives, as far as it tells: its name, and of lists and sources of our own also what is in them."""
+    """A description of what a source gives: its name, and for lists and our own sources also their content."""
     data = source.data if isinstance(source, Indexable) else source.make
     name = source_name(data)
     if isinstance(data, CursorSource):
-        told = sorted(getattr(data, "__dict__", {}).items())
-        name += f"({', '.join(f'{key}={_plain(value)}' for key, value in told)})"
+        attributes = sorted(getattr(data, "__dict__", {}).items())
+        name += f"({', '.join(f'{key}={_plain(value)}' for key, value in attributes)})"
     elif isinstance(data, _BUILT_IN) and all(isinstance(value, str | int | float) for value in data):
         name += f"({_plain(data if isinstance(data, range) else list(data))})"
     elif isinstance(source, Indexable):
         name += f"({source.length})"
-    name = masked(name)  # it is written down beside a cache
+    name = masked(name)  # it is stored with a cache
     if len(name) > 300:
         name = f"{name[:200]}... {blake2b(name.encode(), digest_size=16).hexdigest()}"
     return name
@@ -311,19 +316,21 @@ def _plain(value: Any) -> str:
         return f"[{', '.join(map(_plain, value))}]"
     if value is None or isinstance(value, str | int | float | bool | range):
         return repr(value)
+    if isinstance(value, PurePath):
+        return repr(str(value))
     if is_dataclass(value):
         return _plain([getattr(value, each.name) for each in fields(value)])
     return source_name(value)
 
 
 def source_name(source: Any) -> str:
-    """A source in a pipeline's repr and in statistics: the function's name, else the type's."""
+    """The name of a source in reprs and statistics: the function's, else the type's."""
     name = getattr(source, "__qualname__", None) or type(source).__qualname__
     return str(name).rpartition("<locals>.")[2]
 
 
 def describe(source: Any) -> str:
-    """A user's object in an error message: its name or its type, and never much of its content."""
+    """The user's object for an error message: its name or type, and little of its content."""
     name = getattr(source, "__qualname__", None)
     if name is not None:
         return f"{type(source).__name__} {name.rpartition('<locals>.')[2]}"

@@ -1,4 +1,4 @@
-"""Samplers, whose order may be random: what they drew from is kept, so that a resumed epoch draws it again."""
+"""Samplers with random orders: the states they draw from are kept, so that a resumed epoch draws the same keys."""
 
 import threading
 from base64 import b64decode, b64encode
@@ -55,20 +55,21 @@ _drawing = threading.Lock()
 
 
 @after_fork_in_child
-def _draw_anew() -> None:
+def _renew_lock() -> None:
     global _drawing
     _drawing = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What the orders of one epoch are drawn from, and go on being drawn from after a resume.
+    """What the orders of one epoch are drawn from, also after a resume.
 
     Attributes:
-        state: Of torch's global generator when the epoch began, as text; None: no order depends on it.
-        sole: One sampler draws from it, which has what torch's own loader would give it. Several have a generator each
-            that is derived from `state`, since they draw in no fixed order; the loader has drawn once for all of them.
-        resumed: The epoch has begun before: nothing more may be drawn from the global generator.
+        state: The state of torch's global generator when the epoch began, as text; None if no order depends on it.
+        sole: A single sampler draws from it, the same numbers as with torch's own loader. Several samplers have a
+            generator each that is derived from `state`, because they draw in no fixed order; the loader has drawn once
+            for all of them.
+        resumed: The epoch began before a resume: nothing more may be drawn from the global generator.
     """
 
     state: str | None = None
@@ -77,36 +78,35 @@ class Draws:
 
 
 def draws_of(progress: Progress, *, sole: bool = True) -> Draws:
-    """Those of the epoch that `progress` is about."""
+    """The draws of the epoch that `progress` is about."""
     return Draws(progress.loader_state.get("drawn"), sole, progress.begun_before)
 
 
 class ReplayableOrder(KnowsOrigin):
     """The keys of one epoch.
 
-    What an order is drawn from is decided when the epoch begins, or when a state of its beginning is taken. torch's
-    samplers draw all that they need from the global generator at their first key, and from one of their own whenever
-    they need more. As long as the global generator stands where it stood, they simply draw from it. Else they draw from
-    another generator in that state: a resumed epoch, whose caller had the global one drawn from once and is not to
-    notice that it happens again; and one that begins after a state was taken, however often the caller has drawn since.
-    In that second case the global generator is drawn from as well, so that whatever is drawn later is the same with a
-    checkpoint and without. A sampler's own generator is left where the epoch leaves it, so that later epochs go on with
-    it as they would have.
+    The state that an order is drawn from is noted when the epoch begins, or when a state of its beginning is saved.
+    torch's samplers draw all that they need from the global generator at their first key, and from one of their own
+    whenever they need more. As long as the global generator is still in the noted state, they simply draw from it.
+    Otherwise they draw from another generator in that state, in two cases: in a resumed epoch, because the epoch has
+    drawn from the global generator before, and must not do so twice; and in an epoch that begins after its state was
+    saved, because the caller may have drawn since. In the second case the global generator is drawn from as well, so
+    that later draws are the same with a checkpoint and without. A sampler's own generator is left as the epoch leaves
+    it, and later epochs go on from there.
 
-    Why the state is not simply put into the global generator for that moment: this is a thread, and the generator is
-    the whole process's. A consumer who drew from it meanwhile, or kept its state in a checkpoint, would have met
-    somebody else's numbers, and what he drew would have been undone. `_DrawnFrom` acts on this thread alone.
+    Why the state is not simply put into the global generator for that moment: this is a thread, and the generator
+    belongs to the process. A consumer who draws from it meanwhile, or saves its state in a checkpoint, would get other
+    numbers, and those draws would be undone. `_DrawnFrom` affects this thread alone.
 
     Args:
-        open_keys: Begins an epoch of the sampler; what it draws counts too.
-        draws: What its order is drawn from, the samplers' own generators aside.
-        generators: Those, if their states are to be a part of each cursor: where an epoch asks for the keys several
-            times.
-        name: Tells the samplers of one loader apart.
-        alone: No other order is drawn from the global generator between the look at it and the draw; not for
-            samplers of the user's, which may wait for anything.
-        repetitions: Of the enclosing `repeat` stages. Those after the first do not draw from the global generator,
-            which the consumer may be using meanwhile: they go on from what the first one drew from.
+        open_keys: Begins an epoch of the sampler, and may draw too.
+        draws: What its order is drawn from, apart from the samplers' own generators.
+        generators: These, if their states are part of each cursor because an epoch asks for the keys several times.
+        name: Tells the samplers of a loader from each other.
+        alone: No other order may be drawn from the global generator between reading its state and drawing. Not for
+            the user's samplers, which may wait for anything.
+        repetitions: Those of the enclosing `repeat` stages. Later ones do not draw from the global generator, which the
+            consumer may be using meanwhile: they derive their order from what the first one drew from.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ReplayableOrder(KnowsOrigin):
         yield from keys
 
     def _drawing(self) -> AbstractContextManager[Any]:
-        """What the first key is asked for in."""
+        """The context in which to ask for the first key."""
         draws = self._draws
         path = () if draws.sole else (self._name,)
         if draws.state is not None and (path or any(self._repetitions)):
@@ -150,7 +150,7 @@ class ReplayableOrder(KnowsOrigin):
 
 
 def drawing_from(draws: Draws) -> AbstractContextManager[Any]:
-    """In which a sole sampler draws its order."""
+    """The context in which a sole sampler draws its order."""
     now = torch.get_rng_state()
     state = now if draws.state is None else unpacked(draws.state)
     if draws.resumed:
@@ -163,15 +163,13 @@ _DRAWS: Final = {
     *("rand_like", "randn_like", "randint_like", "random_", "uniform_", "normal_", "bernoulli_"),
     *("exponential_", "geometric_", "cauchy_", "log_normal_"),
 }
-"""Functions and methods of torch that draw, and take a `generator`, if not in every version."""
+"""Functions and methods of torch that draw, and that take a `generator` at least in some versions."""
 
 
 class _DrawnFrom(TorchFunctionMode):
-    """Lets this thread's functions of torch draw from a generator in `state` where they would take the global one.
+    """Makes torch's functions draw from a generator in `state` instead of the global one of the CPU, in this thread.
 
-    Args:
-        state: Of the global generator of the CPU.
-        and_global: They draw as much from the global one, too, and what comes of that is dropped.
+    With `and_global` they draw as much from the global one too, and drop that.
     """
 
     def __init__(self, state: torch.Tensor, *, and_global: bool = False) -> None:
@@ -187,12 +185,13 @@ class _DrawnFrom(TorchFunctionMode):
         if getattr(func, "__name__", "") in _DRAWS and _draws_on_cpu(args, kwargs):
             generator = kwargs.get("generator")
             if generator is None or generator is torch.default_generator:
-                drawn = func(*args, **kwargs) if self._and_global else None  # first: the other one may overwrite it
+                # First, because a draw in place is to end with the numbers of the other generator.
+                from_global = func(*args, **kwargs) if self._and_global else None
                 try:
                     return func(*args, **{**kwargs, "generator": self._generator})
                 except TypeError:  # it takes none
                     if self._and_global:
-                        return drawn
+                        return from_global
         return func(*args, **kwargs)
 
 
@@ -208,16 +207,16 @@ def packed(state: torch.Tensor) -> str:
 
 
 def unpacked(text: str) -> torch.Tensor:
-    """What `packed` was given.
+    """The state that `packed` was given.
 
     Raises:
-        ValueError: It is no base64.
+        ValueError: It is not base64.
     """
     return torch.frombuffer(bytearray(b64decode(text, validate=True)), dtype=torch.uint8)
 
 
 def check_generators(states: Any, generators: Sequence[torch.Generator]) -> None:
-    """Refuse states of generators that these cannot take.
+    """Refuse states that do not fit `generators`.
 
     Raises:
         ValueError: Why.
@@ -229,7 +228,7 @@ def check_generators(states: Any, generators: Sequence[torch.Generator]) -> None
 
 
 def check_draws(state: Mapping[str, Any]) -> None:
-    """Refuse a state without what the order of its epoch is drawn from.
+    """Refuse a state of a loader without the state that the order of its epoch is drawn from.
 
     Raises:
         ValueError: Why.
@@ -249,13 +248,13 @@ def _check_generator(state: Any, device: torch.device) -> None:
 
 
 def check_place(sampler: Any, origin: Origin | None, since: int, *, in_cursor: bool) -> None:
-    """Refuse a place in the keys of `sampler` that is none.
+    """Refuse an invalid place in the keys of `sampler`.
 
     Args:
         sampler: A sampler or batch sampler.
         origin: What the keys are counted from, see `resumable`.
-        since: How many.
-        in_cursor: The states of generators are a part of the cursor.
+        since: How many keys since then.
+        in_cursor: The states of generators are part of the cursor.
 
     Raises:
         ValueError: Why.
@@ -270,11 +269,11 @@ def check_place(sampler: Any, origin: Origin | None, since: int, *, in_cursor: b
     elif not tells:
         raise ValueError(f"it holds a state of a sampler, but {type(sampler).__name__} has no load_state_dict")
     if not tells and is_repeatable(sampler) and since > (length := len(sampler)):
-        raise ValueError(f"key {since} is behind the last of {length}")
+        raise ValueError(f"key {since} is after the last of {length}")
 
 
 def chain_of(sampler: Any) -> Iterator[Any]:
-    """A sampler and those that it takes its keys from, as torch's and most people's hold them."""
+    """A sampler and those that it gets its keys from, by the attribute that torch's and most others use."""
     seen = 0
     while sampler is not None and seen < 8:
         yield sampler
@@ -283,7 +282,7 @@ def chain_of(sampler: Any) -> Iterator[Any]:
 
 
 def generators_of(*samplers: Any) -> list[torch.Generator]:
-    """The generators that they draw from, each once."""
+    """The generators that the samplers draw from, each once."""
     found: list[torch.Generator] = []
     for outer in samplers:
         for sampler in chain_of(outer):
@@ -294,11 +293,11 @@ def generators_of(*samplers: Any) -> list[torch.Generator]:
 
 
 def detached_copies(things: Sequence[Any], shared: Sequence[Any] = ()) -> list[Any]:
-    """Copies of samplers, generators and iterables that know where they are: using them moves none of the originals.
+    """Copies of samplers, generators and stateful iterables: using a copy does not advance the original.
 
     Args:
-        things: Lists, tuples and ranges do not move, and stay what they are.
-        shared: What they hold and the copies hold too, beside the datasets of samplers.
+        things: Lists, tuples and ranges have no state, and are not copied.
+        shared: Objects in them that are not copied either, beside the datasets of samplers.
 
     Raises:
         LookupError: One of them cannot be copied.
@@ -307,7 +306,7 @@ def detached_copies(things: Sequence[Any], shared: Sequence[Any] = ()) -> list[A
     for thing in things:
         for part in chain_of(thing):
             for held in (getattr(part, "data_source", None), getattr(part, "dataset", None)):
-                memo.setdefault(id(held), held)  # of which a sampler asks for its length
+                memo.setdefault(id(held), held)  # a sampler only asks for its length
     generators = [thing for thing in things if isinstance(thing, torch.Generator)]
     for generator in [*generators, *generators_of(*things)]:
         memo[id(generator)] = clone = torch.Generator(device=generator.device)
@@ -325,7 +324,7 @@ def detached_copies(things: Sequence[Any], shared: Sequence[Any] = ()) -> list[A
 
 
 def draws_globally(sampler: Any) -> bool:
-    """Whether its order may depend on torch's global generator: nobody knows of those that are not torch's."""
+    """Whether its order may depend on torch's global generator; assumed of samplers that are not torch's."""
     for part in chain_of(sampler):
         if type(part) in _DRAWING:
             if part.generator is None:
@@ -336,7 +335,7 @@ def draws_globally(sampler: Any) -> bool:
 
 
 def kind_of(sampler: Any) -> str:
-    """Which of torch's samplers it is, or that it is somebody else's."""
+    """Which of torch's samplers it is, or "custom"."""
     return type(sampler).__name__ if type(sampler) in (*_DRAWING, *_FIXED, BatchSampler) else "custom"
 
 
@@ -347,12 +346,12 @@ _ARGUMENTS: Final[dict[type, tuple[tuple[str, str], ...]]] = {
     WeightedRandomSampler: (("weights", "weights"), ("num_samples", "num_samples"), ("replacement", "replacement")),
     DistributedSampler: tuple((name, name) for name in ("num_replicas", "shuffle", "seed", "drop_last")),
 }
-"""Of torch's samplers: names and attributes of what decides their order; of what is long, how much there is. Not the
-rank, since a state is that of all ranks."""
+"""Names and attributes of torch's samplers that decide their order; long ones count by their length. Not the rank,
+because a state is that of all ranks."""
 
 
 def arguments_of(sampler: Any) -> dict[str, Any]:
-    """What torch's samplers were made with, as far as it decides the keys; JSON-able."""
+    """The arguments of torch's samplers that decide the keys; JSON-able."""
     found = {}
     for part in chain_of(sampler):
         for name, attribute in _ARGUMENTS.get(type(part), ()):
@@ -364,7 +363,7 @@ def arguments_of(sampler: Any) -> dict[str, Any]:
 
 
 def is_repeatable(sampler: Any) -> bool:
-    """Whether a resumed epoch surely has the same keys: torch's own samplers, and those that tell their state."""
+    """Whether a resumed epoch is guaranteed to have the same keys: torch's own samplers, and those with a state."""
     for part in chain_of(sampler):
         if tells_state(part):
             return True
@@ -374,7 +373,7 @@ def is_repeatable(sampler: Any) -> bool:
 
 
 def is_plain(sampler: Any) -> bool:
-    """Whether nobody can tell when its keys are read: torch's own samplers, without a generator of the user's."""
+    """Whether reading keys early has no side effects: torch's own samplers, without a generator of their own."""
     for part in chain_of(sampler):
         if type(part) not in (*_DRAWING, *_FIXED, BatchSampler, range, list, tuple):
             return False
@@ -386,13 +385,13 @@ def is_plain(sampler: Any) -> bool:
 def replayable_keys(
     sampler: Any, open_keys: Callable[[], Iterator[Any]], draws: Draws, *, in_cursor: bool = False, **how: Any
 ) -> Any:
-    """The keys of one epoch of `sampler`, that can be had again: with its state when it tells one, else drawn.
+    """The keys of one epoch of `sampler`, which can be repeated: from its own state if it has one, else drawn again.
 
     Args:
         sampler: A sampler or batch sampler.
         open_keys: Begins an epoch of it.
         draws: What its order is drawn from.
-        in_cursor: The states of its generators are a part of each cursor.
+        in_cursor: The states of its generators are part of each cursor.
         how: See `ReplayableOrder`.
     """
     if not draws_globally(sampler):
@@ -405,7 +404,7 @@ def replayable_keys(
 
 
 class _Stateful:
-    """The keys of a sampler that tells its state, which may stand behind a batch sampler that reads no further."""
+    """The keys of a sampler with a state, which may belong to a batch sampler that does not read ahead."""
 
     def __init__(self, sampler: Any, keys: ReplayableOrder) -> None:
         self.__wrapped__ = sampler

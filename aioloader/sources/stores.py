@@ -1,4 +1,4 @@
-"""Stores of obstore: opened by URL, and which version of an object they have."""
+"""Stores of obstore: how they are opened by URL, and versions of their objects."""
 
 from hashlib import sha256
 from typing import Any
@@ -9,7 +9,7 @@ from aioloader.masking import mask_message, masked
 __all__ = ["Options", "Version", "check_no_options", "open_store", "read_version", "with_options"]
 
 Options = dict[str, Any]
-"""Of obstore: `client_options` and `retry_config`."""
+"""Options of obstore: `client_options` and `retry_config`."""
 
 
 def open_store(url: str, options: Options, *, source: str) -> Any:
@@ -17,12 +17,12 @@ def open_store(url: str, options: Options, *, source: str) -> Any:
 
     Args:
         url: Of a bucket, a host, or a folder in it.
-        options: The user's `client_options` and `retry_config`, None where there are none.
-        source: Who asks, for errors.
+        options: `client_options` and `retry_config` as the user passed them, or None.
+        source: The name of the source, for errors.
 
     Raises:
         ImportError: obstore is not installed.
-        Exception: Of obstore: it opens no such URL, or knows no such option.
+        Exception: obstore's own: it cannot open such a URL, or does not know an option.
     """
     try:
         from obstore.store import from_url
@@ -41,10 +41,10 @@ def open_store(url: str, options: Options, *, source: str) -> Any:
 
 
 def check_no_options(options: Options, *, source: str) -> None:
-    """Refuse timeouts and retries where there is no store.
+    """Refuse timeouts and retries without a store.
 
     Raises:
-        ValueError: There are some.
+        ValueError: Some were given.
     """
     given = [name for name, value in options.items() if value is not None]
     if given:
@@ -52,35 +52,35 @@ def check_no_options(options: Options, *, source: str) -> None:
 
 
 def with_options(store: Any, options: Options, *, source: str) -> Any:
-    """`store` with other timeouts and retries: one like it, that has all else in common; itself, if there are none.
+    """A copy of `store` with other timeouts and retries; `store` itself if no options are given.
 
     Args:
         store: The user's.
-        options: `client_options`, which are added to its own, and `retry_config`; None where there are none.
-        source: Who asks, for errors.
+        options: `client_options`, which are merged into its own, and `retry_config`, or None.
+        source: The name of the source, for errors.
 
     Raises:
-        ValueError: It is of a kind that waits for nobody.
+        ValueError: It is a kind of store without timeouts and retries.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return store
     if not hasattr(store, "retry_config"):
         raise ValueError(
-            f"{source} takes {' and '.join(given)} for a store behind a network, got "
+            f"{source} takes {' and '.join(given)} for a store that is reached over a network, got "
             f"{type(store).__name__}; leave it out"
         )
-    args, kwargs = store.__getnewargs_ex__()  # what pickle makes it anew from
+    args, kwargs = store.__getnewargs_ex__()  # how pickle would rebuild it
     if "client_options" in given:
         given["client_options"] = {**(kwargs.get("client_options") or {}), **given["client_options"]}
     return type(store)(*args, **{**kwargs, **given})
 
 
 def read_version(value: Any) -> str | None:
-    """A version in a cursor.
+    """Check a version in a cursor.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a version.
     """
     if value is not None and not isinstance(value, str):
         raise ValueError(f"a version is a string, got {value!r}"[:200])
@@ -90,11 +90,11 @@ def read_version(value: Any) -> str | None:
 class Version:
     """Which version of an object is read.
 
-    An ETag says which upload an object comes from, and not what is in it: a copy in another store has another one. So
-    it counts in one place only. In another one, and in folders, whose ETags are times of change, the content decides.
+    An ETag names an upload, not the content: a copy in another store has another ETag. So it counts only in the place
+    where it was seen. Elsewhere, and in folders, whose ETags are times of change, the content decides.
 
     Attributes:
-        mark: For cursors: where the object is, and which version it was; None: not known yet, or never.
+        mark: For cursors: where the object is, and its version; None if that is not known, or not yet.
     """
 
     def __init__(self, store: Any, key: str, expected: str | None = None) -> None:
@@ -106,33 +106,44 @@ class Version:
 
     @property
     def known(self) -> bool:
-        """Whether an answer has come."""
+        """Whether an answer has arrived."""
         return self._meta is not None
 
+    @property
+    def size(self) -> int:
+        """The object's size in bytes, once an answer has arrived."""
+        return int(self._meta["size"])
+
     def is_same(self, meta: Any) -> bool:
-        """Whether an answer is of the version that the first one was of; the first one decides."""
+        """Whether an answer is of the same version as the first one. The first call sets that version."""
         if self._meta is None:
             self._meta = meta
             self.mark = self._mark_of(meta)
             place, _, version = (self._expected or "").partition(":")
             here, _, now = (self.mark or "").partition(":")
             return place != here or version == now
+        return self.difference(meta) is None
+
+    def difference(self, meta: Any) -> str | None:
+        """How the version of an answer differs from that of the first one, in words; None if it is the same."""
         first = self._meta
+        if first["size"] != meta["size"]:
+            return f"it had {first['size']} bytes, and has {meta['size']} now"
         if first["e_tag"] is not None and meta["e_tag"] is not None:
-            same = first["e_tag"] == meta["e_tag"]
+            same, what = first["e_tag"] == meta["e_tag"], "ETag"
         else:
-            same = first["last_modified"] == meta["last_modified"]
-        return bool(same and first["size"] == meta["size"])
+            same, what = first["last_modified"] == meta["last_modified"], "time of its last change"
+        return None if same else f"its {what} differs (if it was not rewritten, the servers behind its URL disagree)"
 
     @property
     def condition(self) -> dict[str, Any]:
-        """What the next answer must fulfil, as options of obstore: a server that knows it sends nothing else."""
+        """Options of obstore for the next request: servers that know them answer only with the same version."""
         if self._meta is None:
             return {}
         tag = self._meta["e_tag"]
         if tag is None:
             return {"if_unmodified_since": self._meta["last_modified"]}
-        return {} if tag.startswith("W/") else {"if_match": tag}  # a weak one matches nothing, by the standard
+        return {} if tag.startswith("W/") else {"if_match": tag}  # by the standard, a weak one never matches
 
     def _mark_of(self, meta: Any) -> str | None:
         from obstore.store import LocalStore

@@ -1,7 +1,6 @@
 """`TarShards`: samples in tar archives, in the layout of WebDataset."""
 
 import re
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,20 +18,22 @@ from aioloader.errors import BrokenDataError
 from aioloader.masking import masked
 from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
-from aioloader.sources.marks import read_mark, read_offset
+from aioloader.sources.in_order import InOrder
+from aioloader.sources.marks import read_mark
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
-from aioloader.sources.read_ahead import Ahead, failed
+from aioloader.sources.read_ahead import failed
 from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
+from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
-from aioloader.sources.tar_format import BLOCK, BrokenHeaderError, EndMark, Member, TarMembers
+from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
 
 __all__ = ["TarShards"]
 
 _Start = tuple[int, int | None, str | None]  # byte offset, mark, version
 _BEGINNING: Final[_Start] = (0, None, None)
 
-LISTS_AHEAD: Final = 2  # per open shard: of up to a few milliseconds of work each
+LISTS_AHEAD: Final = 2  # per open archive, each of a few milliseconds of work
 
 MAX_MEMBER_BYTES: Final = 256 << 20
 MAX_SAMPLE_BYTES: Final = 1 << 30
@@ -40,13 +41,7 @@ MAX_SAMPLE_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """What is taken, at most.
-
-    Attributes:
-        member_bytes: Of one member's content.
-        sample_bytes: Of the members of one sample together, their headers included.
-        window_bytes: How far back a zstd frame may refer.
-    """
+    """The most that is accepted: see the arguments of `TarShards`."""
 
     member_bytes: int = MAX_MEMBER_BYTES
     sample_bytes: int = MAX_SAMPLE_BYTES
@@ -58,9 +53,9 @@ class _Archive:
     """Where an archive is.
 
     Attributes:
-        url: As the user named it.
-        store: An obstore store; None: a local file.
-        key: In the store, or the file's path.
+        url: The path or URL that the user passed.
+        store: A store of obstore; None for a local file.
+        key: The key in the store, or the path of the file.
     """
 
     url: str
@@ -69,14 +64,8 @@ class _Archive:
 
     @property
     def name(self) -> str:
-        """What keys and errors call it: the URL without its password."""
+        """The URL without its password, for keys and errors."""
         return masked(self.url)
-
-    def chunks(self, thread: SourceThreads, parser: "_Samples") -> AsyncGenerator[Any]:
-        """Its bytes that `parser` wants."""
-        if self.store is None:
-            return file_chunks(self.key, thread, start=parser.start, needed=parser.needed)
-        return object_chunks(self.store, self.key, parser.version, start=parser.start, needed=parser.needed)
 
 
 class TarShards(CursorSource):
@@ -88,34 +77,34 @@ class TarShards(CursorSource):
     out. Archives are read from front to back, nothing is written to disk, and the next ones are opened ahead, in order.
     They may be compressed: `.tar.gz`, `.tgz`, `.tar.zst`.
 
-    What is broken raises in place of its sample, and the next sample follows: a name twice in one sample, an absolute
-    name or one with `..`, a member that is too long, cannot be read or decoded, a hard link to what is not before it in
-    the same sample. An archive that cannot be opened or read on raises once, after its last whole sample, and the next
-    archive follows.
+    A broken sample raises in its position, and the next sample follows: a name that comes twice in one sample, an
+    absolute name or one with `..`, a member that is too long or cannot be read or decoded, a hard link to a member that
+    is not before it in the same sample. An archive that cannot be opened, or whose rest cannot be read, raises once,
+    after its last complete sample, and the next archive follows.
 
     Cursor: archive, the offset of the next sample in it, a mark of what is before, see `aioloader.sources.marks`, and
-    the version of a stored one. A compressed one is decompressed up to it again. An archive that was written anew
-    since, or while it is read, is an error at its place, and the next archive follows.
+    the version of an archive in a store. A compressed archive is decompressed again up to that offset. An archive that
+    was rewritten since, or while it is read, is an error, and the next archive follows.
 
     Args:
         shards: Paths, globs, or URLs of what obstore opens (`s3://`, `gs://`, `az://`, `https://`), one or a sequence;
             `{000..099}` and `{a,b}` are expanded. With `store`: keys in it.
         store: A store of obstore (`aioloader[objects]`).
-        decode: See `DecodeSample`; False: members stay bytes. It runs in the thread that reads the archive; leave
+        decode: See `DecodeSample`; with False, members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
         open_ahead: How many archives after the current one are open, and have their first samples ready.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them, for URLs
-            too. By its defaults a request ends after 30 seconds and is tried again until three minutes are over.
-        max_member_bytes: A member of more is an error in place of its sample. It is passed over without being held, so
-            that neither a header that is broken nor a small `.tar.gz` with much in it takes all memory.
-        max_sample_bytes: The same for all members of a sample together.
-        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): so much
-            of what came out is kept while it is read. A file that is broken on purpose can ask for any size.
+            too. By its defaults, a request times out after 30 seconds and is retried for up to three minutes.
+        max_member_bytes: A sample with a larger member is an error. The member is skipped without being buffered, so
+            that neither a broken header nor a small `.tar.gz` with much in it takes all memory.
+        max_sample_bytes: The same for all members of a sample together, headers included.
+        max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): that much
+            of the output is kept while it is read. A file that is broken on purpose can ask for any size.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
         ImportError: What a store, a `.zst` or an image needs is not installed.
-        ValueError: An argument does not fit.
+        ValueError: An argument is invalid.
     """
 
     def __init__(
@@ -151,7 +140,7 @@ class TarShards(CursorSource):
         if store is None and not stores:
             check_no_options(options, source="TarShards")
         for shard in self._shards:
-            decompressor_for(shard.key)  # what is not installed is said here
+            decompressor_for(shard.key)  # raises if the package for it is not installed
         self._decode = DecodeSample(decode)
         self._open_ahead = check_count("open_ahead", open_ahead, least=0)
         self._limits = _Limits(
@@ -162,7 +151,7 @@ class TarShards(CursorSource):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """The archives, in order."""
+        """The paths and URLs of the archives, in order."""
         return tuple(shard.url for shard in self._shards)
 
     @cached_property
@@ -176,74 +165,36 @@ class TarShards(CursorSource):
         self._place(cursor)
 
     def _place(self, cursor: Any) -> tuple[int, _Start]:
-        """Archive and place in it."""
+        """The archive and the place in it where reading resumes."""
         if cursor is None:
             return 0, _BEGINNING
         index, offset, mark, version = cursor_parts(cursor, 4)
-        start = read_offset(offset), read_mark(mark), read_version(version)
+        start = as_count(offset), read_mark(mark), read_version(version)
         if as_count(index) > len(self._shards):
             raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
         return index, start
 
-    def open(self, access: SourceContext, cursor: Any) -> EntryReader:
-        return _InOrder(access, self._shards, self._decode, self._limits, self._open_ahead, *self._place(cursor))
-
-
-class _InOrder(EntryReader):
-    """The samples of the archives, one after the other; each is read by a task and a thread of its own."""
-
-    def __init__(
-        self,
-        access: SourceContext,
-        shards: list[_Archive],
-        decode: DecodeSample,
-        limits: _Limits,
-        open_ahead: int,
-        index: int,
-        start: _Start,
-    ) -> None:
-        self._access = access
-        self._shards = shards
-        self._decode = decode
-        self._limits = limits
-        # An archive has one thread to itself, for its file is opened and closed in it. The threads are used in turn:
-        # an archive is opened only when the one that used its thread before has been read to its end.
-        self._threads = [access.threads(1) for _ in range(open_ahead + 1)]
-        self._open: deque[Ahead] = deque()
-        self._next = index
-        self._start = start
-
-    def _open_more(self) -> None:
-        while len(self._open) < len(self._threads) and self._next < len(self._shards):
-            self._open.append(self._ahead(self._next, self._start))
-            self._next += 1
-            self._start = _BEGINNING
-
-    def _ahead(self, index: int, start: _Start) -> Ahead:
-        shard = self._shards[index]
-        thread = self._threads[index % len(self._threads)]
-        parser = _Samples(shard, index, start, self._decode, self._limits)
-        chunks = shard.chunks(thread, parser)
-        return Ahead(
-            self._access, lambda: parsed(chunks, parser, thread, after=(index + 1, *_BEGINNING)), lists=LISTS_AHEAD
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        return InOrder(
+            context,
+            self._parsers(*self._place(cursor)),
+            _Samples.read,
+            open_ahead=self._open_ahead,
+            lists_ahead=LISTS_AHEAD,
         )
 
-    async def read(self, limit: int) -> list[Entry]:
-        while True:
-            self._open_more()
-            if not self._open:
-                return []
-            entries = await self._open[0].read(limit)
-            if entries:
-                return entries
-            self._open.popleft()
+    async def _parsers(self, index: int, start: _Start) -> AsyncGenerator["_Samples"]:
+        """A parser for each archive from number `index` on; the first begins at `start`."""
+        for at in range(index, len(self._shards)):
+            yield _Samples(self._shards[at], at, start, self._decode, self._limits)
+            start = _BEGINNING
 
 
 class _Samples(Parser):
     """The samples of one archive.
 
-    A sample is complete as soon as a header names a member of another one, or the archive has ended; what is found to
-    be broken later does not concern it any more. Of a sample that is broken nothing more is read.
+    A sample is complete as soon as a header names a member of another one, or the archive has ended; faults after that
+    do not affect it. The remaining members of a broken sample are not read.
     """
 
     def __init__(
@@ -251,16 +202,26 @@ class _Samples(Parser):
     ) -> None:
         offset, mark, version = start
         super().__init__(shard.name, offset, mark, limits.window_bytes)
+        self._shard = shard
         self.version = Version(shard.store, shard.key, version)
         self._limits = limits
         self._index = index
         self._decode = decode
         self._members = TarMembers(offset)
-        self._sample: dict[str, Any] | None = None  # its members are still coming
+        self._sample: dict[str, Any] | None = None  # the current one, whose members are still coming
         self._sample_bytes = 0
-        self._broken: str | None = None  # what is wrong with it
-        self._member: Member | None = None  # its content is still coming
-        self._extension = ""  # of that member
+        self._broken: str | None = None  # why the current sample is broken
+        self._member: Member | None = None  # the current one, whose content is still coming
+        self._extension = ""  # that of the current member
+
+    def read(self, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+        """The entries of the archive, read in `thread`."""
+        shard = self._shard
+        if shard.store is None:
+            chunks = file_chunks(shard.key, thread, start=self.start, needed=self.needed)
+        else:
+            chunks = object_chunks(shard.store, shard.key, self.version, start=self.start, needed=self.needed)
+        return parsed(chunks, self, thread, after=(self._index + 1, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:
         self._members.feed(piece)
@@ -289,7 +250,7 @@ class _Samples(Parser):
                 return True
 
     def _begin(self, entries: list[Entry], name: str, offset: int) -> str | None:
-        """A member of this name begins at `offset`; its extension, or None for what is left out."""
+        """Begin the member `name` at `offset`, and its sample if need be; its extension, or None if it is left out."""
         split = _split_name(name)
         if split is None:
             return None
@@ -301,7 +262,7 @@ class _Samples(Parser):
         return extension
 
     def _expects(self, member: Member, extension: str) -> bool:
-        """Whether the content of `member` is to be read: not if it breaks the sample, or is there already."""
+        """Whether to read the content of `member`: not if it breaks the sample, or is a hard link."""
         assert self._sample is not None
         key = self._sample["__key__"]
         self._sample_bytes += BLOCK + len(member.name) + member.size
@@ -310,7 +271,7 @@ class _Samples(Parser):
         elif _UNSAFE.search(member.name):
             self._break(
                 f"the name {member.name!r} at byte {member.offset} leads out of the archive, and names must be "
-                f"relative and without '..'; nothing is extracted to disk, but pack it anew"
+                f"relative and without '..'; nothing is extracted to disk, but pack it again"
             )
         elif extension in self._sample:
             self._break(
@@ -319,13 +280,13 @@ class _Samples(Parser):
             )
         elif member.size > self._limits.member_bytes:
             self._break(
-                f"{member} has {member.size} bytes, and at most {self._limits.member_bytes} are taken; pass a larger "
+                f"{member} has {member.size} bytes, and at most {self._limits.member_bytes} are allowed; pass a larger "
                 f"max_member_bytes"
             )
         elif self._sample_bytes > self._limits.sample_bytes:
             self._break(
                 f"the sample {key!r} has {self._sample_bytes} bytes up to {member}, and at most "
-                f"{self._limits.sample_bytes} are taken; pass a larger max_sample_bytes, unless the names have a dot "
+                f"{self._limits.sample_bytes} are allowed; pass a larger max_sample_bytes, unless the names have a dot "
                 f"too early: what is before the first one is the key"
             )
         elif member.link is not None:
@@ -335,9 +296,9 @@ class _Samples(Parser):
         return False
 
     def _link(self, member: Member, target: str, extension: str) -> None:
-        """Take the content of a hard link from the member that has it.
+        """Copy the content of a hard link from the member that has it.
 
-        Only from the same sample: a resume begins with the next one, and would not find those before it.
+        Only within the same sample: a resume begins at a sample, and would not find members before it.
         """
         assert self._sample is not None
         key, other = _split_name(target) or (None, "")
@@ -346,12 +307,12 @@ class _Samples(Parser):
             self._sample[extension] = content
         else:
             self._break(
-                f"{member} is a hard link to {target!r}, which is no member before it in the same sample; pack it anew "
-                f"with tar --hard-dereference"
+                f"{member} is a hard link to {target!r}, which is not a member before it in the same sample; pack it "
+                f"again with tar --hard-dereference"
             )
 
     def _add_content(self) -> bool:
-        """Of the member at hand; False: it is not all there."""
+        """Add the content of the current member; False if it is not complete yet."""
         assert self._sample is not None
         try:
             content = self._members.content()
@@ -365,13 +326,13 @@ class _Samples(Parser):
         return True
 
     def _break(self, why: str) -> None:
-        """The sample is broken; let go of what is there of it."""
+        """Mark the sample as broken, and drop its members."""
         assert self._sample is not None
         self._broken = why
         self._sample = {"__key__": self._sample["__key__"]}
 
     def _complete(self, entries: list[Entry], offset: int) -> None:
-        """The next sample, or the end, is at `offset`: the one before it has all its members."""
+        """Add the entry of the current sample: the next one, or the end, is at `offset`."""
         sample, self._sample = self._sample, None
         if sample is None:
             return
@@ -382,7 +343,7 @@ class _Samples(Parser):
             try:
                 entries.append(Entry(self._decode(sample), cursor, key, 0))
                 return
-            except BaseException as error:  # also what ends a program: it is the consumer's, at this place
+            except BaseException as error:  # also SystemExit and the like: the consumer gets it, in this position
                 raised: BaseException = error
         else:
             raised = BrokenDataError(f"{self.path}: {broken}")
@@ -405,7 +366,7 @@ _META: Final = re.compile(r"__[^/]*__($|/)")
 
 
 def _split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension; None for what WebDataset leaves out."""
+    """Key and extension; None for names that WebDataset leaves out."""
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not dot or not stem or _META.match(name):
@@ -414,7 +375,7 @@ def _split_name(name: str) -> tuple[str, str] | None:
 
 
 def _remote(url: str, stores: dict[str, Any], options: Options) -> _Archive:
-    """A URL as a store, one for all archives of a bucket or host, and the key in it."""
+    """The archive of a URL; those of one bucket or host share a store."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         return _Archive(url, None, unquote(parts.path))

@@ -1,4 +1,4 @@
-"""What the members of a sample are, by their extensions."""
+"""Decodes the members of a sample by their extensions."""
 
 import io
 import json
@@ -17,18 +17,18 @@ IMAGES: Final = frozenset({"jpg", "jpeg", "png", "ppm", "pgm", "pbm", "pnm", "we
 class DecodeSample:
     """From a sample of bytes to one of values: `Pipeline(TarShards(urls)).map(DecodeSample("torchrgb8"))`.
 
-    A member is decoded by what stands behind the last dot of its extension: `seg.png` as `png`. What is not known stays
-    as it is. Pickles (`.pyd`, `.pickle`, `.pth`) always do: reading one runs what is in it.
+    A member is decoded by what comes after the last dot of its extension: `seg.png` as `png`. Members with unknown
+    extensions stay bytes, and so do pickles (`.pyd`, `.pickle`, `.pth`), because reading one runs code in it.
 
     Args:
         decoding: True: `json` to its value; `txt`, `text` to `str`; `cls`, `cls2`, `index`, `inx`, `id`, `count` to
             `int`; `npy` to an array; images stay bytes. `"pil"`: these, and images to RGB images of Pillow.
-            `"torchrgb8"`: these, and images to tensors, uint8 [3, H, W] in 0..255. A mapping: from extension to
-            function of bytes, and nothing else is decoded.
+            `"torchrgb8"`: these, and images to tensors, uint8 [3, H, W] in 0..255. A mapping from extensions to
+            functions of bytes: nothing else is decoded.
 
     Raises:
         ImportError: `"pil"` or `"torchrgb8"` without Pillow.
-        ValueError: `decoding` is none of these.
+        ValueError: `decoding` is invalid.
     """
 
     def __init__(self, decoding: Decoding = True) -> None:
@@ -54,7 +54,7 @@ class DecodeSample:
         """A new dict with the same keys.
 
         Raises:
-            BrokenDataError: A member is not what its extension says; `__cause__` is the decoder's error.
+            BrokenDataError: A member cannot be decoded; `__cause__` is the decoder's error.
         """
         by_extension = self._by_extension
         if not by_extension:

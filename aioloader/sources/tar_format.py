@@ -1,37 +1,37 @@
 """The members of a tar archive that arrives in pieces.
 
-The standard library's `tarfile` in stream mode takes 50 µs per member, and ends in silence at a header that is broken
-or missing in the middle: samples would be lost without a word. Here each of these is an error, and a member takes 5 µs.
-Nothing is ever written to disk, so names are no danger; they are judged by the caller.
+The standard library's `tarfile` in stream mode takes 50 µs per member, and stops silently at a header that is broken or
+missing in the middle, so samples would be lost. Here each of these is an error, and a member takes 5 µs. Nothing is
+written to disk, so names are harmless; the caller checks them.
 
-Only what is asked for is held: a member's content after `content()`, headers of up to a megabyte.
+Only what is asked for is buffered: a member's content after `content()`, and headers of up to a megabyte.
 """
 
-import re
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Final
 from zlib import adler32
 
 from aioloader.errors import BrokenDataError
-from aioloader.sources.tar_fields import digits, number, octal, text
+from aioloader.sources.tar_blocks import BLOCK, TarBlocks
+from aioloader.sources.tar_fields import number, octal, text
+from aioloader.sources.tar_pax import PaxHeaders
 from aioloader.sources.tar_sparse import MAX_SPANS, SparseMap
 
-__all__ = ["BLOCK", "BrokenHeaderError", "EndMark", "Member", "TarMembers"]
+__all__ = ["BrokenHeaderError", "EndMark", "Member", "TarMembers"]
 
-MAX_HEADER_BYTES: Final = 1 << 20
-"""Of a pax header or a long name. Paths end at a few kilobytes; extended attributes, which pax headers hold too, at 64
-KiB each."""
-
-BLOCK: Final = 512
 _ZEROS: Final = bytes(BLOCK)
 _FILES: Final = b"0\x007S1"
 _HARD_LINK: Final = b"1"
-_EXTENSIONS: Final = b"xXgLK"  # headers that belong to the next one: pax, GNU long names and link targets
+_SPARSE: Final = b"S"
+_EXTENSIONS: Final = b"xXgLK"  # headers about the next one: pax, GNU long names and link targets
 _WITHOUT_DATA: Final = b"123456"  # links, devices, folders, pipes
-_NAME_BYTES: Final = 100  # what a header has room for
+_NO_PAX: Final = PaxHeaders()
+_NAME_BYTES: Final = 100  # what fits into a header
+
+MAX_HEADER_BYTES: Final = 1 << 20
+"""The most that a pax header or a long name may have. Paths have up to a few kilobytes; extended attributes, which pax
+headers hold too, up to 64 KiB each."""
 
 
 @dataclass(slots=True)
@@ -39,11 +39,11 @@ class Member:
     """A file in an archive, or a hard link to one.
 
     Attributes:
-        name: As it is written there.
+        name: As the archive has it.
         offset: Where its headers begin.
-        size: Of its content.
-        link: Of a hard link: the member that has the content.
-        fault: Why it cannot be read, while what comes after it can.
+        size: The size of its content.
+        link: For a hard link, the member that has the content.
+        fault: Why it cannot be read; the members after it can.
     """
 
     name: str
@@ -58,20 +58,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class EndMark:
-    """The end of an archive; another one may follow in the same file.
-
-    Attributes:
-        offset: Where it is.
-    """
+    """The end of an archive; another one may follow in the same file."""
 
     offset: int
 
 
 class BrokenHeaderError(BrokenDataError):
-    """A header without a size: nobody knows where the next one is.
+    """A header without a size, so that the next one cannot be found.
 
     Attributes:
-        name: Of the member, as far as it is known.
+        name: The member's name, as far as it is known.
         offset: Where its headers begin.
     """
 
@@ -82,60 +78,60 @@ class BrokenHeaderError(BrokenDataError):
 
 
 class TarMembers:
-    """The members, one after the other, as far as the bytes that were fed go.
+    """The members in the bytes that were fed, one after the other.
 
     Args:
-        offset: Where in the archive the first byte is; the beginning of a member.
+        offset: Where in the archive the first byte is; a member must begin there.
     """
 
     def __init__(self, offset: int = 0) -> None:
-        self._blocks = _Blocks(offset)
-        self._at_hand = _AtHand(offset)
-        self._members = _members(self._blocks, self._at_hand)  # not of `self`, which would be a cycle
+        self._blocks = TarBlocks(offset)
+        self._current = _CurrentMember(offset)
+        self._members = _members(self._blocks, self._current)  # does not refer to `self`, which would be a cycle
 
     def feed(self, piece: Any) -> None:
-        """More of the archive: bytes, or another buffer."""
+        """Add a piece of the archive: bytes, or another buffer."""
         self._blocks.feed(piece)
 
     def next(self) -> Member | EndMark | None:
-        """The next member, whose content may still be coming; None: its headers are not all there.
+        """The next member, whose content may still be coming; None if its headers are not complete yet.
 
-        What was not asked for of the member before is passed over. What is no file and no hard link to one is left out.
-        Archives that were written one after the other are read as one.
+        The content of the member before is skipped if it was not asked for. Only files and hard links to files are
+        returned. Archives that were written one after the other are read as one.
 
         Raises:
-            BrokenDataError: This is no tar archive, or it cannot be read on.
+            BrokenDataError: This is not a tar archive, or the rest of it cannot be read.
         """
         return next(self._members)
 
     def content(self) -> bytes | None:
-        """Of the member at hand, once; None: its bytes are not all there.
+        """The content of the current member, once; None if it is not complete yet.
 
         Raises:
-            BrokenDataError: It makes no sense; what comes after it can be read.
+            BrokenDataError: It is broken; the members after it can be read.
         """
-        at_hand = self._at_hand
-        stored = self._blocks.take(at_hand.stored)
+        current = self._current
+        stored = self._blocks.take(current.stored)
         if stored is None:
             return None
-        at_hand.stored = 0
-        if at_hand.sparse is None:
+        current.stored = 0
+        if current.sparse is None:
             return stored
         try:
-            return at_hand.sparse.expand(stored)
+            return current.sparse.expand(stored)
         except ValueError as error:
             raise BrokenDataError(f"its sparse map has {error}") from None
 
     def finish(self) -> None:
-        """There are no more bytes.
+        """Check that the archive is complete, after its last byte.
 
         Raises:
-            BrokenDataError: The archive is not complete.
+            BrokenDataError: It is not.
         """
-        total, begin = self._blocks.total, self._at_hand.begin
-        if self._at_hand.end is not None:
+        total, begin = self._blocks.total, self._current.begin
+        if self._current.end is not None:
             if self._blocks.rest().strip(b"\0"):
-                raise BrokenDataError(f"there is something after the end mark, at byte {begin}, which is no archive")
+                raise BrokenDataError(f"there is something after the end mark, at byte {begin}, that is not an archive")
             return
         if not total:
             raise BrokenDataError("the file is empty, and even an archive without members has an end mark")
@@ -147,14 +143,14 @@ class TarMembers:
 
 
 @dataclass(slots=True)
-class _AtHand:
-    """Which member is being read.
+class _CurrentMember:
+    """The member that is being read.
 
     Attributes:
         begin: Where its headers begin.
-        end: Where the end mark is, if nothing but zeros came after it.
-        stored: Bytes of its content that have not been used.
-        sparse: Where these belong.
+        end: Where the end mark is, if only zeros came after it.
+        stored: How many bytes of its content have not been used.
+        sparse: Where these belong in a sparse file.
     """
 
     begin: int
@@ -163,136 +159,102 @@ class _AtHand:
     sparse: SparseMap | None = None
 
 
-def _members(blocks: "_Blocks", at_hand: _AtHand) -> Iterator[Member | EndMark | None]:
-    """Read headers; None: more bytes are needed."""
+def _members(blocks: TarBlocks, current: _CurrentMember) -> Iterator[Member | EndMark | None]:
+    """Read headers; None means that more bytes are needed."""
     while True:
-        if at_hand.stored:
-            blocks.skip(at_hand.stored)
-            at_hand.stored = 0
+        if current.stored:
+            blocks.skip(current.stored)
+            current.stored = 0
         while blocks.missing:
             yield None
-        begin = at_hand.begin = blocks.offset
+        begin = current.begin = blocks.offset
         while (block := blocks.take(BLOCK)) is None:
             yield None
         if block == _ZEROS:
-            if at_hand.end is None:
-                at_hand.end = begin
+            if current.end is None:
+                current.end = begin
                 yield EndMark(begin)
             continue
-        kind, name, size = _header(block, begin, begin, at_hand.end is not None)
-        at_hand.end = None
-        pax = _NOTHING
+        kind, name, size = _header(block, begin, begin, current.end is not None)
+        current.end = None
+        pax = _NO_PAX
         if kind in _EXTENSIONS:
-            pax = _Pax()
-        while kind in _EXTENSIONS:
-            yield from _extension(blocks, pax, kind, size)
-            at = blocks.offset
-            while (block := blocks.take(BLOCK)) is None:
-                yield None
-            kind, name, size = _header(block, at, begin, False, pax.name)
-        if pax.size is not None:
-            size = pax.size
-        sparse, fault, link = pax.sparse, pax.fault, None
-        if kind in _WITHOUT_DATA:
-            if kind != _HARD_LINK:
-                continue
-            size = 0
-            link = pax.link or text(block[157:257])
-        at_hand.stored = size
-        if kind not in _FILES:
-            continue
-        if kind == b"S":
-            more: list[bytes] = []
-            flag = block[482]
-            while flag:
-                while (continued := blocks.take(BLOCK)) is None:
-                    yield None
-                flag = continued[504]
-                if len(more) <= MAX_SPANS // 21:  # 21 spans in each
-                    more.append(continued)
-        try:
-            if kind == b"S":
-                sparse = SparseMap.of_header(block, more)
-            if sparse is not None:
-                sparse.check(size)
-                size = sparse.size
-        except ValueError as error:
-            fault = fault or f"its sparse map has {error}"
-        if fault is not None and not pax.name and _may_be_cut(name):
-            raise BrokenDataError(f"the member at byte {begin} has no name that can be read: {fault}")
-        at_hand.sparse = sparse
-        yield Member(name, begin, size, link, fault)
+            pax = PaxHeaders()
+            block, kind, name, size = yield from _extensions(blocks, pax, begin, kind, size)
+        current.stored = size = 0 if kind in _WITHOUT_DATA else size
+        current.sparse = None
+        if kind in _FILES:
+            link = (pax.link or text(block[157:257])) if kind == _HARD_LINK else None
+            member = Member(name, begin, size, link, pax.fault)
+            if kind == _SPARSE or pax.sparse is not None or pax.fault is not None:
+                yield from _complete(member, blocks, current, block, pax)
+            yield member
 
 
-@dataclass(slots=True)
-class _Pax:
-    """What the headers before a member's own say about it.
+def _extensions(
+    blocks: TarBlocks, pax: PaxHeaders, begin: int, kind: bytes, size: int
+) -> Generator[None, None, tuple[bytes, bytes, str, int]]:
+    """Read the headers before a member's own into `pax`, then that one; each `yield` waits for bytes.
 
-    Attributes:
-        name: Of the member.
-        link: Of the member that it is a link to.
-        size: Of what is stored.
-        sparse: Where that belongs.
-        fault: What cannot be read of these headers.
+    Returns:
+        The member's own header, and the member's kind, name and size.
     """
-
-    name: str | None = None
-    link: str | None = None
-    size: int | None = None
-    sparse: SparseMap | None = None
-    fault: str | None = None
-
-    def read_pax(self, content: bytes) -> None:
-        """Take what a pax header says.
-
-        Raises:
-            ValueError: Something in it makes no sense; the names are taken all the same.
-        """
-        pax: dict[bytes, bytes] = {}
-        sparse: list[tuple[str, bytes]] = []
-        at = 0
-        fault: str | None = None
-        while at < len(content) and content[at]:
-            record = _RECORD.match(content, at)
-            end = at + int(record[1]) if record is not None else at
-            if record is None or not record.end() < end <= len(content) or content[end - 1] != 10:
-                fault = f"no record at its byte {at}"
-                break
-            key, value = record[2], content[record.end() : end - 1]
-            pax[key] = value
-            if key.startswith(b"GNU.sparse."):
-                sparse.append((text(key), value))
-            at = end
-        name = pax.get(b"GNU.sparse.name") or pax.get(b"path")
-        if name:
-            self.name = name.decode("utf-8", "surrogateescape")
-        if b"linkpath" in pax:
-            self.link = pax[b"linkpath"].decode("utf-8", "surrogateescape")
-        if fault is not None:
-            raise ValueError(fault)
-        if b"size" in pax:
-            try:
-                self.size = digits(pax[b"size"])
-            except ValueError as error:
-                raise ValueError(f"the size {error}") from None
-        if sparse:
-            self.sparse = SparseMap.of_pax(sparse)
+    while True:
+        yield from _extension(blocks, pax, kind, size)
+        at = blocks.offset
+        while (block := blocks.take(BLOCK)) is None:
+            yield
+        kind, name, size = _header(block, at, begin, False, pax.name)
+        if kind not in _EXTENSIONS:
+            return block, kind, name, size if pax.size is None else pax.size
 
 
-_RECORD: Final = re.compile(rb"([0-9]{1,20}) ([^=]+)=")  # `length key=value`, a line each
+def _complete(
+    member: Member, blocks: TarBlocks, current: _CurrentMember, header: bytes, pax: PaxHeaders
+) -> Iterator[None]:
+    """Find where the stored bytes of a sparse member belong, and whether its name is known.
 
-_NOTHING: Final = _Pax()
+    Each `yield` waits for bytes: GNU's own format has more of the map after `header`, the member's own.
+
+    Raises:
+        BrokenDataError: The name may be lost with headers that cannot be read.
+    """
+    current.sparse = pax.sparse
+    try:
+        if header[156:157] == _SPARSE:
+            more = yield from _map_blocks(blocks, header)
+            current.sparse = SparseMap.of_header(header, more)
+        if current.sparse is not None:
+            current.sparse.check(member.size)
+            member.size = current.sparse.size
+    except ValueError as error:
+        member.fault = member.fault or f"its sparse map has {error}"
+    if member.fault is not None and not pax.name and _may_be_cut(member.name):
+        raise BrokenDataError(f"the member at byte {member.offset} has no name that can be read: {member.fault}")
 
 
-def _extension(blocks: "_Blocks", pax: _Pax, kind: bytes, size: int) -> Iterator[None]:
-    """Read what a header before a member's own has; it waits for bytes by a `yield`."""
+def _map_blocks(blocks: TarBlocks, header: bytes) -> Generator[None, None, list[bytes]]:
+    """The blocks that continue the map in `header`; each `yield` waits for bytes."""
+    more: list[bytes] = []
+    goes_on = header[482]
+    while goes_on:
+        while (block := blocks.take(BLOCK)) is None:
+            yield
+        goes_on = block[504]
+        if len(more) <= MAX_SPANS // 21:  # 21 spans in each
+            more.append(block)
+    return more
+
+
+def _extension(blocks: TarBlocks, pax: PaxHeaders, kind: bytes, size: int) -> Iterator[None]:
+    """Read the content of a header before a member's own; each `yield` waits for bytes."""
     at = blocks.offset
-    if kind == b"g":  # for all members that follow: a comment
+    if kind == b"g":  # a comment for all members after it
         blocks.skip(size)
         return
     what = "pax header" if kind in b"xX" else "long name"
     if size > MAX_HEADER_BYTES:
-        pax.fault = f"the {what} at byte {at} has {size} bytes, and at most {MAX_HEADER_BYTES} are taken"
+        pax.fault = f"the {what} at byte {at} has {size} bytes, and at most {MAX_HEADER_BYTES} are allowed"
         blocks.skip(size)
         return
     while (content := blocks.take(size)) is None:
@@ -316,25 +278,25 @@ def _header(
     Args:
         block: The header.
         at: Its offset.
-        begin: Of the first header of the same member.
-        is_after_end: Whether an end mark came before it.
-        pax_name: What the headers before it say about the name.
+        begin: The offset of the member's first header.
+        is_after_end: Whether an end mark comes before it.
+        pax_name: The name that the headers before it give.
 
     Raises:
-        BrokenDataError: It is none, or has no size.
+        BrokenDataError: It is not a header, or has no size.
 
     Source: IEEE Std 1003.1, pax, "ustar Interchange Format"; GNU tar manual, "Basic Tar Format".
     """
     try:
         expected = octal(block[148:156])
-        # The checksum counts its own field as eight spaces. Some old writers summed signed bytes.
+        # The checksum counts its own field as eight spaces. Some old programs sum signed bytes.
         if _sum(block) - sum(block[148:156]) + 256 != expected and _signed_sum(block) != expected:
             raise ValueError("wrong")
     except ValueError as error:
         if is_after_end:
-            what = "there is something after the end mark which is no archive"
+            what = "there is something after the end mark that is not an archive"
         else:
-            what = "the file is no tar archive" if at == 0 else "the archive is broken"
+            what = "the file is not a tar archive" if at == 0 else "the archive is broken"
         raise BrokenDataError(f"{what}: there is no member header at byte {at}: its checksum is {error}") from None
     kind = block[156:157]
     name = pax_name
@@ -351,13 +313,13 @@ def _header(
         if kind in _EXTENSIONS and not pax_name:
             raise BrokenDataError(message) from None
         raise BrokenHeaderError(message, name, begin) from None
-    if kind == b"\0" and name.endswith("/"):  # as written before POSIX
+    if kind == b"\0" and name.endswith("/"):  # a folder as before POSIX
         kind = b"5"
     return kind, name, size
 
 
 def _sum(block: bytes) -> int:
-    """Of all bytes. Half of an Adler-32 is such a sum plus 1, modulo 65521: of 256 bytes, exactly; `sum` takes 2 µs."""
+    """The sum of all bytes. `sum` takes 2 µs; half of an Adler-32 is the sum plus 1, exact for up to 256 bytes."""
     return (adler32(block[:256]) & 0xFFFF) + (adler32(block[256:]) & 0xFFFF) - 2
 
 
@@ -367,89 +329,5 @@ def _signed_sum(block: bytes) -> int:
 
 
 def _may_be_cut(name: str) -> bool:
-    """Whether `name`, in a header of its own, may be what is left of another one that did not fit there."""
+    """Whether `name` may be the beginning of a longer one that did not fit into the member's own header."""
     return len(name) >= _NAME_BYTES or not name.isascii() or "?" in name
-
-
-class _Blocks:
-    """What was fed and not used, in blocks of 512 bytes: each part begins with one, zeros fill its last one up.
-
-    Args:
-        offset: Where in the archive the first byte is.
-    """
-
-    def __init__(self, offset: int) -> None:
-        self._base = offset  # of `data`
-        self._data = b""
-        self._at = 0  # in `data`: what is before has been used
-        self._pieces: deque[Any] = deque()  # what comes after `data`
-        self._part = BytesIO()  # what is there of a part that was asked for; then `data` is used up
-        self.missing = 0  # bytes to come which are to be passed over; while there are any, nothing is held
-
-    @property
-    def offset(self) -> int:
-        """Where in the archive the next part begins."""
-        return self._base + self._at
-
-    @property
-    def total(self) -> int:
-        """How long the archive is, once all that was fed has been used."""
-        return self.offset - self.missing
-
-    def feed(self, piece: Any) -> None:
-        """More of the archive."""
-        if self.missing:
-            passed = min(self.missing, len(piece))
-            self.missing -= passed
-            piece = memoryview(piece)[passed:]
-        if len(piece):
-            self._pieces.append(piece)
-
-    def take(self, size: int) -> bytes | None:
-        """The next part; None: not all of it is there."""
-        start = self._at
-        stop = start + _padded(size)
-        if stop <= len(self._data):
-            self._at = stop
-            return self._data[start : start + size]
-        # It goes on in other pieces, each of which is copied and let go of: joining them would hold all of it twice.
-        part = self._part
-        while True:
-            self._at += part.write(self._data[self._at : self._at + size - part.tell()])
-            if part.tell() == size:
-                break
-            if not self._pieces:
-                return None
-            self._next_piece()
-        self._part = BytesIO()
-        self._pass_over(_padded(size) - size)
-        return part.getvalue()
-
-    def skip(self, size: int) -> None:
-        """Pass the next part over, also what has not come yet."""
-        self._pass_over(_padded(size))
-
-    def rest(self) -> bytes:
-        """What is there of a part that was asked for and not given."""
-        return self._part.getvalue()
-
-    def _pass_over(self, count: int) -> None:
-        target = self.offset + count
-        while (missing := target - self._base - len(self._data)) > 0 and self._pieces:
-            self._next_piece()
-        if missing > 0:
-            self._base, self._data, self._at = target, b"", 0
-            self.missing = missing
-        else:
-            self._at = target - self._base
-
-    def _next_piece(self) -> None:
-        """Go on to it; `data` is used up."""
-        self._base += len(self._data)
-        piece = self._pieces.popleft()
-        self._data = piece if type(piece) is bytes else bytes(piece)
-        self._at = 0
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK

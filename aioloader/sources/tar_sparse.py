@@ -1,4 +1,4 @@
-"""Sparse members: only what is between the holes of a file is stored, and a map says where it belongs.
+"""Sparse members: only the data between the holes of a file is stored, and a map says where it belongs.
 
 `tar -S` writes them: in GNU's own format the map is in the header and in blocks after it; in pax archives it is in the
 pax header (versions 0.0 and 0.1) or at the beginning of what is stored (1.0). The standard library and so WebDataset
@@ -29,8 +29,8 @@ class SparseMap:
     """Where the parts of a sparse file belong.
 
     Attributes:
-        size: Of the file, holes included.
-        spans: In order; None: the map is at the beginning of what is stored.
+        size: The size of the file, holes included.
+        spans: In order; None if the map is at the beginning of the stored bytes.
     """
 
     size: int
@@ -38,10 +38,10 @@ class SparseMap:
 
     @classmethod
     def of_pax(cls, records: list[tuple[str, bytes]]) -> Self:
-        """From those records of a pax header that begin with "GNU.sparse.".
+        """The map in those records of a pax header that begin with "GNU.sparse.".
 
         Raises:
-            ValueError: They make no sense.
+            ValueError: They are broken.
         """
         ours = [(key.removeprefix("GNU.sparse."), value) for key, value in records]
         pax = dict(ours)
@@ -54,7 +54,7 @@ class SparseMap:
         elif version == b"0.0":
             spans = _pairs(digits(value) for key, value in ours if key in ("offset", "numbytes"))
         else:
-            raise ValueError(f"the sparse version {version!r}, which is not read; pack it anew without -S")
+            raise ValueError(f"the sparse version {version!r}, which is not supported; pack it again without -S")
         size = pax.get("realsize", pax.get("size"))
         if size is None:
             raise ValueError("no size of a sparse member")
@@ -62,24 +62,24 @@ class SparseMap:
 
     @classmethod
     def of_header(cls, header: bytes, more: list[bytes]) -> Self:
-        """From a header of GNU's own format and the blocks that go on with its map.
+        """The map in a header of GNU's own format and in the blocks that continue it.
 
         Raises:
-            ValueError: The map makes no sense.
+            ValueError: The map is broken.
         """
         fields = header[386:482] + b"".join(block[:504] for block in more)
         numbers = []
         for at in range(0, len(fields), 24):
-            if not fields[at + 12]:  # it is not used, and so are those after it
+            if not fields[at + 12]:  # neither this one nor those after it are used
                 break
             numbers += [number(fields[at : at + 12]), number(fields[at + 12 : at + 24])]
         return cls(number(header[483:495]), _pairs(numbers))
 
     def check(self, stored_bytes: int) -> None:
-        """Refuse a map that cannot be one of `stored_bytes` bytes, before these are read.
+        """Refuse a map that does not fit `stored_bytes` bytes, before these are read.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: It does not.
         """
         if self.spans is None:
             if stored_bytes > self.size + MAX_MAP_BYTES:
@@ -97,7 +97,7 @@ class SparseMap:
             raise ValueError(f"parts of {total} bytes together, and {stored_bytes} are stored")
 
     def expand(self, stored: bytes) -> bytes:
-        """The file, with zeros in its holes.
+        """The content of the file, with zeros in its holes.
 
         Raises:
             ValueError: The map does not fit `stored`.
@@ -118,11 +118,11 @@ class SparseMap:
 
 
 def _stored_map(stored: bytes) -> tuple[list[Span], int]:
-    """The map at the beginning of `stored`, a decimal number a line, and where the block ends in which it ends."""
+    """The map at the beginning of `stored`, one decimal number per line, and where its last block ends."""
     beginning = stored[:MAX_MAP_BYTES]
     count = digits(beginning.partition(b"\n")[0])
     if count > MAX_SPANS:
-        raise ValueError(f"{count} parts, and at most {MAX_SPANS} are taken")
+        raise ValueError(f"{count} parts, and at most {MAX_SPANS} are allowed")
     lines = beginning.split(b"\n", 2 * count + 1)
     if len(lines) < 2 * count + 2:
         raise ValueError(f"{count} parts, and fewer follow")

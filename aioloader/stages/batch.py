@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aioloader.core.checks import callable_name
+from aioloader.core.checks import callable_name, is_async_callable
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry, annotate, places_of
@@ -14,7 +14,6 @@ from aioloader.core.keys import PartKey
 from aioloader.core.memory import Alloc
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
-from aioloader.engine.source import is_async_callable
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
@@ -26,7 +25,7 @@ __all__ = ["Batch", "BatchFold", "CollateWith", "Unbatch"]
 
 @dataclass(frozen=True)
 class CollateWith:
-    """How groups become batches, in the window behind their fold.
+    """How groups become batches, in the window after their fold.
 
     Args:
         fn: From a list of samples to a batch, sync or async; None: torch's default collate.
@@ -245,7 +244,7 @@ class Unbatch(FoldStage):
     """The samples of each batch, one by one. Cursor: that *before* the batch, and how many of its samples are out.
 
     A tensor or array gives its rows, a tuple or mapping of them gives tuples and mappings of rows, a list gives its
-    items; but behind a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
+    items; but after a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
 
     Args:
         collated: The batches come from the default collate.

@@ -19,7 +19,7 @@ __all__ = ["DropIf", "FreshGroup"]
 
 @dataclass(frozen=True)
 class DropIf(Stage):
-    """Leaves out the samples of which `fn` is true at the moment in which what comes behind takes them.
+    """Leaves out the samples for which `fn` is true at the moment when the next stage takes them.
 
     So it cannot be a step of the journeys before it: it has a window of its own, without room, in which nothing is
     begun before it is asked for. The predicate runs in a thread, like all sync functions of the user.

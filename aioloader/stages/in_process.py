@@ -10,7 +10,7 @@ __all__ = ["OwnProcess"]
 
 @dataclass(frozen=True)
 class OwnProcess(Stage):
-    """All that is before it runs in a process of its own, what is behind it in the consumer's."""
+    """Everything before it runs in a process of its own, everything after it in the consumer's."""
 
     exact_in_any_order = True
     same_each_epoch = True

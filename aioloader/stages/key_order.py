@@ -1,4 +1,4 @@
-"""The order of an indexable source in one epoch: which key stands at which position.
+"""The order of an indexable source in one epoch: which key is at which position.
 
 `shuffle`, `shard`, `take` and `skip` of an indexable source move no samples: they are arithmetic on its keys.
 """
@@ -14,19 +14,19 @@ __all__ = ["KeyOrder"]
 
 
 class KeyOrder:
-    """The keys of one epoch, all of them or one rank's: a range where that will do, else an int64 tensor.
+    """The keys of one epoch, all of them or one rank's: a range if possible, else an int64 tensor.
 
     Not a list: a permutation of 180 million keys is 1.4 GB as a tensor and about 100 GB in time and garbage as a list
     of Python integers.
 
-    Positions, which are cursors, are those of the order of all ranks, before it was dealt: a rank's key number `i`
-    stands behind `i * stride` others.
+    Positions, which are cursors, count the order of all ranks, before it was dealt: `i * stride` keys come before a
+    rank's key number `i`.
 
     Args:
         keys: In order.
         stride: How many ranks have been dealt keys, so that each key stands for as many positions.
         deal: What was dealt from, where nothing has been done to this rank's keys since.
-        filler: A key behind the last one that fills the last round.
+        filler: A key after the last one that fills the last round.
         offset: Which of a round's positions is this rank's.
     """
 
@@ -55,19 +55,19 @@ class KeyOrder:
             taken = [*taken, *self._filler[max(0, start - len(self._keys)) : stop - len(self._keys)]]
         return taken
 
-    def behind(self, position: int) -> "KeyOrder":
-        """What is left behind `position`, which may be that of another number of ranks.
+    def after(self, position: int) -> "KeyOrder":
+        """What is left after `position`, which may be that of another number of ranks.
 
         Raises:
-            ValueError: `position` is none, or it lies within a round of these ranks, and what stands behind `shard`
-                needs whole ones.
+            ValueError: `position` is none, or it lies within a round of these ranks, and a stage
+                after `shard` needs whole ones.
         """
         if type(position) is not int or position < 0:
             raise ValueError(f"a position must be an integer of at least 0, got {position!r}")
         if self._deal is None and self.stride == 1 and position > len(self):
-            raise ValueError(f"position {position} is behind the end of an order of {len(self)} keys")
+            raise ValueError(f"position {position} is beyond the end of an order of {len(self)} keys")
         if self._deal is not None:
-            return self._deal.behind(position)
+            return self._deal.after(position)
         if position >= len(self) * self.stride:
             return KeyOrder(range(0), self.stride, offset=self.offset)
         number, rest = divmod(position, self.stride)
@@ -95,10 +95,10 @@ class KeyOrder:
 
     def dealt(self, rank: int, world_size: int, even: Even) -> "KeyOrder":
         """Those of one rank, see `Shard`."""
-        return _Deal(self._all(), rank, world_size, even, self.stride, self.offset).behind(0)
+        return _Deal(self._all(), rank, world_size, even, self.stride, self.offset).after(0)
 
     def _all(self) -> range | torch.Tensor:
-        """The keys in one piece."""
+        """All keys, the filler included."""
         if not self._filler:
             return self._keys
         return torch.cat([_tensor(self._keys), torch.tensor(self._filler, dtype=torch.int64, device="cpu")])
@@ -108,13 +108,11 @@ class KeyOrder:
 class _Deal:
     """Keys that are dealt to ranks, one each in a round.
 
-    Args:
+    Attributes:
         keys: Those of all ranks.
-        rank: Of this process.
-        world_size: Of all.
         even: See `Shard`.
-        stride: How many ranks `keys` had been dealt to before.
-        offset: Which of those this process belongs to.
+        stride: How many ranks `keys` were dealt to by an earlier `shard`.
+        offset: The position of `keys` within a round of these.
     """
 
     keys: range | torch.Tensor
@@ -124,10 +122,10 @@ class _Deal:
     stride: int
     offset: int
 
-    def behind(self, position: int) -> KeyOrder:
+    def after(self, position: int) -> KeyOrder:
         """This rank's keys of the rounds that begin at `position`.
 
-        They are dealt from there on, whatever the position: it need not be the end of a round of this many ranks.
+        They are dealt anew from there on: the position need not be the end of a round of this many ranks.
         """
         stride = self.stride * self.world_size
         total = len(self.keys)
@@ -140,7 +138,7 @@ class _Deal:
         if rest and self.even == "drop":
             mine = mine[:rounds]
         elif rest and len(mine) == rounds:
-            # The last round is filled from the beginning, and again if there are fewer samples than ranks.
+            # Fill the last round from the beginning, several times if there are fewer samples than ranks.
             at = (done + self.rank + rounds * self.world_size) % total
             key = self.keys[at]
             filler = (int(key),)

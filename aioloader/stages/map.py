@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
+from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps, InProcesses, Op
-from aioloader.engine.source import FlatMapNode
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
 

@@ -210,8 +210,8 @@ def uneven(samples: int, world_size: int, resumed_at: int = 0) -> ValueError:
     """The error for a source of `samples`, of which `resumed_at` had been delivered before this run."""
     resumed_at = resumed_at if resumed_at % world_size else 0  # whole rounds make no difference
     left = samples - resumed_at
-    behind = f" behind position {resumed_at}" if resumed_at else ""
+    after = f" after position {resumed_at}" if resumed_at else ""
     return ValueError(
-        f"shard(even='error') needs as many samples for each rank, but {left} samples{behind} on {world_size} ranks "
+        f"shard(even='error') needs as many samples for each rank, but {left} samples{after} on {world_size} ranks "
         f"leave {left % world_size} over; take a number that {world_size} divides, or even='pad' or even='drop'"
     )

@@ -38,9 +38,9 @@ class Shard(FoldStage):
     """Every `world_size`-th sample, from number `rank` on.
 
     All ranks get the same number, so that none waits for ever in a collective. The samples are dealt in *rounds*, one
-    to each rank, and it is rounds that count: a cursor is the position in the order of all ranks behind a round, so it
+    to each rank, and it is rounds that count: a cursor is the position in the order of all ranks after a round, so it
     is the same on every rank that has got as many samples, and however many ranks go on from it, what they get between
-    them is what comes behind it.
+    them is what comes after it.
 
     Args:
         rank: None: found out when iteration begins, see `place`.
@@ -159,7 +159,7 @@ class Shard(FoldStage):
 class ShardFold:
     """The part of a stream, given round by round.
 
-    A rank's sample goes on when its round is complete: so every rank has the same cursor behind it, and a round that
+    A rank's sample goes on when its round is complete: so every rank has the same cursor after it, and a round that
     stays incomplete can be dropped by all of them.
 
     Cursor: that of the round's last entry, and how many entries of all ranks came up to there.

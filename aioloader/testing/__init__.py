@@ -1,16 +1,12 @@
-"""Fakes for tests of loaders, of ours and of yours: steered by states, never by time."""
+"""Fakes for tests of loaders, aioloader's and yours. Tests steer them by states, never by time."""
 
-from aioloader.testing.device import FakeBackend, FakeEvent, FakeStream, Launch
+from aioloader.testing.device import FakeBackend, FakeEvent
+from aioloader.testing.device_streams import FakeStream, Launch
+from aioloader.testing.faulty import FaultySource, SyncFaultySource
+from aioloader.testing.gate import Gate
+from aioloader.testing.ordering import virtual_order
+from aioloader.testing.recording import RecordingSource, SourceEvent, SyncRecordingSource
 from aioloader.testing.resume import assert_resumes_exactly
-from aioloader.testing.sources import (
-    FaultySource,
-    Gate,
-    RecordingSource,
-    SourceEvent,
-    SyncFaultySource,
-    SyncRecordingSource,
-    virtual_order,
-)
 
 __all__ = [
     "FakeBackend",

@@ -1,17 +1,15 @@
-"""A device made of CPU memory whose streams run as late as a test likes: shows wrong use of streams without a GPU.
+"""A device made of CPU memory whose streams run as late as a test wants: shows wrong use of streams without a GPU.
 
-It obeys `aioloader.device.Backend`, and does what CUDA and torch's allocators do, as far as it matters for the safety
-of a transfer: streams that run whenever they like, device memory that is used again as soon as it is dropped unless a
-use was recorded, page-locked memory that is used again when its copies are done. It proves that a *protocol of calls*
-is right under these rules. It does not prove that CUDA follows them.
+It implements `aioloader.device.Backend` and behaves like CUDA and torch's allocators where that matters for the safety
+of a transfer: streams run at any time; device memory is used again as soon as it is dropped, unless a use was recorded;
+page-locked memory is used again when its copies are done. It proves that a *sequence of calls* is right under these
+rules, not that CUDA follows them.
 """
 
 import ctypes
 import random
 import threading
-import weakref
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -20,30 +18,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from aioloader.device._tree import is_dense, memory_of, takes_non_blocking
+from aioloader.testing.device_memory import FakeMemory, address_of
+from aioloader.testing.device_streams import FakeStream, Launch, Operation
 
-__all__ = ["FakeBackend", "FakeEvent", "FakeStream", "Launch"]
+__all__ = ["FakeBackend", "FakeEvent"]
 
 DEADLINE_SECONDS: Final = 30.0
-"""After so long a wait fails; no wait of a passing test comes near it."""
-
-POISON: Final = 0xA5
-"""What every byte of memory is set to before it is used again."""
-
-_SMALLEST_BLOCK_BYTES: Final = 512
-
-
-class FakeStream:
-    """A queue of operations, which are done one after the other at times that only the device knows."""
-
-    def __init__(self, name: str, speed: float) -> None:
-        self.name = name
-        self.speed = speed
-        self.queued: deque[_Operation] = deque()
-        self.enqueued = 0
-        self.completed = 0
-
-    def __repr__(self) -> str:
-        return f"<FakeStream {self.name}: {self.completed} of {self.enqueued} done>"
+"""A wait fails after this time; waits of passing tests are much shorter."""
 
 
 class FakeEvent:
@@ -54,8 +35,8 @@ class FakeEvent:
         self.done = False
 
     def query(self) -> bool:
-        """Whether all work up to this point is done."""
-        self._backend._breathe()
+        """Whether all work before this point is done."""
+        self._backend._progress()
         return self.done
 
     def synchronize(self) -> None:
@@ -63,36 +44,13 @@ class FakeEvent:
         self._backend._run_until(lambda: self.done, "an event")
 
 
-class Launch:
-    """A kernel on its way. `result` is what its function returned; it raises as long as that has not happened."""
-
-    def __init__(self) -> None:
-        self._results: list[Any] = []
-
-    @property
-    def done(self) -> bool:
-        """Whether the kernel has run."""
-        return bool(self._results)
-
-    @property
-    def result(self) -> Any:
-        """What the kernel's function returned.
-
-        Raises:
-            RuntimeError: It has not run, or failed; call `synchronize` or `verify` first.
-        """
-        if not self._results:
-            raise RuntimeError("the kernel has not run; call backend.synchronize() first, or backend.verify()")
-        return self._results[0]
-
-
 class FakeBackend:
-    """A `Backend` over CPU memory, for tests of what uses streams; `Pipeline.to` takes it as a device.
+    """A `Backend` over CPU memory, for tests of code that uses streams; `Pipeline.to` takes it as a device.
 
-    Streams make progress in one of two ways. Without threads, each call into the backend runs a number of operations
-    that a random generator picks from all streams that could go on: the same seed gives the same interleaving, and a
-    hundred seeds give a hundred, some of them with copies that are later than anything else, or kernels. With
-    `threads=True` each stream has a thread, and interleaving is the operating system's; `hold` and `release` steer it.
+    Streams make progress in one of two ways. Without threads, each call into the backend runs some operations, drawn at
+    random from the streams that can go on. The same seed gives the same interleaving, and a hundred seeds give a
+    hundred, some with copies or kernels that are later than everything else. With `threads=True`, each stream has a
+    thread and the operating system chooses the interleaving; `hold` and `release` steer it.
 
     Example:
         ```python
@@ -109,30 +67,24 @@ class FakeBackend:
 
     Args:
         seed: Of the interleaving.
-        threads: A real thread per stream, named `aioloader-fake-stream-...`.
-        pins: Whether memory can be page-locked. If not, copies are from pageable memory, for which `copy` waits.
-        registered: Page-locked memory is not torch's but somebody's slab, which comes back to its owner, and is
-            overwritten, when the last reference is dropped, whether or not a copy still has to read it.
+        threads: Whether each stream has a thread, named `aioloader-fake-stream-...`.
+        pins: Whether memory can be page-locked. If not, copies are from pageable memory, and `copy` waits for them.
+        registered: Whether page-locked memory is not torch's but registered by another library. It goes back to its
+            owner and is overwritten when its last reference is dropped, even if a copy still has to read it.
 
     Attributes:
-        problems: What `verify` will complain about.
-        device_blocks: How many blocks of device memory were ever made; stands still when they are used again.
-        pinned_blocks: Likewise for page-locked memory.
-        reused: How often a block of device memory was used again.
+        problems: The errors that `verify` will raise for.
     """
 
     def __init__(self, seed: int = 0, *, threads: bool = False, pins: bool = True, registered: bool = False) -> None:
         self.device: Final = torch.device("cpu")
         self.pins: Final = pins
         self.problems: list[str] = []
-        self.device_blocks = 0
-        self.pinned_blocks = 0
-        self.reused = 0
         self._random = random.Random(seed)
-        # How much of the time the device works, compared with the host.
-        self._progress = self._random.choice((0.0, 0.2, 0.5, 0.9))
+        self._speed = self._random.choice((0.0, 0.2, 0.5, 0.9))  # of the device, compared with the host
         self._threaded = threads
         self._registered = registered
+        self._memory = FakeMemory(registered=registered)
         self._changed = threading.Condition(threading.RLock())
         self._held = False
         self._closed = False
@@ -141,21 +93,15 @@ class FakeBackend:
         self._current = threading.local()
         self._streams: list[FakeStream] = []
         self._threads: list[threading.Thread] = []
-        self._on_device: dict[int, _Block] = {}
-        self._pinned: dict[int, _Block] = {}
-        # Finalizers run anywhere, also inside our own locked code: they may do no more than this one append.
-        self._dropped: deque[_Block] = deque()
-        self._returning: list[tuple[_Block, dict[FakeStream, int]]] = []
-        self._free: list[_Block] = []
         self._default = self._open_stream("default")
 
     # --- the Backend protocol
 
     def init_thread(self) -> None:
-        """Nothing: there is one fake device."""
+        """Does nothing."""
 
     def alloc_pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Memory that counts as page-locked, full of what was there before."""
+        """Uninitialised memory that counts as page-locked."""
         if not self.pins:
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return self._alloc_pinned(torch.empty(tuple(shape), dtype=dtype, device="meta"))
@@ -169,20 +115,20 @@ class FakeBackend:
         return self._alloc_pinned(tensor).copy_(tensor.detach())
 
     def pin_object(self, value: Any) -> Any:
-        """Call the object's own `pin_memory()`; tensors in it that are asked for theirs are pinned here."""
-        with _Calls(self, None):
+        """Call the object's own `pin_memory()`, in which `Tensor.pin_memory()` pins on this backend."""
+        with _DeviceMethods(self, None):
             return value.pin_memory()
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is in the memory of this device."""
-        return all(_address(part) in self._on_device for part in memory_of(tensor))
+        return self._memory.holds(self._memory.device, tensor)
 
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is in page-locked memory of this backend."""
-        return all(_address(part) in self._pinned for part in memory_of(tensor))
+        return self._memory.holds(self._memory.pinned, tensor)
 
     def new_stream(self) -> FakeStream:
-        """A new stream, with a thread of its own if there are threads."""
+        """A new stream; it has a thread if there are threads."""
         return self._open_stream(str(len(self._streams)))
 
     def current_stream(self) -> FakeStream:
@@ -191,24 +137,24 @@ class FakeBackend:
         return found
 
     def default_stream(self) -> FakeStream:
-        """The stream of threads that did not choose one."""
+        """The stream of threads that have not set one."""
         return self._default
 
     def copy(self, tensor: torch.Tensor, stream: FakeStream) -> torch.Tensor:
-        """Queue a copy. From memory that is not page-locked: return when it is done."""
+        """Queue a copy. If `tensor` is not page-locked, return only when the copy is done."""
         with self._changed:
-            self._breathe()
+            self._progress()
             self._copies += 1
             if self._copies in self._failures:
                 raise self._failures.pop(self._copies)
             tensor = tensor.detach()
-            block, poisoned = self._take(self._on_device, tensor, stream)
-            copied = block.hand_out(tensor, self._dropped)
-            if poisoned:
+            block, used_before = self._memory.take(self._memory.device, tensor, stream)
+            copied = self._memory.hand_out(block, tensor)
+            if used_before:
                 self._enqueue(stream, block.poison)
-            # What is queued knows addresses, as on a real device, and keeps nothing alive.
+            # As on a real device, queued work knows addresses only, and keeps nothing alive.
             target = block.alias(copied)
-            origin = self._pinned.get(_address(tensor))
+            origin = self._memory.find(self._memory.pinned, tensor)
             source = tensor if origin is None else origin.alias(tensor)
             if origin is not None and not self._registered:
                 origin.uses.add(stream)
@@ -225,40 +171,40 @@ class FakeBackend:
         return copied
 
     def move_object(self, value: Any, stream: FakeStream) -> Any:
-        """Call the object's own `to`; tensors in it that are moved come to this device."""
-        with _Calls(self, stream):
+        """Call the object's own `to`, in which `Tensor.to` copies to this device."""
+        with _DeviceMethods(self, stream):
             if takes_non_blocking(value.to):
                 return value.to(self.device, non_blocking=True)
             return value.to(self.device)
 
     def record_event(self, stream: FakeStream) -> FakeEvent:
-        """An event that is done when all is that `stream` has queued now."""
+        """An event after everything that `stream` has queued now."""
         event = FakeEvent(self)
 
         def run() -> None:
             event.done = True
 
         with self._changed:
-            self._breathe()
+            self._progress()
             self._enqueue(stream, run)
         return event
 
     def wait_event(self, stream: FakeStream, event: FakeEvent) -> None:
-        """What `stream` gets from now on waits for `event`."""
+        """Let work that is queued on `stream` from now on wait for `event`."""
         with self._changed:
-            self._breathe()
+            self._progress()
             self._enqueue(stream, _nothing, ready=lambda: event.done)
 
     def record_use(self, tensor: torch.Tensor, stream: FakeStream) -> None:
-        """When `tensor` is dropped, its memory waits for what `stream` has queued by then."""
+        """After `tensor` is dropped, keep its memory until the work that `stream` has queued by then is done."""
         with self._changed:
-            self._breathe()
+            self._progress()
             for part in memory_of(tensor):
-                if block := self._on_device.get(_address(part)):
+                if block := self._memory.find(self._memory.device, part):
                     block.uses.add(stream)
 
     def close(self) -> None:
-        """Run what is queued, end the threads, let go of the memory. Idempotent; `verify` works afterwards too."""
+        """Run what is queued, end the threads, release the memory. Idempotent; `verify` still works."""
         with self._changed:
             if self._closed:
                 return
@@ -272,14 +218,13 @@ class FakeBackend:
                 self._changed.notify_all()
             for thread in self._threads:
                 thread.join(DEADLINE_SECONDS)
-            self._free.clear()
-            self._returning.clear()
+            self._memory.clear()
 
-    # --- what a test does with the device
+    # --- for tests
 
     @contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
-        """Make `stream` the calling thread's current one."""
+        """Make `stream` the current stream of the calling thread."""
         before = self.current_stream()
         self._current.stream = stream
         try:
@@ -290,11 +235,11 @@ class FakeBackend:
     def launch(self, kernel: Callable[..., Any], *tensors: torch.Tensor, stream: FakeStream | None = None) -> Launch:
         """Queue `kernel(*tensors)` on `stream`, by default the current one.
 
-        As on a real device, the kernel gets the memory of the tensors and keeps nothing alive: tensors that are dropped
-        before it runs may have lost their memory to others.
+        As on a real device, the kernel gets the memory of the tensors and does not keep them alive: if a tensor is
+        dropped before the kernel runs, its memory may be used for another one.
 
         Args:
-            kernel: Called when its turn comes; must copy what it wants to keep (for instance `torch.clone`).
+            kernel: Called when its turn comes; must copy what it keeps (for instance with `torch.clone`).
             tensors: On this device.
             stream: Where to queue it.
 
@@ -303,21 +248,21 @@ class FakeBackend:
         """
         launch = Launch()
         with self._changed:
-            self._breathe()
+            self._progress()
             target = self.current_stream() if stream is None else stream
             for tensor in tensors:
                 if not self.owns(tensor):
                     raise ValueError(f"a kernel needs tensors of the fake device, got {tensor!r}; send it there first")
-            aliases = [self._on_device[_address(tensor)].alias(tensor) for tensor in tensors]
+            aliases = [self._memory.device[address_of(tensor)].alias(tensor) for tensor in tensors]
             self._enqueue(target, lambda: launch._results.append(kernel(*aliases)))
         return launch
 
     def fail_copy(self, number: int, error: BaseException) -> None:
-        """Let the `number`-th copy from now on, 1 or more, raise `error`."""
+        """Let the `number`-th copy from now on, counted from 1, raise `error`."""
         self._failures[self._copies + number] = error
 
     def hold(self) -> None:
-        """No stream does anything any more, until `release`."""
+        """Stop all streams until `release`."""
         with self._changed:
             self._held = True
 
@@ -328,11 +273,11 @@ class FakeBackend:
             self._changed.notify_all()
 
     def synchronize(self) -> None:
-        """Let the device work until nothing is queued."""
+        """Run everything that is queued."""
         self._run_until(lambda: not any(stream.queued for stream in self._streams), "all streams")
 
     def verify(self) -> None:
-        """Run what is queued, and complain.
+        """Run everything that is queued, and check for errors.
 
         Raises:
             AssertionError: A source was overwritten before it was read, or a kernel failed.
@@ -342,18 +287,31 @@ class FakeBackend:
         assert not self.problems, "\n".join(self.problems)
 
     @property
+    def device_blocks(self) -> int:
+        """How many blocks of device memory have been made; a block that is used again does not count."""
+        return len(self._memory.device)
+
+    @property
+    def pinned_blocks(self) -> int:
+        """How many blocks of page-locked memory have been made."""
+        return len(self._memory.pinned)
+
+    @property
+    def reused(self) -> int:
+        """How many times a block of device memory was used again."""
+        return self._memory.reused
+
+    @property
     def tensors_alive(self) -> int:
-        """How many pieces of device memory are in somebody's hands."""
+        """How many blocks of device memory are referenced by tensors."""
         with self._changed:
-            self._collect()
-            return sum(block.handed_out for block in self._on_device.values())
+            return self._memory.handed_out(self._memory.device)
 
     @property
     def pinned_alive(self) -> int:
-        """How many pieces of page-locked memory are in somebody's hands."""
+        """How many blocks of page-locked memory are referenced by tensors."""
         with self._changed:
-            self._collect()
-            return sum(block.handed_out for block in self._pinned.values())
+            return self._memory.handed_out(self._memory.pinned)
 
     # --- streams
 
@@ -374,7 +332,7 @@ class FakeBackend:
     def _enqueue(self, stream: FakeStream, run: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> int:
         if self._closed:
             raise RuntimeError("the fake device is closed")
-        stream.queued.append(_Operation(run, ready))
+        stream.queued.append(Operation(run, ready))
         stream.enqueued += 1
         self._changed.notify_all()
         return stream.enqueued
@@ -394,7 +352,7 @@ class FakeBackend:
     def _can_go_on(self, stream: FakeStream) -> bool:
         return not self._held and bool(stream.queued) and stream.queued[0].ready()
 
-    def _run(self, operation: "_Operation") -> None:
+    def _run(self, operation: Operation) -> None:
         try:
             operation.run()
         except Exception as error:
@@ -405,16 +363,16 @@ class FakeBackend:
         stream.completed += 1
         self._changed.notify_all()
 
-    def _breathe(self) -> None:
-        """The device does something, or nothing, while the host comes by. Also the moment when drops are noticed."""
+    def _progress(self) -> None:
+        """Collect dropped memory, and without threads run a random number of operations."""
         with self._changed:
-            self._collect()
+            self._memory.collect()
             if not self._threaded:
-                while self._random.random() < self._progress and self._step():
+                while self._random.random() < self._speed and self._step():
                     pass
 
     def _step(self) -> bool:
-        """Without threads: run one operation, of a stream that the generator picks; False when none can go on."""
+        """Without threads: run one operation of a random stream; False when no stream can go on."""
         ready = [stream for stream in self._streams if self._can_go_on(stream)]
         if not ready:
             return False
@@ -425,98 +383,28 @@ class FakeBackend:
 
     def _run_until(self, reached: Callable[[], bool], what: str) -> None:
         with self._changed:
-            self._collect()
+            self._memory.collect()
             if self._threaded:
                 if not self._changed.wait_for(reached, DEADLINE_SECONDS):
-                    raise TimeoutError(f"the fake device did not get to the end of {what}: {self._streams}")
+                    raise TimeoutError(f"the fake device did not reach the end of {what}: {self._streams}")
                 return
             while not reached():
                 if not self._step():
-                    raise RuntimeError(f"the fake device stands still before the end of {what}: {self._streams}")
+                    raise RuntimeError(f"the fake device cannot reach the end of {what}: {self._streams}")
 
     # --- memory
 
     def _alloc_pinned(self, like: torch.Tensor) -> torch.Tensor:
         with self._changed:
-            self._breathe()
-            block, poisoned = self._take(self._pinned, like, None)
-            if poisoned:
+            self._progress()
+            block, used_before = self._memory.take(self._memory.pinned, like, None)
+            if used_before:
                 block.poison()
-            return block.hand_out(like, self._dropped)
-
-    def _take(self, pool: "dict[int, _Block]", like: torch.Tensor, stream: FakeStream | None) -> "tuple[_Block, bool]":
-        """A block for a tensor like `like`, used before if there is one, and whether it was."""
-        size_bytes = 1 << (max(like.numel() * like.element_size(), _SMALLEST_BLOCK_BYTES) - 1).bit_length()
-        for position in reversed(range(len(self._free))):  # the one dropped last, as the most likely to be in use
-            block = self._free[position]
-            if block.pool is pool and block.stream is stream and block.size_bytes == size_bytes:
-                del self._free[position]
-                self.reused += pool is self._on_device
-                return block, True
-        block = _Block(pool, stream, size_bytes)
-        pool[block.address] = block
-        if pool is self._on_device:
-            self.device_blocks += 1
-        else:
-            self.pinned_blocks += 1
-        return block, False
-
-    def _collect(self) -> None:
-        """Take back what was dropped: at once, or when what its streams had queued by then is done."""
-        while self._dropped:
-            block = self._dropped.popleft()
-            block.handed_out = False
-            if self._registered and block.pool is self._pinned:
-                block.poison()  # its owner writes to it again
-            self._returning.append((block, {stream: stream.enqueued for stream in block.uses}))
-            block.uses = set()
-        waiting = []
-        for block, until in self._returning:
-            if all(stream.completed >= count for stream, count in until.items()):
-                self._free.append(block)
-            else:
-                waiting.append((block, until))
-        self._returning = waiting
+            return self._memory.hand_out(block, like)
 
 
-class _Operation:
-    def __init__(self, run: Callable[[], object], ready: Callable[[], bool]) -> None:
-        self.run = run
-        self.ready = ready
-
-
-class _Block:
-    """A piece of memory that goes from hand to hand."""
-
-    def __init__(self, pool: "dict[int, _Block]", stream: FakeStream | None, size_bytes: int) -> None:
-        self.pool = pool
-        self.stream = stream
-        self.size_bytes = size_bytes
-        self._memory = (ctypes.c_uint8 * size_bytes)()
-        self.address = ctypes.addressof(self._memory)
-        self.uses: set[FakeStream] = set()
-        self.handed_out = False
-
-    def hand_out(self, like: torch.Tensor, dropped: "deque[_Block]") -> torch.Tensor:
-        """A tensor of the shape, dtype and order of dimensions of `like`; `dropped` is told when its storage dies."""
-        # torch keeps this very object, a new one over the same memory, as long as any tensor uses the storage.
-        owner = (ctypes.c_uint8 * self.size_bytes).from_buffer(self._memory)
-        weakref.finalize(owner, dropped.append, self).atexit = False
-        self.handed_out = True
-        stride = torch.empty_like(like, device="meta").stride()
-        return torch.frombuffer(owner, dtype=torch.uint8).view(like.dtype).as_strided(like.shape, stride)
-
-    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same memory as `tensor`, a part of this block, without keeping anything in anybody's hands."""
-        flat = torch.frombuffer(self._memory, dtype=torch.uint8).view(tensor.dtype)
-        return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    def poison(self) -> None:
-        ctypes.memset(self.address, POISON, self.size_bytes)
-
-
-class _Calls(TorchFunctionMode):
-    """While an object's own method runs, its tensors' `to` and `pin_memory` are those of the fake device."""
+class _DeviceMethods(TorchFunctionMode):
+    """Redirects `Tensor.to` and `Tensor.pin_memory` to the fake device while an object's own method runs."""
 
     def __init__(self, backend: FakeBackend, stream: FakeStream | None) -> None:
         super().__init__()
@@ -531,10 +419,6 @@ class _Calls(TorchFunctionMode):
         if func is torch.Tensor.to and self._stream is not None:
             return args[0] if self._backend.owns(args[0]) else self._backend.copy(args[0], self._stream)
         return func(*args, **(kwargs or {}))
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""`assert_resumes_exactly`: every state of a loader leads to exactly what was to come."""
+"""`assert_resumes_exactly`: checks that a loader can resume from each of its states."""
 
 import asyncio
 import json
@@ -18,8 +18,8 @@ __all__ = ["assert_resumes_exactly"]
 
 Face = Literal["for", "async for"]
 
-MOST_OUTCOMES: Final = 10_000
-"""An epoch with more does not end, as far as a test is concerned."""
+MAX_OUTCOMES: Final = 10_000
+"""An epoch with more outcomes is taken to be endless."""
 
 
 def assert_resumes_exactly(
@@ -32,38 +32,38 @@ def assert_resumes_exactly(
     samples: Callable[[Any], Iterable[Hashable]] | None = None,
     states: bool = True,
 ) -> list[dict[str, Any]]:
-    """Take the state before every batch, restore a fresh loader from each, and compare all that comes later.
+    """Take the state before every batch, load each into a new loader, and compare everything that comes later.
 
-    The states go through JSON, and all have one shape: the same keys, and strings and integers as values, so that they
-    can be loaded in place. What is compared: the later batches byte for byte (tensors, arrays, nested), errors by
-    type and text, the epochs behind, and the later states. torch's global random state is put back along with each
-    state, as a training program does with its checkpoint; that the loader itself leaves it alone is checked too.
+    The states go through JSON, and must all have one shape: the same keys, and strings and integers as values, so that
+    they can be loaded in place. The later batches are compared byte for byte (tensors, arrays, nested), errors by type
+    and message, and the later states. torch's global random state is restored with each state, as a training program
+    does with its checkpoint.
 
     Args:
         make_loader: Makes a loader, the same each time; called with the items of a variant as keyword arguments.
-        variants: What may differ between the loader that gave the state and the one that takes it: concurrency,
-            workers. The first one gives the states, the restored loaders take all in turn.
-        faces: By which the restored loaders are iterated, in turn; the states are taken by `for`.
-        epochs: How many are compared, from the first one on.
-        limit: States to try: so many, evenly spread; None: all.
-        samples: For loaders that keep no order: the samples of a batch. Then the samples before a state and those after
-            it must be those of the whole epoch, each as often; and later states may differ.
-        states: Compare later states too; False where a source of somebody else's says the same place in several ways.
+        variants: What may differ between the loader that a state is from and the one that loads it, for instance
+            concurrency and workers. States are taken with the first variant, and loaded with all in turn.
+        faces: How the resumed loaders are iterated, in turn; states are taken under `for`.
+        epochs: How many epochs are compared, from the first one on.
+        limit: How many states to try, evenly spread; None: all.
+        samples: For loaders without a fixed order, returns the samples of a batch. Then the samples before and after a
+            state must be those of the whole epoch, each as often, and later states may differ.
+        states: Whether to compare later states. Pass False if a source has several states for the same place.
 
     Returns:
-        The states, for a look at them.
+        The states.
 
     Raises:
-        AssertionError: Something differs; says after how many batches of which epoch the state was taken.
+        AssertionError: Something differs. The message says after how many batches of which epoch the state was taken.
     """
-    before = torch.get_rng_state()
+    rng_before = torch.get_rng_state()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ReplayWarning)
-            whole = _whole(make_loader(**variants[0]), epochs)
+            full = _iterate(make_loader(**variants[0]), "for", _EpochRecord(takes_points=True), epochs)
             ways = cycle(product(variants, faces))
-            for number in _spread(len(whole.points), limit):
-                point = whole.points[number]
+            for number in _spread(len(full.points), limit):
+                point = full.points[number]
                 variant, face = next(ways)
                 where = f"resumed after {point.batches} outcomes of epoch {point.epoch}, {dict(variant)!r}, by {face!r}"
                 torch.set_rng_state(point.rng)
@@ -71,11 +71,11 @@ def assert_resumes_exactly(
                 loader.load_state_dict(json.loads(point.state))
                 if states and samples is None:
                     _same_state(loader.state_dict(), point.state, f"{where}: the state before the first batch")
-                rest = _collect(loader, face, epochs - point.epoch - _is_an_end(whole, point))
-                _compare(whole, point, rest, where, samples, states)
+                resumed = _iterate(loader, face, _EpochRecord(), epochs - point.epoch - full.ends_at(point))
+                _compare(full, point, resumed, where, samples, states)
     finally:
-        torch.set_rng_state(before)
-    return [json.loads(point.state) for point in whole.points]
+        torch.set_rng_state(rng_before)
+    return [json.loads(point.state) for point in full.points]
 
 
 @dataclass
@@ -89,64 +89,63 @@ class _Point:
 
 
 @dataclass
-class _Epochs:
-    """What an iteration gave.
+class _EpochRecord:
+    """Records the epochs of a loader.
 
     Attributes:
+        takes_points: Whether it records points.
         outcomes: Batches and errors, by epoch.
-        states: Behind each of them, by epoch.
-        points: States to resume from.
+        states: The state after each of them, by epoch.
+        points: States to resume from: before and after each outcome.
     """
 
+    takes_points: bool = False
     outcomes: list[list[Any]] = field(default_factory=list)
     states: list[list[str]] = field(default_factory=list)
     points: list[_Point] = field(default_factory=list)
 
-    def begin(self) -> None:
+    def begin(self, loader: Any) -> None:
         self.outcomes.append([])
         self.states.append([])
+        self._take_point(loader)
 
     def add(self, outcome: Any, loader: Any) -> None:
-        if len(self.outcomes[-1]) >= MOST_OUTCOMES:
-            raise AssertionError(f"the epoch does not end: {MOST_OUTCOMES} outcomes, the last one {outcome!r}")
+        if len(self.outcomes[-1]) >= MAX_OUTCOMES:
+            raise AssertionError(f"the epoch does not end: {MAX_OUTCOMES} outcomes, the last one {outcome!r}")
         self.outcomes[-1].append(outcome)
         self.states[-1].append(json.dumps(loader.state_dict()))
+        self._take_point(loader)
 
-    def mark(self, loader: Any) -> None:
+    def _take_point(self, loader: Any) -> None:
+        if not self.takes_points:
+            return
         state = loader.state_dict()
         text = json.dumps(state)
         assert json.loads(text) == state, f"JSON changes the state {state!r}"
         _same_shape(state, json.loads(self.points[0].state) if self.points else state)
         self.points.append(_Point(text, len(self.outcomes) - 1, len(self.outcomes[-1]), torch.get_rng_state()))
 
+    def ends_at(self, point: _Point) -> bool:
+        """Whether the point is after the last batch of an epoch: its state leads to the next epoch."""
+        return 0 < point.batches == len(self.outcomes[point.epoch])
 
-def _whole(loader: Any, epochs: int) -> _Epochs:
-    """All epochs, with a point before and behind every batch."""
-    found = _Epochs()
-    for _ in range(epochs):
-        found.begin()
-        found.mark(loader)
-        iterator = iter(loader)
-        while True:
-            try:
-                outcome = next(iterator)
-            except StopIteration:
-                break
-            except Exception as error:
-                outcome = error
-            found.add(outcome, loader)
-            found.mark(loader)
-        del iterator
-    loader.close()
-    return found
+    def after(self, point: _Point) -> tuple[list[list[Any]], list[list[str]]]:
+        """The outcomes and states that come after `point`, by epoch."""
+        epoch, batches = point.epoch, point.batches
+        if self.ends_at(point):
+            return self.outcomes[epoch + 1 :], self.states[epoch + 1 :]
+        return (
+            [self.outcomes[epoch][batches:], *self.outcomes[epoch + 1 :]],
+            [self.states[epoch][batches:], *self.states[epoch + 1 :]],
+        )
 
 
-def _collect(loader: Any, face: Face, epochs: int) -> _Epochs:
+def _iterate(loader: Any, face: Face, run: _EpochRecord, epochs: int) -> _EpochRecord:
     if face == "async for":
-        return asyncio.run(_collect_async(loader, epochs))
-    found = _Epochs()
+        asyncio.run(_iterate_async(loader, run, epochs))
+        return run
     for _ in range(epochs):
-        found.begin()
+        run.begin(loader)
         iterator = iter(loader)
         while True:
             try:
@@ -155,16 +154,15 @@ def _collect(loader: Any, face: Face, epochs: int) -> _Epochs:
                 break
             except Exception as error:
                 outcome = error
-            found.add(outcome, loader)
+            run.add(outcome, loader)
         del iterator
     loader.close()
-    return found
+    return run
 
 
-async def _collect_async(loader: Any, epochs: int) -> _Epochs:
-    found = _Epochs()
+async def _iterate_async(loader: Any, run: _EpochRecord, epochs: int) -> None:
     for _ in range(epochs):
-        found.begin()
+        run.begin(loader)
         iterator = aiter(loader)
         while True:
             try:
@@ -173,10 +171,9 @@ async def _collect_async(loader: Any, epochs: int) -> _Epochs:
                 break
             except Exception as error:
                 outcome = error
-            found.add(outcome, loader)
+            run.add(outcome, loader)
         del iterator
     await loader.aclose()
-    return found
 
 
 def _spread(count: int, limit: int | None) -> Sequence[int]:
@@ -185,47 +182,46 @@ def _spread(count: int, limit: int | None) -> Sequence[int]:
     return sorted({round(number * (count - 1) / max(1, limit - 1)) for number in range(limit)})
 
 
-def _is_an_end(whole: _Epochs, point: _Point) -> bool:
-    """Whether the state is that of a last batch: it leads to the beginning of the next epoch."""
-    return 0 < point.batches == len(whole.outcomes[point.epoch])
-
-
 def _compare(
-    whole: _Epochs,
+    full: _EpochRecord,
     point: _Point,
-    rest: _Epochs,
+    resumed: _EpochRecord,
     where: str,
     samples: Callable[[Any], Iterable[Hashable]] | None,
     compare_states: bool,
 ) -> None:
-    epoch, batches = point.epoch, point.batches
-    outcomes = whole.outcomes[epoch]
-    expected = [outcomes[batches:], *whole.outcomes[epoch + 1 :]]
-    states = [whole.states[epoch][batches:], *whole.states[epoch + 1 :]]
-    got = [list(mine) for mine in rest.outcomes]
-    # A source that failed is tried again, and may have failed again: then that is no outcome of its own.
-    failures = [outcome for outcome in outcomes[:batches] if isinstance(outcome, BaseException)]
-    again = [at for at, outcome in enumerate(got[0] if got else ()) if any(_same(outcome, one) for one in failures)]
-    if _is_an_end(whole, point):
-        del expected[0], states[0]
-        if again and len(again) == len(got[0]):
+    expected, states = full.after(point)
+    outcomes = [list(epoch) for epoch in resumed.outcomes]
+    # A source that failed before the point is tried again, and may fail again. Then the error is not one to expect.
+    failures = [one for one in full.outcomes[point.epoch][: point.batches] if isinstance(one, BaseException)]
+    if full.ends_at(point):
+        if outcomes and outcomes[0] and all(_is_in(one, failures) for one in outcomes[0]):
             return
-    elif len(got[0]) > len(expected[0]):
-        for at in reversed(again):
-            if not any(_same(got[0][at], one) for one in expected[0]):
-                del got[0][at]
-                compare_states = False  # they count it
-    if samples is not None:
-        for number, (mine, its) in enumerate(zip(got, expected, strict=True)):
-            assert _counted(mine, samples) == _counted(its, samples), f"{where}: epoch {number} behind it has others"
-        return
-    for number, (mine, its) in enumerate(zip(got, expected, strict=True)):
-        for at, (one, other) in enumerate(zip(mine, its, strict=False)):
-            assert _same(one, other), f"{where}: outcome {at} of epoch {number} behind it is {one!r}, not {other!r}"
-        assert len(mine) == len(its), f"{where}: epoch {number} behind it has {len(mine)} outcomes, not {len(its)}"
-        if compare_states:
-            for at, (state, then) in enumerate(zip(rest.states[number], states[number], strict=True)):
-                _same_state(json.loads(state), then, f"{where}: the state behind outcome {at} of epoch {number}")
+    elif len(outcomes[0]) > len(expected[0]):
+        as_expected = [one for one in outcomes[0] if not _is_in(one, failures) or _is_in(one, expected[0])]
+        if len(as_expected) < len(outcomes[0]):
+            outcomes[0] = as_expected
+            compare_states = False  # states count the repeated errors
+    for number, (got, wanted) in enumerate(zip(outcomes, expected, strict=True)):
+        if samples is not None:
+            same = _counted(got, samples) == _counted(wanted, samples)
+            assert same, f"{where}: epoch {number} after it has other samples"
+            continue
+        for at, (one, other) in enumerate(zip(got, wanted, strict=False)):
+            assert _same(one, other), f"{where}: outcome {at} of epoch {number} after it is {one!r}, not {other!r}"
+        assert len(got) == len(wanted), f"{where}: epoch {number} after it has {len(got)} outcomes, not {len(wanted)}"
+    if samples is None and compare_states:
+        _compare_states(resumed.states, states, where)
+
+
+def _compare_states(got: list[list[str]], expected: list[list[str]], where: str) -> None:
+    for number, epochs in enumerate(zip(got, expected, strict=True)):
+        for at, (state, other) in enumerate(zip(*epochs, strict=True)):
+            _same_state(json.loads(state), other, f"{where}: the state after outcome {at} of epoch {number}")
+
+
+def _is_in(outcome: Any, others: Iterable[Any]) -> bool:
+    return any(_same(outcome, other) for other in others)
 
 
 def _same_state(state: dict[str, Any], text: str, what: str) -> None:
@@ -241,7 +237,7 @@ def _same_shape(state: dict[str, Any], first: dict[str, Any]) -> None:
 
 
 def _shape_of(value: Any) -> Any:
-    """Keys, and types of values."""
+    """The keys and the types of the values."""
     if isinstance(value, dict) and value:
         return {key: _shape_of(part) for key, part in value.items()}
     assert isinstance(value, str | int | bool), f"a state is made of strings and integers, got {value!r}"

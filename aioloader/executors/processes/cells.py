@@ -1,4 +1,4 @@
-"""Where each worker stands, in memory that is there when it has died: which sample it held is known, not guessed."""
+"""Which sample each worker has begun, in shared memory that outlives the worker: it is known and not guessed."""
 
 import os
 from typing import Final, Self
@@ -7,29 +7,27 @@ from aioloader.executors.processes.segments import Mapping, create_file
 
 __all__ = ["ProgressCells"]
 
-_SEAT_BYTES: Final = 64  # of its own cache line
+_SLOT_BYTES: Final = 64  # a cache line for each worker
 
 
 class ProgressCells:
-    """For each worker the number of the task that it is at, and which of the task's values.
+    """For each of `count` workers, the number of the task that it runs, and the index of the value in it.
 
-    Args:
-        fd: Memory that the workers and the user's process map; it stays the caller's.
-        count: Workers.
+    The memory `fd` is mapped by the workers and the main process; the caller closes it.
     """
 
     def __init__(self, fd: int, count: int) -> None:
         self._fd = -1
-        self._cells = memoryview(Mapping(fd, count * _SEAT_BYTES).memory()).cast("B").cast("q")
+        self._cells = memoryview(Mapping(fd, count * _SLOT_BYTES).memory()).cast("B").cast("q")
 
     @classmethod
     def create(cls, count: int) -> Self:
-        """In the user's process.
+        """Make the cells, in the main process.
 
         Raises:
-            OSError: No memory to share.
+            OSError: There is no memory to share.
         """
-        fd = create_file(count * _SEAT_BYTES)
+        fd = create_file(count * _SLOT_BYTES)
         try:
             progress = cls(fd, count)
         except BaseException:
@@ -39,30 +37,30 @@ class ProgressCells:
         return progress
 
     def descriptor(self) -> int:
-        """A descriptor for a worker."""
+        """A new descriptor, to be sent to a worker."""
         return os.dup(self._fd)
 
     def begin(self, slot: int, task: int) -> None:
-        """In the worker: it begins this task (> 0)."""
-        cell = slot * _SEAT_BYTES // 8
+        """In the worker: record that it begins this task, a number above 0."""
+        cell = slot * _SLOT_BYTES // 8
         self._cells[cell + 1] = 0
         self._cells[cell] = task
 
     def at(self, slot: int, index: int) -> None:
-        """In the worker: it begins this value of the task."""
-        self._cells[slot * _SEAT_BYTES // 8 + 1] = index
+        """In the worker: record that it begins this value of the task."""
+        self._cells[slot * _SLOT_BYTES // 8 + 1] = index
 
     def read(self, slot: int) -> tuple[int, int]:
-        """The task and the value that the worker began last; task 0: none."""
-        cell = slot * _SEAT_BYTES // 8
+        """The task and the value that the worker began last; task 0 before the first one."""
+        cell = slot * _SLOT_BYTES // 8
         return self._cells[cell], self._cells[cell + 1]
 
     def clear(self, slot: int) -> None:
-        """A new worker takes this slot."""
+        """Prepare the slot for a new worker."""
         self.begin(slot, 0)
 
     def close(self) -> None:
-        """Let go of the descriptor. Idempotent."""
+        """Close the descriptor. Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,21 +1,21 @@
 """The fork server: a small process that imports torch once and forks a server for each loader, which forks its workers.
 
-    the user's process ──▶ fork server ──▶ loader's server ──▶ workers
-                           torch           the user's modules
+    main process ──▶ fork server ──▶ loader server ──▶ workers
+                     torch           user modules
 
-It has one thread, no CUDA state, and nothing of the user's in it, so forking it is safe and takes milliseconds; and
-since it is started with a program of ours, nothing of the user's `__main__` runs again, as it does with
-multiprocessing's `spawn` and `forkserver` in scripts without `if __name__ == "__main__"`.
+The fork server has one thread, no CUDA state and no user code, so forking it is safe and takes milliseconds. It is
+started with a program of ours: the user's `__main__` does not run again, as it does with multiprocessing's `spawn` and
+`forkserver` in scripts without `if __name__ == "__main__"`.
 
-Modules of the user's are imported by the server, before its first worker needs them: once for all workers and epochs
-of a loader, which are forked with them in milliseconds. No object of the user's is ever made there, so that a worker
-has nothing of the one before it; and another loader has a server of its own, which imports what the files say then.
+The loader server imports the user's modules before its first worker needs them: once for all workers and epochs of a
+loader. It never makes an object of the user, so that workers inherit nothing from the ones before them. Another loader
+has its own server, which imports the files as they are then.
 
-The story of the end. Each loader has a connection to its server; when it closes, in whatever way (`close()`, garbage
-collection, `kill -9` of the user's process), the server kills the workers and exits. One that hangs in an import is
-killed by the fork server. That exits when all loaders are gone. Either of them, killed itself, takes what it has forked
-with it where there is `prctl` (Linux); elsewhere the user's process kills workers, and a worker whose user's process is
-gone finds its own connection closed.
+How they end: each loader has a connection to its server. When that is closed, for whatever reason (`close()`, garbage
+collection, `kill -9` of the main process), the server kills the workers and exits. The fork server kills a loader
+server that hangs in an import, and exits when all loaders have closed. When one of the two is killed itself, the
+processes that it has forked die with it where there is `prctl` (Linux). Elsewhere the main process kills the workers,
+and a worker whose main process has died finds its connection closed.
 """
 
 import contextlib
@@ -38,17 +38,17 @@ from aioloader.executors.processes.wire import Connection
 
 __all__ = ["ForkServer", "check_processes", "forget_fork_server", "main"]
 
-END_SECONDS = 5.0  # how long the end of the fork server is waited for before it is killed
-EXIT_SECONDS = 0.5  # between the end of a server, which the fork server's brings about, and that of the fork server
+END_SECONDS = 5.0  # how long the fork server may take to exit before it is killed
+EXIT_SECONDS = 0.5  # how long after a loader server, which dies with it, the fork server may be seen to have exited
 
-# -- in the user's process ---------------------------------------------------------------------------------------------
+# -- in the main process -----------------------------------------------------------------------------------------------
 
 
 def check_processes(argument: str) -> None:
-    """Raise where there are no worker processes.
+    """Refuse `argument` on systems without worker processes.
 
     Raises:
-        ValueError: `argument` asks for what this system does not have.
+        ValueError: This system has no `os.fork` or cannot send descriptors.
     """
     if not (hasattr(os, "fork") and hasattr(socket, "send_fds")):
         raise ValueError(f"{argument} needs os.fork and socket.send_fds, got {sys.platform}; use threads: leave it out")
@@ -59,10 +59,10 @@ _fork_server: "ForkServer | None" = None
 
 
 class ForkServer:
-    """The process, as seen from outside; all loaders of this process share it, and it ends with the last of them.
+    """The fork server, as seen from the main process; all loaders share it, and it ends with the last of them.
 
     Attributes:
-        born: It has answered somebody. Until then it imports torch, and there are no workers to wait for.
+        born: Whether it has answered. Until then it imports torch, and there are no workers to wait for.
     """
 
     def __init__(self) -> None:
@@ -79,20 +79,21 @@ class ForkServer:
                     [sys.executable, *flags, "-c", code],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    process_group=0,  # Ctrl-C is for the user's process
+                    process_group=0,  # Ctrl-C is for the main process
                 )
         except BaseException:
             ours.close()
             raise
         self._connection = Connection(ours)
-        self._clients = 0
-        self._numbers = 0
+        self._loaders = 0  # that are connected
+        self._last_number = 0
 
     @classmethod
     def join(cls) -> tuple["ForkServer", int, socket.socket]:
-        """The process, started if need be, and for one loader the number of its server and a connection to that.
+        """Connect one loader, after starting the fork server if there is none, which takes milliseconds.
 
-        May take milliseconds.
+        Returns:
+            The fork server, the number of the loader server, and a connection to the latter.
 
         Raises:
             OSError: It cannot be started.
@@ -101,25 +102,25 @@ class ForkServer:
         with _lock:
             if _fork_server is None or _fork_server._process.poll() is not None:
                 _fork_server = cls()
-            _fork_server._numbers += 1
-            number = _fork_server._numbers
+            _fork_server._last_number += 1
+            number = _fork_server._last_number
             ours, theirs = socket.socketpair()
-            with theirs, contextlib.suppress(OSError):  # it has just died: so has the connection, which will say so
-                _fork_server._connection.send(("client", number), fds=[os.dup(theirs.fileno())])
-            _fork_server._clients += 1
+            with theirs, contextlib.suppress(OSError):  # it has just died: the loader finds its connection closed
+                _fork_server._connection.send(("loader", number), fds=[os.dup(theirs.fileno())])
+            _fork_server._loaders += 1
             return _fork_server, number, ours
 
     def kill(self, number: int) -> None:
-        """End a server that does not listen."""
+        """Kill a loader server that does not listen."""
         with _lock, contextlib.suppress(OSError):
             self._connection.send(("kill", number))
 
     def leave(self) -> None:
-        """One loader less; the last one waits for the end of the process, which it kills while that imports torch."""
+        """Disconnect one loader. The last one waits until the process has ended, and kills it if it imports torch."""
         global _fork_server
         with _lock:
-            self._clients -= 1
-            if self._clients:
+            self._loaders -= 1
+            if self._loaders:
                 return
             if _fork_server is self:
                 _fork_server = None
@@ -133,20 +134,20 @@ class ForkServer:
             self._process.wait()
 
     def exit_reason(self) -> str:
-        """In words, once it is gone, or the server of a loader."""
+        """How the fork server, or else a loader server, has ended, in words."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(EXIT_SECONDS)
             return describe_exit(status if status >= 0 else 0, max(0, -status))
         return "ended, maybe while it imported modules of yours"
 
     def forget(self) -> None:
-        """In a forked child, whose fork server this is not."""
+        """In a forked child: let go of the parent's fork server."""
         self._connection.close()
-        self._process.returncode = 0  # nobody here is to wait for it
+        self._process.returncode = 0  # it is not a child of this process, which must not wait for it
 
 
 def forget_fork_server() -> None:
-    """In a forked child: only the parent's copy of the connection may keep the fork server alive."""
+    """In a forked child: close its copy of the connection, which would keep the fork server alive."""
     global _fork_server, _lock
     _lock = threading.Lock()
     if _fork_server is not None:
@@ -167,48 +168,44 @@ def describe_exit(code: int, signal_number: int) -> str:
 
 
 def main(fd: int) -> NoReturn:
-    """Fork a server for each loader until the user's process is gone.
-
-    Args:
-        fd: Our end of the connection to it.
-    """
+    """Fork a server for each loader until the main process, at the other end of the socket `fd`, has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a server ended: the system reaps them
-    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 and later, where numpy has threads of its own
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the servers: nobody asks how they ended
+    warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks where numpy has started threads
     gc.collect()
-    gc.freeze()  # what is here by now is shared by all workers, and not looked through by their collectors
-    user = Connection(socket.socket(fileno=fd))
+    gc.freeze()  # all workers share the objects that exist now, and their collectors skip them
+    main_process = Connection(socket.socket(fileno=fd))
     servers: dict[int, int] = {}
     with contextlib.suppress(EOFError):
-        for message in user.receive():
+        for message in main_process.receive():
             match message.head:
-                case ("client", number):
+                case ("loader", number):
                     with contextlib.suppress(OSError):  # no more processes: the loader finds its connection closed
-                        servers[number] = _fork_loader_server(user, message.fds[0])
+                        servers[number] = _fork_loader_server(main_process, message.fds[0])
                     os.close(message.fds[0])
                 case ("kill", number) if number in servers:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(servers[number], signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):  # each of them finds its own connection closed
+    with contextlib.suppress(ChildProcessError):  # each server finds its own connection closed, and exits
         while True:
             os.waitpid(-1, 0)
     os._exit(0)
 
 
-def _fork_loader_server(user: Connection, fd: int) -> int:
+def _fork_loader_server(main_process: Connection, fd: int) -> int:
     parent = os.getpid()
     if pid := os.fork():
         return pid
     try:
         _die_with(parent)
-        user.close()
+        main_process.close()
         _LoaderServer(socket.socket(fileno=fd)).serve()
     finally:
         os._exit(0)
 
 
 def _die_with(parent: int) -> None:
-    """In a fresh process: end when the one that it was forked from ends."""
+    """In a process that was just forked: let it die when its parent does."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -218,18 +215,14 @@ def _die_with(parent: int) -> None:
 
 
 def _ignore(number: int, frame: object) -> None:
-    """The handler of a signal that has done its work by waking `select`."""
+    """The handler of a signal that only has to wake up `select`."""
 
 
-# -- in the loader's server --------------------------------------------------------------------------------------------
+# -- in the loader server ----------------------------------------------------------------------------------------------
 
 
 class _LoaderServer:
-    """Imports what a loader's workers need, once, forks them, and tells how they ended.
-
-    Args:
-        sock: Our end of the connection to the loader.
-    """
+    """Imports the modules of a loader's workers once, forks the workers, and reports how they ended."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -243,7 +236,7 @@ class _LoaderServer:
         self._pid = os.getpid()
 
     def serve(self) -> None:
-        """Until the loader closes its connection."""
+        """Serve the loader until it closes its connection."""
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _ignore)
         self._selector.register(self._loader, selectors.EVENT_READ, self._receive)
@@ -271,8 +264,8 @@ class _LoaderServer:
         self._watch()
 
     def _tell(self, head: tuple[Any, ...]) -> None:
-        """Send a message; what a busy user's process does not take now goes when it does."""
-        with contextlib.suppress(OSError):  # it is gone: `_receive` hears of it
+        """Send a message; what a busy main process does not take now is sent later."""
+        with contextlib.suppress(OSError):  # the main process has ended, which `_receive` notices
             self._loader.send(head)
         self._watch()
 
@@ -283,7 +276,7 @@ class _LoaderServer:
             self._selector.modify(self._loader, events, key.data)
 
     def _import(self, settings: dict[str, Any], modules: Sequence[str]) -> None:
-        """Import what a worker will look for. An error is that worker's, which tries again and tells the user."""
+        """Import the modules of a program. Errors are left to the worker, which imports again and reports them."""
         new = [name for name in modules if name not in self._modules]
         if not new:
             return
@@ -294,7 +287,7 @@ class _LoaderServer:
                 importlib.import_module(name)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
-                stream.flush()  # or each worker would say it once more
+                stream.flush()  # or each worker would print it once more
         gc.collect()
         gc.freeze()
 
@@ -317,7 +310,7 @@ class _LoaderServer:
             os._exit(1)
 
     def _become_worker(self) -> None:
-        """In a fresh worker: hold nothing that others wait to see closed."""
+        """In a new worker: close the copies of sockets whose other end must see them closed."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _die_with(self._pid)

@@ -1,8 +1,8 @@
-"""Arrays and tensors whose memory is a file's: to another process travels the name of the file, which is mapped there.
+"""Arrays and tensors over mapped files: they travel as the name of the file, which the other process maps again.
 
-What counts is where the bytes lie, not how the array came about: `np.memmap`, a view of one, `torch.from_numpy` of
-it, `torch.from_file`, an array over `mmap.mmap`. Linux says in `/proc/self/maps` which file an address belongs to;
-elsewhere arrays travel by their content.
+Only the address of the bytes counts, not how the array was made: `np.memmap`, a view of one, `torch.from_numpy` of
+it, `torch.from_file`, or an array over `mmap.mmap`. Linux says in `/proc/self/maps` which file an address belongs to;
+on other systems arrays travel by content.
 """
 
 import ctypes
@@ -23,24 +23,14 @@ __all__ = ["MappedFiles"]
 
 @dataclass(frozen=True, eq=False)
 class _MappedPart:
-    """A part of a file that is mapped here. Pickled, it is mapped where it arrives, once for all arrays in it.
+    """A mapped part of a file. When it is unpickled, the other process maps it once for all arrays in it."""
 
-    Attributes:
-        begin: The address of its first byte.
-        end: That after its last.
-        writable: Whether writing to the memory writes to the file.
-        path: The file.
-        offset: Where in the file it begins.
-        device: Of the file, as the kernel has it.
-        inode: Likewise.
-    """
-
-    begin: int
+    begin: int  # addresses
     end: int
-    writable: bool
+    writable: bool  # whether writing to the memory writes to the file
     path: str
-    offset: int
-    device: str
+    offset: int  # in the file
+    device: str  # as the kernel shows it
     inode: int
 
     def __reduce__(self) -> Any:
@@ -50,49 +40,49 @@ class _MappedPart:
 
 
 class MappedFiles:
-    """Knows which memory of this process is a file's, as it is at the first question."""
+    """The mapped files of this process, as they are at the first `reduce`."""
 
     def __init__(self) -> None:
-        self._segments: list[_MappedPart] | None = None
-        self._sizes: dict[tuple[str, str, int], int] = {}  # of files; 0: another one, or none, has its name by now
+        self._parts: list[_MappedPart] | None = None
+        self._sizes: dict[tuple[str, str, int], int] = {}  # of files; 0: the path names another file by now, or none
 
     def reduce(self, value: Any) -> Any:
-        """How pickle is to take an array or a tensor apart; `NotImplemented`: its memory is not a file's."""
-        if self._segments is None:
-            self._segments = _shared_segments()
-        if not self._segments:
+        """How to pickle an array or a tensor; `NotImplemented` if its memory is not a mapped file."""
+        if self._parts is None:
+            self._parts = _shared_parts()
+        if not self._parts:
             return NotImplemented
         is_tensor = isinstance(value, torch.Tensor)
         size = value.element_size() if is_tensor else value.itemsize
         address = value.data_ptr() if is_tensor else value.ctypes.data
         strides = [step * size for step in value.stride()] if is_tensor else value.strides
         low, high = _extent(value.shape, strides, size)
-        segment = self._segment(address + low, address + high) if high else None
-        if segment is None:
+        part = self._part(address + low, address + high) if high else None
+        if part is None:
             return NotImplemented
-        at = address - segment.begin
+        at = address - part.begin
         if is_tensor:
             dtype = str(value.dtype).removeprefix("torch.")
-            return _tensor, (segment, at, high, dtype, tuple(value.shape), value.stride())
+            return _tensor, (part, at, high, dtype, tuple(value.shape), value.stride())
         named = {name: getattr(value, name, None) for name in ("filename", "offset", "mode")}
         about = (value.dtype, value.shape, value.strides, value.flags.writeable)
-        return _array, (type(value), segment, at, *about, named)
+        return _array, (type(value), part, at, *about, named)
 
-    def _segment(self, begin: int, end: int) -> _MappedPart | None:
-        """The one that holds these addresses, if its file is still there."""
-        assert self._segments is not None
-        index = bisect_right(self._segments, begin, key=lambda segment: segment.begin) - 1
-        if index < 0 or end > self._segments[index].end:
+    def _part(self, begin: int, end: int) -> _MappedPart | None:
+        """The part that holds these addresses, if its file still exists."""
+        assert self._parts is not None
+        index = bisect_right(self._parts, begin, key=lambda part: part.begin) - 1
+        if index < 0 or end > self._parts[index].end:
             return None
-        segment = self._segments[index]
-        file = segment.path, segment.device, segment.inode
+        part = self._parts[index]
+        file = part.path, part.device, part.inode
         if file not in self._sizes:
-            self._sizes[file] = _size_if_same(segment)
-        return segment if segment.offset + end - segment.begin <= self._sizes[file] else None
+            self._sizes[file] = _size_if_same(part)
+        return part if part.offset + end - part.begin <= self._sizes[file] else None
 
 
 def _extent(shape: Any, steps: Any, size: int) -> tuple[int, int]:
-    """Where the bytes of an array lie, from its first element on; (0, 0): it has none."""
+    """The first and last byte of an array, relative to its first element; (0, 0) if it is empty."""
     if 0 in shape:
         return 0, 0
     reach = [(count - 1) * step for count, step in zip(shape, steps, strict=True)]
@@ -100,7 +90,7 @@ def _extent(shape: Any, steps: Any, size: int) -> tuple[int, int]:
 
 
 def _mappings() -> Iterator[tuple[_MappedPart, str]]:
-    """All files, and parts of them, that are mapped into this process, in the order of addresses; and the access."""
+    """All mapped parts of files in this process with their access, in the order of addresses."""
     if sys.platform != "linux":
         return
     with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123
@@ -108,31 +98,32 @@ def _mappings() -> Iterator[tuple[_MappedPart, str]]:
             addresses, access, offset, device, inode, *path = line.rstrip("\n").split(None, 5)
             if path:
                 begin, end = (int(address, 16) for address in addresses.split("-"))
-                name = path[0].replace("\\012", "\n")  # the kernel writes line breaks so
+                name = path[0].replace("\\012", "\n")  # how the kernel escapes line breaks
                 yield _MappedPart(begin, end, access[1] == "w", name, int(offset, 16), device, int(inode)), access
 
 
-def _shared_segments() -> list[_MappedPart]:
-    """Those that show what is in the file. A private mapping (`mode="c"`) may have been written to."""
-    return [segment for segment, access in _mappings() if access[0] == "r" and access[3] == "s"]
+def _shared_parts() -> list[_MappedPart]:
+    """The shared mappings. A private one (`mode="c"`) may have been written to, and then differs from the file."""
+    return [part for part, access in _mappings() if access[0] == "r" and access[3] == "s"]
 
 
-def _size_if_same(segment: _MappedPart) -> int:
-    """The size of the file at the path of `segment`; 0 if that is gone, or another one by now.
+def _size_if_same(part: _MappedPart) -> int:
+    """The size of the file that `part` maps; 0 if its path names another file by now, or none.
 
-    What `stat` says of a file need not be what the kernel says of a mapping (overlayfs, btrfs), so it is mapped anew.
+    On overlayfs and btrfs, `stat` and the kernel's list of mappings disagree about a file. So it is mapped again, and
+    the two mappings are compared.
     """
     try:
-        if not stat.S_ISREG(os.stat(segment.path).st_mode):  # noqa: PTH116 - a device is better left alone
+        if not stat.S_ISREG(os.stat(part.path).st_mode):  # noqa: PTH116 - opening a device may have effects
             return 0
-        with open(segment.path, "rb") as file:  # noqa: PTH123
+        with open(part.path, "rb") as file:  # noqa: PTH123
             size = os.fstat(file.fileno()).st_size
             page = mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_COPY)
     except (OSError, ValueError):
         return 0
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     same = any(
-        (other.device, other.inode) == (segment.device, segment.inode)
+        (other.device, other.inode) == (part.device, part.inode)
         for other, _ in _mappings()
         if other.begin <= address < other.end
     )
@@ -140,14 +131,14 @@ def _size_if_same(segment: _MappedPart) -> int:
     return size if same else 0
 
 
-# -- where they arrive -------------------------------------------------------------------------------------------------
+# -- in the other process ----------------------------------------------------------------------------------------------
 
 
 def _map(path: str, offset: int, size: int, writable: bool, identity: tuple[int, int]) -> mmap.mmap:
-    """The part of the file.
+    """Map the part of the file.
 
     Raises:
-        FileNotFoundError: The file is not there any more.
+        FileNotFoundError: The file has been removed or replaced.
     """
     try:
         with open(path, "r+b" if writable else "rb") as file:  # noqa: PTH123
@@ -177,7 +168,7 @@ def _array(
 
 def _tensor(memory: mmap.mmap, at: int, size: int, dtype: str, shape: Any, strides: Any) -> torch.Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a file that is mapped to be read cannot be written to
+        warnings.simplefilter("ignore", UserWarning)  # the mapping is read-only
         storage = torch.frombuffer(memory, dtype=torch.uint8, offset=at, count=size).untyped_storage()
     tensor: torch.Tensor = torch.empty(0, dtype=getattr(torch, dtype), device="cpu")
     return tensor.set_(storage, 0, shape, strides)

@@ -1,8 +1,8 @@
 """Shared memory that is used again: how batches come back from a worker without being copied.
 
 A segment belongs to the worker that made it. It has no name: its file is anonymous (`memfd_create`) or deleted at once,
-so nothing is left of it when its processes are gone, however they ended. The worker writes the buffers of one result
-into it; the user's process maps it once, rebuilds tensors over it, and tells the worker when the last view of them has
+so nothing is left of it when its processes have ended, however they ended. The worker writes the buffers of one result
+into it. The main process maps it once, rebuilds tensors over it, and tells the worker when the last view of them has
 died. Then the worker uses it again, and neither side pays for fresh pages.
 """
 
@@ -17,13 +17,14 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from aioloader.executors.processes.wire import SMALL_BYTES, array_type
+from aioloader.core.memory import memory_at
+from aioloader.executors.processes.layout import aligned
+from aioloader.executors.processes.wire import SMALL_BYTES
 from aioloader.memory.lease import lease
 
 __all__ = ["Arena", "BufferPlace", "Mapping", "create_file", "shared_memory", "use_arena"]
 
-ALIGNMENT: Final = 64  # bytes; a cache line, and more than any dtype needs
-KEPT: Final = 8  # free segments that a worker keeps; more were needed by a consumer that kept its batches
+MAX_FREE: Final = 8  # free segments that a worker keeps; only a consumer that keeps its batches needs more
 
 
 def create_file(size: int) -> int:
@@ -49,13 +50,9 @@ def _libc() -> Any:
 class Mapping:
     """A mapped segment, which stays mapped as long as this object or a lease of it lives.
 
-    Not Python's `mmap`, which keeps a file descriptor for each: a consumer that keeps a thousand batches would run into
-    the limit of open files, as it does with torch's workers.
-
-    Args:
-        fd: Of the segment; it stays the caller's.
-        size: In bytes.
-        private: Changes stay in this process.
+    Python's `mmap` keeps a file descriptor for each mapping: a consumer that keeps a thousand batches would run into
+    the limit of open files, as it does with torch's workers. Here the caller may close `fd` at once. If the mapping is
+    `private`, changes stay in this process.
     """
 
     def __init__(self, fd: int, size: int, *, private: bool = False) -> None:
@@ -68,22 +65,20 @@ class Mapping:
         self._unmap = _libc().munmap
 
     def __del__(self) -> None:
-        if hasattr(self, "_unmap"):  # it has been mapped
+        if hasattr(self, "_unmap"):  # the constructor has succeeded
             self._unmap(self.address, self.size)
 
-    def memory(self) -> Any:
-        """All of it, as a ctypes array that keeps it mapped; whatever is made over that array keeps the array."""
-        memory = array_type(self.size).from_address(self.address)
-        memory.mapping = self
-        return memory
+    def memory(self) -> memoryview:
+        """All of it; stays mapped as long as the view, or anything made over it, lives."""
+        return memory_at(self.address, self.size, owner=self)
 
     def lend(self, on_return: Callable[..., object], *args: Any) -> memoryview:
-        """All of it, once; `on_return(*args)` is called when the last view has died, in any thread, maybe inside gc."""
+        """The whole segment. `on_return(*args)` is called once when the last view of it has died, as `lease` says."""
         return memoryview(lease(self.memory(), self.size, partial(on_return, *args))).cast("B")
 
 
 class BufferPlace(NamedTuple):
-    """Where a buffer lies in a segment."""
+    """The place of a buffer in a segment."""
 
     segment: int
     offset: int
@@ -102,15 +97,15 @@ class _SharedSegment:
         except OSError:
             os.close(self.fd)
             raise
-        self.view = memoryview(self.mapping.memory()).cast("B")
+        self.view = self.mapping.memory()
         self.filled = 0
 
 
 class Arena:
     """A worker's segments.
 
-    One result is made at a time: `alloc` and `put` fill segments for it, `hand_over` says that it has been sent,
-    `abandon` that it will not be.
+    Results are made one at a time: `alloc` and `put` fill segments for the current one, then either `hand_over` lends
+    them to the main process or `abandon` frees them.
     """
 
     def __init__(self) -> None:
@@ -118,41 +113,41 @@ class Arena:
         self._current: list[_SharedSegment] = []
         self._lent: dict[int, _SharedSegment] = {}
         self._made = 0
-        self._expected = 0  # what the last result took
+        self._last_bytes = 0  # the size of the last result
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised memory in a segment, for a part of the result that is being made: it will not be copied."""
+        """Uninitialised memory in a segment for a part of the current result, which is then not copied."""
         size = prod(shape) * dtype.itemsize
         if size < SMALL_BYTES:
             return torch.empty(shape, dtype=dtype)
         try:
             segment, offset = self._reserve(size)
-        except OSError:  # no memory to share: it is copied through the socket
+        except OSError:  # no memory to share: the tensor goes through the socket
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(segment.view[offset : offset + size], dtype=dtype).view(tuple(shape))
 
     def put(self, buffers: Sequence[memoryview]) -> list[BufferPlace]:
-        """Where each of `buffers` lies, after copying those that lay elsewhere.
+        """The place of each buffer. Those that are not in a segment are copied into one.
 
         Raises:
-            OSError: No memory to share.
+            OSError: There is no memory to share.
         """
         places = [self._find(buffer) for buffer in buffers]
-        wanted = sum(_aligned(b.nbytes) for b, place in zip(buffers, places, strict=True) if place is None)
+        wanted = sum(aligned(b.nbytes) for b, place in zip(buffers, places, strict=True) if place is None)
         if wanted:
             segment, offset = self._reserve(wanted)
             for index, (buffer, place) in enumerate(zip(buffers, places, strict=True)):
                 if place is None:
                     segment.view[offset : offset + buffer.nbytes] = buffer
                     places[index] = BufferPlace(segment.number, offset, buffer.nbytes)
-                    offset += _aligned(buffer.nbytes)
+                    offset += aligned(buffer.nbytes)
         return [place for place in places if place is not None]
 
     def hand_over(self, places: Sequence[BufferPlace]) -> list[tuple[int, int, int]]:
-        """The segments of `places` are the other side's until `take_back`.
+        """Lend the segments of `places` to the main process, until `take_back`.
 
         Returns:
-            Those that it does not know yet: number, size, and descriptor, which is to be closed when it was sent.
+            The number, size and descriptor of each segment that it does not know yet; close the descriptor once sent.
         """
         used = {place.segment for place in places}
         new = []
@@ -164,23 +159,23 @@ class Arena:
                     segment.fd = -1
             else:
                 self._free.append(segment)
-        self._expected = sum(segment.filled for segment in self._current if segment.number in used)
+        self._last_bytes = sum(segment.filled for segment in self._current if segment.number in used)
         self._current = []
         return new
 
     def abandon(self) -> None:
-        """The result is not to be sent."""
+        """Free the segments of the current result, which will not be sent."""
         self._free.extend(self._current)
         self._current = []
 
     def take_back(self, numbers: Sequence[int]) -> None:
-        """No view of these lives any more on the other side."""
+        """Free lent segments: the main process has no view of them any more."""
         self._free.extend(self._lent.pop(number) for number in numbers)
 
     def trim(self) -> list[int]:
-        """Let go of what is free beyond the bound; the numbers, which the other side is to forget."""
+        """Release all but `MAX_FREE` free segments; returns their numbers, which the main process must forget too."""
         self._free.sort(key=lambda segment: segment.size)
-        gone = self._free[: max(0, len(self._free) - KEPT)]
+        gone = self._free[: max(0, len(self._free) - MAX_FREE)]
         del self._free[: len(gone)]
         for segment in gone:
             if segment.fd >= 0:
@@ -199,22 +194,22 @@ class Arena:
         return None
 
     def _reserve(self, size: int) -> tuple[_SharedSegment, int]:
-        """`size` bytes in a current segment."""
+        """Space for `size` bytes in a current segment, and its offset."""
         for segment in self._current:
             if segment.size - segment.filled >= size:
                 break
         else:
             segment = self._open(size)
         offset = segment.filled
-        segment.filled += _aligned(size)
+        segment.filled += aligned(size)
         return segment, offset
 
     def _open(self, size: int) -> _SharedSegment:
         if not self._current:
-            size = max(size, self._expected)  # all of a result in one segment, if it is like the last one
+            size = max(size, self._last_bytes)  # so that a result like the last one fits into one segment
         fitting = [segment for segment in self._free if segment.size >= size]
         segment = min(fitting, key=lambda segment: segment.size, default=None)
-        if segment is not None and segment.size <= 4 * max(size, mmap.PAGESIZE):  # else a small one would block it
+        if segment is not None and segment.size <= 4 * max(size, mmap.PAGESIZE):  # a small result must not occupy it
             self._free.remove(segment)
         else:
             self._made += 1
@@ -224,12 +219,8 @@ class Arena:
         return segment
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
 def _rounded(size: int) -> int:
-    """An eighth more at most, so that segments fit again where batches differ in size."""
+    """`size`, rounded up by an eighth at most, so that segments fit again where batches differ in size."""
     step = max(mmap.PAGESIZE, 1 << max(0, size.bit_length() - 3))
     return -(-size // step) * step
 
@@ -238,13 +229,13 @@ _arena: Arena | None = None
 
 
 def use_arena(arena: Arena) -> None:
-    """`shared_memory` allocates in `arena` from now on; in a worker, once."""
+    """In a worker, once: let `shared_memory` allocate in `arena`."""
     global _arena
     _arena = arena
 
 
 def shared_memory(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """In a worker: memory for a batch that goes to the user's process, so that collating is the only copy of it."""
+    """In a worker: memory for a batch that goes to the main process, so that collating is its only copy."""
     if _arena is None:
         return torch.empty(shape, dtype=dtype)
     return _arena.alloc(shape, dtype)

@@ -1,4 +1,4 @@
-"""A worker that is asked for streams of entries, and sends them as far as it is allowed to."""
+"""A worker that runs streams of entries, and sends as many of them as it has been granted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any
 
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.layout import lay_out
 from aioloader.executors.processes.stored import StoredProgram
 from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
-from aioloader.executors.processes.worker import Program, lay_out
+from aioloader.executors.processes.worker import Program
 from aioloader.executors.processes.worker_thread import Worker, WorkerThread
 
 __all__ = ["Arrived", "Failure", "Heard", "StreamEnded", "StreamWorker", "StreamWorkerDied"]
@@ -19,10 +20,8 @@ __all__ = ["Arrived", "Failure", "Heard", "StreamEnded", "StreamWorker", "Stream
 class Arrived:
     """Entries of a stream.
 
-    Attributes:
-        places: What the worker says of each beside its value, see `engine/process_stream.py`.
-        values: Theirs, and keys and meters; None: they cannot be unpickled here.
-        error: Why.
+    `places` is what is known of each entry besides its value, see `engine/process_stream.py`; `values` are the values,
+    keys and meters, or None if they cannot be unpickled here for the reason `error`.
     """
 
     places: list[tuple[Any, ...]]
@@ -32,34 +31,21 @@ class Arrived:
 
 @dataclass(frozen=True)
 class StreamEnded:
-    """No more of this stream.
-
-    Attributes:
-        values: The last meters.
-    """
+    """The stream has ended; `values` are its last meters."""
 
     values: Any
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The stream, or any stream, cannot go on.
-
-    Attributes:
-        error: Why.
-    """
+    """The stream failed, or no stream can be started."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class StreamWorkerDied:
-    """The worker is dead.
-
-    Attributes:
-        pid: Its process id.
-        reason: How it ended, in words.
-    """
+    """The worker has died; `reason` says how it ended, in words."""
 
     pid: int | None
     reason: str
@@ -69,66 +55,56 @@ Heard = Arrived | StreamEnded | Failure | StreamWorkerDied
 
 
 class StreamWorker:
-    """One worker, started when it is first asked for something, and again if it has died.
+    """One worker. It is started by the first stream, and again by the next one after it has died.
 
-    Args:
-        host: Runs it.
-        make_program: Gives what it does; called in the thread of `host`, for there it is pickled.
+    Its program is made in the worker thread, where it is pickled.
     """
 
-    def __init__(self, host: WorkerThread, make_program: Callable[[], Program]) -> None:
-        self._host = host
+    def __init__(self, worker_thread: WorkerThread, make_program: Callable[[], Program]) -> None:
+        self._worker_thread = worker_thread
         self._make_program = make_program
         self._numbers = count(1)
         self._listeners: dict[int, Callable[[Heard], None]] = {}
         self._worker: Worker | None = None
         self._program: StoredProgram | None = None
 
-    # -- any thread --------------------------------------------------------------------------------------------------
+    # -- in any thread -----------------------------------------------------------------------------------------------
 
     def open(self, request: Any, listener: Callable[[Heard], None]) -> int:
-        """Ask for a stream.
-
-        Args:
-            request: For the program.
-            listener: Called in the thread of the host with what comes, until `end`.
-
-        Returns:
-            The number of the stream.
-        """
+        """Begin a stream, and return its number. `listener` gets what arrives, in the worker thread, until `end`."""
         number = next(self._numbers)
-        self._host.call(self._open, number, request, listener)
+        self._worker_thread.call(self._open, number, request, listener)
         return number
 
     def grant(self, number: int, entries: int) -> None:
-        """Allow so many entries more."""
-        self._host.call(self._tell, "grant", number, entries)
+        """Allow the worker to send that many entries more."""
+        self._worker_thread.call(self._tell, "grant", number, entries)
 
     def end(self, number: int) -> None:
-        """No more of this stream is wanted."""
-        self._host.call(self._end, number)
+        """Stop a stream."""
+        self._worker_thread.call(self._end, number)
 
-    # -- in the host's thread ----------------------------------------------------------------------------------------
+    # -- in the worker thread ----------------------------------------------------------------------------------------
 
     def _open(self, number: int, request: Any, listener: Callable[[Heard], None]) -> None:
-        if self._host.closed:
+        if self._worker_thread.closed:
             listener(Failure(LoaderClosedError("the loader was closed while it began an epoch in another process")))
             return
         self._listeners[number] = listener
         try:
             if self._worker is None:
-                self._host.begin()
+                self._worker_thread.begin()
                 if self._program is None:
                     self._program = StoredProgram(self._make_program())
-                self._worker = self._host.spawn(self, 0, self._program.modules)
+                self._worker = self._worker_thread.spawn(self, 0, self._program.modules)
                 self._program.send_to(self._worker)
             stream, buffers = encode(request)
-        except BaseException as error:  # the program cannot be pickled, or nothing can be started
+        except BaseException as error:  # the program cannot be pickled, or no process can be started
             del self._listeners[number]
             listener(Failure(error))
             return
-        layout, parts = lay_out(buffers)
-        self._worker.send(("open", number, sum(map(len, parts)), layout), [*parts, stream])
+        (*layout, (stream_at, _)), pieces = lay_out([*buffers, stream])
+        self._worker.send(("open", number, stream_at, layout), pieces)
 
     def _tell(self, kind: str, number: int, value: int) -> None:
         if self._worker is not None and number in self._listeners:
@@ -139,11 +115,10 @@ class StreamWorker:
         self._listeners.pop(number, None)
 
     def received(self, worker: Worker, message: Message) -> None:
-        """See `Owner`."""
         kind, number, *rest = message.head
         heard: Heard
         try:
-            value = worker.unpack(message)  # also when nobody listens any more: it says which segments there are
+            value = worker.unpack(message)  # even if nobody listens any more: it maps new segments
         except BaseException as error:
             lost = cannot_travel("a batch", error, by_value=can_pickle_by_value())
             heard = Arrived(rest[0], None, lost) if kind == "entries" else Failure(lost)
@@ -165,11 +140,10 @@ class StreamWorker:
             listener(heard)
 
     def died(self, worker: Worker, reason: str) -> None:
-        """See `Owner`."""
         if self._worker is worker:
             self._worker = None
             self._tell_all(StreamWorkerDied(worker.pid, reason))
-        if self._host.closed and self._program is not None:
+        if self._worker_thread.closed and self._program is not None:
             self._program.close()
             self._program = None
 

@@ -1,4 +1,4 @@
-"""What torch promises to code in the worker processes of a DataLoader: seeds, `get_worker_info()`, `worker_init_fn`."""
+"""What torch gives to code in the worker processes of a DataLoader: seeds, `get_worker_info()`, `worker_init_fn`."""
 
 import random
 import sys
@@ -19,13 +19,13 @@ __all__ = ["EXHAUSTED", "FetchNext", "TorchWorker"]
 
 @dataclass(frozen=True)
 class TorchWorker:
-    """Makes a worker process what torch's are.
+    """Sets up a worker process as torch sets up its own.
 
     Args:
         dataset: For `get_worker_info()`.
-        num_workers: See torch.
-        base_seed: Worker k draws its random numbers from `base_seed + k`.
-        worker_init_fn: See torch; called after all that.
+        num_workers: As in torch.
+        base_seed: Worker k is seeded with `base_seed + k`.
+        worker_init_fn: As in torch; called last.
     """
 
     dataset: Any
@@ -34,7 +34,7 @@ class TorchWorker:
     worker_init_fn: Callable[[int], None] | None
 
     def __call__(self, worker_id: int) -> None:
-        """In the worker, once."""
+        """Called once, in the worker."""
         seed = self.base_seed + worker_id
         random.seed(seed)
         torch.manual_seed(seed)
@@ -53,18 +53,18 @@ class _Exhausted:
 
 
 EXHAUSTED: Final = _Exhausted()
-"""What `FetchNext` gives when its worker's part of the dataset is over."""
+"""What `FetchNext` returns at the end of its worker's part of the dataset."""
 
 
 class FetchNext(Holds):
-    """The next batch of this worker's own iterator over an iterable dataset.
+    """Fetches the next batch from this worker's iterator over an iterable dataset.
 
     Args:
-        dataset: Each worker has a copy; it splits itself by `get_worker_info()`.
-        batch_size: None: single samples.
-        drop_last: Of each worker's part, as in torch.
-        collate_fn: From a list of samples to a batch, or for `batch_size=None` from a sample to what is handed out.
-            None: the samples travel as they are.
+        dataset: Each worker has a copy, which selects its part by `get_worker_info()`.
+        batch_size: None for single samples.
+        drop_last: Applies to each worker's part, as in torch.
+        collate_fn: Makes a batch from a list of samples, or with `batch_size=None` converts a sample. None: samples are
+            returned as they are.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class FetchNext(Holds):
         return self._dataset, self._collate_fn
 
     def __call__(self, turn: tuple[int, int]) -> Any:
-        """The next batch of an epoch, `EXHAUSTED` when there is no more.
+        """The next batch of an epoch, or `EXHAUSTED`.
 
         Args:
-            turn: The epoch, any number that grows: a greater one begins the dataset anew. And how many batches were
-                given before a resume, if any: they are read again and dropped, and that is all; the result is how
-                many there were.
+            turn: The epoch, and how many batches to skip. A greater epoch starts a new iterator. If the second number
+                is not 0, the call only reads that many batches and drops them, to continue after a resume; it returns
+                how many there were.
         """
         epoch, given = turn
         if not given:
@@ -96,7 +96,7 @@ class FetchNext(Holds):
         self._reads_again = True
         try:
             for number in range(given):
-                with suppress(BaseException):  # it was raised in its time
+                with suppress(BaseException):  # it was raised before the resume
                     if self._next(epoch) is EXHAUSTED:
                         return number
         finally:
@@ -112,7 +112,7 @@ class FetchNext(Holds):
         if self._epoch is None or epoch > self._epoch:
             self._fetcher = None
             self._epoch = epoch
-            self._context = copy_context()  # of the iterator, which runs in one as it does elsewhere
+            self._context = copy_context()  # the iterator runs in one context, as it does in other executors
             self._fetcher = _DatasetKind.create_fetcher(
                 _DatasetKind.Iterable, self._dataset, self._batch_size is not None, self._collate, self._drop_last
             )

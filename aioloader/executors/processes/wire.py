@@ -1,7 +1,6 @@
-"""What crosses between two processes: values, taken apart into a pickle and large buffers, and messages on a socket."""
+"""What crosses between two processes: values as a pickle and large buffers, and messages on a socket."""
 
 import array
-import ctypes
 import io
 import os
 import pickle
@@ -10,22 +9,23 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
 
+from aioloader.core.memory import memory_at, tensor_over
 from aioloader.executors.processes.mapped_files import MappedFiles
 
-try:  # now and not when it is needed: a fork in the middle of an import by a thread leaves it half done in the child
+try:  # at import time: a fork while a thread imports it would leave it half done in the child
     import cloudpickle
 except ImportError:
     cloudpickle = None
 
-__all__ = ["SMALL_BYTES", "Connection", "Message", "array_type", "can_pickle_by_value", "decode", "encode"]
+__all__ = ["SMALL_BYTES", "Connection", "Message", "can_pickle_by_value", "decode", "encode"]
 
-SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays inside the pickle
+SMALL_BYTES: Final = 1024  # smaller tensors and arrays stay inside the pickle
 
 # -- values ------------------------------------------------------------------------------------------------------------
 
@@ -33,25 +33,25 @@ SMALL_BYTES: Final = 1024  # the memory of tensors and arrays below this stays i
 def encode(
     value: Any, files: MappedFiles | None = None, modules: dict[str, None] | None = None
 ) -> tuple[bytes, list[memoryview]]:
-    """Take `value` apart: a pickle, and the memory of its tensors and arrays, which is not copied.
+    """Pickle `value`; returns the pickle, and the memory of its tensors and arrays, which is not copied.
 
-    Functions and classes of `__main__`, lambdas and closures travel by value where cloudpickle is installed.
+    Functions and classes of `__main__`, lambdas and closures are pickled by value where cloudpickle is installed.
 
     Args:
         value: Anything.
-        files: Tensors and arrays whose memory is a file's travel as the name of that; None: by content, too. That is
-            for what is small, or does not stay: mapping a file takes longer than copying a sample.
-        modules: Gets the names of those that `decode` will import.
+        files: If given, tensors and arrays over mapped files are pickled as the names of these files. Use it for a
+            program only: mapping a file takes longer than copying a sample.
+        modules: If given, gets the names of the modules that `decode` will import.
 
     Raises:
-        Exception: Whatever pickling an object of the user's raises.
+        Exception: Whatever pickling a user's object raises.
     """
     buffers: list[memoryview] = []
 
     def take(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
         if raw.nbytes < SMALL_BYTES:
-            return True  # into the pickle
+            return True  # keep it in the pickle
         buffers.append(raw)
         return False
 
@@ -65,53 +65,53 @@ def encode(
 
 
 def decode(stream: Any, buffers: Sequence[Any] = ()) -> Any:
-    """Put together what `encode` took apart. Tensors and arrays lie in `buffers`, and keep them alive."""
+    """The value that `encode` pickled. Its tensors and arrays use the memory of `buffers`, and keep it alive."""
     return pickle.loads(stream, buffers=buffers)
 
 
 def can_pickle_by_value() -> bool:
-    """Whether cloudpickle is there."""
+    """Whether cloudpickle is installed."""
     return cloudpickle is not None
 
 
 @cache
 def _pickler() -> Any:
-    """A pickler that knows tensors; torch's own way writes each storage into a file in memory, with a header."""
+    """A pickler for tensors: torch's own reducer writes each storage into a file in memory, with a header."""
     base: Any = pickle.Pickler
-    otherwise: Callable[[Any, Any], Any] | None = None
+    reduce_otherwise: Callable[[Any, Any], Any] | None = None
     if can_pickle_by_value():
         base = cloudpickle.Pickler
-        otherwise = base.reducer_override
+        reduce_otherwise = base.reducer_override
 
     class Pickler(base):  # type: ignore[misc]  # one of two
         files: MappedFiles | None
 
         def reducer_override(self, value: Any) -> Any:
             if self.files is not None and _is_memory(value):
-                taken = self.files.reduce(value)
-                if taken is not NotImplemented:
-                    return taken
+                reduced = self.files.reduce(value)
+                if reduced is not NotImplemented:
+                    return reduced
             if type(value) is torch.Tensor and _is_plain(value):
-                return _unpack_error(value)
-            if type(value) is CodeType and otherwise is not None:
-                # cloudpickle forgets the file, and tracebacks from the worker would show no source.
+                return _reduce_tensor(value)
+            if type(value) is CodeType and reduce_otherwise is not None:
+                # cloudpickle drops the file name, and tracebacks from the worker would show no source.
                 make, args, *_ = self.dispatch_table[CodeType](value)
                 return make, tuple(value.co_filename if arg == "<dynamic-code>" else arg for arg in args)
-            if otherwise is None:
+            if reduce_otherwise is None:
                 return NotImplemented
             if isinstance(value, FunctionType | type):
-                _by_value_if_need_be(value.__module__)
-            return otherwise(self, value)
+                _pickle_by_value_if_needed(value.__module__)
+            return reduce_otherwise(self, value)
 
     return Pickler
 
 
 @cache
 def _recorder() -> Any:
-    """The same pickler, which takes down where that which travels by reference is defined."""
+    """The same pickler, which also records the modules of what is pickled by reference."""
     base: Any = _pickler()
 
-    class BufferRecorder(base):  # type: ignore[misc]  # made at runtime
+    class ModuleRecorder(base):  # type: ignore[misc]  # made at runtime
         modules: dict[str, None]
 
         def reducer_override(self, value: Any) -> Any:
@@ -124,24 +124,24 @@ def _recorder() -> Any:
                     self.modules[module] = None
             return reduced
 
-    return BufferRecorder
+    return ModuleRecorder
 
 
-def _by_value_if_need_be(name: str) -> None:
-    """Let cloudpickle send what a module defines by value, as it does for `__main__`, where a worker cannot import it.
+def _pickle_by_value_if_needed(name: str) -> None:
+    """Let cloudpickle pickle a module's definitions by value, as it does for `__main__`, if workers cannot import it.
 
-    That is so for modules that were made by hand (of code that was `exec`uted), and for `__mp_main__`: what the user's
-    script is called in a process that multiprocessing has spawned, for instance by torch's `mp.spawn`.
+    They cannot import modules that were made by hand (from code that was `exec`uted), nor `__mp_main__`, the name of
+    the user's script in a process that multiprocessing has spawned, for instance by torch's `mp.spawn`.
     """
     module = sys.modules.get(name)
     if module is None or "." in name or name == "__main__" or name in cloudpickle.list_registry_pickle_by_value():
-        return  # what has a dot belongs to a package; those of torch have parts that look like made by hand
+        return  # a name with a dot belongs to a package; some parts of torch's look as if made by hand
     if (name == "__mp_main__" or getattr(module, "__spec__", None) is None) and module.__name__ == name:
         cloudpickle.register_pickle_by_value(module)
 
 
 def _is_memory(value: Any) -> bool:
-    """Whether `value` is an array or a tensor, and nothing more than the memory that it shows."""
+    """Whether `value` is a tensor or an array with no state besides its memory."""
     if type(value) is torch.Tensor:
         return _is_plain(value)
     numpy = sys.modules.get("numpy")
@@ -157,7 +157,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _unpack_error(tensor: torch.Tensor) -> Any:
+def _reduce_tensor(tensor: torch.Tensor) -> Any:
     shape, strides = tuple(tensor.shape), None
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.numel() == 0:
@@ -165,49 +165,31 @@ def _unpack_error(tensor: torch.Tensor) -> Any:
     if not tensor.is_contiguous():
         order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         dense = tensor.permute(order)
-        if dense.is_contiguous():  # transposed, or channels-last: it keeps its strides
+        if dense.is_contiguous():  # transposed or channels-last: the strides are kept
             strides, tensor = tensor.stride(), dense
         else:
             tensor = tensor.contiguous()
-    memory = array_type(tensor.nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # which owns the memory
+    memory = memory_at(tensor.data_ptr(), tensor.nbytes, owner=tensor)
     return _put_together, (pickle.PickleBuffer(memory), dtype, shape, strides)
 
 
 def _put_together(memory: Any, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...] | None) -> torch.Tensor:
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    # Not `.view(shape)`: that would be a view, with a `_base` and the rules that autograd has for it.
-    tensor: torch.Tensor = torch.empty(0, dtype=getattr(torch, dtype), device="cpu")
-    if strides is None:
-        return tensor.set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]  # strides may be left out
-    return tensor.set_(storage, 0, shape, strides)
+    return tensor_over(memory, shape, getattr(torch, dtype), strides=strides)
 
 
 def _make_empty(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
 
 
-@lru_cache(256)
-def array_type(size: int) -> Any:
-    """The ctypes type of `size` bytes. Making one takes longer than making an instance, so the latest are kept."""
-    return ctypes.c_char * size
-
-
 # -- messages ----------------------------------------------------------------------------------------------------------
 
-_HEADER: Final = struct.Struct("<IIQ")  # lengths of head and body, and between them the number of file descriptors
+_HEADER: Final = struct.Struct("<IIQ")  # the length of the head, the number of descriptors, the length of the body
 _MAX_FDS: Final = 16  # in one message
-_MAX_PARTS: Final = 512  # in one call of sendmsg, which takes 1024 at most
+_MAX_PIECES: Final = 512  # in one call of sendmsg, which takes 1024 at most
 
 
 class Message(NamedTuple):
-    """One message.
-
-    Attributes:
-        head: A small tuple; its first item names the kind.
-        body: Raw bytes.
-        fds: File descriptors, now the receiver's to close.
-    """
+    """One message. The first item of its head names its kind; the receiver closes the descriptors."""
 
     head: tuple[Any, ...]
     body: bytearray
@@ -215,11 +197,7 @@ class Message(NamedTuple):
 
 
 class Connection:
-    """Messages over a stream socket, blocking or not, as the socket is. Used by one thread.
-
-    Args:
-        sock: One end of a socket pair; it is closed with the connection.
-    """
+    """Messages over a stream socket, blocking or not, which is closed with the connection. Used by one thread."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -237,34 +215,31 @@ class Connection:
 
     @property
     def pending(self) -> bool:
-        """Whether something waits until the socket takes it."""
+        """Whether there is something that the socket has not taken yet."""
         return bool(self._out)
 
-    def send(self, head: tuple[Any, ...], parts: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
-        """Send a message, as far as the socket takes it now.
+    def send(self, head: tuple[Any, ...], pieces: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
+        """Send a message with its body in `pieces`; what the socket does not take now stays pending.
 
-        Args:
-            head: See `Message`.
-            parts: The body, in pieces.
-            fds: At most 16; they are closed when they have been sent.
+        At most 16 descriptors can be sent; they are closed once they are.
 
         Raises:
-            OSError: The other side is gone.
+            OSError: The other side has closed the connection.
         """
         assert len(fds) <= _MAX_FDS
         packed = pickle.dumps(head, 5)
-        pieces = [memoryview(part).cast("B") for part in parts if len(part)]
-        header = _HEADER.pack(len(packed), len(fds), sum(map(len, pieces)))
-        self._out.append(([memoryview(header + packed), *pieces], list(fds)))
+        body = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+        header = _HEADER.pack(len(packed), len(fds), sum(map(len, body)))
+        self._out.append(([memoryview(header + packed), *body], list(fds)))
         self.flush()
 
     def flush(self) -> None:
-        """Go on sending what is pending."""
+        """Send what is pending, as far as the socket takes it."""
         while self._out:
             pieces, fds = self._out[0]
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
-                sent = self._socket.sendmsg(pieces[:_MAX_PARTS], ancillary)
+                sent = self._socket.sendmsg(pieces[:_MAX_PIECES], ancillary)
             except BlockingIOError:
                 return
             for fd in fds:  # they go with the first byte
@@ -281,10 +256,10 @@ class Connection:
                 self._out.popleft()
 
     def receive(self) -> Iterator[Message]:
-        """The messages that come, until none is there (a socket that does not block).
+        """The messages that come; ends when none is there, if the socket does not block.
 
         Raises:
-            EOFError: The other side is gone.
+            EOFError: The other side has closed the connection.
         """
         ancillary_bytes = socket.CMSG_SPACE(4 * _MAX_FDS)
         while True:
@@ -308,7 +283,7 @@ class Connection:
             self._filling = self._filling[read:]
 
     def _next_part(self) -> Message | None:
-        """What is being read is complete; go on with what comes after it, or give the message."""
+        """Go on with the next part of a message, after one has been read; returns the message after its last part."""
         if self._head is None:
             head_bytes, self._fd_count, body_bytes = _HEADER.unpack(self._header)
             self._head = bytearray(head_bytes)
@@ -327,7 +302,7 @@ class Connection:
         return message
 
     def close(self) -> None:
-        """Close the socket, and descriptors that were never sent or taken."""
+        """Close the socket, and the descriptors that still wait to be sent or taken."""
         for _, fds in self._out:
             for fd in fds:
                 os.close(fd)

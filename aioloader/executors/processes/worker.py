@@ -1,4 +1,4 @@
-"""What a worker process does: it gets a program, and serves it until the user's process has no more need of it."""
+"""What a worker process does: it loads a program and runs it until the main process closes it."""
 
 import contextlib
 import os
@@ -20,37 +20,24 @@ from aioloader.executors.current_sample import KeyOnly, SampleContext
 from aioloader.executors.epochs import Copies, Epochs
 from aioloader.executors.processes.cells import ProgressCells
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
-from aioloader.executors.processes.segments import ALIGNMENT, Arena, BufferPlace, Mapping, use_arena
+from aioloader.executors.processes.layout import Layout, lay_out, open_buffers
+from aioloader.executors.processes.segments import Arena, BufferPlace, Mapping, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
 
-__all__ = [
-    "Program",
-    "Work",
-    "WorkerLink",
-    "adopt_surroundings",
-    "lay_out",
-    "main",
-    "open_buffers",
-    "settings_of_this_process",
-]
+__all__ = ["Program", "Work", "WorkerLink", "adopt_surroundings", "main", "settings_of_this_process"]
 
-SHARED_BYTES: Final = 1 << 15  # results below this go through the socket: that is cheaper than a segment
+SHARED_BYTES: Final = 1 << 15  # smaller results go through the socket, which is cheaper than a segment
 
 
 class Program(Protocol):
-    """What a worker is for. It is pickled once."""
+    """What a worker runs. It is pickled once."""
 
     def serve(self, channel: "WorkerLink", slot: int) -> None:
-        """Do the work until the channel says that it is over.
-
-        Args:
-            channel: To the user's process.
-            slot: The worker's number.
-        """
+        """Do the work until the main process closes `channel`."""
 
 
 def settings_of_this_process() -> dict[str, Any]:
-    """What a new worker is to have in common with the user's process, as it is now."""
+    """The settings of the main process that a new worker adopts."""
     return {
         "path": list(sys.path),
         "argv": list(sys.argv),
@@ -61,7 +48,7 @@ def settings_of_this_process() -> dict[str, Any]:
 
 
 def main(sock: socket.socket, settings: dict[str, Any]) -> NoReturn:
-    """The life of a worker, in a process that was just forked."""
+    """Run a worker, in a process that was just forked."""
     status = 1
     try:
         _adopt(settings)
@@ -71,7 +58,7 @@ def main(sock: socket.socket, settings: dict[str, Any]) -> NoReturn:
             program.serve(channel, slot)
         status = 0
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        status = 0  # the user's process is gone: nobody is left to tell
+        status = 0  # the main process has ended
     except BaseException:
         traceback.print_exc()
     finally:
@@ -82,10 +69,10 @@ def main(sock: socket.socket, settings: dict[str, Any]) -> NoReturn:
 
 
 def adopt_surroundings(settings: dict[str, Any]) -> None:
-    """Be like the user's process in what modules find when they are imported, but for one thread for each operation."""
+    """Give imported modules the surroundings of the main process, except that torch uses one thread per operation."""
     sys.path[:] = settings["path"]
     sys.argv[:] = settings["argv"]
-    with contextlib.suppress(OSError):  # it may have been deleted meanwhile
+    with contextlib.suppress(OSError):  # the directory may have been deleted
         os.chdir(settings["directory"])
     if dict(os.environ) != settings["environment"]:
         os.environ.clear()
@@ -94,7 +81,7 @@ def adopt_surroundings(settings: dict[str, Any]) -> None:
 
 
 def _adopt(settings: dict[str, Any]) -> None:
-    """Be like the user's process, but with random numbers of one's own."""
+    """Adopt all settings of the main process; random numbers are the worker's own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     adopt_surroundings(settings)
     if torch.get_default_dtype() is not getattr(torch, settings["dtype"]):
@@ -107,11 +94,11 @@ def _adopt(settings: dict[str, Any]) -> None:
 
 
 class WorkerLink:
-    """A worker's connection to the user's process.
+    """A worker's connection to the main process.
 
     Attributes:
-        arena: The memory that results come back in.
-        progress: Where it is noted what the worker is at; there with the program.
+        arena: The shared memory in which results are sent.
+        progress: Records which sample the worker has begun; set by `get_program`.
     """
 
     progress: ProgressCells
@@ -131,31 +118,32 @@ class WorkerLink:
         """Wait for a message.
 
         Raises:
-            EOFError: The user's process is gone.
+            EOFError: The main process has ended.
         """
         for message in self._messages:
             return message
         raise EOFError
 
     def ready(self) -> bool:
-        """Whether `next` need not wait."""
+        """Whether `next` returns at once."""
         return bool(self._poll.poll(0))
 
     def get_program(self) -> tuple[Program | None, int]:
-        """The program and the slot's number; None when it cannot be loaded, which has been told."""
+        """The program and the worker's slot; None when it cannot be loaded, which has been reported."""
         message = self.next()
         if message.head[0] == "close":
             return None, 0
-        _, slot, size, stream_at, layout, count = message.head
+        _, slot, size, layout, count = message.head
         fd, *progress_fds = message.fds
         for progress_fd in progress_fds:
             self.progress = ProgressCells(progress_fd, count)
             os.close(progress_fd)
-        # Tensors and arrays of a dataset lie in this one file, whose pages all workers share until they write to them.
+        # Tensors and arrays of a dataset are in this one file, whose pages all workers share until they write to them.
         memory = memoryview(Mapping(fd, size, private=True).memory()).cast("B")
         os.close(fd)
+        *buffers, stream = open_buffers(memory, layout)
         try:
-            program: Program = decode(memory[stream_at:], open_buffers(memory, layout))
+            program: Program = decode(stream, buffers)
         except BaseException as error:
             if not can_pickle_by_value():
                 error.add_note(f"aioloader: {BY_VALUE}")
@@ -168,10 +156,10 @@ class WorkerLink:
         self._connection.send(head)
 
     def send(self, head: tuple[Any, ...], value: Any) -> None:
-        """Send `value`; large tensors and arrays in it in shared memory.
+        """Send `value`, with large tensors and arrays in shared memory.
 
-        The message's head is `head` and: where the pickle begins in the body (-1: it is the last of the buffers), the
-        places of its buffers in the body or in segments, the new segments, and those to forget.
+        To `head` are added: the places of the buffers, the new segments, and the segments to forget. Either all buffers
+        are in the body, with the pickle as the last one, or all are in segments, with a small pickle alone in the body.
 
         Raises:
             Exception: `value` cannot be pickled; nothing has been sent.
@@ -182,11 +170,11 @@ class WorkerLink:
         except BaseException:
             arena.abandon()
             raise
-        stream_is_buffer = len(stream) >= SHARED_BYTES
-        if stream_is_buffer:  # the user's process need not read it from the socket, piece by piece
-            buffers.append(memoryview(stream))
-        fds: list[int] = []
-        new: list[tuple[int, int]] = []
+        body = [memoryview(stream)]
+        if len(stream) >= SHARED_BYTES:  # then the main process need not read it from the socket, piece by piece
+            buffers += body
+            body = []
+        new: list[tuple[int, int, int]] = []
         places: list[BufferPlace] | None = None
         layout: Sequence[tuple[int, ...]]
         if sum(buffer.nbytes for buffer in buffers) >= SHARED_BYTES:
@@ -194,44 +182,23 @@ class WorkerLink:
                 places = arena.put(buffers)
         if places is None:
             arena.abandon()
-            layout, parts = lay_out(buffers)
+            layout, body = lay_out([*buffers, *body])
         else:
-            made = arena.hand_over(places)
-            new = [(number, size) for number, size, _ in made]
-            fds = [fd for _, _, fd in made]
-            layout, parts = places, []
-        stream_at = -1 if stream_is_buffer else sum(map(len, parts))
-        if not stream_is_buffer:
-            parts = [*parts, stream]
-        self._connection.send((*head, stream_at, layout, new, arena.trim()), parts, fds)
-
-
-def lay_out(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], list[Any]]:
-    """The buffers one after the other, aligned: offset and size of each, and the pieces with what fills the gaps."""
-    layout, pieces = [], []
-    offset = 0
-    for buffer in buffers:
-        layout.append((offset, buffer.nbytes))
-        gap = -buffer.nbytes % ALIGNMENT
-        pieces += [buffer, bytes(gap)]
-        offset += buffer.nbytes + gap
-    return layout, pieces
-
-
-def open_buffers(memory: memoryview, layout: Sequence[tuple[int, int]]) -> list[memoryview]:
-    """The buffers of `lay_out`, in what arrived."""
-    return [memory[offset : offset + size] for offset, size in layout]
+            layout = places
+            new = arena.hand_over(places)
+        segments = [(number, size) for number, size, _ in new]
+        self._connection.send((*head, layout, segments, arena.trim()), body, [fd for _, _, fd in new])
 
 
 @dataclass(frozen=True)
 class Work:
-    """The program of workers that get chunks of samples and give them back.
+    """The program of workers that get chunks of samples and return their outcomes.
 
     Args:
         calls: The functions of one journey.
-        budget_seconds: After this time a chunk comes back as far as it got.
+        budget_seconds: After this time a chunk is returned, finished or not.
         prepare: Called once in each worker with its number.
-        epochs: Those that the objects behind the calls are in.
+        epochs: The epochs that the objects of the calls are in.
     """
 
     calls: tuple[Call, ...]
@@ -240,94 +207,102 @@ class Work:
     epochs: Epochs = ()
 
     def serve(self, channel: WorkerLink, slot: int) -> None:
-        """One chunk after the other, as they come."""
-        tasks: deque[Message] = deque()
-        where = f"worker process {slot} (pid {os.getpid()})"
-        broken: BaseException | None = None
-        copies = Copies([call.fn for call in self.calls], self.epochs)
+        _ChunkServer(self, channel, slot).serve()
+
+
+class _ChunkServer:
+    """Runs chunks in a worker, in the order in which they come."""
+
+    def __init__(self, work: Work, channel: WorkerLink, slot: int) -> None:
+        self._work = work
+        self._channel = channel
+        self._slot = slot
+        self._where = f"worker process {slot} (pid {os.getpid()})"
+        self._tasks: deque[Message] = deque()
+        self._copies = Copies([call.fn for call in work.calls], work.epochs)
+        self._broken: BaseException | None = None  # raised for the first sample, as in torch
+
+    def serve(self) -> None:
         try:
-            if self.prepare is not None:
-                self.prepare(slot)
-        except BaseException as error:  # it is raised for the first sample, as torch does
-            broken = error
-        while True:
-            while not tasks or channel.ready():  # what was called off before it was begun is not begun
-                message = channel.next()
-                match message.head:
-                    case ("task", _, freed, *_):
-                        channel.arena.take_back(freed)
-                        tasks.append(message)
-                    case ("forget", numbers):
-                        skipped = [task.head[1] for task in tasks if task.head[1] in numbers]
-                        tasks = deque(task for task in tasks if task.head[1] not in numbers)
-                        channel.tell(("skipped", skipped))
-                    case ("close",):
-                        return
-            message = tasks.popleft()
-            _, number, _, stream_at, layout = message.head
-            channel.progress.begin(slot, number)
-            self._run(channel, slot, number, message.body, stream_at, layout, where, copies, broken)
-            broken = None
+            if self._work.prepare is not None:
+                self._work.prepare(self._slot)
+        except BaseException as error:
+            self._broken = error
+        while self._receive():
+            message = self._tasks.popleft()
+            _, number, _, layout = message.head
+            self._channel.progress.begin(self._slot, number)
+            self._run(number, message.body, layout)
             del message
 
-    def _run(
-        self,
-        channel: WorkerLink,
-        slot: int,
-        number: int,
-        body: bytearray,
-        stream_at: int,
-        layout: Sequence[tuple[int, int]],
-        where: str,
-        copies: Copies,
-        broken: BaseException | None,
-    ) -> None:
-        label = self.calls[0].label
-        memory = memoryview(body)
+    def _receive(self) -> bool:
+        """Read all messages that are there, and wait for the first task; returns False to close.
+
+        What is forgotten before it was begun is not run.
+        """
+        while not self._tasks or self._channel.ready():
+            message = self._channel.next()
+            match message.head:
+                case ("task", _, freed, *_):
+                    self._channel.arena.take_back(freed)
+                    self._tasks.append(message)
+                case ("forget", numbers):
+                    skipped = [task.head[1] for task in self._tasks if task.head[1] in numbers]
+                    self._tasks = deque(task for task in self._tasks if task.head[1] not in numbers)
+                    self._channel.tell(("skipped", skipped))
+                case ("close",):
+                    return False
+        return True
+
+    def _run(self, number: int, body: bytearray, layout: Layout) -> None:
+        *buffers, stream = open_buffers(memoryview(body), layout)
         try:
-            seeds, epochs, keys, values = decode(memory[stream_at:], open_buffers(memory, layout))
+            seeds, epochs, keys, values = decode(stream, buffers)
         except BaseException as error:
-            channel.send(("lost", number), portable(error, f"{where}, which unpickles samples"))
+            self._channel.send(("lost", number), portable(error, f"{self._where}, which unpickles samples"))
             return
-        busy_seconds = cpu_seconds = 0.0
-        try:
-            copies.tell(epochs)
-        except BaseException as error:
-            broken = broken or error
-        if broken is None:
-            calls = [replace(call, seed=seed) for call, seed in zip(self.calls, seeds, strict=True)]
-            sample = SampleContext()
-            noted = self._noted(values, values if keys is None else keys, sample, channel.progress, slot)
-            result = apply_chunk(calls, noted, self.budget_seconds, sample=sample)
-            outcomes, busy_seconds, cpu_seconds = result.outcomes, result.busy_seconds, result.cpu_seconds
-        else:
-            outcomes = [Failed(broken, label)]
-        for outcome in outcomes:
+        result = self._outcomes(seeds, epochs, values if keys is None else keys, values)
+        for outcome in result[0]:
             if type(outcome) is Failed:
-                outcome.error = portable(outcome.error, where)
+                outcome.error = portable(outcome.error, self._where)
         try:
-            channel.send(("done", number), (outcomes, busy_seconds, cpu_seconds))
+            self._channel.send(("done", number), result)
         except (BrokenPipeError, ConnectionResetError):
             raise
         except BaseException:
-            outcomes = [self._portable_outcome(outcome, where) for outcome in outcomes]
-            channel.send(("done", number), (outcomes, busy_seconds, cpu_seconds))
+            outcomes, *seconds = result
+            outcomes = [self._portable_outcome(outcome) for outcome in outcomes]
+            self._channel.send(("done", number), (outcomes, *seconds))
 
-    @staticmethod
-    def _noted(
-        values: Sequence[Any], keys: Sequence[Any], sample: SampleContext, progress: ProgressCells, slot: int
-    ) -> Iterator[Any]:
-        """`values`; the one that is begun is noted, and named in `sample`."""
-        for index, (value, key) in enumerate(zip(values, keys, strict=True)):
+    def _outcomes(
+        self, seeds: Sequence[int | None], epochs: Epochs, keys: Sequence[Any], values: Sequence[Any]
+    ) -> tuple[list[Any], float, float]:
+        """The fields of a `ChunkResult`."""
+        broken, self._broken = self._broken, None
+        try:
+            self._copies.tell(epochs)
+        except BaseException as error:
+            broken = broken or error
+        if broken is not None:
+            return [Failed(broken, self._work.calls[0].label)], 0.0, 0.0
+        calls = [replace(call, seed=seed) for call, seed in zip(self._work.calls, seeds, strict=True)]
+        sample = SampleContext()
+        result = apply_chunk(calls, self._recorded(keys, values, sample), self._work.budget_seconds, sample=sample)
+        return result.outcomes, result.busy_seconds, result.cpu_seconds
+
+    def _recorded(self, keys: Sequence[Any], values: Sequence[Any], sample: SampleContext) -> Iterator[Any]:
+        """`values`; each is recorded as begun when it is taken, and named in `sample`."""
+        progress, slot = self._channel.progress, self._slot
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             progress.at(slot, index)
             sample.name = KeyOnly(key)
             yield value
 
-    def _portable_outcome(self, outcome: Any, where: str) -> Any:
+    def _portable_outcome(self, outcome: Any) -> Any:
         try:
             encode(outcome)
         except BaseException as error:
-            label = self.calls[-1].label
+            label = self._work.calls[-1].label
             refused = cannot_travel(f"what {label} returned", error, by_value=can_pickle_by_value())
-            return Failed(portable(refused, where), label)
+            return Failed(portable(refused, self._where), label)
         return outcome

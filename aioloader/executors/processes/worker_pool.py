@@ -1,49 +1,39 @@
-"""Workers that share one program and the tasks that are submitted to it."""
+"""A pool of workers that run one program and share the tasks submitted to it."""
 
 import contextlib
 from asyncio import Future
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.cells import ProgressCells
 from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.layout import Layout, lay_out
 from aioloader.executors.processes.stored import StoredProgram
 from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
-from aioloader.executors.processes.worker import Program, lay_out
+from aioloader.executors.processes.worker import Program
 from aioloader.executors.processes.worker_thread import Worker, WorkerThread
 from aioloader.executors.threads import call_loop
 
 __all__ = ["Broken", "Died", "NotSent", "Outcome", "WorkerPool"]
 
-DEPTH: Final = 2  # tasks at a worker: one that it works on, one that it goes on with
-TRIES: Final = 3  # workers that may die with a task that they had not begun, before it is the task that is to blame
+TASKS_PER_WORKER: Final = 2  # one that it runs, and one to go on with
+MAX_IDLE_DEATHS: Final = 3  # workers that may die with a task that they had not begun, before the task is blamed
 
 
 @dataclass(frozen=True)
 class NotSent:
-    """The task could not cross, there or back.
-
-    Attributes:
-        error: Why.
-    """
+    """The task or its result could not be pickled."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class Died:
-    """The worker died while it had the task.
-
-    Attributes:
-        slot: Its number.
-        pid: Its process id.
-        reason: How it ended, in words.
-        at: Which of the task's values it was at.
-    """
+    """The worker died, for `reason`, while it worked on the value with the index `at` of the task."""
 
     slot: int
     pid: int | None
@@ -53,11 +43,7 @@ class Died:
 
 @dataclass(frozen=True)
 class Broken:
-    """No worker can do any task: the program cannot be sent, loaded, or started.
-
-    Attributes:
-        error: Why.
-    """
+    """No worker can run any task: the program cannot be sent or loaded, or no process can be started."""
 
     error: BaseException
 
@@ -71,67 +57,63 @@ class _Task:
     values: Any
     done: Callable[[Outcome], None]
     slot: int | None
-    parts: list[Any] = field(default_factory=list)
-    layout: list[tuple[int, int]] = field(default_factory=list)
-    stream_at: int = 0
+    layout: Layout = ()
+    pieces: Sequence[Any] = ()
     forgotten: bool = False
-    tries: int = 0
+    idle_deaths: int = 0
 
 
 class WorkerPool:
     """At most `count` workers.
 
-    Args:
-        host: Runs them.
-        count: How many workers there may be.
-        make_program: Gives what they do; called at the first task, in the thread of `host`, for there it is pickled.
-        resumes: Another worker may do what one that died has left undone; False: where it stood is known to it alone.
+    Their program is made at the first task, in the worker thread, where it is pickled. If the pool `resumes`, tasks of
+    a worker that died are given to others; it must not where each worker has state of its own.
     """
 
     def __init__(
-        self, host: WorkerThread, count: int, make_program: Callable[[], Program], *, resumes: bool = True
+        self, worker_thread: WorkerThread, count: int, make_program: Callable[[], Program], *, resumes: bool = True
     ) -> None:
-        self._host = host
+        self._worker_thread = worker_thread
         self._make_program = make_program
         self._resumes = resumes
-        self._slots_of_workers: list[Worker | None] = [None] * count
-        self._loads: dict[Worker, OrderedDict[int, _Task]] = {}
+        self._workers: list[Worker | None] = [None] * count  # by slot
+        self._tasks_of: dict[Worker, OrderedDict[int, _Task]] = {}  # by number, in the order they were sent
         self._waiting: deque[_Task] = deque()
-        self._number = 0
+        self._last_number = 0
         self._program: StoredProgram | None = None
-        self._progress: ProgressCells | None = None  # the workers write to it; it outlives them
+        self._progress: ProgressCells | None = None  # written by the workers, and still there when they have died
         self._closed = False
         self._loop: Any = None
         self.ended: Future[None] | None = None
 
-    # -- any thread --------------------------------------------------------------------------------------------------
+    # -- in any thread -----------------------------------------------------------------------------------------------
 
     def submit(
         self, owner: Hashable, values: Sequence[Any], done: Callable[[Outcome], None], slot: int | None = None
     ) -> None:
-        """Let a worker do `values`.
+        """Let a worker run the program on `values`.
 
         Args:
-            owner: For `forget`.
-            values: A list for the program.
-            done: Called once, in the thread of the host, unless the owner forgets it.
-            slot: Which worker does it; None: the one that has least to do.
+            owner: Identifies the task for `forget`.
+            values: What the program takes.
+            done: Called once, in the worker thread, unless the owner forgets the task.
+            slot: The worker that runs it; None: the one with the fewest tasks.
         """
-        self._host.call(self._submit, _Task(owner, values, done, slot))
+        self._worker_thread.call(self._submit, _Task(owner, values, done, slot))
 
     def forget(self, owner: Hashable) -> None:
-        """What this owner submitted is of no use any more: what was not begun is not done."""
-        self._host.call(self._forget, owner)
+        """Drop the tasks of `owner`: those not yet begun are not run, and the results of the others are ignored."""
+        self._worker_thread.call(self._forget, owner)
 
     def prepare(self) -> None:
-        """Start what takes longer than there being something for the workers to do: that which they are forked from."""
-        self._host.call(self._prepare)
+        """Start the fork server, which may take seconds, before the first task is there."""
+        self._worker_thread.call(self._prepare)
 
     def close(self) -> None:
-        """End the workers: idle ones now, busy ones after their task or a moment of grace. Idempotent."""
+        """End the workers: idle ones now, busy ones after their task or a grace period. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._host.call(self._close)
+            self._worker_thread.call(self._close)
 
     def end_on(self, loop: Any) -> None:
         """Complete `ended` on this loop when the workers have ended after `close`."""
@@ -140,22 +122,22 @@ class WorkerPool:
 
     @property
     def gone(self) -> bool:
-        """Closed, and all workers have ended."""
+        """Whether the pool is closed and all workers have ended."""
         return self.ended is not None and self.ended.done()
 
     def alive(self) -> list[str]:
-        """Names of the workers."""
-        return [f"worker process {worker.pid}" for worker in self._slots_of_workers if worker is not None]
+        """The names of the workers."""
+        return [f"worker process {worker.pid}" for worker in self._workers if worker is not None]
 
-    # -- in the host's thread ----------------------------------------------------------------------------------------
+    # -- in the worker thread ----------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        with contextlib.suppress(OSError):  # it comes again with the first task
-            if not (self._closed or self._host.closed):
-                self._host.begin()
+        with contextlib.suppress(OSError):  # the first task raises it again
+            if not (self._closed or self._worker_thread.closed):
+                self._worker_thread.begin()
 
     def _submit(self, task: _Task) -> None:
-        if self._closed or self._host.closed:
+        if self._closed or self._worker_thread.closed:
             task.done(Broken(_closed()))
             return
         try:
@@ -163,9 +145,7 @@ class WorkerPool:
         except BaseException as error:
             task.done(NotSent(cannot_travel("a sample", error, by_value=can_pickle_by_value())))
             return
-        task.layout, task.parts = lay_out(buffers)
-        task.stream_at = sum(map(len, task.parts))
-        task.parts.append(stream)
+        task.layout, task.pieces = lay_out([*buffers, stream])
         self._waiting.append(task)
         self._assign()
 
@@ -174,62 +154,61 @@ class WorkerPool:
         while self._waiting and not self._closed:
             slot = self._waiting[0].slot
             if slot is None:
-                slot = min(range(len(self._slots_of_workers)), key=self._load)
-                if self._load(slot) >= DEPTH:
+                slot = min(range(len(self._workers)), key=self._load)
+                if self._load(slot) >= TASKS_PER_WORKER:
                     return
             try:
-                self._give(self._slot(slot), self._waiting.popleft())
-            except BaseException as error:  # the program cannot be pickled, or nothing can be started
+                self._send(self._worker(slot), self._waiting.popleft())
+            except BaseException as error:  # the program cannot be pickled, or no process can be started
                 self._break(error)
                 return
 
     def _load(self, slot: int) -> int:
-        worker = self._slots_of_workers[slot]
-        return 0 if worker is None else len(self._loads[worker])
+        worker = self._workers[slot]
+        return 0 if worker is None else len(self._tasks_of[worker])
 
-    def _give(self, worker: Worker, task: _Task) -> None:
-        self._number += 1
-        self._loads[worker][self._number] = task
-        worker.send(("task", self._number, worker.freed(), task.stream_at, task.layout), task.parts)
+    def _send(self, worker: Worker, task: _Task) -> None:
+        self._last_number += 1
+        self._tasks_of[worker][self._last_number] = task
+        worker.send(("task", self._last_number, worker.freed(), task.layout), task.pieces)
 
-    def _slot(self, slot: int) -> Worker:
-        """The worker of a slot, a new one if need be."""
-        worker = self._slots_of_workers[slot]
+    def _worker(self, slot: int) -> Worker:
+        """The worker in `slot`, started if there is none."""
+        worker = self._workers[slot]
         if worker is None:
             if self._program is None:
                 self._program = StoredProgram(self._make_program())
             if self._progress is None:
-                self._progress = ProgressCells.create(len(self._slots_of_workers))
+                self._progress = ProgressCells.create(len(self._workers))
             self._progress.clear(slot)
-            worker = self._host.spawn(self, slot, self._program.modules)
-            self._slots_of_workers[slot] = worker
-            self._loads[worker] = OrderedDict()
-            self._program.send_to(worker, self._progress.descriptor(), slots=len(self._slots_of_workers))
+            worker = self._worker_thread.spawn(self, slot, self._program.modules)
+            self._workers[slot] = worker
+            self._tasks_of[worker] = OrderedDict()
+            self._program.send_to(worker, self._progress.descriptor(), slots=len(self._workers))
         return worker
 
     def _forget(self, owner: Hashable) -> None:
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
-        for worker, load in self._loads.items():
-            numbers = [number for number, task in load.items() if task.owner == owner]
+        for worker, tasks in self._tasks_of.items():
+            numbers = [number for number, task in tasks.items() if task.owner == owner]
             for number in numbers:
-                load[number].forgotten = True
-            if numbers:  # it says which of them it had not begun; the others come back
+                tasks[number].forgotten = True
+            if numbers:  # the worker answers with those that it had not begun; the others come back as usual
                 worker.send(("forget", numbers))
 
     def received(self, worker: Worker, message: Message) -> None:
-        """See `Owner`."""
         kind, *rest = message.head
         if kind == "broken":
             error = worker.unpack(message)
             self._break(error)
             return
-        load = self._loads[worker]
+        tasks = self._tasks_of[worker]
         if kind == "skipped":
             for number in rest[0]:
-                load.pop(number, None)
+                tasks.pop(number, None)
             self._assign()
             return
-        task = load.pop(rest[0], None)
+        task = tasks.pop(rest[0], None)
         outcome: Outcome
         try:
             value = worker.unpack(message)
@@ -241,58 +220,60 @@ class WorkerPool:
             task.done(outcome)
 
     def died(self, worker: Worker, reason: str) -> None:
-        """See `Owner`."""
-        load = self._loads.pop(worker)
-        if self._slots_of_workers[worker.slot] is worker:
-            self._slots_of_workers[worker.slot] = None
-        tasks = {number: task for number, task in load.items() if not task.forgotten}
-        if self._closed or self._host.closed:
-            for task in tasks.values():
+        tasks = self._tasks_of.pop(worker)
+        if self._workers[worker.slot] is worker:
+            self._workers[worker.slot] = None
+        wanted = {number: task for number, task in tasks.items() if not task.forgotten}
+        if self._closed or self._worker_thread.closed:
+            for task in wanted.values():
                 task.done(Broken(_closed()))
-            if not self._loads:
+            if not self._tasks_of:
                 self._end()
             return
-        lost: list[tuple[_Task, int]] = []
-        if not self._resumes:
-            lost = [(task, 0) for task in tasks.values()]
-            tasks = {}
-        elif (begun := self._begun(worker)) is not None and begun[0] in load:
-            number, at = begun
-            if number in tasks:
-                lost = [(tasks.pop(number), at)]
-        elif tasks:
-            # It had begun nothing: somebody killed it while it was idle, or it dies whenever it starts. Trying again is
-            # right for the one, and for the other, too, if it comes to an end.
-            number, task = next(iter(tasks.items()))
-            task.tries += 1
-            if task.tries >= TRIES:
-                lost = [(tasks.pop(number), 0)]
-        self._waiting.extendleft(reversed(tasks.values()))  # not begun: another worker does them
+        lost = self._take_lost(worker, tasks, wanted)
+        self._waiting.extendleft(reversed(wanted.values()))  # not begun: another worker runs them
         for task, at in lost:
             task.done(Died(worker.slot, worker.pid, reason, at))
         self._assign()
 
-    def _begun(self, worker: Worker) -> tuple[int, int] | None:
-        return self._progress.read(worker.slot) if self._progress is not None else None
+    def _take_lost(
+        self, worker: Worker, tasks: OrderedDict[int, _Task], wanted: dict[int, _Task]
+    ) -> list[tuple[_Task, int]]:
+        """Remove from `wanted` what died with `worker`; returns these tasks, and where in each the worker was."""
+        if not self._resumes:
+            lost = [(task, 0) for task in wanted.values()]
+            wanted.clear()
+            return lost
+        begun, at = (0, 0) if self._progress is None else self._progress.read(worker.slot)
+        if begun in tasks:
+            return [(wanted.pop(begun), at)] if begun in wanted else []
+        if wanted:
+            # The worker had begun nothing: it was killed while idle, or every worker dies at its start. Trying again is
+            # right in the first case, and in the second one too, if not for ever.
+            number, task = next(iter(wanted.items()))
+            task.idle_deaths += 1
+            if task.idle_deaths >= MAX_IDLE_DEATHS:
+                return [(wanted.pop(number), 0)]
+        return []
 
     def _break(self, error: BaseException) -> None:
-        tasks = [*self._waiting, *(task for load in self._loads.values() for task in load.values())]
+        failed = [*self._waiting, *(task for tasks in self._tasks_of.values() for task in tasks.values())]
         self._waiting.clear()
-        for load in self._loads.values():
-            load.clear()
-        for slot, worker in enumerate(self._slots_of_workers):
+        for tasks in self._tasks_of.values():
+            tasks.clear()
+        for slot, worker in enumerate(self._workers):
             if worker is not None:
                 worker.close()
-                self._slots_of_workers[slot] = None  # the next task gets a new one
-        for task in tasks:
+                self._workers[slot] = None  # the next task gets a new one
+        for task in failed:
             if not task.forgotten:
                 task.done(Broken(error))
 
     def _close(self) -> None:
         self._waiting.clear()
-        for worker in self._loads:
+        for worker in self._tasks_of:
             worker.close()
-        if not self._loads:
+        if not self._tasks_of:
             self._end()
 
     def _end(self) -> None:

@@ -1,8 +1,9 @@
-"""The user's process's side: one thread that starts worker processes, writes to them, and reads what they send."""
+"""The main process's side: one thread that starts worker processes, writes to them, and reads what they send."""
 
 import contextlib
 import os
 import selectors
+import signal
 import socket
 import threading
 from collections import deque
@@ -12,69 +13,65 @@ from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from aioloader.executors.processes.fork_server import ForkServer, describe_exit, forget_fork_server
+from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.segments import Mapping
 from aioloader.executors.processes.wire import Connection, Message, decode
-from aioloader.executors.processes.worker import open_buffers, settings_of_this_process
+from aioloader.executors.processes.worker import settings_of_this_process
 
 __all__ = ["Worker", "WorkerOwner", "WorkerThread", "end_all_processes", "forget_all_processes"]
 
-GRACE_SECONDS: Final = 1.0  # what user code that is still running in a worker gets before the worker is killed
+GRACE_SECONDS: Final = 1.0  # for user code that still runs in a worker, before the worker is killed
 
 
 class WorkerOwner(Protocol):
-    """Who a worker works for; called in the thread of `WorkerThread`."""
+    """What a worker works for; called in the thread of `WorkerThread`."""
 
     def received(self, worker: "Worker", message: Message) -> None:
-        """A message from the worker."""
+        """The worker has sent a message."""
 
     def died(self, worker: "Worker", reason: str) -> None:
-        """The worker is gone, and everything that it sent has been received."""
+        """The worker has ended, and everything that it sent has been received."""
 
     def close(self) -> None:
-        """End the workers, those that are busy after a moment of grace."""
+        """End the workers; busy ones after a grace period."""
 
 
 class Worker:
-    """One worker process.
+    """One worker process, as seen from the worker thread. If it dies, its replacement gets the same `slot`."""
 
-    Attributes:
-        slot: Its number, which a worker that takes its place inherits.
-        pid: None until it has been forked.
-    """
-
-    def __init__(self, host: "WorkerThread", owner: WorkerOwner, slot: int, connection: Connection) -> None:
+    def __init__(self, worker_thread: "WorkerThread", owner: WorkerOwner, slot: int, connection: Connection) -> None:
         self.slot = slot
         self.owner = owner
-        self.pid: int | None = None
+        self.pid: int | None = None  # until it has been forked
         self._closing = False
         self._deadline: float | None = None  # when it is killed
-        self._host = host
+        self._worker_thread = worker_thread
         self._connection = connection
         self._open = True
         self._mappings: dict[int, Mapping] = {}
-        self._freed: deque[int] = deque()  # appended to by whatever thread drops the last view
+        self._freed: deque[int] = deque()  # appended to by the thread that drops the last view, whichever it is
 
-    def send(self, head: tuple[Any, ...], parts: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
-        """Send a message, now or as soon as the worker takes it; nothing happens when it is gone."""
+    def send(self, head: tuple[Any, ...], pieces: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
+        """Send a message, now or as soon as the worker's socket takes it. Does nothing when the worker has died."""
         if self._open:
-            with contextlib.suppress(OSError):  # its death will be told
-                self._connection.send(head, parts, fds)
-            self._host._watch(self)
+            with contextlib.suppress(OSError):  # its death is reported separately
+                self._connection.send(head, pieces, fds)
+            self._worker_thread._watch(self)
         else:
             for fd in fds:
                 os.close(fd)
 
     def freed(self) -> list[int]:
-        """The segments that no view is left of, once: the worker is to be told."""
+        """The segments that have become free since the last call; the worker must be told of each once."""
         return [self._freed.popleft() for _ in range(len(self._freed))]
 
     def unpack(self, message: Message) -> Any:
-        """The value of a message of `Channel.send`. Its tensors lie in the worker's memory, as long as they live.
+        """The value of a message of `WorkerLink.send`. Its tensors share memory with the worker.
 
         Raises:
-            Exception: It cannot be unpickled here.
+            Exception: The value cannot be unpickled here.
         """
-        *_, stream_at, layout, new, forgotten = message.head
+        *_, layout, new, forgotten = message.head
         for number in forgotten:
             self._mappings.pop(number, None)
         for (number, size), fd in zip(new, message.fds, strict=True):
@@ -83,22 +80,24 @@ class Worker:
             finally:
                 os.close(fd)
         body = memoryview(message.body)
-        if not layout or len(layout[0]) == 2:
+        if len(layout[0]) == 2:
             buffers = open_buffers(body, layout)
         else:
             used = {number for number, _, _ in layout}
             lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
             buffers = [lent[number][offset : offset + size] for number, offset, size in layout]
-        stream = buffers.pop() if stream_at < 0 else body[stream_at:]
+            if body:
+                buffers.append(body)
+        stream = buffers.pop()
         return decode(stream, buffers)
 
     @property
     def given_up(self) -> bool:
-        """It was told to end, and had its time."""
+        """Whether it was told to end, and its grace period is over."""
         return self._closing and self._deadline is None
 
     def close(self) -> None:
-        """Let the worker end after what it is doing; kill it if that takes too long."""
+        """Let the worker end after its current task; kill it if that takes longer than the grace period."""
         if not self._closing:
             self._closing = True
             self._deadline = monotonic() + GRACE_SECONDS
@@ -108,8 +107,8 @@ class Worker:
 class WorkerThread:
     """The worker processes of one loader, and the thread `aioloader-processes` that serves them.
 
-    The thread does all that may wait or take long: starting, pickling, writing, reading. Nothing here polls: it sleeps
-    until a socket or another thread has something for it. It is started by the first `call`, and ends with `close`.
+    The thread does everything that may wait or take long: starting, pickling, writing and reading. It never polls: it
+    sleeps until a socket or another thread has something for it. The first `call` starts it, and `close` ends it.
     """
 
     def __init__(self) -> None:
@@ -117,18 +116,18 @@ class WorkerThread:
         self._commands: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._thread: threading.Thread | None = None
         self._wake: socket.socket | None = None
-        self._closing = False  # no more commands but the end
-        self._ended = False  # the thread takes no commands any more: callers run theirs
+        self._closing = False
+        self._ended = False  # the thread takes no more commands: callers run their own
         self._forgotten = False  # this is a forked child
         self._owners: dict[Any, WorkerOwner] = {}
         self._fork_server: ForkServer | None = None
-        self._number = 0  # of our loader server
-        self._control: Connection | None = None
+        self._loader_number = 0  # by which the fork server knows our loader server
+        self._control: Connection | None = None  # to our loader server
         self._workers: set[Worker] = set()
-        self._tickets: dict[int, Worker] = {}
-        self._ticket = 0
+        self._tickets: dict[int, Worker] = {}  # workers that were asked for and are not forked yet
+        self._last_ticket = 0
 
-    # -- any thread --------------------------------------------------------------------------------------------------
+    # -- in any thread -----------------------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
@@ -136,39 +135,39 @@ class WorkerThread:
         return self._closing
 
     def get_or_create(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is kept under `key` until `close`, made at need."""
+        """The owner of workers that is kept under `key` until `close`; made if there is none."""
         with self._lock:
             if key not in self._owners:
                 self._owners[key] = make()
             return self._owners[key]
 
     def call(self, fn: Callable[..., object], *args: Any) -> None:
-        """Call `fn` in the thread, soon; from any thread, and from inside a garbage collection."""
+        """Call `fn` in the thread, soon. Safe in any thread, and in the middle of a garbage collection."""
         self._commands.append((fn, args))
         if self._thread is None:
             self._start()
         if self._ended or self._thread is None:
             self._run_commands()
         else:
-            self._rouse()
+            self._wake_up()
 
     def close(self) -> None:
-        """End all workers, and then the thread; does not wait. Idempotent, and may be called by the garbage collector.
+        """End all workers and then the thread, without waiting. Idempotent; the garbage collector may call it.
 
-        Workers in the middle of something get a moment to finish it, then they are killed.
+        Busy workers get a grace period, then they are killed.
         """
         self._closing = True
-        self._rouse()
+        self._wake_up()
 
     def join(self, seconds: float) -> bool:
-        """Wait until workers and thread have ended. False: they did not in time."""
+        """Wait until the workers and the thread have ended; returns whether they did in time."""
         if self._thread is None or self._thread is threading.current_thread():
             return True
         self._thread.join(max(0.0, seconds))
         return not self._thread.is_alive()
 
     def forget(self) -> None:
-        """In a forked child: close our copies of what is the parent's, and do nothing ever again."""
+        """In a forked child: close its copies of the parent's sockets, and never do anything again."""
         self._forgotten = self._closing = True
         if self._wake is not None:
             self._wake.close()
@@ -179,7 +178,7 @@ class WorkerThread:
         for worker in self._workers:
             worker._connection.close()
 
-    def _rouse(self) -> None:
+    def _wake_up(self) -> None:
         wake = self._wake
         if wake is not None:
             with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
@@ -199,29 +198,24 @@ class WorkerThread:
             _alive.add(self)
             thread.start()
             self._thread = thread
-        self._rouse()
+        self._wake_up()
 
-    # -- in the thread -----------------------------------------------------------------------------------------------
+    # -- in the worker thread ----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Have the process that workers are forked from, which takes seconds where there is none yet.
+        """Connect to the fork server. It is started if there is none, which takes seconds.
 
         Raises:
             OSError: It cannot be started.
         """
         if self._control is None:
-            self._fork_server, self._number, sock = ForkServer.join()
+            self._fork_server, self._loader_number, sock = ForkServer.join()
             sock.setblocking(False)
             self._control = Connection(sock)
             self._selector.register(self._control, selectors.EVENT_READ)
 
     def spawn(self, owner: WorkerOwner, slot: int, modules: Sequence[str]) -> Worker:
-        """A new worker; messages to it may be sent at once.
-
-        Args:
-            owner: Who it works for.
-            slot: Its number.
-            modules: What it will import; that is done once for all workers.
+        """Start a worker, to which messages can be sent at once. `modules` are imported before, once for all workers.
 
         Raises:
             OSError: It cannot be started.
@@ -231,11 +225,11 @@ class WorkerThread:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         worker = Worker(self, owner, slot, Connection(ours))
-        self._ticket += 1
-        self._tickets[self._ticket] = worker
-        with theirs, contextlib.suppress(OSError):  # the fork server is gone: it will be noticed
+        self._last_ticket += 1
+        self._tickets[self._last_ticket] = worker
+        with theirs, contextlib.suppress(OSError):  # the loader server is gone, which `_control_ready` notices
             self._control.send(
-                ("fork", self._ticket, settings_of_this_process(), modules), fds=[os.dup(theirs.fileno())]
+                ("fork", self._last_ticket, settings_of_this_process(), modules), fds=[os.dup(theirs.fileno())]
             )
         self._watch_control()
         self._workers.add(worker)
@@ -248,16 +242,16 @@ class WorkerThread:
                 if self._closing:
                     for worker in list(self._workers):
                         worker.close()
-                self._turn()
+                self._run_once()
         finally:
             self._end()
 
     def _waits_for_workers(self) -> bool:
-        """There are workers, or will be in a moment. When an import of the user's hangs, there will be none."""
+        """Whether there are workers, or will be soon. There will be none while an import of user code hangs."""
         born = self._fork_server is not None and self._fork_server.born
         return born and any(not (worker.pid is None and worker.given_up) for worker in self._workers)
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         deadlines = [worker._deadline for worker in self._workers if worker._deadline is not None]
         timeout = max(0.0, min(deadlines) - monotonic()) if deadlines else None
         for key, events in self._selector.select(timeout):
@@ -267,7 +261,7 @@ class WorkerThread:
                         pass
             elif key.fileobj is self._control:
                 self._control_ready(events)
-            elif key.data in self._workers:  # it may have been lost a moment ago
+            elif key.data in self._workers:  # one may have been removed earlier in this loop
                 self._worker_ready(key.data, events)
         if deadlines:
             now = monotonic()
@@ -285,7 +279,7 @@ class WorkerThread:
             fn(*args)
 
     def _watch(self, worker: Worker) -> None:
-        """Wait until the worker's socket takes what is pending, if anything is."""
+        """Wake up when the worker's socket takes what is pending, if anything is."""
         if worker._open:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker._connection.pending else 0)
             if self._selector.get_key(worker._connection).events != events:
@@ -305,12 +299,12 @@ class WorkerThread:
             self._read(worker)
 
     def _read(self, worker: Worker) -> None:
-        """Receive what has come from a worker."""
         try:
             for message in worker._connection.receive():
                 worker.owner.received(worker, message)
         except EOFError:
-            # Dead, or it has closed what it should not have: dead in a moment. The fork server tells how it ended.
+            # It has died, or user code in it has closed the socket and it is killed now. The loader server tells how it
+            # ended.
             self._disconnect(worker)
             self._kill(worker)
 
@@ -321,7 +315,7 @@ class WorkerThread:
             worker._connection.close()
 
     def _kill(self, worker: Worker) -> None:
-        """Make sure that a worker ends; one that is not forked yet is killed when it is."""
+        """Make sure that a worker ends; one that is not forked yet is killed once it is."""
         worker._deadline = None
         if worker.pid is None:
             self._disconnect(worker)
@@ -329,8 +323,8 @@ class WorkerThread:
             with contextlib.suppress(OSError):
                 self._control.send(("kill", worker.pid))
 
-    def _lost(self, worker: Worker, reason: str) -> None:
-        """A worker is dead: hear what it said before, then tell its owner."""
+    def _worker_ended(self, worker: Worker, reason: str) -> None:
+        """Read what a worker sent before it died, then tell its owner."""
         if worker._open:
             self._read(worker)
         self._disconnect(worker)
@@ -354,15 +348,15 @@ class WorkerThread:
                         if not worker._open:
                             self._kill(worker)
                     case ("unborn", ticket, reason):
-                        self._lost(self._tickets.pop(ticket), reason)
+                        self._worker_ended(self._tickets.pop(ticket), reason)
                     case ("died", pid, code, number):
                         for worker in [worker for worker in self._workers if worker.pid == pid]:
-                            self._lost(worker, describe_exit(code, number))
+                            self._worker_ended(worker, describe_exit(code, number))
         except (EOFError, OSError):
-            self._server_gone()
+            self._loader_server_ended()
 
-    def _server_gone(self) -> None:
-        """It was killed, or could not start: its workers are dead, or have nobody to start and reap them."""
+    def _loader_server_ended(self) -> None:
+        """It was killed, or could not start. Its workers are dead, or nobody can replace and reap them any more."""
         assert self._control is not None
         assert self._fork_server is not None
         self._selector.unregister(self._control)
@@ -375,8 +369,8 @@ class WorkerThread:
         for worker in list(self._workers):
             if worker.pid is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(worker.pid, 9)  # where there is no prctl
-            self._lost(worker, reason)
+                    os.kill(worker.pid, signal.SIGKILL)  # where there is no prctl
+            self._worker_ended(worker, reason)
 
     def _end(self) -> None:
         if self._forgotten:
@@ -387,15 +381,15 @@ class WorkerThread:
             self._control.close()
             self._control = None
             if self._tickets and self._fork_server is not None:
-                self._fork_server.kill(self._number)  # it imports, and does not see that it is to end
+                self._fork_server.kill(self._loader_number)  # it is importing, and does not see its connection closed
         try:
             for worker in list(self._workers):
-                self._lost(worker, "was not needed any more")
+                self._worker_ended(worker, "was not needed any more")
             if self._fork_server is not None:
                 self._fork_server.leave()
             for owner in self._owners.values():
                 owner.close()
-        finally:  # whoever waits for something hears of the end, whatever is broken here
+        finally:  # even if something above fails, nobody must wait for ever
             self._ended = True
             self._run_commands()
         self._selector.close()
@@ -409,17 +403,17 @@ _alive: WeakSet[WorkerThread] = WeakSet()
 
 
 def end_all_processes(deadline: float) -> None:
-    """At the end of the interpreter: end all workers, and wait for them until `deadline` (`time.monotonic`)."""
+    """At interpreter exit: end all workers, and wait for them until `deadline` (`time.monotonic`)."""
     alive = list(_alive)
-    for processes in alive:
-        processes.close()
-    for processes in alive:
-        processes.join(deadline - monotonic())
+    for worker_thread in alive:
+        worker_thread.close()
+    for worker_thread in alive:
+        worker_thread.join(deadline - monotonic())
 
 
 def forget_all_processes() -> None:
-    """In a forked child: they are the parent's."""
-    for processes in list(_alive):
-        processes.forget()
+    """In a forked child: let go of the workers, which are the parent's."""
+    for worker_thread in list(_alive):
+        worker_thread.forget()
     _alive.clear()
     forget_fork_server()

@@ -1,0 +1,77 @@
+"""Reads the parts of a source, such as files or spans of rows, one after the other while the next ones are open."""
+
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from itertools import cycle
+from typing import Generic, TypeVar
+
+from aioloader.core.entry import Entry
+from aioloader.core.source import EntryReader, SourceContext, SourceThreads
+from aioloader.sources.read_ahead import Ahead
+
+__all__ = ["InOrder"]
+
+P = TypeVar("P")
+
+
+class InOrder(EntryReader, Generic[P]):
+    """The entries of all parts, in order. Each part is read by a task and a thread of its own.
+
+    A part has its thread to itself, because its file is opened and closed in that thread. The threads are used in turn:
+    a part is opened only when the one that used its thread before has been read to its end.
+
+    Args:
+        context: The source's.
+        parts: Closed with the reader.
+        read_part: Gives lists of the entries of a part, made in the given thread.
+        open_ahead: How many parts after the current one are open.
+        lists_ahead: How many lists may be ready, per open part.
+
+    Attributes:
+        part: The one that the last entries belong to.
+    """
+
+    part: P
+
+    def __init__(
+        self,
+        context: SourceContext,
+        parts: AsyncGenerator[P],
+        read_part: Callable[[P, SourceThreads], AsyncGenerator[list[Entry]]],
+        *,
+        open_ahead: int,
+        lists_ahead: int,
+    ) -> None:
+        self._context = context
+        self._parts = parts
+        self._read_part = read_part
+        self._most_open = open_ahead + 1
+        self._lists_ahead = lists_ahead
+        self._threads = cycle([context.threads(1) for _ in range(self._most_open)])
+        self._open: deque[tuple[P, Ahead]] = deque()
+        self._has_more_parts = True
+
+    async def read(self, limit: int) -> list[Entry]:
+        while True:
+            while self._has_more_parts and len(self._open) < self._most_open:
+                await self._open_next()
+            if not self._open:
+                return []
+            self.part, reader = self._open[0]
+            entries = await reader.read(limit)
+            if entries:
+                return entries
+            self._open.popleft()
+
+    async def _open_next(self) -> None:
+        try:
+            part = await anext(self._parts)
+        except StopAsyncIteration:
+            self._has_more_parts = False
+            return
+        thread = next(self._threads)
+        reader = Ahead(self._context, lambda: self._read_part(part, thread), lists=self._lists_ahead)
+        self._open.append((part, reader))
+
+    async def aclose(self) -> None:
+        await self._parts.aclose()
