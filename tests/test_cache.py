@@ -106,8 +106,8 @@ def test_the_second_epoch_makes_nothing(cached: Cached, face: Face) -> None:
     assert next(s for s in loader.stats().stages if s.name.startswith("cache(")).cached_bytes > 50 * 12
 
 
-def test_a_shuffle_behind_the_cache_is_a_permutation_too(cached: Cached) -> None:
-    """The cache gives one sample for one, so the order of keys may be chosen behind it."""
+def test_a_shuffle_after_the_cache_is_a_permutation_too(cached: Cached) -> None:
+    """The cache gives one sample for one, so the order of keys may be chosen after it."""
     make = Calls()
     loader = cached(Pipeline(range(20)).map(make)).shuffle(seed=1).shard(0, 2)
     first, second = collect(loader, "for"), collect(loader, "for")
@@ -205,9 +205,9 @@ GIVEN_UP: dict[str, Callable[[Server, Cached], Pipeline]] = {
     "async": lambda server, cached: cached(Pipeline(range(9)).map(server.get_async).filter(is_there)),
     "sync": lambda server, cached: cached(Pipeline(range(9)).map(server.get).filter(is_there)),
     "shuffled": lambda server, cached: cached(Pipeline(range(9)).shuffle().map(server.get).filter(is_there)),
-    "filter behind": lambda server, cached: cached(Pipeline(range(9)).map(server.get_async)).filter(is_there),
+    "filter after": lambda server, cached: cached(Pipeline(range(9)).map(server.get_async)).filter(is_there),
     "stream": lambda server, cached: cached(Pipeline(Stream(9)).map(server.get_async).filter(is_there)),
-    "stream, filter behind": lambda server, cached: cached(Pipeline(Stream(9)).map(server.get)).filter(is_there),
+    "stream, filter after": lambda server, cached: cached(Pipeline(Stream(9)).map(server.get)).filter(is_there),
     "batches": lambda server, cached: cached(
         Pipeline(range(9)).map(server.get).filter(is_there).batch(2, collate_fn=list)
     ).unbatch(),
@@ -268,7 +268,7 @@ FAILED: dict[str, Callable[[Server, Cached], Pipeline]] = {
 @on_both_faces
 @pytest.mark.parametrize("pipeline", FAILED)
 def test_what_a_failure_has_moved_is_not_kept(tmp_path: Path, cached: Cached, pipeline: str, face: Face) -> None:
-    """Samples known by their positions: those behind an error that may stand for several are not where they belong."""
+    """Samples known by their positions: after an error that may stand for several they are not where they belong."""
     server = Server(tmp_path / "down")
     loader = FAILED[pipeline](server, cached)
     with Steps(loader, face) as steps:
@@ -311,7 +311,7 @@ def test_what_a_filter_refused_is_not_made_to_be_refused_again(cached: Cached) -
 
 
 def test_two_caches_in_a_row(tmp_path: Path) -> None:
-    """The last one that has a sample gives it; a small one in memory in front of the disk, or the other way round."""
+    """The last one that has a sample gives it: here a small one in memory after one on disk."""
     first, second = Calls(), Calls(lambda t: t + 1)
     loader = (
         Pipeline(range(10))
@@ -441,7 +441,7 @@ def test_a_budget_keeps_what_came_first() -> None:
 
 
 @on_both_faces
-def test_functions_behind_may_change_what_they_get(cached: Cached, face: Face) -> None:
+def test_functions_after_it_may_change_what_they_get(cached: Cached, face: Face) -> None:
     """In place, and in every epoch: the cache keeps what it was given."""
 
     def augment(sample: dict[str, Any]) -> dict[str, Any]:
@@ -528,7 +528,7 @@ def test_copies_share_nothing_that_can_be_written_to() -> None:
 
 @on_both_faces
 def test_a_stream_that_is_kept_is_not_opened_again(cached: Cached, face: Face) -> None:
-    """Neither is anything else in front of the cache."""
+    """Nor does anything else before the cache run again."""
     stream, make = Stream(10), Calls()
     loader = cached(Pipeline(stream).map(make).flat_map(lambda t: [t, t + 100]).batch(3)).map(lambda b: b[:, 0])
     expected = [[0, 100, 1], [101, 2, 102], [3, 103, 4], [104, 5, 105], [6, 106, 7], [107, 8, 108], [9, 109]]
@@ -547,7 +547,7 @@ def test_an_empty_stream_is_kept_too(cached: Cached) -> None:
 
 
 @on_both_faces
-def test_a_stream_goes_on_behind_what_is_kept(cached: Cached, face: Face, tmp_path: Path) -> None:
+def test_a_stream_goes_on_after_what_is_kept(cached: Cached, face: Face, tmp_path: Path) -> None:
     """After a partial epoch it is opened at the cursor of the last sample that is kept."""
     path = tmp_path / "lines.txt"
     path.write_text("".join(f"{n}\n" for n in range(30)))
@@ -1049,7 +1049,7 @@ def test_a_lost_sample_of_a_generator_says_that_it_cannot_be_made_again(tmp_path
 @on_both_faces
 @pytest.mark.parametrize("way", ["filter", "flat_map", "batch", "in_process", "repeat"])
 def test_whatever_made_it_makes_it_again(tmp_path: Path, way: str, face: Face) -> None:
-    """Each stage in front of a cache of a stream."""
+    """Each kind of stage before a cache of a stream."""
     numbers = Pipeline(partial(range, 40))
     before = {
         "filter": numbers.filter(is_even),
@@ -1110,7 +1110,7 @@ def test_a_cache_in_memory_after_one_on_disk_that_lost_a_file(tmp_path: Path) ->
 
 
 def test_a_directory_that_is_deleted_in_an_epoch_is_filled_anew(tmp_path: Path) -> None:
-    """What is made from then on is kept, and nobody warns of anything."""
+    """What is made from then on is kept, and there is no warning."""
     loader = Pipeline(range(500)).map(make_tensor).cache(disk=tmp_path / "c")
     with Steps(loader, "for") as steps:
         steps.rest(100)
@@ -1409,7 +1409,7 @@ def test_a_fixed_turn_is_an_order(cached: Cached) -> None:
     assert (first.opened, second.opened) == (1, 1)
 
 
-def test_a_cache_changes_no_random_numbers_behind_it(cached: Cached) -> None:
+def test_a_cache_changes_no_random_numbers_after_it(cached: Cached) -> None:
     """Those of a sample depend on the stage that draws them, and the cache is none of these."""
 
     def augment(n: float) -> float:
@@ -1450,7 +1450,7 @@ def test_a_cache_on_disk_gives_keys_back_as_they_were(make: Callable[[], Pipelin
 
 
 class Odd:
-    """A key of the user's own."""
+    """A key that is the user's own type."""
 
     def __repr__(self) -> str:
         return "odd"

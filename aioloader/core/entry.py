@@ -50,7 +50,7 @@ class Entry:
             its samples.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
-        kept_as: Its key in the caches of its window; set only when it is looked up there.
+        kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         places: The positions of its samples; set only for a batch that was made of entries.
     """
 
