@@ -24,7 +24,12 @@ Receive = Callable[[Any], Any]
 
 
 class Delivery:
-    """One epoch's batches on their way to one iterator."""
+    """Hands one epoch's batches to one iterator.
+
+    Args:
+        progress: Of the epoch.
+        receive: Called with each batch in the consumer's thread, if anything must be done there.
+    """
 
     def __init__(self, progress: Progress, receive: Receive | None) -> None:
         self.progress = progress
@@ -47,12 +52,9 @@ class Delivery:
 
 
 class InlineDelivery(Delivery):
-    """Makes each batch in the consumer's own thread, inside `next`: nothing runs, and nothing is made, in between.
+    """Makes each batch in the consumer's own thread, inside `next`; nothing runs in between.
 
-    Args:
-        node: The last node. It belongs to no run.
-        progress: Of the epoch.
-        receive: As in `Delivery`.
+    Its nodes belong to no run. So it needs no finalizer, and works in a forked child too.
     """
 
     def __init__(self, node: Node, progress: Progress, receive: Receive | None) -> None:

@@ -31,7 +31,7 @@ class InlineSource(Node):
     def __init__(self, iterable: Iterable[Any], name: str, epoch: int, *, keys: bool = False) -> None:
         self._samples = SyncCursor(iterable, name)
         self._keys = keys  # see `StreamSource`
-        self._skipped = 0  # samples from the origin on that were delivered before a resume
+        self._skipped = 0  # samples that were delivered before a resume, and are to be read again
         self._position = 0
         self._failed_at: Any = None  # where to go on if it fails now
         self._over = False
@@ -53,6 +53,9 @@ class InlineSource(Node):
         while len(entries) < limit:
             if ready:
                 sample, cursor = ready.popleft()
+                if self._skipped:
+                    self._skipped -= 1
+                    continue
                 position = self._position
                 self._position = self.meter.samples = position + 1
                 self._failed_at = cursor
@@ -63,7 +66,7 @@ class InlineSource(Node):
             elif entries or self._over:
                 break
             else:
-                self._read(limit)
+                self._read(max(limit, self._skipped))
         if not entries and self._failure is not None:
             entries = [Entry.last(self._failure, self._failed_at, self._position)]
             annotate(self._failure, self.meter.name, entries[0], self._epoch)
@@ -72,18 +75,8 @@ class InlineSource(Node):
         return entries
 
     def _read(self, limit: int) -> None:
-        """Read up to `limit` samples, after those that were delivered before a resume, which are dropped.
-
-        A Ctrl-C may cut this short, and the next call goes on.
-        """
         samples = self._samples
         try:
-            while self._skipped:
-                samples.ready.clear()
-                if samples.count < self._skipped:
-                    samples.read(self._skipped - samples.count)
-                else:
-                    self._skipped = 0
             samples.read(limit)
         except StopIteration:
             self._over = True
