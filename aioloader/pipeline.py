@@ -29,6 +29,15 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.build import build
+from aioloader.plan.parts import (
+    datasets_of,
+    drawing_samplers_of,
+    is_indexable,
+    keeping_last,
+    samplers_of,
+    streams_of,
+    with_streams,
+)
 from aioloader.plan.plan import Combined, Plan, Single, before_cache, flow_of, flows_of, forgets_numbers, length_of
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.plan.state import Shape, shape_of
@@ -303,7 +312,7 @@ class Pipeline(Loader):
         """Give everything before this `n` times, or for ever, shuffled anew each time."""
         if n is not None:
             n = check_count("n", n, least=0, hint="leave it out to repeat for ever")
-        for stream in _streams(self._plan):
+        for stream in streams_of(self._plan):
             if stream.single_use and (n is None or n > 1):
                 raise ValueError(
                     f"repeat({'' if n is None else n}) reads its source again, but {describe(stream.make)} can be "
@@ -363,13 +372,13 @@ class Pipeline(Loader):
         for stage in self._plan.stages:
             if stage.here_only:
                 raise ValueError(f"in_process() must come before {stage.label}, got {self!r}; put it first, once")
-        for stream in _streams(self._plan):
+        for stream in streams_of(self._plan):
             if stream.single_use:
                 raise ValueError(
                     f"in_process() sends its source to another process, but {describe(stream.make)} is at work here; "
                     f"pass the generator function itself (without calling it)"
                 )
-        for sampler in _samplers(self._plan):
+        for sampler in samplers_of(self._plan):
             if draws_globally(sampler) or generators_of(sampler):
                 raise ValueError(
                     f"in_process() leaves this process's random generators behind, but {describe(sampler)} draws from "
@@ -491,11 +500,11 @@ class Pipeline(Loader):
 
     def __iter__(self) -> Any:
         """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
-        warn_of_live(self, *(stream.make for stream in _streams(self._plan)))
+        warn_of_live(self, *(stream.make for stream in streams_of(self._plan)))
         return super().__iter__()
 
     def _check_usable(self) -> None:
-        for stream in _streams(self._plan):
+        for stream in streams_of(self._plan):
             if stream.single_use:
                 stream.check_unused()
 
@@ -537,40 +546,40 @@ class Pipeline(Loader):
         return why
 
     def _sure_length(self) -> int | None:
-        if not _all_indexable(self._plan):
+        if not is_indexable(self._plan):
             return None
         try:
             length = length_of(self._plan)
             # A short last batch in which a sample failed is not dropped: its error is one more.
-            return length if length == length_of(_keeping_last(self._plan)) else None
+            return length if length == length_of(keeping_last(self._plan)) else None
         except TypeError:
             return None
 
     def _detached(self) -> Self:
         again = super()._detached()
-        samplers = set(map(id, _samplers(self._plan)))
+        samplers = set(map(id, samplers_of(self._plan)))
         moving = [
             stream.make
-            for stream in _streams(self._plan)
+            for stream in streams_of(self._plan)
             if not stream.call and (id(stream.make) in samplers or is_stateful(stream.make))
         ]
-        copies = detached_copies(moving, shared=_datasets(self._plan))
-        again._plan = _with_streams(self._plan, dict(zip(map(id, moving), copies, strict=True)))
+        copies = detached_copies(moving, shared=datasets_of(self._plan))
+        again._plan = with_streams(self._plan, dict(zip(map(id, moving), copies, strict=True)))
         return again
 
     def _random_state(self) -> dict[str, Any]:
         return self._seed_state(self._seed)
 
     def _generators(self) -> list[Generator]:
-        return generators_of(*(stream.make for stream in _streams(self._plan)))
+        return generators_of(*(stream.make for stream in streams_of(self._plan)))
 
     def _draws_globally(self) -> bool:
-        return any(map(draws_globally, _drawing_samplers(self._plan)))
+        return any(map(draws_globally, drawing_samplers_of(self._plan)))
 
     @property
     def _draws_alone(self) -> bool:
         """One sampler draws from torch's global generator, and no other one."""
-        return sum(map(draws_globally, _drawing_samplers(self._plan))) == 1
+        return sum(map(draws_globally, drawing_samplers_of(self._plan))) == 1
 
     def _begins(self, progress: Progress) -> None:
         if self._draws_globally() and not self._draws_alone and not progress.begun_before:
@@ -641,62 +650,6 @@ def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
         if not (isfinite(value) and value > 0):
             raise ValueError(f"weights must be positive and finite, got {list(values)}; leave out a source of weight 0")
     return tuple(float(value) for value in values)
-
-
-def _streams(plan: Plan) -> list[StreamData]:
-    """All streams of a plan."""
-    if isinstance(plan.source, Combined):
-        return [stream for inner in plan.source.plans for stream in _streams(inner)]
-    return [part for part in (plan.source.data, plan.source.sampler) if isinstance(part, StreamData)]
-
-
-def _datasets(plan: Plan) -> list[Any]:
-    """All datasets with an index."""
-    if isinstance(plan.source, Combined):
-        return [dataset for inner in plan.source.plans for dataset in _datasets(inner)]
-    return [plan.source.data.data] if isinstance(plan.source.data, Indexable) else []
-
-
-def _samplers(plan: Plan) -> list[Any]:
-    """All samplers of a plan."""
-    if isinstance(plan.source, Combined):
-        return [sampler for inner in plan.source.plans for sampler in _samplers(inner)]
-    return [] if plan.source.sampler is None else [plan.source.sampler.make]
-
-
-def _drawing_samplers(plan: Plan) -> list[Any]:
-    """Those whose order can be drawn again: not the functions, which may give anything."""
-    return [sampler for sampler in _samplers(plan) if hasattr(sampler, "__iter__")]
-
-
-def _all_indexable(plan: Plan) -> bool:
-    """Whether its length is nobody's promise."""
-    if isinstance(plan.source, Combined):
-        return all(_all_indexable(inner) for inner in plan.source.plans)
-    return plan.source.indexable
-
-
-def _keeping_last(plan: Plan) -> Plan:
-    """`plan` without any `drop_last`."""
-    source = plan.source
-    if isinstance(source, Combined):
-        source = replace(source, plans=tuple(_keeping_last(inner) for inner in source.plans))
-    return replace(plan, source=source, stages=tuple(stage.keeping_last() for stage in plan.stages))
-
-
-def _with_streams(plan: Plan, others: dict[int, Any]) -> Plan:
-    """`plan` with other objects to iterate, by the ids of those that they are for."""
-
-    def other(data: Any) -> Any:
-        known = isinstance(data, StreamData) and id(data.make) in others
-        return replace(data, make=others[id(data.make)]) if known else data
-
-    source = plan.source
-    if isinstance(source, Combined):
-        source = replace(source, plans=tuple(_with_streams(inner, others) for inner in source.plans))
-    else:
-        source = replace(source, data=other(source.data), sampler=other(source.sampler))
-    return replace(plan, source=source)
 
 
 def _describe_source(plan: Plan) -> str:

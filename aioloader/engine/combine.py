@@ -1,22 +1,22 @@
-"""Nodes with several upstreams, or with one after the other: `merge`, `interleave`, `mix`, `zip`, `repeat`, a head."""
+"""Nodes with several upstreams: `merge`, `interleave`, `mix`, `zip`."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from aioloader.core.cursors import MAX_COUNT, as_count, cursor_parts, cursor_sequence
+from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.entry import LAST, ONE_LOST, Entry
-from aioloader.core.keys import PartKey, SourceKey, each_key
+from aioloader.core.keys import SourceKey, each_key
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Kick, Node
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["HeadNode", "InterleaveNode", "MergeNode", "MixNode", "RepeatNode", "ZipNode"]
+__all__ = ["InterleaveNode", "MergeNode", "MixNode", "ZipNode"]
 
 
 class _InputsNode(Node):
@@ -320,146 +320,6 @@ class ZipNode(_InputsNode):
             if paired.error is None:
                 paired.error = entry.error
         return paired
-
-
-class RepeatNode(Node):
-    """One upstream after the other, made anew for each repetition. Cursor: the repetition and the cursor in it.
-
-    An upstream that gives nothing ends it: repeating that for ever would be a silent hang.
-
-    Args:
-        make: Gives the upstream of repetition 0, 1, ...
-        times: How many; None: for ever.
-    """
-
-    def __init__(self, make: Callable[[int], Node], times: int | None) -> None:
-        self._make = make
-        self._times = times
-        self._repetition = 0
-        self._upstream = make(0)
-        self._given = 0  # entries of this repetition
-        self._upstream_may_give = False  # a new repetition has not been polled yet
-        self._gaps = False  # in a repetition before
-        self._failure: Exception | None = None
-        self.ended = times == 0
-
-    def resume(self, cursor: Any) -> None:
-        repetition, its = cursor_parts(cursor, 2)
-        self._repetition = as_count(repetition, MAX_COUNT if self._times is None else max(0, self._times - 1))
-        self._upstream = self._make(self._repetition)
-        self._given = 1  # that repetition was not empty
-        if its is not None:
-            self._upstream.resume(its)
-
-    @property
-    def extra_room(self) -> int:
-        return self._upstream.extra_room
-
-    @property
-    def gaps(self) -> bool:
-        return self._gaps or self._upstream.gaps
-
-    def start(self, run: "Run", kick: Kick) -> None:
-        self._run, self._kick = run, kick
-        if not self.ended:
-            self._upstream.start(run, kick)
-
-    def poll(self, limit: int) -> list[Entry]:
-        while not self.ended:
-            if self._failure is not None:
-                self.ended = True
-                return [Entry.last(self._failure, (self._repetition, None), None)]
-            taken = self._upstream.poll(limit)
-            for entry in taken:
-                entry.cursor = (self._repetition, entry.cursor)
-                if self._repetition and entry.state != LAST:
-                    entry.key = each_key(entry.key, partial(PartKey, part=self._repetition))
-            self._given += sum(entry.state != ONE_LOST for entry in taken)
-            if taken and taken[-1].state == LAST:
-                self.ended = True
-            elif self._upstream.ended:
-                self._next()
-            if taken:
-                return taken
-            if not (self.ended or self._upstream_may_give or self._failure is not None):
-                return taken
-            self._upstream_may_give = False
-        return []
-
-    def _next(self) -> None:
-        """The repetition is over: begin the next one, so that it is under way when it is asked for."""
-        self._upstream.close()
-        self._gaps = self.gaps
-        self._repetition += 1
-        if self._repetition == self._times or not self._given:
-            self.ended = True
-            return
-        self._given = 0
-        try:
-            self._upstream = self._make(self._repetition)
-        except Exception as error:  # a source that cannot begin again fails as a source does: after what came before
-            self._failure = error
-            return
-        self._upstream.start(self._run, self._kick)
-        self._upstream_may_give = True
-
-    def close(self) -> None:
-        self._upstream.close()
-
-
-class HeadNode(Node):
-    """An upstream that, when it is resumed, first gives the beginning of its stream once more.
-
-    Args:
-        upstream: What goes on after a cursor.
-        again: Gives the same from its beginning; called after a resume only.
-        count: How many entries come once more, if there are as many.
-    """
-
-    def __init__(self, upstream: Node, again: Callable[[], Node], count: int) -> None:
-        self._upstream = upstream
-        self._again = again
-        self._left = count
-        self._head: Node | None = None
-
-    def resume(self, cursor: Any) -> None:
-        if self._left:
-            self._head = self._again()
-        self._upstream.resume(cursor)
-
-    @property
-    def extra_room(self) -> int:
-        return self._upstream.extra_room
-
-    @property
-    def gaps(self) -> bool:
-        return self._upstream.gaps
-
-    def start(self, run: "Run", kick: Kick) -> None:
-        self._run, self._kick = run, kick
-        (self._head or self._upstream).start(run, kick)
-
-    def poll(self, limit: int) -> list[Entry]:
-        if self._head is not None:
-            taken = self._head.poll(min(limit, self._left))
-            self._left -= sum(entry.state != ONE_LOST for entry in taken)
-            if taken and taken[-1].state == LAST:
-                self.ended = True
-                return taken
-            if not self._left or self._head.ended:
-                self._head.close()
-                self._head = None
-                self._upstream.start(self._run, self._kick)
-            if taken or self._head is not None:
-                return taken
-        taken = self._upstream.poll(limit)
-        self.ended = self._upstream.ended
-        return taken
-
-    def close(self) -> None:
-        if self._head is not None:
-            self._head.close()
-        self._upstream.close()
 
 
 def _distinct(over: Any, last: int) -> list[int]:

@@ -1,12 +1,12 @@
 """`shard`: this rank's part, the same number of samples on every rank."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from aioloader.core.cursors import as_count, cursor_parts
-from aioloader.core.entry import Entry, places_of
-from aioloader.engine.combine import HeadNode
-from aioloader.engine.node import Fold, FoldNode
+from aioloader.core.entry import LAST, ONE_LOST, Entry, places_of
+from aioloader.engine.node import Fold, FoldNode, Kick, Node
 from aioloader.engine.resumable import beginning
 from aioloader.stages.base import Builder, FoldStage, Pass
 from aioloader.stages.flow import Again, Flow, Ranks, Shared
@@ -25,6 +25,8 @@ from aioloader.stages.rank import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+
+    from aioloader.engine.run import Run
 
 __all__ = ["Shard", "ShardFold"]
 
@@ -252,3 +254,58 @@ def _copy(entry: Entry) -> Entry:
         copy.places = places
     copy.state = entry.state
     return copy
+
+
+class HeadNode(Node):
+    """An upstream that, when it is resumed, first gives the beginning of its stream once more.
+
+    Args:
+        upstream: What goes on after a cursor.
+        again: Gives the same from its beginning; called after a resume only.
+        count: How many entries come once more, if there are as many.
+    """
+
+    def __init__(self, upstream: Node, again: Callable[[], Node], count: int) -> None:
+        self._upstream = upstream
+        self._again = again
+        self._left = count
+        self._head: Node | None = None
+
+    def resume(self, cursor: Any) -> None:
+        if self._left:
+            self._head = self._again()
+        self._upstream.resume(cursor)
+
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
+
+    @property
+    def gaps(self) -> bool:
+        return self._upstream.gaps
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run, self._kick = run, kick
+        (self._head or self._upstream).start(run, kick)
+
+    def poll(self, limit: int) -> list[Entry]:
+        if self._head is not None:
+            taken = self._head.poll(min(limit, self._left))
+            self._left -= sum(entry.state != ONE_LOST for entry in taken)
+            if taken and taken[-1].state == LAST:
+                self.ended = True
+                return taken
+            if not self._left or self._head.ended:
+                self._head.close()
+                self._head = None
+                self._upstream.start(self._run, self._kick)
+            if taken or self._head is not None:
+                return taken
+        taken = self._upstream.poll(limit)
+        self.ended = self._upstream.ended
+        return taken
+
+    def close(self) -> None:
+        if self._head is not None:
+            self._head.close()
+        self._upstream.close()

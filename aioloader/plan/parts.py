@@ -1,0 +1,70 @@
+"""The objects of the user's in a plan, and plans with others in their places."""
+
+from dataclasses import replace
+from typing import Any
+
+from aioloader.plan.plan import Combined, Plan, Single, walk
+from aioloader.sources.resolve import Indexable, StreamData
+
+__all__ = [
+    "datasets_of",
+    "drawing_samplers_of",
+    "is_indexable",
+    "keeping_last",
+    "samplers_of",
+    "streams_of",
+    "with_streams",
+]
+
+
+def _sources_of(plan: Plan) -> list[Single]:
+    return [part.source for part in walk(plan) if isinstance(part.source, Single)]
+
+
+def streams_of(plan: Plan) -> list[StreamData]:
+    """All streams of a plan, samplers included."""
+    parts = [part for source in _sources_of(plan) for part in (source.data, source.sampler)]
+    return [part for part in parts if isinstance(part, StreamData)]
+
+
+def datasets_of(plan: Plan) -> list[Any]:
+    """All datasets with an index."""
+    return [source.data.data for source in _sources_of(plan) if isinstance(source.data, Indexable)]
+
+
+def samplers_of(plan: Plan) -> list[Any]:
+    """All samplers of a plan."""
+    return [source.sampler.make for source in _sources_of(plan) if source.sampler is not None]
+
+
+def drawing_samplers_of(plan: Plan) -> list[Any]:
+    """Those whose order can be drawn again: not the functions, which may give anything."""
+    return [sampler for sampler in samplers_of(plan) if hasattr(sampler, "__iter__")]
+
+
+def is_indexable(plan: Plan) -> bool:
+    """Whether its length is known for sure, and not promised by somebody's `__len__`."""
+    return all(source.indexable for source in _sources_of(plan))
+
+
+def keeping_last(plan: Plan) -> Plan:
+    """`plan` without any `drop_last`."""
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(keeping_last(inner) for inner in source.plans))
+    return replace(plan, source=source, stages=tuple(stage.keeping_last() for stage in plan.stages))
+
+
+def with_streams(plan: Plan, others: dict[int, Any]) -> Plan:
+    """`plan` with other objects to iterate, by the ids of those that they are for."""
+
+    def other(data: Any) -> Any:
+        known = isinstance(data, StreamData) and id(data.make) in others
+        return replace(data, make=others[id(data.make)]) if known else data
+
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(with_streams(inner, others) for inner in source.plans))
+    else:
+        source = replace(source, data=other(source.data), sampler=other(source.sampler))
+    return replace(plan, source=source)
