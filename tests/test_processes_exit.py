@@ -49,10 +49,15 @@ SCRIPTS = {
     "own process": "for _ in Pipeline(range(1000)).map(forever).in_process(): pass",
     "loader": "for _ in DataLoader(Stuck(), num_workers=2, worker_type='process'): pass",
     "forked": """
-batches = iter(Pipeline(range(1000)).map(forever, executor='process', concurrency=2))
-next(batches)
+def silent(key):
+    while key == 5:
+        signal.pause()
+    return key
+batches = iter(Pipeline(range(1000)).map(silent, executor='process', concurrency=2))
+for _ in range(5): next(batches)
 if os.fork() == 0:  # it holds copies of all that its parent has open, but for what must be closed with that
     threading.Event().wait()
+print("ready", flush=True)
 for _ in batches: pass
 """,
 }
