@@ -54,7 +54,7 @@ def silent(key):
         signal.pause()
     return key
 batches = iter(Pipeline(range(1000)).map(silent, executor='process', concurrency=2))
-for _ in range(5): next(batches)
+next(batches)
 if os.fork() == 0:  # it holds copies of all that its parent has open, but for what must be closed with that
     threading.Event().wait()
 print("ready", flush=True)
