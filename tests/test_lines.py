@@ -527,6 +527,35 @@ def test_a_followed_link_that_is_pointed_elsewhere_is_an_error(tmp_path: Path, d
         assert raised.value.filename == str(path)
 
 
+def test_what_was_written_just_before_a_link_is_pointed_elsewhere_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both happen while the reader looks: it has seen the size of the file, and not yet where the link leads."""
+    for name in ("old.txt", "new.txt"):
+        (tmp_path / name).write_bytes(b"1\n")
+    link = tmp_path / "link.txt"
+    link.symlink_to("old.txt")
+    fstat, left = os.fstat, [True]
+
+    def looks(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        if left and sys._getframe(1).f_code.co_name == "wait":
+            left.clear()
+            with (tmp_path / "old.txt").open("ab") as file:
+                file.write(b"2\n")
+            (tmp_path / "tmp").symlink_to("new.txt")
+            (tmp_path / "tmp").rename(link)
+        return status
+
+    with Steps(Pipeline(Lines(link, follow=True)), "for") as steps:
+        assert steps.next() == "1"
+        monkeypatch.setattr("aioloader.sources.chunks.os.fstat", looks)
+        (tmp_path / "other.txt").touch()  # the folder is watched, too: the reader looks again
+        assert steps.next() == "2"
+        with pytest.raises(OSError, match="another file took this one's place"):
+            steps.next()
+
+
 @on_both_faces
 def test_a_followed_link_that_is_removed_is_an_error(tmp_path: Path, write: Write, face: Face) -> None:
     link = tmp_path / "link"

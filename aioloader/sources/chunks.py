@@ -130,14 +130,25 @@ class _OpenFile:
         assert self.growth is not None
         # Check before waiting: if a line was written and the file replaced at the same moment, there was one
         # notification for both, and this has returned because of the line.
+        # And look at the path first: what was written before that leads elsewhere is counted by the look at the file.
         while not self.growth.stopped:
+            there = self._file_at_path()
             here, at = os.fstat(self.raw.fileno()), self.raw.tell()
             if here.st_size != at:
                 return  # whatever else happened, what was written comes first
-            there = Path(self.path).stat()  # FileNotFoundError: it was removed
-            if (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino):
+            if isinstance(there, OSError):
+                raise there
+            if (here.st_dev, here.st_ino) != there:
                 raise OSError(errno.ESTALE, "another file took this one's place while it was followed", self.path)
             self.growth.wait()
+
+    def _file_at_path(self) -> tuple[int, int] | OSError:
+        """Which file the path leads to now, or why to none: `FileNotFoundError` when it was removed."""
+        try:
+            status = Path(self.path).stat()
+        except OSError as error:
+            return error
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         """Close it; may be called at any time."""
