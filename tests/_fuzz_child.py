@@ -244,7 +244,8 @@ class Check:
             self.problems.append(f"the faces differ: {_difference(whole.outcomes, by_async.outcomes)}")
         numbers = list(whole.states)
         for number in sorted(set(rng.sample(numbers, min(2, len(numbers))))):
-            ShortReads.most = len(one.original.packed) // rng.choice((1, 3, 20, 100)) + 1  # a mutant may be empty
+            longest = max(len(one.data), len(one.original.packed))  # a mutant may be empty, its neighbours are not
+            ShortReads.most = longest // rng.choice((1, 3, 20, 100)) + 1
 
             def resumed(number: int = number) -> Epoch:
                 loader = reader.loader()
