@@ -302,6 +302,8 @@ class Loader(LoaderHooks):
             window = self._build(progress)
             if progress.cursor is not None:
                 window.resume(progress.cursor)
+            for begin in window.beginnings:  # here, where a failure leaves everything as it was
+                begin()
             run = Run(window, progress.epoch, progress)
         self._watch(progress, run.meters)
         return run

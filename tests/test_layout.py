@@ -206,3 +206,28 @@ def test_the_design_shows_the_tree_as_it_is() -> None:
         if path.name not in {"__pycache__", "py.typed"}
     ]
     assert sorted(shown) == sorted(there)
+
+
+def test_what_docstrings_document_is_there() -> None:
+    """The names below `Attributes:` occur in the class, so that a rename takes its documentation along."""
+    stale = []
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            doc = ast.get_docstring(node) or ""
+            if "Attributes:\n" not in doc or name_of(path).startswith("testing/"):  # inherited there
+                continue
+            code = {
+                part
+                for inner in ast.walk(node)
+                for part in (getattr(inner, "attr", ""), getattr(inner, "id", ""), getattr(inner, "name", ""))
+            } | {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant) and inner.value is not None}
+            section = doc.split("Attributes:\n")[1].split("\n\n")[0]
+            stale += [
+                f"{name_of(path)}: {node.name}.{name}"
+                for name in re.findall(r"^    (\w+): ", section, re.MULTILINE)
+                if name not in code
+            ]
+    assert not stale

@@ -906,8 +906,9 @@ def test_ranks_that_zip_stay_in_step(face: Face) -> None:
         left, right = Pipeline(range(30)).shard(rank, world_size), Pipeline(range(100, 130)).shard(rank, world_size)
         return Pipeline.zip(left, right).batch(6 // world_size, collate_fn=list)
 
-    _, cursors = steps_of(make, 3, limit=2)
-    rest, _ = steps_of(make, 2, cursors[-1], face=face)
+    states: list[dict[str, Any]] = []
+    steps_of(make, 3, limit=2, states=states)
+    rest, _ = steps_of(going_on(make, states[-1]), 2, face=face)
     assert dealt(rest) == [(number, number + 100) for number in range(12, 30)]
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import (
     RandomSampler,
 )
 
-from aioloader import DataLoader, Pipeline, ReplayWarning, StateError
+from aioloader import DataLoader, Pipeline, ReplayWarning, SourceUsedUpError, StateError
 from aioloader.sources import Lines, TarShards
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._states import contents_of, edited
@@ -659,3 +659,40 @@ def test_samples_that_are_dropped_again_let_the_loop_turn() -> None:
     state = first.state_dict()
     first.close()
     assert asyncio.run(main()) >= 50_000 // 256
+
+
+@on_both_faces
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_warning_that_is_an_error_takes_no_state_away(face: Face, repeats: bool) -> None:
+    """`python -W error`: the epoch has not begun, and the next attempt goes on where the state says."""
+
+    def make() -> Pipeline:
+        loader = Pipeline(lambda: iter(range(6)))
+        return loader.repeat(2) if repeats else loader
+
+    first = make()
+    with Steps(first, face) as steps:
+        assert [steps.next(), steps.next()] == [0, 1]
+        state = json.loads(json.dumps(first.state_dict()))
+    loader = make()
+    loader.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Steps(loader, face) as steps, pytest.raises(ReplayWarning):
+            steps.next()
+    assert loader.state_dict()["batches"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ReplayWarning)
+        assert collect(loader, face) == [2, 3, 4, 5, *(range(6) if repeats else ())]
+
+
+@on_both_faces
+def test_an_iterator_that_comes_too_late_for_a_generator_begins_no_epoch(face: Face) -> None:
+    """Both were made before either had begun; the state stays that of the one that has."""
+    loader = Pipeline(iter([0, 1, 2]))
+    with Steps(loader, face) as steps, Steps(loader, face) as late:
+        assert steps.next() == 0
+        with pytest.raises(SourceUsedUpError):
+            late.next()
+        assert (loader.state_dict()["epoch"], loader.state_dict()["batches"]) == (0, 1)
+        assert steps.next() == 1

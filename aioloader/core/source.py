@@ -104,9 +104,9 @@ class CursorSource(ABC):
     def identity(self) -> dict[str, Any]:
         """What cursors depend on: which file or table, in which order. A state of another identity is refused.
 
-        A small dict of strings to what JSON can hold. Called for each state that is made or loaded, by whoever does
-        that, so what is costly is computed once. What may change without moving a sample, such as a path or a
-        timeout, does not belong into it.
+        A small dict of strings to what JSON can hold. Called for each state that is made or loaded, in the
+        thread that does that, so what is costly is computed once. What may change without moving a sample, such as a
+        path or a timeout, does not belong into it.
         """
         return {}
 
@@ -122,7 +122,7 @@ class CursorSource(ABC):
 
     @abstractmethod
     def open(self, context: "SourceContext", cursor: Any) -> EntryReader:
-        """Begin an epoch behind `cursor`, or at its start when that is None.
+        """Begin an epoch after `cursor`, or at its start when that is None.
 
         Called on the event loop, when the first sample is wanted. It must not block or wait: make the reader, and open
         files in its first `read`, in a thread.

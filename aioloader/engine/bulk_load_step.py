@@ -52,7 +52,7 @@ class _Size:
 class BulkLoadStep(ThreadStep):
     """Loads samples by `__getitems__`, or by `__getitem__` where one call for many is not cheaper.
 
-    When a call for many fails, its samples are loaded one by one, so that the error stands at its place.
+    When a call for many fails, its samples are loaded one by one, so that the error is raised in its place.
 
     Args:
         call: Loads one.

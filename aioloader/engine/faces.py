@@ -48,7 +48,7 @@ class LoaderHooks(ABC):
 
     @abstractmethod
     def _state_of(self, progress: Progress | None) -> dict[str, Any]:
-        """The state of an iterator whose epoch stands at `progress`, or has not begun."""
+        """The state of an iterator whose epoch is at `progress`, or has not begun."""
 
     @abstractmethod
     def _shared_loop(self) -> LoopThread | None:

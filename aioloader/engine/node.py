@@ -9,7 +9,7 @@ does not move, which is all there is to back-pressure.
 from abc import ABC, abstractmethod
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from aioloader.core.entry import LAST, ONE_LOST, Entry
@@ -49,9 +49,12 @@ class Node(ABC):
 
     Attributes:
         ended: True once `poll` can never give an entry again.
+        beginnings: What may fail when an epoch of this node and those before it begins. Called before `start`, in the
+            consumer's thread, where a failure leaves the loader as it was; what is made later calls it in `start`.
     """
 
     ended: bool = False
+    beginnings: Sequence[Callable[[], None]] = ()
 
     @property
     def extra_room(self) -> int:
@@ -135,9 +138,9 @@ class FoldNode(Node):
     Args:
         upstream: Gives the entries.
         fold: The rule.
-        loose: Upstream has no fixed order. What a fold knows by number (so many samples of the next batch are out)
-            would be said of another entry then: a resume forgets it, and some entries come again rather than never.
-            (A number that is longer than JSON's decimal digits is a string.)
+        unordered_input: Upstream has no fixed order. What a fold knows by number (so many samples of the next batch are
+            out) would be said of another entry then: a resume forgets it, and some entries come again rather than
+            never. (A number that is longer than JSON's decimal digits is a string.)
         recounts: It knows entries by such numbers. Once one of several sources has failed they are not told: that
             source takes part again after a resume.
     """

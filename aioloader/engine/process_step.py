@@ -46,8 +46,8 @@ class ProcessStep(SyncStep):
     Args:
         calls: See `SyncStep`.
         concurrency: Worker processes.
-        team: Gives the workers when the run begins.
-        epochs: Those that the objects behind the calls are in, for their copies in workers that are kept.
+        pool: Gives the workers when the run begins.
+        epochs: Those of the objects in the calls, for their copies in workers that are kept.
         elastic: See `SyncStep`.
         in_turn: Task k is for worker k modulo `concurrency`, as in torch: with seeded workers, random transforms are
             repeatable.
@@ -58,7 +58,7 @@ class ProcessStep(SyncStep):
         self,
         calls: Sequence[Call],
         concurrency: int,
-        team: Callable[[], WorkerPool],
+        pool: Callable[[], WorkerPool],
         epochs: Epochs,
         *,
         elastic: bool = True,
@@ -67,7 +67,7 @@ class ProcessStep(SyncStep):
     ) -> None:
         super().__init__(calls, concurrency, elastic=elastic)
         self.meter.kind = "process"
-        self._make_team = team
+        self._make_pool = pool
         self._seeds = [call.seed for call in calls]
         self._epochs = epochs
         self._in_turn = in_turn
@@ -75,21 +75,21 @@ class ProcessStep(SyncStep):
         self._turn = 0
         self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
-        self._team: WorkerPool
+        self._pool: WorkerPool
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
-        self._team = self._make_team()
+        self._pool = self._make_pool()
         if self._owned:
-            self._team.end_on(run.loop)
-            run.own(self._team)
-        self._team.prepare()
+            self._pool.end_on(run.loop)
+            run.own(self._pool)
+        self._pool.prepare()
 
     def close(self) -> None:
         if not self.closed:
-            self._team.forget(self)
+            self._pool.forget(self)
             if self._owned:
-                self._team.close()
+                self._pool.close()
         super().close()
         self._again.clear()
 
@@ -122,7 +122,7 @@ class ProcessStep(SyncStep):
             self._begins()
             slot = self._next_slot() if self._in_turn else None
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, slot)
-            self._team.submit(self, self._payload(chunk), done, slot)
+            self._pool.submit(self, self._payload(chunk), done, slot)
 
     def _payload(self, chunk: list[Entry]) -> Payload:
         """For a worker."""

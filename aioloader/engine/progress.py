@@ -24,14 +24,14 @@ class Progress:
         meter: Counts the batches.
         batches_before: Those that were delivered before a resume.
         resumed: It began in the middle.
-        asked_for: Whoever resumed it named this epoch himself (`set_epoch`).
+        epoch_pinned: The user chose this epoch with `set_epoch()` after loading the state.
         over: The consumer was told that there is no more.
         source_failed: The consumer got the error of one of several sources.
         length: Batches of the epoch; None: only its end tells.
         lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
         begun_before: The epoch has begun before: what it draws has been drawn.
-        begun_with: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
-        leave_out: Ranges of steps that are not handed out.
+        loader_state: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
+        skipped_steps: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
         batch_size: Of a sampler that gives whole batches, all of this size but the last; None: of any size.
     """

@@ -66,7 +66,7 @@ class Run:
     Args:
         output: The last window, not started.
         epoch: The number of the epoch, for notes.
-        progress: Where it stands; None: at its beginning.
+        progress: Its position; None: at its beginning.
     """
 
     def __init__(self, output: "Window", epoch: int, progress: Progress | None = None) -> None:
@@ -79,7 +79,7 @@ class Run:
         self.stopping = False
         self.failure: BaseException | None = None
         self.started = False
-        self.shared: dict[object, RunListener] = {}  # see `Access.shared`
+        self.shared: dict[object, RunListener] = {}  # see `SourceContext.shared`
         self.left = True  # the consumer takes no more once this run is over; False where it has a queue of its own
         self.given_back = False  # sources were told so, and took back what it had not had: it gets that no more
         self.foreign = False  # this is a forked child, and it lives in the parent

@@ -99,11 +99,23 @@ class StreamSource(Pump):
             if origin is None and since and not self._call:
                 note_silent(self._make)
 
-    def start(self, run: "Run", kick: Kick) -> None:
+    def begin(self) -> None:
+        """What may fail when an epoch begins. `start` calls it, unless somebody has done so before.
+
+        Raises:
+            SourceUsedUpError: The source can be iterated once, and was.
+            ReplayWarning: Where warnings are errors.
+        """
         if self._use is not None:
-            self._use()
-        if self._warns and not isinstance(self._make, CursorSource):
-            warn_of_replay(self._resume_at, self.meter.name)
+            use, self._use = self._use, None
+            use()
+        if self._warns:
+            self._warns = False
+            if not isinstance(self._make, CursorSource):
+                warn_of_replay(self._resume_at, self.meter.name)
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self.begin()
         super().start(run, kick)
 
     async def _pump(self) -> None:

@@ -101,7 +101,7 @@ class TurnStep(ProcessStep):
     Args:
         calls: See `SyncStep`.
         concurrency: Worker processes.
-        team: Gives the workers when the run begins.
+        pool: Gives the workers when the run begins.
         epochs: See `ProcessStep`.
         elastic: See `SyncStep`.
         owned: The workers end with the run.
@@ -112,17 +112,17 @@ class TurnStep(ProcessStep):
         self,
         calls: Sequence[Call],
         concurrency: int,
-        team: Callable[[], WorkerPool],
+        pool: Callable[[], WorkerPool],
         epochs: Epochs,
         *,
         elastic: bool,
         owned: bool,
         turns: Turns,
     ) -> None:
-        super().__init__(calls, concurrency, team, epochs, elastic=elastic, in_turn=True, owned=owned)
+        super().__init__(calls, concurrency, pool, epochs, elastic=elastic, in_turn=True, owned=owned)
         self._seeds = [None] * len(calls)
         self._turns = turns
-        self._active_seats = list(range(concurrency))  # those that have not ended
+        self._active_slots = list(range(concurrency))  # those that have not ended
         self._begun = False
         self._asked = [0] * concurrency  # batches that each was told to read again
         self._limits: list[int | None] = [None] * concurrency  # how many each turned out to have
@@ -135,14 +135,14 @@ class TurnStep(ProcessStep):
         if self._reading:
             self._scheduled = False
             return
-        if not self._active_seats:
+        if not self._active_slots:
             while self.inbox:
                 self._drop(self.inbox.popleft())
         super().dispatch()
 
     def _next_slot(self) -> int:
-        later = [slot for slot in self._active_seats if slot >= self._turn]
-        slot = (later or self._active_seats)[0]
+        later = [slot for slot in self._active_slots if slot >= self._turn]
+        slot = (later or self._active_slots)[0]
         self._turn = slot + 1
         return slot
 
@@ -156,7 +156,7 @@ class TurnStep(ProcessStep):
                 done = partial(call_loop, self._run.loop, self._run.guarded, self._has_read, slot, self._asked[slot])
                 self._asked[slot] = count
                 self._reading += 1
-                self._team.submit(self, payload, done, slot)
+                self._pool.submit(self, payload, done, slot)
         self._turn = following
 
     def _has_read(self, slot: int, before: int, outcome: Outcome) -> None:
@@ -185,10 +185,10 @@ class TurnStep(ProcessStep):
 
     def _ends(self, slot: int | None) -> bool:
         """No more of this worker; False: that was known."""
-        if slot not in self._active_seats:
+        if slot not in self._active_slots:
             return False
-        self._active_seats.remove(slot)
-        self._turns.over = not self._active_seats
+        self._active_slots.remove(slot)
+        self._turns.over = not self._active_slots
         return True
 
     def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
@@ -196,7 +196,7 @@ class TurnStep(ProcessStep):
             case ChunkResult(outcomes=[last]) if last is EXHAUSTED and not self.closed:
                 self._ends(slot)
                 self._landed(chunk, ChunkResult([DROP], outcome.busy_seconds, outcome.cpu_seconds))
-            case ChunkResult() if slot not in self._active_seats and not self.closed:
+            case ChunkResult() if slot not in self._active_slots and not self.closed:
                 # From a worker that took the place of a dead one, before that was known here: it began anew.
                 self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
             case _:

@@ -33,7 +33,7 @@ class Window(Node):
         room: Slots: entries under way and finished ones together, at most. None: nothing is begun before it is asked
             for.
         ordered: Give results in the order of the input; False: as they are finished.
-        loose: With `ordered=False`: as in `FoldNode`. Who has left beyond the front is known by number.
+        unordered_input: With `ordered=False`: as in `FoldNode`. Who has left beyond the front is known by number.
         log: With `ordered=False`: where the order in which they leave is recorded, or in which they are to leave.
 
     Attributes:

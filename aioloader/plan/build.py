@@ -1,4 +1,4 @@
-"""From a plan to the nodes that run it. Pure: nothing is started, nothing of the user's is called or changed."""
+"""From a plan to the nodes that run it. Pure: starts nothing, calls no user code, changes no user object."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,9 +68,11 @@ def build(
         draws: What samplers draw their order from.
     """
     plan = with_ranks(plan)
-    return _output(
-        _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=bool(flow_of(plan).timed), draws=draws)
-    )
+    live = bool(flow_of(plan).timed)
+    builder = _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=live, draws=draws)
+    window = _output(builder)
+    window.beginnings = builder.beginnings
+    return window
 
 
 def _output(builder: "_PlanBuilder") -> Window:
@@ -95,6 +97,7 @@ class _PlanBuilder:
         path: The inputs on the way to `plan`, see `Address`.
         warns: Say so when a source is read again only to drop samples.
         functions: How many of the user's functions there were so far.
+        beginnings: See `Node`.
     """
 
     plan: Plan
@@ -107,6 +110,7 @@ class _PlanBuilder:
     path: Address = ()
     warns: bool = True
     functions: int = 0
+    beginnings: list[Callable[[], None]] = field(default_factory=list)
     flow: Flow = field(default_factory=Flow)
     following: Sequence[Stage] = ()
     key_stages: list[FoldStage] = field(default_factory=list)
@@ -165,7 +169,9 @@ class _PlanBuilder:
             builder = self._other(before, this_pass=this_pass, path=self.path, draws=self.draws, warns=self.warns)
             if not number:  # those of the others are the same
                 self.functions = builder.functions
-            return builder.close()
+            node = builder.close()
+            node.beginnings = builder.beginnings
+            return node
 
         return make
 
@@ -208,11 +214,12 @@ class _PlanBuilder:
 
     def _source(self, source: Single | Combined) -> None:
         if isinstance(source, Combined):
-            nodes = [
-                self._other(plan, path=(*self.path, number), draws=self.draws, warns=self.warns).close()
+            parts = [
+                self._other(plan, path=(*self.path, number), draws=self.draws, warns=self.warns)
                 for number, plan in enumerate(source.plans)
             ]
-            self.node = self._combine(source, nodes)
+            self.beginnings = [begin for part in parts for begin in part.beginnings]
+            self.node = self._combine(source, [part.close() for part in parts])
         elif isinstance(source.data, StreamData):
             self._stream(source, source.data)
         else:
@@ -245,6 +252,7 @@ class _PlanBuilder:
             tells_epoch=source.tells_epoch,
             live=self.live,
         )
+        self.beginnings.append(node.begin)
         node.meter.address = self.path
         self.node, self.fused = node, FusedOps(first=True)
 
@@ -282,7 +290,9 @@ class _PlanBuilder:
         make = partial(_open_sampler, sampler, self.this_pass.epoch, self.draws, how)
         use = sampler.use_again if self.draws is _AGAIN else sampler.use
         check = None if sampler.call else partial(check_place, sampler.make, in_cursor=in_cursor)
-        return StreamSource(make, call=True, name="sampler", keys=True, use=use, check=check)
+        node = StreamSource(make, call=True, name="sampler", keys=True, use=use, check=check)
+        self.beginnings.append(node.begin)
+        return node
 
     def _order(self, length: int, permute: bool) -> KeyOrder:
         return order_of(length, self.key_stages, self.this_pass, permute=permute)

@@ -1,4 +1,4 @@
-"""The objects of the user's in a plan, and plans with others in their places."""
+"""The user's objects in a plan, and plans with others in their places."""
 
 from dataclasses import replace
 from typing import Any

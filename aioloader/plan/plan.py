@@ -42,7 +42,7 @@ class Single:
         name: In statistics; None: that of the user's object.
         keys: `data` gives keys, or the keys of batches.
         ahead: Of these so many may be read before they are asked for.
-        check: Of keys: refuses a place in them that is none, see `drawn.check_place`.
+        check: Of keys: refuses a place in them that is none, see `sampler_order.check_place`.
         tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
     """
 

@@ -235,7 +235,7 @@ def _plain(value: Any) -> Any:
 
 
 def shape_of(plan: Plan) -> Shape:
-    """The source and the stages of `plan` that decide which sample comes when, and maps for whoever reads it."""
+    """The source and the stages of `plan` that decide which sample comes when, and maps for people who read it."""
     of_all = batch_of_all_ranks(plan)
     shape = [_source(plan.source)]
     for number, stage in enumerate(plan.stages):

@@ -61,9 +61,11 @@ class Builder(Protocol):
         transfer: The loader's way to its device; None: there is none.
         alloc: Where the default collate puts batches; None: into fresh memory.
         processes: Gives the loader's worker processes; called when something runs there.
+        beginnings: See `Node`.
     """
 
     node: Node
+    beginnings: list[Callable[[], None]]
     fused: FusedOps
     this_pass: Pass
     flow: Flow
@@ -190,7 +192,7 @@ class Stage(ABC):
 
     @abstractmethod
     def build(self, builder: Builder) -> None:
-        """Add what runs it. Pure: nothing is started, and nothing of the user's is called."""
+        """Add what runs it. Pure: nothing is started, and no user code is called."""
 
 
 class FoldStage(Stage):

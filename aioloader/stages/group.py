@@ -14,7 +14,7 @@ class Group:
     Attributes:
         samples: In order.
         keys: What each was loaded by, None where nothing names it.
-        places: Where each stands in its source, see `Entry.places`.
+        places: The position of each in its source, see `Entry.places`.
         left_over: There are too few of them: they are only loaded, since that may fail, and no batch is made of them.
     """
 

@@ -46,7 +46,8 @@ class Repeat(Stage):
         return (before if free else before.limited(Shared.SAME_WORLD, self.label)).cut().closed()
 
     def build(self, builder: Builder) -> None:
-        builder.node = RepeatNode(builder.repetitions(), self.times)
+        builder.node = node = RepeatNode(builder.repetitions(), self.times)
+        builder.beginnings.append(node.begin)
         builder.fused = FusedOps()
 
 
@@ -86,6 +87,11 @@ class RepeatNode(Node):
     @property
     def gaps(self) -> bool:
         return self._gaps or self._upstream.gaps
+
+    def begin(self) -> None:
+        """See `beginnings`: of the repetition that comes first."""
+        for begin in self._upstream.beginnings if not self.ended else ():
+            begin()
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run, self._kick = run, kick

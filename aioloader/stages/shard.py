@@ -59,7 +59,7 @@ class Shard(FoldStage):
     mesh: "DeviceMesh | tuple[DeviceMesh, Any] | None" = None
     even: Even = "pad"
 
-    exact_in_any_order = True  # which it refuses, see `elastic.check_one_order`
+    exact_in_any_order = True  # which it refuses, see `ranks.check_one_order`
     keeps_samples = True
     same_each_epoch = True
     reorders = True
