@@ -29,6 +29,7 @@ from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
+from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
 from aioloader.plan.parts import (
     datasets_of,
@@ -116,7 +117,9 @@ class Pipeline(Loader):
         if self._plan.stages and self._plan.stages[-1].must_be_last:
             last = self._plan.stages[-1]
             raise ValueError(f"{last.label} must be the last stage, got {stage.label} after it; put it before .to()")
-        return self._of(replace(self._plan, stages=(*self._plan.stages, stage)))
+        plan = replace(self._plan, stages=(*self._plan.stages, stage))
+        check_admission(plan)
+        return self._of(plan)
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -437,6 +440,36 @@ class Pipeline(Loader):
         count = check_count("prefetch", n, least=0, hint="prefetch(0) makes no batch ahead")
         return self._of(replace(self._plan, prefetch=count))
 
+    def max_staleness(self, batches: int) -> "Pipeline":
+        """Let the consumer decide when samples begin: none before the batch that is `batches` in front of its own.
+
+        For training on what the newest policy made: a map generates with the weights of now, and what it begins too
+        early would be stale. At most `(asked + batches) * batch_size` samples have been begun and neither handed out
+        nor left out, where `asked` is the number of batches that the consumer is waiting for. What `filter`, `drop_if`,
+        `drop_last` or an error leaves out makes room at once. With ordered maps, and batches that are full, no sample
+        is more than `batches` batches old when its batch is given: `BatchInfo.ages` says how old each is. 0 is
+        on-policy: samples begin when their batch is asked for.
+
+        It is in no state: after a resume it counts from there. It comes after `batch`, and holds for all that is
+        before; what waits for more samples than its batch, such as `shuffle(1000)`, must be before the first map.
+
+        ```python
+        loader = Pipeline(prompts).shuffle().repeat().map(rollout, concurrency=64).filter(has_variance).batch(8)
+        async for batch in loader.max_staleness(1): ...
+        ```
+
+        Args:
+            batches: At least 0.
+
+        Raises:
+            TypeError: Not an integer.
+            ValueError: It is negative, there is no `batch` after the maps, or a stage between them cannot bear it.
+        """
+        count = check_count("max_staleness", batches, least=0, hint="max_staleness(0) begins samples when asked")
+        plan = replace(self._plan, staleness=count)
+        check_admission(plan)
+        return self._of(plan)
+
     def with_seed(self, seed: int | None) -> "Pipeline":
         """Let `sample_rng()` in this pipeline's functions depend on `seed`; None: draw one, and keep it in the state.
 
@@ -650,6 +683,10 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
     for pipeline in pipelines:
         if pipeline._plan.gives_info:
             raise ValueError(f"{how} combines samples, got pairs with their info; put .with_info() after .{how}()")
+        if pipeline._plan.staleness is not None:
+            raise ValueError(
+                f"max_staleness counts the batches that are handed out; put .max_staleness() after .{how}()"
+            )
         if any(stage.on_device for stage in pipeline._plan.stages):
             raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() after .{how}()")
     return tuple(pipeline._plan for pipeline in pipelines)

@@ -10,6 +10,7 @@ from typing import Any, Final
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
+from aioloader.engine.admission import Admission
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
@@ -156,6 +157,8 @@ class FusedOps:
         nbytes: int | None = None,
         finished: int | None = None,
         last: bool = False,
+        admission: Admission | None = None,
+        begins: bool = False,
     ) -> Window:
         """Build the window; where ops have bounds of their own, several, of which the last is returned.
 
@@ -169,6 +172,8 @@ class FusedOps:
             nbytes: It holds fewer than `room` where these would take more bytes, but as many as are made side by side.
             finished: With `room=None`: how many entries may be finished, in addition to those under way.
             last: Whether the consumer takes from it.
+            admission: Who decides when samples may begin.
+            begins: No sample has begun before.
         """
         log = self._order_log(order_name)
         groups = [self.ops] if self.batches or room is not None or log is not None else _apart(self.ops)
@@ -198,6 +203,7 @@ class FusedOps:
                 overtaking=_overtaking(ops),
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
+            window.admission, window.begins = admission, begins and not number
             if unordered:
                 window.numbers, window.names = number == unordered[0], number == unordered[-1]
         return window

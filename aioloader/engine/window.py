@@ -78,6 +78,7 @@ class Window(Node):
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
         self._dropped = 0  # those of them that a predicate refused
+        self._stands_for = 1  # samples: one of its entries, as `alive` was last told
         self.under_way = 0
         self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
         self._asked = 0  # what the last poll could not give; without room only this is begun
@@ -227,6 +228,7 @@ class Window(Node):
         self.wake()
 
     def alive(self, size: int) -> int:
+        self._stands_for = size
         here = (self._occupied + self._lent - self._dropped) * size
         return here if self.begins else here + self.upstream.alive(size)
 
@@ -317,7 +319,7 @@ class Window(Node):
         if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
             free = self._grown(self._room, growth)
         if self.begins and self.admission is not None:
-            return min(free, self.admission.free)
+            return min(free, self.admission.free // self._stands_for)
         if free <= 0 and self._replay is not None and self._completion is not None:
             following = self._replay.following
             if following is not None and following > self._completion.came:

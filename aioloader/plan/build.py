@@ -10,6 +10,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer
+from aioloader.engine.admission import Admission
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
 from aioloader.engine.fuse import FusedOps, Op, exactly
 from aioloader.engine.key_source import KeySource
@@ -21,6 +22,7 @@ from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.memory.pool import BatchMemory
+from aioloader.plan.admission import admission_of
 from aioloader.plan.plan import (
     DEFAULT_PREFETCH,
     Combined,
@@ -69,9 +71,12 @@ def build(
     """
     plan = with_ranks(plan)
     live = bool(flow_of(plan).timed)
-    builder = _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=live, draws=draws)
+    admission = admission_of(plan)
+    builder = _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=live, draws=draws, admission=admission)
     window = _output(builder)
     window.beginnings = builder.beginnings
+    if admission is not None:
+        admission.output = window
     return window
 
 
@@ -81,8 +86,15 @@ def _output(builder: "_PlanBuilder") -> Window:
     if not fused.ops:
         if isinstance(node, Window) and not node.holds:  # what is made ahead is held by the window before it
             return node
-        return Window(node, (), room=exactly(builder.prefetch))
-    window = partial(fused.window, node, builder.processes, builder.order_name)
+        return builder.admitting(Window(node, (), room=exactly(builder.prefetch)))
+    window = partial(
+        fused.window,
+        node,
+        builder.processes,
+        builder.order_name,
+        admission=builder.admission,
+        begins=not builder.begun,
+    )
     if plan.room is not None or fused.batches:
         return window(room=builder.prefetch if plan.room is None else plan.room, grows=plan.grows, nbytes=plan.nbytes)
     return window(finished=plan.prefetch, last=True)
@@ -98,6 +110,8 @@ class _PlanBuilder:
         warns: Say so when a source is read again only to drop samples.
         functions: How many of the user's functions there were so far.
         beginnings: See `Node`.
+        admission: Who decides when samples may begin.
+        begun: They have, in what is built so far.
     """
 
     plan: Plan
@@ -111,6 +125,8 @@ class _PlanBuilder:
     warns: bool = True
     functions: int = 0
     beginnings: list[Callable[[], None]] = field(default_factory=list)
+    admission: Admission | None = None
+    begun: bool = False
     flow: Flow = field(default_factory=Flow)
     following: Sequence[Stage] = ()
     key_stages: list[FoldStage] = field(default_factory=list)
@@ -149,8 +165,20 @@ class _PlanBuilder:
     def close(self, *, room: int | None = None) -> Node:
         fused, self.fused = self.fused, FusedOps()
         if fused.ops or room is not None:
-            self.node = fused.window(self.node, self.processes, self.order_name, room=room)
+            self.node = fused.window(
+                self.node,
+                self.processes,
+                self.order_name,
+                room=room,
+                admission=self.admission,
+                begins=not self.begun,
+            )
+            self.begun = self.begun or bool(fused.ops)
         return self.node
+
+    def admitting(self, window: Window) -> Window:
+        window.admission = self.admission
+        return window
 
     def again(self, *, closed: bool, warns: bool = True) -> Callable[[], Node]:
         before, path = self._before, self.path
@@ -167,9 +195,9 @@ class _PlanBuilder:
         def make(number: int) -> Node:
             this_pass = self.this_pass.repeated(number)
             builder = self._other(before, this_pass=this_pass, path=self.path, draws=self.draws, warns=self.warns)
-            if not number:  # those of the others are the same
-                self.functions = builder.functions
             node = builder.close()
+            if not number:  # those of the others are the same
+                self.functions, self.begun = builder.functions, builder.begun
             node.beginnings = builder.beginnings
             return node
 
@@ -210,6 +238,7 @@ class _PlanBuilder:
             draws,
             path,
             warns,
+            admission=self.admission,
         )
 
     def _source(self, source: Single | Combined) -> None:

@@ -10,6 +10,7 @@ from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.window import Window
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
@@ -77,6 +78,9 @@ class Builder(Protocol):
     @property
     def prefetch(self) -> int: ...
 
+    def admitting(self, window: Window) -> Window:
+        """`window`, which knows who decides when samples may begin."""
+
     @property
     def processes(self) -> Callable[[], WorkerThread]: ...
 
@@ -122,6 +126,8 @@ class Stage(ABC):
         only_reads: What it makes has no part of its input in it: a cache need not copy what it hands to this stage.
         encloses: It builds what is before it itself, maybe several times.
         caches: It keeps samples for later epochs, so that reading its input again is no surprise.
+        passes: It gives each entry on or leaves it out, at once: a fold that waits for others before it gives one, or
+            gives several of one, does not. (`batch` waits, but for its own.)
         here_only: In a process of its own nothing could come of it.
         on_device: Its output may be in the memory of a device.
         must_be_last: Nothing can be done to its output here.
@@ -135,6 +141,7 @@ class Stage(ABC):
     only_reads: ClassVar[bool] = False
     encloses: ClassVar[bool] = False
     caches: ClassVar[bool] = False
+    passes: ClassVar[bool] = False
     here_only: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False

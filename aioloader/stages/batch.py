@@ -92,6 +92,7 @@ class Batch(FoldStage):
     max_wait: float | None = None
 
     exact_in_any_order = True
+    passes = True
 
     @property
     def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so

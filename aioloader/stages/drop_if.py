@@ -32,6 +32,7 @@ class DropIf(Stage):
     fn: Callable[[Any], Any]
 
     exact_in_any_order = True
+    passes = True
     here_only = True
 
     @property
@@ -60,10 +61,10 @@ class DropIf(Stage):
         elif builder.fused.ops or builder.following:
             node = builder.close()
         else:
-            node = Window(builder.close(), (), room=exactly(builder.prefetch))
+            node = builder.admitting(Window(builder.close(), (), room=exactly(builder.prefetch)))
         check = Op(_Unless(self.fn), self.label, predicate=True, flexible=True)
         (step,) = steps_of([check], None, builder.processes)
-        builder.node = Window(node, [step], room=None)
+        builder.node = builder.admitting(Window(node, [step], room=None))
         again = Op(FreshGroup(self.fn, lambda: step.meter), self.label, predicate=True, flexible=True)
         builder.fused = FusedOps(checks=[*checks, again])
 

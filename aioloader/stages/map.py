@@ -53,6 +53,7 @@ class Map(Stage):
     max_overtaken: int | None = None
 
     exact_in_any_order = True
+    passes = True
 
     @property
     def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
@@ -120,6 +121,7 @@ class Filter(Stage):
     name: str | None = None
 
     exact_in_any_order = True
+    passes = True
     same_each_epoch = True
 
     @property
