@@ -42,6 +42,7 @@ from aioloader.plan.parts import (
 )
 from aioloader.plan.plan import Combined, Plan, Single, before_cache, flow_of, flows_of, forgets_numbers, length_of
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
+from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.unsplit import gives_all
 from aioloader.sources.fetch import FetchSource
@@ -201,7 +202,7 @@ class Pipeline(Loader):
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
         return self._then(Filter(fn, is_async_callable(fn)))
 
-    def drop_if(self, fn: Callable[[Any], Any]) -> "Pipeline":
+    def drop_if(self, fn: Callable[[Any], Any], *, requeue: bool = False) -> "Pipeline":
         """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
 
         `filter` looks at a sample as soon as it is there; `drop_if` looks when the next stage takes it. Before `batch`
@@ -220,6 +221,15 @@ class Pipeline(Loader):
 
         Args:
             fn: A quick sync function; it runs in a thread, and right before `batch` twice for most samples.
+            requeue: A sample that would be left out is begun again instead, after those under way, from what came into
+                the first `map` of those right before. It keeps its number and its place, so it is still to come: a
+                resume stays exact, and nothing grows. `BatchInfo.attempts` counts. It is looked at when the next stage
+                takes it, and not once more before its batch is collated.
+
+        Raises:
+            TypeError: `fn` cannot be called with one argument, or is async.
+            ValueError: `requeue` without a `map` right before, which alone could make a sample anew; `filter` may be
+                in between.
         """
         check_callable("fn", fn, arguments=1, example="drop_if(stale)")
         if is_async_callable(fn):
@@ -227,7 +237,9 @@ class Pipeline(Loader):
                 f"drop_if takes a sync function, since it looks at the last moment, got {describe(fn)}, which is "
                 f"async; use filter for what must be awaited"
             )
-        return self._then(DropIf(fn))
+        if requeue:
+            check_requeue(self._plan)
+        return self._then(DropIf(fn, bool(requeue)))
 
     def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline":
         """Give all items of `fn(sample)`, an iterable or async iterable, one sample after the other.

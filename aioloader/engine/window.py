@@ -100,6 +100,16 @@ class Window(Node):
     # -- the node interface ------------------------------------------------------------------------------------------
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is here, nor comes back."""
+        return not self._occupied
+
+    @property
+    def numbering(self) -> CompletionCursor | None:
+        """What numbers its entries, if they have no fixed order."""
+        return self._completion
+
+    @property
     def holds(self) -> bool:
         """Whether it begins anything before it is asked for, and holds it."""
         return self._room is not None
@@ -154,14 +164,14 @@ class Window(Node):
 
     def _take(self, limit: int) -> list[Entry]:
         taken = self._leave(limit) if self._slots and self._slots[0].state else []
-        if self._last is not None and not self._occupied and len(taken) < limit:
+        if self._last is not None and self.empty and len(taken) < limit:
             last, self._last = self._last, None
             if self._completion is not None and self.names:
                 last.cursor = self._completion.cursor
                 self._completion.forgets = True
             taken.append(last)
             self.wake()
-        if self._input_ended and not self._occupied and self._last is None:
+        if self._input_ended and self.empty and self._last is None:
             self._finish()
         return taken
 
@@ -301,7 +311,7 @@ class Window(Node):
             else:
                 break
         self._give_up_replay()
-        if self._input_ended and not self._occupied and self._last is None:
+        if self._input_ended and self.empty and self._last is None:
             self._finish()
             self._kick()
         elif not self.under_way and not self._input_ended:
@@ -432,7 +442,7 @@ class Window(Node):
         if self._replay is not None:  # what comes now is not what came then
             self._last.state, self._after_last = LAST, []
         self._input_ended = self._last.state == LAST
-        if not self._occupied:  # nobody else's end will say so
+        if self.empty:  # nobody else's end will say so
             self._kick()
         return run[:at]
 

@@ -5,8 +5,7 @@ from math import prod
 from aioloader.engine.admission import Admission
 from aioloader.plan.plan import Combined, Plan, flows_of, walk
 from aioloader.sources.resolve import Indexable
-from aioloader.stages.base import FoldStage, Stage
-from aioloader.stages.batch import Batch
+from aioloader.stages.base import Stage
 
 __all__ = ["admission_of", "check_admission"]
 
@@ -15,8 +14,7 @@ def admission_of(plan: Plan) -> Admission | None:
     """Who decides when samples of `plan` may begin; None: nobody but the rooms."""
     if plan.staleness is None:
         return None
-    stages = plan.stages[_first(plan) + 1 :]
-    return Admission(plan.staleness, prod(stage.batch_size for stage in stages if isinstance(stage, Batch)))
+    return Admission(plan.staleness, prod(stage.gathers for stage in plan.stages[_first(plan) + 1 :]))
 
 
 def check_admission(plan: Plan) -> None:
@@ -39,13 +37,13 @@ def check_admission(plan: Plan) -> None:
         raise ValueError(
             f"{what} decides when map() may begin, and there is none before batch(): leave it out, or add one"
         )
-    if not any(isinstance(stage, Batch) for stage in after):
+    if not any(stage.batches for stage in after):
         raise ValueError(
             f"{what} counts batches: it must come after map() and batch(), for instance map(f).batch(8).{what}"
         )
     flows = flows_of(plan)[first + 1 :]
     for stage, flow in zip(after, flows, strict=False):
-        if not (stage.passes or (isinstance(stage, FoldStage) and stage.reorders and flow.by_key)):
+        if not (stage.passes or (stage.reorders and flow.by_key)):
             raise ValueError(
                 f"{what} cannot hold with {stage.label} after the first map(): it waits for more samples than may "
                 f"begin, or makes others of them; put it before map(), or leave {what} out"
@@ -64,7 +62,7 @@ def _works(plan: Plan) -> bool:
 
 
 def _begins(stage: Stage) -> bool:
-    return not isinstance(stage, Batch) and bool(stage.functions)
+    return not stage.batches and bool(stage.functions)
 
 
 def _loads(plan: Plan) -> bool:

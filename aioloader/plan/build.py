@@ -162,7 +162,7 @@ class _PlanBuilder:
             sample_seed = self.this_pass.seed(sample_seed, f"sample {'.'.join(map(str, address))}")
         self.fused.add(replace(op, address=address, seed=sample_seed))
 
-    def close(self, *, room: int | None = None) -> Node:
+    def close(self, *, room: int | None = None, again: bool = False) -> Node:
         fused, self.fused = self.fused, FusedOps()
         if fused.ops or room is not None:
             self.node = fused.window(
@@ -172,6 +172,7 @@ class _PlanBuilder:
                 room=room,
                 admission=self.admission,
                 begins=not self.begun,
+                again=again,
             )
             self.begun = self.begun or bool(fused.ops)
         return self.node

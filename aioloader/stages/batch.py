@@ -93,6 +93,11 @@ class Batch(FoldStage):
 
     exact_in_any_order = True
     passes = True
+    batches = True
+
+    @property
+    def gathers(self) -> int:  # type: ignore[override]  # a plain attribute where it is always one
+        return self.batch_size
 
     @property
     def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so

@@ -54,6 +54,11 @@ class Map(Stage):
 
     exact_in_any_order = True
     passes = True
+    makes_anew = True
+
+    @property
+    def logs_order(self) -> bool:  # type: ignore[override]  # a plain attribute where it never does
+        return self.record_order is not None or self.replay_order is not None
 
     @property
     def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
@@ -122,6 +127,7 @@ class Filter(Stage):
 
     exact_in_any_order = True
     passes = True
+    only_selects = True
     same_each_epoch = True
 
     @property
