@@ -21,6 +21,7 @@ from aioloader.core.checks import (
     check_seconds,
     is_async_callable,
 )
+from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
@@ -36,6 +37,7 @@ from aioloader.plan.parts import (
     drawing_samplers_of,
     is_indexable,
     keeping_last,
+    limits_of,
     samplers_of,
     streams_of,
     with_streams,
@@ -128,7 +130,7 @@ class Pipeline(Loader):
         self,
         fn: Callable[[Any], Any],
         *,
-        concurrency: int | None = None,
+        concurrency: int | Limit | None = None,
         ordered: bool = True,
         executor: Executor | Literal["thread", "process"] | None = None,
         ahead: int | None = None,
@@ -141,12 +143,14 @@ class Pipeline(Loader):
 
         Args:
             fn: Takes a sample and returns one. An async function is awaited on the loop; any other runs in threads.
-            concurrency: Samples under way at once, at least 1. Default: 64 for async functions, the usable cores for
-                sync ones. Sync samples that take well under a millisecond travel in chunks.
+            concurrency: Samples under way at once, at least 1, or a `Limit` that other stages may share, and that may
+                be changed at any time. Default: 64 for async functions, the usable cores for sync ones. Sync samples
+                that take well under a millisecond travel in chunks.
             ordered: Give results in the order of the input; False: as they are finished.
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
                 which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
-                Python code that holds the GIL; they stay until it is closed or collected.
+                Python code that holds the GIL; they stay until it is closed or collected. There are no more of them
+                than a `Limit` had places when they were started.
             ahead: Samples that this stage has begun and the next one has not taken, at most; at least `concurrency`.
                 Default: half as many again as `concurrency`; while a slow sample holds up finished ones after it, more
                 begin, up to 16 times `concurrency` or 256 MiB of finished ones, but none of a live source.
@@ -167,8 +171,9 @@ class Pipeline(Loader):
         check_callable("fn", fn, arguments=1, example="map(decode)")
         check_gives_one("map", fn, "use flat_map(fn), which gives all of them as samples")
         if concurrency is not None:
-            concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
-        ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, concurrency)
+            concurrency = check_concurrency(concurrency)
+        width = None if concurrency is None else width_of(concurrency)
+        ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, width)
         is_async = is_async_callable(fn)
         if max_overtaken is not None:
             max_overtaken = check_count("max_overtaken", max_overtaken, least=0, hint="leave it out for any number")
@@ -416,6 +421,11 @@ class Pipeline(Loader):
                     f"in_process() sends its source to another process, but {describe(stream.make)} is at work here; "
                     f"pass the generator function itself (without calling it)"
                 )
+        for label, limit in limits_of(self._plan):
+            raise ValueError(
+                f"in_process() sends {label} to another process, which cannot share its {limit!r} with this one; pass "
+                f"concurrency={limit.value}, or put that stage after in_process()"
+            )
         for sampler in samplers_of(self._plan):
             if draws_globally(sampler) or generators_of(sampler):
                 raise ValueError(

@@ -64,9 +64,7 @@ class AgainWindow(Window):
             self._away.add(entry)
         elif self._overtaking is not None:
             self._overtaking.begins(entry)
-        first = self._steps[0]
-        first.inbox.append(entry)
-        first.dispatch()
+        self._steps[0].take_in([entry])
 
     def finished(self, entry: Entry) -> None:
         if entry not in self._away:
@@ -101,9 +99,7 @@ class CheckWindow(Window):
         """An entry that has its place here has been made anew."""
         if entry.error is None and entry.state != DROPPED:
             self.under_way += 1
-            first = self._steps[0]
-            first.inbox.append(entry)
-            first.dispatch()
+            self._steps[0].take_in([entry])
             return
         self.upstream.give_back(1)
         if entry.state == DROPPED:

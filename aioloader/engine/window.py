@@ -47,12 +47,14 @@ class Window(Node):
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
         begins: Samples begin here, so that `admission` is asked.
+        pauses: Nothing begins here while the run pauses, see `RunPause`.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
     """
 
     admission: Admission | None = None
     begins = False
+    pauses = True
     numbers = True
     names = True
 
@@ -88,6 +90,7 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
+        self._paused = False
         self._closed = False
         if numbering is None and not ordered:
             numbering = CompletionCursor(unordered_input=unordered_input)
@@ -146,6 +149,8 @@ class Window(Node):
             step.meter.ordered = self.ordered
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
         self._tell_room(self.room)
+        if self._steps and self.pauses:
+            run.pausing.join(self)
         if self._room is not None:
             self.wake()
 
@@ -223,6 +228,39 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.close()
+            if self._paused:
+                self._run.soon(self._run.pausing.look)
+
+    # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing begins any more, ever."""
+        return self._closed
+
+    @property
+    def quiet(self) -> bool:
+        return self._closed or self._steps[0].quiet
+
+    @property
+    def still(self) -> bool:
+        return self._closed or not self.under_way
+
+    def pause(self) -> None:
+        self._paused = True
+        if not self._closed:
+            self._steps[0].hold()
+
+    def go_on(self) -> None:
+        self._paused = False
+        if not self._closed:
+            self._steps[0].let_go()
+            self.wake()
+
+    def set_aside(self, count: int) -> None:
+        """`count` entries that came in turn out not to have begun; negative: they may begin again."""
+        self.under_way -= count
+        self.wake()
 
     # -- a face that hands entries to another thread -----------------------------------------------------------------
 
@@ -297,6 +335,9 @@ class Window(Node):
     def _admit(self) -> None:
         self._scheduled = False
         if self._closed or self._run.stopping:  # an input that was cut off is no end
+            return
+        if self._paused:
+            self._run.pausing.look()
             return
         room = self.room
         self._tell_room(room)
@@ -426,12 +467,10 @@ class Window(Node):
             self.failed()
             self._finish_at_once(failed)
         if run:
-            first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
-            first.inbox.extend(run)
             self.under_way += len(run)
-            first.dispatch()
+            self._steps[0].take_in(run)
 
     def _before_failure(self, run: list[Entry]) -> list[Entry]:
         """The part of `run` before a source fails. The failure waits until all that came before it has left."""

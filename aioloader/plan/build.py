@@ -216,6 +216,7 @@ class _PlanBuilder:
         request = (self.this_pass, epochs_of(with_set_epoch(functions_of(before))))
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
         self.node = OwnProcessNode(remote, request, here.close(), room=room, batches=batches)
+        self.begun = self.admission is None and here.begun  # an admission does not reach into that process
         self.fused = FusedOps(batches)
 
     # -- the source --------------------------------------------------------------------------------------------------
@@ -250,6 +251,7 @@ class _PlanBuilder:
             ]
             self.beginnings = [begin for part in parts for begin in part.beginnings]
             self.node = self._combine(source, [part.close() for part in parts])
+            self.begun = any(part.begun for part in parts)
         elif isinstance(source.data, StreamData):
             self._stream(source, source.data)
         else:
