@@ -579,8 +579,8 @@ class Loader(LoaderHooks):
 
         For what must not change under a sample's feet: the weights that a rollout generates with, a file that is
         replaced. What is under way goes on, and batches that are ready are given; a `next()` for which none is waits
-        until the block is left. Sources are not read further either. Blocks may nest and overlap, in any threads, and
-        epochs that begin inside begin paused.
+        until the block is left. Sources are not read further either, nor does `flat_map` make more. Blocks may nest and
+        overlap, in any threads, and epochs that begin inside begin paused.
 
         ```python
         async with loader.paused(drain=True):

@@ -150,14 +150,14 @@ class RunPause:
             told: In any thread; maybe at once.
             drain: Not before none is under way either.
         """
-        if not self._attached or self._run.foreign:  # it begins paused, or is not of this process
+        if not self._attached or self._over or self._run.foreign:  # not yet: it will begin paused
             told()
         else:
             self._on_loop(partial(self._asked, told, drain))
 
     def blocks_changed(self) -> None:
         """A block has ended."""
-        if self._attached and not self._run.foreign:
+        if self._attached and not (self._over or self._run.foreign):
             self._on_loop(self.settle)
 
     def _on_loop(self, callback: Callable[[], None]) -> None:
