@@ -600,8 +600,8 @@ class Loader(LoaderHooks):
             drain: Enter the block only when no sample is under way. Reading of sources is not waited for.
 
         Raises:
-            RuntimeError: At `with`, for `drain=True` in the thread of an event loop on which an epoch runs: samples
-                could not go on while it waits. Use `async with` there.
+            RuntimeError: At `with`, in the thread of an event loop on which an epoch runs, for `drain=True` or where
+                samples are made in other processes: these could not go on, or answer, while it waits. Use `async with`.
         """
         return Paused(self._pauses, drain=bool(drain))
 

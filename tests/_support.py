@@ -140,7 +140,8 @@ class Steps:
             return Started(lambda: next(self._iterator)).outcome
 
         async def begin() -> asyncio.Future[Any]:
-            return asyncio.ensure_future(self._iterator.__anext__())
+            asked: asyncio.Future[Any] = asyncio.ensure_future(self._iterator.__anext__())
+            return asked
 
         async def wait() -> Any:
             async with asyncio.timeout(DEADLINE):

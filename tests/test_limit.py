@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from aioloader import Limit, Pipeline
-from aioloader.core.limit import Slots
 from aioloader.testing import Gate
-from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run
+from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run, until
 
 KINDS = ("async", "threads")
 
@@ -165,12 +164,15 @@ class Party:
         self.told += 1
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(20))
 def test_books_are_right_in_any_order(seed: int) -> None:
-    """Ten thousand steps of random schedules: never more than the value, never idle slots while somebody waits."""
-    rng = random.Random(seed)
+    """Thousands of random schedules: never more than the value, and no free slot while somebody waits."""
 
     async def main() -> None:
+        for number in range(200):
+            await schedule(random.Random(f"{seed} {number}"))
+
+    async def schedule(rng: random.Random) -> None:
         loop = asyncio.get_running_loop()
         limit = Limit(rng.randint(1, 4))
         parties = [Party(limit, loop) for _ in range(rng.randint(1, 5))]
@@ -180,16 +182,15 @@ def test_books_are_right_in_any_order(seed: int) -> None:
             before = sum(one.slots.held for one in parties)
             match rng.randrange(7):
                 case 0 | 1:
+                    granted = slots.granted
                     taken = slots.take()
-                    assert not taken or before < limit.value or slots.held
-                    assert taken or slots.waits or slots.closed
+                    assert not taken or granted or before < limit.value
+                    assert taken or slots.waits
                 case 2 | 3 if slots.held:
                     slots.release()
                 case 4 if slots.held:
-                    others = [one for one in parties if one is not party and one.slots.waits]
-                    kept = slots.keep()
-                    assert kept == (before <= limit.value and (not others or slots.waits or slots.held > 0) and kept)
-                    assert not kept or before <= limit.value
+                    first, used = next(iter(limit._ledger._queue), slots), limit._ledger.used
+                    assert slots.keep() == (first is slots and used <= limit.value)
                 case 5:
                     limit.value = rng.randint(1, 5)
                 case 6:
@@ -525,10 +526,9 @@ def test_who_waits_for_a_slot_can_be_closed(face: Face) -> None:
     async def try_it() -> None:
         iterator = aiter(waiting)
         asking = asyncio.ensure_future(anext(iterator))
-        while not limit._ledger._queue:
-            await asyncio.sleep(0)
+        await until(lambda: bool(limit._ledger._queue))
         asking.cancel()
-        await iterator.aclose()  # type: ignore[attr-defined]
+        await iterator.aclose()
 
     run(try_it)
     assert not limit._ledger._queue

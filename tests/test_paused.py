@@ -217,7 +217,7 @@ def test_nothing_runs_or_it_is_over() -> None:
 
 def test_without_workers_there_is_nothing_to_pause() -> None:
     """`next()` makes the samples."""
-    loader = DataLoader(list(range(6)), batch_size=2)  # type: ignore[var-annotated, arg-type]
+    loader = DataLoader(list(range(6)), batch_size=2)
     with loader.paused(drain=True):
         assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
 
@@ -251,6 +251,18 @@ def test_with_in_the_thread_of_the_loop_says_async_with() -> None:
         assert steps.rest() == list(range(3, 9))
 
 
+def test_with_in_the_thread_of_the_loop_cannot_wait_for_processes(tmp_path: Path) -> None:
+    """Their answers come on that loop. Nothing is left paused."""
+    log = Log(tmp_path / "log")
+    with Pipeline(range(100)).map(log, executor="process", concurrency=2) as loader:
+        with Steps(loader, "async for") as steps:
+            assert steps.next() == 0
+            with pytest.raises(RuntimeError, match=r"async with loader.paused\(\)"), loader.paused():
+                pytest.fail("entered")
+            assert steps.rest() == list(range(1, 100))
+        steps_closed(loader)
+
+
 def test_a_cancelled_wait_leaves_nothing_paused() -> None:
     work = Work()
     loader = Pipeline(range(9)).map(work.function("async"), concurrency=2)
@@ -280,7 +292,8 @@ def test_an_interrupted_wait_leaves_nothing_paused(monkeypatch: pytest.MonkeyPat
     work.gate.wait_arrived(2)
 
     class Interrupted:
-        put = staticmethod(lambda item: None)
+        def put(self, item: None) -> None:
+            pass
 
         def get(self) -> None:
             raise KeyboardInterrupt
@@ -429,7 +442,7 @@ COLLATED: dict[str, Callable[[Callable[[Any], Any]], Any]] = {
     "Pipeline": lambda fn: Pipeline(list(range(40))).batch(2, collate_fn=fn).prefetch(4),
     "repeated": lambda fn: Pipeline(list(range(20))).repeat(2).batch(2, collate_fn=fn).prefetch(4),
     "mixed": lambda fn: Pipeline.interleave(list(range(20)), list(range(20))).batch(2, collate_fn=fn).prefetch(4),
-    "DataLoader": lambda fn: DataLoader(list(range(40)), 2, num_workers=2, collate_fn=fn),  # type: ignore[arg-type]
+    "DataLoader": lambda fn: DataLoader(list(range(40)), 2, num_workers=2, collate_fn=fn),
 }
 
 
@@ -462,11 +475,12 @@ def collect_reference(name: str) -> list[int]:
 
 @on_both_faces
 def test_finished_samples_of_what_is_repeated_or_mixed_become_batches(face: Face) -> None:
-    for make in (
+    makes: tuple[Callable[[Any], Pipeline], ...] = (
         lambda fn: Pipeline(range(10)).map(fn, concurrency=2).repeat(4),
         lambda fn: Pipeline.mix([Pipeline(range(20)).map(fn, concurrency=2), range(20)], [1, 1]),
         lambda fn: Pipeline(range(40)).map(fn, concurrency=2).shuffle(4).skip(1),
-    ):
+    )
+    for make in makes:
         work = Work()
         work.gate.open_all()
         loader = make(work.function("threads")).batch(1, collate_fn=list).prefetch(1)
@@ -513,7 +527,7 @@ def test_a_later_window_of_samples_pauses_too(kind: str, face: Face) -> None:
 def test_sources_are_not_read_further_and_a_read_that_waits_is_not_waited_for(face: Face) -> None:
     work = Work()
     work.gate.open_all()
-    channel: Channel[int] = Channel(8)
+    channel = Channel(8)
     loader = Pipeline(channel).map(work.function("async"), concurrency=2)
     channel.send_nowait(0)
     with Steps(loader, face) as steps:

@@ -65,6 +65,11 @@ class Told:
         if fn is not None:
             fn()
 
+    @property
+    def done(self) -> bool:
+        """Whether it has been called."""
+        return self._fn is None
+
     def __del__(self) -> None:
         self()
 
@@ -264,14 +269,9 @@ class Paused:
         runs = self._enter()
         arrived: SimpleQueue[None] = SimpleQueue()
         try:
-            if self._drain and any(run.pausing.here for run in runs):
-                raise RuntimeError(
-                    "`with loader.paused(drain=True)` waits for samples that are under way on the event loop of this "
-                    "very thread, which could not go on meanwhile; write `async with loader.paused(drain=True)`"
-                )
             count = len(runs)
-            while runs:  # a run that is lost is to be collected, and answers then
-                runs.pop().pausing.ask(Told(partial(arrived.put, None)), drain=self._drain)
+            while runs:
+                self._ask(runs.pop().pausing, Told(partial(arrived.put, None)))
             for _ in range(count):
                 arrived.get()
         except BaseException:
@@ -298,6 +298,22 @@ class Paused:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._leave()
+
+    def _ask(self, pausing: RunPause, told: Told) -> None:
+        """Ask a run from a thread that is going to wait; keeps no hold of it: if it is lost, it answers by that.
+
+        Raises:
+            RuntimeError: The wait would be for this very thread.
+        """
+        here = pausing.here
+        if not (here and self._drain):
+            pausing.ask(told, drain=self._drain)
+        if here and not told.done:
+            call = f"loader.paused({'drain=True' if self._drain else ''})"
+            raise RuntimeError(
+                f"`with {call}` waits for samples that are under way on the event loop of this very thread, or for "
+                f"processes that answer there, and neither could go on meanwhile; write `async with {call}`"
+            )
 
     def _enter(self) -> "list[Run]":
         block, runs = self._pauses.enter()
