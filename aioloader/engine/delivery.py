@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 from weakref import finalize
 
 from aioloader.core.entry import Entry, presentable
+from aioloader.engine.admission import ConsumerAdmission
 from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
 from aioloader.engine.progress import Progress
@@ -128,7 +129,7 @@ class AsyncDelivery(RunDelivery):
         run.attach(loop)
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # calls of `next`, in order
         self._asking = 0  # calls of `next` under way
-        if run.output.admission is not None:
+        if isinstance(run.output.admission, ConsumerAdmission):
             run.output.admission.waiting = lambda: self._asking
         self._supervisor = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
         self._supervisor.add_done_callback(self._kick)
@@ -234,7 +235,7 @@ class SyncDelivery(RunDelivery):
         self._report_at = run.output.room // 2 if run.output.room >= LARGE_ROOM else 1
         self._lazy = run.output.room == 0
         self._admission = run.output.admission
-        if self._admission is not None:
+        if isinstance(self._admission, ConsumerAdmission):
             self._report_at = 1  # each batch that is handed out makes room
             self._admission.waiting = self._waiting
         self._asks = 0  # calls of `next` that wait for a batch, or have one
