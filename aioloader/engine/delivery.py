@@ -39,6 +39,9 @@ class Delivery:
     def ends_with(self, iterator: object) -> None:
         """Leave nothing behind when `iterator`, which holds this delivery, is dropped without `close`."""
 
+    def start(self) -> None:
+        """Begin, once it is known to those who may close it."""
+
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The batch of `entry`, or its error, raised."""
         self.progress.hand_out(entry, asked)
@@ -248,7 +251,12 @@ class SyncDelivery(RunDelivery):
         assert self._loop_thread is not None
         run.private_loop = True
         run.attach(self._loop_thread.loop)
-        self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
+
+    def start(self) -> None:
+        """See `Delivery`. Who closes the loader from now on, or has done so already, ends it: see `Run.leave`."""
+        assert self._loop_thread is not None
+        supervisor = self.run.supervise(self._kick)
+        self._loop_thread.start_task(supervisor, self.run.request_stop, self._supervisor_done)
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
