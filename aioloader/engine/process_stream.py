@@ -27,7 +27,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import DONE, Entry, places_of
+from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.run import Run
@@ -45,6 +45,7 @@ from aioloader.executors.processes.stream_worker import (
 from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
 from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
+from aioloader.insight.gauges import Gauges
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class OwnProcessNode(Node):
         self._closed = False
         self._meters: list[StageMeter] = []
         self._number = 0
+        self._told = 0  # batches that were handed out, as far as the other side knows
 
     @property
     def extra_room(self) -> int:
@@ -108,8 +110,10 @@ class OwnProcessNode(Node):
     def poll(self, limit: int) -> list[Entry]:
         ready = self._ready
         taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
-        if taken and not self._over:
-            self._remote.grant(self._number, len(taken))
+        handed_out = self._run.consumer.batches
+        if (taken or handed_out != self._told) and not self._over:
+            self._told = handed_out
+            self._remote.grant(self._number, len(taken), handed_out)
         self.ended = self._over and not ready
         return taken
 
@@ -120,6 +124,8 @@ class OwnProcessNode(Node):
             self._remote.end(self._number)
             for meter in self._meters:
                 meter.retired = True
+                if meter.told is not None:
+                    meter.told = Gauges(waits=meter.told.waits)
 
     def _heard(self, heard: Heard) -> None:
         if self._closed:
@@ -147,12 +153,14 @@ class OwnProcessNode(Node):
             self._count(meters)
         else:
             values = keys = [None] * len(heard.places)
-        for (cursor, position, places, attempts, state, failed), value, key in zip(
+        for (cursor, position, places, attempts, begun, begun_each, state, failed), value, key in zip(
             heard.places, values, keys, strict=True
         ):
-            entry = Entry(None if failed else value, cursor, key, position)
+            entry = Entry(None if failed else value, cursor, key, position, begun)
             if places is not None:
                 entry.places = places
+            if begun_each is not None:
+                entry.begun_each = begun_each
             entry.attempts = attempts
             entry.state = state
             entry.error = value if failed else heard.error
@@ -227,11 +235,11 @@ class _EngineServer:
                     case ("open", number, stream_at, layout):
                         body = memoryview(message.body)
                         self._open(number, body[stream_at:], open_buffers(body, layout))
-                    case ("grant", number, entries, freed):
+                    case ("grant", number, entries, handed_out, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
-                            stream.grant(entries)
-                    case ("end", number, _, freed):
+                            stream.grant(entries, handed_out)
+                    case ("end", number, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
                             stream.run.request_stop()
@@ -263,7 +271,7 @@ class _EngineServer:
         if run.failure is not None:
             self._sender.put(("failed", stream.number), portable(run.failure, self.where))
         elif run.output.ended:
-            self._sender.put(("ended", stream.number), run.meters)
+            self._sender.put(("ended", stream.number), [meter.to_tell() for meter in run.meters])
 
 
 class _EpochStream:
@@ -277,15 +285,18 @@ class _EpochStream:
         self._pumping = False
         self._told = 0.0
         self._told_room = 0
+        self._timer: asyncio.TimerHandle | None = None
         loop = asyncio.get_running_loop()
         self.run = run
+        run.active = self._active
         run.attach(loop)
         self.task = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
         self.task.add_done_callback(self._done)
 
-    def grant(self, entries: int) -> None:
-        """So many more."""
+    def grant(self, entries: int, handed_out: int) -> None:
+        """So many more; and so many batches were handed out."""
         self._granted += entries
+        self.run.consumer.batches = handed_out
         self._kick()
 
     def _kick(self) -> None:
@@ -316,9 +327,22 @@ class _EpochStream:
         if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
             return None
         self._told, self._told_room = now, room
-        return meters
+        return [meter.to_tell() for meter in meters]
+
+    def _active(self) -> None:
+        """Something happens: tell how things are when a while has passed, though nothing may come of it."""
+        if self._timer is None and not self.run.stopping:
+            self._timer = self.run.loop.call_later(METER_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._timer = None
+        self._told = 0.0
+        if not self.run.stopping and (meters := self._news()):
+            self._server.send_entries(self.number, [], meters)
 
     def _done(self, task: "asyncio.Task[None]") -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if not task.cancelled() and (error := task.exception()) is not None and self.run.failure is None:
             self.run.failure = error
         self._server.ended(self)
@@ -374,6 +398,8 @@ class _BatchSender:
                 entry.position,
                 places_of(entry),
                 entry.attempts,
+                entry.begun,
+                begun_each_of(entry),
                 entry.state or DONE,
                 bad,
             )
