@@ -92,7 +92,14 @@ class Pipeline(Loader):
         self._plan: Plan
         if isinstance(source, FetchSource):
             kind = type(source).__name__
-            fetch = Map(source.fetch, True, source.concurrency, name=f"{kind}.fetch")
+            fetch = Map(
+                source.fetch,
+                True,
+                source.concurrency,
+                name=f"{kind}.fetch",
+                ahead=source.ahead,
+                ahead_bytes=source.ahead_bytes,
+            )
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
         elif not isinstance(source, Pipeline):
             self._plan = Plan(Single(*_resolve(source, sampler), tells_epoch=True))

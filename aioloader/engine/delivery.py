@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 from weakref import WeakMethod, finalize
 
 from aioloader.core.entry import Entry, presentable
+from aioloader.engine.admission import ConsumerAdmission
 from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
 from aioloader.engine.progress import Progress
@@ -37,6 +38,9 @@ class Delivery:
 
     def ends_with(self, iterator: object) -> None:
         """Leave nothing behind when `iterator`, which holds this delivery, is dropped without `close`."""
+
+    def start(self) -> None:
+        """Begin, once it is known to those who may close it."""
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The batch of `entry`, or its error, raised."""
@@ -136,7 +140,7 @@ class AsyncDelivery(RunDelivery):
         run.attach(loop)
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # calls of `next`, in order
         self._asking = 0  # calls of `next` under way
-        if run.output.admission is not None:
+        if isinstance(run.output.admission, ConsumerAdmission):
             run.output.admission.waiting = lambda: self._asking
         self._supervisor = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
         self._supervisor.add_done_callback(self._kick)
@@ -244,7 +248,7 @@ class SyncDelivery(RunDelivery):
         self._report_at = run.output.room // 2 if run.output.room >= LARGE_ROOM else 1
         self._lazy = run.output.room == 0
         self._admission = run.output.admission
-        if self._admission is not None:
+        if isinstance(self._admission, ConsumerAdmission):
             self._report_at = 1  # each batch that is handed out makes room
             self._admission.waiting = self._waiting
         self._asks = 0  # calls of `next` that wait for a batch, or have one
@@ -257,7 +261,12 @@ class SyncDelivery(RunDelivery):
         assert self._loop_thread is not None
         run.private_loop = True
         run.attach(self._loop_thread.loop)
-        self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
+
+    def start(self) -> None:
+        """See `Delivery`. Who closes the loader from now on, or has done so already, ends it: see `Run.leave`."""
+        assert self._loop_thread is not None
+        supervisor = self.run.supervise(self._kick)
+        self._loop_thread.start_task(supervisor, self.run.request_stop, self._supervisor_done)
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,10 @@ class StreamWorker:
         """Allow the worker to send that many entries more, and tell it how many batches the consumer has got."""
         self._worker_thread.call(self._tell, "grant", number, entries, handed_out)
 
+    def allow(self, number: int, samples: int, handed_out: int) -> None:
+        """Allow so many samples to have been begun there, all in all, and tell it the same."""
+        self._worker_thread.call(self._tell, "allow", number, samples, handed_out)
+
     def end(self, number: int) -> None:
         """Stop a stream."""
         self._worker_thread.call(self._end, number)
