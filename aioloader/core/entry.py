@@ -16,6 +16,7 @@ __all__ = [
     "annotate",
     "places_of",
     "presentable",
+    "stop_of",
 ]
 
 # The states of an entry. Plain integers, since they are compared once or twice per sample.
@@ -54,6 +55,7 @@ class Entry:
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
+        stop: Where it was dropped or failed, see `Stop`; set only where a filter counts what it refuses.
     """
 
     __slots__ = (
@@ -67,12 +69,14 @@ class Entry:
         "position",
         "since",
         "state",
+        "stop",
         "value",
     )
     kept_as: Any
     origin: Any
     since: float
     places: list[int | None]
+    stop: Any
 
     def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None) -> None:
         self.value = value
@@ -125,6 +129,11 @@ class Entry:
 def places_of(entry: Entry) -> list[int | None] | None:
     """The positions of a batch's samples; None: it was not made of entries."""
     return getattr(entry, "places", None)
+
+
+def stop_of(entry: Entry) -> Any:
+    """Where an entry was dropped or failed, see `Stop`; None: nobody has said so."""
+    return getattr(entry, "stop", None)
 
 
 def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None:

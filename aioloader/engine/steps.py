@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from aioloader.core.entry import DROPPED, Entry, annotate
+from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
+from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ class Step(ABC):
         inbox: Entries that wait for this step. The window's room bounds it, as it bounds everything in the window.
         places: How many entries under way in this step the window makes room for, see `StepsRoom`.
         selects: Whether it may drop samples.
+        stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
     """
 
     closed: bool = False
     selects: bool = False
+    stop: Stop | None = None
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
@@ -67,6 +70,8 @@ class Step(ABC):
         self.inbox.clear()
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)
         entry.error = error
         entry.value = None
@@ -82,6 +87,8 @@ class Step(ABC):
             nothing: Its value was None. A function gave the sample up and may make it in the next epoch, so no cache
                 keeps that it was refused.
         """
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         self.meter.dropped += 1
         if nothing:
             self.meter.gaps = True
