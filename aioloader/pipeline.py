@@ -717,8 +717,11 @@ def _resolve(source: Any, sampler: Any) -> tuple[Indexable | StreamData, StreamD
 
 
 def _check_loads(concurrency: int | None, data: Indexable | StreamData | None, source: Any) -> None:
-    """Refuse a `concurrency` of a source that has nothing to load."""
-    if concurrency is None or (isinstance(data, Indexable) and data.load is not None):
+    """Refuse a `concurrency` of a source that has nothing to load, or that may not be so far ahead."""
+    if concurrency is None:
+        return
+    if isinstance(data, Indexable) and data.load is not None:
+        check_ahead(*data.bounds, concurrency)
         return
     if isinstance(source, Pipeline | FetchSource):
         way_out = "pass concurrency where that one is made"
