@@ -92,6 +92,5 @@ class Slot:
 
     def __del__(self, _warn: Any = warnings.warn) -> None:  # the module may be gone at exit
         if self._held and self._channel._is_here and self._let_go():
-            _warn(
-                f"{self!r} was dropped unused: its place was given back; use it in a `with` block", ResourceWarning, 2
-            )
+            what = f"a slot of {self._channel!r} was dropped unused, and its place was given back; use `with slot:`"
+            _warn(what, ResourceWarning, 2)
