@@ -536,6 +536,7 @@ def test_a_forked_child_has_no_slots() -> None:
         except RuntimeError as error:
             said = str(error).encode()
         finally:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(DEADLINE))
             slot = None
             gc.collect()
