@@ -15,6 +15,7 @@ from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
 from aioloader.engine.gauges import show
+from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -48,6 +49,7 @@ class Window(Node):
         under_way: Entries on their journey, not finished.
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
+        in_a_row: Counts what filters refuse, and has a limit; None: there is none.
         begins: Samples begin here, so that `admission` is asked.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
@@ -59,6 +61,7 @@ class Window(Node):
     """
 
     admission: Admission | None = None
+    in_a_row: InARow | None = None
     begins = False
     numbers = True
     names = True
@@ -136,6 +139,8 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.check(self._completion.count)
+        if self.in_a_row is not None:
+            cursor = self.in_a_row.resume(cursor)
         if cursor is not None:
             self.upstream.resume(cursor)
 
@@ -156,6 +161,8 @@ class Window(Node):
         for step in self._parts:
             step.meter = run.adopt(step.meter)
             step.meter.ordered = self.ordered
+        if self.in_a_row is not None:
+            self.in_a_row.start(run, self, [step.meter for step in self._parts])
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
         self._waits = show(self._steps, self._parts, stamps=self.stamps, queued=self.queued)
         self._tell_room(self.room)
@@ -199,6 +206,8 @@ class Window(Node):
         popleft = slots.popleft
         while count := _done(slots, limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
+            if self.in_a_row is not None:
+                self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
                 self._number(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
