@@ -13,6 +13,7 @@ from torch import Generator, empty, int64
 from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.core.checks import (
+    check_ahead,
     check_callable,
     check_count,
     check_gives_one,
@@ -126,6 +127,9 @@ class Pipeline(Loader):
         concurrency: int | None = None,
         ordered: bool = True,
         executor: Executor | Literal["thread", "process"] | None = None,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
+        max_overtaken: int | None = None,
         record_order: str | PathLike[str] | None = None,
         replay_order: str | PathLike[str] | None = None,
     ) -> "Pipeline":
@@ -139,6 +143,13 @@ class Pipeline(Loader):
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
                 which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
                 Python code that holds the GIL; they stay until it is closed or collected.
+            ahead: Samples that this stage has begun and the next one has not taken, at most; at least `concurrency`.
+                Default: half as many again as `concurrency`; while a slow sample holds up finished ones after it, more
+                begin, up to 16 times `concurrency` or 256 MiB of finished ones, but none of a live source.
+            ahead_bytes: The same in bytes, by the running mean of what the results took; there is always room for
+                `concurrency` samples. With `ahead`, both hold.
+            max_overtaken: With `ordered=False`: an unfinished sample is overtaken by so many results at most, at least
+                0; then those after it wait for it.
             record_order: With `ordered=False`: a folder that gets a file per epoch with the order in which the results
                 left, four bytes per sample.
             replay_order: With `ordered=False`: a folder that `record_order` has filled; the results leave in that
@@ -146,13 +157,22 @@ class Pipeline(Loader):
 
         Raises:
             TypeError: `fn` cannot be called with one argument, or is a generator function.
-            ValueError: `concurrency` is less than 1, or `executor`, `record_order` or `replay_order` do not fit.
+            ValueError: `concurrency` is less than 1, `ahead` less than `concurrency`, or `executor`, `max_overtaken`,
+                `record_order` or `replay_order` do not fit.
         """
         check_callable("fn", fn, arguments=1, example="map(decode)")
         check_gives_one("map", fn, "use flat_map(fn), which gives all of them as samples")
         if concurrency is not None:
             concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
+        ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, concurrency)
         is_async = is_async_callable(fn)
+        if max_overtaken is not None:
+            max_overtaken = check_count("max_overtaken", max_overtaken, least=0, hint="leave it out for any number")
+            if ordered or replay_order is not None:
+                raise ValueError(
+                    "max_overtaken needs ordered=False, and no replay_order: else no result overtakes another, or as "
+                    "many as it was recorded; leave it out"
+                )
         if ordered and (record_order is not None or replay_order is not None):
             raise ValueError("record_order and replay_order need ordered=False: with ordered=True the order is known")
         if record_order is not None and replay_order is not None:
@@ -166,6 +186,9 @@ class Pipeline(Loader):
                 executor=_executor(executor, fn, is_async),
                 record_order=None if record_order is None else Path(record_order),
                 replay_order=None if replay_order is None else Path(replay_order),
+                ahead=ahead,
+                ahead_bytes=ahead_bytes,
+                max_overtaken=max_overtaken,
             )
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = [
     "callable_name",
+    "check_ahead",
     "check_callable",
     "check_count",
     "check_gives_one",
@@ -30,6 +31,33 @@ def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}{way_out}")
     return number
+
+
+def check_ahead(
+    ahead: Any, ahead_bytes: Any, concurrency: int | None, *, of: str = "concurrency"
+) -> tuple[int | None, int | None]:
+    """How far ahead a stage may be, in samples and in bytes.
+
+    Args:
+        ahead: In samples; None: not said.
+        ahead_bytes: In bytes; None: not said.
+        concurrency: Samples that are under way at once; None: not said.
+        of: What that is called.
+
+    Raises:
+        TypeError: One of them is not an integer.
+        ValueError: It is too small.
+    """
+    if ahead is not None:
+        ahead = check_count("ahead", ahead, least=1, hint="leave it out for the default")
+        if concurrency is not None and ahead < concurrency:
+            raise ValueError(
+                f"ahead must be at least {of}, since what is under way counts, got {ahead=} and {of}={concurrency}; "
+                f"raise ahead, or lower {of}"
+            )
+    if ahead_bytes is not None:
+        ahead_bytes = check_count("ahead_bytes", ahead_bytes, least=1, hint="leave it out for the default")
+    return ahead, ahead_bytes
 
 
 def check_integer(name: str, value: Any) -> int:

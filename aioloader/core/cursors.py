@@ -86,6 +86,11 @@ class CompletionCursor:
         return self._front_cursor, self._front, 0 if self.forgets else self._beyond
 
     @property
+    def delivered(self) -> tuple[int, int]:
+        """The number of the front, and the bits of those after it that have been delivered."""
+        return self._front, self._beyond
+
+    @property
     def count(self) -> int:
         """How many entries have been delivered."""
         return self._front + self._beyond.bit_count()

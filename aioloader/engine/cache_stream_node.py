@@ -49,6 +49,10 @@ class PlacedNode(Node):
     def extra_room(self) -> int:
         return self._upstream.extra_room if self._begun else MOST_EARLY
 
+    @property
+    def live(self) -> bool:
+        return self._upstream.live
+
     def resume(self, cursor: Any) -> None:
         self._again().resume(cursor)  # raises if the cursor does not fit; the upstream itself may resume elsewhere
         self._resume_at = cursor

@@ -42,6 +42,10 @@ class _InputsNode(Node):
         return min(upstream.extra_room for upstream in self._upstreams)
 
     @property
+    def live(self) -> bool:
+        return any(upstream.live for upstream in self._upstreams)
+
+    @property
     def gaps(self) -> bool:
         return bool(self._lost) or any(upstream.gaps for upstream in self._upstreams)
 

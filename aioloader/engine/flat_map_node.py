@@ -51,6 +51,10 @@ class FlatMapNode(Pump):
         return min(cheap_samples(self.meter), self._upstream.extra_room)
 
     @property
+    def live(self) -> bool:
+        return self._upstream.live
+
+    @property
     def gaps(self) -> bool:
         return self.meter.gaps or self._upstream.gaps
 

@@ -9,13 +9,15 @@ from typing import Any, Final
 
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
+from aioloader.core.cursors import CompletionCursor
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
+from aioloader.engine.overtaking import Overtaking
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
-from aioloader.engine.room import Room, StepsRoom
+from aioloader.engine.room import BytesRoom, GrowingRoom, Room, StepsRoom
 from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
 from aioloader.engine.turns import Turns, TurnStep
@@ -75,6 +77,10 @@ class Op:
         record_order: With `ordered=False`: a folder to which the order of the results is written.
         replay_order: With `ordered=False`: such a folder; results come in the order that it has.
         in_place: `fn` runs no user code and takes less time than a hop: it is called on the loop.
+        ahead: Entries that may be under way and finished together; None: as many as its window has use for. One with a
+            bound of its own has a window of its own.
+        ahead_bytes: The same in bytes of finished ones.
+        max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
     """
 
     fn: Callable[[Any], Any]
@@ -94,6 +100,14 @@ class Op:
     record_order: Path | None = None
     replay_order: Path | None = None
     in_place: bool = False
+    ahead: int | None = None
+    ahead_bytes: int | None = None
+    max_overtaken: int | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the user has said how much may be ahead."""
+        return self.ahead is not None or self.ahead_bytes is not None
 
     @property
     def call(self) -> Call:
@@ -138,10 +152,12 @@ class FusedOps:
         order_name: str,
         *,
         room: int | None = None,
+        grows: bool = False,
+        nbytes: int | None = None,
         finished: int | None = None,
         last: bool = False,
     ) -> Window:
-        """Build the window.
+        """Build the window; where ops have bounds of their own, several, of which the last is returned.
 
         Args:
             upstream: Where its entries come from.
@@ -149,24 +165,42 @@ class FusedOps:
             order_name: The name of the file in the `record_order` folder.
             room: The exact number of entries that it holds. None: as many as its steps can use; of batches, which are
                 large, the sum of its ops' concurrencies and half of the largest one.
+            grows: It holds more than `room` while a slow entry at the front holds finished ones up, see `Growth`.
+            nbytes: It holds fewer than `room` where these would take more bytes, but as many as are made side by side.
             finished: With `room=None`: how many entries may be finished, in addition to those under way.
             last: Whether the consumer takes from it.
         """
-        if room is None and self.batches:
-            widths = [op.concurrency for op in self.ops]
-            room = sum(widths) + max(1, max(widths) // 2)
-        limit = None if room is None else max(1, room)
-        steps = steps_of(self.ops, limit, processes)
-        early = last or (self.first and not any(op.is_async for op in self.ops))
-        places = StepsRoom(upstream, steps, finished, early=early) if room is None else exactly(room)
-        return Window(
-            upstream,
-            steps,
-            room=places,
-            ordered=all(op.ordered for op in self.ops),
-            log=self._order_log(order_name),
-            unordered_input=self.unordered_input,
-        )
+        log = self._order_log(order_name)
+        groups = [self.ops] if self.batches or room is not None or log is not None else _apart(self.ops)
+        unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
+        numbering = CompletionCursor(unordered_input=self.unordered_input) if unordered else None
+        node = upstream
+        for number, ops in enumerate(groups):
+            is_last = number == len(groups) - 1
+            early = (last and is_last) or (self.first and not any(op.is_async for op in self.ops))
+            if self.batches and room is None:
+                room = _room_of_batches(ops)
+            bounds = _Bounds.of(ops) if room is None else None
+            steps = steps_of(ops, _limit(room, bounds), processes)
+            if room is not None:
+                width = max(op.concurrency for op in ops)
+                places = _places(room, width, grows=grows, nbytes=nbytes)
+            elif bounds is not None:
+                places = bounds.room
+            else:
+                places = StepsRoom(node, steps, finished if is_last else None, early=early)
+            node = window = Window(
+                node,
+                steps,
+                room=places,
+                ordered=number not in unordered,
+                log=log,
+                overtaking=_overtaking(ops),
+                numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
+            )
+            if unordered:
+                window.numbers, window.names = number == unordered[0], number == unordered[-1]
+        return window
 
     def _order_log(self, name: str) -> Recorded | Replayed | None:
         """Where the order of the results is recorded or read."""
@@ -183,6 +217,86 @@ class FusedOps:
             return Replayed(op.replay_order / name)
         assert op.record_order is not None
         return Recorded(op.record_order / name)
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What the user has said of the room of one window.
+
+    Attributes:
+        least: Entries that may be under way in any case.
+        ahead: Entries at most; None: bytes alone say it.
+        nbytes: Bytes of finished ones at most; None: they are not counted.
+    """
+
+    least: int
+    ahead: int | None
+    nbytes: int | None
+
+    @classmethod
+    def of(cls, ops: "Sequence[Op | CacheOp]") -> "_Bounds | None":
+        """Those of `ops`: where several are in one window (a cache has those before it inside), the sums."""
+        bounded = [op for op in ops if isinstance(op, Op) and op.bounded]
+        if not bounded:
+            return None
+        working = [op for op in ops if isinstance(op, Op) and (op.bounded or not op.flexible)]
+        least = sum(op.concurrency for op in working)
+        known = all(op.ahead is not None for op in bounded)
+        ahead = sum(op.ahead or op.concurrency for op in working) if known else None
+        nbytes = [op.ahead_bytes for op in bounded if op.ahead_bytes is not None]
+        return cls(least, ahead, sum(nbytes) if nbytes else None)
+
+    @property
+    def room(self) -> Room:
+        """As a room."""
+        if self.nbytes is not None:
+            return BytesRoom(self.nbytes, self.least, self.ahead)
+        assert self.ahead is not None
+        return Room(self.ahead)
+
+
+def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
+    """How many entries a window holds, when that is exact."""
+    if room is not None:
+        return max(1, room)
+    return None if bounds is None else bounds.ahead
+
+
+def _apart(ops: "Sequence[Op | CacheOp]") -> "list[list[Op | CacheOp]]":
+    """The ops of each of several windows: one with a bound of its own is in a window of its own.
+
+    What the user left to us may be with it. All that a cache has before it is in its window.
+    """
+    caches = [at for at, op in enumerate(ops) if isinstance(op, CacheOp)]
+    begin = caches[-1] + 1 if caches else 0
+    groups: list[list[Op | CacheOp]] = [list(ops[:begin])]
+    for op in ops[begin:]:
+        bounded = isinstance(op, Op) and op.bounded
+        if bounded and any(isinstance(other, CacheOp) or not other.flexible for other in groups[-1]):
+            groups.append([])
+        groups[-1].append(op)
+        if bounded:
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def _room_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
+    widths = [op.concurrency for op in ops]
+    said = [op.ahead for op in ops if isinstance(op, Op) and op.ahead is not None]
+    return sum(said) or sum(widths) + max(1, max(widths) // 2)
+
+
+def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
+    """How far results may overtake each other in the window of `ops`: as each of them says."""
+    said = [op.max_overtaken for op in ops if isinstance(op, Op) and op.max_overtaken is not None]
+    return Overtaking(min(said)) if said else None
+
+
+def _places(room: int, width: int, *, grows: bool, nbytes: int | None) -> Room | None:
+    """Room for `room` entries; if it `grows`, for as many as the bytes allow, or more while a slow one is in front."""
+    if nbytes is not None:
+        return BytesRoom(nbytes, width, None if grows else room)
+    return GrowingRoom(room, width) if grows else exactly(room)
 
 
 def exactly(places: int) -> Room | None:

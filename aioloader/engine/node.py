@@ -69,6 +69,19 @@ class Node(ABC):
         """
         return False
 
+    @property
+    def live(self) -> bool:
+        """Whether its samples are still being produced: none is to be read before it is needed."""
+        return False
+
+    def alive(self, size: int) -> int:
+        """Samples that have begun and are still here, or in the nodes before, see `Admission`.
+
+        Args:
+            size: For how many samples one of its entries stands.
+        """
+        return 0
+
     @abstractmethod
     def resume(self, cursor: Any) -> None:
         """Go on after the entry that carried `cursor`, instead of at the beginning. Before `start`, once at most."""
@@ -132,6 +145,18 @@ class GivesEarly(Protocol):
         """Such an error comes next: give what may go before it. The other sources go on after it."""
 
 
+@runtime_checkable
+class Gathers(Protocol):
+    """What a fold also has that makes one entry of several."""
+
+    def gathers(self, size: int) -> tuple[int, int]:
+        """For how many samples an entry that it takes stands, and for how many those that it holds.
+
+        Args:
+            size: For how many one stands that it gives.
+        """
+
+
 class FoldNode(Node):
     """Runs a fold over its upstream, in the caller's own call of `poll`.
 
@@ -165,6 +190,16 @@ class FoldNode(Node):
     @property
     def extra_room(self) -> int:
         return self._upstream.extra_room
+
+    @property
+    def live(self) -> bool:
+        return self._upstream.live
+
+    def alive(self, size: int) -> int:
+        its, held = (size, 0)
+        if isinstance(self._fold, Gathers):
+            its, held = self._fold.gathers(size)
+        return len(self._ready) * size + held + self._upstream.alive(its)
 
     @property
     def gaps(self) -> bool:

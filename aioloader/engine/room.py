@@ -1,15 +1,69 @@
 """How many entries a window may hold: what its slowest step needs, and no more because of what the others are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from time import perf_counter
 from typing import Final
 
-from aioloader.engine.node import MOST_EARLY, Node
+from aioloader.core.entry import DONE, Entry
+from aioloader.core.sizes import rough_bytes
+from aioloader.engine.node import CHUNK_SECONDS, MOST_EARLY, Node
 from aioloader.engine.steps import Step
 from aioloader.engine.thread_step import SyncStep
 
-__all__ = ["Room", "StepsRoom"]
+__all__ = ["BytesRoom", "GrowingRoom", "Growth", "Room", "StepsRoom"]
 
 FEW: Final = 2  # calls of a cheap sync step that are under way, as a rule: one, and one that follows
+
+WIDEST: Final = 16  # times the concurrency, where a slow sample at the front holds others up
+MOST_BYTES: Final = 256 << 20  # of finished samples, as far as room has grown
+WEIGHED: Final = 16  # of so many chances to weigh a sample one is taken: what samples are like changes slowly
+
+
+class MeanBytes:
+    """The running mean of what samples take in memory.
+
+    Attributes:
+        now: Bytes; None: none has been seen.
+    """
+
+    now: float | None = None
+
+    def saw(self, entry: Entry) -> None:
+        """One more."""
+        size = rough_bytes(entry.value)
+        self.now = size if self.now is None else self.now + (size - self.now) / WEIGHED
+
+    def places(self, nbytes: int) -> int | None:
+        """How many samples these bytes are enough for; None: not known."""
+        return None if self.now is None else int(nbytes / max(1.0, self.now))
+
+
+class Growth:
+    """More room while a slow sample at the front holds finished ones up, so that strict order costs no time.
+
+    When a window is full, its front is under way, and fewer samples are under way than its steps have places for, then
+    as many more may begin as places stand idle. Samples that take equally long are not finished exactly in order,
+    either: the front must have been under way for as long as one takes on average. Nothing is remembered: a full window
+    with a finished front has a slow consumer, and gets nothing.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = MeanBytes()
+        self._chances = 0
+
+    def wait(self, front: Entry, seconds_each: float) -> float:
+        """For how many seconds `front` is still to be waited for; 0 or less: for none."""
+        return front.since + max(2 * CHUNK_SECONDS, seconds_each) - perf_counter()
+
+    def most(self, concurrency: int, entries: Iterable[Entry]) -> int:
+        """Entries that the window may hold; `entries` are some of those that wait in it."""
+        self._chances += 1
+        if self._chances % WEIGHED == 1:
+            for entry in entries:
+                if entry.state == DONE and entry.error is None:
+                    self._bytes.saw(entry)
+        places = self._bytes.places(MOST_BYTES)
+        return WIDEST * concurrency if places is None else min(WIDEST * concurrency, places)
 
 
 class Room:
@@ -17,7 +71,18 @@ class Room:
 
     Args:
         places: How many.
+
+    Attributes:
+        growth: How it becomes more; None: never.
+        weighs: Whether `gave` is to be told.
+        width: Entries under way that its steps have places for, where it may grow.
+        widest: The largest concurrency among its steps, where it may grow.
     """
+
+    growth: Growth | None = None
+    weighs = False
+    width = 0
+    widest = 0
 
     def __init__(self, places: int) -> None:
         self._places = places
@@ -29,6 +94,9 @@ class Room:
             asked: What is lacking after the window: entries for which there is room, and which it could not give.
         """
         return self._places
+
+    def gave(self, entries: Sequence[Entry]) -> None:
+        """These have been taken."""
 
     @property
     def may_grow(self) -> bool:
@@ -42,8 +110,51 @@ class Room:
         """What a step says of itself has changed."""
 
 
+class GrowingRoom(Room):
+    """So many, and more as `Growth` says.
+
+    Args:
+        places: How many there are at least.
+        width: Calls that may be under way.
+    """
+
+    def __init__(self, places: int, width: int) -> None:
+        super().__init__(places)
+        self.growth = Growth()
+        self.width = self.widest = width
+
+
+class BytesRoom(Room):
+    """As many as fit into a budget, by the running mean of what came.
+
+    Args:
+        nbytes: The budget.
+        least: How many there are in any case.
+        most: How many there are at most; None: it is for the budget alone to say.
+    """
+
+    weighs = True
+
+    def __init__(self, nbytes: int, least: int, most: int | None) -> None:
+        super().__init__(least)
+        self._nbytes = nbytes
+        self._most = most
+        self._bytes = MeanBytes()
+
+    def now(self, asked: int) -> int:
+        places = self._bytes.places(self._nbytes)
+        if places is None:
+            return self._places
+        return max(self._places, places if self._most is None else min(places, self._most))
+
+    def gave(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            if entry.error is None:
+                self._bytes.saw(entry)
+
+
 class StepsRoom(Room):
-    """As many as the steps of a window have use for.
+    """As many as the steps of a window have use for, and more as `Growth` says.
 
     The first step counts with its whole width, and async ones do; a sync step after another one only with the calls
     that were found standing side by side in it, and with two if it is cheap. So a wide and cheap `decode`
@@ -74,14 +185,16 @@ class StepsRoom(Room):
             step.places = min(step.places, FEW)
         self._finished = finished
         self._early = early
+        self.growth = Growth() if finished is None else None
         self.refresh()
 
     def refresh(self) -> None:
         several = len(self._working) > 1
         places = [step.places for step in self._awaited]
         places += [min(step.places, FEW) if several and step.extra_room else step.places for step in self._hop]
-        widest = max(places, default=1)
-        self._places = (sum(places) or 1) + (max(1, widest // 2) if self._finished is None else self._finished)
+        self.width = sum(places) or 1
+        self.widest = widest = max(places, default=1)
+        self._places = self.width + (max(1, widest // 2) if self._finished is None else self._finished)
         self._cheap = min([step.extra_room for step in self._hop], default=0)
         self._found = sum(step.extra_room for step in self._look_ups)
 

@@ -82,6 +82,10 @@ class StreamSource(Pump):
         return 0 if self._live else cheap_samples(self.meter)
 
     @property
+    def live(self) -> bool:
+        return self._live or (isinstance(self._make, CursorSource) and self._make.live)
+
+    @property
     def gaps(self) -> bool:
         return self.meter.gaps
 

@@ -8,13 +8,16 @@ upstream moves. A window without steps is a plain buffer.
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
+from aioloader.engine.admission import Admission
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
-from aioloader.engine.room import Room
+from aioloader.engine.overtaking import Overtaking
+from aioloader.engine.room import Growth, Room
 from aioloader.engine.steps import Step, bind_in_a_row
 from aioloader.insight.meters import Why
 
@@ -35,11 +38,23 @@ class Window(Node):
         ordered: Give results in the order of the input; False: as they are finished.
         unordered_input: With `ordered=False`: as in `FoldNode`. Who has left beyond the front is known by number.
         log: With `ordered=False`: where the order in which they leave is recorded, or in which they are to leave.
+        overtaking: With `ordered=False`: how far they may overtake each other.
+        numbering: Numbers the entries of this window and of others before or after it, which have one order together.
+            None: with `ordered=False`, one of its own.
 
     Attributes:
         under_way: Entries on their journey, not finished.
         ordered: As given.
+        admission: Who decides when samples may begin; None: nobody but `room`.
+        begins: Samples begin here, so that `admission` is asked.
+        numbers: With a numbering: entries get their numbers here, and not in a window before this one.
+        names: With a numbering: entries get their cursors here, and not in a window after this one.
     """
+
+    admission: Admission | None = None
+    begins = False
+    numbers = True
+    names = True
 
     def __init__(
         self,
@@ -49,26 +64,34 @@ class Window(Node):
         room: Room | None,
         ordered: bool = True,
         log: "Recorded | Replayed | None" = None,
+        overtaking: Overtaking | None = None,
         unordered_input: bool = False,
+        numbering: CompletionCursor | None = None,
     ) -> None:
         self.upstream = upstream
         self._steps = tuple(steps)
         self._parts = [part for step in steps for part in step.parts]
         self._room = room
+        self._full_at = 1 << 62  # entries with which it is full, where it may grow
         self._told_room = 0  # the most there was, for statistics
         self.ordered = ordered
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
+        self._dropped = 0  # those of them that a predicate refused
         self.under_way = 0
         self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
         self._asked = 0  # what the last poll could not give; without room only this is begun
         self._looking = False  # at calls that may need more room, soon
+        self._waits_for_front = False  # to be late
         self._input_ended = False
         self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
         self._closed = False
-        self._completion = None if ordered else CompletionCursor(unordered_input=unordered_input)
+        if numbering is None and not ordered:
+            numbering = CompletionCursor(unordered_input=unordered_input)
+        self._completion = numbering
+        self._overtaking = overtaking
         self._record = log if isinstance(log, Recorded) else None
         self._replay = log if isinstance(log, Replayed) else None
         self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
@@ -85,7 +108,7 @@ class Window(Node):
         return any(step.meter.gaps for step in self._parts) or self.upstream.gaps
 
     def resume(self, cursor: Any) -> None:
-        if self._completion is not None:
+        if self._completion is not None and self.names:
             cursor = self._completion.resume(cursor)
             for log in (self._record, self._replay):
                 if log is not None:
@@ -100,7 +123,11 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.begin(self._completion.count)
+            if self._overtaking is not None:
+                self._overtaking.resume(*self._completion.delivered)
         self.upstream.start(run, self.wake)
+        if self.admission is not None and self.begins:
+            self.admission.add(self)
         if not self._steps and run.meters:
             run.meters[-1].ahead = self.room
         for step in self._parts:
@@ -128,7 +155,7 @@ class Window(Node):
         taken = self._leave(limit) if self._slots and self._slots[0].state else []
         if self._last is not None and not self._occupied and len(taken) < limit:
             last, self._last = self._last, None
-            if self._completion is not None:
+            if self._completion is not None and self.names:
                 last.cursor = self._completion.cursor
                 self._completion.forgets = True
             taken.append(last)
@@ -149,23 +176,36 @@ class Window(Node):
         while count := _done(slots, limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
             if self._completion is not None:
-                for entry in leaving:
-                    number = self._completion.leaves(entry)
-                    if self._record is not None:
-                        self._record.add(number)
+                self._number(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED]
             taken += kept
             if len(kept) == count:  # then there is no more, or no more is wanted
                 break
+            self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
+        if self._room is not None and self._room.weighs:
+            self._room.gave(taken)
+        if self.admission is not None:
+            self.admission.changed()
         if self._record is not None:
             self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
         self.wake()
         return taken
 
+    def _number(self, leaving: list[Entry]) -> None:
+        """Give entries without a fixed order their cursors, if none of them can fall behind any more."""
+        assert self._completion is not None
+        for entry in leaving:
+            if self.names or entry.state == DROPPED:
+                number = self._completion.leaves(entry)
+                if self._record is not None:
+                    self._record.add(number)
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self.admission is not None:
+                self.admission.remove(self)
             for step in self._steps:
                 step.close()
             self.upstream.close()
@@ -182,12 +222,22 @@ class Window(Node):
     def give_back(self, count: int) -> None:
         """`count` lent entries have reached the consumer."""
         self._lent -= count
+        if self.admission is not None:
+            self.admission.changed()
         self.wake()
+
+    def alive(self, size: int) -> int:
+        here = (self._occupied + self._lent - self._dropped) * size
+        return here if self.begins else here + self.upstream.alive(size)
 
     @property
     def room(self) -> int:
         """Slots now."""
         return self._asked if self._room is None else self._room.now(self._asked)
+
+    @property
+    def live(self) -> bool:
+        return self.upstream.live
 
     @property
     def extra_room(self) -> int:
@@ -238,6 +288,8 @@ class Window(Node):
             return
         room = self.room
         self._tell_room(room)
+        if self._room is not None and self._room.growth is not None:
+            self._full_at = room
         while not self._input_ended and self._last is None and (free := self._free(room)) > 0:
             run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
@@ -262,12 +314,46 @@ class Window(Node):
         are no more than were under way when the order was recorded.
         """
         free = room - self._occupied - self._lent
+        if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
+            free = self._grown(self._room, growth)
+        if self.begins and self.admission is not None:
+            return min(free, self.admission.free)
         if free <= 0 and self._replay is not None and self._completion is not None:
             following = self._replay.following
             if following is not None and following > self._completion.came:
                 free = following - self._completion.came
                 self._tell_room(self._occupied + self._lent + free)
         return free
+
+    def _grown(self, room: Room, growth: Growth) -> int:
+        """How many more entries may come in, see `Growth`."""
+        if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
+            return 0
+        front = self._slots[0]
+        idle = room.width - self.under_way
+        if front.state or idle <= 0:
+            return 0
+        if (seconds := growth.wait(front, self._seconds_each)) > 0:
+            if not self._waits_for_front:
+                self._waits_for_front = True
+                self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
+            return 0
+        taken = self._occupied + self._lent
+        more = min(idle, growth.most(room.widest, islice(self._slots, 1, 5)) - taken)
+        if more > 0:
+            self._tell_room(taken + more)
+        return more
+
+    def _front_is_late(self) -> None:
+        self._waits_for_front = False
+        if not self._closed and not self._run.stopping:
+            self.wake()
+
+    @property
+    def _seconds_each(self) -> float:
+        """How long a sample takes in the slowest step, on average."""
+        meters = [step.meter for step in self._parts if step.meter.samples]
+        return max((meter.busy_seconds / meter.samples for meter in meters), default=0.0)
 
     def _give_up_replay(self) -> None:
         """End the epoch with an error when nothing can leave any more, since log and source do not fit."""
@@ -288,7 +374,10 @@ class Window(Node):
     def _finished_unordered(self, entry: Entry) -> None:
         """It leaves next, or when it is its turn."""
         if self._replay is None:
-            self._slots.append(entry)
+            if self._overtaking is None:
+                self._slots.append(entry)
+            else:
+                self._slots.extend(self._overtaking.finished(entry))
             return
         waiting, replay = self._waiting, self._replay
         waiting[entry.cursor[0]] = entry
@@ -301,13 +390,22 @@ class Window(Node):
     def _accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
         self._input_ended = run[-1].state == LAST
-        if self._completion is not None:
-            run = self._completion.comes(self._before_failure(run))
+        if not self.ordered:
+            run = self._before_failure(run)
+            if self._completion is not None and self.numbers:
+                run = self._completion.comes(run)
             if not run:
                 return
         self._occupied += len(run)
+        if self._room is not None and self._room.growth is not None:
+            now = perf_counter()
+            for entry in run:
+                entry.since = now
         if self.ordered:
             self._slots.extend(run)
+        elif self._overtaking is not None:
+            for entry in run:
+                self._overtaking.begins(entry)
         if not self._steps:
             self._finish_at_once(run)
             return
@@ -353,15 +451,25 @@ class Window(Node):
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
         if entry.state == UNDER_WAY:
             entry.state = DONE
+        elif entry.state == DROPPED:
+            self._left_out()
         self.under_way -= 1
         if self.ordered:
             if self._slots[0] is entry:
                 self._kick()
+            elif self._occupied >= self._full_at:
+                self.wake()  # places stand idle, and the front is late: see `Growth`
         else:
             self._finished_unordered(entry)
             self._kick()
         if not self.under_way:
             self.wake()  # for the idle clock
+
+    def _left_out(self) -> None:
+        """A predicate has refused an entry."""
+        self._dropped += 1
+        if self.admission is not None:
+            self.admission.changed()
 
     def finished_in_place(self, count: int) -> None:
         """`count` entries of an ordered window are done, and their `state` says so already."""

@@ -84,7 +84,7 @@ def _output(builder: "_PlanBuilder") -> Window:
         return Window(node, (), room=exactly(builder.prefetch))
     window = partial(fused.window, node, builder.processes, builder.order_name)
     if plan.room is not None or fused.batches:
-        return window(room=builder.prefetch if plan.room is None else plan.room)
+        return window(room=builder.prefetch if plan.room is None else plan.room, grows=plan.grows, nbytes=plan.nbytes)
     return window(finished=plan.prefetch, last=True)
 
 

@@ -90,6 +90,8 @@ class Plan:
         stages: What is done to them.
         prefetch: Finished batches held ahead; None: 2, and for samples that are not batched what their window holds.
         room: Batches being made and finished together; None: decided here.
+        grows: More than `room` while a slow one at the front holds finished ones up.
+        nbytes: Fewer than `room` where finished ones would take more bytes than that.
         seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
         gives_info: What is handed out are pairs of a batch and its `BatchInfo`.
     """
@@ -98,6 +100,8 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     prefetch: int | None = None
     room: int | None = None
+    grows: bool = False
+    nbytes: int | None = None
     seed: int | None = None
     gives_info: bool = False
 

@@ -219,6 +219,11 @@ class BatchFold:
             group.value.left_over = True
         return [group]
 
+    def gathers(self, size: int) -> tuple[int, int]:
+        """See `Gathers`."""
+        each = size // self._size
+        return each, each * len(self._pending)
+
     def interrupt(self) -> list[Entry]:
         return [] if self._drop_last else self.cut()  # all are to be full: these wait for more
 

@@ -33,6 +33,9 @@ class Map(Stage):
         thread_name: Of our threads.
         record_order: With `ordered=False`: a folder for the order in which results left.
         replay_order: With `ordered=False`: such a folder, whose order is taken.
+        ahead: Samples begun and not yet taken by what follows; None: decided by the engine.
+        ahead_bytes: The same in bytes of finished ones.
+        max_overtaken: With `ordered=False`: results that may overtake a slower sample.
     """
 
     fn: Callable[[Any], Any]
@@ -45,6 +48,9 @@ class Map(Stage):
     thread_name: str = "aioloader-map"
     record_order: Path | None = None
     replay_order: Path | None = None
+    ahead: int | None = None
+    ahead_bytes: int | None = None
+    max_overtaken: int | None = None
 
     exact_in_any_order = True
 
@@ -86,19 +92,23 @@ class Map(Stage):
                 self.fn,
                 self.label,
                 self.is_async,
-                self.concurrency or _default_concurrency(self.is_async),
+                self.concurrency or _default_concurrency(self.is_async, self.ahead),
                 ordered=self.ordered,
                 executor=self.executor,
                 initializer=self.initializer,
                 thread_name=self.thread_name,
                 record_order=self.record_order,
                 replay_order=self.replay_order,
+                ahead=self.ahead,
+                ahead_bytes=self.ahead_bytes,
+                max_overtaken=self.max_overtaken,
             )
         )
 
 
-def _default_concurrency(is_async: bool) -> int:
-    return ASYNC_CONCURRENCY if is_async else usable_cores()
+def _default_concurrency(is_async: bool, ahead: int | None = None) -> int:
+    width = ASYNC_CONCURRENCY if is_async else usable_cores()
+    return width if ahead is None else min(width, ahead)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,13 @@ class RepeatNode(Node):
         return self._upstream.extra_room
 
     @property
+    def live(self) -> bool:
+        return self._upstream.live
+
+    def alive(self, size: int) -> int:
+        return self._upstream.alive(size)
+
+    @property
     def gaps(self) -> bool:
         return self._gaps or self._upstream.gaps
 

@@ -281,6 +281,10 @@ class HeadNode(Node):
         return self._upstream.extra_room
 
     @property
+    def live(self) -> bool:
+        return self._upstream.live
+
+    @property
     def gaps(self) -> bool:
         return self._upstream.gaps
 
