@@ -40,7 +40,8 @@ def async_stragglers(report: Report, options: argparse.Namespace) -> None:
     scale = pick(options, full=1, quick=1, smallest=0.05)
     slow = partial(Stragglers, seconds=0.03 * scale, slow_seconds=scale, share=0.01)
     samples = pick(options, full=20_000, quick=8_000, smallest=512)
-    few = pick(options, full=1_200, quick=600, smallest=128)
+    fewer = pick(options, full=4_000, quick=1_200, smallest=512)
+    few = pick(options, full=600, quick=200, smallest=128)
     ours = {"aioloader, async for": True, "aioloader, for": False}
     report.compare(
         f"{IN_FLIGHT} in flight, 30 ms, 1 % of requests 1 s",
@@ -51,13 +52,8 @@ def async_stragglers(report: Report, options: argparse.Namespace) -> None:
                 for name, is_async in ours.items()
             ),
             *(
-                Contender(
-                    f"SPDL, {order} order",
-                    partial(by_spdl, slow(samples), IN_FLIGHT, ordered=order == "input"),
-                    samples,
-                    needs=("spdl",),
-                )
-                for order in ("input", "completion")
+                Contender(f"SPDL, {order} order", partial(by_spdl, slow(n), IN_FLIGHT, ordered=ordered), n, needs=("spdl",))
+                for order, n, ordered in (("completion", samples, False), ("input", fewer, True))
             ),
             Contender(f"torch, {WORKERS} workers", partial(by_torch, slow(few), WORKERS, 1), few),
         ],
@@ -110,7 +106,7 @@ async def lead_of(width: int, batches: int) -> tuple[int, int]:
 
     lead = handed_out = 0
     loader = Pipeline(range(1 << 40)).map(fetch, concurrency=FETCHES).map(decode, concurrency=width)
-    async with loader.batch(BATCH, collate_fn=list) as loader:
+    async with loader.batch(BATCH) as loader:
         async for batch in loader:
             handed_out += len(batch)
             await asyncio.sleep(0.03)  # a slow consumer; a slower one would see no more
