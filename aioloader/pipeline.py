@@ -29,6 +29,7 @@ from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
+from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
 from aioloader.plan.parts import (
     datasets_of,
@@ -41,6 +42,7 @@ from aioloader.plan.parts import (
 )
 from aioloader.plan.plan import Combined, Plan, Single, before_cache, flow_of, flows_of, forgets_numbers, length_of
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
+from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.unsplit import gives_all
 from aioloader.sources.fetch import FetchSource
@@ -90,7 +92,14 @@ class Pipeline(Loader):
         self._plan: Plan
         if isinstance(source, FetchSource):
             kind = type(source).__name__
-            fetch = Map(source.fetch, True, source.concurrency, name=f"{kind}.fetch")
+            fetch = Map(
+                source.fetch,
+                True,
+                source.concurrency,
+                name=f"{kind}.fetch",
+                ahead=source.ahead,
+                ahead_bytes=source.ahead_bytes,
+            )
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
         elif not isinstance(source, Pipeline):
             self._plan = Plan(Single(*_resolve(source, sampler), tells_epoch=True))
@@ -116,7 +125,9 @@ class Pipeline(Loader):
         if self._plan.stages and self._plan.stages[-1].must_be_last:
             last = self._plan.stages[-1]
             raise ValueError(f"{last.label} must be the last stage, got {stage.label} after it; put it before .to()")
-        return self._of(replace(self._plan, stages=(*self._plan.stages, stage)))
+        plan = replace(self._plan, stages=(*self._plan.stages, stage))
+        check_admission(plan)
+        return self._of(plan)
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -198,7 +209,7 @@ class Pipeline(Loader):
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
         return self._then(Filter(fn, is_async_callable(fn)))
 
-    def drop_if(self, fn: Callable[[Any], Any]) -> "Pipeline":
+    def drop_if(self, fn: Callable[[Any], Any], *, requeue: bool = False) -> "Pipeline":
         """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
 
         `filter` looks at a sample as soon as it is there; `drop_if` looks when the next stage takes it. Before `batch`
@@ -217,6 +228,15 @@ class Pipeline(Loader):
 
         Args:
             fn: A quick sync function; it runs in a thread, and right before `batch` twice for most samples.
+            requeue: A sample that would be left out is begun again instead, after those under way, from what came into
+                the first `map` of those right before. It keeps its number and its place, so it is still to come: a
+                resume stays exact, and nothing grows. `BatchInfo.attempts` counts. It is looked at when the next stage
+                takes it, and not once more before its batch is collated.
+
+        Raises:
+            TypeError: `fn` cannot be called with one argument, or is async.
+            ValueError: `requeue` without a `map` right before, which alone could make a sample anew; `filter` may be
+                in between.
         """
         check_callable("fn", fn, arguments=1, example="drop_if(stale)")
         if is_async_callable(fn):
@@ -224,7 +244,9 @@ class Pipeline(Loader):
                 f"drop_if takes a sync function, since it looks at the last moment, got {describe(fn)}, which is "
                 f"async; use filter for what must be awaited"
             )
-        return self._then(DropIf(fn))
+        if requeue:
+            check_requeue(self._plan)
+        return self._then(DropIf(fn, bool(requeue)))
 
     def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline":
         """Give all items of `fn(sample)`, an iterable or async iterable, one sample after the other.
@@ -436,6 +458,36 @@ class Pipeline(Loader):
         """
         count = check_count("prefetch", n, least=0, hint="prefetch(0) makes no batch ahead")
         return self._of(replace(self._plan, prefetch=count))
+
+    def max_staleness(self, batches: int) -> "Pipeline":
+        """Let the consumer decide when samples begin: none before the batch that is `batches` in front of its own.
+
+        For training on what the newest policy made: a map generates with the weights of now, and what it begins too
+        early would be stale. At most `(asked + batches) * batch_size` samples have been begun and neither handed out
+        nor left out, where `asked` is the number of batches that the consumer is waiting for. What `filter`, `drop_if`,
+        `drop_last` or an error leaves out makes room at once. With ordered maps, and batches that are full, no sample
+        is more than `batches` batches old when its batch is given: `BatchInfo.ages` says how old each is. 0 is
+        on-policy: samples begin when their batch is asked for.
+
+        It is in no state: after a resume it counts from there. It comes after `batch`, and holds for all that is
+        before; what waits for more samples than its batch, such as `shuffle(1000)`, must be before the first map.
+
+        ```python
+        loader = Pipeline(prompts).shuffle().repeat().map(rollout, concurrency=64).filter(has_variance).batch(8)
+        async for batch in loader.max_staleness(1): ...
+        ```
+
+        Args:
+            batches: At least 0.
+
+        Raises:
+            TypeError: Not an integer.
+            ValueError: It is negative, there is no `batch` after the maps, or a stage between them cannot bear it.
+        """
+        count = check_count("max_staleness", batches, least=0, hint="max_staleness(0) begins samples when asked")
+        plan = replace(self._plan, staleness=count)
+        check_admission(plan)
+        return self._of(plan)
 
     def with_seed(self, seed: int | None) -> "Pipeline":
         """Let `sample_rng()` in this pipeline's functions depend on `seed`; None: draw one, and keep it in the state.
@@ -650,6 +702,10 @@ def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:
     for pipeline in pipelines:
         if pipeline._plan.gives_info:
             raise ValueError(f"{how} combines samples, got pairs with their info; put .with_info() after .{how}()")
+        if pipeline._plan.staleness is not None:
+            raise ValueError(
+                f"max_staleness counts the batches that are handed out; put .max_staleness() after .{how}()"
+            )
         if any(stage.on_device for stage in pipeline._plan.stages):
             raise ValueError(f"{how} combines samples in host memory, got {pipeline!r}; put .to() after .{how}()")
     return tuple(pipeline._plan for pipeline in pipelines)

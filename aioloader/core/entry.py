@@ -52,11 +52,25 @@ class Entry:
         state: One of the constants above.
         since: When it came into the newest window that may grow; seconds of `perf_counter`.
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
+        origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
     """
 
-    __slots__ = ("attempts", "cursor", "error", "kept_as", "key", "places", "position", "since", "state", "value")
+    __slots__ = (
+        "attempts",
+        "cursor",
+        "error",
+        "kept_as",
+        "key",
+        "origin",
+        "places",
+        "position",
+        "since",
+        "state",
+        "value",
+    )
     kept_as: Any
+    origin: Any
     since: float
     places: list[int | None]
 

@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn
 from weakref import finalize
 
 from aioloader.core.entry import Entry, presentable
+from aioloader.engine.admission import ConsumerAdmission
 from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
 from aioloader.engine.progress import Progress
@@ -37,6 +38,9 @@ class Delivery:
 
     def ends_with(self, iterator: object) -> None:
         """Leave nothing behind when `iterator`, which holds this delivery, is dropped without `close`."""
+
+    def start(self) -> None:
+        """Begin, once it is known to those who may close it."""
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The batch of `entry`, or its error, raised."""
@@ -127,6 +131,9 @@ class AsyncDelivery(RunDelivery):
         loop = asyncio.get_running_loop()
         run.attach(loop)
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()  # calls of `next`, in order
+        self._asking = 0  # calls of `next` under way
+        if isinstance(run.output.admission, ConsumerAdmission):
+            run.output.admission.waiting = lambda: self._asking
         self._supervisor = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
         self._supervisor.add_done_callback(self._kick)
 
@@ -155,6 +162,9 @@ class AsyncDelivery(RunDelivery):
         if asyncio.get_running_loop() is not run.loop:
             raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
         mine: asyncio.Future[None] | None = None
+        self._asking += 1
+        if run.output.admission is not None:
+            run.output.admission.changed()
         try:
             while True:
                 if not self._waiters or next(iter(self._waiters)) is mine:
@@ -183,6 +193,7 @@ class AsyncDelivery(RunDelivery):
                     self._waiters.move_to_end(mine, last=False)
                 await mine
         finally:
+            self._asking -= 1
             if mine is not None:
                 del self._waiters[mine]
                 self._kick()
@@ -226,6 +237,12 @@ class SyncDelivery(RunDelivery):
         self._unreported = 0  # batches taken since the loop was told, roughly; only decides when to tell it
         self._report_at = run.output.room // 2 if run.output.room >= LARGE_ROOM else 1
         self._lazy = run.output.room == 0
+        self._admission = run.output.admission
+        if isinstance(self._admission, ConsumerAdmission):
+            self._report_at = 1  # each batch that is handed out makes room
+            self._admission.waiting = self._waiting
+        self._asks = 0  # calls of `next` that wait for a batch, or have one
+        self._asks_lock = threading.Lock()
         self._asked = 0  # on the loop: how many consumers wait
         self._pumping = False
         self._over = threading.Event()
@@ -234,7 +251,12 @@ class SyncDelivery(RunDelivery):
         assert self._loop_thread is not None
         run.private_loop = True
         run.attach(self._loop_thread.loop)
-        self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
+
+    def start(self) -> None:
+        """See `Delivery`. Who closes the loader from now on, or has done so already, ends it: see `Run.leave`."""
+        assert self._loop_thread is not None
+        supervisor = self.run.supervise(self._kick)
+        self._loop_thread.start_task(supervisor, self.run.request_stop, self._supervisor_done)
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
@@ -279,11 +301,15 @@ class SyncDelivery(RunDelivery):
         while True:
             asked = perf_counter()
             self._check_process()
-            if self._lazy or self._queue.empty():  # a batch in the queue may be for another thread that asked for it
-                self._report(waits=True)
+            self._ask(1)
             try:
+                if self._lazy or self._queue.empty():  # a batch in it may be for another thread that asked for it
+                    self._report(waits=True)
                 item = self._queue.get(timeout=timeout)
-            except Empty:
+            except BaseException as error:
+                self._ask(-1)
+                if not isinstance(error, Empty):
+                    raise
                 raise RuntimeError(timeout_message.format(seconds=timeout)) from None
             if isinstance(item, _Ended):
                 self._queue.put(item)  # for the next call
@@ -309,6 +335,21 @@ class SyncDelivery(RunDelivery):
             raise StopIteration
         raise self._cut_short()
 
+    def _ask(self, calls: int) -> None:
+        """With an admission, count calls of `next`, of whatever thread. Before they look into the queue, see there."""
+        if self._admission is not None:
+            with self._asks_lock:
+                self._asks += calls
+
+    def _waiting(self) -> int:
+        """Calls of `next` without a batch.
+
+        Each call is counted before it looks into the queue, and a batch is in no queue any more when it has been taken
+        out. So a call that has just taken one does not seem to wait for another, whatever the moment in which the loop
+        asks; what it has taken counts as alive until it is reported.
+        """
+        return max(0, self._asks - (self._put - self._queue.qsize()))
+
     def _report(self, *, waits: bool) -> None:
         """Make the loop look at the queue. It does not rely on counts of this thread, which a Ctrl-C may spoil."""
         self._unreported = 0
@@ -319,6 +360,8 @@ class SyncDelivery(RunDelivery):
         if free > 0:
             self._given += free
             self.run.output.give_back(free)
+        if self._admission is not None:
+            self._admission.changed()
         if self._lazy and waits:
             self._asked += 1
             self._kick()

@@ -77,6 +77,11 @@ class EpochIterator:
         self._delivery = delivery
         delivery.ends_with(self)
         self._loader._opened(delivery)
+        try:
+            delivery.start()
+        except BaseException:  # no thread can be started
+            self._delivery = None
+            raise
 
     def __reduce__(self) -> Any:
         raise TypeError("an iterator over batches cannot be pickled; pickle the loader")

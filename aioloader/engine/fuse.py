@@ -10,6 +10,8 @@ from typing import Any, Final
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
+from aioloader.engine.admission import Admission
+from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
@@ -156,6 +158,9 @@ class FusedOps:
         nbytes: int | None = None,
         finished: int | None = None,
         last: bool = False,
+        admission: Admission | None = None,
+        begins: bool = False,
+        again: bool = False,
     ) -> Window:
         """Build the window; where ops have bounds of their own, several, of which the last is returned.
 
@@ -169,9 +174,12 @@ class FusedOps:
             nbytes: It holds fewer than `room` where these would take more bytes, but as many as are made side by side.
             finished: With `room=None`: how many entries may be finished, in addition to those under way.
             last: Whether the consumer takes from it.
+            admission: Who decides when samples may begin.
+            begins: No sample has begun before.
+            again: Entries may be sent back to the first map: an `AgainWindow` is returned.
         """
         log = self._order_log(order_name)
-        groups = [self.ops] if self.batches or room is not None or log is not None else _apart(self.ops)
+        groups = self._groups(again=again, apart=room is None and log is None)
         unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
         numbering = CompletionCursor(unordered_input=self.unordered_input) if unordered else None
         node = upstream
@@ -189,7 +197,8 @@ class FusedOps:
                 places = bounds.room
             else:
                 places = StepsRoom(node, steps, finished if is_last else None, early=early)
-            node = window = Window(
+            kind = AgainWindow if again and is_last else Window
+            node = window = kind(
                 node,
                 steps,
                 room=places,
@@ -198,9 +207,23 @@ class FusedOps:
                 overtaking=_overtaking(ops),
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
+            window.admission, window.begins = admission, begins and not number
             if unordered:
-                window.numbers, window.names = number == unordered[0], number == unordered[-1]
+                window.numbers = number == unordered[0]
+                window.names = number == unordered[-1] and not again
         return window
+
+    def _groups(self, *, again: bool, apart: bool) -> "list[list[Op | CacheOp]]":
+        """The ops of each window."""
+        if again:
+            first = next(at for at, op in enumerate(self.ops) if self.batches or not self._is_before_maps(op))
+            return [group for group in (self.ops[:first], self.ops[first:]) if group]
+        return _apart(self.ops) if apart and not self.batches else [self.ops]
+
+    @staticmethod
+    def _is_before_maps(op: Op | CacheOp) -> bool:
+        """Whether it is no `map`: a filter, or what loads the samples of a dataset."""
+        return isinstance(op, Op) and (op.flexible or op.predicate)
 
     def _order_log(self, name: str) -> Recorded | Replayed | None:
         """Where the order of the results is recorded or read."""

@@ -8,6 +8,7 @@ no more than unpickle it.
     OwnProcessNode ──"open": pass, cursor, room──▶  a run of the inner pipeline, on the event loop there
                    ◀──"entries", with cursors─────  as far as they were granted
                    ──"grant": so many more───────▶
+                   ──"allow": with an admission──▶  so many samples may have been begun, all in all
                    ──"end"───────────────────────▶  the run is stopped; the process stays for the next epoch
 
 The bound: what is under way and finished in the inner pipeline, as it would be here, and `room` entries between the
@@ -28,6 +29,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import DONE, Entry, places_of
+from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.run import Run
@@ -66,11 +68,26 @@ class OwnProcessNode(Node):
         inner: What would run here. It is never started, but knows which cursors fit.
         room: Entries between the two processes; of batches each travels alone.
         batches: Whether the entries are batches.
+        admission: Who decides when samples may begin there, if they do; None: nobody but the rooms.
+        size: For how many samples one of the entries stands.
     """
 
     def __init__(
-        self, remote: Callable[[], StreamWorker], request: Any, inner: Node, *, room: int, batches: bool
+        self,
+        remote: Callable[[], StreamWorker],
+        request: Any,
+        inner: Node,
+        *,
+        room: int,
+        batches: bool,
+        admission: Admission | None = None,
+        size: int = 1,
     ) -> None:
+        self._admission = admission
+        self._size = size
+        self._received = 0  # samples
+        self._allowed = 0
+        self._deciding = False
         self._get_remote = remote
         self._inner = inner
         self._request = request
@@ -104,6 +121,9 @@ class OwnProcessNode(Node):
         request = (self._request, run.epoch, self._cursor, self._room, self._batches)
         listener = partial(call_loop, run.loop, run.guarded, self._heard)
         self._number = self._remote.open(request, listener)
+        if self._admission is not None:
+            self._admission.add(self)
+            self.wake()
 
     def poll(self, limit: int) -> list[Entry]:
         ready = self._ready
@@ -113,9 +133,32 @@ class OwnProcessNode(Node):
         self.ended = self._over and not ready
         return taken
 
+    def alive(self, size: int) -> int:
+        return len(self._ready) * size  # what is there is for `wake` to say
+
+    def wake(self) -> None:
+        """See `Gate`. Not at once: what has just left one place may not be in the next one yet."""
+        if not self._deciding:
+            self._deciding = True
+            self._run.soon(self._decide)
+
+    def _decide(self) -> None:
+        """Say how many samples may have been begun there, all in all.
+
+        Those that came, and as many more as may be alive, without those that are alive here.
+        """
+        self._deciding = False
+        if self._admission is not None and not self._over:
+            allowed = self._received + self._admission.free
+            if allowed > self._allowed:
+                self._allowed = allowed
+                self._remote.allow(self._number, allowed)
+
     def close(self) -> None:
         if not self._closed and self._number:
             self._closed = True
+            if self._admission is not None:
+                self._admission.remove(self)
             self._over = True
             self._remote.end(self._number)
             for meter in self._meters:
@@ -159,6 +202,9 @@ class OwnProcessNode(Node):
             self._failed = self._failed or entry.error is not None
             self._ready.append(entry)
             self._cursor = cursor
+            self._received += self._size
+        if self._admission is not None:
+            self.wake()
 
     def _count(self, meters: list[StageMeter] | None) -> None:
         """The newest counters of the stages there."""
@@ -231,6 +277,10 @@ class _EngineServer:
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
                             stream.grant(entries)
+                    case ("allow", number, samples, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:
+                            stream.allow(samples)
                     case ("end", number, _, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
@@ -278,6 +328,8 @@ class _EpochStream:
         self._told = 0.0
         self._told_room = 0
         loop = asyncio.get_running_loop()
+        admission = run.output.admission
+        self._admission = admission if isinstance(admission, RemoteAdmission) else None
         self.run = run
         run.attach(loop)
         self.task = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
@@ -287,6 +339,11 @@ class _EpochStream:
         """So many more."""
         self._granted += entries
         self._kick()
+
+    def allow(self, samples: int) -> None:
+        """So many may have been begun."""
+        if self._admission is not None:
+            self._admission.allow(samples)
 
     def _kick(self) -> None:
         if not self._pumping and self.run.started and not self.run.stopping:
@@ -303,6 +360,8 @@ class _EpochStream:
             if not taken:
                 break
             self._granted -= len(taken)
+            if self._admission is not None:
+                self._admission.sent(len(taken))
             self._server.send_entries(self.number, taken, self._news())
         if meters := self._news(only_room=True):
             self._server.send_entries(self.number, [], meters)

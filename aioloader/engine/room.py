@@ -5,7 +5,7 @@ from time import perf_counter
 from typing import Final
 
 from aioloader.core.entry import DONE, Entry
-from aioloader.core.sizes import rough_bytes
+from aioloader.core.sizes import MeanBytes
 from aioloader.engine.node import CHUNK_SECONDS, MOST_EARLY, Node
 from aioloader.engine.steps import Step
 from aioloader.engine.thread_step import SyncStep
@@ -16,26 +16,7 @@ FEW: Final = 2  # calls of a cheap sync step that are under way, as a rule: one,
 
 WIDEST: Final = 16  # times the concurrency, where a slow sample at the front holds others up
 MOST_BYTES: Final = 256 << 20  # of finished samples, as far as room has grown
-WEIGHED: Final = 16  # of so many chances to weigh a sample one is taken: what samples are like changes slowly
-
-
-class MeanBytes:
-    """The running mean of what samples take in memory.
-
-    Attributes:
-        now: Bytes; None: none has been seen.
-    """
-
-    now: float | None = None
-
-    def saw(self, entry: Entry) -> None:
-        """One more."""
-        size = rough_bytes(entry.value)
-        self.now = size if self.now is None else self.now + (size - self.now) / WEIGHED
-
-    def places(self, nbytes: int) -> int | None:
-        """How many samples these bytes are enough for; None: not known."""
-        return None if self.now is None else int(nbytes / max(1.0, self.now))
+WEIGHED: Final = 16  # one of so many chances to weigh samples is taken: what they are like changes slowly
 
 
 class Growth:
@@ -61,7 +42,7 @@ class Growth:
         if self._chances % WEIGHED == 1:
             for entry in entries:
                 if entry.state == DONE and entry.error is None:
-                    self._bytes.saw(entry)
+                    self._bytes.saw(entry.value)
         places = self._bytes.places(MOST_BYTES)
         return WIDEST * concurrency if places is None else min(WIDEST * concurrency, places)
 
@@ -150,7 +131,7 @@ class BytesRoom(Room):
     def gave(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             if entry.error is None:
-                self._bytes.saw(entry)
+                self._bytes.saw(entry.value)
 
 
 class StepsRoom(Room):

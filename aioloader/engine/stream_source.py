@@ -178,6 +178,7 @@ class StreamSource(Pump):
         context = RunSourceContext(self._run, meter.name)
         reader: EntryReader | None = None
         self._numbered = self._resume_at is None  # its cursors do not count
+        meter.ahead = source.ahead or 0
         try:
             reader = opened(source, context, self._resume_at)
             check = ReadCheck(source, reader)

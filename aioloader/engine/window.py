@@ -78,6 +78,7 @@ class Window(Node):
         self._slots: deque[Entry] = deque()  # ordered: all entries in order; else: the finished ones as they came
         self._occupied = 0  # entries that have been admitted and not taken
         self._dropped = 0  # those of them that a predicate refused
+        self._stands_for = 1  # samples: one of its entries, as `alive` was last told
         self.under_way = 0
         self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
         self._asked = 0  # what the last poll could not give; without room only this is begun
@@ -97,6 +98,16 @@ class Window(Node):
         self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
 
     # -- the node interface ------------------------------------------------------------------------------------------
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is here, nor comes back."""
+        return not self._occupied
+
+    @property
+    def numbering(self) -> CompletionCursor | None:
+        """What numbers its entries, if they have no fixed order."""
+        return self._completion
 
     @property
     def holds(self) -> bool:
@@ -153,14 +164,14 @@ class Window(Node):
 
     def _take(self, limit: int) -> list[Entry]:
         taken = self._leave(limit) if self._slots and self._slots[0].state else []
-        if self._last is not None and not self._occupied and len(taken) < limit:
+        if self._last is not None and self.empty and len(taken) < limit:
             last, self._last = self._last, None
             if self._completion is not None and self.names:
                 last.cursor = self._completion.cursor
                 self._completion.forgets = True
             taken.append(last)
             self.wake()
-        if self._input_ended and not self._occupied and self._last is None:
+        if self._input_ended and self.empty and self._last is None:
             self._finish()
         return taken
 
@@ -227,6 +238,7 @@ class Window(Node):
         self.wake()
 
     def alive(self, size: int) -> int:
+        self._stands_for = size
         here = (self._occupied + self._lent - self._dropped) * size
         return here if self.begins else here + self.upstream.alive(size)
 
@@ -299,7 +311,7 @@ class Window(Node):
             else:
                 break
         self._give_up_replay()
-        if self._input_ended and not self._occupied and self._last is None:
+        if self._input_ended and self.empty and self._last is None:
             self._finish()
             self._kick()
         elif not self.under_way and not self._input_ended:
@@ -317,7 +329,7 @@ class Window(Node):
         if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
             free = self._grown(self._room, growth)
         if self.begins and self.admission is not None:
-            return min(free, self.admission.free)
+            return min(free, self.admission.free // self._stands_for)
         if free <= 0 and self._replay is not None and self._completion is not None:
             following = self._replay.following
             if following is not None and following > self._completion.came:
@@ -430,7 +442,7 @@ class Window(Node):
         if self._replay is not None:  # what comes now is not what came then
             self._last.state, self._after_last = LAST, []
         self._input_ended = self._last.state == LAST
-        if not self._occupied:  # nobody else's end will say so
+        if self.empty:  # nobody else's end will say so
             self._kick()
         return run[:at]
 

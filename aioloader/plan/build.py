@@ -10,6 +10,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer
+from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
 from aioloader.engine.fuse import FusedOps, Op, exactly
 from aioloader.engine.key_source import KeySource
@@ -21,6 +22,7 @@ from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.memory.pool import BatchMemory
+from aioloader.plan.admission import admission_of, size_of_entries
 from aioloader.plan.plan import (
     DEFAULT_PREFETCH,
     Combined,
@@ -69,9 +71,12 @@ def build(
     """
     plan = with_ranks(plan)
     live = bool(flow_of(plan).timed)
-    builder = _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=live, draws=draws)
+    admission = admission_of(plan)
+    builder = _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=live, draws=draws, admission=admission)
     window = _output(builder)
     window.beginnings = builder.beginnings
+    if admission is not None:
+        admission.output = window
     return window
 
 
@@ -81,8 +86,15 @@ def _output(builder: "_PlanBuilder") -> Window:
     if not fused.ops:
         if isinstance(node, Window) and not node.holds:  # what is made ahead is held by the window before it
             return node
-        return Window(node, (), room=exactly(builder.prefetch))
-    window = partial(fused.window, node, builder.processes, builder.order_name)
+        return builder.admitting(Window(node, (), room=exactly(builder.prefetch)))
+    window = partial(
+        fused.window,
+        node,
+        builder.processes,
+        builder.order_name,
+        admission=builder.admission,
+        begins=not builder.begun,
+    )
     if plan.room is not None or fused.batches:
         return window(room=builder.prefetch if plan.room is None else plan.room, grows=plan.grows, nbytes=plan.nbytes)
     return window(finished=plan.prefetch, last=True)
@@ -98,6 +110,8 @@ class _PlanBuilder:
         warns: Say so when a source is read again only to drop samples.
         functions: How many of the user's functions there were so far.
         beginnings: See `Node`.
+        admission: Who decides when samples may begin.
+        begun: They have, in what is built so far.
     """
 
     plan: Plan
@@ -111,6 +125,8 @@ class _PlanBuilder:
     warns: bool = True
     functions: int = 0
     beginnings: list[Callable[[], None]] = field(default_factory=list)
+    admission: Admission | None = None
+    begun: bool = False
     flow: Flow = field(default_factory=Flow)
     following: Sequence[Stage] = ()
     key_stages: list[FoldStage] = field(default_factory=list)
@@ -146,11 +162,24 @@ class _PlanBuilder:
             sample_seed = self.this_pass.seed(sample_seed, f"sample {'.'.join(map(str, address))}")
         self.fused.add(replace(op, address=address, seed=sample_seed))
 
-    def close(self, *, room: int | None = None) -> Node:
+    def close(self, *, room: int | None = None, again: bool = False) -> Node:
         fused, self.fused = self.fused, FusedOps()
         if fused.ops or room is not None:
-            self.node = fused.window(self.node, self.processes, self.order_name, room=room)
+            self.node = fused.window(
+                self.node,
+                self.processes,
+                self.order_name,
+                room=room,
+                admission=self.admission,
+                begins=not self.begun,
+                again=again,
+            )
+            self.begun = self.begun or bool(fused.ops)
         return self.node
+
+    def admitting(self, window: Window) -> Window:
+        window.admission = self.admission
+        return window
 
     def again(self, *, closed: bool, warns: bool = True) -> Callable[[], Node]:
         before, path = self._before, self.path
@@ -167,9 +196,9 @@ class _PlanBuilder:
         def make(number: int) -> Node:
             this_pass = self.this_pass.repeated(number)
             builder = self._other(before, this_pass=this_pass, path=self.path, draws=self.draws, warns=self.warns)
-            if not number:  # those of the others are the same
-                self.functions = builder.functions
             node = builder.close()
+            if not number:  # those of the others are the same
+                self.functions, self.begun = builder.functions, builder.begun
             node.beginnings = builder.beginnings
             return node
 
@@ -181,12 +210,23 @@ class _PlanBuilder:
         self.functions = here.functions
         batches = here.fused.batches
         plan = with_ranks(before)
-        inner = _InProcess(plan, self.path, self.live)
+        node = here.close()
+        self.begun = here.begun
+        size = size_of_entries(before) if self.begun and self.admission is not None else None
+        inner = _InProcess(plan, self.path, self.live, size)
         ranks = repr([flow.ranks for part in walk(plan) for flow in flows_of(part)])
-        remote = partial(_remote, self.processes, ("process", self.path, self.live, ranks), inner)
+        remote = partial(_remote, self.processes, ("process", self.path, self.live, ranks, size), inner)
         request = (self.this_pass, epochs_of(with_set_epoch(functions_of(before))))
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
-        self.node = OwnProcessNode(remote, request, here.close(), room=room, batches=batches)
+        self.node = OwnProcessNode(
+            remote,
+            request,
+            node,
+            room=room,
+            batches=batches,
+            admission=None if size is None else self.admission,
+            size=size or 1,
+        )
         self.fused = FusedOps(batches)
 
     # -- the source --------------------------------------------------------------------------------------------------
@@ -210,6 +250,7 @@ class _PlanBuilder:
             draws,
             path,
             warns,
+            admission=self.admission,
         )
 
     def _source(self, source: Single | Combined) -> None:
@@ -260,15 +301,19 @@ class _PlanBuilder:
         self.fused = FusedOps(keyed=True, first=True)
         values = data.data if data.load is None else None
         if data.load is not None:
+            ahead, ahead_bytes = data.bounds
+            width = ASYNC_CONCURRENCY if data.is_async else usable_cores()
             self.fuse(
                 Op(
                     data.load,
                     f"{type(data.data).__name__}[...]",
                     data.is_async,
-                    ASYNC_CONCURRENCY if data.is_async else usable_cores(),
-                    flexible=True,
+                    width if ahead is None else min(width, ahead),
+                    flexible=ahead is None and ahead_bytes is None,
                     many=data.data.__getitems__ if data.loads_many else None,
                     dataset=data.data,
+                    ahead=ahead,
+                    ahead_bytes=ahead_bytes,
                 )
             )
         node: KeySource | StreamSource
@@ -306,12 +351,14 @@ class _InProcess:
         plan: What runs there.
         path: See `_PlanBuilder`.
         live: See `_PlanBuilder`.
+        size: For how many samples one of the entries stands, if the consumer decides when samples begin; else None.
         epochs: Those that the user's objects in it are in.
     """
 
     plan: Plan
     path: Address
     live: bool
+    size: int | None = None
     epochs: Epochs = ()
 
     def __call__(self, request: tuple[Pass, Epochs], resumed: bool) -> Window:
@@ -319,11 +366,21 @@ class _InProcess:
         self._copies.tell(epochs)
         # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
         draws = Draws(resumed=resumed)
-        return _output(
-            _PlanBuilder(
-                self.plan, this_pass, alloc=self._memory.alloc, live=self.live, draws=draws, path=self.path, warns=True
-            )
+        admission = None if self.size is None else RemoteAdmission(self.size)
+        builder = _PlanBuilder(
+            self.plan,
+            this_pass,
+            alloc=self._memory.alloc,
+            live=self.live,
+            draws=draws,
+            path=self.path,
+            warns=True,
+            admission=admission,
         )
+        window = _output(builder)
+        if admission is not None:
+            admission.output = window
+        return window
 
     @cached_property
     def _copies(self) -> Copies:

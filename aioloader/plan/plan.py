@@ -92,6 +92,7 @@ class Plan:
         room: Batches being made and finished together; None: decided here.
         grows: More than `room` while a slow one at the front holds finished ones up.
         nbytes: Fewer than `room` where finished ones would take more bytes than that.
+        staleness: Batches that samples may begin before their own is asked for; None: it is for room alone to say.
         seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
         gives_info: What is handed out are pairs of a batch and its `BatchInfo`.
     """
@@ -102,6 +103,7 @@ class Plan:
     room: int | None = None
     grows: bool = False
     nbytes: int | None = None
+    staleness: int | None = None
     seed: int | None = None
     gives_info: bool = False
 

@@ -10,6 +10,7 @@ from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.window import Window
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
@@ -77,17 +78,21 @@ class Builder(Protocol):
     @property
     def prefetch(self) -> int: ...
 
+    def admitting(self, window: Window) -> Window:
+        """`window`, which knows who decides when samples may begin."""
+
     @property
     def processes(self) -> Callable[[], WorkerThread]: ...
 
     def fuse(self, op: Op) -> None:
         """Do `op` in the next window, with an address and random numbers of its own."""
 
-    def close(self, *, room: int | None = None) -> Node:
+    def close(self, *, room: int | None = None, again: bool = False) -> Node:
         """Put what is fused so far into a window, if there is anything, and begin anew.
 
         Args:
             room: Entries that it holds, exactly; then there is a window in any case.
+            again: Entries may be sent back into it, see `AgainWindow`.
 
         Returns:
             The node that gives what all stages so far make, which `node` is from now on.
@@ -122,6 +127,15 @@ class Stage(ABC):
         only_reads: What it makes has no part of its input in it: a cache need not copy what it hands to this stage.
         encloses: It builds what is before it itself, maybe several times.
         caches: It keeps samples for later epochs, so that reading its input again is no surprise.
+        passes: It gives each entry on or leaves it out, at once: a fold that waits for others before it gives one, or
+            gives several of one, does not. (`batch` waits, but for its own.)
+        reorders: Where samples are those of an indexable source by their keys (`Flow.by_key`), it is arithmetic on the
+            keys, and moves no samples.
+        makes_anew: It makes a sample of another one, and can do so again.
+        logs_order: It records the order of its results, or has one to keep to.
+        only_selects: It is a step of the same window as the maps around it, and gives samples on as they are.
+        batches: It gives batches of samples.
+        gathers: Entries that it takes for one that it gives.
         here_only: In a process of its own nothing could come of it.
         on_device: Its output may be in the memory of a device.
         must_be_last: Nothing can be done to its output here.
@@ -135,6 +149,13 @@ class Stage(ABC):
     only_reads: ClassVar[bool] = False
     encloses: ClassVar[bool] = False
     caches: ClassVar[bool] = False
+    passes: ClassVar[bool] = False
+    reorders: ClassVar[bool] = False
+    makes_anew: ClassVar[bool] = False
+    logs_order: ClassVar[bool] = False
+    only_selects: ClassVar[bool] = False
+    batches: ClassVar[bool] = False
+    gathers: int = 1
     here_only: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
@@ -199,14 +220,8 @@ class FoldStage(Stage):
     """A stage that runs as a fold.
 
     Unless it is `exact_in_any_order`, a resume after samples without a fixed order forgets the numbers in its cursor
-    (see `FoldNode`): some samples come twice rather than never.
-
-    Attributes:
-        reorders: Where samples are those of an indexable source by their keys (`Flow.by_key`), it is arithmetic on the
-            keys, and moves no samples; see `reorder`.
+    (see `FoldNode`): some samples come twice rather than never. If it `reorders`, it has `reorder`.
     """
-
-    reorders: ClassVar[bool] = False
 
     @abstractmethod
     def fold(self, this_pass: Pass) -> Fold:

@@ -92,6 +92,12 @@ class Batch(FoldStage):
     max_wait: float | None = None
 
     exact_in_any_order = True
+    passes = True
+    batches = True
+
+    @property
+    def gathers(self) -> int:  # type: ignore[override]  # a plain attribute where it is always one
+        return self.batch_size
 
     @property
     def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
@@ -154,7 +160,9 @@ class Batch(FoldStage):
         """
         ops, collate = builder.fused.ops, self.collate
         load = ops[0] if builder.flow.by_key and len(ops) == 1 else None
-        if not isinstance(load, Op) or load.many is None or collate.is_async or self.max_wait is not None:
+        if not isinstance(load, Op) or load.many is None or load.bounded:
+            return False
+        if collate.is_async or self.max_wait is not None:
             return False
         fold = BatchFold(self.batch_size, drop_last=self.drop_last, of_keys=True)
         builder.node = FoldNode(builder.node, fold)

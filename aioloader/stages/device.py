@@ -19,6 +19,7 @@ class PinMemory(Stage):
     """Page-locked batches, for a consumer who copies them himself."""
 
     exact_in_any_order = True
+    passes = True
     same_each_epoch = True
     here_only = True
     on_device = True
@@ -59,6 +60,7 @@ class To(Stage):
     device: Any
 
     exact_in_any_order = True
+    passes = True
     same_each_epoch = True
     on_device = True
     must_be_last = True

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aioloader.core.checks import callable_name
+from aioloader.engine.again import AgainWindow, CheckWindow
 from aioloader.engine.fuse import FusedOps, Op, exactly, steps_of
+from aioloader.engine.steps import Step
 from aioloader.engine.window import Window
 from aioloader.insight.meters import StageMeter
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
@@ -27,11 +29,18 @@ class DropIf(Stage):
     What takes them may be a map: it begins samples ahead, and what it has made of them `fn` never sees. Samples that
     were taken for a batch wait there until it is full, so right after `drop_if` (or with nothing but `filter` and
     other `drop_if` in between) a batch is looked through once more before it is collated (`FreshGroup`).
+
+    Args:
+        fn: The user's predicate.
+        requeue: What it refuses is begun again, see `again`. It is not looked at once more before collate: by then it
+            has been delivered, and could not come back.
     """
 
     fn: Callable[[Any], Any]
+    requeue: bool = False
 
     exact_in_any_order = True
+    passes = True
     here_only = True
 
     @property
@@ -40,9 +49,11 @@ class DropIf(Stage):
 
     @property
     def label(self) -> str:
-        return f"drop_if({callable_name(self.fn)})"
+        return f"drop_if({callable_name(self.fn)}{', requeue=True' if self.requeue else ''})"
 
     def length(self, upstream: int) -> int:
+        if self.requeue:
+            return upstream
         raise UnknownLengthError(f"{self.label} keeps as many samples as it turns out to")
 
     def shape(self) -> dict[str, Any]:
@@ -55,17 +66,35 @@ class DropIf(Stage):
     def build(self, builder: Builder) -> None:
         """A window that begins what it is asked for, over one that holds what is made ahead."""
         checks = builder.fused.checks
+        if self.requeue:
+            self._build_again(builder)
+            builder.fused = FusedOps(checks=checks)
+            return
         if builder.fused.batches:
             node = builder.close(room=builder.prefetch)
         elif builder.fused.ops or builder.following:
             node = builder.close()
         else:
-            node = Window(builder.close(), (), room=exactly(builder.prefetch))
-        check = Op(_Unless(self.fn), self.label, predicate=True, flexible=True)
-        (step,) = steps_of([check], None, builder.processes)
-        builder.node = Window(node, [step], room=None)
+            node = builder.admitting(Window(builder.close(), (), room=exactly(builder.prefetch)))
+        (step,) = self._steps(builder)
+        builder.node = builder.admitting(Window(node, [step], room=None))
         again = Op(FreshGroup(self.fn, lambda: step.meter), self.label, predicate=True, flexible=True)
         builder.fused = FusedOps(checks=[*checks, again])
+
+    def _steps(self, builder: Builder) -> list[Step]:
+        check = Op(_Unless(self.fn), self.label, predicate=True, flexible=True)
+        return steps_of([check], None, builder.processes)
+
+    def _build_again(self, builder: Builder) -> None:
+        room = max(1, builder.prefetch) if builder.fused.batches else None
+        before = builder.close(room=room, again=True)
+        assert isinstance(before, AgainWindow)
+        window = CheckWindow(
+            before, self._steps(builder), room=None, ordered=before.ordered, numbering=before.numbering
+        )
+        window.numbers = False
+        before.check = window
+        builder.node = builder.admitting(window)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ class OwnProcess(Stage):
     """Everything before it runs in a process of its own, everything after it in the consumer's."""
 
     exact_in_any_order = True
+    passes = True
     same_each_epoch = True
     encloses = True
     here_only = True

@@ -53,6 +53,12 @@ class Map(Stage):
     max_overtaken: int | None = None
 
     exact_in_any_order = True
+    passes = True
+    makes_anew = True
+
+    @property
+    def logs_order(self) -> bool:  # type: ignore[override]  # a plain attribute where it never does
+        return self.record_order is not None or self.replay_order is not None
 
     @property
     def same_each_epoch(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
@@ -120,6 +126,8 @@ class Filter(Stage):
     name: str | None = None
 
     exact_in_any_order = True
+    passes = True
+    only_selects = True
     same_each_epoch = True
 
     @property

@@ -26,6 +26,7 @@ class Repeat(Stage):
     times: int | None
 
     exact_in_any_order = True
+    passes = True
     same_each_epoch = True
     encloses = True
 

@@ -37,6 +37,7 @@ class Take(FoldStage):
     n: int
 
     exact_in_any_order = True
+    passes = True
     keeps_samples = True
     same_each_epoch = True
     reorders = True
@@ -96,6 +97,7 @@ class Skip(FoldStage):
     n: int
 
     exact_in_any_order = True
+    passes = True
     keeps_samples = True
     same_each_epoch = True
     reorders = True
@@ -152,6 +154,7 @@ class Enumerate(FoldStage):
     """Pairs of a number and the sample; a failed one uses up its number. Cursor: that of the entry, and the count."""
 
     exact_in_any_order = True
+    passes = True
     same_each_epoch = True
 
     @property

@@ -80,6 +80,10 @@ class StreamWorker:
         """Allow the worker to send that many entries more."""
         self._worker_thread.call(self._tell, "grant", number, entries)
 
+    def allow(self, number: int, samples: int) -> None:
+        """Allow so many samples to have been begun there, all in all."""
+        self._worker_thread.call(self._tell, "allow", number, samples)
+
     def end(self, number: int) -> None:
         """Stop a stream."""
         self._worker_thread.call(self._end, number)
