@@ -22,6 +22,7 @@ STALENESS: Final = 1
 CONCURRENCY: Final = 16
 WITHOUT_VARIANCE: Final = 0.43
 WARM_UP: Final = 4  # updates that do not count: until then as much is begun as there is room for
+OLDEST_OVERTAKEN: Final = (BATCH * (STALENESS + 1) + BATCH - 1) // BATCH  # with `max_overtaken=BATCH`
 LONGEST: Final = 8.0  # groups take at most so many times the usual
 
 
@@ -139,21 +140,21 @@ class Shape:
 
     Attributes:
         train: Trains once.
-        bounds: Whether no group that is trained on may be older than `STALENESS`.
+        oldest: How old a group that is trained on may be; None: it is not bounded.
     """
 
     train: Callable[[Trainer], Outcome]
-    bounds: bool
+    oldest: int | None
 
 
-def _maps(make: Make, *, bounds: bool = True, by_for: bool = False) -> Shape:
+def _maps(make: Make, *, oldest: int | None = STALENESS, by_for: bool = False) -> Shape:
     """Prompts are a source, a group is a map."""
 
     def train(trainer: Trainer) -> Outcome:
         loader = make(trainer.engine)
         return _train_by_for(loader, trainer) if by_for else asyncio.run(_train(loader, trainer))
 
-    return Shape(train, bounds)
+    return Shape(train, oldest)
 
 
 def _rollouts(engine: Engine, *, ordered: bool = True, max_overtaken: int | None = None) -> Pipeline:
@@ -183,9 +184,14 @@ def _admitting_in_completion_order(engine: Engine) -> Pipeline:
     return _batches(_rollouts(engine, ordered=False)).max_staleness(STALENESS)
 
 
+def _overtaking(engine: Engine) -> Pipeline:
+    return _batches(_rollouts(engine, ordered=False, max_overtaken=BATCH)).max_staleness(STALENESS)
+
+
 def _requeuing(engine: Engine) -> Pipeline:
+    """Without `prefetch(0)` a batch would be put together during the update before its own, and be older by one."""
     groups = _rollouts(engine, ordered=False).drop_if(engine.is_stale, requeue=True)
-    return _batches(groups).max_staleness(STALENESS)
+    return _batches(groups).max_staleness(STALENESS).prefetch(0)
 
 
 Worker = Callable[[Engine, Channel], Awaitable[None]]
@@ -225,15 +231,16 @@ def _sends(worker: Worker, places: int) -> Shape:
         await asyncio.gather(*workers)
         return outcome
 
-    return Shape(lambda trainer: asyncio.run(run_all(trainer)), bounds=True)
+    return Shape(lambda trainer: asyncio.run(run_all(trainer)), STALENESS)
 
 
 SHAPES: Final[dict[str, Shape]] = {
-    "filter, nothing about staleness": _maps(_unbounded, bounds=False),
+    "filter, nothing about staleness": _maps(_unbounded, oldest=None),
     "filter + drop_if, no admission": _maps(_dropping),
     "filter + max_staleness(1)": _maps(_admitting),
     "filter + max_staleness(1), for": _maps(_admitting, by_for=True),
-    "filter + max_staleness(1), completion order": _maps(_admitting_in_completion_order, bounds=False),
+    "filter + max_staleness(1), completion order": _maps(_admitting_in_completion_order, oldest=None),
+    f"filter + max_staleness(1), max_overtaken={BATCH}": _maps(_overtaking, oldest=OLDEST_OVERTAKEN),
     "filter + max_staleness(1) + requeue, completion order": _maps(_requeuing),
     "filter + max_staleness(1) + requeue, completion order, for": _maps(_requeuing, by_for=True),
     "generate, then send into Channel(256)": _sends(_generate_then_send, 256),

@@ -163,9 +163,9 @@ def generated(report: Report, options: argparse.Namespace) -> None:
         if "max_staleness" in name:
             phrase = "{ours}: {value} begun for each one trained on; at most {reach}"
             report.judge(Target(name, "time", "the floor", MOST_GENERATED), row["median"], phrase, of=title)
-        if rollouts.SHAPES[name].bounds:
+        if (most := chosen[name].oldest) is not None:
             phrase = "{ours}: the oldest was {value} updates old; at most {reach}"
-            report.judge(Target(name, "time", "staleness", rollouts.STALENESS), row["oldest"], phrase, of=title)
+            report.judge(Target(name, "time", "staleness", most), row["oldest"], phrase, of=title)
     report.note("")
 
 
