@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(report, options)
     if options.against is not None:
         unused(report, options, options.against)
-    else:
+    elif not options.part:
         report.note("Nothing to compare this checkout with: --against PATH names another one.")
     return report.finish()
 
