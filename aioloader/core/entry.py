@@ -50,7 +50,6 @@ class Entry:
             its samples.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
-        since: When it came into the newest window that may grow; seconds of `perf_counter`.
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
@@ -65,13 +64,11 @@ class Entry:
         "origin",
         "places",
         "position",
-        "since",
         "state",
         "value",
     )
     kept_as: Any
     origin: Any
-    since: float
     places: list[int | None]
 
     def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None) -> None:

@@ -8,7 +8,6 @@ upstream moves. A window without steps is a plain buffer.
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import CompletionCursor
@@ -341,11 +340,10 @@ class Window(Node):
         """How many more entries may come in, see `Growth`."""
         if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
             return 0
-        front = self._slots[0]
         idle = room.width - self.under_way
-        if front.state or idle <= 0:
+        if self._slots[0].state or idle <= 0:
             return 0
-        if (seconds := growth.wait(front, self._seconds_each)) > 0:
+        if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
             if not self._waits_for_front:
                 self._waits_for_front = True
                 self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
@@ -409,11 +407,9 @@ class Window(Node):
             if not run:
                 return
         self._occupied += len(run)
-        if self._room is not None and self._room.growth is not None:
-            now = perf_counter()
-            for entry in run:
-                entry.since = now
         if self.ordered:
+            if self._room is not None and (growth := self._room.growth) is not None:
+                growth.came(len(run), len(self._slots))
             self._slots.extend(run)
         elif self._overtaking is not None:
             for entry in run:
@@ -467,10 +463,11 @@ class Window(Node):
             self._left_out()
         self.under_way -= 1
         if self.ordered:
-            if self._slots[0] is entry:
+            front = self._slots[0]
+            if front is entry:
                 self._kick()
-            elif self._occupied >= self._full_at:
-                self.wake()  # places stand idle, and the front is late: see `Growth`
+            elif not front.state and self._occupied >= self._full_at:
+                self.wake()  # a place stands idle, and the front is late: see `Growth`
         else:
             self._finished_unordered(entry)
             self._kick()
