@@ -1,6 +1,7 @@
-"""Runs one case with the aioloader of another folder, for `bench._checkout`; a script, which imports nothing of `bench`.
+"""A script that runs one case with the aioloader of any folder, for `bench._checkout`.
 
-Its argument is JSON. For each line on its input it runs an epoch, and prints samples and seconds.
+It imports nothing of `bench`. Its argument is JSON. For each line on its input it runs an epoch, and prints samples and
+seconds.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A trainer and an inference engine for `bench.flow`, both of which only wait: how many groups are generated for nothing.
+"""A trainer and an inference engine for `bench.flow`, both of which only wait: what is generated for nothing.
 
 A prompt is answered by a group of rollouts. Groups take unequal times, and some of them have no variance in their
 rewards and teach nothing. The trainer's version counts its updates; a group is as old as there were updates from its

@@ -79,8 +79,16 @@ def bare_threads(work: Stragglers, width: int) -> Epoch:
     return epoch
 
 
-def by_map(work: Stragglers, width: int, *, ordered: bool = True, sync: bool = False, is_async: bool = True) -> Epoch:
-    """`Pipeline.map`, with nothing said about how far ahead it may go."""
+def by_map(
+    work: Stragglers,
+    width: int,
+    *,
+    ordered: bool = True,
+    ahead: int | None = None,
+    sync: bool = False,
+    is_async: bool = True,
+) -> Epoch:
+    """`Pipeline.map`, of an async function or of a sync one."""
     times = work.times()
 
     async def fetch(key: int) -> int:
@@ -91,7 +99,8 @@ def by_map(work: Stragglers, width: int, *, ordered: bool = True, sync: bool = F
         time.sleep(times[key])
         return key
 
-    loader = Pipeline(range(work.samples)).map(read if sync else fetch, concurrency=width, ordered=ordered)
+    fn = read if sync else fetch
+    loader = Pipeline(range(work.samples)).map(fn, concurrency=width, ordered=ordered, ahead=ahead)
     return _whole(by_async_for(loader, _one) if is_async else by_for(loader, _one))
 
 

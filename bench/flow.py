@@ -23,6 +23,7 @@ from bench._harness import PER_SECOND, Contender, Report, Target, parser_for, pi
 from bench._stragglers import Stragglers, bare_threads, by_dataloader, by_map, by_spdl, by_torch, ideal
 
 IN_FLIGHT: Final = 256
+AHEAD: Final = 8192
 THREADS: Final = 8
 WORKERS: Final = 16  # of torch, each with one request
 BATCH: Final = 8
@@ -51,13 +52,16 @@ def async_stragglers(report: Report, options: argparse.Namespace) -> None:
                 Contender(name, partial(by_map, slow(samples), IN_FLIGHT, is_async=is_async), samples)
                 for name, is_async in ours.items()
             ),
+            Contender(f"aioloader, ahead={AHEAD}", partial(by_map, slow(samples), IN_FLIGHT, ahead=AHEAD), samples),
             *(
-                Contender(f"SPDL, {order} order", partial(by_spdl, slow(n), IN_FLIGHT, ordered=ordered), n, needs=("spdl",))
+                Contender(
+                    f"SPDL, {order} order", partial(by_spdl, slow(n), IN_FLIGHT, ordered=ordered), n, needs=("spdl",)
+                )
                 for order, n, ordered in (("completion", samples, False), ("input", fewer, True))
             ),
             Contender(f"torch, {WORKERS} workers", partial(by_torch, slow(few), WORKERS, 1), few),
         ],
-        [Target(name, "speed", COMPLETION, 0.9) for name in ours],
+        [Target(name, "speed", COMPLETION, 0.9) for name in (*ours, f"aioloader, ahead={AHEAD}")],
         unit=PER_SECOND,
         rounds=pick(options, full=3, quick=1, smallest=1),
     )
@@ -81,7 +85,9 @@ def sync_stragglers(report: Report, options: argparse.Namespace) -> None:
             Contender("bare threads, no order", partial(bare_threads, work, THREADS), samples),
             *(Contender(name, opened, samples) for name, opened in ours.items()),
             *(
-                Contender(f"torch, {THREADS} workers, batches of {size}", partial(by_torch, work, THREADS, size), samples)
+                Contender(
+                    f"torch, {THREADS} workers, batches of {size}", partial(by_torch, work, THREADS, size), samples
+                )
                 for size in (1, 8)
             ),
         ],
@@ -148,7 +154,8 @@ def generated(report: Report, options: argparse.Namespace) -> None:
         for name, shape in chosen.items():
             outcomes[name].append(rollouts.run(shape, **sizes, steps=steps, seed=seed))
     floor = 1 / (1 - rollouts.WITHOUT_VARIANCE)
-    title = f"groups begun per group trained on, batches of {rollouts.BATCH}, staleness {rollouts.STALENESS}, floor {floor:.2f}"
+    sizes_of = f"batches of {rollouts.BATCH}, staleness {rollouts.STALENESS}"
+    title = f"groups begun per group trained on, {sizes_of}, floor {floor:.2f}"
     rows: dict[str, dict[str, float]] = {}
     for name, found in outcomes.items():
         rows[name] = {
