@@ -40,9 +40,9 @@ def async_stragglers(report: Report, options: argparse.Namespace) -> None:
     """One request in a hundred takes a second."""
     scale = pick(options, full=1, quick=1, smallest=0.05)
     slow = partial(Stragglers, seconds=0.03 * scale, slow_seconds=scale, share=0.01)
-    samples = pick(options, full=20_000, quick=6_000, smallest=512)
-    fewer = pick(options, full=4_000, quick=1_200, smallest=512)
-    few = pick(options, full=600, quick=200, smallest=128)
+    samples = pick(options, full=20_000, quick=3_000, smallest=512)
+    fewer = pick(options, full=4_000, quick=600, smallest=256)
+    few = pick(options, full=600, quick=96, smallest=64)
     ours = {"aioloader, async for": True, "aioloader, for": False}
     report.compare(
         f"{IN_FLIGHT} in flight, 30 ms, 1 % of requests 1 s",
@@ -69,7 +69,7 @@ def async_stragglers(report: Report, options: argparse.Namespace) -> None:
 
 def sync_stragglers(report: Report, options: argparse.Namespace) -> None:
     """One call in ten takes 25 times as long."""
-    samples = pick(options, full=3_200, quick=1_200, smallest=80)
+    samples = pick(options, full=3_200, quick=600, smallest=80)
     work = Stragglers(samples, 0.002, 0.05, 0.1)
     ours = {
         "aioloader, map, async for": partial(by_map, work, THREADS, sync=True),
@@ -141,7 +141,7 @@ def lead(report: Report, options: argparse.Namespace) -> None:
 
 def generated(report: Report, options: argparse.Namespace) -> None:
     """Groups are generated for nothing when they have no variance, and when they are too old before their turn."""
-    steps = pick(options, full=60, quick=16, smallest=4)
+    steps = pick(options, full=60, quick=10, smallest=4)
     rounds = options.rounds or pick(options, full=3, quick=1, smallest=1)
     sizes = {"group_seconds": 0.008, "step_seconds": pick(options, full=0.03, quick=0.03, smallest=0.01)}
     chosen = {
@@ -167,7 +167,7 @@ def generated(report: Report, options: argparse.Namespace) -> None:
         }
     report.table(title, rows)
     for name, row in rows.items():
-        if "max_staleness" in name or "reserve" in name:
+        if "max_staleness" in name:
             phrase = "{ours}: {value} begun for each one trained on; at most {reach}"
             report.judge(Target(name, "time", "the floor", MOST_GENERATED), row["median"], phrase, of=title)
         if (most := chosen[name].oldest) is not None:
