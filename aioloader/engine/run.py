@@ -91,6 +91,8 @@ class Run:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()
         self._pending: deque[Callable[[], None]] = deque()
+        self._after_turn: list[Callable[[], None]] = []
+        self.active: Callable[[], None] | None = None  # called when something may have happened
         self._drain_scheduled = False
         self._stop: asyncio.Future[None]
         tell_of_fork(self)
@@ -226,8 +228,21 @@ class Run:
             self._drain_scheduled = True
             self.loop.call_soon(self._drain_turn)
 
+    def after_turn(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, which never fails, on the loop in its next turn, whatever `drain` does before."""
+        self._after_turn.append(callback)
+        if not self._drain_scheduled:
+            self._drain_scheduled = True
+            self.loop.call_soon(self._drain_turn)
+
     def _drain_turn(self) -> None:
         self._drain_scheduled = False
+        if self._after_turn:
+            callbacks, self._after_turn = self._after_turn, []
+            for callback in callbacks:
+                callback()
+        if self.active is not None:
+            self.active()
         self.drain()
 
     def drain(self) -> None:
