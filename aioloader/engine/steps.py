@@ -27,11 +27,13 @@ class Step(ABC):
         places: How many entries under way in this step the window makes room for, see `StepsRoom`.
         selects: Whether it may drop samples.
         stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
+        fresh: It is the first one for each.
     """
 
     closed: bool = False
     selects: bool = False
     stamps: bool = False
+    fresh: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
