@@ -67,7 +67,7 @@ class Entry:
             of entries. If no call had begun for them, `begun` is that of all, once one has.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
-        since: When it came into the newest window, or was finished there; seconds of `perf_counter`.
+        since: When it was finished in the newest window; seconds of `perf_counter`.
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.

@@ -88,7 +88,7 @@ class Run:
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
         self._pools: list[Pool] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()
         self._pending: deque[Callable[[], None]] = deque()
         self._after_turn: list[Callable[[], None]] = []
@@ -120,6 +120,19 @@ class Run:
         if ends_when_closed:
             self._end_when_closed.add(task)
         task.add_done_callback(self._task_done)
+        if self.stopping:
+            task.cancel()
+        return task
+
+    def begin(self, fn: Callable[[Any], Awaitable[T]], value: Any, *, context: Context | None) -> "asyncio.Task[T]":
+        """Call the user's `fn` in a task of its own; whoever begins it awaits it, and the supervisor ends it."""
+
+        async def call() -> T:
+            return await fn(value)
+
+        task = self.loop.create_task(call(), name="aioloader-call", context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         if self.stopping:
             task.cancel()
         return task

@@ -389,11 +389,10 @@ class Window(Node):
         """How many more entries may come in, see `Growth`."""
         if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
             return 0
-        front = self._slots[0]
         idle = room.width - self.under_way
-        if front.state or idle <= 0:
+        if self._slots[0].state or idle <= 0:
             return 0
-        if (seconds := growth.wait(front, self._seconds_each)) > 0:
+        if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
             if not self._waits_for_front:
                 self._waits_for_front = True
                 self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
@@ -457,8 +456,10 @@ class Window(Node):
             if not run:
                 return
         self._occupied += len(run)
-        now = self.now = perf_counter()
+        self.now = perf_counter()
         if self.ordered:
+            if self._room is not None and (growth := self._room.growth) is not None:
+                growth.came(len(run), len(self._slots))
             self._slots.extend(run)
         elif self._overtaking is not None:
             for entry in run:
@@ -474,7 +475,6 @@ class Window(Node):
             first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
-                entry.since = now
             first.inbox.extend(run)
             self.under_way += len(run)
             first.dispatch()
@@ -515,10 +515,11 @@ class Window(Node):
             self._left_out()
         self.under_way -= 1
         if self.ordered:
-            if self._slots[0] is entry:
+            front = self._slots[0]
+            if front is entry:
                 self._kick()
-            elif self._occupied >= self._full_at:
-                self.wake()  # places stand idle, and the front is late: see `Growth`
+            elif not front.state and self._occupied >= self._full_at:
+                self.wake()  # a place stands idle, and the front is late: see `Growth`
         else:
             self._finished_unordered(entry)
             self._kick()
