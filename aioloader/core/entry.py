@@ -63,9 +63,9 @@ class Entry:
         attempts: How often work on it was begun: 1, unless work was lost and done again. For a batch, the maximum over
             its samples.
         begun: How many batches had been handed out when the first call for it began. Below 0: none has begun, and it
-            is what `read_after` gives, or `NOT_READ`. For a batch, the earliest of its samples; if it is below 0 no
-            call had begun for some of them, and the first one for the batch is the first for these.
-        begun_each: The same for each of its samples; set only for a batch that was made of entries.
+            is what `read_after` gives, or `NOT_READ`. For a batch, that of its first sample.
+        begun_each: The same for each of its samples, as it was when they became a batch; set only for one that was made
+            of entries. If no call had begun for them, `begun` is that of all, once one has.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
         since: When it was finished in the newest window; seconds of `perf_counter`.
@@ -156,9 +156,7 @@ def places_of(entry: Entry) -> list[int | None] | None:
 def begun_each_of(entry: Entry) -> list[int] | None:
     """`Entry.begun` for each of a batch's samples; None: it was not made of entries."""
     each = getattr(entry, "begun_each", None)
-    if each is None or entry.begun < 0:
-        return each
-    return [entry.begun if begun < 0 else begun for begun in each]
+    return [entry.begun] * len(each) if each and each[0] < 0 <= entry.begun else each
 
 
 def earliest(begun: list[int]) -> int:

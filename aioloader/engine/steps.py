@@ -29,12 +29,14 @@ class Step(ABC):
         selects: Whether it may drop samples.
         stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
         stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
+        fresh: It is the first one for each.
     """
 
     closed: bool = False
     selects: bool = False
     stamps: bool = False
     stop: Stop | None = None
+    fresh: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
-from aioloader.engine.gauges import show
+from aioloader.engine.gauges import let_stamp, show
 from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
@@ -164,7 +164,9 @@ class Window(Node):
         if self.in_a_row is not None:
             self.in_a_row.start(run, self, [step.meter for step in self._parts])
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
-        self._waits = show(self._steps, self._parts, stamps=self.stamps, queued=self.queued)
+        self._waits = show(self._parts, queued=self.queued)
+        if self.stamps:
+            let_stamp(self._steps, fresh=self.upstream.fresh)
         self._tell_room(self.room)
         if self._room is not None:
             self.wake()
@@ -204,7 +206,7 @@ class Window(Node):
             step.meter.finished_sum += self._occupied - self.under_way
         before = len(slots)
         popleft = slots.popleft
-        while count := _done(slots, limit - len(taken)):
+        while count := self._done(limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
             if self.in_a_row is not None:
                 self._dropped -= self.in_a_row.leave(leaving)
@@ -226,6 +228,23 @@ class Window(Node):
             self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
         self.wake()
         return taken
+
+    def _done(self, limit: int) -> int:
+        """How many at the front are finished, up to `limit`."""
+        slots = self._slots
+        if self._all_done:
+            return min(limit, len(slots))
+        count = 0
+        for entry in islice(slots, limit):
+            if not entry.state:
+                break
+            count += 1
+        return count
+
+    @property
+    def _all_done(self) -> bool:
+        """Whether all slots are known to hold finished entries: nobody need look at each."""
+        return not (self.ordered and self.under_way)
 
     def _number(self, leaving: list[Entry]) -> None:
         """Give entries without a fixed order their cursors, if none of them can fall behind any more."""
@@ -261,10 +280,14 @@ class Window(Node):
             self.admission.changed()
         self.wake()
 
+    @property
+    def fresh(self) -> bool:
+        return self.upstream.fresh and not self.stamps
+
     def handed_out(self, entry: Entry, now: float) -> None:
         """The consumer has it, at `now`; in its thread."""
         if self._waits is not None and entry.state in (DONE, UNDER_WAY):
-            self._waits.took(now, [entry.since])
+            self._waits.took_one(now, entry.since)
 
     @property
     def held(self) -> int:
@@ -529,13 +552,3 @@ class Window(Node):
     def _finish(self) -> None:
         self.ended = True
         self.close()
-
-
-def _done(slots: deque[Entry], limit: int) -> int:
-    """How many at the front are finished, up to `limit`."""
-    count = 0
-    for entry in islice(slots, limit):
-        if not entry.state:
-            break
-        count += 1
-    return count
