@@ -208,6 +208,7 @@ class FusedOps:
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
             window.admission, window.begins = admission, begins and not number
+            window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
             if unordered:
                 window.numbers = number == unordered[0]
                 window.names = number == unordered[-1] and not again

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.entry import DROPPED, Entry, annotate
@@ -25,10 +26,12 @@ class Step(ABC):
         inbox: Entries that wait for this step. The window's room bounds it, as it bounds everything in the window.
         places: How many entries under way in this step the window makes room for, see `StepsRoom`.
         selects: Whether it may drop samples.
+        stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
     """
 
     closed: bool = False
     selects: bool = False
+    stamps: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
@@ -47,6 +50,15 @@ class Step(ABC):
         self._forward = forward
         self._finished = finished
 
+    def at_hand(self) -> Sequence[tuple[Any, float]]:
+        """See `Gauge`."""
+        return ()
+
+    @property
+    def held(self) -> int:
+        """See `Gauge`."""
+        return self._window.held
+
     @property
     def extra_room(self) -> int:
         """How many samples beyond `places` may be started because they are cheap."""
@@ -64,10 +76,20 @@ class Step(ABC):
         """Accept no more entries, and do not start those that wait."""
         self.closed = True
         self.meter.retired = True
+        self.meter.release(self)
         self.inbox.clear()
+
+    def _stamp(self, entries: Sequence[Entry]) -> None:
+        """The calls for `entries` begin."""
+        if self.stamps:
+            batches = self._run.consumer.batches
+            for entry in entries:
+                if entry.begun < 0:
+                    entry.begun = batches
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
         annotate(error, label, entry, self._run.epoch)
+        self._window.now = perf_counter()
         entry.error = error
         entry.value = None
         self.meter.errors += 1
