@@ -9,6 +9,7 @@ from aioloader.errors import (
     DeviceError,
     LeakedContextError,
     LoaderClosedError,
+    NothingPassesError,
     ReplayWarning,
     SampleCancelledError,
     SourceUsedUpError,
@@ -17,6 +18,7 @@ from aioloader.errors import (
     WorkerDiedError,
 )
 from aioloader.insight.batch_info import BatchInfo
+from aioloader.insight.gauges import Waits
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
@@ -31,6 +33,7 @@ __all__ = [
     "LeakedContextError",
     "Limit",
     "LoaderClosedError",
+    "NothingPassesError",
     "Pipeline",
     "ReplayWarning",
     "SampleCancelledError",
@@ -40,6 +43,7 @@ __all__ = [
     "StateError",
     "Stats",
     "UnsplitWarning",
+    "Waits",
     "WorkerDiedError",
     "sample_rng",
 ]

@@ -10,7 +10,7 @@ import torch.utils.data
 from torch.utils.data import IterableDataset, default_convert
 from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
-from aioloader.core.checks import check_count, check_integer, is_async_callable
+from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
@@ -95,6 +95,11 @@ class DataLoader(Loader, Generic[T_co]):
         in_order: See torch.
         device: Where batches go: `.to(device)` of `Pipeline`.
         concurrency: Samples of an async dataset under way at once; default 64, or what `Objects` says.
+        ahead: Batches being made or finished, in all, at least `num_workers`; instead of `prefetch_factor`. Of a
+            dataset with `async def __getitem__` it is samples, at least `concurrency`. Default: `2 * num_workers`
+            batches, as torch; while a slow one holds up finished ones after it, more begin, up to `16 * num_workers` or
+            256 MiB of finished ones. With a `prefetch_factor` there are exactly `prefetch_factor * num_workers`.
+        ahead_bytes: The same in bytes, by the running mean of what came; there is always room for `num_workers`.
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
@@ -135,6 +140,8 @@ class DataLoader(Loader, Generic[T_co]):
         in_order: bool = True,
         device: Any = None,
         concurrency: int | None = None,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
         worker_type: Literal["thread", "process"] = "thread",
         seed: int | None = None,
     ) -> None:
@@ -201,9 +208,42 @@ class DataLoader(Loader, Generic[T_co]):
                 "worker_type='process' is for sync datasets, got one that is async and awaited on the event loop; "
                 "leave worker_type out"
             )
+        self.ahead, self.ahead_bytes = self._check_ahead(ahead, ahead_bytes, prefetch_factor)
+        self._grows = prefetch_factor is None and ahead is None and num_workers > 0
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
         self._initialized = True
+
+    def _check_ahead(self, ahead: Any, ahead_bytes: Any, prefetch_factor: int | None) -> tuple[int | None, int | None]:
+        """How much may be ahead, checked.
+
+        Raises:
+            TypeError, ValueError: It does not fit.
+        """
+        width, of = self.num_workers, "num_workers"
+        if self._loads_samples:
+            width, of = self.concurrency, "concurrency"
+        if isinstance(self.dataset, FetchSource):
+            ahead = self.dataset.ahead if ahead is None else ahead
+            ahead_bytes = self.dataset.ahead_bytes if ahead_bytes is None else ahead_bytes
+        ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, width, of=of)
+        if ahead is not None and prefetch_factor is not None:
+            raise ValueError(f"{ahead=} and {prefetch_factor=} both say how much is ahead; pass one of them")
+        if (ahead or ahead_bytes) and not (self.num_workers or self._awaited):
+            raise ValueError(
+                f"ahead and ahead_bytes need workers, got {ahead=}, {ahead_bytes=} with num_workers=0, which makes "
+                f"nothing ahead; pass num_workers=1 or more"
+            )
+        return ahead, ahead_bytes
+
+    @property
+    def _loads_samples(self) -> bool:
+        """Whether the samples of a batch are loaded one by one, `concurrency` at once."""
+        return (
+            not self._iterable
+            and _is_async(self.dataset, "__getitem__")
+            and (self._torch.batch_sampler is None or not _is_async(self.dataset, "__getitems__"))
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "sampler":
@@ -358,7 +398,8 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        plan = Plan(self._single(source), tuple(stages), room=self._room)
+        nbytes = None if self._loads_samples else self.ahead_bytes
+        plan = Plan(self._single(source), tuple(stages), room=self._room, grows=self._grows, nbytes=nbytes)
         return build(plan, self._pass(progress), transfer, alloc, self._open_processes)
 
     def _in_workers(self, progress: Progress, base: BaseSeed) -> tuple[StreamData, list[Stage]]:
@@ -530,6 +571,8 @@ class DataLoader(Loader, Generic[T_co]):
     @property
     def _room(self) -> int:
         """Batches being made or finished: torch's bound; without workers none, unless they are awaited."""
+        if self.ahead is not None and not self._loads_samples:
+            return self.ahead
         if self.num_workers:
             return (self.prefetch_factor or 2) * self.num_workers
         return DEFAULT_PREFETCH if self._awaited else 0
@@ -546,7 +589,7 @@ class DataLoader(Loader, Generic[T_co]):
         data = self.dataset
         if self._torch.batch_sampler is None:
             if _is_async(data, "__getitem__"):
-                return [Map(data.__getitem__, True, self.concurrency, self.in_order, name="dataset[...]"), convert]
+                return [self._load(self.in_order), convert]
         elif _is_async(data, "__getitems__"):
             at_once = max(1, self.concurrency // (self.batch_size or 1))
             many = FetchAsync(data.__getitems__)
@@ -554,8 +597,7 @@ class DataLoader(Loader, Generic[T_co]):
             return [fetch, convert]
         elif _is_async(data, "__getitem__"):
             # Samples of one batch may overtake each other only inside it: the join goes by their order.
-            load = Map(data.__getitem__, True, self.concurrency, name="dataset[...]")
-            return [SplitBatches(self.batch_size), load, JoinBatches(collate)]
+            return [SplitBatches(self.batch_size), self._load(True), JoinBatches(collate)]
         fetch = Map(
             self._fetch(alloc),
             False,
@@ -566,6 +608,18 @@ class DataLoader(Loader, Generic[T_co]):
             thread_name="aioloader-worker",
         )
         return [fetch, convert] if self._collates_async else [fetch]
+
+    def _load(self, ordered: bool) -> Map:
+        """The step that awaits the samples one by one."""
+        return Map(
+            self.dataset.__getitem__,
+            True,
+            self.concurrency,
+            ordered,
+            name="dataset[...]",
+            ahead=self.ahead,
+            ahead_bytes=self.ahead_bytes,
+        )
 
     def _convert(self, alloc: Alloc) -> Map:
         """The step that makes batches of the samples that the step before it loaded."""

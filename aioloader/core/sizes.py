@@ -7,10 +7,30 @@ from typing import Any, Final
 
 import torch
 
-__all__ = ["rough_bytes"]
+__all__ = ["MeanBytes", "rough_bytes"]
 
 _ITEMS: Final = 64  # of a container that are looked at; the others are taken to be like them
 _DEPTH: Final = 4
+_RUNNING: Final = 16  # samples: a change is seen in the mean after about so many
+
+
+class MeanBytes:
+    """The running mean of what samples take in memory.
+
+    Attributes:
+        now: Bytes; None: none has been seen.
+    """
+
+    now: float | None = None
+
+    def saw(self, sample: Any) -> None:
+        """One more."""
+        size = rough_bytes(sample)
+        self.now = size if self.now is None else self.now + (size - self.now) / _RUNNING
+
+    def places(self, nbytes: float) -> int | None:
+        """How many samples these bytes are enough for; None: not known."""
+        return None if self.now is None else int(nbytes / max(1.0, self.now))
 
 
 def rough_bytes(sample: Any, depth: int = _DEPTH) -> int:

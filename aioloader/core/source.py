@@ -80,10 +80,12 @@ class CursorSource(ABC):
     what grows does not define it.
 
     Attributes:
+        ahead: Entries that its readers hold ready, at most, if that is stated; for statistics.
         replayable: Opened at a cursor, it gives what came after it. False for live data, which does not come again:
             then a state says `"live"`, and a `for` loop in the thread of a running event loop warns that both may wait.
     """
 
+    ahead: int | None = None
     replayable: ClassVar[bool] = True
     _names_samples: ClassVar[bool] = True  # False: keys come later, and are None until then
 
@@ -188,6 +190,10 @@ class SourceContext(ABC):
 
         What it raises ends the run as a failure of the engine: a reader catches, and raises in `read`.
         """
+
+    @abstractmethod
+    def count_dropped(self, count: int) -> None:
+        """Let `stats()` say that the source has left out `count` more samples."""
 
 
 class SourceThreads(Executor):

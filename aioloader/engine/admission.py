@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from aioloader.engine.node import Node
 
-__all__ = ["Admission", "Gate"]
+__all__ = ["Admission", "ConsumerAdmission", "Gate", "RemoteAdmission"]
 
 
 class Gate(Protocol):
@@ -21,6 +21,38 @@ def _nobody() -> int:
 
 
 class Admission:
+    """See `free`; what the two kinds share is who is told.
+
+    Attributes:
+        output: The last node of those that samples are alive in.
+    """
+
+    output: "Node"
+
+    def __init__(self) -> None:
+        self._gates: list[Gate] = []
+
+    @property
+    def free(self) -> int:
+        """How many samples may begin."""
+        raise NotImplementedError
+
+    def add(self, gate: Gate) -> None:
+        """Samples begin in `gate`, from now on."""
+        self._gates.append(gate)
+
+    def remove(self, gate: Gate) -> None:
+        """`gate` is closed."""
+        if gate in self._gates:
+            self._gates.remove(gate)
+
+    def changed(self) -> None:
+        """A batch is asked for, or samples have left."""
+        for gate in self._gates:
+            gate.wake()
+
+
+class ConsumerAdmission(Admission):
     """Lets no sample begin before the batch that is `batches` in front of its own has been asked for.
 
     What is alive (begun, and neither handed out nor left out) is at most `(waiting + batches) * batch_size` samples,
@@ -42,27 +74,44 @@ class Admission:
     """
 
     def __init__(self, batches: int, batch_size: int) -> None:
+        super().__init__()
         self.batches = batches
         self.batch_size = batch_size
         self.waiting: Callable[[], int] = _nobody
-        self.output: Node
-        self._gates: list[Gate] = []
-
-    def add(self, gate: Gate) -> None:
-        """Samples begin in `gate`, from now on."""
-        self._gates.append(gate)
-
-    def remove(self, gate: Gate) -> None:
-        """`gate` is closed."""
-        if gate in self._gates:
-            self._gates.remove(gate)
 
     @property
     def free(self) -> int:
-        """How many samples may begin."""
         return (self.waiting() + self.batches) * self.batch_size - self.output.alive(self.batch_size)
 
-    def changed(self) -> None:
-        """A batch is asked for, or samples have left."""
-        for gate in self._gates:
-            gate.wake()
+
+class RemoteAdmission(Admission):
+    """The same in a process of its own, where the consumer's decision arrives as a number that only grows.
+
+    It counts samples since the beginning: so many may have been begun, all in all. What has been sent is nobody's here
+    any more, so it is counted once, as sent.
+
+    Args:
+        size: For how many samples one of the entries that are sent stands.
+
+    Attributes:
+        allowed: Samples that may have been begun, and not been left out here.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.allowed = 0
+        self._sent = 0
+
+    @property
+    def free(self) -> int:
+        return self.allowed - self._sent - self.output.alive(self.size)
+
+    def allow(self, samples: int) -> None:
+        """So many may have been begun."""
+        self.allowed = samples
+        self.changed()
+
+    def sent(self, entries: int) -> None:
+        """These are the consumer's."""
+        self._sent += entries * self.size

@@ -25,7 +25,7 @@ from aioloader.engine.cache_opening import Opening
 from aioloader.engine.cache_stream_node import PlacedNode
 from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.engine.thread_step import ThreadStep
-from aioloader.executors.chunk import DROP, Call
+from aioloader.executors.chunk import DROP, Call, Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ class CacheOp:
         pipeline: What comes before the cache, in words.
         label: Its name in statistics.
         stream: The node that numbers the samples of a stream; None: samples are identified by their keys.
+        stop: What is said of samples that it found to be refused.
     """
 
     store: MemoryStore | DiskStore
     pipeline: str
     label: str
     stream: PlacedNode | None = None
+    stop: Stop | None = None
 
     is_async = False
     ordered = True
@@ -84,6 +86,7 @@ class CacheStep(Step):
         super().__init__(StageMeter(op.label, "sync"), 0)
         self._store = op.store
         self._stream = op.stream
+        self.stop = op.stop
         self._inner = inner
         self._all_found = False  # in the last look-up
 
@@ -106,7 +109,7 @@ class CacheStep(Step):
         self.dispatch()
 
     def dispatch(self) -> None:
-        if self.held:
+        if self.paused:
             self._set_aside()
             return
         missed = self._look_up()
@@ -189,6 +192,7 @@ class MemoryCacheStep(CacheStep):
         self.inbox.clear()
         keys = [entry.kept_as for entry in entries] if self._stream is not None else _keys_of(entries)
         others: list[Entry] = []
+        now = self._window.now
         for entry, key, sample in zip(entries, keys, map(self._store.samples.get, keys, repeat(MISSING)), strict=True):
             if type(sample) is Mark:
                 entry.kept_as = key
@@ -196,6 +200,7 @@ class MemoryCacheStep(CacheStep):
             else:
                 entry.value = sample
                 entry.state = DONE
+                entry.since = now
         hits = len(entries) - len(others)
         if hits:
             self.meter.hits += hits
@@ -239,6 +244,7 @@ class DiskCacheStep(CacheStep):
         self._pipeline = op.pipeline
         self._opening: Opening | None = None
         self._disk = _DiskStep(self._store, concurrency, op.label, self._make_again)
+        self._disk.stop = op.stop
 
     @property
     def parts(self) -> list[Step]:
@@ -277,7 +283,7 @@ class DiskCacheStep(CacheStep):
         self.meter.hits -= 1
         self.meter.misses += 1
         if self._stream is None:
-            if self.held and self._inner:
+            if self.paused and self._inner:
                 self._inner[0].take_in([entry])
             else:
                 self._make(entry)

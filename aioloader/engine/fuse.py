@@ -16,6 +16,7 @@ from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.in_a_row import counted
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -25,7 +26,7 @@ from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
 from aioloader.engine.turns import Turns, TurnStep
 from aioloader.engine.window import Window
-from aioloader.executors.chunk import Call
+from aioloader.executors.chunk import Call, Stop
 from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.worker import Work
 from aioloader.executors.processes.worker_pool import WorkerPool
@@ -84,6 +85,8 @@ class Op:
             bound of its own has a window of its own.
         ahead_bytes: The same in bytes of finished ones.
         max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
+        max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
+        stop: What is said of entries that end here; None: nobody asks.
     """
 
     fn: Callable[[Any], Any]
@@ -106,6 +109,8 @@ class Op:
     ahead: int | None = None
     ahead_bytes: int | None = None
     max_overtaken: int | None = None
+    max_dropped_in_a_row: int | None = None
+    stop: Stop | None = None
 
     @property
     def width(self) -> int:
@@ -120,7 +125,7 @@ class Op:
     @property
     def call(self) -> Call:
         """The same for steps that run several ops in one hop."""
-        return Call(self.fn, self.predicate, self.label, self.seed)
+        return Call(self.fn, self.predicate, self.label, self.seed, self.stop)
 
 
 @dataclass
@@ -196,6 +201,7 @@ class FusedOps:
             if self.batches and room is None:
                 room = _room_of_batches(ops)
             bounds = _Bounds.of(ops) if room is None else None
+            ops, in_a_row = counted(ops, in_cursors=not unordered)
             steps = steps_of(ops, _limit(room, bounds), processes, follows=follows)
             places: Room | None
             if room is not None and follows:
@@ -216,8 +222,10 @@ class FusedOps:
                 overtaking=_overtaking(ops),
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
+            window.in_a_row = in_a_row
             window.admission, window.begins = admission, begins and not number
             window.pauses = window.begins or not self.batches
+            window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
             if unordered:
                 window.numbers = number == unordered[0]
                 window.names = number == unordered[-1] and not again
@@ -233,7 +241,7 @@ class FusedOps:
     @staticmethod
     def _is_before_maps(op: Op | CacheOp) -> bool:
         """Whether it is no `map`: a filter, or what loads the samples of a dataset."""
-        return isinstance(op, Op) and (op.flexible or op.predicate)
+        return isinstance(op, Op) and (op.flexible or op.predicate or op.dataset is not None)
 
     def _order_log(self, name: str) -> Recorded | Replayed | None:
         """Where the order of the results is recorded or read."""
@@ -387,6 +395,7 @@ def steps_of(
             close()
             width = _narrowed(op.concurrency, limit)
             put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op.address)
+            steps[-1].stop = op.stop
         else:
             if together and not _same_place(together, op):
                 close()
@@ -401,7 +410,9 @@ def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:
 
 
 def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int | Limit:
-    """The concurrency of `load`: that of the op that follows it in threads, if one does, or its own."""
+    """The concurrency of `load`: what the user said, or that of the op that follows in threads, if one does."""
+    if not load.flexible:
+        return load.concurrency
     op = following[0] if following else None
     beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
     return op.concurrency if beside and op is not None else load.concurrency

@@ -64,6 +64,10 @@ class KeySource(Node):
         self._order(False).after(self._cursor)  # raises when there is no such position
 
     @property
+    def fresh(self) -> bool:
+        return True
+
+    @property
     def extra_room(self) -> int:
         return MOST_EARLY
 

@@ -27,6 +27,17 @@ CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
 
+
+class Sent(list[Entry]):
+    """Entries that travel together.
+
+    Attributes:
+        begun: Their `Entry.begun` before.
+    """
+
+    begun: list[int]
+
+
 Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]]
 """Seeds of the calls, epochs, names of the samples (None: they name themselves), and the samples."""
 
@@ -44,9 +55,9 @@ class ProcessStep(SyncStep):
     is done again, sample by sample, and the rest goes on elsewhere. When workers die again and again and nothing is
     ever done, the epoch ends.
 
-    How is it held? The workers share memory that says so, and look there before each sample; chunks that they have not
-    begun stay with them, for chunks have an order and a place. `quiet` is when that is written. To know that no call is
-    under way, the workers are asked: one answers between two calls. What is out by then has not begun.
+    How does it pause? The workers share memory that says so, and look there before each sample. Chunks that they have
+    not begun stay with them, for chunks have an order and a place. `quiet` is when that is written. To know that no
+    call is under way, the workers are asked: one answers between two calls. What is out by then has not begun.
 
     Args:
         calls: See `SyncStep`.
@@ -81,11 +92,19 @@ class ProcessStep(SyncStep):
         self._turn = 0
         self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
+        self._queues: dict[int, deque[Sent]] = {}  # in turn: what each worker has, and begins one after the other
         self._pool: WorkerPool
         self._out = 0  # samples that workers have
         self._out_aside = 0  # those of them that are known not to have begun
-        self._holds = 0  # how often it was held
+        self._holds = 0  # how often it was told to pause
         self._pool_held = False
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        found = []
+        for (_, _, keys, values), at, since in self._pool.at_work(self):
+            names = values if keys is None else keys
+            found.append((names[at] if at < len(names) else None, since))
+        return found
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         self._pool = self._make_pool()
@@ -120,7 +139,7 @@ class ProcessStep(SyncStep):
 
     def _pool_said(self, holds: int, still: bool) -> None:
         """The pool is held; or also, it has no call under way."""
-        if self.closed or not self.held or holds != self._holds:
+        if self.closed or not self.paused or holds != self._holds:
             return
         self._pool_held = True
         if still:
@@ -163,7 +182,7 @@ class ProcessStep(SyncStep):
 
     def dispatch(self) -> None:
         self._scheduled = False
-        if self.held:
+        if self.paused:
             self._set_aside()
             return
         inbox = self.inbox
@@ -171,13 +190,13 @@ class ProcessStep(SyncStep):
             if self.slots is not None and not self.slots.take():
                 return
             if self._again:
-                chunk = [self._again.popleft()]
+                chunk = Sent([self._again.popleft()])
             else:
                 fair = -(-len(inbox) // (self._places - self._active))
-                chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
+                chunk = Sent([inbox.popleft() for _ in range(min(self._size, fair))])
             self._begins()
-            self._out += len(chunk)
             slot = self._next_slot() if self._in_turn else None
+            self._sends(chunk, slot)
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, slot)
             if self.slots is not None:
                 done = partial(self._done, self.slots, done)
@@ -188,6 +207,38 @@ class ProcessStep(SyncStep):
         """A chunk has come back; in the thread of the pool."""
         slots.release()
         done(outcome)
+
+    def _sends(self, chunk: Sent, slot: int | None) -> None:
+        """A worker gets `chunk`. It begins it at once, or next; or, in turn, after all that it has."""
+        self._out += len(chunk)
+        chunk.begun = [entry.begun for entry in chunk]
+        if slot is None:
+            self._stamp(chunk)
+            return
+        queue = self._queues.setdefault(slot, deque())
+        queue.append(chunk)
+        if len(queue) == 1:
+            self._stamp(chunk)
+
+    def _came_back(self, chunk: list[Entry], slot: int | None) -> None:
+        """In turn, the worker goes on with the next one."""
+        self._out -= len(chunk)
+        if self._out_aside:
+            self._back_from_aside(len(chunk))
+        queue = None if slot is None else self._queues[slot]
+        if not queue:
+            return
+        if chunk is not queue[0]:  # it could not be sent
+            queue.remove(chunk)  # type: ignore[arg-type]  # in turn, all are `Sent`
+            return
+        queue.popleft()
+        if queue:
+            self._stamp(queue[0])
+
+    def _not_begun(self, chunk: list[Entry], at: int) -> None:
+        """What comes from index `at` on in `chunk` was not begun, and goes first, elsewhere."""
+        _unstamp(chunk, at, len(chunk))
+        self.inbox.extendleft(reversed(chunk[at:]))
 
     def _payload(self, chunk: list[Entry]) -> Payload:
         """For a worker."""
@@ -206,12 +257,12 @@ class ProcessStep(SyncStep):
     def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
         if self.closed:
             return
-        self._came_back(chunk)
+        self._came_back(chunk, slot)
         match outcome:
             case ChunkResult():
                 self._deaths = 0
                 tried = len(outcome.outcomes)
-                self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
+                self._not_begun(chunk, tried)  # its time was up
                 self._landed(chunk[:tried], outcome)
             case NotSent(error):
                 self._lost(chunk, error)
@@ -219,11 +270,6 @@ class ProcessStep(SyncStep):
                 self._run.fail(error)
             case Died():
                 self._died(chunk, slot, outcome)
-
-    def _came_back(self, chunk: list[Entry]) -> None:
-        self._out -= len(chunk)
-        if self._out_aside:
-            self._back_from_aside(len(chunk))
 
     def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
         self._deaths += 1
@@ -235,12 +281,20 @@ class ProcessStep(SyncStep):
                 )
             )
         else:
+            _unstamp(chunk, 0, death.at)  # their newest beginning counts
             for entry in chunk[: death.at]:
                 entry.attempts += 1
                 self._again.append(entry)
-            self.inbox.extendleft(reversed(chunk[death.at + 1 :]))
+            self._not_begun(chunk, death.at + 1)
             held = chunk[death.at]
             self._lost([held], WorkerDiedError(f"{who(death)}, with {_named(held)}{hint(death)}"))
+
+
+def _unstamp(chunk: list[Entry], start: int, stop: int) -> None:
+    """These begin later."""
+    if isinstance(chunk, Sent):
+        for entry, begun in zip(chunk[start:stop], chunk.begun[start:stop], strict=True):
+            entry.begun = begun
 
 
 def who(death: Died) -> str:

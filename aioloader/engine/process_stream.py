@@ -8,6 +8,7 @@ no more than unpickle it.
     OwnProcessNode ──"open": pass, cursor, room──▶  a run of the inner pipeline, on the event loop there
                    ◀──"entries", with cursors─────  as far as they were granted
                    ──"grant": so many more───────▶
+                   ──"allow": with an admission──▶  so many samples may have been begun, all in all
                    ──"hold", "let go"────────────▶  the run pauses, and goes on
                    ◀──"paused"────────────────────  it is quiet, and then still
                    ──"end"───────────────────────▶  the run is stopped; the process stays for the next epoch
@@ -29,7 +30,8 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import DONE, Entry, places_of
+from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
+from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.pausing import Pauses, Told
@@ -49,6 +51,7 @@ from aioloader.executors.processes.stream_worker import (
 from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
 from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
+from aioloader.insight.gauges import Gauges
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -70,11 +73,26 @@ class OwnProcessNode(Node):
         inner: What would run here. It is never started, but knows which cursors fit.
         room: Entries between the two processes; of batches each travels alone.
         batches: Whether the entries are batches.
+        admission: Who decides when samples may begin there, if they do; None: nobody but the rooms.
+        size: For how many samples one of the entries stands.
     """
 
     def __init__(
-        self, remote: Callable[[], StreamWorker], request: Any, inner: Node, *, room: int, batches: bool
+        self,
+        remote: Callable[[], StreamWorker],
+        request: Any,
+        inner: Node,
+        *,
+        room: int,
+        batches: bool,
+        admission: Admission | None = None,
+        size: int = 1,
     ) -> None:
+        self._admission = admission
+        self._size = size
+        self._received = 0  # samples
+        self._allowed = 0
+        self._deciding = False
         self._get_remote = remote
         self._inner = inner
         self._request = request
@@ -87,6 +105,7 @@ class OwnProcessNode(Node):
         self._closed = False
         self._meters: list[StageMeter] = []
         self._number = 0
+        self._told = 0  # batches that were handed out, as far as the other side knows
         self._pauses = 0  # how often it was paused
         self._quiet = self._still = False
 
@@ -111,23 +130,54 @@ class OwnProcessNode(Node):
         request = (self._request, run.epoch, self._cursor, self._room, self._batches, paused)
         listener = partial(call_loop, run.loop, run.guarded, self._heard)
         self._number = self._remote.open(request, listener)
+        if self._admission is not None:
+            self._admission.add(self)
+            self.wake()
         run.pausing.join(self)
 
     def poll(self, limit: int) -> list[Entry]:
         ready = self._ready
         taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
-        if taken and not self._over:
-            self._remote.grant(self._number, len(taken))
+        handed_out = self._run.consumer.batches
+        if (taken or handed_out != self._told) and not self._over:
+            self._told = handed_out
+            self._remote.grant(self._number, len(taken), handed_out)
         self.ended = self._over and not ready
         return taken
+
+    def alive(self, size: int) -> int:
+        return len(self._ready) * size  # what is there is for `wake` to say
+
+    def wake(self) -> None:
+        """See `Gate`. Not at once: what has just left one place may not be in the next one yet."""
+        if not self._deciding:
+            self._deciding = True
+            self._run.soon(self._decide)
+
+    def _decide(self) -> None:
+        """Say how many samples may have been begun there, all in all.
+
+        Those that came, and as many more as may be alive, without those that are alive here.
+        """
+        self._deciding = False
+        if self._admission is not None and not self._over:
+            allowed = self._received + self._admission.free
+            if allowed > self._allowed:
+                self._allowed = allowed
+                self._told = self._run.consumer.batches
+                self._remote.allow(self._number, allowed, self._told)
 
     def close(self) -> None:
         if not self._closed and self._number:
             self._closed = True
+            if self._admission is not None:
+                self._admission.remove(self)
             self._over = True
             self._remote.end(self._number)
             for meter in self._meters:
                 meter.retired = True
+                if meter.told is not None:
+                    meter.told = Gauges(waits=meter.told.waits)
 
     # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
 
@@ -184,18 +234,23 @@ class OwnProcessNode(Node):
             self._count(meters)
         else:
             values = keys = [None] * len(heard.places)
-        for (cursor, position, places, attempts, state, failed), value, key in zip(
+        for (cursor, position, places, attempts, begun, begun_each, state, failed), value, key in zip(
             heard.places, values, keys, strict=True
         ):
-            entry = Entry(None if failed else value, cursor, key, position)
+            entry = Entry(None if failed else value, cursor, key, position, begun)
             if places is not None:
                 entry.places = places
+            if begun_each is not None:
+                entry.begun_each = begun_each
             entry.attempts = attempts
             entry.state = state
             entry.error = value if failed else heard.error
             self._failed = self._failed or entry.error is not None
             self._ready.append(entry)
             self._cursor = cursor
+            self._received += self._size
+        if self._admission is not None:
+            self.wake()
 
     def _count(self, meters: list[StageMeter] | None) -> None:
         """The newest counters of the stages there."""
@@ -264,15 +319,23 @@ class _EngineServer:
                     case ("open", number, stream_at, layout):
                         body = memoryview(message.body)
                         self._open(number, body[stream_at:], open_buffers(body, layout))
-                    case ("grant", number, entries, freed):
+                    case ("grant", number, entries, handed_out, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
-                            stream.grant(entries)
-                    case ("hold" | "let go" as kind, number, pause, freed):
+                            stream.grant(entries, handed_out)
+                    case ("allow", number, samples, handed_out, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:
+                            stream.allow(samples, handed_out)
+                    case ("hold", number, pause, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:  # else the other side hears of its end
-                            stream.hold(pause) if kind == "hold" else stream.let_go()
-                    case ("end", number, _, freed):
+                            stream.hold(pause)
+                    case ("let go", number, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:
+                            stream.let_go()
+                    case ("end", number, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
                             stream.run.request_stop()
@@ -311,7 +374,7 @@ class _EngineServer:
         if run.failure is not None:
             self._sender.put(("failed", stream.number), portable(run.failure, self.where))
         elif run.output.ended:
-            self._sender.put(("ended", stream.number), run.meters)
+            self._sender.put(("ended", stream.number), [meter.to_tell() for meter in run.meters])
 
 
 class _EpochStream:
@@ -337,16 +400,27 @@ class _EpochStream:
         self._pumping = False
         self._told = 0.0
         self._told_room = 0
+        self._timer: asyncio.TimerHandle | None = None
         loop = asyncio.get_running_loop()
+        admission = run.output.admission
+        self._admission = admission if isinstance(admission, RemoteAdmission) else None
         self.run = run
+        run.active = self._active
         run.attach(loop)
         self.task = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
         self.task.add_done_callback(self._done)
 
-    def grant(self, entries: int) -> None:
-        """So many more."""
+    def grant(self, entries: int, handed_out: int) -> None:
+        """So many more; and so many batches were handed out."""
         self._granted += entries
+        self.run.consumer.batches = handed_out
         self._kick()
+
+    def allow(self, samples: int, handed_out: int) -> None:
+        """So many may have been begun; and so many batches were handed out."""
+        self.run.consumer.batches = handed_out
+        if self._admission is not None:
+            self._admission.allow(samples)
 
     def hold(self, pause: int) -> None:
         """Begin no sample; say so, and when none is under way."""
@@ -376,6 +450,8 @@ class _EpochStream:
             if not taken:
                 break
             self._granted -= len(taken)
+            if self._admission is not None:
+                self._admission.sent(len(taken))
             self._server.send_entries(self.number, taken, self._news())
         if meters := self._news(only_room=True):
             self._server.send_entries(self.number, [], meters)
@@ -389,9 +465,22 @@ class _EpochStream:
         if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
             return None
         self._told, self._told_room = now, room
-        return meters
+        return [meter.to_tell() for meter in meters]
+
+    def _active(self) -> None:
+        """Something happens: tell how things are when a while has passed, though nothing may come of it."""
+        if self._timer is None and not self.run.stopping:
+            self._timer = self.run.loop.call_later(METER_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._timer = None
+        self._told = 0.0
+        if not self.run.stopping and (meters := self._news()):
+            self._server.send_entries(self.number, [], meters)
 
     def _done(self, task: "asyncio.Task[None]") -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if not task.cancelled() and (error := task.exception()) is not None and self.run.failure is None:
             self.run.failure = error
         self._server.ended(self)
@@ -447,6 +536,8 @@ class _BatchSender:
                 entry.position,
                 places_of(entry),
                 entry.attempts,
+                entry.begun,
+                begun_each_of(entry),
                 entry.state or DONE,
                 bad,
             )

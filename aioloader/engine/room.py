@@ -1,11 +1,12 @@
 """How many entries a window may hold: what its slowest step needs, and no more because of what the others are."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Final
 
 from aioloader.core.entry import DONE, Entry
-from aioloader.core.sizes import rough_bytes
+from aioloader.core.sizes import MeanBytes
 from aioloader.engine.node import CHUNK_SECONDS, MOST_EARLY, Node
 from aioloader.engine.steps import Step
 from aioloader.engine.thread_step import SyncStep
@@ -16,26 +17,7 @@ FEW: Final = 2  # calls of a cheap sync step that are under way, as a rule: one,
 
 WIDEST: Final = 16  # times the concurrency, where a slow sample at the front holds others up
 MOST_BYTES: Final = 256 << 20  # of finished samples, as far as room has grown
-WEIGHED: Final = 16  # of so many chances to weigh a sample one is taken: what samples are like changes slowly
-
-
-class MeanBytes:
-    """The running mean of what samples take in memory.
-
-    Attributes:
-        now: Bytes; None: none has been seen.
-    """
-
-    now: float | None = None
-
-    def saw(self, entry: Entry) -> None:
-        """One more."""
-        size = rough_bytes(entry.value)
-        self.now = size if self.now is None else self.now + (size - self.now) / WEIGHED
-
-    def places(self, nbytes: int) -> int | None:
-        """How many samples these bytes are enough for; None: not known."""
-        return None if self.now is None else int(nbytes / max(1.0, self.now))
+WEIGHED: Final = 16  # one of so many chances to weigh samples is taken: what they are like changes slowly
 
 
 class Growth:
@@ -50,10 +32,30 @@ class Growth:
     def __init__(self) -> None:
         self._bytes = MeanBytes()
         self._chances = 0
+        self._came = 0
+        self._arrivals: deque[tuple[int, float]] = deque()  # the number of the first that came together, and when
 
-    def wait(self, front: Entry, seconds_each: float) -> float:
-        """For how many seconds `front` is still to be waited for; 0 or less: for none."""
-        return front.since + max(2 * CHUNK_SECONDS, seconds_each) - perf_counter()
+    def came(self, count: int, held: int) -> None:
+        """So many entries have come in, after the `held` ones that are still there."""
+        self._forget(held)
+        self._arrivals.append((self._came, perf_counter()))
+        self._came += count
+
+    def wait(self, held: int, seconds_each: float) -> float:
+        """For how many seconds the first of `held` entries is still to be waited for; 0 or less: for none.
+
+        Args:
+            held: Those that are in the window.
+            seconds_each: How long one takes on average.
+        """
+        self._forget(held)
+        return self._arrivals[0][1] + max(2 * CHUNK_SECONDS, seconds_each) - perf_counter()
+
+    def _forget(self, held: int) -> None:
+        """The arrivals of those that have left."""
+        arrivals, first = self._arrivals, self._came - held
+        while len(arrivals) > 1 and arrivals[1][0] <= first:
+            arrivals.popleft()
 
     def most(self, concurrency: int, entries: Iterable[Entry]) -> int:
         """Entries that the window may hold; `entries` are some of those that wait in it."""
@@ -61,7 +63,7 @@ class Growth:
         if self._chances % WEIGHED == 1:
             for entry in entries:
                 if entry.state == DONE and entry.error is None:
-                    self._bytes.saw(entry)
+                    self._bytes.saw(entry.value)
         places = self._bytes.places(MOST_BYTES)
         return WIDEST * concurrency if places is None else min(WIDEST * concurrency, places)
 
@@ -155,7 +157,7 @@ class BytesRoom(Room):
     def gave(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             if entry.error is None:
-                self._bytes.saw(entry)
+                self._bytes.saw(entry.value)
 
 
 class StepsRoom(Room):

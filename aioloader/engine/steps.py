@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from aioloader.core.entry import DROPPED, Entry, annotate
+from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
 from aioloader.core.limit import Limit, Slots, width_of
+from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ Forward = Callable[[Entry], None]
 class Step(ABC):
     """One step of a window: each entry goes through all of them in turn.
 
-    How it is held, so that no sample begins (see `pausing`): the entries that wait are moved out of the inbox. Threads
+    How it pauses, so that no sample begins (see `pausing`): the entries that wait are moved out of the inbox. Threads
     claim a sample by taking it from there, which is one operation of a deque. So each of them is either in a thread's
     hands by then, and has begun, or it is set aside; there is no flag that a thread might have looked at just before.
 
@@ -37,15 +39,21 @@ class Step(ABC):
         places_follow: `places` is `concurrency`, and not for the room to decide.
         most: The most that `concurrency` may become; None: what its `Limit` says.
         selects: Whether it may drop samples.
-        held: No entry begins.
+        paused: No entry begins.
+        stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
+        stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
+        fresh: It is the first one for each.
     """
 
     closed: bool = False
     selects: bool = False
-    held: bool = False
+    paused: bool = False
     places_follow: bool = True
     most: int | None = None
     calls_on_loop: bool = False  # see `Limit.join`
+    stamps: bool = False
+    stop: Stop | None = None
+    fresh: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int | Limit) -> None:
         self.meter = meter
@@ -70,6 +78,15 @@ class Step(ABC):
             self.slots = self.limit.join(run.loop, self._slots_changed, on_loop=self.calls_on_loop)
             self._follow(self.slots)
 
+    def at_hand(self) -> Sequence[tuple[Any, float]]:
+        """See `Gauge`."""
+        return ()
+
+    @property
+    def held(self) -> int:
+        """See `Gauge`."""
+        return self._window.held
+
     @property
     def extra_room(self) -> int:
         """How many samples beyond `places` may be started because they are cheap."""
@@ -85,7 +102,7 @@ class Step(ABC):
 
     def take_in(self, entries: Sequence[Entry]) -> None:
         """Begin on entries that come into the window, or come again."""
-        if self.held:
+        if self.paused:
             self._aside.extend(entries)
             self._window.set_aside(len(entries))
         else:
@@ -96,6 +113,7 @@ class Step(ABC):
         """Accept no more entries, and do not start those that wait."""
         self.closed = True
         self.meter.retired = True
+        self.meter.release(self)
         self.inbox.clear()
         self._aside.clear()
         if self.slots is not None:
@@ -133,32 +151,43 @@ class Step(ABC):
 
     @property
     def quiet(self) -> bool:
-        """Whether no sample begins any more, since it is held."""
+        """Whether no sample begins any more, since it pauses."""
         return True
 
     def hold(self) -> None:
         """Begin no entry, until `let_go`. Those that are under way go on."""
-        self.held = True
+        self.paused = True
         self._set_aside()
 
     def let_go(self) -> None:
         """Begin entries again."""
-        self.held = False
+        self.paused = False
         waiting, self._aside = self._aside, deque()
         if waiting:
             self._window.set_aside(-len(waiting))
             self.take_in(waiting)
 
     def _set_aside(self) -> None:
-        """Move what is in the inbox to where nobody begins it; held, what comes back from a hop comes here, too."""
+        """Move what is in the inbox to where nobody begins it; what comes back from a hop comes here, too."""
         waiting = list(_taken_from(self.inbox))
         self._aside.extendleft(reversed(waiting))
         self._window.set_aside(len(waiting))
 
     # -- for what an entry comes to ----------------------------------------------------------------------------------
 
+    def _stamp(self, entries: Sequence[Entry]) -> None:
+        """The calls for `entries` begin."""
+        if self.stamps:
+            batches = self._run.consumer.batches
+            for entry in entries:
+                if entry.begun < 0:
+                    entry.begun = batches
+
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)
+        self._window.now = perf_counter()
         entry.error = error
         entry.value = None
         self.meter.errors += 1
@@ -173,6 +202,8 @@ class Step(ABC):
             nothing: Its value was None. A function gave the sample up and may make it in the next epoch, so no cache
                 keeps that it was refused.
         """
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         self.meter.dropped += 1
         if nothing:
             self.meter.gaps = True
@@ -210,7 +241,7 @@ class InPlaceStep(Step):
         self._forward(entry)
 
     def dispatch(self) -> None:
-        if self.held:
+        if self.paused:
             self._set_aside()
         while self.inbox:
             self.accept(self.inbox.popleft())

@@ -14,10 +14,10 @@ from aioloader.core.limit import Limit, Slots
 from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.chunk import NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
+from aioloader.executors.chunk import Call, ChunkResult, Failed, Refusal, apply_chunk
 from aioloader.executors.current_sample import SampleContext
 from aioloader.executors.threads import Threads, call_loop
-from aioloader.insight.meters import StageMeter
+from aioloader.insight.meters import ConsumerMeter, StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -102,11 +102,16 @@ class SyncStep(Step):
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
+        self._window.now = perf_counter()
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
             if type(outcome) is Refusal:
-                self._drop(entry, nothing=outcome is NOTHING)
+                if outcome.stop is not None:
+                    entry.stop = outcome.stop
+                self._drop(entry, nothing=outcome.nothing)
             elif type(outcome) is Failed:
+                if outcome.stop is not None:
+                    entry.stop = outcome.stop
                 self._fail(entry, outcome.error, outcome.label)
             else:
                 entry.value = outcome
@@ -114,8 +119,8 @@ class SyncStep(Step):
 
     def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
         """A hop never ran, or did not come back."""
-        label = self._calls[0].label
-        self._landed(entries, ChunkResult([Failed(error, label) for _ in entries], 0.0, 0.0))
+        call = self._calls[0]
+        self._landed(entries, ChunkResult([Failed(error, call.label, call.stop) for _ in entries], 0.0, 0.0))
 
 
 class ThreadStep(SyncStep):
@@ -165,6 +170,9 @@ class ThreadStep(SyncStep):
         overdue = perf_counter() - CHUNK_SECONDS
         return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)
 
+    def at_hand(self) -> list[tuple[Any, float]]:
+        return [(entry.key, job.since) for job in self._jobs.copy() for entry in job.under_way()]
+
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
         if self._executor is None:
@@ -188,7 +196,7 @@ class ThreadStep(SyncStep):
         Threads that are under way count where samples are cheap, for they take the next ones within the millisecond.
         """
         self._scheduled = False
-        if self.held:
+        if self.paused:
             self._set_aside()
             return
         waiting = len(self.inbox)
@@ -248,7 +256,7 @@ class ThreadStep(SyncStep):
     def _work(self, job: "ThreadJob", broken: BaseException | None = None) -> None:
         """In a thread."""
         sample = SampleContext()
-        samples = job.samples(self.inbox, sample)
+        samples = job.samples(self.inbox, sample, self._run.consumer if self.stamps else None)
         if broken is None:
             result = apply_chunk(self._calls, samples, CHUNK_SECONDS, job.outcomes, sample)
         else:
@@ -286,29 +294,39 @@ class ThreadJob:
 
     Attributes:
         began: When it was asked for.
+        since: When the thread began the first of its samples.
         claimed: The samples that it has begun, in order; the thread appends.
         outcomes: One for each that is done; the thread appends.
         settled: How many of them went on already; the loop's.
     """
 
-    __slots__ = ("_limit", "_slots", "began", "claimed", "outcomes", "settled")
+    __slots__ = ("_limit", "_slots", "began", "claimed", "outcomes", "settled", "since")
 
     def __init__(self, limit: int, slots: Slots | None = None) -> None:
         self._limit = limit
         self._slots = slots
-        self.began = perf_counter()
+        self.began = self.since = perf_counter()
         self.claimed: list[Entry] = []
         self.outcomes: list[Any] = []
         self.settled = 0
 
-    def samples(self, inbox: deque[Entry], sample: SampleContext, *, several: bool = False) -> Iterator[Any]:
-        """Claim samples, in the thread, until the inbox is empty.
+    def samples(
+        self,
+        inbox: deque[Entry],
+        sample: SampleContext,
+        consumer: ConsumerMeter | None = None,
+        *,
+        several: bool = False,
+    ) -> Iterator[Any]:
+        """Claim samples, in the thread, until the inbox is empty; `sample` tells which one is at hand.
 
         Args:
             inbox: Where they wait.
-            sample: Is told which one is at hand.
+            sample: The context of the calls.
+            consumer: Of the run, if these calls may be the first ones for their samples, see `Entry.begun`.
             several: There are several in one call, so that whoever makes the calls asks whether the job `keeps`.
         """
+        self.since = perf_counter()
         limited = self._slots is not None and not several
         for _ in range(self._limit):
             if limited and not self.keeps():
@@ -317,6 +335,8 @@ class ThreadJob:
                 entry = inbox.popleft()
             except IndexError:
                 return
+            if consumer is not None and entry.begun < 0:
+                entry.begun = consumer.batches
             self.claimed.append(entry)
             sample.name = entry
             yield entry.value
@@ -336,6 +356,34 @@ class ThreadJob:
         if slots is not None:
             slots.release()
 
+    def under_way(self) -> list[Entry]:
+        """What was begun and is not done; from any thread, while this one goes on."""
+        for _ in range(3):
+            done = len(self.outcomes)
+            begun = self.claimed[done:]
+            if len(self.outcomes) == done:  # else some of these are done by now
+                return begun
+        return self.claimed[-1:]
+
+
+class _Chunk:
+    """Samples that went to a user's executor together.
+
+    Attributes:
+        entries: The samples.
+        begun: Their `Entry.begun` before.
+        since: When they went.
+        future: Of the executor.
+    """
+
+    __slots__ = ("begun", "entries", "future", "since")
+    future: "ConcurrentFuture[ChunkResult]"
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.begun = [entry.begun for entry in entries]
+        self.since = perf_counter()
+
 
 class ExecutorStep(SyncStep):
     """Runs calls in a user's executor of any kind, in chunks: functions and samples travel by pickle.
@@ -343,7 +391,7 @@ class ExecutorStep(SyncStep):
     What travels cannot be taken back, so a chunk is at most what the samples before it say is worth a millisecond, and
     is shared fairly among the places that are free.
 
-    When it is held, what the executor has not begun is cancelled and comes back. A chunk that it has begun, as far as
+    When it pauses, what the executor has not begun is cancelled and comes back. A chunk that it has begun, as far as
     it says, is waited for if it has more than one sample: the others would begin one after the other.
 
     Args:
@@ -355,23 +403,27 @@ class ExecutorStep(SyncStep):
     def __init__(self, calls: Sequence[Call], concurrency: int | Limit, executor: Executor) -> None:
         super().__init__(calls, concurrency)
         self._executor = executor
-        self._out: dict[ConcurrentFuture[ChunkResult], int] = {}  # the samples of what was submitted, any thread's
+        self._chunks: set[_Chunk] = set()
         self._called_back: set[ConcurrentFuture[ChunkResult]] = set()
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        # One sample of each chunk is under way, and only the executor knows which: most often there is but one.
+        return [(chunk.entries[0].key, chunk.since) for chunk in self._chunks.copy() if chunk.future.running()]
 
     @property
     def quiet(self) -> bool:
-        return all(count == 1 for count in list(self._out.values()))
+        return all(len(chunk.entries) == 1 for chunk in self._chunks)
 
     def hold(self) -> None:
         super().hold()
-        for future in list(self._out):
-            self._called_back.add(future)
-            if not future.cancel():
-                self._called_back.discard(future)
+        for chunk in list(self._chunks):
+            self._called_back.add(chunk.future)
+            if not chunk.future.cancel():
+                self._called_back.discard(chunk.future)
 
     def dispatch(self) -> None:
         self._scheduled = False
-        if self.held:
+        if self.paused:
             self._set_aside()
             return
         inbox = self.inbox
@@ -379,44 +431,47 @@ class ExecutorStep(SyncStep):
             if self.slots is not None and not self.slots.take():
                 return
             fair = -(-len(inbox) // (self.concurrency - self._active))
-            chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
+            chunk = _Chunk([inbox.popleft() for _ in range(min(self._size, fair))])
             self._begins()
-            values = [entry.value for entry in chunk]
+            self._stamp(chunk.entries)
+            values = [entry.value for entry in chunk.entries]
             try:
-                future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
+                chunk.future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
             except RuntimeError as error:  # shut down, or broken
                 if self.slots is not None:
                     self.slots.release()
-                self._run.loop.call_soon(self._run.guarded, self._lost, chunk, error)
+                self._run.loop.call_soon(self._run.guarded, self._lost, chunk.entries, error)
             else:
-                self._out[future] = len(chunk)
-                future.add_done_callback(partial(self._done, chunk))
+                self._chunks.add(chunk)
+                chunk.future.add_done_callback(partial(self._done, chunk))
 
-    def _done(self, chunk: list[Entry], future: "ConcurrentFuture[ChunkResult]") -> None:
+    def _done(self, chunk: _Chunk, future: "ConcurrentFuture[ChunkResult]") -> None:
         # Called in a thread of the executor.
         if self.slots is not None:
             self.slots.release()
         error: BaseException | None
         if future.cancelled() and future in self._called_back:
             self._called_back.discard(future)
-            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, ChunkResult([], 0.0, 0.0), future)
+            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, ChunkResult([], 0.0, 0.0))
             return
         if future.cancelled():
             error = SampleCancelledError("the executor was shut down before it ran these samples")
         else:
             error = future.exception()
         if error is None:
-            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, future.result(), future)
+            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, future.result())
         else:  # a worker process died, or something could not be pickled
-            call_loop(self._run.loop, self._run.guarded, self._gone, chunk, error, future)
+            call_loop(self._run.loop, self._run.guarded, self._not_returned, chunk, error)
 
-    def _gone(self, chunk: list[Entry], error: BaseException, future: "ConcurrentFuture[ChunkResult]") -> None:
-        self._out.pop(future, None)
-        self._lost(chunk, error)
-
-    def _returned(self, chunk: list[Entry], result: ChunkResult, future: "ConcurrentFuture[ChunkResult]") -> None:
-        self._out.pop(future, None)
+    def _returned(self, chunk: _Chunk, result: ChunkResult) -> None:
+        self._chunks.discard(chunk)
         tried = len(result.outcomes)
-        if not self.closed:
-            self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
-        self._landed(chunk[:tried], result)
+        if not self.closed:  # its time was up: these have not begun, and go first
+            for entry, begun in zip(chunk.entries[tried:], chunk.begun[tried:], strict=True):
+                entry.begun = begun
+            self.inbox.extendleft(reversed(chunk.entries[tried:]))
+        self._landed(chunk.entries[:tried], result)
+
+    def _not_returned(self, chunk: _Chunk, error: BaseException) -> None:
+        self._chunks.discard(chunk)
+        self._lost(chunk.entries, error)

@@ -2,7 +2,7 @@
 
 from math import prod
 
-from aioloader.engine.admission import Admission
+from aioloader.engine.admission import ConsumerAdmission
 from aioloader.plan.plan import Combined, Plan, flows_of, walk
 from aioloader.sources.resolve import Indexable
 from aioloader.stages.base import Stage
@@ -10,11 +10,14 @@ from aioloader.stages.base import Stage
 __all__ = ["admission_of", "check_admission"]
 
 
-def admission_of(plan: Plan) -> Admission | None:
+def admission_of(plan: Plan) -> ConsumerAdmission | None:
     """Who decides when samples of `plan` may begin; None: nobody but the rooms."""
-    if plan.staleness is None:
-        return None
-    return Admission(plan.staleness, prod(stage.gathers for stage in plan.stages[_first(plan) + 1 :]))
+    return None if plan.staleness is None else ConsumerAdmission(plan.staleness, size_of_entries(plan))
+
+
+def size_of_entries(plan: Plan) -> int:
+    """For how many of the samples that begin an entry stands that `plan` gives."""
+    return prod(stage.gathers for stage in plan.stages[_first(plan) + 1 :])
 
 
 def check_admission(plan: Plan) -> None:

@@ -8,9 +8,10 @@ from typing import Any, Final
 
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
+from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer
-from aioloader.engine.admission import Admission
+from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
 from aioloader.engine.fuse import FusedOps, Op, exactly
 from aioloader.engine.key_source import KeySource
@@ -22,7 +23,7 @@ from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.memory.pool import BatchMemory
-from aioloader.plan.admission import admission_of
+from aioloader.plan.admission import admission_of, size_of_entries
 from aioloader.plan.plan import (
     DEFAULT_PREFETCH,
     Combined,
@@ -210,13 +211,23 @@ class _PlanBuilder:
         self.functions = here.functions
         batches = here.fused.batches
         plan = with_ranks(before)
-        inner = _InProcess(plan, self.path, self.live)
+        node = here.close()
+        self.begun = here.begun
+        size = size_of_entries(before) if self.begun and self.admission is not None else None
+        inner = _InProcess(plan, self.path, self.live, size)
         ranks = repr([flow.ranks for part in walk(plan) for flow in flows_of(part)])
-        remote = partial(_remote, self.processes, ("process", self.path, self.live, ranks), inner)
+        remote = partial(_remote, self.processes, ("process", self.path, self.live, ranks, size), inner)
         request = (self.this_pass, epochs_of(with_set_epoch(functions_of(before))))
         room = DEFAULT_PREFETCH if batches else SAMPLES_BETWEEN
-        self.node = OwnProcessNode(remote, request, here.close(), room=room, batches=batches)
-        self.begun = self.admission is None and here.begun  # an admission does not reach into that process
+        self.node = OwnProcessNode(
+            remote,
+            request,
+            node,
+            room=room,
+            batches=batches,
+            admission=None if size is None else self.admission,
+            size=size or 1,
+        )
         self.fused = FusedOps(batches)
 
     # -- the source --------------------------------------------------------------------------------------------------
@@ -292,15 +303,19 @@ class _PlanBuilder:
         self.fused = FusedOps(keyed=True, first=True)
         values = data.data if data.load is None else None
         if data.load is not None:
+            ahead, ahead_bytes = data.bounds
+            width = source.concurrency or (ASYNC_CONCURRENCY if data.is_async else usable_cores())
             self.fuse(
                 Op(
                     data.load,
                     f"{type(data.data).__name__}[...]",
                     data.is_async,
-                    ASYNC_CONCURRENCY if data.is_async else usable_cores(),
-                    flexible=True,
+                    width if ahead is None or isinstance(width, Limit) else min(width, ahead),
+                    flexible=source.concurrency is None and ahead is None and ahead_bytes is None,
                     many=data.data.__getitems__ if data.loads_many else None,
                     dataset=data.data,
+                    ahead=ahead,
+                    ahead_bytes=ahead_bytes,
                 )
             )
         node: KeySource | StreamSource
@@ -338,12 +353,14 @@ class _InProcess:
         plan: What runs there.
         path: See `_PlanBuilder`.
         live: See `_PlanBuilder`.
+        size: For how many samples one of the entries stands, if the consumer decides when samples begin; else None.
         epochs: Those that the user's objects in it are in.
     """
 
     plan: Plan
     path: Address
     live: bool
+    size: int | None = None
     epochs: Epochs = ()
 
     def __call__(self, request: tuple[Pass, Epochs], resumed: bool) -> Window:
@@ -351,11 +368,21 @@ class _InProcess:
         self._copies.tell(epochs)
         # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
         draws = Draws(resumed=resumed)
-        return _output(
-            _PlanBuilder(
-                self.plan, this_pass, alloc=self._memory.alloc, live=self.live, draws=draws, path=self.path, warns=True
-            )
+        admission = None if self.size is None else RemoteAdmission(self.size)
+        builder = _PlanBuilder(
+            self.plan,
+            this_pass,
+            alloc=self._memory.alloc,
+            live=self.live,
+            draws=draws,
+            path=self.path,
+            warns=True,
+            admission=admission,
         )
+        window = _output(builder)
+        if admission is not None:
+            admission.output = window
+        return window
 
     @cached_property
     def _copies(self) -> Copies:

@@ -36,8 +36,9 @@ def datasets_of(plan: Plan) -> list[Any]:
 
 def limits_of(plan: Plan) -> list[tuple[str, Limit]]:
     """The limits that stages of a plan may share with others, with the names of these stages."""
-    stages = [stage for part in walk(plan) for stage in part.stages]
-    return [(stage.label, stage.limit) for stage in stages if stage.limit is not None]
+    sources = [("its source", source.concurrency) for source in _sources_of(plan)]
+    stages = [(stage.label, stage.limit) for part in walk(plan) for stage in part.stages]
+    return [(label, limit) for label, limit in (*sources, *stages) if isinstance(limit, Limit)]
 
 
 def samplers_of(plan: Plan) -> list[Any]:

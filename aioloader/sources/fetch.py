@@ -14,9 +14,13 @@ class FetchSource(ABC):
 
     Attributes:
         concurrency: How many samples are fetched at once.
+        ahead: How many are fetched and not taken, at most; None: decided by the engine.
+        ahead_bytes: The same in bytes.
     """
 
     concurrency: int
+    ahead: int | None = None
+    ahead_bytes: int | None = None
 
     @property
     @abstractmethod

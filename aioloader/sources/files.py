@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
+from aioloader.core.checks import check_ahead
 from aioloader.core.memory import Alloc
 from aioloader.sources.paths import Paths, find_files
 from aioloader.sources.read_file import Read, check_read, load, read_bytes, read_stacked
@@ -36,6 +37,9 @@ class Files(Sequence[Any], LoadsBatches):
             a dot, or ends in `.tmp`, `.temp`, `.part`, `.partial`, `.crdownload`, `.swp` or `~`), and it has not
             changed for this many seconds. So a writer must not pause for that long, or it writes under a temporary
             name and renames the file when it is done, which is always safe.
+        ahead: Files begun and not taken by what follows, at most; as in `Pipeline.map`. They are then read one by one,
+            not for whole batches.
+        ahead_bytes: The same in bytes.
 
     Raises:
         FileNotFoundError: A glob matches nothing, a folder has no files, or with `watch` does not exist.
@@ -51,6 +55,8 @@ class Files(Sequence[Any], LoadsBatches):
 
     def __new__(cls, *arguments: Any, watch: bool = False, **others: Any) -> Any:
         # A stream is another kind of source: it has no length and no indices.
+        if watch and not others.keys().isdisjoint(("ahead", "ahead_bytes")):
+            raise ValueError("Files(watch=True) reads no file before it is needed; leave ahead and ahead_bytes out")
         return WatchedFiles(*arguments, **others) if watch else super().__new__(cls)
 
     def __init__(
@@ -61,8 +67,11 @@ class Files(Sequence[Any], LoadsBatches):
         with_path: bool = False,
         watch: bool = False,
         settle: float = 0.5,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
     ) -> None:
         check_read(read, with_path)
+        self.ahead, self.ahead_bytes = check_ahead(ahead, ahead_bytes, None)
         self.paths = find_files(paths, source="Files", folders=True)
         self.read = read
         self.with_path = bool(with_path)

@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from itertools import cycle
 from typing import Generic, TypeVar
 
 from aioloader.core.entry import Entry
 from aioloader.core.source import EntryReader, SourceContext, SourceThreads
-from aioloader.sources.read_ahead import Ahead
+from aioloader.sources.read_ahead import Ahead, Quota
 
 __all__ = ["InOrder"]
 
@@ -26,6 +27,7 @@ class InOrder(EntryReader, Generic[P]):
         read_part: Gives lists of the entries of a part, made in the given thread.
         open_ahead: How many parts after the current one are open.
         lists_ahead: How many lists may be ready, per open part.
+        quota_of: How many entries of a part may be ready instead.
 
     Attributes:
         part: The one that the last entries belong to.
@@ -41,12 +43,14 @@ class InOrder(EntryReader, Generic[P]):
         *,
         open_ahead: int,
         lists_ahead: int,
+        quota_of: Callable[[P], Quota | None] | None = None,
     ) -> None:
         self._context = context
         self._parts = parts
         self._read_part = read_part
         self._most_open = open_ahead + 1
         self._lists_ahead = lists_ahead
+        self._quota_of = quota_of
         self._threads = cycle([context.threads(1) for _ in range(self._most_open)])
         self._open: deque[tuple[P, Ahead]] = deque()
         self._has_more_parts = True
@@ -70,7 +74,9 @@ class InOrder(EntryReader, Generic[P]):
             self._has_more_parts = False
             return
         thread = next(self._threads)
-        reader = Ahead(self._context, lambda: self._read_part(part, thread), lists=self._lists_ahead)
+        quota = None if self._quota_of is None else self._quota_of(part)
+        make = partial(self._read_part, part, thread)
+        reader = Ahead(self._context, make, lists=self._lists_ahead, quota=quota)
         self._open.append((part, reader))
 
     async def aclose(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from operator import index
 from typing import Any, Final, Literal
 
-from aioloader.core.checks import check_count
+from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.entry import Entry
 from aioloader.core.memory import tensor_over_bytes
 from aioloader.core.safe_text import add_note, safe_repr
@@ -55,6 +55,8 @@ class Objects(FetchSource):
             `"buffer"`: obstore's own `Bytes`, without a copy.
         with_key: Samples are (key, content), for instance if the key contains the label.
         concurrency: Requests in flight at once, at least 1.
+        ahead, ahead_bytes: Objects requested and not taken, at most, in number (at least `concurrency`) and in bytes;
+            as in `Pipeline.map`.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them. By its
             defaults, a request times out after 30 seconds and is retried for up to three minutes.
 
@@ -79,6 +81,8 @@ class Objects(FetchSource):
         read: Literal["bytes", "tensor", "buffer"] = "bytes",
         with_key: bool = False,
         concurrency: int = 64,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
         client_options: Any = None,
         retry_config: Any = None,
     ) -> None:
@@ -101,6 +105,7 @@ class Objects(FetchSource):
         self._read = read
         self._with_key = bool(with_key)
         self.concurrency = check_count("concurrency", concurrency, least=1)
+        self.ahead, self.ahead_bytes = check_ahead(ahead, ahead_bytes, self.concurrency)
         self._range: Range | None = None
         self._versions: dict[str, Version] = {}  # of objects with several ranges
         self._range_of: Mapping[str, Range] = {}

@@ -11,7 +11,7 @@ from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
-from aioloader.sources.read_ahead import failed
+from aioloader.sources.read_ahead import Quota, failed
 
 __all__ = ["Parser", "parsed"]
 
@@ -35,7 +35,10 @@ class Parser(ABC):
             whose content is dropped up to `offset`.
         trail: Makes the marks of cursors.
         needed: How many bytes the file must have at least.
+        quota: How many entries may be made at once; None: as many as there is time for.
     """
+
+    quota: Quota | None = None
 
     def __init__(self, path: str, offset: int, mark: int | None, max_window_bytes: int, *, least: int = 0) -> None:
         self.path = path
@@ -81,6 +84,9 @@ class Parser(ABC):
             self._error = error
             self.has_more = True
         return entries
+
+    def _has_enough(self, entries: list[Entry]) -> bool:
+        return self.quota is not None and len(entries) >= self.quota.left
 
     def finish(self) -> list[Entry]:
         """The entries that the end of the file completes.

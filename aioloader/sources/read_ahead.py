@@ -6,9 +6,44 @@ from contextlib import aclosing
 from typing import Any
 
 from aioloader.core.entry import Entry
+from aioloader.core.sizes import MeanBytes
 from aioloader.core.source import EntryReader, SourceContext
 
-__all__ = ["Ahead", "failed"]
+__all__ = ["Ahead", "Quota", "failed"]
+
+
+class Quota:
+    """How many entries one reader may have ready.
+
+    Args:
+        most: Entries; None: as many as `nbytes` are enough for.
+        nbytes: Bytes of samples, by their running mean; None: they are not counted.
+
+    Attributes:
+        left: How many the next list may have.
+    """
+
+    def __init__(self, most: int | None, nbytes: float | None) -> None:
+        self._most = most
+        self._nbytes = nbytes
+        self._bytes = MeanBytes()
+        self.left = 1
+
+    def allows(self, ready: int) -> bool:
+        """Whether more may be read while so many are ready; sets `left`."""
+        places = self._most
+        if self._nbytes is not None:
+            places = max(1, self._bytes.places(self._nbytes) or 1)
+            places = places if self._most is None else min(places, self._most)
+        assert places is not None
+        self.left = places - ready
+        return self.left > 0
+
+    def saw(self, entries: list[Entry]) -> None:
+        """These have been read."""
+        if self._nbytes is not None:
+            for entry in entries:
+                self._bytes.saw(entry.value)
 
 
 class Ahead(EntryReader):
@@ -20,13 +55,22 @@ class Ahead(EntryReader):
         context: The source's.
         make: Yields lists of entries. What it raises is raised by `read`, after the entries before it.
         lists: How many lists may be ready; the generator is not resumed while there are that many.
+        quota: How many entries may be ready, instead of `lists`.
     """
 
     def __init__(
-        self, context: SourceContext, make: Callable[[], AsyncGenerator[list[Entry]]], *, lists: int = 1
+        self,
+        context: SourceContext,
+        make: Callable[[], AsyncGenerator[list[Entry]]],
+        *,
+        lists: int = 1,
+        quota: Quota | None = None,
     ) -> None:
         self._make = make
-        self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists)  # None: the end
+        self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists if quota is None else 0)  # None: the end
+        self._quota = quota
+        self._waiting = 0  # entries in these lists
+        self._room: asyncio.Future[None] | None = None  # the task waits for some
         self._current: list[Entry] = []
         self._next = 0  # in `current`
         self._error: BaseException | None = None
@@ -36,13 +80,23 @@ class Ahead(EntryReader):
     async def _read_ahead(self) -> None:
         try:
             async with aclosing(self._make()) as made:
+                await self._has_room()
                 async for entries in made:
                     if entries:
+                        self._waiting += len(entries)
+                        if self._quota is not None:
+                            self._quota.saw(entries)
                         await self._lists.put(entries)
                     del entries  # do not keep the samples alive
+                    await self._has_room()
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which cancels this task
             self._error = error
         await self._lists.put(None)
+
+    async def _has_room(self) -> None:
+        while self._quota is not None and not self._quota.allows(self._waiting):
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
 
     @property
     def ready(self) -> bool:
@@ -66,6 +120,9 @@ class Ahead(EntryReader):
             del entries
         start = self._next
         self._next = min(start + limit, len(self._current))
+        self._waiting -= self._next - start
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
         return self._current[start : self._next]
 
 

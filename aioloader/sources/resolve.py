@@ -65,6 +65,11 @@ class Indexable:
         return self.load is not None and not self.is_async and bool(many) and not is_async_callable(many)
 
     @property
+    def bounds(self) -> tuple[int | None, int | None]:
+        """How far ahead it may be loaded, in samples and in bytes; None: for the engine to decide."""
+        return (self.data.ahead, self.data.ahead_bytes) if isinstance(self.data, Files) else (None, None)
+
+    @property
     def length(self) -> int:
         """The current number of samples."""
         return len(self.data)

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
-from aioloader.core.checks import check_count
+from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.safe_text import safe_repr
@@ -22,7 +22,7 @@ from aioloader.sources.in_order import InOrder
 from aioloader.sources.marks import read_mark
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
-from aioloader.sources.read_ahead import failed
+from aioloader.sources.read_ahead import Quota, failed
 from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
@@ -93,6 +93,9 @@ class TarShards(CursorSource):
         decode: See `DecodeSample`; with False, members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
         open_ahead: How many archives after the current one are open, and have their first samples ready.
+        ahead: Samples, of all open archives, that have been read and not taken, at most; at least 1. It is shared out
+            among them, so no more than that are open. Default: some milliseconds of reading, for each.
+        ahead_bytes: The same in bytes, by the running mean of what came; there is always room for one sample of each.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them, for URLs
             too. By its defaults, a request times out after 30 seconds and is retried for up to three minutes.
         max_member_bytes: A sample with a larger member is an error. The member is skipped without being buffered, so
@@ -114,6 +117,8 @@ class TarShards(CursorSource):
         store: Any = None,
         decode: Decoding = False,
         open_ahead: int = 2,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
         client_options: Any = None,
         retry_config: Any = None,
         max_member_bytes: int = MAX_MEMBER_BYTES,
@@ -143,6 +148,9 @@ class TarShards(CursorSource):
             decompressor_for(shard.key)  # raises if the package for it is not installed
         self._decode = DecodeSample(decode)
         self._open_ahead = check_count("open_ahead", open_ahead, least=0)
+        self.ahead, self._ahead_bytes = check_ahead(ahead, ahead_bytes, None)
+        if self.ahead is not None:
+            self._open_ahead = min(self._open_ahead, self.ahead - 1)
         self._limits = _Limits(
             check_count("max_member_bytes", max_member_bytes, least=1),
             check_count("max_sample_bytes", max_sample_bytes, least=1),
@@ -181,7 +189,17 @@ class TarShards(CursorSource):
             _Samples.read,
             open_ahead=self._open_ahead,
             lists_ahead=LISTS_AHEAD,
+            quota_of=self._quota,
         )
+
+    def _quota(self, samples: "_Samples") -> Quota | None:
+        """How many samples of an archive may be ready; None: for the number of lists to say."""
+        if self.ahead is None and self._ahead_bytes is None:
+            return None
+        archives = self._open_ahead + 1
+        most = None if self.ahead is None else self.ahead // archives
+        samples.quota = Quota(most, None if self._ahead_bytes is None else self._ahead_bytes / archives)
+        return samples.quota
 
     async def _parsers(self, index: int, start: _Start) -> AsyncGenerator["_Samples"]:
         """A parser for each archive from number `index` on; the first begins at `start`."""
@@ -246,7 +264,7 @@ class _Samples(Parser):
                 self._member, self._extension = member, extension
             if not self._add_content():
                 return False
-            if perf_counter() > deadline:
+            if perf_counter() > deadline or self._has_enough(entries):
                 return True
 
     def _begin(self, entries: list[Entry], name: str, offset: int) -> str | None:

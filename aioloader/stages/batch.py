@@ -9,7 +9,7 @@ import torch
 from aioloader.core.checks import callable_name, is_async_callable
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import as_count, cursor_parts
-from aioloader.core.entry import Entry, annotate, places_of
+from aioloader.core.entry import Entry, annotate, begun_each_of, places_of
 from aioloader.core.keys import PartKey
 from aioloader.core.memory import Alloc
 from aioloader.engine.fuse import FusedOps, Op
@@ -160,12 +160,14 @@ class Batch(FoldStage):
         """
         ops, collate = builder.fused.ops, self.collate
         load = ops[0] if builder.flow.by_key and len(ops) == 1 else None
-        if not isinstance(load, Op) or load.many is None or collate.is_async or self.max_wait is not None:
+        if not isinstance(load, Op) or load.many is None or load.bounded:
+            return False
+        if collate.is_async or self.max_wait is not None:
             return False
         fold = BatchFold(self.batch_size, drop_last=self.drop_last, of_keys=True)
         builder.node = FoldNode(builder.node, fold)
         fetch = FetchGroup(FetchBatch(load.dataset, collate.fn, Collate(builder.alloc)))
-        width = collate.workers or usable_cores()
+        width = collate.workers or (usable_cores() if load.flexible else load.concurrency)
         builder.fused = FusedOps(batches=True)
         builder.fused.add(
             replace(load, fn=fetch, concurrency=width, thread_name="aioloader-fetch", many=None, flexible=False)
@@ -321,9 +323,13 @@ class _UnbatchFold:
                 out.append(entry)
             elif samples:
                 names = _names_of_rows(entry, len(samples))
+                each = begun_each_of(entry) or ()
                 for number in range(self._skipped, len(samples)):
                     key, position = names[number]
-                    out.append(entry.derived(samples[number], (self._before, number + 1), key, position))
+                    row = entry.derived(samples[number], (self._before, number + 1), key, position)
+                    if len(each) == len(samples):
+                        row.begun = each[number]
+                    out.append(row)
             self._before = after
             self._skipped = 0
         return out

@@ -84,9 +84,13 @@ class StreamWorker:
         self._worker_thread.call(self._open, number, request, listener)
         return number
 
-    def grant(self, number: int, entries: int) -> None:
-        """Allow the worker to send that many entries more."""
-        self._worker_thread.call(self._tell, "grant", number, entries)
+    def grant(self, number: int, entries: int, handed_out: int) -> None:
+        """Allow the worker to send that many entries more, and tell it how many batches the consumer has got."""
+        self._worker_thread.call(self._tell, "grant", number, entries, handed_out)
+
+    def allow(self, number: int, samples: int, handed_out: int) -> None:
+        """Allow so many samples to have been begun there, all in all, and tell it the same."""
+        self._worker_thread.call(self._tell, "allow", number, samples, handed_out)
 
     def hold(self, number: int, pause: int) -> None:
         """Let the worker begin nothing in a stream; it answers with `Rested`."""
@@ -94,7 +98,7 @@ class StreamWorker:
 
     def let_go(self, number: int) -> None:
         """Let it begin again."""
-        self._worker_thread.call(self._tell, "let go", number, 0)
+        self._worker_thread.call(self._tell, "let go", number)
 
     def end(self, number: int) -> None:
         """Stop a stream."""
@@ -122,12 +126,12 @@ class StreamWorker:
         (*layout, (stream_at, _)), pieces = lay_out([*buffers, stream])
         self._worker.send(("open", number, stream_at, layout), pieces)
 
-    def _tell(self, kind: str, number: int, value: int) -> None:
+    def _tell(self, kind: str, number: int, *values: int) -> None:
         if self._worker is not None and number in self._listeners:
-            self._worker.send((kind, number, value, self._worker.freed()))
+            self._worker.send((kind, number, *values, self._worker.freed()))
 
     def _end(self, number: int) -> None:
-        self._tell("end", number, 0)
+        self._tell("end", number)
         self._listeners.pop(number, None)
 
     def received(self, worker: Worker, message: Message) -> None:
