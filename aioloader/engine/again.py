@@ -76,7 +76,7 @@ class AgainWindow(Window):
         self._occupied -= 1
         self._lent += 1
         self.check.came_again(entry)
-        if not self.under_way:
+        if self.under_way == self._aside:
             self.wake()
 
 

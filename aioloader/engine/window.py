@@ -105,6 +105,7 @@ class Window(Node):
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
         self._paused = False
+        self._aside = 0  # of those under way: entries that have not begun, and do not before a pause is over
         self._closed = False
         if numbering is None and not ordered:
             numbering = CompletionCursor(unordered_input=unordered_input)
@@ -288,7 +289,7 @@ class Window(Node):
 
     @property
     def still(self) -> bool:
-        return self._closed or not self.under_way
+        return self._closed or self.under_way == self._aside
 
     def pause(self) -> None:
         self._paused = True
@@ -303,7 +304,7 @@ class Window(Node):
 
     def set_aside(self, count: int) -> None:
         """`count` entries that came in turn out not to have begun; negative: they may begin again."""
-        self.under_way -= count
+        self._aside += count
         self.wake()
 
     # -- a face that hands entries to another thread -----------------------------------------------------------------
@@ -572,8 +573,8 @@ class Window(Node):
         else:
             self._finished_unordered(entry)
             self._kick()
-        if not self.under_way:
-            self.wake()  # for the idle clock
+        if self.under_way == self._aside:
+            self.wake()  # for the idle clock, or for who waits until nothing is under way
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
@@ -588,7 +589,7 @@ class Window(Node):
         self.under_way -= count
         if self._slots[0].state:
             self._kick()
-        if not self.under_way:
+        if self.under_way == self._aside:
             self.wake()
 
     def _finish(self) -> None:
