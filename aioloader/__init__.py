@@ -1,5 +1,6 @@
 """An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, by `for` or `async for`."""
 
+from aioloader.core.limit import Limit
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (
     AioloaderError,
@@ -30,6 +31,7 @@ __all__ = [
     "DataLoader",
     "DeviceError",
     "LeakedContextError",
+    "Limit",
     "LoaderClosedError",
     "NothingPassesError",
     "Pipeline",

@@ -10,6 +10,7 @@ from typing import Any, Final
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
+from aioloader.core.limit import Limit, width_of
 from aioloader.engine.admission import Admission
 from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
@@ -66,7 +67,7 @@ class Op:
         fn: Sync or async.
         label: Its name in statistics and in notes of errors.
         is_async: Whether `fn` is awaited on the loop.
-        concurrency: The maximum number of calls at once.
+        concurrency: The maximum number of calls at once, or a `Limit` that it shares with others.
         address: See `Address`; identifies its worker processes, and its random numbers depend on it.
         seed: The seed of its samples' random numbers; None: it draws none.
         predicate: `fn` decides which entries stay.
@@ -91,7 +92,7 @@ class Op:
     fn: Callable[[Any], Any]
     label: str
     is_async: bool = False
-    concurrency: int = field(default_factory=usable_cores)
+    concurrency: int | Limit = field(default_factory=usable_cores)
     address: Address = ()
     seed: int | None = None
     predicate: bool = False
@@ -110,6 +111,11 @@ class Op:
     max_overtaken: int | None = None
     max_dropped_in_a_row: int | None = None
     stop: Stop | None = None
+
+    @property
+    def width(self) -> int:
+        """The maximum number of calls at once, as of now."""
+        return width_of(self.concurrency)
 
     @property
     def bounded(self) -> bool:
@@ -191,14 +197,17 @@ class FusedOps:
         for number, ops in enumerate(groups):
             is_last = number == len(groups) - 1
             early = (last and is_last) or (self.first and not any(op.is_async for op in self.ops))
+            follows = self.batches and room is None and any(isinstance(op.concurrency, Limit) for op in ops)
             if self.batches and room is None:
                 room = _room_of_batches(ops)
             bounds = _Bounds.of(ops) if room is None else None
             ops, in_a_row = counted(ops, in_cursors=not unordered)
-            steps = steps_of(ops, _limit(room, bounds), processes)
-            if room is not None:
-                width = max(op.concurrency for op in ops)
-                places = _places(room, width, grows=grows, nbytes=nbytes)
+            steps = steps_of(ops, _limit(room, bounds), processes, follows=follows)
+            places: Room | None
+            if room is not None and follows:
+                places = Room(room, partial(_room_of_batches, ops))
+            elif room is not None:
+                places = _places(room, max(op.width for op in ops), grows=grows, nbytes=nbytes)
             elif bounds is not None:
                 places = bounds.room
             else:
@@ -215,6 +224,7 @@ class FusedOps:
             )
             window.in_a_row = in_a_row
             window.admission, window.begins = admission, begins and not number
+            window.pauses = window.begins or not self.batches
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
             if unordered:
                 window.numbers = number == unordered[0]
@@ -255,12 +265,12 @@ class _Bounds:
     """What the user has said of the room of one window.
 
     Attributes:
-        least: Entries that may be under way in any case.
+        working: The ops for whose calls there is room in any case.
         ahead: Entries at most; None: bytes alone say it.
         nbytes: Bytes of finished ones at most; None: they are not counted.
     """
 
-    least: int
+    working: tuple[Op, ...]
     ahead: int | None
     nbytes: int | None
 
@@ -271,17 +281,21 @@ class _Bounds:
         if not bounded:
             return None
         working = [op for op in ops if isinstance(op, Op) and (op.bounded or not op.flexible)]
-        least = sum(op.concurrency for op in working)
         known = all(op.ahead is not None for op in bounded)
-        ahead = sum(op.ahead or op.concurrency for op in working) if known else None
+        ahead = sum(op.ahead or op.width for op in working) if known else None
         nbytes = [op.ahead_bytes for op in bounded if op.ahead_bytes is not None]
-        return cls(least, ahead, sum(nbytes) if nbytes else None)
+        return cls(tuple(working), ahead, sum(nbytes) if nbytes else None)
+
+    @property
+    def least(self) -> int:
+        """Entries that may be under way in any case."""
+        return sum(op.width for op in self.working)
 
     @property
     def room(self) -> Room:
         """As a room."""
         if self.nbytes is not None:
-            return BytesRoom(self.nbytes, self.least, self.ahead)
+            return BytesRoom(self.nbytes, self.least, self.ahead, lambda: self.least)
         assert self.ahead is not None
         return Room(self.ahead)
 
@@ -312,7 +326,7 @@ def _apart(ops: "Sequence[Op | CacheOp]") -> "list[list[Op | CacheOp]]":
 
 
 def _room_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
-    widths = [op.concurrency for op in ops]
+    widths = [op.width for op in ops]
     said = [op.ahead for op in ops if isinstance(op, Op) and op.ahead is not None]
     return sum(said) or sum(widths) + max(1, max(widths) // 2)
 
@@ -335,7 +349,13 @@ def exactly(places: int) -> Room | None:
     return Room(places) if places else None
 
 
-def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable[[], WorkerThread]) -> list[Step]:
+def steps_of(
+    ops: Sequence[Op | CacheOp],
+    limit: int | None,
+    processes: Callable[[], WorkerThread],
+    *,
+    follows: bool = False,
+) -> list[Step]:
     """The steps of a window.
 
     Neighbouring sync ops with the same place and width share a hop. A cache becomes one step around all steps before
@@ -345,12 +365,15 @@ def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable
         ops: The window's ops.
         limit: How many entries the window holds, when that is exact: more workers would have nothing to do.
         processes: See `FusedOps.window`.
+        follows: It will hold more when there is more concurrency, see `Limit`.
     """
     steps: list[Step] = []
     together: list[Op] = []
 
     def put(step: Step, address: Address) -> None:
         step.meter.address = address
+        if not follows:
+            step.most = limit
         steps.append(step)
 
     def close() -> None:
@@ -381,11 +404,12 @@ def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable
     return steps
 
 
-def _narrowed(width: int, limit: int | None) -> int:
-    return width if limit is None else min(width, limit)
+def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:
+    """No more than `limit`; a `Limit` stays one, and its step has `Step.most`."""
+    return width if limit is None or isinstance(width, Limit) else min(width, limit)
 
 
-def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int:
+def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int | Limit:
     """The concurrency of `load`: what the user said, or that of the op that follows in threads, if one does."""
     if not load.flexible:
         return load.concurrency
@@ -400,11 +424,12 @@ def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[]
     width = _narrowed(leading.concurrency, limit)
     executor = leading.executor
     if isinstance(executor, InProcesses):
-        pool = partial(_worker_pool, processes(), executor, together, width)
+        workers = width_of(width) if limit is None else min(width_of(width), limit)
+        pool = partial(_worker_pool, processes(), executor, together, workers)
         elastic, owned = limit is None, not executor.kept
         epochs = executor.epochs(with_set_epoch(call.fn for call in calls))
         if executor.turns is not None:
-            return TurnStep(calls, width, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
+            return TurnStep(calls, workers, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
         return ProcessStep(calls, width, pool, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)

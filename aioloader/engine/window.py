@@ -51,6 +51,7 @@ class Window(Node):
         admission: Who decides when samples may begin; None: nobody but `room`.
         in_a_row: Counts what filters refuse, and has a limit; None: there is none.
         begins: Samples begin here, so that `admission` is asked.
+        pauses: Nothing begins here while the run pauses, see `RunPause`.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
         stamps: The first call for an entry may be one of its steps, see `Entry.begun`.
@@ -63,6 +64,7 @@ class Window(Node):
     admission: Admission | None = None
     in_a_row: InARow | None = None
     begins = False
+    pauses = True
     numbers = True
     names = True
     stamps = False
@@ -102,6 +104,8 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
+        self._paused = False
+        self._aside = 0  # of those under way: entries that have not begun, and do not before a pause is over
         self._closed = False
         if numbering is None and not ordered:
             numbering = CompletionCursor(unordered_input=unordered_input)
@@ -168,6 +172,8 @@ class Window(Node):
         if self.stamps:
             let_stamp(self._steps, fresh=self.upstream.fresh)
         self._tell_room(self.room)
+        if self._steps and self.pauses:
+            run.pausing.join(self)
         if self._room is not None:
             self.wake()
 
@@ -267,6 +273,39 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.close()
+            if self._paused:
+                self._run.soon(self._run.pausing.look)
+
+    # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing begins any more, ever."""
+        return self._closed
+
+    @property
+    def quiet(self) -> bool:
+        return self._closed or self._steps[0].quiet
+
+    @property
+    def still(self) -> bool:
+        return self._closed or self.under_way == self._aside
+
+    def pause(self) -> None:
+        self._paused = True
+        if not self._closed:
+            self._steps[0].hold()
+
+    def go_on(self) -> None:
+        self._paused = False
+        if not self._closed:
+            self._steps[0].let_go()
+            self.wake()
+
+    def set_aside(self, count: int) -> None:
+        """`count` entries that came in turn out not to have begun; negative: they may begin again."""
+        self._aside += count
+        self.wake()
 
     # -- a face that hands entries to another thread -----------------------------------------------------------------
 
@@ -355,6 +394,9 @@ class Window(Node):
     def _admit(self) -> None:
         self._scheduled = False
         if self._closed or self._run.stopping:  # an input that was cut off is no end
+            return
+        if self._paused:
+            self._run.pausing.look()
             return
         room = self.room
         self._tell_room(room)
@@ -482,12 +524,10 @@ class Window(Node):
             self.failed()
             self._finish_at_once(failed)
         if run:
-            first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
-            first.inbox.extend(run)
             self.under_way += len(run)
-            first.dispatch()
+            self._steps[0].take_in(run)
 
     def _before_failure(self, run: list[Entry]) -> list[Entry]:
         """The part of `run` before a source fails. The failure waits until all that came before it has left."""
@@ -533,8 +573,8 @@ class Window(Node):
         else:
             self._finished_unordered(entry)
             self._kick()
-        if not self.under_way:
-            self.wake()  # for the idle clock
+        if self.under_way == self._aside:
+            self.wake()  # for the idle clock, or for who waits until nothing is under way
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
@@ -549,7 +589,7 @@ class Window(Node):
         self.under_way -= count
         if self._slots[0].state:
             self._kick()
-        if not self.under_way:
+        if self.under_way == self._aside:
             self.wake()
 
     def _finish(self) -> None:

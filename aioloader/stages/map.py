@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
+from aioloader.core.limit import Limit
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps, InProcesses, Op
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
@@ -25,7 +26,7 @@ class Map(Stage):
     Args:
         fn: Sync or async.
         is_async: Whether `fn` is awaited on the loop.
-        concurrency: None: 64 for async functions, the usable cores for sync ones.
+        concurrency: A `Limit` may be shared with others. None: 64 for async functions, the usable cores for sync ones.
         ordered: Results in the order of the input.
         executor: Where a sync `fn` runs; None: threads of ours.
         name: Instead of the name of `fn`.
@@ -40,7 +41,7 @@ class Map(Stage):
 
     fn: Callable[[Any], Any]
     is_async: bool
-    concurrency: int | None = None
+    concurrency: int | Limit | None = None
     ordered: bool = True
     executor: Executor | InProcesses | None = None
     name: str | None = None
@@ -55,6 +56,10 @@ class Map(Stage):
     exact_in_any_order = True
     passes = True
     makes_anew = True
+
+    @property
+    def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
+        return self.concurrency if isinstance(self.concurrency, Limit) else None
 
     @property
     def logs_order(self) -> bool:  # type: ignore[override]  # a plain attribute where it never does
@@ -132,13 +137,17 @@ class Filter(Stage):
     fn: Callable[[Any], Any]
     is_async: bool
     name: str | None = None
-    concurrency: int | None = None
+    concurrency: int | Limit | None = None
     max_dropped_in_a_row: int | None = None
 
     exact_in_any_order = True
     passes = True
     only_selects = True
     same_each_epoch = True
+
+    @property
+    def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
+        return self.concurrency if isinstance(self.concurrency, Limit) else None
 
     @property
     def label(self) -> str:

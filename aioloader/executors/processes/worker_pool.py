@@ -63,6 +63,21 @@ class _Task:
     idle_deaths: int = 0
 
 
+@dataclass(eq=False)
+class _Hold:
+    """Somebody holds the pool. `workers` have not said that no call is under way in them."""
+
+    number: int
+    workers: set[Worker]
+    said: Callable[[bool], None]
+    told: bool = False
+
+    def check(self) -> None:
+        if not self.workers and not self.told:
+            self.told = True
+            self.said(True)
+
+
 class WorkerPool:
     """At most `count` workers.
 
@@ -83,10 +98,30 @@ class WorkerPool:
         self._program: StoredProgram | None = None
         self._progress: ProgressCells | None = None  # written by the workers, and still there when they have died
         self._closed = False
+        self._held: dict[Hashable, _Hold] = {}  # by owner
         self._loop: Any = None
         self.ended: Future[None] | None = None
 
     # -- in any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Workers that there may be."""
+        return len(self._workers)
+
+    def hold(self, owner: Hashable, said: Callable[[bool], None]) -> None:
+        """Let no worker begin a value, until all owners have let go.
+
+        Args:
+            owner: Identifies who holds.
+            said: Called in the worker thread: with False when none begins any more, and with True when no call is under
+                way in any worker either, and all results of before have been given.
+        """
+        self._worker_thread.call(self._hold, owner, said)
+
+    def let_go(self, owner: Hashable) -> None:
+        """See `hold`."""
+        self._worker_thread.call(self._let_go, owner)
 
     def submit(
         self, owner: Hashable, values: Sequence[Any], done: Callable[[Outcome], None], slot: int | None = None
@@ -166,6 +201,36 @@ class WorkerPool:
         self._waiting.append(task)
         self._assign()
 
+    def _hold(self, owner: Hashable, said: Callable[[bool], None]) -> None:
+        """See `hold`. Those that are started from now on find it written, and need not be asked."""
+        if self._closed or self._worker_thread.closed:
+            said(False)
+            said(True)
+            return
+        if self._progress is not None:
+            self._progress.held = True
+        self._last_number += 1
+        hold = self._held[owner] = _Hold(self._last_number, set(self._tasks_of), said)
+        said(False)
+        for worker in self._tasks_of:
+            worker.send(("held", hold.number))
+        hold.check()
+
+    def _let_go(self, owner: Hashable) -> None:
+        if self._held.pop(owner, None) is None or self._held:
+            return
+        if self._progress is not None:
+            self._progress.held = False
+        for worker in self._tasks_of:
+            worker.send(("let go",))  # those that wait for it look again
+
+    def _is_still(self, worker: Worker, number: int | None = None) -> None:
+        """No call is under way in `worker`, as it answered to hold `number`; None: it has died."""
+        for hold in list(self._held.values()):
+            if number in (None, hold.number):
+                hold.workers.discard(worker)
+                hold.check()
+
     def _assign(self) -> None:
         """Give waiting tasks to workers."""
         while self._waiting and not self._closed:
@@ -197,6 +262,7 @@ class WorkerPool:
                 self._program = StoredProgram(self._make_program())
             if self._progress is None:
                 self._progress = ProgressCells.create(len(self._workers))
+                self._progress.held = bool(self._held)
             self._progress.clear(slot)
             worker = self._worker_thread.spawn(self, slot, self._program.modules)
             self._workers[slot] = worker
@@ -205,6 +271,7 @@ class WorkerPool:
         return worker
 
     def _forget(self, owner: Hashable) -> None:
+        self._let_go(owner)
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
         for worker, tasks in self._tasks_of.items():
             numbers = [number for number, task in tasks.items() if task.owner == owner]
@@ -218,6 +285,9 @@ class WorkerPool:
         if kind == "broken":
             error = worker.unpack(message)
             self._break(error)
+            return
+        if kind == "still":
+            self._is_still(worker, rest[0])
             return
         tasks = self._tasks_of[worker]
         if kind == "skipped":
@@ -251,6 +321,7 @@ class WorkerPool:
         self._waiting.extendleft(reversed(wanted.values()))  # not begun: another worker runs them
         for task, at in lost:
             task.done(Died(worker.slot, worker.pid, reason, at))
+        self._is_still(worker)
         self._assign()
 
     def _take_lost(
@@ -287,6 +358,8 @@ class WorkerPool:
                 task.done(Broken(error))
 
     def _close(self) -> None:
+        for owner in list(self._held):
+            self._let_go(owner)
         self._waiting.clear()
         for worker in self._tasks_of:
             worker.close()
