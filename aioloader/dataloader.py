@@ -209,7 +209,7 @@ class DataLoader(Loader, Generic[T_co]):
                 "leave worker_type out"
             )
         self.ahead, self.ahead_bytes = self._check_ahead(ahead, ahead_bytes, prefetch_factor)
-        self._grows = prefetch_factor is None and ahead is None
+        self._grows = prefetch_factor is None and ahead is None and num_workers > 0
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
         self._initialized = True

@@ -10,12 +10,16 @@ __all__ = [
     "DONE",
     "DROPPED",
     "LAST",
+    "NOT_READ",
     "ONE_LOST",
     "UNDER_WAY",
     "Entry",
     "annotate",
+    "begun_each_of",
+    "earliest",
     "places_of",
     "presentable",
+    "read_after",
     "stop_of",
 ]
 
@@ -25,6 +29,15 @@ DONE: Final = 1  # finished: `value`, or `error` when that is set
 DROPPED: Final = 2  # finished: dropped by a filter
 LAST: Final = 3  # finished: the source failed with `error`, and no entry comes after this one
 ONE_LOST: Final = 4  # finished: one of several sources failed with `error`; not a sample, and the other sources go on
+
+
+NOT_READ: Final = -(1 << 62)
+"""`Entry.begun` of what no source of ours has read."""
+
+
+def read_after(batches: int) -> int:
+    """`Entry.begun` of a sample that was read after so many batches had been handed out, and has not begun."""
+    return ~batches
 
 
 class Entry:
@@ -49,9 +62,13 @@ class Entry:
             source with its own cursors that was resumed in the middle.
         attempts: How often work on it was begun: 1, unless work was lost and done again. For a batch, the maximum over
             its samples.
+        begun: How many batches had been handed out when the first call for it began. Below 0: none has begun, and it
+            is what `read_after` gives, or `NOT_READ`. For a batch, the earliest of its samples; if it is below 0 no
+            call had begun for some of them, and the first one for the batch is the first for these.
+        begun_each: The same for each of its samples; set only for a batch that was made of entries.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
-        since: When it came into the newest window that may grow; seconds of `perf_counter`.
+        since: When it was finished in the newest window; seconds of `perf_counter`.
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
@@ -60,6 +77,8 @@ class Entry:
 
     __slots__ = (
         "attempts",
+        "begun",
+        "begun_each",
         "cursor",
         "error",
         "kept_as",
@@ -72,18 +91,20 @@ class Entry:
         "stop",
         "value",
     )
+    begun_each: list[int]
     kept_as: Any
     origin: Any
     since: float
     places: list[int | None]
     stop: Any
 
-    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None) -> None:
+    def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None, begun: int = NOT_READ) -> None:
         self.value = value
         self.cursor = cursor
         self.key = key
         self.position = position
         self.attempts: int = 1
+        self.begun = begun
         self.error: BaseException | None = None
         self.state: int = UNDER_WAY
 
@@ -119,6 +140,7 @@ class Entry:
         """An entry made from this one."""
         entry = Entry(value, cursor, key, position)
         entry.attempts = self.attempts
+        entry.begun = self.begun
         return entry
 
     def __repr__(self) -> str:
@@ -129,6 +151,19 @@ class Entry:
 def places_of(entry: Entry) -> list[int | None] | None:
     """The positions of a batch's samples; None: it was not made of entries."""
     return getattr(entry, "places", None)
+
+
+def begun_each_of(entry: Entry) -> list[int] | None:
+    """`Entry.begun` for each of a batch's samples; None: it was not made of entries."""
+    each = getattr(entry, "begun_each", None)
+    if each is None or entry.begun < 0:
+        return each
+    return [entry.begun if begun < 0 else begun for begun in each]
+
+
+def earliest(begun: list[int]) -> int:
+    """`Entry.begun` of what is one sample now, and has been several."""
+    return min([one for one in begun if one >= 0], default=max(begun))
 
 
 def stop_of(entry: Entry) -> Any:

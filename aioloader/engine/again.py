@@ -14,7 +14,7 @@ not been delivered: only the second window gives cursors, so a state counts it a
 
 from typing import Any
 
-from aioloader.core.entry import DONE, DROPPED, UNDER_WAY, Entry
+from aioloader.core.entry import DONE, DROPPED, NOT_READ, UNDER_WAY, Entry
 from aioloader.engine.window import Window
 
 __all__ = ["AgainWindow", "CheckWindow"]
@@ -55,6 +55,7 @@ class AgainWindow(Window):
         entry.value = entry.origin
         entry.state = UNDER_WAY
         entry.attempts += 1
+        entry.begun = NOT_READ
         self._lent -= 1
         self._occupied += 1
         if self._closed:
@@ -110,5 +111,6 @@ class CheckWindow(Window):
             self._left_out()
         else:
             entry.state = DONE
+            entry.since = self.now
         if self._slots[0] is entry:
             self._kick()

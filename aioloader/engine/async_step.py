@@ -56,7 +56,9 @@ class AsyncStep(Step):
         self._workers = 0
         self._coming = 0  # workers that have been started or woken and have not run yet
         self._idle: list[Future[None]] = []  # one per worker that waits
-        self._runner: object = None  # the worker that ran last
+        self._runner: object = None  # the worker that ran last; None: since then the loop has had a turn
+        self._turn_seen = True  # nobody waits to be told of the next turn
+        self._samples: set[SampleContext] = set()  # one per worker
 
     def accept(self, entry: Entry) -> None:
         if not self.closed:
@@ -66,6 +68,12 @@ class AsyncStep(Step):
     @property
     def extra_room(self) -> int:
         return cheap_samples(self.meter)
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        # The name is read before the time, and a worker writes the time first: it is never older than its sample.
+        names = [(sample.name, sample.since) for sample in self._samples.copy()]
+        # What a function has put there to load several samples is only to be asked by itself, see `BulkLoad`.
+        return [(name.key if type(name) is Entry else None, since) for name, since in names if name is not None]
 
     def dispatch(self) -> None:
         self.meter.idle.wait_for(None)
@@ -121,39 +129,53 @@ class AsyncStep(Step):
         assert me is not None
         sample = SampleContext(self._seed)
         current_sample.set(sample)  # in this task's own context
+        self._samples.add(sample)
         clean = context.copy()
+        stamps, consumer = self.stamps, run.consumer
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
-        woken = began = perf_counter()
+        woken = began = sample.since = self._counted(0, 0.0)
+        resumed = True  # others may have run since the last sample
         while True:
             if not inbox:
                 began, count = self._counted(count, began), 0
+                sample.since = began
                 self._ran_out(began - woken)
                 if inbox:
                     continue
                 sample.name = sample.rng = None
                 if self.closed:
+                    self._samples.discard(sample)
                     return
                 await self._wait()
-                woken = began = perf_counter()
+                woken = began = sample.since = self._counted(0, 0.0)
+                resumed = True
                 continue
             entry = inbox.popleft()
-            if self._runner is not me:  # as long as it is, the workers summoned before are still on their way
-                self._runner = me
-                if inbox:
-                    self._summon()
-                began, count = self._counted(count, began), 0
+            if resumed:  # else the workers summoned before are still on their way
+                resumed = False
+                self._runs(me)
+            if stamps and entry.begun < 0:
+                entry.begun = consumer.batches
             sample.name = entry
             try:
                 result = await fn(entry.value)
                 dropped = predicate and not result
-            except CancelledError as error:
-                if run.stopping:
-                    raise
-                self._fail(entry, self._cancelled_inside(me, error), self.meter.name)
             except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
-                self._fail(entry, error, self.meter.name)
+                if isinstance(error, CancelledError):
+                    if run.stopping:
+                        raise
+                    failure: BaseException = self._cancelled_inside(me, error)
+                else:
+                    failure = error
+                began, count = self._counted(count + 1, began), -1  # which is 0 in a moment
+                sample.since, resumed = began, True
+                self._fail(entry, failure, self.meter.name)
+                del failure
             else:
+                if self._runner is not me:  # it has suspended: what follows happens now
+                    began, count = self._counted(count + 1, began), -1
+                    sample.since, resumed = began, True
                 if dropped:
                     self._drop(entry, nothing=entry.value is None)
                 else:
@@ -169,16 +191,35 @@ class AsyncStep(Step):
             except Exception:  # a user's `__eq__` failed: not clean, as far as anyone can tell
                 pass
             # As in `isolated`. A task keeps its context for life, so another task takes over from this one.
+            self._samples.discard(sample)
             self._counted(count, began)
             self._coming += 1
             self._start_worker()
             return
 
+    def _runs(self, me: "Task[Any]") -> None:
+        """A worker begins a sample after others may have run. As long as none does, it reads no clock.
+
+        If it is the only one that works, nobody else would tell it that it has been suspended: so the loop's next turn
+        does.
+        """
+        self._runner = me
+        if self._turn_seen:
+            self._turn_seen = False
+            self._run.after_turn(self._turned)
+        if self.inbox:
+            self._summon()
+
+    def _turned(self) -> None:
+        self._turn_seen = True
+        self._runner = None
+
     def _counted(self, count: int, began: float) -> float:
         """Add `count` samples since `began` to the meter; returns the time."""
-        now = perf_counter()
-        self.meter.samples += count
-        self.meter.busy_seconds += now - began
+        now = self._window.now = perf_counter()
+        if count:
+            self.meter.samples += count
+            self.meter.busy_seconds += now - began
         return now
 
     def _ran_out(self, streak_seconds: float) -> None:

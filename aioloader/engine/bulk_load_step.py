@@ -75,7 +75,7 @@ class BulkLoadStep(ThreadStep):
     def _work(self, job: ThreadJob, broken: BaseException | None = None) -> None:
         """In a thread."""
         sample = SampleContext()
-        samples = job.samples(self.inbox, sample)
+        samples = job.samples(self.inbox, sample, self._run.consumer if self.stamps else None)
         cpu_began = thread_time()
         began = now = perf_counter()
         while now - began < CHUNK_SECONDS and (keys := list(islice(samples, self._count.now))):

@@ -169,6 +169,7 @@ class MemoryCacheStep(CacheStep):
         self.inbox.clear()
         keys = [entry.kept_as for entry in entries] if self._stream is not None else _keys_of(entries)
         others: list[Entry] = []
+        now = self._window.now
         for entry, key, sample in zip(entries, keys, map(self._store.samples.get, keys, repeat(MISSING)), strict=True):
             if type(sample) is Mark:
                 entry.kept_as = key
@@ -176,6 +177,7 @@ class MemoryCacheStep(CacheStep):
             else:
                 entry.value = sample
                 entry.state = DONE
+                entry.since = now
         hits = len(entries) - len(others)
         if hits:
             self.meter.hits += hits

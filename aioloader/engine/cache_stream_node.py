@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from aioloader.cache.store import END, MISSING, Store, at_position
-from aioloader.core.entry import LAST, Entry
+from aioloader.core.entry import LAST, Entry, read_after
 from aioloader.core.safe_text import add_note
 from aioloader.engine.cache_opening import Opening
 from aioloader.engine.node import MOST_EARLY, Kick, Node
@@ -136,7 +136,7 @@ class PlacedNode(Node):
         while len(entries) < limit and (place := self._store.place(self._position)) is not None:
             if self._store.find(at_position(self._position)) is MISSING:
                 break
-            entry = Entry(None, place.cursor, place.key, place.position)
+            entry = Entry(None, place.cursor, place.key, place.position, read_after(self._run.consumer.batches))
             if place.places is not None:
                 entry.places = place.places
             entry.kept_as = at_position(self._position)

@@ -8,7 +8,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
-from aioloader.core.entry import LAST, ONE_LOST, Entry
+from aioloader.core.entry import LAST, ONE_LOST, Entry, earliest
 from aioloader.core.keys import SourceKey, each_key
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Kick, Node
@@ -314,6 +314,7 @@ class ZipNode(_InputsNode):
             entries[0].position,
         )
         paired.attempts = max(entry.attempts for entry in entries)
+        paired.begun = earliest([entry.begun for entry in entries])
         for entry in entries:
             if entry.state == LAST:
                 paired.state = LAST

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import Any, Final, NoReturn
-from weakref import finalize
+from weakref import WeakMethod, finalize
 
 from aioloader.core.entry import Entry, presentable
 from aioloader.engine.admission import ConsumerAdmission
@@ -39,9 +39,12 @@ class Delivery:
     def ends_with(self, iterator: object) -> None:
         """Leave nothing behind when `iterator`, which holds this delivery, is dropped without `close`."""
 
+    def start(self) -> None:
+        """Begin, once it is known to those who may close it."""
+
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The batch of `entry`, or its error, raised."""
-        self.progress.hand_out(entry, asked)
+        self._handed_out(entry, asked + self.progress.hand_out(entry, asked))
         error, value = entry.error, entry.value
         entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
         if error is None:
@@ -50,6 +53,9 @@ class Delivery:
             raise presentable(error)
         finally:
             del error
+
+    def _handed_out(self, entry: Entry, now: float) -> None:
+        """The consumer has `entry`, at `now`."""
 
 
 class InlineDelivery(Delivery):
@@ -77,6 +83,7 @@ class InlineDelivery(Delivery):
             progress.over = True
             progress.meter.finish()
             raise StopIteration
+        run[0].begun = progress.meter.batches  # all of it happened in here
         return self._hand_out(run[0], asked)
 
     def close(self) -> None:
@@ -90,8 +97,12 @@ class RunDelivery(Delivery):
     def __init__(self, run: Run, receive: Receive | None) -> None:
         super().__init__(run.progress, receive)
         self.run = run
+        run.output.hands_out = True
         self.closed = False
         self._failure_told = False
+
+    def _handed_out(self, entry: Entry, now: float) -> None:
+        self.run.output.handed_out(entry, now)
 
     def ends_with(self, iterator: object) -> None:
         finalize(iterator, self.run.leave).atexit = False  # the exit hook of `loop_thread` also waits
@@ -228,6 +239,8 @@ class SyncDelivery(RunDelivery):
     def __init__(self, run: Run, receive: Receive | None, shared: LoopThread | None) -> None:
         super().__init__(run, receive)
         run.left = False  # what is in the queue when the run is over may still be taken
+        queued = WeakMethod(self._queued)  # statistics outlive the iterator, and must not keep its batches
+        run.output.queued = lambda: 0 if (ask := queued()) is None else ask()
         self._queue: SimpleQueue[Entry | _Ended] = SimpleQueue()
         self._put = 0  # on the loop: batches put into the queue
         self._given = 0  # on the loop: those of them whose room was given back
@@ -248,7 +261,12 @@ class SyncDelivery(RunDelivery):
         assert self._loop_thread is not None
         run.private_loop = True
         run.attach(self._loop_thread.loop)
-        self._loop_thread.start_task(run.supervise(self._kick), run.request_stop, self._supervisor_done)
+
+    def start(self) -> None:
+        """See `Delivery`. Who closes the loader from now on, or has done so already, ends it: see `Run.leave`."""
+        assert self._loop_thread is not None
+        supervisor = self.run.supervise(self._kick)
+        self._loop_thread.start_task(supervisor, self.run.request_stop, self._supervisor_done)
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
@@ -280,6 +298,10 @@ class SyncDelivery(RunDelivery):
             self._queue.put(_ENDED)
         if self._own_loop is not None:
             self._own_loop.request_stop()
+
+    def _queued(self) -> int:
+        """Batches that wait in the queue; from any thread."""
+        return 0 if self.closed else max(0, self._queue.qsize() - self._over.is_set())
 
     # -- in the consumer's thread ------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
+from time import perf_counter
 from typing import Any, TypeVar
 
 from aioloader.core.forks import tell_of_fork
@@ -77,6 +78,11 @@ class EpochIterator:
         self._delivery = delivery
         delivery.ends_with(self)
         self._loader._opened(delivery)
+        try:
+            delivery.start()
+        except BaseException:  # no thread can be started
+            self._delivery = None
+            raise
 
     def __reduce__(self) -> Any:
         raise TypeError("an iterator over batches cannot be pickled; pickle the loader")
@@ -111,6 +117,8 @@ class Batches(EpochIterator, Iterator[T_co]):
                 delivery = self._delivery
                 if delivery is None:
                     self._begin(delivery := loader._open_delivery())
+        asking, asked = delivery.progress.meter.asking, perf_counter()
+        asking.append(asked)
         try:
             batch = delivery.next(loader._timeout, loader._timeout_message)
         except StopIteration:
@@ -123,6 +131,8 @@ class Batches(EpochIterator, Iterator[T_co]):
             # An exception that is kept keeps this frame: not with it the iterator, which would keep its epoch alive.
             del self
             raise
+        finally:
+            asking.remove(asked)
         return (batch, delivery.progress.info) if loader._gives_info else batch  # type: ignore[return-value]
 
     def _following(self) -> T_co:
@@ -157,6 +167,8 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
         if delivery is None:
             run = loader._open_run()
             self._begin(delivery := AsyncDelivery(run, loader._receiver()))
+        asking, asked = delivery.progress.meter.asking, perf_counter()
+        asking.append(asked)
         try:
             if loader._timeout is None:
                 batch = await delivery.next()
@@ -172,6 +184,8 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
         except BaseException:
             del self  # as in `Batches`
             raise
+        finally:
+            asking.remove(asked)
         return (batch, delivery.progress.info) if loader._gives_info else batch  # type: ignore[return-value]
 
     async def aclose(self) -> None:

@@ -119,13 +119,17 @@ class FlatMapNode(Pump):
         reader: Reader | None = None
         meter = self.meter
         before_seconds = meter.busy_seconds
-        began = perf_counter()
+        if sample.begun < 0:
+            sample.begun = self._run.consumer.batches
+        self._at_hand = sample.key
+        self._since = began = perf_counter()
         threads = InContext(self._threads, self._run.context.copy())
         try:
             iterable = await call_source(self._fn, self._run, threads, sample.value)
             before_seconds += perf_counter() - began
             meter.busy_seconds = before_seconds
             reader = await self._open(iterable, threads)
+            self._since = None
             del iterable
             while items := await reader.read(await self._demanded()):
                 for item, _ in items:
@@ -142,7 +146,8 @@ class FlatMapNode(Pump):
                 del items, item
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             if offset >= skipped:
-                failed = Entry(None, (before, 0 if self._forgets else offset + 1), sample.key, sample.position)
+                cursor = (before, 0 if self._forgets else offset + 1)
+                failed = sample.derived(None, cursor, sample.key, sample.position)
                 self._position += 1
                 annotate(error, self.meter.name, sample, self._run.epoch)
                 failed.error = error
@@ -150,6 +155,7 @@ class FlatMapNode(Pump):
                 meter.gaps = True
                 self._put(failed)
         finally:
+            self._since = None
             if reader is not None:
                 meter.busy_seconds = before_seconds + reader.busy_seconds
                 await self._run.closing(reader.aclose)

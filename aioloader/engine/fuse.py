@@ -215,6 +215,7 @@ class FusedOps:
             )
             window.in_a_row = in_a_row
             window.admission, window.begins = admission, begins and not number
+            window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
             if unordered:
                 window.numbers = number == unordered[0]
                 window.names = number == unordered[-1] and not again

@@ -38,6 +38,7 @@ class InlineSource(Node):
         self._failure: Exception | None = None
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
+        self.meter.gauge = self._at_hand = _AtHand()
 
     def resume(self, cursor: Any) -> None:
         origin, self._skipped = split_cursor(cursor)
@@ -76,6 +77,7 @@ class InlineSource(Node):
 
     def _read(self, limit: int) -> None:
         samples = self._samples
+        self._at_hand.call = (None, perf_counter())
         try:
             samples.read(limit)
         except StopIteration:
@@ -85,9 +87,28 @@ class InlineSource(Node):
             self._failure = error
         finally:
             self.meter.busy_seconds = samples.busy_seconds
+            self._at_hand.call = None
 
     def close(self) -> None:
         self._samples.close()
+
+
+class _AtHand:
+    """What is worked on, for statistics, which must not keep the nodes: generators are closed when these are gone.
+
+    Attributes:
+        call: The key and the beginning; None: nothing is under way.
+    """
+
+    held = 0
+
+    def __init__(self) -> None:
+        self.call: tuple[Any, float] | None = None
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        """See `Gauge`."""
+        call = self.call
+        return [] if call is None else [call]
 
 
 class InlineMap(Node):
@@ -107,6 +128,7 @@ class InlineMap(Node):
         self._epoch = epoch
         self._completion = None if ordered else CompletionCursor()
         self.meter = StageMeter(" + ".join(call.label for call in calls), "sync", concurrency=1)
+        self.meter.gauge = self._at_hand = _AtHand()
 
     def resume(self, cursor: Any) -> None:
         if self._completion is not None:
@@ -140,6 +162,7 @@ class InlineMap(Node):
         if entry.error is not None:
             return True
         began = perf_counter()
+        self._at_hand.call = (entry.key, began)
         call = self._calls[0]
         sample = SampleContext()
         sample.name = entry
@@ -162,6 +185,7 @@ class InlineMap(Node):
         finally:
             self.meter.busy_seconds += perf_counter() - began
             self.meter.samples += 1
+            self._at_hand.call = None
         return True
 
     def close(self) -> None:

@@ -26,6 +26,17 @@ CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
 
+
+class Sent(list[Entry]):
+    """Entries that travel together.
+
+    Attributes:
+        begun: Their `Entry.begun` before.
+    """
+
+    begun: list[int]
+
+
 Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]]
 """Seeds of the calls, epochs, names of the samples (None: they name themselves), and the samples."""
 
@@ -75,7 +86,15 @@ class ProcessStep(SyncStep):
         self._turn = 0
         self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
+        self._queues: dict[int, deque[Sent]] = {}  # in turn: what each worker has, and begins one after the other
         self._pool: WorkerPool
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        found = []
+        for (_, _, keys, values), at, since in self._pool.at_work(self):
+            names = values if keys is None else keys
+            found.append((names[at] if at < len(names) else None, since))
+        return found
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
@@ -115,14 +134,43 @@ class ProcessStep(SyncStep):
         inbox = self.inbox
         while (self._again or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
             if self._again:
-                chunk = [self._again.popleft()]
+                chunk = Sent([self._again.popleft()])
             else:
                 fair = -(-len(inbox) // (self._places - self._active))
-                chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
+                chunk = Sent([inbox.popleft() for _ in range(min(self._size, fair))])
             self._begins()
             slot = self._next_slot() if self._in_turn else None
+            self._sends(chunk, slot)
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, slot)
             self._pool.submit(self, self._payload(chunk), done, slot)
+
+    def _sends(self, chunk: Sent, slot: int | None) -> None:
+        """A worker gets `chunk`. It begins it at once, or next; or, in turn, after all that it has."""
+        chunk.begun = [entry.begun for entry in chunk]
+        if slot is None:
+            self._stamp(chunk)
+            return
+        queue = self._queues.setdefault(slot, deque())
+        queue.append(chunk)
+        if len(queue) == 1:
+            self._stamp(chunk)
+
+    def _came_back(self, chunk: list[Entry], slot: int | None) -> None:
+        """In turn, the worker goes on with the next one."""
+        queue = None if slot is None else self._queues[slot]
+        if not queue:
+            return
+        if chunk is not queue[0]:  # it could not be sent
+            queue.remove(chunk)  # type: ignore[arg-type]  # in turn, all are `Sent`
+            return
+        queue.popleft()
+        if queue:
+            self._stamp(queue[0])
+
+    def _not_begun(self, chunk: list[Entry], at: int) -> None:
+        """What comes from index `at` on in `chunk` was not begun, and goes first, elsewhere."""
+        _unstamp(chunk, at, len(chunk))
+        self.inbox.extendleft(reversed(chunk[at:]))
 
     def _payload(self, chunk: list[Entry]) -> Payload:
         """For a worker."""
@@ -141,11 +189,12 @@ class ProcessStep(SyncStep):
     def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
         if self.closed:
             return
+        self._came_back(chunk, slot)
         match outcome:
             case ChunkResult():
                 self._deaths = 0
                 tried = len(outcome.outcomes)
-                self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
+                self._not_begun(chunk, tried)  # its time was up
                 self._landed(chunk[:tried], outcome)
             case NotSent(error):
                 self._lost(chunk, error)
@@ -164,12 +213,20 @@ class ProcessStep(SyncStep):
                 )
             )
         else:
+            _unstamp(chunk, 0, death.at)  # their newest beginning counts
             for entry in chunk[: death.at]:
                 entry.attempts += 1
                 self._again.append(entry)
-            self.inbox.extendleft(reversed(chunk[death.at + 1 :]))
+            self._not_begun(chunk, death.at + 1)
             held = chunk[death.at]
             self._lost([held], WorkerDiedError(f"{who(death)}, with {_named(held)}{hint(death)}"))
+
+
+def _unstamp(chunk: list[Entry], start: int, stop: int) -> None:
+    """These begin later."""
+    if isinstance(chunk, Sent):
+        for entry, begun in zip(chunk[start:stop], chunk.begun[start:stop], strict=True):
+            entry.begun = begun
 
 
 def who(death: Died) -> str:

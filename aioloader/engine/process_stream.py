@@ -28,7 +28,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import DONE, Entry, places_of
+from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
 from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
@@ -47,6 +47,7 @@ from aioloader.executors.processes.stream_worker import (
 from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
 from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
+from aioloader.insight.gauges import Gauges
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class OwnProcessNode(Node):
         self._closed = False
         self._meters: list[StageMeter] = []
         self._number = 0
+        self._told = 0  # batches that were handed out, as far as the other side knows
 
     @property
     def extra_room(self) -> int:
@@ -128,8 +130,10 @@ class OwnProcessNode(Node):
     def poll(self, limit: int) -> list[Entry]:
         ready = self._ready
         taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
-        if taken and not self._over:
-            self._remote.grant(self._number, len(taken))
+        handed_out = self._run.consumer.batches
+        if (taken or handed_out != self._told) and not self._over:
+            self._told = handed_out
+            self._remote.grant(self._number, len(taken), handed_out)
         self.ended = self._over and not ready
         return taken
 
@@ -152,7 +156,8 @@ class OwnProcessNode(Node):
             allowed = self._received + self._admission.free
             if allowed > self._allowed:
                 self._allowed = allowed
-                self._remote.allow(self._number, allowed)
+                self._told = self._run.consumer.batches
+                self._remote.allow(self._number, allowed, self._told)
 
     def close(self) -> None:
         if not self._closed and self._number:
@@ -163,6 +168,8 @@ class OwnProcessNode(Node):
             self._remote.end(self._number)
             for meter in self._meters:
                 meter.retired = True
+                if meter.told is not None:
+                    meter.told = Gauges(waits=meter.told.waits)
 
     def _heard(self, heard: Heard) -> None:
         if self._closed:
@@ -190,12 +197,14 @@ class OwnProcessNode(Node):
             self._count(meters)
         else:
             values = keys = [None] * len(heard.places)
-        for (cursor, position, places, attempts, state, failed), value, key in zip(
+        for (cursor, position, places, attempts, begun, begun_each, state, failed), value, key in zip(
             heard.places, values, keys, strict=True
         ):
-            entry = Entry(None if failed else value, cursor, key, position)
+            entry = Entry(None if failed else value, cursor, key, position, begun)
             if places is not None:
                 entry.places = places
+            if begun_each is not None:
+                entry.begun_each = begun_each
             entry.attempts = attempts
             entry.state = state
             entry.error = value if failed else heard.error
@@ -273,15 +282,15 @@ class _EngineServer:
                     case ("open", number, stream_at, layout):
                         body = memoryview(message.body)
                         self._open(number, body[stream_at:], open_buffers(body, layout))
-                    case ("grant", number, entries, freed):
+                    case ("grant", number, entries, handed_out, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
-                            stream.grant(entries)
-                    case ("allow", number, samples, freed):
+                            stream.grant(entries, handed_out)
+                    case ("allow", number, samples, handed_out, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
-                            stream.allow(samples)
-                    case ("end", number, _, freed):
+                            stream.allow(samples, handed_out)
+                    case ("end", number, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
                             stream.run.request_stop()
@@ -313,7 +322,7 @@ class _EngineServer:
         if run.failure is not None:
             self._sender.put(("failed", stream.number), portable(run.failure, self.where))
         elif run.output.ended:
-            self._sender.put(("ended", stream.number), run.meters)
+            self._sender.put(("ended", stream.number), [meter.to_tell() for meter in run.meters])
 
 
 class _EpochStream:
@@ -327,21 +336,25 @@ class _EpochStream:
         self._pumping = False
         self._told = 0.0
         self._told_room = 0
+        self._timer: asyncio.TimerHandle | None = None
         loop = asyncio.get_running_loop()
         admission = run.output.admission
         self._admission = admission if isinstance(admission, RemoteAdmission) else None
         self.run = run
+        run.active = self._active
         run.attach(loop)
         self.task = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
         self.task.add_done_callback(self._done)
 
-    def grant(self, entries: int) -> None:
-        """So many more."""
+    def grant(self, entries: int, handed_out: int) -> None:
+        """So many more; and so many batches were handed out."""
         self._granted += entries
+        self.run.consumer.batches = handed_out
         self._kick()
 
-    def allow(self, samples: int) -> None:
-        """So many may have been begun."""
+    def allow(self, samples: int, handed_out: int) -> None:
+        """So many may have been begun; and so many batches were handed out."""
+        self.run.consumer.batches = handed_out
         if self._admission is not None:
             self._admission.allow(samples)
 
@@ -375,9 +388,22 @@ class _EpochStream:
         if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
             return None
         self._told, self._told_room = now, room
-        return meters
+        return [meter.to_tell() for meter in meters]
+
+    def _active(self) -> None:
+        """Something happens: tell how things are when a while has passed, though nothing may come of it."""
+        if self._timer is None and not self.run.stopping:
+            self._timer = self.run.loop.call_later(METER_SECONDS, self._tell)
+
+    def _tell(self) -> None:
+        self._timer = None
+        self._told = 0.0
+        if not self.run.stopping and (meters := self._news()):
+            self._server.send_entries(self.number, [], meters)
 
     def _done(self, task: "asyncio.Task[None]") -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         if not task.cancelled() and (error := task.exception()) is not None and self.run.failure is None:
             self.run.failure = error
         self._server.ended(self)
@@ -433,6 +459,8 @@ class _BatchSender:
                 entry.position,
                 places_of(entry),
                 entry.attempts,
+                entry.begun,
+                begun_each_of(entry),
                 entry.state or DONE,
                 bad,
             )

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
-from aioloader.core.entry import ONE_LOST, Entry, places_of
+from aioloader.core.entry import NOT_READ, ONE_LOST, Entry, begun_each_of, places_of, read_after
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
 
@@ -37,6 +37,7 @@ class Progress:
     """
 
     __slots__ = (
+        "_begun",
         "_last",
         "_left_out",
         "_step",
@@ -75,6 +76,7 @@ class Progress:
         self._left_out = 0
         self.batch_size: int | None = None
         self._last: tuple[Any, int | None, Sequence[int | None] | None, int] = (None, None, None, 1)  # as of an Entry
+        self._begun: tuple[int, int, Sequence[int] | None] = (0, NOT_READ, None)  # batches before it; as of an Entry
         self._step = 0
 
     @property
@@ -87,14 +89,16 @@ class Progress:
         """Whether a resume from here begins the next epoch."""
         return self.over or (self.batches > 0 and self.batches == self.length)
 
-    def hand_out(self, entry: Entry, asked: float) -> None:
-        """`entry`, which was asked for at `asked`, is the consumer's now."""
+    def hand_out(self, entry: Entry, asked: float) -> float:
+        """`entry`, which was asked for at `asked`, is the consumer's now; returns how many seconds it waited."""
         self.history.append(self.cursor)
         self.cursor = entry.cursor
         self._last = (entry.key, entry.position, places_of(entry), entry.attempts)
+        self._begun = (self.meter.batches, entry.begun, begun_each_of(entry))
         self._step = self.batches
         self.source_failed = self.source_failed or entry.state == ONE_LOST
         self.meter.delivered(asked)
+        return self.meter.last_waited_seconds
 
     def is_skipped(self, entry: Entry) -> bool:
         """Whether `entry` is not to be handed out, and then that step is done."""
@@ -116,7 +120,12 @@ class Progress:
         if places is None:
             places = self._positions(position, len(keys)) if type(key) is list else (position,)
         waited = self.meter.last_waited_seconds
-        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), attempts, waited)
+        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), attempts, waited, self._ages(len(keys)))
+
+    def _ages(self, count: int) -> tuple[int | None, ...]:
+        """Those of the `count` samples of the last batch."""
+        before, begun, each = self._begun
+        return tuple(_age(one, before) for one in ([begun] * count if each is None else each))
 
     def _positions(self, number: int | None, count: int) -> Sequence[int | None]:
         """Those of `count` samples that a sampler gave as its batch `number`."""
@@ -128,3 +137,10 @@ class Progress:
     def resumed_at_end(self) -> bool:
         """Whether it was resumed after its last batch: then the next epoch is what was to come."""
         return self.over and self.resumed and not self.meter.batches and not self.epoch_pinned
+
+
+def _age(begun: int, batches: int) -> int | None:
+    """How many of `batches` were handed out since `begun`, which is as in `Entry`."""
+    if begun == NOT_READ:
+        return None
+    return batches - (begun if begun >= 0 else read_after(begun))  # which is its own inverse

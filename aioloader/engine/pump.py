@@ -52,12 +52,15 @@ class Pump(Node):
         self._task: Task[None] | None = None
         self._reader: Reader | None = None
         self._grace: TimerHandle | None = None
+        self._since: float | None = None  # when a call began that is under way now and is none of the reader's
+        self._at_hand: Any = None  # the key of what that call, or the reader, works on
         self._closed = False
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
         self.meter = run.adopt(self.meter)
+        self.meter.gauge = self
         self._threads = run.threads(1, self._thread_name, computes=self._computes)
         self._task = run.spawn(self._main, ends_when_closed=True)
 
@@ -72,9 +75,22 @@ class Pump(Node):
         self.ended = self._over and not buffer
         return taken
 
+    def at_hand(self) -> list[tuple[Any, float]]:
+        """See `Gauge`: it reads one iterable at a time."""
+        since, reader = self._since, self._reader
+        if since is None and reader is not None:
+            since = reader.reading_since
+        return [] if since is None or self._over else [(self._at_hand, since)]
+
+    @property
+    def held(self) -> int:
+        """See `Gauge`: it has no window."""
+        return 0
+
     def close(self) -> None:
         self._closed = True
         self.meter.retired = True
+        self.meter.release(self)
         task, reader = self._task, self._reader
         if task is None or task.cancelling() or self._grace is not None:
             return  # a second cancellation would cut short the user's `finally`

@@ -37,6 +37,11 @@ class Reader(ABC):
     busy_seconds = 0.0
     awaiting_since: float | None = None
 
+    @property
+    def reading_since(self) -> float | None:
+        """When it began to wait for what the user's iterable has not given yet; None: it does not wait."""
+        return self.awaiting_since
+
     @abstractmethod
     async def read(self, limit: int) -> list[tuple[Any, Any]]:
         """Read 1 to `limit` samples, fewer when they are slow; `[]` at the end.
@@ -117,8 +122,14 @@ class ThreadReader(Reader):
         self._run = run
         self._threads = threads
         self._hop: asyncio.Future[None] | None = None
+        self._hop_began = 0.0
         self._ended = False
         self._failure: BaseException | None = None
+
+    @property
+    def reading_since(self) -> float | None:
+        hop = self._hop
+        return None if hop is None or hop.done() else self._hop_began
 
     async def read(self, limit: int) -> list[tuple[Any, Any]]:
         ready = self._cursor.ready
@@ -126,6 +137,7 @@ class ThreadReader(Reader):
             if self._hop is None:
                 if self._ended or self._failure is not None:
                     break
+                self._hop_began = perf_counter()
                 self._hop = self._run.submit(self._threads, self._read, limit)
                 await asyncio.wait({self._hop}, timeout=2 * READ_SECONDS)
             else:  # it is at the sample that it will end with

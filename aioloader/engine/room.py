@@ -1,5 +1,6 @@
 """How many entries a window may hold: what its slowest step needs, and no more because of what the others are."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Final
@@ -31,10 +32,30 @@ class Growth:
     def __init__(self) -> None:
         self._bytes = MeanBytes()
         self._chances = 0
+        self._came = 0
+        self._arrivals: deque[tuple[int, float]] = deque()  # the number of the first that came together, and when
 
-    def wait(self, front: Entry, seconds_each: float) -> float:
-        """For how many seconds `front` is still to be waited for; 0 or less: for none."""
-        return front.since + max(2 * CHUNK_SECONDS, seconds_each) - perf_counter()
+    def came(self, count: int, held: int) -> None:
+        """So many entries have come in, after the `held` ones that are still there."""
+        self._forget(held)
+        self._arrivals.append((self._came, perf_counter()))
+        self._came += count
+
+    def wait(self, held: int, seconds_each: float) -> float:
+        """For how many seconds the first of `held` entries is still to be waited for; 0 or less: for none.
+
+        Args:
+            held: Those that are in the window.
+            seconds_each: How long one takes on average.
+        """
+        self._forget(held)
+        return self._arrivals[0][1] + max(2 * CHUNK_SECONDS, seconds_each) - perf_counter()
+
+    def _forget(self, held: int) -> None:
+        """The arrivals of those that have left."""
+        arrivals, first = self._arrivals, self._came - held
+        while len(arrivals) > 1 and arrivals[1][0] <= first:
+            arrivals.popleft()
 
     def most(self, concurrency: int, entries: Iterable[Entry]) -> int:
         """Entries that the window may hold; `entries` are some of those that wait in it."""

@@ -88,9 +88,11 @@ class Run:
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
         self._pools: list[Pool] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()
         self._pending: deque[Callable[[], None]] = deque()
+        self._after_turn: list[Callable[[], None]] = []
+        self.active: Callable[[], None] | None = None  # called when something may have happened
         self._drain_scheduled = False
         self._stop: asyncio.Future[None]
         tell_of_fork(self)
@@ -118,6 +120,19 @@ class Run:
         if ends_when_closed:
             self._end_when_closed.add(task)
         task.add_done_callback(self._task_done)
+        if self.stopping:
+            task.cancel()
+        return task
+
+    def begin(self, fn: Callable[[Any], Awaitable[T]], value: Any, *, context: Context | None) -> "asyncio.Task[T]":
+        """Call the user's `fn` in a task of its own; whoever begins it awaits it, and the supervisor ends it."""
+
+        async def call() -> T:
+            return await fn(value)
+
+        task = self.loop.create_task(call(), name="aioloader-call", context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         if self.stopping:
             task.cancel()
         return task
@@ -213,8 +228,21 @@ class Run:
             self._drain_scheduled = True
             self.loop.call_soon(self._drain_turn)
 
+    def after_turn(self, callback: Callable[[], None]) -> None:
+        """Call `callback`, which never fails, on the loop in its next turn, whatever `drain` does before."""
+        self._after_turn.append(callback)
+        if not self._drain_scheduled:
+            self._drain_scheduled = True
+            self.loop.call_soon(self._drain_turn)
+
     def _drain_turn(self) -> None:
         self._drain_scheduled = False
+        if self._after_turn:
+            callbacks, self._after_turn = self._after_turn, []
+            for callback in callbacks:
+                callback()
+        if self.active is not None:
+            self.active()
         self.drain()
 
     def drain(self) -> None:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
@@ -27,11 +28,13 @@ class Step(ABC):
         places: How many entries under way in this step the window makes room for, see `StepsRoom`.
         selects: Whether it may drop samples.
         stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
+        stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
     """
 
     closed: bool = False
     selects: bool = False
     stop: Stop | None = None
+    stamps: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
@@ -50,6 +53,15 @@ class Step(ABC):
         self._forward = forward
         self._finished = finished
 
+    def at_hand(self) -> Sequence[tuple[Any, float]]:
+        """See `Gauge`."""
+        return ()
+
+    @property
+    def held(self) -> int:
+        """See `Gauge`."""
+        return self._window.held
+
     @property
     def extra_room(self) -> int:
         """How many samples beyond `places` may be started because they are cheap."""
@@ -67,12 +79,22 @@ class Step(ABC):
         """Accept no more entries, and do not start those that wait."""
         self.closed = True
         self.meter.retired = True
+        self.meter.release(self)
         self.inbox.clear()
+
+    def _stamp(self, entries: Sequence[Entry]) -> None:
+        """The calls for `entries` begin."""
+        if self.stamps:
+            batches = self._run.consumer.batches
+            for entry in entries:
+                if entry.begun < 0:
+                    entry.begun = batches
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
         if self.stop is not None:
             entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)
+        self._window.now = perf_counter()
         entry.error = error
         entry.value = None
         self.meter.errors += 1

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import Entry, annotate
+from aioloader.core.entry import Entry, annotate, read_after
 from aioloader.core.keys import NAMES
 from aioloader.core.source import CursorSource, EntryReader
 from aioloader.engine.node import Kick, cheap_samples
@@ -124,11 +124,13 @@ class StreamSource(Pump):
 
     async def _pump(self) -> None:
         await self._demanded()  # no user code runs before a sample is wanted
+        self._since = perf_counter()
         iterable, self._make = self._make, None
         if self._call:
             iterable = await call_source(iterable, self._run, self._threads)
         if isinstance(iterable, CursorSource):
             self._live = self._live or iterable.live
+            self.meter.live = iterable.live
             if self._unknown and self._resume_at is not None:
                 with self._fitting():
                     iterable.check_cursor(self._resume_at)
@@ -143,13 +145,15 @@ class StreamSource(Pump):
         del iterable
         try:
             await self._skip(reader, since)
+            self._since = None
             while samples := await reader.read(await self._demanded()):
+                begun = read_after(self._run.consumer.batches)
                 for sample, cursor in samples:
                     position = self._position
                     key = sample if self._keys or isinstance(sample, NAMES) else position
                     self._position += 1
                     self._failed_at = cursor
-                    self._put(Entry(sample, cursor, key, position))
+                    self._put(Entry(sample, cursor, key, position, begun))
                 self.meter.samples = self._position
                 self.meter.busy_seconds = reader.busy_seconds
                 del samples, sample, cursor
@@ -183,16 +187,19 @@ class StreamSource(Pump):
             reader = opened(source, context, self._resume_at)
             check = ReadCheck(source, reader)
             while True:
+                self._since = None
                 limit = await self._demanded()
-                began = perf_counter()
+                self._since = began = perf_counter()
                 entries = await check.awaitable(reader.read(limit))
                 meter.busy_seconds += perf_counter() - began
                 check.look_at(entries, limit)
                 if not entries:
                     break
                 try:
+                    begun = read_after(self._run.consumer.batches)
                     for position, entry in enumerate(entries, self._position):
                         entry.position = position if self._numbered else None
+                        entry.begun = begun
                         if entry.error is not None:
                             annotate(entry.error, meter.name, entry, self._run.epoch)
                             meter.errors += 1

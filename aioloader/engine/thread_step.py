@@ -16,7 +16,7 @@ from aioloader.errors import SampleCancelledError
 from aioloader.executors.chunk import Call, ChunkResult, Failed, Refusal, apply_chunk
 from aioloader.executors.current_sample import SampleContext
 from aioloader.executors.threads import Threads, call_loop
-from aioloader.insight.meters import StageMeter
+from aioloader.insight.meters import ConsumerMeter, StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -101,6 +101,7 @@ class SyncStep(Step):
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
+        self._window.now = perf_counter()
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
             if type(outcome) is Refusal:
@@ -164,6 +165,9 @@ class ThreadStep(SyncStep):
     def standing(self) -> int:
         overdue = perf_counter() - CHUNK_SECONDS
         return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        return [(entry.key, job.since) for job in self._jobs.copy() for entry in job.under_way()]
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
@@ -236,7 +240,7 @@ class ThreadStep(SyncStep):
     def _work(self, job: "ThreadJob", broken: BaseException | None = None) -> None:
         """In a thread."""
         sample = SampleContext()
-        samples = job.samples(self.inbox, sample)
+        samples = job.samples(self.inbox, sample, self._run.consumer if self.stamps else None)
         if broken is None:
             result = apply_chunk(self._calls, samples, CHUNK_SECONDS, job.outcomes, sample)
         else:
@@ -268,30 +272,70 @@ class ThreadJob:
 
     Attributes:
         began: When it was asked for.
+        since: When the thread began the first of its samples.
         claimed: The samples that it has begun, in order; the thread appends.
         outcomes: One for each that is done; the thread appends.
         settled: How many of them went on already; the loop's.
     """
 
-    __slots__ = ("_limit", "began", "claimed", "outcomes", "settled")
+    __slots__ = ("_limit", "began", "claimed", "outcomes", "settled", "since")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.began = perf_counter()
+        self.began = self.since = perf_counter()
         self.claimed: list[Entry] = []
         self.outcomes: list[Any] = []
         self.settled = 0
 
-    def samples(self, inbox: deque[Entry], sample: SampleContext) -> Iterator[Any]:
-        """Claim samples, in the thread, until the inbox is empty; `sample` tells which one is at hand."""
+    def samples(
+        self, inbox: deque[Entry], sample: SampleContext, consumer: ConsumerMeter | None = None
+    ) -> Iterator[Any]:
+        """Claim samples, in the thread, until the inbox is empty; `sample` tells which one is at hand.
+
+        Args:
+            inbox: Where they wait.
+            sample: The context of the calls.
+            consumer: Of the run, if these calls may be the first ones for their samples, see `Entry.begun`.
+        """
+        self.since = perf_counter()
         for _ in range(self._limit):
             try:
                 entry = inbox.popleft()
             except IndexError:
                 return
+            if consumer is not None and entry.begun < 0:
+                entry.begun = consumer.batches
             self.claimed.append(entry)
             sample.name = entry
             yield entry.value
+
+    def under_way(self) -> list[Entry]:
+        """What was begun and is not done; from any thread, while this one goes on."""
+        for _ in range(3):
+            done = len(self.outcomes)
+            begun = self.claimed[done:]
+            if len(self.outcomes) == done:  # else some of these are done by now
+                return begun
+        return self.claimed[-1:]
+
+
+class _Chunk:
+    """Samples that went to a user's executor together.
+
+    Attributes:
+        entries: The samples.
+        begun: Their `Entry.begun` before.
+        since: When they went.
+        future: Of the executor.
+    """
+
+    __slots__ = ("begun", "entries", "future", "since")
+    future: "ConcurrentFuture[ChunkResult]"
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self.begun = [entry.begun for entry in entries]
+        self.since = perf_counter()
 
 
 class ExecutorStep(SyncStep):
@@ -309,23 +353,30 @@ class ExecutorStep(SyncStep):
     def __init__(self, calls: Sequence[Call], concurrency: int, executor: Executor) -> None:
         super().__init__(calls, concurrency)
         self._executor = executor
+        self._chunks: set[_Chunk] = set()
+
+    def at_hand(self) -> list[tuple[Any, float]]:
+        # One sample of each chunk is under way, and only the executor knows which: most often there is but one.
+        return [(chunk.entries[0].key, chunk.since) for chunk in self._chunks.copy() if chunk.future.running()]
 
     def dispatch(self) -> None:
         self._scheduled = False
         inbox = self.inbox
         while inbox and self._active < self.concurrency and not (self.closed or self._run.stopping):
             fair = -(-len(inbox) // (self.concurrency - self._active))
-            chunk = [inbox.popleft() for _ in range(min(self._size, fair))]
+            chunk = _Chunk([inbox.popleft() for _ in range(min(self._size, fair))])
             self._begins()
-            values = [entry.value for entry in chunk]
+            self._stamp(chunk.entries)
+            values = [entry.value for entry in chunk.entries]
             try:
-                future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
+                chunk.future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
             except RuntimeError as error:  # shut down, or broken
-                self._run.loop.call_soon(self._run.guarded, self._lost, chunk, error)
+                self._run.loop.call_soon(self._run.guarded, self._lost, chunk.entries, error)
             else:
-                future.add_done_callback(partial(self._done, chunk))
+                self._chunks.add(chunk)
+                chunk.future.add_done_callback(partial(self._done, chunk))
 
-    def _done(self, chunk: list[Entry], future: "ConcurrentFuture[ChunkResult]") -> None:
+    def _done(self, chunk: _Chunk, future: "ConcurrentFuture[ChunkResult]") -> None:
         # Called in a thread of the executor.
         error: BaseException | None
         if future.cancelled():
@@ -335,10 +386,17 @@ class ExecutorStep(SyncStep):
         if error is None:
             call_loop(self._run.loop, self._run.guarded, self._returned, chunk, future.result())
         else:  # a worker process died, or something could not be pickled
-            call_loop(self._run.loop, self._run.guarded, self._lost, chunk, error)
+            call_loop(self._run.loop, self._run.guarded, self._not_returned, chunk, error)
 
-    def _returned(self, chunk: list[Entry], result: ChunkResult) -> None:
+    def _returned(self, chunk: _Chunk, result: ChunkResult) -> None:
+        self._chunks.discard(chunk)
         tried = len(result.outcomes)
-        if not self.closed:
-            self.inbox.extendleft(reversed(chunk[tried:]))  # its time was up: these go first
-        self._landed(chunk[:tried], result)
+        if not self.closed:  # its time was up: these have not begun, and go first
+            for entry, begun in zip(chunk.entries[tried:], chunk.begun[tried:], strict=True):
+                entry.begun = begun
+            self.inbox.extendleft(reversed(chunk.entries[tried:]))
+        self._landed(chunk.entries[:tried], result)
+
+    def _not_returned(self, chunk: _Chunk, error: BaseException) -> None:
+        self._chunks.discard(chunk)
+        self._lost(chunk.entries, error)

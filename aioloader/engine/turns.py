@@ -194,10 +194,12 @@ class TurnStep(ProcessStep):
     def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
         match outcome:
             case ChunkResult(outcomes=[last]) if last is EXHAUSTED and not self.closed:
+                self._came_back(chunk, slot)
                 self._ends(slot)
                 self._landed(chunk, ChunkResult([DROP], outcome.busy_seconds, outcome.cpu_seconds))
             case ChunkResult() if slot not in self._active_slots and not self.closed:
                 # From a worker that took the place of a dead one, before that was known here: it began anew.
+                self._came_back(chunk, slot)
                 self._landed(chunk, ChunkResult([DROP], 0.0, 0.0))
             case _:
                 super()._back(chunk, slot, outcome)

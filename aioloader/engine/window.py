@@ -6,7 +6,7 @@ upstream moves. A window without steps is a plain buffer.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
+from aioloader.engine.gauges import show
 from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
 from aioloader.engine.room import Growth, Room
 from aioloader.engine.steps import Step, bind_in_a_row
+from aioloader.insight.gauges import WaitMeter
 from aioloader.insight.meters import Why
 
 if TYPE_CHECKING:
@@ -51,6 +53,11 @@ class Window(Node):
         begins: Samples begin here, so that `admission` is asked.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
+        stamps: The first call for an entry may be one of its steps, see `Entry.begun`.
+        now: The time, as of the last moment when somebody looked. Entries that are finished together, in one hop or by
+            a worker that does not wait, have been finished then.
+        hands_out: What leaves goes to the consumer. It waits until that has it, and `handed_out` is called.
+        queued: Gives how much of that waits now, where the consumer is in another thread.
     """
 
     admission: Admission | None = None
@@ -58,6 +65,10 @@ class Window(Node):
     begins = False
     numbers = True
     names = True
+    stamps = False
+    now = 0.0
+    hands_out = False
+    queued: Callable[[], int] | None = None
 
     def __init__(
         self,
@@ -99,6 +110,7 @@ class Window(Node):
         self._record = log if isinstance(log, Recorded) else None
         self._replay = log if isinstance(log, Replayed) else None
         self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
+        self._waits: WaitMeter | None = None  # None: it has no steps, and nobody asks
 
     # -- the node interface ------------------------------------------------------------------------------------------
 
@@ -152,6 +164,7 @@ class Window(Node):
         if self.in_a_row is not None:
             self.in_a_row.start(run, self, [step.meter for step in self._parts])
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
+        self._waits = show(self._steps, self._parts, stamps=self.stamps, queued=self.queued)
         self._tell_room(self.room)
         if self._room is not None:
             self.wake()
@@ -187,23 +200,24 @@ class Window(Node):
         slots = self._slots
         taken: list[Entry] = []
         for step in self._parts:
+            step.meter.handovers += 1  # first: whoever reads in between finds no more on average than there ever were
             step.meter.finished_sum += self._occupied - self.under_way
-            step.meter.handovers += 1
         before = len(slots)
         popleft = slots.popleft
         while count := _done(slots, limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
             if self.in_a_row is not None:
-                self.in_a_row.leave(leaving)
+                self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
                 self._number(leaving)
-            kept = [entry for entry in leaving if entry.state != DROPPED]
+            kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
             taken += kept
             if len(kept) == count:  # then there is no more, or no more is wanted
                 break
-            if self.in_a_row is None:
-                self._dropped -= count - len(kept)
+            self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
+        if taken and self._waits is not None and not self.hands_out:
+            self._waits.took(perf_counter(), [entry.since for entry in taken])
         if self._room is not None and self._room.weighs:
             self._room.gave(taken)
         if self.admission is not None:
@@ -247,9 +261,20 @@ class Window(Node):
             self.admission.changed()
         self.wake()
 
+    def handed_out(self, entry: Entry, now: float) -> None:
+        """The consumer has it, at `now`; in its thread."""
+        if self._waits is not None and entry.state in (DONE, UNDER_WAY):
+            self._waits.took(now, [entry.since])
+
+    @property
+    def held(self) -> int:
+        """Finished entries that wait to be taken; from any thread."""
+        return max(0, self._occupied - self.under_way - self._dropped)
+
     def alive(self, size: int) -> int:
         self._stands_for = size
-        here = (self._occupied + self._lent - self._dropped) * size
+        left_out = 0 if self.in_a_row is not None else self._dropped  # there it may yet fail, until it leaves
+        here = (self._occupied + self._lent - left_out) * size
         return here if self.begins else here + self.upstream.alive(size)
 
     @property
@@ -351,11 +376,10 @@ class Window(Node):
         """How many more entries may come in, see `Growth`."""
         if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
             return 0
-        front = self._slots[0]
         idle = room.width - self.under_way
-        if front.state or idle <= 0:
+        if self._slots[0].state or idle <= 0:
             return 0
-        if (seconds := growth.wait(front, self._seconds_each)) > 0:
+        if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
             if not self._waits_for_front:
                 self._waits_for_front = True
                 self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
@@ -419,11 +443,10 @@ class Window(Node):
             if not run:
                 return
         self._occupied += len(run)
-        if self._room is not None and self._room.growth is not None:
-            now = perf_counter()
-            for entry in run:
-                entry.since = now
+        self.now = perf_counter()
         if self.ordered:
+            if self._room is not None and (growth := self._room.growth) is not None:
+                growth.came(len(run), len(self._slots))
             self._slots.extend(run)
         elif self._overtaking is not None:
             for entry in run:
@@ -460,6 +483,7 @@ class Window(Node):
         """No step has anything to do with these entries."""
         for entry in run:
             entry.state = entry.state or DONE
+            entry.since = self.now
             if not self.ordered:
                 self._finished_unordered(entry)
         self._kick()
@@ -471,16 +495,18 @@ class Window(Node):
 
     def finished(self, entry: Entry) -> None:
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
+        entry.since = self.now
         if entry.state == UNDER_WAY:
             entry.state = DONE
         elif entry.state == DROPPED:
             self._left_out()
         self.under_way -= 1
         if self.ordered:
-            if self._slots[0] is entry:
+            front = self._slots[0]
+            if front is entry:
                 self._kick()
-            elif self._occupied >= self._full_at:
-                self.wake()  # places stand idle, and the front is late: see `Growth`
+            elif not front.state and self._occupied >= self._full_at:
+                self.wake()  # a place stands idle, and the front is late: see `Growth`
         else:
             self._finished_unordered(entry)
             self._kick()
@@ -489,8 +515,6 @@ class Window(Node):
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
-        if self.in_a_row is not None:  # it may be one too many: whether it is left out is known when it leaves
-            return
         self._dropped += 1
         if self.admission is not None:
             self.admission.changed()

@@ -30,14 +30,16 @@ class SampleContext:
         name: Identifies the sample; None: there is none.
         seed: The seed of the epoch and the current stage; None: the stage has no random numbers.
         rng: The generator that `sample_rng` has made, and for which sample and seed.
+        since: When work on it began, or on one shortly before it that took no time to speak of (`perf_counter`).
     """
 
-    __slots__ = ("name", "rng", "seed")
+    __slots__ = ("name", "rng", "seed", "since")
 
     def __init__(self, seed: int | None = None) -> None:
         self.name: SampleName | None = None
         self.seed = seed
         self.rng: Any = None
+        self.since = 0.0
 
 
 class KeyOnly:

@@ -26,6 +26,11 @@ class BatchInfo:
         attempts: How often work on it was begun: 1, or the maximum over its samples. Work is done again after a worker
             process has died with it, and after a `__getitems__` for many samples has failed.
         seconds_waited: How long the consumer waited for it.
+        ages: For each sample, how many batches were handed out between the beginning of the first call for it (the
+            first `map` or `filter`, or what loads it from a dataset) and this batch: 0 if it began after the batch
+            before this one had been handed out. Batches that raised count, those that `skip_steps` left out do not.
+            Without such a call before `batch`, from when the loader read it from its source. None where the loader
+            did neither, for instance when an iterable dataset batches in worker processes.
     """
 
     epoch: int
@@ -34,6 +39,7 @@ class BatchInfo:
     positions: tuple[int | None, ...]
     attempts: int
     seconds_waited: float
+    ages: tuple[int | None, ...] = ()
 
     @property
     def sources(self) -> tuple[int | None, ...]:

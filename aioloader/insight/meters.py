@@ -5,11 +5,13 @@ They are written on the engine's loop and read from any thread, so the numbers o
 
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
 
 from aioloader.core.address import Address
+from aioloader.insight.gauges import Gauge, Gauges, WaitMeter
 
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
@@ -45,6 +47,11 @@ class StageMeter:
         hits: Samples that came from this cache.
         misses: Samples that were not in it.
         cached_bytes: The size of its samples.
+        live: For a source: its samples are still being produced.
+        gauge: The stage at work, which can be asked how things are; None: it does not work any more.
+        queued: Gives how many entries of its window are on their way to a consumer in another thread, and wait.
+        waits: How long entries of its window waited to be taken; stages of one window share it.
+        told: What it answered in another process, when its counters came from there.
     """
 
     name: str
@@ -69,6 +76,27 @@ class StageMeter:
     hits: int = 0
     misses: int = 0
     cached_bytes: int = 0
+    live: bool = False
+    gauge: Gauge | None = None
+    queued: Callable[[], int] | None = None
+    waits: WaitMeter | None = None
+    told: Gauges | None = None
+
+    @property
+    def gauges(self) -> Gauges:
+        """How things are now, or, in another process, were when it last told."""
+        if self.told is not None:
+            return self.told
+        return Gauges.asked(self.gauge, 0 if self.queued is None else self.queued(), self.waits)
+
+    def release(self, gauge: Gauge) -> None:
+        """`gauge` does not work any more. The next round of a `repeat` may go on with this meter, and has another."""
+        if self.gauge is gauge:
+            self.gauge = None
+
+    def to_tell(self) -> "StageMeter":
+        """The same for another process, as it is now."""
+        return replace(self, gauge=None, queued=None, waits=None, told=self.gauges)
 
 
 class IdleClock:
@@ -110,6 +138,7 @@ class ConsumerMeter:
         loop: CPU time of the event loop's thread.
         end_seen: Whether the consumer knows that the epoch is over.
         last_waited_seconds: How long the newest batch took.
+        asking: When each `next()` was called that has not returned.
     """
 
     began: float | None = None
@@ -120,6 +149,13 @@ class ConsumerMeter:
     loop: "ThreadClock | None" = None
     end_seen: bool = False
     last_waited_seconds: float = 0.0
+    asking: list[float] = field(default_factory=list)
+
+    @property
+    def waiting_seconds(self) -> float:
+        """How long the consumer has been waiting, now."""
+        since = min(self.asking, default=None)
+        return 0.0 if since is None or self.ended is not None else perf_counter() - since
 
     def delivered(self, called: float) -> None:
         """Count a batch that is delivered now, by a `next()` that was called at `called`."""

@@ -1,10 +1,11 @@
 """The frozen snapshot that `stats()` gives."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
+from aioloader.insight.gauges import Waits
 from aioloader.insight.meters import ConsumerMeter, Kind, StageMeter
 
 __all__ = ["StageStats", "Stats", "snapshot"]
@@ -39,6 +40,18 @@ class StageStats:
         hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
         misses: For a `cache`, samples that were not in it.
         cached_bytes: For a `cache`, the size of all samples in it.
+        under_way: Samples (or batches) whose call in this stage has begun and not ended, now. For a source: 1 while it
+            is being read.
+        finished: Finished samples (or batches) in its window that wait to be taken, now; stages of one window share it.
+        oldest_seconds: How long the one that has been under way longest has been so; 0.0 if none is. Where cheap
+            samples share a hop into a thread or a worker process, counted from the beginning of the hop: some
+            milliseconds at most.
+        oldest_key: Its key, as text; empty where none is under way, or its key is not known. For a batch, the keys of
+            its samples.
+        waited_seconds: How long samples that were finished waited until what follows the window took them; in the last
+            window, until the batch was handed out. Stages of one window share it.
+        live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
+            is nobody's limit.
     """
 
     name: str
@@ -59,6 +72,12 @@ class StageStats:
     hits: int = 0
     misses: int = 0
     cached_bytes: int = 0
+    under_way: int = 0
+    finished: int = 0
+    oldest_seconds: float = 0.0
+    oldest_key: str = ""
+    waited_seconds: Waits = field(default_factory=Waits)
+    live: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +94,7 @@ class Stats:
         loop_cpu_fraction: The fraction of the time in which the event loop's thread was computing, 0 to 1. Under
             `async for` it includes your own code. 0 where there is no loop, or the system does not measure it.
         stages: In the order of the pipeline.
+        waiting_seconds: How long the consumer has been waiting for a batch, now; 0.0 if it does not wait.
     """
 
     epoch: int | None
@@ -85,6 +105,7 @@ class Stats:
     waited_fraction: float
     loop_cpu_fraction: float
     stages: tuple[StageStats, ...]
+    waiting_seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain dictionaries, lists and numbers."""
@@ -107,11 +128,14 @@ def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: Consumer
         waited_fraction=min(1.0, waited),
         loop_cpu_fraction=min(1.0, consumer.loop.seconds() / seconds) if consumer.loop is not None and seconds else 0.0,
         stages=tuple(_stage(meter, seconds) for meter in list(meters)),
+        waiting_seconds=consumer.waiting_seconds,
     )
 
 
 def _stage(meter: StageMeter, seconds: float) -> StageStats:
     capacity = seconds * meter.concurrency
+    gauges = meter.gauges
+    now = perf_counter()
     return StageStats(
         name=meter.name,
         kind=meter.kind,
@@ -131,4 +155,10 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         hits=meter.hits,
         misses=meter.misses,
         cached_bytes=meter.cached_bytes,
+        under_way=gauges.under_way,
+        finished=gauges.finished,
+        oldest_seconds=0.0 if gauges.oldest_since is None else max(0.0, now - gauges.oldest_since),
+        oldest_key=gauges.oldest_key,
+        waited_seconds=gauges.waits,
+        live=meter.live,
     )

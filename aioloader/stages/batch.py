@@ -9,7 +9,7 @@ import torch
 from aioloader.core.checks import callable_name, is_async_callable
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import as_count, cursor_parts
-from aioloader.core.entry import Entry, annotate, places_of
+from aioloader.core.entry import Entry, annotate, begun_each_of, places_of
 from aioloader.core.keys import PartKey
 from aioloader.core.memory import Alloc
 from aioloader.engine.fuse import FusedOps, Op
@@ -323,9 +323,13 @@ class _UnbatchFold:
                 out.append(entry)
             elif samples:
                 names = _names_of_rows(entry, len(samples))
+                each = begun_each_of(entry) or ()
                 for number in range(self._skipped, len(samples)):
                     key, position = names[number]
-                    out.append(entry.derived(samples[number], (self._before, number + 1), key, position))
+                    row = entry.derived(samples[number], (self._before, number + 1), key, position)
+                    if len(each) == len(samples):
+                        row.begun = each[number]
+                    out.append(row)
             self._before = after
             self._skipped = 0
         return out

@@ -15,22 +15,31 @@ class Group:
         samples: In order.
         keys: What each was loaded by, None where nothing names it.
         places: The position of each in its source, see `Entry.places`.
+        begun: See `Entry.begun_each`.
         left_over: There are too few of them: they are only loaded, since that may fail, and no batch is made of them.
     """
 
-    __slots__ = ("keys", "left_over", "places", "samples")
+    __slots__ = ("begun", "keys", "left_over", "places", "samples")
 
-    def __init__(self, samples: list[Any], keys: list[Any], places: list[int | None] | None = None) -> None:
+    def __init__(
+        self,
+        samples: list[Any],
+        keys: list[Any],
+        places: list[int | None] | None = None,
+        begun: list[int] | None = None,
+    ) -> None:
         self.samples = samples
         self.keys = keys
         self.places = [] if places is None else places
+        self.begun = [] if begun is None else begun
         self.left_over = False
 
     def leave_out(self, out: list[bool]) -> None:
-        """Forget the samples for which `out` is true; the batch's entry shares `keys` and `places`."""
+        """Forget the samples for which `out` is true; the batch's entry shares `keys`, `places`, `begun`."""
         self.samples = [sample for sample, gone in zip(self.samples, out, strict=True) if not gone]
         self.keys[:] = [key for key, gone in zip(self.keys, out, strict=True) if not gone]
         self.places[:] = [place for place, gone in zip(self.places, out, strict=True) if not gone]
+        self.begun[:] = [begun for begun, gone in zip(self.begun, out, strict=True) if not gone]
 
 
 def group_entries(entries: list[Entry]) -> Entry:
@@ -38,8 +47,11 @@ def group_entries(entries: list[Entry]) -> Entry:
     samples = [entry.value for entry in entries]
     keys = [entry.key for entry in entries]
     places = [entry.position for entry in entries]
-    group = Entry(Group(samples, keys, places), entries[-1].cursor, keys, entries[0].position)
+    begun = [entry.begun for entry in entries]
+    group = Entry(Group(samples, keys, places, begun), entries[-1].cursor, keys, entries[0].position)
     group.places = places
+    group.begun = min(begun)
+    group.begun_each = begun
     if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
         group.attempts = max(attempts)
     failed = [entry for entry in entries if entry.error is not None]

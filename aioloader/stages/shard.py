@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from aioloader.core.cursors import as_count, cursor_parts
-from aioloader.core.entry import LAST, ONE_LOST, Entry, places_of
+from aioloader.core.entry import LAST, ONE_LOST, Entry, begun_each_of, places_of
 from aioloader.engine.node import Fold, FoldNode, Kick, Node
 from aioloader.engine.resumable import beginning
 from aioloader.stages.base import Builder, FoldStage, Pass
@@ -252,6 +252,8 @@ def _copy(entry: Entry) -> Entry:
     copy.error = entry.error
     if (places := places_of(entry)) is not None:
         copy.places = places
+    if (begun := begun_each_of(entry)) is not None:
+        copy.begun_each = begun
     copy.state = entry.state
     return copy
 

@@ -1,6 +1,7 @@
 """Which sample each worker has begun, in shared memory that outlives the worker: it is known and not guessed."""
 
 import os
+from time import perf_counter_ns
 from typing import Final, Self
 
 from aioloader.executors.processes.segments import Mapping, create_file
@@ -11,7 +12,7 @@ _SLOT_BYTES: Final = 64  # a cache line for each worker
 
 
 class ProgressCells:
-    """For each of `count` workers, the number of the task that it runs, and the index of the value in it.
+    """For each of `count` workers, the number of the task that it runs, when it began it, and the index in it.
 
     The memory `fd` is mapped by the workers and the main process; the caller closes it.
     """
@@ -44,6 +45,7 @@ class ProgressCells:
         """In the worker: record that it begins this task, a number above 0."""
         cell = slot * _SLOT_BYTES // 8
         self._cells[cell + 1] = 0
+        self._cells[cell + 2] = perf_counter_ns()  # which all processes of a machine share
         self._cells[cell] = task
 
     def at(self, slot: int, index: int) -> None:
@@ -54,6 +56,10 @@ class ProgressCells:
         """The task and the value that the worker began last; task 0 before the first one."""
         cell = slot * _SLOT_BYTES // 8
         return self._cells[cell], self._cells[cell + 1]
+
+    def since(self, slot: int) -> float:
+        """When the worker began its task; seconds of `perf_counter`."""
+        return self._cells[slot * _SLOT_BYTES // 8 + 2] / 1e9
 
     def clear(self, slot: int) -> None:
         """Prepare the slot for a new worker."""

@@ -76,13 +76,13 @@ class StreamWorker:
         self._worker_thread.call(self._open, number, request, listener)
         return number
 
-    def grant(self, number: int, entries: int) -> None:
-        """Allow the worker to send that many entries more."""
-        self._worker_thread.call(self._tell, "grant", number, entries)
+    def grant(self, number: int, entries: int, handed_out: int) -> None:
+        """Allow the worker to send that many entries more, and tell it how many batches the consumer has got."""
+        self._worker_thread.call(self._tell, "grant", number, entries, handed_out)
 
-    def allow(self, number: int, samples: int) -> None:
-        """Allow so many samples to have been begun there, all in all."""
-        self._worker_thread.call(self._tell, "allow", number, samples)
+    def allow(self, number: int, samples: int, handed_out: int) -> None:
+        """Allow so many samples to have been begun there, all in all, and tell it the same."""
+        self._worker_thread.call(self._tell, "allow", number, samples, handed_out)
 
     def end(self, number: int) -> None:
         """Stop a stream."""
@@ -110,12 +110,12 @@ class StreamWorker:
         (*layout, (stream_at, _)), pieces = lay_out([*buffers, stream])
         self._worker.send(("open", number, stream_at, layout), pieces)
 
-    def _tell(self, kind: str, number: int, value: int) -> None:
+    def _tell(self, kind: str, number: int, *values: int) -> None:
         if self._worker is not None and number in self._listeners:
-            self._worker.send((kind, number, value, self._worker.freed()))
+            self._worker.send((kind, number, *values, self._worker.freed()))
 
     def _end(self, number: int) -> None:
-        self._tell("end", number, 0)
+        self._tell("end", number)
         self._listeners.pop(number, None)
 
     def received(self, worker: Worker, message: Message) -> None:

@@ -129,6 +129,23 @@ class WorkerPool:
         """The names of the workers."""
         return [f"worker process {worker.pid}" for worker in self._workers if worker is not None]
 
+    def at_work(self, owner: Hashable) -> list[tuple[Any, int, float]]:
+        """For each worker that runs a task of `owner`: its values, the index of the one at hand, and since when."""
+        progress, found = self._progress, []
+        for slot, worker in enumerate(list(self._workers)):
+            tasks = None if worker is None else self._tasks_of.get(worker)
+            if progress is None or tasks is None:
+                continue
+            for _ in range(3):  # until the worker has not moved on meanwhile
+                number, at = progress.read(slot)
+                since = progress.since(slot)
+                if progress.read(slot) == (number, at):
+                    break
+            task = tasks.get(number)
+            if task is not None and task.owner == owner and not task.forgotten:
+                found.append((task.values, at, since))
+        return found
+
     # -- in the worker thread ----------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:

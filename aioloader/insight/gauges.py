@@ -1,0 +1,135 @@
+"""Gauges of now: what is under way, since when, and how long finished samples wait to be taken.
+
+Nothing is counted for them: whoever asks looks at what the steps have at hand, from any thread. What is looked at goes
+on meanwhile, so numbers may be some samples apart.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from aioloader.core.safe_text import safe_repr, safe_repr_list
+
+__all__ = ["Gauge", "Gauges", "WaitMeter", "Waits"]
+
+LATEST: Final = 1024  # waits that percentiles are of
+OF_ONE_RUN: Final = 8  # waits that are kept of samples that were taken together; they stand for the others
+
+
+class Gauge(Protocol):
+    """What a stage at work can be asked, from any thread."""
+
+    def at_hand(self) -> Sequence[tuple[Any, float]]:
+        """For each call under way, the key of its sample (None: not known) and when it began (`perf_counter`)."""
+
+    @property
+    def held(self) -> int:
+        """Finished samples in its window that wait to be taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """How long finished samples waited until they were taken, in seconds.
+
+    Attributes:
+        sum: Of all samples of this epoch.
+        max: The longest of all.
+        p50: Half of the latest samples, about a thousand, waited for no longer than this.
+        p95: Likewise, 95 of 100.
+        p99: Likewise, 99 of 100.
+    """
+
+    sum: float = 0.0
+    max: float = 0.0
+    p50: float = 0.0
+    p95: float = 0.0
+    p99: float = 0.0
+
+
+class WaitMeter:
+    """Collects how long samples waited. One thread at a time tells it of them; any thread may ask."""
+
+    __slots__ = ("_latest", "_max", "_sum")
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._max = 0.0
+        self._latest: deque[tuple[float, int]] = deque(maxlen=LATEST)  # waits, and how many samples each stands for
+
+    def took(self, now: float, since: Sequence[float]) -> None:
+        """Samples that were finished at the times in `since` are taken together, at `now`."""
+        count = len(since)
+        self._sum += max(0.0, count * now - sum(since))
+        longest = now - min(since)
+        if longest > self._max:
+            self._max = longest
+        if count == 1:
+            self._latest.append((longest, 1))
+        else:
+            stands_for = -(-count // OF_ONE_RUN)
+            self._latest.extend([(now - one, stands_for) for one in since[::stands_for]])
+
+    @property
+    def waits(self) -> Waits:
+        """As they are now."""
+        latest = sorted(list(self._latest))  # noqa: C414 - a copy first: it is one step, and sorting is many
+        return Waits(self._sum, self._max, *(_percentile(latest, share) for share in (0.5, 0.95, 0.99)))
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What one stage answered.
+
+    Attributes:
+        under_way: Calls that have begun and not ended.
+        oldest_since: When the first of them began (`perf_counter`, which all processes of a machine share).
+        oldest_key: The key of its sample, as text; empty if it is not known.
+        finished: Finished samples in its window that wait to be taken.
+        waits: How long they waited so far.
+    """
+
+    under_way: int = 0
+    oldest_since: float | None = None
+    oldest_key: str = ""
+    finished: int = 0
+    waits: Waits = field(default_factory=Waits)
+
+    @classmethod
+    def asked(cls, gauge: Gauge | None, queued: int, meter: WaitMeter | None) -> "Gauges":
+        """Ask a stage.
+
+        Args:
+            gauge: The stage at work; None: it does not work any more.
+            queued: Finished samples that are in no window any more and still wait.
+            meter: Of its window; None: nothing has left it.
+        """
+        waits = Waits() if meter is None else meter.waits
+        if gauge is None:
+            return cls(finished=queued, waits=waits)
+        at_hand = gauge.at_hand()
+        finished = gauge.held + queued
+        if not at_hand:
+            return cls(finished=finished, waits=waits)
+        key, since = min(at_hand, key=_since)
+        return cls(len(at_hand), since, _named(key), finished, waits)
+
+
+def _percentile(waits: Sequence[tuple[float, int]], share: float) -> float:
+    """The wait that `share` of all samples did not exceed; `waits` are sorted."""
+    left = share * sum(count for _, count in waits)
+    for wait, count in waits:
+        left -= count
+        if left <= 0:
+            return max(0.0, wait)
+    return 0.0
+
+
+def _since(call: tuple[Any, float]) -> float:
+    return call[1]
+
+
+def _named(key: Any) -> str:
+    if key is None:
+        return ""
+    return safe_repr_list(key) if type(key) is list else safe_repr(key)
