@@ -15,6 +15,7 @@ from aioloader.cache.memory import MemoryStore
 from aioloader.core.checks import (
     check_ahead,
     check_callable,
+    check_concurrency,
     check_count,
     check_gives_one,
     check_integer,
@@ -82,13 +83,18 @@ class Pipeline(Loader):
             functions run on the caller's loop; sync ones always run in threads.
         sampler: For an indexable source: gives the keys of an epoch, in order, as a torch sampler does. Its
             `set_epoch`, if it has one, is called with the number of each epoch.
+        concurrency: For a source whose samples are loaded by `__getitem__` or `__getitems__`: calls under way at once,
+            at least 1. Default: 64 where they are async; else the threads of the function after it, or usable cores.
 
     Raises:
-        TypeError: `source` is none of these.
+        TypeError: `source` is none of these, or `sampler` or `concurrency` is for other sources.
+        ValueError: `concurrency` is less than 1.
     """
 
-    def __init__(self, source: Any, *, sampler: Any = None) -> None:
+    def __init__(self, source: Any, *, sampler: Any = None, concurrency: int | None = None) -> None:
         super().__init__()
+        if concurrency is not None:
+            concurrency = check_concurrency(concurrency)
         self._plan: Plan
         if isinstance(source, FetchSource):
             kind = type(source).__name__
@@ -101,9 +107,13 @@ class Pipeline(Loader):
                 ahead_bytes=source.ahead_bytes,
             )
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
+            _check_loads(concurrency, None, source)
         elif not isinstance(source, Pipeline):
-            self._plan = Plan(Single(*_resolve(source, sampler), tells_epoch=True))
+            data, keys = _resolve(source, sampler)
+            _check_loads(concurrency, data, source)
+            self._plan = Plan(Single(data, keys, tells_epoch=True, concurrency=concurrency))
         elif sampler is None:
+            _check_loads(concurrency, None, source)
             self._plan = source._plan
         else:
             raise TypeError("sampler gives the keys of an indexable source, got a Pipeline; pass sampler to that one")
@@ -174,7 +184,7 @@ class Pipeline(Loader):
         check_callable("fn", fn, arguments=1, example="map(decode)")
         check_gives_one("map", fn, "use flat_map(fn), which gives all of them as samples")
         if concurrency is not None:
-            concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
+            concurrency = check_concurrency(concurrency)
         ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, concurrency)
         is_async = is_async_callable(fn)
         if max_overtaken is not None:
@@ -203,11 +213,44 @@ class Pipeline(Loader):
             )
         )
 
-    def filter(self, fn: Callable[[Any], Any]) -> "Pipeline":
-        """Keep the samples for which `fn`, sync or async, returns true."""
+    def filter(
+        self,
+        fn: Callable[[Any], Any],
+        *,
+        concurrency: int | None = None,
+        max_dropped_in_a_row: int | None = None,
+    ) -> "Pipeline":
+        """Keep the samples for which `fn`, sync or async, returns true.
+
+        Args:
+            fn: Takes a sample. An async function is awaited on the loop; any other runs in threads.
+            concurrency: Samples that it looks at at once, at least 1. Default: 64 for async functions; a sync one has
+                the threads of the functions beside it, or the usable cores.
+            max_dropped_in_a_row: How many samples it may refuse one after the other, at least 1. The next one that it
+                refuses fails with `NothingPassesError`: a batch that would have had it raises that, in its turn, and
+                the count begins anew. Counted in the order in which samples come out; one that passes, or would have
+                passed but for a later stage, begins the count anew, and those that failed before the filter do not
+                count. Default: any number, so that an epoch in which nothing passes goes on until its source ends.
+
+        Raises:
+            TypeError: `fn` cannot be called with one argument, or is a generator function, or a number is none.
+            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1.
+        """
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
-        return self._then(Filter(fn, is_async_callable(fn)))
+        if concurrency is not None:
+            concurrency = check_concurrency(concurrency)
+        if max_dropped_in_a_row is not None:
+            hint = "leave it out for any number"
+            max_dropped_in_a_row = check_count("max_dropped_in_a_row", max_dropped_in_a_row, least=1, hint=hint)
+        return self._then(
+            Filter(
+                fn,
+                is_async_callable(fn),
+                concurrency=concurrency,
+                max_dropped_in_a_row=max_dropped_in_a_row,
+            )
+        )
 
     def drop_if(self, fn: Callable[[Any], Any], *, requeue: bool = False) -> "Pipeline":
         """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
@@ -671,6 +714,25 @@ def _resolve(source: Any, sampler: Any) -> tuple[Indexable | StreamData, StreamD
     if isinstance(keys, Indexable):
         keys = StreamData(sampler, call=False, single_use=False)
     return data, keys
+
+
+def _check_loads(concurrency: int | None, data: Indexable | StreamData | None, source: Any) -> None:
+    """Refuse a `concurrency` of a source that has nothing to load, or that may not be so far ahead."""
+    if concurrency is None:
+        return
+    if isinstance(data, Indexable) and data.load is not None:
+        check_ahead(*data.bounds, concurrency)
+        return
+    if isinstance(source, Pipeline | FetchSource):
+        way_out = "pass concurrency where that one is made"
+    elif isinstance(data, Indexable):
+        way_out = "its samples are in memory: pass concurrency to the map after it"
+    else:
+        way_out = "it is read one sample after the other: pass concurrency to the map after it"
+    raise TypeError(
+        f"concurrency says how many samples of a map-style source are loaded at once, by its __getitem__; got "
+        f"{describe(source)}; {way_out}"
+    )
 
 
 def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | InProcesses | None:

@@ -87,6 +87,10 @@ class CheckWindow(Window):
 
     upstream: AgainWindow
 
+    @property
+    def _all_done(self) -> bool:
+        return super()._all_done and not self.upstream._away
+
     def finished(self, entry: Entry) -> None:
         if entry.state != DROPPED:
             self.upstream.give_back(1)

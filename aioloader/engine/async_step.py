@@ -131,7 +131,7 @@ class AsyncStep(Step):
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
-        stamps, consumer = self.stamps, run.consumer
+        fresh, stamps, consumer = self.fresh, self.stamps, run.consumer
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
         woken = began = sample.since = self._counted(0, 0.0)
@@ -155,7 +155,7 @@ class AsyncStep(Step):
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
                 self._runs(me)
-            if stamps and entry.begun < 0:
+            if fresh or (stamps and entry.begun < 0):
                 entry.begun = consumer.batches
             sample.name = entry
             try:

@@ -25,7 +25,7 @@ from aioloader.engine.cache_opening import Opening
 from aioloader.engine.cache_stream_node import PlacedNode
 from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.engine.thread_step import ThreadStep
-from aioloader.executors.chunk import DROP, Call
+from aioloader.executors.chunk import DROP, Call, Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ class CacheOp:
         pipeline: What comes before the cache, in words.
         label: Its name in statistics.
         stream: The node that numbers the samples of a stream; None: samples are identified by their keys.
+        stop: What is said of samples that it found to be refused.
     """
 
     store: MemoryStore | DiskStore
     pipeline: str
     label: str
     stream: PlacedNode | None = None
+    stop: Stop | None = None
 
     is_async = False
     ordered = True
@@ -79,6 +81,7 @@ class CacheStep(Step):
         super().__init__(StageMeter(op.label, "sync"), 0)
         self._store = op.store
         self._stream = op.stream
+        self.stop = op.stop
         self._inner = inner
         self._all_found = False  # in the last look-up
 
@@ -218,6 +221,7 @@ class DiskCacheStep(CacheStep):
         self._pipeline = op.pipeline
         self._opening: Opening | None = None
         self._disk = _DiskStep(self._store, concurrency, op.label, self._make_again)
+        self._disk.stop = op.stop
 
     @property
     def parts(self) -> list[Step]:

@@ -15,6 +15,7 @@ from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.in_a_row import counted
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -24,7 +25,7 @@ from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
 from aioloader.engine.turns import Turns, TurnStep
 from aioloader.engine.window import Window
-from aioloader.executors.chunk import Call
+from aioloader.executors.chunk import Call, Stop
 from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.worker import Work
 from aioloader.executors.processes.worker_pool import WorkerPool
@@ -83,6 +84,8 @@ class Op:
             bound of its own has a window of its own.
         ahead_bytes: The same in bytes of finished ones.
         max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
+        max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
+        stop: What is said of entries that end here; None: nobody asks.
     """
 
     fn: Callable[[Any], Any]
@@ -105,6 +108,8 @@ class Op:
     ahead: int | None = None
     ahead_bytes: int | None = None
     max_overtaken: int | None = None
+    max_dropped_in_a_row: int | None = None
+    stop: Stop | None = None
 
     @property
     def bounded(self) -> bool:
@@ -114,7 +119,7 @@ class Op:
     @property
     def call(self) -> Call:
         """The same for steps that run several ops in one hop."""
-        return Call(self.fn, self.predicate, self.label, self.seed)
+        return Call(self.fn, self.predicate, self.label, self.seed, self.stop)
 
 
 @dataclass
@@ -189,6 +194,7 @@ class FusedOps:
             if self.batches and room is None:
                 room = _room_of_batches(ops)
             bounds = _Bounds.of(ops) if room is None else None
+            ops, in_a_row = counted(ops, in_cursors=not unordered)
             steps = steps_of(ops, _limit(room, bounds), processes)
             if room is not None:
                 width = max(op.concurrency for op in ops)
@@ -207,6 +213,7 @@ class FusedOps:
                 overtaking=_overtaking(ops),
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
+            window.in_a_row = in_a_row
             window.admission, window.begins = admission, begins and not number
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
             if unordered:
@@ -224,7 +231,7 @@ class FusedOps:
     @staticmethod
     def _is_before_maps(op: Op | CacheOp) -> bool:
         """Whether it is no `map`: a filter, or what loads the samples of a dataset."""
-        return isinstance(op, Op) and (op.flexible or op.predicate)
+        return isinstance(op, Op) and (op.flexible or op.predicate or op.dataset is not None)
 
     def _order_log(self, name: str) -> Recorded | Replayed | None:
         """Where the order of the results is recorded or read."""
@@ -365,6 +372,7 @@ def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable
             close()
             width = _narrowed(op.concurrency, limit)
             put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op.address)
+            steps[-1].stop = op.stop
         else:
             if together and not _same_place(together, op):
                 close()
@@ -378,7 +386,9 @@ def _narrowed(width: int, limit: int | None) -> int:
 
 
 def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int:
-    """The concurrency of `load`: that of the op that follows it in threads, if one does, or its own."""
+    """The concurrency of `load`: what the user said, or that of the op that follows in threads, if one does."""
+    if not load.flexible:
+        return load.concurrency
     op = following[0] if following else None
     beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
     return op.concurrency if beside and op is not None else load.concurrency

@@ -7,7 +7,8 @@ from itertools import zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from aioloader.core.entry import DROPPED, Entry, annotate
+from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
+from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -27,11 +28,15 @@ class Step(ABC):
         places: How many entries under way in this step the window makes room for, see `StepsRoom`.
         selects: Whether it may drop samples.
         stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
+        stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
+        fresh: It is the first one for each.
     """
 
     closed: bool = False
     selects: bool = False
     stamps: bool = False
+    stop: Stop | None = None
+    fresh: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int) -> None:
         self.meter = meter
@@ -88,6 +93,8 @@ class Step(ABC):
                     entry.begun = batches
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)
         self._window.now = perf_counter()
         entry.error = error
@@ -104,6 +111,8 @@ class Step(ABC):
             nothing: Its value was None. A function gave the sample up and may make it in the next epoch, so no cache
                 keeps that it was refused.
         """
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         self.meter.dropped += 1
         if nothing:
             self.meter.gaps = True

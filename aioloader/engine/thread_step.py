@@ -13,7 +13,7 @@ from aioloader.core.entry import Entry
 from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.chunk import NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
+from aioloader.executors.chunk import Call, ChunkResult, Failed, Refusal, apply_chunk
 from aioloader.executors.current_sample import SampleContext
 from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import ConsumerMeter, StageMeter
@@ -105,8 +105,12 @@ class SyncStep(Step):
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
             if type(outcome) is Refusal:
-                self._drop(entry, nothing=outcome is NOTHING)
+                if outcome.stop is not None:
+                    entry.stop = outcome.stop
+                self._drop(entry, nothing=outcome.nothing)
             elif type(outcome) is Failed:
+                if outcome.stop is not None:
+                    entry.stop = outcome.stop
                 self._fail(entry, outcome.error, outcome.label)
             else:
                 entry.value = outcome
@@ -114,8 +118,8 @@ class SyncStep(Step):
 
     def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
         """A hop never ran, or did not come back."""
-        label = self._calls[0].label
-        self._landed(entries, ChunkResult([Failed(error, label) for _ in entries], 0.0, 0.0))
+        call = self._calls[0]
+        self._landed(entries, ChunkResult([Failed(error, call.label, call.stop) for _ in entries], 0.0, 0.0))
 
 
 class ThreadStep(SyncStep):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
-from aioloader.engine.gauges import show
+from aioloader.engine.gauges import let_stamp, show
+from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -48,6 +49,7 @@ class Window(Node):
         under_way: Entries on their journey, not finished.
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
+        in_a_row: Counts what filters refuse, and has a limit; None: there is none.
         begins: Samples begin here, so that `admission` is asked.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
@@ -59,6 +61,7 @@ class Window(Node):
     """
 
     admission: Admission | None = None
+    in_a_row: InARow | None = None
     begins = False
     numbers = True
     names = True
@@ -136,6 +139,8 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.check(self._completion.count)
+        if self.in_a_row is not None:
+            cursor = self.in_a_row.resume(cursor)
         if cursor is not None:
             self.upstream.resume(cursor)
 
@@ -156,8 +161,12 @@ class Window(Node):
         for step in self._parts:
             step.meter = run.adopt(step.meter)
             step.meter.ordered = self.ordered
+        if self.in_a_row is not None:
+            self.in_a_row.start(run, self, [step.meter for step in self._parts])
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
-        self._waits = show(self._steps, self._parts, stamps=self.stamps, queued=self.queued)
+        self._waits = show(self._parts, queued=self.queued)
+        if self.stamps:
+            let_stamp(self._steps, fresh=self.upstream.fresh)
         self._tell_room(self.room)
         if self._room is not None:
             self.wake()
@@ -197,15 +206,18 @@ class Window(Node):
             step.meter.finished_sum += self._occupied - self.under_way
         before = len(slots)
         popleft = slots.popleft
-        while count := _done(slots, limit - len(taken)):
+        while count := self._done(limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
+            if self.in_a_row is not None:
+                self.in_a_row.leave(leaving)
             if self._completion is not None:
                 self._number(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
             taken += kept
             if len(kept) == count:  # then there is no more, or no more is wanted
                 break
-            self._dropped -= count - len(kept)
+            if self.in_a_row is None:
+                self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
         if taken and self._waits is not None and not self.hands_out:
             self._waits.took(perf_counter(), [entry.since for entry in taken])
@@ -217,6 +229,23 @@ class Window(Node):
             self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
         self.wake()
         return taken
+
+    def _done(self, limit: int) -> int:
+        """How many at the front are finished, up to `limit`."""
+        slots = self._slots
+        if self._all_done:
+            return min(limit, len(slots))
+        count = 0
+        for entry in islice(slots, limit):
+            if not entry.state:
+                break
+            count += 1
+        return count
+
+    @property
+    def _all_done(self) -> bool:
+        """Whether all slots are known to hold finished entries: nobody need look at each."""
+        return not (self.ordered and self.under_way)
 
     def _number(self, leaving: list[Entry]) -> None:
         """Give entries without a fixed order their cursors, if none of them can fall behind any more."""
@@ -252,10 +281,14 @@ class Window(Node):
             self.admission.changed()
         self.wake()
 
+    @property
+    def fresh(self) -> bool:
+        return self.upstream.fresh and not self.stamps
+
     def handed_out(self, entry: Entry, now: float) -> None:
         """The consumer has it, at `now`; in its thread."""
         if self._waits is not None and entry.state in (DONE, UNDER_WAY):
-            self._waits.took(now, [entry.since])
+            self._waits.took_one(now, entry.since)
 
     @property
     def held(self) -> int:
@@ -505,6 +538,8 @@ class Window(Node):
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
+        if self.in_a_row is not None:  # it may be one too many: whether it is left out is known when it leaves
+            return
         self._dropped += 1
         if self.admission is not None:
             self.admission.changed()
@@ -520,13 +555,3 @@ class Window(Node):
     def _finish(self) -> None:
         self.ended = True
         self.close()
-
-
-def _done(slots: deque[Entry], limit: int) -> int:
-    """How many at the front are finished, up to `limit`."""
-    count = 0
-    for entry in islice(slots, limit):
-        if not entry.state:
-            break
-        count += 1
-    return count

@@ -29,7 +29,7 @@ class StageMeter:
         concurrency: The maximum number of samples under way at once; 0 for folds.
         samples: Samples (or batches) that it has finished.
         errors: How many of them failed.
-        dropped: How many a predicate dropped.
+        dropped: How many a predicate dropped, or a source.
         dropped_late: How many more `drop_if` dropped from batches just before collate; written in threads, under a
             lock.
         partial: Batches that were delivered before they were full, because `max_wait` was over.

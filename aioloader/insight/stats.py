@@ -35,7 +35,7 @@ class StageStats:
             while they fill count for the stages after them.
         ordered: Whether samples leave the window in the order of the input, so that finished ones wait for a slower one
             before them.
-        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped.
+        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped, or a `Channel` for newer ones.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
         hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
         misses: For a `cache`, samples that were not in it.

@@ -302,14 +302,14 @@ class _PlanBuilder:
         values = data.data if data.load is None else None
         if data.load is not None:
             ahead, ahead_bytes = data.bounds
-            width = ASYNC_CONCURRENCY if data.is_async else usable_cores()
+            width = source.concurrency or (ASYNC_CONCURRENCY if data.is_async else usable_cores())
             self.fuse(
                 Op(
                     data.load,
                     f"{type(data.data).__name__}[...]",
                     data.is_async,
                     width if ahead is None else min(width, ahead),
-                    flexible=ahead is None and ahead_bytes is None,
+                    flexible=source.concurrency is None and ahead is None and ahead_bytes is None,
                     many=data.data.__getitems__ if data.loads_many else None,
                     dataset=data.data,
                     ahead=ahead,

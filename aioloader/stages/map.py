@@ -119,11 +119,21 @@ def _default_concurrency(is_async: bool, ahead: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class Filter(Stage):
-    """The samples of which `fn` is true; a step of a journey, like `Map`."""
+    """The samples of which `fn` is true; a step of a journey, like `Map`.
+
+    Args:
+        fn: Sync or async.
+        is_async: Whether `fn` is awaited on the loop.
+        name: Instead of the name of `fn`.
+        concurrency: None: as many as `Map`; in threads, those of the functions beside it.
+        max_dropped_in_a_row: More samples that it refuses one after the other are an error; None: any number.
+    """
 
     fn: Callable[[Any], Any]
     is_async: bool
     name: str | None = None
+    concurrency: int | None = None
+    max_dropped_in_a_row: int | None = None
 
     exact_in_any_order = True
     passes = True
@@ -149,8 +159,17 @@ class Filter(Stage):
         return replace(limited, by_key=False, steps=replace(before.steps, only_maps=False))
 
     def build(self, builder: Builder) -> None:
-        width = _default_concurrency(self.is_async)
-        builder.fuse(Op(self.fn, self.label, self.is_async, width, predicate=True, flexible=True))
+        builder.fuse(
+            Op(
+                self.fn,
+                self.label,
+                self.is_async,
+                self.concurrency or _default_concurrency(self.is_async),
+                predicate=True,
+                flexible=self.concurrency is None,
+                max_dropped_in_a_row=self.max_dropped_in_a_row,
+            )
+        )
 
 
 @dataclass(frozen=True)
