@@ -23,6 +23,7 @@ from aioloader.core.checks import (
 )
 from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
+from aioloader.core.policies import Hedge, Rate, Retry, check_policies
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
@@ -153,6 +154,10 @@ class Pipeline(Loader):
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         max_overtaken: int | None = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
         record_order: str | PathLike[str] | None = None,
         replay_order: str | PathLike[str] | None = None,
     ) -> "Pipeline":
@@ -175,6 +180,12 @@ class Pipeline(Loader):
                 `concurrency` samples. With `ahead`, both hold.
             max_overtaken: With `ordered=False`: an unfinished sample is overtaken by so many results at most, at least
                 0; then those after it wait for it.
+            retry: How often a call that fails is made again: the number of attempts, or a `Retry`.
+            timeout: Seconds for one attempt. An async call is cancelled, and awaited while it cleans up; a worker
+                process is killed and replaced. It raises `TimeoutError`, which `retry` may retry. Threads cannot be
+                stopped.
+            hedge: For async functions: when a second call is made beside one that takes long, see `Hedge`.
+            rate: How many calls begin in a second, see `Rate`; each attempt counts.
             record_order: With `ordered=False`: a folder that gets a file per epoch with the order in which the results
                 left, four bytes per sample.
             replay_order: With `ordered=False`: a folder that `record_order` has filled; the results leave in that
@@ -183,7 +194,7 @@ class Pipeline(Loader):
         Raises:
             TypeError: `fn` cannot be called with one argument, or is a generator function.
             ValueError: `concurrency` is less than 1, `ahead` less than `concurrency`, or `executor`, `max_overtaken`,
-                `record_order` or `replay_order` do not fit.
+                `retry`, `timeout`, `hedge`, `rate`, `record_order` or `replay_order` do not fit.
         """
         check_callable("fn", fn, arguments=1, example="map(decode)")
         check_gives_one("map", fn, "use flat_map(fn), which gives all of them as samples")
@@ -215,6 +226,7 @@ class Pipeline(Loader):
                 ahead=ahead,
                 ahead_bytes=ahead_bytes,
                 max_overtaken=max_overtaken,
+                policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=executor),
             )
         )
 

@@ -4,16 +4,22 @@ from asyncio import CancelledError, Future, Task, current_task
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from time import perf_counter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
+from aioloader.core.policies import Policies
 from aioloader.core.safe_text import add_note, safe_str
+from aioloader.engine.guard import Guard
 from aioloader.engine.node import cheap_samples
-from aioloader.engine.steps import Step
+from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+    from aioloader.engine.window import Window
 
 __all__ = ["AsyncStep"]
 
@@ -55,6 +61,7 @@ class AsyncStep(Step):
     ) -> None:
         super().__init__(StageMeter(name, "async"), concurrency)
         self._fn = fn
+        self._guard: Guard | None = None
         self._seed = seed  # see `Call`
         self._predicate = self.selects = predicate
         self._workers = 0
@@ -64,10 +71,24 @@ class AsyncStep(Step):
         self._turn_seen = True  # nobody waits to be told of the next turn
         self._samples: set[SampleContext] = set()  # one per worker
 
+    def obey(self, policies: Policies) -> None:
+        super().obey(policies)
+        if policies.timeout is not None or policies.hedge is not None:
+            self._guard = Guard(self._fn, self.meter.name, policies.timeout, policies.hedge)
+
+    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+        super().bind(run, window, forward, finished)
+        if self._guard is not None:
+            self._guard.bind(run, self)
+
     def accept(self, entry: Entry) -> None:
-        if not self.closed:
-            self.inbox.append(entry)
-            self.dispatch()
+        if self.closed:
+            return
+        if self.tap is not None:
+            self.tap.add((entry,))
+            return
+        self.inbox.append(entry)
+        self.dispatch()
 
     @property
     def extra_room(self) -> int:
@@ -88,6 +109,8 @@ class AsyncStep(Step):
 
     def close(self) -> None:
         super().close()
+        if self._guard is not None:
+            self._guard.close()
         for future in self._idle:
             if not future.done():
                 future.set_result(None)
@@ -152,6 +175,8 @@ class AsyncStep(Step):
         run, inbox, fn, forward, predicate = self._run, self.inbox, self._fn, self._forward, self._predicate
         me = current_task()
         assert me is not None
+        if self._guard is not None:
+            fn = self._guard.for_worker(me)
         sample = SampleContext(self._seed)
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
@@ -166,6 +191,8 @@ class AsyncStep(Step):
                 began, count = self._counted(count, began), 0
                 sample.since = began
                 self._ran_out(began - woken)
+                if self.tap is not None:
+                    self.tap.pump()
                 if inbox:
                     continue
                 if slot is not None:
@@ -243,6 +270,8 @@ class AsyncStep(Step):
             self._run.after_turn(self._turned)
         if self.inbox:
             self._summon()
+        elif self.tap is not None:
+            self.tap.pump()
 
     def _turned(self) -> None:
         self._turn_seen = True

@@ -11,6 +11,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.limit import Limit, width_of
+from aioloader.core.policies import Policies
 from aioloader.engine.admission import Admission
 from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
@@ -87,6 +88,7 @@ class Op:
         max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
         max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
         stop: What is said of entries that end here; None: nobody asks.
+        policies: What is done about its calls. With any it shares no hop with others.
     """
 
     fn: Callable[[Any], Any]
@@ -111,6 +113,7 @@ class Op:
     max_overtaken: int | None = None
     max_dropped_in_a_row: int | None = None
     stop: Stop | None = None
+    policies: Policies | None = None
 
     @property
     def width(self) -> int:
@@ -390,15 +393,17 @@ def steps_of(
     steps: list[Step] = []
     together: list[Op] = []
 
-    def put(step: Step, address: Address) -> None:
-        step.meter.address = address
+    def put(step: Step, op: Op) -> None:
+        step.meter.address = op.address
+        if op.policies is not None:
+            step.obey(op.policies)
         if not follows:
             step.most = limit
         steps.append(step)
 
     def close() -> None:
         if together:
-            put(_sync_step(tuple(together), limit, processes), together[0].address)
+            put(_sync_step(tuple(together), limit, processes), together[0])
             together.clear()
 
     for at, op in enumerate(ops):
@@ -407,14 +412,14 @@ def steps_of(
             steps = [op.around(steps, limit)]
         elif op.many is not None:
             width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
-            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op.address)
+            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op)
         elif op.in_place:
             close()
-            put(InPlaceStep(op.fn, op.label), op.address)
+            put(InPlaceStep(op.fn, op.label), op)
         elif op.is_async:
             close()
             width = _narrowed(op.concurrency, limit)
-            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op.address)
+            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
             steps[-1].stop = op.stop
         else:
             if together and not _same_place(together, op):
@@ -481,6 +486,8 @@ def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op],
 
 
 def _same_place(together: Sequence[Op], op: Op) -> bool:
+    if any(other.policies is not None for other in (op, *together)):
+        return False
     fixed = next((other for other in together if not other.flexible), None)
     if together[0].executor is not op.executor:
         return False

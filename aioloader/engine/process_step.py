@@ -1,12 +1,15 @@
 """The step whose calls run in worker processes."""
 
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
+from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.steps import Forward
 from aioloader.engine.thread_step import SyncStep
@@ -25,6 +28,7 @@ __all__ = ["CHUNK_SECONDS", "ProcessStep", "hint", "who"]
 CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
+EXPIRY_SECONDS: Final = 0.01  # between two looks at who has taken too long, at least
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
 
 
@@ -98,6 +102,12 @@ class ProcessStep(SyncStep):
         self._out_aside = 0  # those of them that are known not to have begun
         self._holds = 0  # how often it was told to pause
         self._pool_held = False
+        self.timeout: float | None = None
+        self._expiry: TimerHandle | None = None
+
+    def obey(self, policies: Policies) -> None:
+        super().obey(policies)
+        self.timeout = policies.timeout
 
     def at_hand(self) -> list[tuple[Any, float]]:
         found = []
@@ -118,6 +128,9 @@ class ProcessStep(SyncStep):
 
     def close(self) -> None:
         if not self.closed:
+            if self._expiry is not None:
+                self._expiry.cancel()
+                self._expiry = None
             self._pool.forget(self)
             if self._owned:
                 self._pool.close()
@@ -166,7 +179,7 @@ class ProcessStep(SyncStep):
     @property
     def _size(self) -> int:
         cost = self._seconds_each
-        if cost is None or self._in_turn:
+        if cost is None or self._in_turn or self.tap is not None or self.timeout is not None:
             return 1
         size = max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
         return size if self._elastic else min(size, max(1, self.meter.room // (2 * self.concurrency)))
@@ -201,6 +214,8 @@ class ProcessStep(SyncStep):
             if self.slots is not None:
                 done = partial(self._done, self.slots, done)
             self._pool.submit(self, self._payload(chunk), done, slot)
+            if self.timeout is not None and self._expiry is None:
+                self._watch(self.timeout)
 
     @staticmethod
     def _done(slots: Slots, done: Callable[[Outcome], None], outcome: Outcome) -> None:
@@ -271,7 +286,33 @@ class ProcessStep(SyncStep):
             case Died():
                 self._died(chunk, slot, outcome)
 
+    def _watch(self, timeout: float) -> None:
+        """Look again when a call may have taken too long; it is the workers that know when theirs began."""
+        if self._active and not (self.closed or self._run.stopping):
+            oldest = min((since for _, since in self.at_hand()), default=perf_counter())
+            self._expiry = self.later(max(EXPIRY_SECONDS, oldest + timeout - perf_counter()), self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        if self.timeout is not None:
+            if any(perf_counter() - since >= self.timeout for _, since in self.at_hand()):
+                self._pool.expire(self, self.timeout)
+            self._watch(self.timeout)
+
+    def _timed_out(self, entry: Entry, death: Died) -> None:
+        self.meter.timeouts += 1
+        self._lost(
+            [entry],
+            TimeoutError(
+                f"{self._calls[0].label} took longer than timeout={self.timeout:g} s; worker process {death.slot} "
+                f"(pid {death.pid}) was killed"
+            ),
+        )
+
     def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
+        if death.expired:
+            self._timed_out(chunk[death.at], death)
+            return
         self._deaths += 1
         if self._deaths > self.concurrency + MORE_DEATHS:
             self._run.fail(

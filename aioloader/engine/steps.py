@@ -1,6 +1,7 @@
 """What the steps of a window have in common, and the simplest one."""
 
 from abc import ABC, abstractmethod
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
 from aioloader.core.limit import Limit, Slots, width_of
+from aioloader.core.policies import Policies
+from aioloader.engine.retrying import Retrying, Tap
 from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 
@@ -40,6 +43,8 @@ class Step(ABC):
         most: The most that `concurrency` may become; None: what its `Limit` says.
         selects: Whether it may drop samples.
         paused: No entry begins.
+        retrying: Entries that fail may be tried again.
+        tap: Lets entries into the inbox at a rate.
         stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
         stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
         fresh: It is the first one for each.
@@ -48,6 +53,8 @@ class Step(ABC):
     closed: bool = False
     selects: bool = False
     paused: bool = False
+    retrying: Retrying | None = None
+    tap: Tap | None = None
     places_follow: bool = True
     most: int | None = None
     calls_on_loop: bool = False  # see `Limit.join`
@@ -105,6 +112,8 @@ class Step(ABC):
         if self.paused:
             self._aside.extend(entries)
             self._window.set_aside(len(entries))
+        elif self.tap is not None:
+            self.tap.add(entries)
         else:
             self.inbox.extend(entries)
             self.dispatch()
@@ -118,6 +127,31 @@ class Step(ABC):
         self._aside.clear()
         if self.slots is not None:
             self.slots.close()
+        for waiting in (self.retrying, self.tap):
+            if waiting is not None:
+                waiting.close()
+
+    def obey(self, policies: Policies) -> None:
+        """Do about its calls what these say. Before `bind`."""
+        if policies.retry is not None:
+            self.retrying = Retrying(policies.retry, self)
+        if policies.rate is not None:
+            self.tap = Tap(policies.rate, self)
+
+    # -- what waits before it ----------------------------------------------------------------------------------------
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it can begin on one more entry."""
+        return not self.inbox
+
+    def set_aside(self, count: int) -> None:
+        """See `Window.set_aside`."""
+        self._window.set_aside(count)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> TimerHandle:
+        """Call `callback` on the loop."""
+        return self._run.loop.call_later(seconds, self._run.guarded, callback)
 
     # -- a limit that is shared --------------------------------------------------------------------------------------
 
@@ -184,6 +218,10 @@ class Step(ABC):
                     entry.begun = batches
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        if self.tap is not None:
+            self.tap.rate.failed(error)
+        if self.retrying is not None and self.retrying.again(entry, error):
+            return
         if self.stop is not None:
             entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)

@@ -50,6 +50,9 @@ class SyncStep(Step):
     def accept(self, entry: Entry) -> None:
         if self.closed:
             return
+        if self.tap is not None:
+            self.tap.add((entry,))
+            return
         self.inbox.append(entry)
         if not self._scheduled:  # after the entries that come in this same turn
             self._scheduled = True
@@ -76,10 +79,16 @@ class SyncStep(Step):
         self._window.hop_began()
 
     @property
+    def has_place(self) -> bool:
+        return len(self.inbox) + self._active < self.concurrency
+
+    @property
     def _size(self) -> int:
         """Samples that one hop is worth."""
         cost = self._seconds_each
-        return 1 if cost is None else max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
+        if cost is None or self.tap is not None:
+            return 1
+        return max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
 
     def _landed(self, entries: Iterable[Entry], result: ChunkResult, settled: int = 0) -> None:
         """A hop is over; back on the loop. The first `settled` of its samples went on before."""
@@ -97,6 +106,8 @@ class SyncStep(Step):
                 self._extra_room = extra_room
                 self._window.resize()
         self.dispatch()
+        if self.tap is not None:
+            self.tap.pump()
         if not self._active:
             self.meter.idle.wait_for("input")
 

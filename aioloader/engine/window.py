@@ -292,14 +292,21 @@ class Window(Node):
 
     def pause(self) -> None:
         self._paused = True
+        self._pause_retrying()
         if not self._closed:
             self._steps[0].hold()
 
     def go_on(self) -> None:
         self._paused = False
+        self._pause_retrying()
         if not self._closed:
             self._steps[0].let_go()
             self.wake()
+
+    def _pause_retrying(self) -> None:
+        for step in self._parts:
+            if step.retrying is not None:
+                step.retrying.pause(paused=self._paused)
 
     def set_aside(self, count: int) -> None:
         """`count` entries that came in turn out not to have begun; negative: they may begin again."""

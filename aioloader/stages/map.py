@@ -9,6 +9,7 @@ from typing import Any, Final
 from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
+from aioloader.core.policies import Policies
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps, InProcesses, Op
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
@@ -37,6 +38,7 @@ class Map(Stage):
         ahead: Samples begun and not yet taken by what follows; None: decided by the engine.
         ahead_bytes: The same in bytes of finished ones.
         max_overtaken: With `ordered=False`: results that may overtake a slower sample.
+        policies: What is done about calls that fail, take long, or are too many.
     """
 
     fn: Callable[[Any], Any]
@@ -52,6 +54,7 @@ class Map(Stage):
     ahead: int | None = None
     ahead_bytes: int | None = None
     max_overtaken: int | None = None
+    policies: Policies | None = None
 
     exact_in_any_order = True
     passes = True
@@ -113,6 +116,7 @@ class Map(Stage):
                 ahead=self.ahead,
                 ahead_bytes=self.ahead_bytes,
                 max_overtaken=self.max_overtaken,
+                policies=self.policies,
             )
         )
 

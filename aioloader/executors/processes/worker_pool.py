@@ -1,10 +1,13 @@
 """A pool of workers that run one program and share the tasks submitted to it."""
 
 import contextlib
+import os
+import signal
 from asyncio import Future
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Final
 
 from aioloader.errors import LoaderClosedError
@@ -33,12 +36,16 @@ class NotSent:
 
 @dataclass(frozen=True)
 class Died:
-    """The worker died, for `reason`, while it worked on the value with the index `at` of the task."""
+    """The worker died, for `reason`, while it worked on the value with the index `at` of the task.
+
+    `expired`: it was killed, since that took too long.
+    """
 
     slot: int
     pid: int | None
     reason: str
     at: int
+    expired: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class _Task:
     layout: Layout = ()
     pieces: Sequence[Any] = ()
     forgotten: bool = False
+    expired: bool = False
     idle_deaths: int = 0
 
 
@@ -139,6 +147,10 @@ class WorkerPool:
     def forget(self, owner: Hashable) -> None:
         """Drop the tasks of `owner`: those not yet begun are not run, and the results of the others are ignored."""
         self._worker_thread.call(self._forget, owner)
+
+    def expire(self, owner: Hashable, seconds: float) -> None:
+        """Kill the workers that have been at one value of `owner` for so long."""
+        self._worker_thread.call(self._expire, owner, seconds)
 
     def prepare(self) -> None:
         """Start the fork server, which may take seconds, before the first task is there."""
@@ -223,6 +235,22 @@ class WorkerPool:
             self._progress.held = False
         for worker in self._tasks_of:
             worker.send(("let go",))  # those that wait for it look again
+
+    def _expire(self, owner: Hashable, seconds: float) -> None:
+        progress = self._progress
+        if progress is None:
+            return
+        for slot, worker in enumerate(self._workers):
+            if worker is None or worker.pid is None:
+                continue
+            number, _ = progress.read(slot)
+            task = self._tasks_of[worker].get(number)
+            if task is None or task.owner != owner or task.forgotten or task.expired:
+                continue
+            if perf_counter() - progress.since(slot) >= seconds:
+                task.expired = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
 
     def _is_still(self, worker: Worker, number: int | None = None) -> None:
         """No call is under way in `worker`, as it answered to hold `number`; None: it has died."""
@@ -320,7 +348,7 @@ class WorkerPool:
         lost = self._take_lost(worker, tasks, wanted)
         self._waiting.extendleft(reversed(wanted.values()))  # not begun: another worker runs them
         for task, at in lost:
-            task.done(Died(worker.slot, worker.pid, reason, at))
+            task.done(Died(worker.slot, worker.pid, reason, at, task.expired))
         self._is_still(worker)
         self._assign()
 
