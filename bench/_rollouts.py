@@ -204,6 +204,14 @@ async def _generate_then_send(engine: Engine, channel: Channel) -> None:
             await channel.send(group)  # waits with a group that is getting old
 
 
+async def _reserve_then_generate(engine: Engine, channel: Channel) -> None:
+    while True:
+        async with await channel.reserve() as slot:
+            group = await engine.rollout(0)
+            if group.varied:
+                slot.send(group)
+
+
 def _sends(worker: Worker, places: int) -> Shape:
     """Workers send groups into a channel, and stale ones are dropped when they are taken out."""
 
@@ -237,6 +245,7 @@ SHAPES: Final[dict[str, Shape]] = {
     "filter + max_staleness(1) + requeue, completion order, for": _maps(_requeuing, by_for=True),
     "generate, then send into Channel(256)": _sends(_generate_then_send, 256),
     "generate, then send into Channel(1)": _sends(_generate_then_send, 1),
+    "reserve a place in Channel(8), then generate": _sends(_reserve_then_generate, BATCH),
 }
 """The shapes by their names in the table."""
 

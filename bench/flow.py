@@ -167,7 +167,7 @@ def generated(report: Report, options: argparse.Namespace) -> None:
         }
     report.table(title, rows)
     for name, row in rows.items():
-        if "max_staleness" in name:
+        if "max_staleness" in name or "reserve" in name:
             phrase = "{ours}: {value} begun for each one trained on; at most {reach}"
             report.judge(Target(name, "time", "the floor", MOST_GENERATED), row["median"], phrase, of=title)
         if (most := chosen[name].oldest) is not None:

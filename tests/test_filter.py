@@ -186,7 +186,7 @@ def test_completion_order_is_what_is_counted_without_another(face: Face) -> None
 def test_a_cache_that_knows_who_was_refused_counts_them_too(face: Face, tmp_path: Path) -> None:
     """The second epoch asks no filter, and is the same."""
     for store in ({"memory_bytes": 1 << 20}, {"disk": tmp_path / face.replace(" ", "_")}):
-        with Pipeline(range(25)).map(abs).filter(tens, max_dropped_in_a_row=6).cache(**store) as loader:  # type: ignore[arg-type]
+        with Pipeline(range(25)).map(abs).filter(tens, max_dropped_in_a_row=6).cache(**store) as loader:
             for _ in range(2):
                 assert outcomes(loader, face) == [0, N, 10, N, 20]
 

@@ -229,7 +229,7 @@ class Case:
         return out
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818 - the model speaks of it as a value
     """Of the sample `key`."""
 
     @property
@@ -507,7 +507,7 @@ class Epoch:
     async def _until_news(self, ask: "asyncio.Task[Any]") -> None:
         """Wait until a call comes, of whatever thread, or the answer."""
         async with asyncio.timeout(DEADLINE):
-            while not (self.time.news.is_set() or ask.done()):
+            while not (self.time.news.is_set() or ask.done()):  # noqa: ASYNC110 - two of them, and one is a task
                 await asyncio.sleep(0)
 
     async def _ask(self, iterator: Any) -> bool:

@@ -190,24 +190,25 @@ class FusedOps:
             again: Entries may be sent back to the first map: an `AgainWindow` is returned.
         """
         log = self._order_log(order_name)
-        groups = self._groups(again=again, apart=room is None and log is None)
+        groups = self._groups(again=again, apart=log is None and (room is None or self.batches))
         unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
         numbering = CompletionCursor(unordered_input=self.unordered_input) if unordered else None
         node = upstream
         for number, ops in enumerate(groups):
             is_last = number == len(groups) - 1
             early = (last and is_last) or (self.first and not any(op.is_async for op in self.ops))
-            follows = self.batches and room is None and any(isinstance(op.concurrency, Limit) for op in ops)
-            if self.batches and room is None:
-                room = _room_of_batches(ops)
-            bounds = _Bounds.of(ops) if room is None else None
+            exact, budget = (room, nbytes) if is_last else (None, None)
+            follows = self.batches and exact is None and any(isinstance(op.concurrency, Limit) for op in ops)
+            if self.batches:
+                exact, budget = _room_of_batches(ops, exact, budget)
+            bounds = _Bounds.of(ops) if exact is None else None
             ops, in_a_row = counted(ops, in_cursors=not unordered)
-            steps = steps_of(ops, _limit(room, bounds), processes, follows=follows)
+            steps = steps_of(ops, _limit(exact, bounds), processes, follows=follows)
             places: Room | None
-            if room is not None and follows:
-                places = Room(room, partial(_room_of_batches, ops))
-            elif room is not None:
-                places = _places(room, max(op.width for op in ops), grows=grows, nbytes=nbytes)
+            if exact is not None and follows and budget is None:
+                places = Room(exact, partial(_places_of_batches, ops))
+            elif exact is not None:
+                places = _places(exact, max(op.width for op in ops), grows=grows, nbytes=budget)
             elif bounds is not None:
                 places = bounds.room
             else:
@@ -236,7 +237,7 @@ class FusedOps:
         if again:
             first = next(at for at, op in enumerate(self.ops) if self.batches or not self._is_before_maps(op))
             return [group for group in (self.ops[:first], self.ops[first:]) if group]
-        return _apart(self.ops) if apart and not self.batches else [self.ops]
+        return _apart(self.ops, batches=self.batches) if apart else [self.ops]
 
     @staticmethod
     def _is_before_maps(op: Op | CacheOp) -> bool:
@@ -307,17 +308,20 @@ def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
     return None if bounds is None else bounds.ahead
 
 
-def _apart(ops: "Sequence[Op | CacheOp]") -> "list[list[Op | CacheOp]]":
+def _apart(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
     """The ops of each of several windows: one with a bound of its own is in a window of its own.
 
-    What the user left to us may be with it. All that a cache has before it is in its window.
+    What the user left to us may be with it, and so may what makes the batches: they are large, and need no places of
+    their own before it. All that a cache has before it is in its window.
     """
     caches = [at for at, op in enumerate(ops) if isinstance(op, CacheOp)]
     begin = caches[-1] + 1 if caches else 0
+    collate = next((op for op in ops if isinstance(op, Op) and not op.predicate), None) if batches else None
     groups: list[list[Op | CacheOp]] = [list(ops[:begin])]
     for op in ops[begin:]:
         bounded = isinstance(op, Op) and op.bounded
-        if bounded and any(isinstance(other, CacheOp) or not other.flexible for other in groups[-1]):
+        joins = all(isinstance(other, Op) and (other.flexible or other is collate) for other in groups[-1])
+        if bounded and not joins:
             groups.append([])
         groups[-1].append(op)
         if bounded:
@@ -325,10 +329,26 @@ def _apart(ops: "Sequence[Op | CacheOp]") -> "list[list[Op | CacheOp]]":
     return [group for group in groups if group]
 
 
-def _room_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
+def _room_of_batches(ops: "Sequence[Op | CacheOp]", room: int | None, nbytes: int | None) -> tuple[int, int | None]:
+    """For how many batches a window has room, and for how many bytes of them.
+
+    Args:
+        ops: What is done to them.
+        room: As many at most; None: not said.
+        nbytes: The same in bytes.
+    """
     widths = [op.width for op in ops]
-    said = [op.ahead for op in ops if isinstance(op, Op) and op.ahead is not None]
-    return sum(said) or sum(widths) + max(1, max(widths) // 2)
+    bounds = _Bounds.of([op for op in ops if isinstance(op, Op) and op.bounded])
+    if room is None:
+        room = sum(widths) + max(1, max(widths) // 2) if bounds is None or bounds.ahead is None else bounds.ahead
+    if bounds is not None:
+        room = room if bounds.ahead is None else min(room, bounds.ahead)
+        nbytes = bounds.nbytes if nbytes is None else nbytes
+    return room, nbytes
+
+
+def _places_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
+    return _room_of_batches(ops, None, None)[0]
 
 
 def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
@@ -339,8 +359,8 @@ def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
 
 def _places(room: int, width: int, *, grows: bool, nbytes: int | None) -> Room | None:
     """Room for `room` entries; if it `grows`, for as many as the bytes allow, or more while a slow one is in front."""
-    if nbytes is not None:
-        return BytesRoom(nbytes, width, None if grows else room)
+    if nbytes is not None and room:
+        return BytesRoom(nbytes, width if grows else min(width, room), None if grows else room)
     return GrowingRoom(room, width) if grows else exactly(room)
 
 

@@ -65,10 +65,11 @@ class InARow:
         self._window = window
         self._meters = meters
 
-    def leave(self, entries: list[Entry]) -> None:
-        """Count `entries`, which leave in this order; one that is too many is not dropped, but fails."""
+    def leave(self, entries: list[Entry]) -> int:
+        """Count `entries`, which leave in this order; returns how many of those that were dropped fail instead."""
         counts = self._counts
         none = [0] * len(counts)
+        failed = 0
         for entry in entries:
             if entry.error is None and entry.state != DROPPED:
                 counts[:] = none
@@ -77,17 +78,18 @@ class InARow:
             if stop is not None and stop.row == self._row:
                 counts[: stop.passed] = none[: stop.passed]
                 if stop.counts and entry.state == DROPPED:
-                    self._refused(entry, stop.passed)
+                    failed += self._refused(entry, stop.passed)
             if entry.error is not None and self._in_cursors and any(counts):
                 entry.cursor = (self._mark, entry.cursor, *counts)
+        return failed
 
-    def _refused(self, entry: Entry, number: int) -> None:
-        """Filter `number` has refused `entry`."""
+    def _refused(self, entry: Entry, number: int) -> bool:
+        """Filter `number` has refused `entry`; whether that was one too many."""
         counts, op = self._counts, self._filters[number]
         most = op.max_dropped_in_a_row
         counts[number] += 1
         if most is None or counts[number] <= most:
-            return
+            return False
         error = NothingPassesError(
             f"{op.label} has refused {counts[number]:,} samples in a row, the last one with key "
             f"{safe_repr(entry.key)}, and max_dropped_in_a_row={most} allows no more; look at what it gets and why it "
@@ -100,6 +102,7 @@ class InARow:
         meter = max((meter for meter in self._meters if meter.address <= op.address), key=_address)
         meter.errors += 1
         self._window.failed()
+        return True
 
 
 def _address(meter: StageMeter) -> Address:

@@ -215,15 +215,14 @@ class Window(Node):
         while count := self._done(limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
             if self.in_a_row is not None:
-                self.in_a_row.leave(leaving)
+                self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
                 self._number(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
             taken += kept
             if len(kept) == count:  # then there is no more, or no more is wanted
                 break
-            if self.in_a_row is None:
-                self._dropped -= count - len(kept)
+            self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
         if taken and self._waits is not None and not self.hands_out:
             self._waits.took(perf_counter(), [entry.since for entry in taken])
@@ -336,7 +335,8 @@ class Window(Node):
 
     def alive(self, size: int) -> int:
         self._stands_for = size
-        here = (self._occupied + self._lent - self._dropped) * size
+        left_out = 0 if self.in_a_row is not None else self._dropped  # there it may yet fail, until it leaves
+        here = (self._occupied + self._lent - left_out) * size
         return here if self.begins else here + self.upstream.alive(size)
 
     @property
@@ -578,8 +578,6 @@ class Window(Node):
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
-        if self.in_a_row is not None:  # it may be one too many: whether it is left out is known when it leaves
-            return
         self._dropped += 1
         if self.admission is not None:
             self.admission.changed()
