@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 import pytest
 import torch
 
+from aioloader import Pipeline
 from tests._servers import S3Server
 from tests._support import DEADLINE, Started
 
@@ -79,6 +80,27 @@ def test_online_ends_by_sigterm_with_what_it_has_accepted() -> None:
             assert process.wait(DEADLINE) == 0
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--completion-order"]])
+def test_grpo_goes_on_from_its_checkpoint_with_rollouts_in_flight(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It checks itself: every prompt once per epoch, and none too old."""
+    example("grpo")["main"](arguments)
+    reward, trained, flight = capsys.readouterr().out.splitlines()
+    assert float(reward.split()[2]) < float(reward.split()[-4])
+    assert " of 192 groups trained on" in trained
+    assert int(flight.split()[0]) > 0
+    assert flight.endswith("staleness at most 1")
+
+
+@pytest.mark.parametrize("forgotten", ["max_staleness", "load_state_dict"])
+def test_grpo_finds_out_what_is_forgotten(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checks can fail: without admission groups get too old, without the state they are trained on twice."""
+    monkeypatch.setattr(Pipeline, forgotten, lambda self, _: self)
+    with pytest.raises(SystemExit, match="updates old" if forgotten == "max_staleness" else "trained on twice"):
+        example("grpo")["main"]([])
 
 
 def test_huggingface_trains_on_a_cached_dataset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ __all__ = [
     "callable_name",
     "check_ahead",
     "check_callable",
-    "check_concurrency",
     "check_count",
     "check_gives_one",
     "check_integer",
@@ -32,16 +31,6 @@ def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
     if number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}{way_out}")
     return number
-
-
-def check_concurrency(concurrency: Any, *, hint: str = "leave it out for the default") -> int:
-    """`concurrency` of a stage.
-
-    Raises:
-        TypeError: It is not an integer, or a bool.
-        ValueError: It is less than 1.
-    """
-    return check_count("concurrency", concurrency, least=1, hint=hint)
 
 
 def check_ahead(

@@ -67,6 +67,11 @@ class CacheOp:
         """How many samples are written or read at once."""
         return 1 if isinstance(self.store, MemoryStore) else usable_cores()
 
+    @property
+    def width(self) -> int:
+        """The same."""
+        return self.concurrency
+
     def around(self, steps: Sequence[Step], limit: int | None) -> "CacheStep":
         """A step around `steps`, in a window that holds `limit` entries (None: no fixed number)."""
         if isinstance(self.store, MemoryStore):
@@ -104,6 +109,9 @@ class CacheStep(Step):
         self.dispatch()
 
     def dispatch(self) -> None:
+        if self.paused:
+            self._set_aside()
+            return
         missed = self._look_up()
         if self._all_found == missed:
             self._all_found = not missed
@@ -113,6 +121,21 @@ class CacheStep(Step):
         super().close()
         for step in self._inner:
             step.close()
+
+    @property
+    def quiet(self) -> bool:
+        return not self._inner or self._inner[0].quiet
+
+    def hold(self) -> None:
+        """Look nothing up, and make nothing of what was missing: a sample begins when it is looked up."""
+        super().hold()
+        if self._inner:
+            self._inner[0].hold()
+
+    def let_go(self) -> None:
+        if self._inner:
+            self._inner[0].let_go()
+        super().let_go()
 
     def _look_up(self) -> bool:
         """Look up all that waits; returns whether a sample was missing."""
@@ -260,7 +283,10 @@ class DiskCacheStep(CacheStep):
         self.meter.hits -= 1
         self.meter.misses += 1
         if self._stream is None:
-            self._make(entry)
+            if self.paused and self._inner:
+                self._inner[0].take_in([entry])
+            else:
+                self._make(entry)
         else:
             self._stream.make_again(entry, self._made_again)
 

@@ -78,6 +78,10 @@ class StreamSource(Pump):
         self._resume_at: Any = None
 
     @property
+    def fresh(self) -> bool:
+        return True
+
+    @property
     def extra_room(self) -> int:
         return 0 if self._live else cheap_samples(self.meter)
 

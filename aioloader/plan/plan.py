@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from aioloader.core.limit import Limit
 from aioloader.core.source import CursorSource
 from aioloader.engine.resumable import tells_state
 from aioloader.sources.files import Files
@@ -54,7 +55,7 @@ class Single:
     ahead: int = 0
     check: Callable[[Any, int], None] | None = None
     tells_epoch: bool = False
-    concurrency: int | None = None
+    concurrency: int | Limit | None = None
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""
