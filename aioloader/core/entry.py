@@ -20,6 +20,8 @@ __all__ = [
     "places_of",
     "presentable",
     "read_after",
+    "stop_of",
+    "tries_of",
 ]
 
 # The states of an entry. Plain integers, since they are compared once or twice per sample.
@@ -71,6 +73,8 @@ class Entry:
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
+        tries: In which step it has failed, how often, and when for the first time; set only where it is tried again.
+        stop: Where it was dropped or failed, see `Stop`; set only where a filter counts what it refuses.
     """
 
     __slots__ = (
@@ -86,6 +90,8 @@ class Entry:
         "position",
         "since",
         "state",
+        "stop",
+        "tries",
         "value",
     )
     begun_each: list[int]
@@ -93,6 +99,8 @@ class Entry:
     origin: Any
     since: float
     places: list[int | None]
+    stop: Any
+    tries: tuple[Any, int, float]
 
     def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None, begun: int = NOT_READ) -> None:
         self.value = value
@@ -158,6 +166,16 @@ def begun_each_of(entry: Entry) -> list[int] | None:
 def earliest(begun: list[int]) -> int:
     """`Entry.begun` of what is one sample now, and has been several."""
     return min([one for one in begun if one >= 0], default=max(begun))
+
+
+def tries_of(entry: Entry) -> tuple[Any, int, float] | None:
+    """See `Entry.tries`; None: it has not been tried again."""
+    return getattr(entry, "tries", None)
+
+
+def stop_of(entry: Entry) -> Any:
+    """Where an entry was dropped or failed, see `Stop`; None: nobody has said so."""
+    return getattr(entry, "stop", None)
 
 
 def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None:

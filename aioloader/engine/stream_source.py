@@ -183,7 +183,7 @@ class StreamSource(Pump):
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
-        context = RunSourceContext(self._run, meter.name)
+        context = RunSourceContext(self._run, meter.name, meter)
         reader: EntryReader | None = None
         self._numbered = self._resume_at is None  # its cursors do not count
         meter.ahead = source.ahead or 0

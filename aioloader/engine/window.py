@@ -15,6 +15,7 @@ from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
 from aioloader.engine.gauges import let_stamp, show
+from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -48,7 +49,9 @@ class Window(Node):
         under_way: Entries on their journey, not finished.
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
+        in_a_row: Counts what filters refuse, and has a limit; None: there is none.
         begins: Samples begin here, so that `admission` is asked.
+        pauses: Nothing begins here while the run pauses, see `RunPause`.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
         stamps: The first call for an entry may be one of its steps, see `Entry.begun`.
@@ -59,7 +62,9 @@ class Window(Node):
     """
 
     admission: Admission | None = None
+    in_a_row: InARow | None = None
     begins = False
+    pauses = True
     numbers = True
     names = True
     stamps = False
@@ -99,6 +104,8 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
+        self._paused = False
+        self._aside = 0  # of those under way: entries that have not begun, and do not before a pause is over
         self._closed = False
         if numbering is None and not ordered:
             numbering = CompletionCursor(unordered_input=unordered_input)
@@ -136,6 +143,8 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.check(self._completion.count)
+        if self.in_a_row is not None:
+            cursor = self.in_a_row.resume(cursor)
         if cursor is not None:
             self.upstream.resume(cursor)
 
@@ -156,11 +165,15 @@ class Window(Node):
         for step in self._parts:
             step.meter = run.adopt(step.meter)
             step.meter.ordered = self.ordered
+        if self.in_a_row is not None:
+            self.in_a_row.start(run, self, [step.meter for step in self._parts])
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
         self._waits = show(self._parts, queued=self.queued)
         if self.stamps:
             let_stamp(self._steps, fresh=self.upstream.fresh)
         self._tell_room(self.room)
+        if self._steps and self.pauses:
+            run.pausing.join(self)
         if self._room is not None:
             self.wake()
 
@@ -201,6 +214,8 @@ class Window(Node):
         popleft = slots.popleft
         while count := self._done(limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
+            if self.in_a_row is not None:
+                self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
                 self._number(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
@@ -257,6 +272,46 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.close()
+            if self._paused:
+                self._run.soon(self._run.pausing.look)
+
+    # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing begins any more, ever."""
+        return self._closed
+
+    @property
+    def quiet(self) -> bool:
+        return self._closed or self._steps[0].quiet
+
+    @property
+    def still(self) -> bool:
+        return self._closed or self.under_way == self._aside
+
+    def pause(self) -> None:
+        self._paused = True
+        self._pause_retrying()
+        if not self._closed:
+            self._steps[0].hold()
+
+    def go_on(self) -> None:
+        self._paused = False
+        self._pause_retrying()
+        if not self._closed:
+            self._steps[0].let_go()
+            self.wake()
+
+    def _pause_retrying(self) -> None:
+        for step in self._parts:
+            if step.retrying is not None:
+                step.retrying.pause(paused=self._paused)
+
+    def set_aside(self, count: int) -> None:
+        """`count` entries that came in turn out not to have begun; negative: they may begin again."""
+        self._aside += count
+        self.wake()
 
     # -- a face that hands entries to another thread -----------------------------------------------------------------
 
@@ -287,7 +342,8 @@ class Window(Node):
 
     def alive(self, size: int) -> int:
         self._stands_for = size
-        here = (self._occupied + self._lent - self._dropped) * size
+        left_out = 0 if self.in_a_row is not None else self._dropped  # there it may yet fail, until it leaves
+        here = (self._occupied + self._lent - left_out) * size
         return here if self.begins else here + self.upstream.alive(size)
 
     @property
@@ -345,6 +401,9 @@ class Window(Node):
     def _admit(self) -> None:
         self._scheduled = False
         if self._closed or self._run.stopping:  # an input that was cut off is no end
+            return
+        if self._paused:
+            self._run.pausing.look()
             return
         room = self.room
         self._tell_room(room)
@@ -472,12 +531,10 @@ class Window(Node):
             self.failed()
             self._finish_at_once(failed)
         if run:
-            first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
-            first.inbox.extend(run)
             self.under_way += len(run)
-            first.dispatch()
+            self._steps[0].take_in(run)
 
     def _before_failure(self, run: list[Entry]) -> list[Entry]:
         """The part of `run` before a source fails. The failure waits until all that came before it has left."""
@@ -523,8 +580,8 @@ class Window(Node):
         else:
             self._finished_unordered(entry)
             self._kick()
-        if not self.under_way:
-            self.wake()  # for the idle clock
+        if self.under_way == self._aside:
+            self.wake()  # for the idle clock, or for who waits until nothing is under way
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
@@ -537,7 +594,7 @@ class Window(Node):
         self.under_way -= count
         if self._slots[0].state:
             self._kick()
-        if not self.under_way:
+        if self.under_way == self._aside:
             self.wake()
 
     def _finish(self) -> None:

@@ -35,7 +35,10 @@ class StageStats:
             while they fill count for the stages after them.
         ordered: Whether samples leave the window in the order of the input, so that finished ones wait for a slower one
             before them.
-        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped.
+        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped, or a `Channel` for newer ones.
+        retries: Attempts after the first one of a sample, see `Retry`.
+        timeouts: Calls whose `timeout` was up.
+        hedges: Second calls for samples whose first one took long, see `Hedge`.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
         hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
         misses: For a `cache`, samples that were not in it.
@@ -68,6 +71,9 @@ class StageStats:
     room: int
     ordered: bool = True
     dropped: int = 0
+    retries: int = 0
+    timeouts: int = 0
+    hedges: int = 0
     partial: int = 0
     hits: int = 0
     misses: int = 0
@@ -151,6 +157,9 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         room=meter.room + meter.ahead,
         ordered=meter.ordered,
         dropped=meter.dropped + meter.dropped_late,
+        retries=meter.retries,
+        timeouts=meter.timeouts,
+        hedges=meter.hedges,
         partial=meter.partial,
         hits=meter.hits,
         misses=meter.misses,
