@@ -1,5 +1,6 @@
 """An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, by `for` or `async for`."""
 
+from aioloader.core.skip import Skip
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (
     AioloaderError,
@@ -12,6 +13,7 @@ from aioloader.errors import (
     SampleCancelledError,
     SourceUsedUpError,
     StateError,
+    TooManySkippedError,
     UnsplitWarning,
     WorkerDiedError,
 )
@@ -34,10 +36,12 @@ __all__ = [
     "ReplayWarning",
     "SampleCancelledError",
     "SampleRng",
+    "Skip",
     "SourceUsedUpError",
     "StageStats",
     "StateError",
     "Stats",
+    "TooManySkippedError",
     "UnsplitWarning",
     "Waits",
     "WorkerDiedError",

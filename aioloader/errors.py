@@ -8,6 +8,7 @@
     ├── SampleCancelledError (RuntimeError)  user code raised `CancelledError` without having been cancelled
     ├── LoaderClosedError (RuntimeError)     the iterator was closed while a caller waited for a batch
     ├── ChannelClosedError (RuntimeError)    a sample was sent to a closed channel
+    ├── TooManySkippedError (RuntimeError)   more errors than `skip_errors` may leave out; `__cause__` is the newest
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
@@ -31,6 +32,7 @@ __all__ = [
     "SampleCancelledError",
     "SourceUsedUpError",
     "StateError",
+    "TooManySkippedError",
     "UnsplitWarning",
     "WorkerDiedError",
 ]
@@ -81,6 +83,10 @@ class LoaderClosedError(AioloaderError, RuntimeError):
 
 class ChannelClosedError(AioloaderError, RuntimeError):
     """The `Channel` was closed before or while a sample was sent to it. The sample has not been sent."""
+
+
+class TooManySkippedError(AioloaderError, RuntimeError):
+    """Past a limit of `skip_errors`, an error is raised after all; `__cause__` is the error of the sample."""
 
 
 class WorkerDiedError(AioloaderError, RuntimeError):

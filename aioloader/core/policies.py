@@ -12,7 +12,7 @@ from typing import Any, Final
 from aioloader.core.checks import check_count
 from aioloader.core.forks import tell_of_fork
 
-__all__ = ["Budget", "Hedge", "Rate", "Retry", "as_retry", "check_exceptions", "retry_after"]
+__all__ = ["Budget", "Errors", "Hedge", "Rate", "Retry", "as_retry", "check_exceptions", "retry_after"]
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 

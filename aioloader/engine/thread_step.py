@@ -107,6 +107,7 @@ class SyncStep(Step):
             if type(outcome) is Refusal:
                 self._drop(entry, nothing=outcome is NOTHING)
             elif type(outcome) is Failed:
+                entry.seconds = outcome.seconds
                 self._fail(entry, outcome.error, outcome.label)
             else:
                 entry.value = outcome

@@ -19,6 +19,7 @@ from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
 from aioloader.engine.room import Growth, Room
+from aioloader.engine.skipping import SkipRule
 from aioloader.engine.steps import Step, bind_in_a_row
 from aioloader.insight.gauges import WaitMeter
 from aioloader.insight.meters import Why
@@ -48,6 +49,7 @@ class Window(Node):
         under_way: Entries on their journey, not finished.
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
+        rule: Which entries that failed are left out when they leave; None: none is.
         begins: Samples begin here, so that `admission` is asked.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
@@ -59,6 +61,7 @@ class Window(Node):
     """
 
     admission: Admission | None = None
+    rule: SkipRule | None = None
     begins = False
     numbers = True
     names = True
@@ -128,9 +131,12 @@ class Window(Node):
 
     @property
     def gaps(self) -> bool:
-        return any(step.meter.gaps for step in self._parts) or self.upstream.gaps
+        here = any(step.meter.gaps for step in self._parts) or (self.rule is not None and self.rule.gaps)
+        return here or self.upstream.gaps
 
     def resume(self, cursor: Any) -> None:
+        if self.rule is not None:
+            cursor = self.rule.resume(cursor)
         if self._completion is not None and self.names:
             cursor = self._completion.resume(cursor)
             for log in (self._record, self._replay):
@@ -158,6 +164,8 @@ class Window(Node):
             step.meter.ordered = self.ordered
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
         self._waits = show(self._steps, self._parts, stamps=self.stamps, queued=self.queued)
+        if self.rule is not None:
+            self.rule.start(run)
         self._tell_room(self.room)
         if self._room is not None:
             self.wake()
@@ -176,6 +184,14 @@ class Window(Node):
         return taken
 
     def _take(self, limit: int) -> list[Entry]:
+        if self.rule is None:
+            return self._take_finished(limit)
+        kept: list[Entry] = []
+        while len(kept) < limit and (taken := self._take_finished(limit - len(kept))):
+            kept += self.rule.leaving(taken)
+        return kept
+
+    def _take_finished(self, limit: int) -> list[Entry]:
         taken = self._leave(limit) if self._slots and self._slots[0].state else []
         if self._last is not None and self.empty and len(taken) < limit:
             last, self._last = self._last, None
@@ -235,6 +251,8 @@ class Window(Node):
             for step in self._steps:
                 step.close()
             self.upstream.close()
+            if self.rule is not None:
+                self.rule.close()
             for log in (self._record, self._replay):
                 if log is not None:
                     log.close()

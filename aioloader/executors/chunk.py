@@ -50,16 +50,23 @@ NOTHING: Final = Refusal("NOTHING")
 
 
 class Failed:
-    """The outcome of a sample for which a function raised."""
+    """The outcome of a sample for which a function raised.
 
-    __slots__ = ("error", "label")
+    Attributes:
+        error: What.
+        label: The name of its stage.
+        seconds: How long the sample had taken; None: not known.
+    """
 
-    def __init__(self, error: BaseException, label: str) -> None:
+    __slots__ = ("error", "label", "seconds")
+
+    def __init__(self, error: BaseException, label: str, seconds: float | None = None) -> None:
         self.error = error
         self.label = label
+        self.seconds = seconds
 
     def __reduce__(self) -> Any:
-        return Failed, (portable(self.error, f"process {os.getpid()}"), self.label)
+        return Failed, (portable(self.error, f"process {os.getpid()}"), self.label, self.seconds)
 
 
 @dataclass(slots=True)
@@ -142,6 +149,7 @@ def _try_some(
     value: Any = None
     result: Any = None
     more = False
+    now = perf_counter()
     for value in values:
         for call in calls:
             sample.seed = call.seed
@@ -155,10 +163,11 @@ def _try_some(
                     value = DROP if value is not None else NOTHING
                     break
             except BaseException as error:  # KeyboardInterrupt and SystemExit too: they are raised in the consumer
-                value = Failed(error, call.label)
+                value = Failed(error, call.label, perf_counter() - now)
                 break
         outcomes.append(value)
-        if perf_counter() > deadline:
+        now = perf_counter()
+        if now > deadline:
             break
         try:
             more = context != clean

@@ -37,6 +37,7 @@ class StageStats:
             before them.
         dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
+        skipped: For a `skip_errors`, errors that it left out in this epoch, of the stages before it; else 0.
         hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
         misses: For a `cache`, samples that were not in it.
         cached_bytes: For a `cache`, the size of all samples in it.
@@ -69,6 +70,7 @@ class StageStats:
     ordered: bool = True
     dropped: int = 0
     partial: int = 0
+    skipped: int = 0
     hits: int = 0
     misses: int = 0
     cached_bytes: int = 0
@@ -152,6 +154,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         ordered=meter.ordered,
         dropped=meter.dropped + meter.dropped_late,
         partial=meter.partial,
+        skipped=meter.skipped,
         hits=meter.hits,
         misses=meter.misses,
         cached_bytes=meter.cached_bytes,
