@@ -39,7 +39,7 @@ IMPORTS: dict[str, set[str]] = {
         "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
         "torch_shims",
     },
-    "testing": {"device", "errors"},
+    "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine"},
     "demo": {"dataloader", "pipeline"},
     "__main__": {"demo", "doctor", "insight"},
