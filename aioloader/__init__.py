@@ -1,5 +1,7 @@
 """An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, by `for` or `async for`."""
 
+from aioloader.core.limit import Limit
+from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.skip import Skip
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (
@@ -9,6 +11,7 @@ from aioloader.errors import (
     DeviceError,
     LeakedContextError,
     LoaderClosedError,
+    NothingPassesError,
     ReplayWarning,
     SampleCancelledError,
     SourceUsedUpError,
@@ -30,10 +33,15 @@ __all__ = [
     "ChannelClosedError",
     "DataLoader",
     "DeviceError",
+    "Hedge",
     "LeakedContextError",
+    "Limit",
     "LoaderClosedError",
+    "NothingPassesError",
     "Pipeline",
+    "Rate",
     "ReplayWarning",
+    "Retry",
     "SampleCancelledError",
     "SampleRng",
     "Skip",

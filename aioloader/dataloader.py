@@ -624,8 +624,13 @@ class DataLoader(Loader, Generic[T_co]):
         super()._check_loaded(loaded)
 
     @property
-    def _room(self) -> int:
-        """Batches being made or finished: torch's bound; without workers none, unless they are awaited."""
+    def _room(self) -> int | None:
+        """Batches being made or finished: torch's bound; without workers none, unless they are awaited.
+
+        None where there are no batches, but samples that are awaited one by one: as many as that has use for.
+        """
+        if self._loads_samples and self._torch.batch_sampler is None and self.prefetch_factor is None:
+            return None
         if self.ahead is not None and not self._loads_samples:
             return self.ahead
         if self.num_workers:

@@ -8,6 +8,7 @@
     ├── SampleCancelledError (RuntimeError)  user code raised `CancelledError` without having been cancelled
     ├── LoaderClosedError (RuntimeError)     the iterator was closed while a caller waited for a batch
     ├── ChannelClosedError (RuntimeError)    a sample was sent to a closed channel
+    ├── NothingPassesError (RuntimeError)    a filter has refused more samples in a row than it may
     ├── TooManySkippedError (RuntimeError)   more errors than `skip_errors` may leave out; `__cause__` is the newest
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
@@ -28,6 +29,7 @@ __all__ = [
     "DeviceError",
     "LeakedContextError",
     "LoaderClosedError",
+    "NothingPassesError",
     "ReplayWarning",
     "SampleCancelledError",
     "SourceUsedUpError",
@@ -83,6 +85,10 @@ class LoaderClosedError(AioloaderError, RuntimeError):
 
 class ChannelClosedError(AioloaderError, RuntimeError):
     """The `Channel` was closed before or while a sample was sent to it. The sample has not been sent."""
+
+
+class NothingPassesError(AioloaderError, RuntimeError):
+    """A filter has refused more samples in a row than its `max_dropped_in_a_row`; raised in place of the last one."""
 
 
 class TooManySkippedError(AioloaderError, RuntimeError):

@@ -23,6 +23,7 @@ from aioloader.device import Transfer, Transferred
 from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
 from aioloader.engine.loop_thread import LoopThread
+from aioloader.engine.pausing import Paused, Pauses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
@@ -60,6 +61,7 @@ class Loader(LoaderHooks):
         self._next_epoch = 0
         self._lock = threading.RLock()  # a signal handler may ask for the state, in the thread that it has stopped
         self._deliveries: WeakSet[Delivery] = WeakSet()
+        self._pauses = Pauses()
         self._meters: list[StageMeter] = []
         self._consumer: ConsumerMeter | None = None
         self._epoch: int | None = None  # of the newest run
@@ -304,7 +306,7 @@ class Loader(LoaderHooks):
                 window.resume(progress.cursor)
             for begin in window.beginnings:  # here, where a failure leaves everything as it was
                 begin()
-            run = Run(window, progress.epoch, progress)
+            run = Run(window, progress.epoch, progress, self._pauses)
         self._watch(progress, run.meters)
         return run
 
@@ -569,6 +571,39 @@ class Loader(LoaderHooks):
                 self._processes = WorkerThread()
                 finalize(self, self._processes.close).atexit = False  # the exit hook of `loop_thread` also waits
             return self._processes
+
+    # -- pausing -----------------------------------------------------------------------------------------------------
+
+    def paused(self, drain: bool = False) -> Paused:
+        """A block, for `with` or `async with`, in which no sample begins, in any epoch of this loader.
+
+        For what must not change under a sample's feet: the weights that a rollout generates with, a file that is
+        replaced. What is under way goes on, and batches that are ready are given; a `next()` for which none is waits
+        until the block is left. Sources are not read further either, nor does `flat_map` make more. Blocks may nest and
+        overlap, in any threads, and epochs that begin inside begin paused.
+
+        ```python
+        async with loader.paused(drain=True):
+            await engine.update_weights(policy)
+        ```
+
+        A sample begins with its first function, and where `flat_map`, `drop_if` or `shuffle(n)` is between maps, again
+        with the first one after that; one that is found in a cache begins when it is looked up. What is already past
+        that goes on through the functions after it, and through `batch` and what comes after. A sample that a thread
+        (or a user's executor) has just taken counts as under way, though its function may be called a moment later;
+        `drain=True` waits for it.
+
+        `with` blocks its thread until the block is entered, and works in the thread of a `for` loop and in any other.
+        `DataLoader(num_workers=0)` makes its samples in `next()` itself, so there is nothing to pause.
+
+        Args:
+            drain: Enter the block only when no sample is under way. Reading of sources is not waited for.
+
+        Raises:
+            RuntimeError: At `with`, in the thread of an event loop on which an epoch runs, for `drain=True` or where
+                samples are made in other processes: these could not go on, or answer, while it waits. Use `async with`.
+        """
+        return Paused(self._pauses, drain=bool(drain))
 
     # -- closing -----------------------------------------------------------------------------------------------------
 

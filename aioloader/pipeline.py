@@ -21,7 +21,9 @@ from aioloader.core.checks import (
     check_seconds,
     is_async_callable,
 )
+from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
+from aioloader.core.policies import Hedge, Rate, Retry, check_policies
 from aioloader.core.skip import Skip
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
@@ -37,6 +39,7 @@ from aioloader.plan.parts import (
     drawing_samplers_of,
     is_indexable,
     keeping_last,
+    limits_of,
     samplers_of,
     streams_of,
     with_streams,
@@ -94,13 +97,19 @@ class Pipeline(Loader):
             functions run on the caller's loop; sync ones always run in threads.
         sampler: For an indexable source: gives the keys of an epoch, in order, as a torch sampler does. Its
             `set_epoch`, if it has one, is called with the number of each epoch.
+        concurrency: For a source whose samples are loaded by `__getitem__` or `__getitems__`: calls under way at once,
+            at least 1, or a `Limit` as for `map`. Default: 64 where they are async; else the threads of the function
+            after it, or usable cores.
 
     Raises:
-        TypeError: `source` is none of these.
+        TypeError: `source` is none of these, or `sampler` or `concurrency` is for other sources.
+        ValueError: `concurrency` is less than 1.
     """
 
-    def __init__(self, source: Any, *, sampler: Any = None) -> None:
+    def __init__(self, source: Any, *, sampler: Any = None, concurrency: int | Limit | None = None) -> None:
         super().__init__()
+        if concurrency is not None:
+            concurrency = check_concurrency(concurrency)
         self._plan: Plan
         if isinstance(source, FetchSource):
             kind = type(source).__name__
@@ -113,9 +122,13 @@ class Pipeline(Loader):
                 ahead_bytes=source.ahead_bytes,
             )
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
+            _check_loads(concurrency, None, source)
         elif not isinstance(source, Pipeline):
-            self._plan = Plan(Single(*_resolve(source, sampler), tells_epoch=True))
+            data, keys = _resolve(source, sampler)
+            _check_loads(concurrency, data, source)
+            self._plan = Plan(Single(data, keys, tells_epoch=True, concurrency=concurrency))
         elif sampler is None:
+            _check_loads(concurrency, None, source)
             self._plan = source._plan
         else:
             raise TypeError("sampler gives the keys of an indexable source, got a Pipeline; pass sampler to that one")
@@ -147,12 +160,16 @@ class Pipeline(Loader):
         self,
         fn: Callable[[Any], Any],
         *,
-        concurrency: int | None = None,
+        concurrency: int | Limit | None = None,
         ordered: bool = True,
         executor: Executor | Literal["thread", "process"] | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         max_overtaken: int | None = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
         record_order: str | PathLike[str] | None = None,
         replay_order: str | PathLike[str] | None = None,
     ) -> "Pipeline":
@@ -160,12 +177,14 @@ class Pipeline(Loader):
 
         Args:
             fn: Takes a sample and returns one. An async function is awaited on the loop; any other runs in threads.
-            concurrency: Samples under way at once, at least 1. Default: 64 for async functions, the usable cores for
-                sync ones. Sync samples that take well under a millisecond travel in chunks.
+            concurrency: Samples under way at once, at least 1, or a `Limit` that other stages may share, and that may
+                be changed at any time. Default: 64 for async functions, the usable cores for sync ones. Sync samples
+                that take well under a millisecond travel in chunks.
             ordered: Give results in the order of the input; False: as they are finished.
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
                 which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
-                Python code that holds the GIL; they stay until it is closed or collected.
+                Python code that holds the GIL; they stay until it is closed or collected. There are no more of them
+                than a `Limit` had places when they were started.
             ahead: Samples that this stage has begun and the next one has not taken, at most; at least `concurrency`.
                 Default: half as many again as `concurrency`; while a slow sample holds up finished ones after it, more
                 begin, up to 16 times `concurrency` or 256 MiB of finished ones, but none of a live source.
@@ -173,6 +192,12 @@ class Pipeline(Loader):
                 `concurrency` samples. With `ahead`, both hold.
             max_overtaken: With `ordered=False`: an unfinished sample is overtaken by so many results at most, at least
                 0; then those after it wait for it.
+            retry: How often a call that fails is made again: the number of attempts, or a `Retry`.
+            timeout: Seconds for one attempt. An async call is cancelled, and awaited while it cleans up; a worker
+                process is killed and replaced. It raises `TimeoutError`, which `retry` may retry. Threads cannot be
+                stopped.
+            hedge: For async functions: when a second call is made beside one that takes long, see `Hedge`.
+            rate: How many calls begin in a second, see `Rate`; each attempt counts.
             record_order: With `ordered=False`: a folder that gets a file per epoch with the order in which the results
                 left, four bytes per sample.
             replay_order: With `ordered=False`: a folder that `record_order` has filled; the results leave in that
@@ -181,13 +206,14 @@ class Pipeline(Loader):
         Raises:
             TypeError: `fn` cannot be called with one argument, or is a generator function.
             ValueError: `concurrency` is less than 1, `ahead` less than `concurrency`, or `executor`, `max_overtaken`,
-                `record_order` or `replay_order` do not fit.
+                `retry`, `timeout`, `hedge`, `rate`, `record_order` or `replay_order` do not fit.
         """
         check_callable("fn", fn, arguments=1, example="map(decode)")
         check_gives_one("map", fn, "use flat_map(fn), which gives all of them as samples")
         if concurrency is not None:
-            concurrency = check_count("concurrency", concurrency, least=1, hint="leave it out for the default")
-        ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, concurrency)
+            concurrency = check_concurrency(concurrency)
+        width = None if concurrency is None else width_of(concurrency)
+        ahead, ahead_bytes = check_ahead(ahead, ahead_bytes, width)
         is_async = is_async_callable(fn)
         if max_overtaken is not None:
             max_overtaken = check_count("max_overtaken", max_overtaken, least=0, hint="leave it out for any number")
@@ -212,14 +238,48 @@ class Pipeline(Loader):
                 ahead=ahead,
                 ahead_bytes=ahead_bytes,
                 max_overtaken=max_overtaken,
+                policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=executor),
             )
         )
 
-    def filter(self, fn: Callable[[Any], Any]) -> "Pipeline":
-        """Keep the samples for which `fn`, sync or async, returns true."""
+    def filter(
+        self,
+        fn: Callable[[Any], Any],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+    ) -> "Pipeline":
+        """Keep the samples for which `fn`, sync or async, returns true.
+
+        Args:
+            fn: Takes a sample. An async function is awaited on the loop; any other runs in threads.
+            concurrency: Samples that it looks at at once, at least 1, or a `Limit` as for `map`. Default: 64 for async
+                functions; a sync one has the threads of the functions beside it, or the usable cores.
+            max_dropped_in_a_row: How many samples it may refuse one after the other, at least 1. The next one that it
+                refuses fails with `NothingPassesError`: a batch that would have had it raises that, in its turn, and
+                the count begins anew. Counted in the order in which samples come out; one that passes, or would have
+                passed but for a later stage, begins the count anew, and those that failed before the filter do not
+                count. Default: any number, so that an epoch in which nothing passes goes on until its source ends.
+
+        Raises:
+            TypeError: `fn` cannot be called with one argument, or is a generator function, or a number is none.
+            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1.
+        """
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
-        return self._then(Filter(fn, is_async_callable(fn)))
+        if concurrency is not None:
+            concurrency = check_concurrency(concurrency)
+        if max_dropped_in_a_row is not None:
+            hint = "leave it out for any number"
+            max_dropped_in_a_row = check_count("max_dropped_in_a_row", max_dropped_in_a_row, least=1, hint=hint)
+        return self._then(
+            Filter(
+                fn,
+                is_async_callable(fn),
+                concurrency=concurrency,
+                max_dropped_in_a_row=max_dropped_in_a_row,
+            )
+        )
 
     def drop_if(self, fn: Callable[[Any], Any], *, requeue: bool = False) -> "Pipeline":
         """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
@@ -472,6 +532,11 @@ class Pipeline(Loader):
                     f"in_process() sends its source to another process, but {describe(stream.make)} is at work here; "
                     f"pass the generator function itself (without calling it)"
                 )
+        for label, limit in limits_of(self._plan):
+            raise ValueError(
+                f"in_process() sends {label} to another process, which cannot share its {limit!r} with this one; pass "
+                f"concurrency={limit.value}, or put that stage after in_process()"
+            )
         for sampler in samplers_of(self._plan):
             if draws_globally(sampler) or generators_of(sampler):
                 raise ValueError(
@@ -720,6 +785,25 @@ def _resolve(source: Any, sampler: Any) -> tuple[Indexable | StreamData, StreamD
     if isinstance(keys, Indexable):
         keys = StreamData(sampler, call=False, single_use=False)
     return data, keys
+
+
+def _check_loads(concurrency: int | Limit | None, data: Indexable | StreamData | None, source: Any) -> None:
+    """Refuse a `concurrency` of a source that has nothing to load, or that may not be so far ahead."""
+    if concurrency is None:
+        return
+    if isinstance(data, Indexable) and data.load is not None:
+        check_ahead(*data.bounds, width_of(concurrency))
+        return
+    if isinstance(source, Pipeline | FetchSource):
+        way_out = "pass concurrency where that one is made"
+    elif isinstance(data, Indexable):
+        way_out = "its samples are in memory: pass concurrency to the map after it"
+    else:
+        way_out = "it is read one sample after the other: pass concurrency to the map after it"
+    raise TypeError(
+        f"concurrency says how many samples of a map-style source are loaded at once, by its __getitem__; got "
+        f"{describe(source)}; {way_out}"
+    )
 
 
 def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | InProcesses | None:

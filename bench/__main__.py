@@ -1,6 +1,6 @@
 """Runs every script of this folder, each in a process of its own: `python -m bench`, or `python -m bench --quick`.
 
-The processes come from a server that has imported torch already: nineteen imports would be half of the quick run.
+The processes come from a server that has imported torch already: twenty imports would be half of the quick run.
 
 With `--write FILE` the tables also go into a page: what was measured, on what, and which aims were missed.
 """
@@ -34,6 +34,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "sources_objects": ["--quick"],
     "cache": ["--quick"],
     "state": ["--quick"],
+    "flow": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

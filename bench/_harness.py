@@ -343,6 +343,20 @@ class Report:
         print(f"{what}: {_short(value)} {unit}")
         self._lines.append({"what": what, "median": value, "unit": unit, **more})
 
+    def table(self, title: str, rows: dict[str, dict[str, float]]) -> None:
+        """Figures of several contenders that no comparison gave.
+
+        Args:
+            title: What they are about.
+            rows: By contender; all have the same columns.
+        """
+        columns = list(next(iter(rows.values()), {}))
+        width = max([0, *map(len, rows)]) + 2
+        print(f"\n{title}\n\n{'':<{width}}" + "".join(f"{column:>{len(column) + 3}}" for column in columns))
+        for name, row in rows.items():
+            print(f"{name:<{width}}" + "".join(f"{_short(row[column]):>{len(column) + 3}}" for column in columns))
+            self._lines.append({"what": name, "of": title, **row})
+
     def judge(self, target: Target, value: float, phrase: str | None = None, *, of: str = "") -> bool:
         """Say whether `value` reaches `target`.
 

@@ -1,14 +1,17 @@
-"""Reinforcement learning on rollouts that come while the policy is trained.
+"""Reinforcement learning on rollouts of the policy that is being trained.
 
-Environments act with the policy as it is and send what happened into a `Channel`; the trainer takes batches out of it.
-A batch is given when it is full, or 50 ms after its first step: a slow environment holds nobody up. Steps of a policy
-that is more than `MAX_AGE` updates old are left out when their turn comes.
+Prompts are a source, and a rollout is a map: so the loader decides when each begins, `max_staleness` keeps the policy
+that acted at most so many updates behind, and a checkpoint can go on exactly. Where rollouts cannot be a map, because
+they come from environments that live on their own (`--live`), these send into a `Channel`; each takes its place in it
+*before* it acts, so that no step grows old while it waits for room.
 
-Run it: `python examples/rollouts.py`.
+Run it: `python examples/rollouts.py`, or with `--live`.
 """
 
 import argparse
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ from aioloader.sources import Channel
 
 ACTIONS = 4
 FEATURES = 8
-ENVIRONMENTS = 32
-MAX_AGE = 4
+CONCURRENCY = 32
+BATCH_SIZE = 32
+STALENESS = 2  # batches
 
 
 class Policy(nn.Module):
@@ -37,38 +41,68 @@ class Policy(nn.Module):
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
-async def rollout(number: int, policy: Policy, truth: Tensor, channel: Channel) -> None:
-    """One environment: the right action is the one that `truth` says, and pays 1."""
-    generator = torch.Generator().manual_seed(number)
-    try:
-        while True:
-            observation = torch.randn(FEATURES, generator=generator)
-            version = policy.version
-            action = policy.act(observation, generator)
-            await asyncio.sleep(0.0005 * (1 + number % 4))  # the environment takes its time
-            reward = float(action == int((truth @ observation).argmax()))
-            step = {"observation": observation, "action": action, "reward": reward, "version": version}
-            await channel.send(step)  # waits while the trainer is behind
-    except ChannelClosedError:  # the trainer has had enough
-        return
+class Environment:
+    """The right action is the one that `truth` says, and pays 1."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.truth = torch.randn(ACTIONS, FEATURES)
+
+    async def rollout(self, prompt: int) -> dict[str, Any]:
+        """What the policy did, what it got for it, and which version of it that was."""
+        generator = torch.Generator().manual_seed(prompt)
+        observation = torch.randn(FEATURES, generator=generator)
+        version = self.policy.version
+        action = self.policy.act(observation, generator)
+        await asyncio.sleep(0.0005 * (1 + prompt % 4))  # the environment takes its time
+        reward = float(action == int((self.truth @ observation).argmax()))
+        return {"observation": observation, "action": action, "reward": reward, "version": version}
 
 
-async def train(updates: int) -> tuple[float, float, int, int]:
-    """Train, and return the mean reward of the first and of the last updates, and what was left out and cut short."""
+@asynccontextmanager
+async def as_map(environment: Environment) -> AsyncIterator[Pipeline]:
+    """Prompts, and a rollout of each; the loader begins as many as will be trained on."""
+    prompts = range(1_000_000)
+    rollouts = Pipeline(prompts).map(
+        environment.rollout, concurrency=CONCURRENCY, ordered=False, max_overtaken=BATCH_SIZE
+    )
+    yield rollouts.batch(BATCH_SIZE).max_staleness(STALENESS)  # and by what overtakes it, a step ages one batch more
+
+
+@asynccontextmanager
+async def live(environment: Environment) -> AsyncIterator[Pipeline]:
+    """Environments that live on their own, and send."""
+    channel = Channel(maxsize=BATCH_SIZE)
+
+    async def act(first: int) -> None:
+        prompt = first
+        try:
+            while True:
+                with await channel.reserve() as slot:  # waits here while the trainer is behind, with nothing in hand
+                    slot.send(await environment.rollout(prompt))
+                prompt += CONCURRENCY
+        except ChannelClosedError:  # the trainer has had enough
+            return
+
+    tasks = [asyncio.create_task(act(number)) for number in range(CONCURRENCY)]
+    async with channel:  # closes it, which ends the environments
+        yield Pipeline(channel).batch(BATCH_SIZE, max_wait=0.05).prefetch(1)
+    await asyncio.gather(*tasks)
+
+
+Rollouts = Callable[[Environment], AbstractAsyncContextManager[Pipeline]]
+
+
+async def train(rollouts: Rollouts, updates: int) -> tuple[float, float, int]:
+    """Train; returns the mean reward of the first and of the last updates, and the age of the oldest step."""
     torch.manual_seed(0)
-    truth = torch.randn(ACTIONS, FEATURES)
     policy = Policy()
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
-    channel = Channel(maxsize=256)
-
-    def stale(step: dict[str, Any]) -> bool:
-        return policy.version - int(step["version"]) > MAX_AGE
-
-    loader = Pipeline(channel).drop_if(stale).batch(32, max_wait=0.05).prefetch(1).take(updates)
-    environments = [asyncio.create_task(rollout(number, policy, truth, channel)) for number in range(ENVIRONMENTS)]
     rewards: list[float] = []
-    async with channel:  # closes it, which ends the environments
-        async for batch in loader:
+    oldest = 0
+    async with rollouts(Environment(policy)) as loader, loader:
+        async for batch in loader.take(updates):
+            oldest = max(oldest, policy.version - int(batch["version"].min()))
             chosen = policy.logits(batch["observation"]).log_softmax(-1).gather(1, batch["action"][:, None])[:, 0]
             loss = -(chosen * (batch["reward"] - batch["reward"].mean())).mean()
             optimizer.zero_grad()
@@ -76,24 +110,19 @@ async def train(updates: int) -> tuple[float, float, int, int]:
             optimizer.step()
             policy.version += 1
             rewards.append(float(batch["reward"].mean()))
-    await asyncio.gather(*environments)
-    stages = loader.stats().stages
     tenth = max(1, updates // 10)
-    return (
-        sum(rewards[:tenth]) / tenth,
-        sum(rewards[-tenth:]) / tenth,
-        sum(stage.dropped for stage in stages),
-        sum(stage.partial for stage in stages),
-    )
+    return sum(rewards[:tenth]) / tenth, sum(rewards[-tenth:]) / tenth, oldest
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, and say what came of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--updates", type=int, default=150)
-    first, last, dropped, partial = asyncio.run(train(parser.parse_args(arguments).updates))
+    parser.add_argument("--live", action="store_true", help="from environments that live on their own")
+    options = parser.parse_args(arguments)
+    first, last, oldest = asyncio.run(train(live if options.live else as_map, options.updates))
     print(f"mean reward {first:.2f} at first, {last:.2f} in the end")
-    print(f"{dropped} stale steps were left out, {partial} batches were given before they were full")
+    print(f"no step was older than {oldest} updates")
 
 
 if __name__ == "__main__":

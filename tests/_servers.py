@@ -194,6 +194,7 @@ class HttpServer:
                 await asyncio.sleep(planned.seconds)
             case "hang":
                 await asyncio.wait([self._stop])
+                return web.Response(status=503)
             case "reset":
                 return await self._response(request, path, "reset")
             case "truncated":

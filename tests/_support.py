@@ -134,6 +134,22 @@ class Steps:
             raise StopIteration
         return batch
 
+    def ask(self) -> Callable[[], Any]:
+        """Ask for the next batch without waiting for it; returns what waits, and gives it."""
+        if self._runner is None:
+            return Started(lambda: next(self._iterator)).outcome
+
+        async def begin() -> asyncio.Future[Any]:
+            asked: asyncio.Future[Any] = asyncio.ensure_future(self._iterator.__anext__())
+            return asked
+
+        async def wait() -> Any:
+            async with asyncio.timeout(DEADLINE):
+                return await asked
+
+        asked = self._runner.run(begin())
+        return lambda: self.do(wait)
+
     def do(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `main` on the loop of `async for`."""
         assert self._runner is not None

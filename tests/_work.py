@@ -125,6 +125,10 @@ def double(sample: Any) -> Any:
     return sample * 2
 
 
+def tens(sample: int) -> bool:
+    return sample % 10 == 0
+
+
 def filled(sample: int) -> torch.Tensor:
     return torch.full((1000, 100), float(sample))
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import bench.__main__ as all_benches
+from bench import _rollouts as rollouts
 from bench import endless
+from bench._checkout import in_checkout
 from bench._harness import Contender, Epoch, Report, Target, Tick, parser_for
 from bench._measure import race
 
@@ -95,6 +97,26 @@ def test_endless_tells_how_far_ahead_each_source_was(capsys: pytest.CaptureFixtu
         assert row["samples"] == 20 * endless.BATCH
         rooms = 2 * endless.CONCURRENCY + 4 * endless.BATCH + 256 + 8 + 2 * endless.MERGED
         assert row["median"] <= rooms
+
+
+def test_a_case_runs_in_another_checkout(tmp_path: Path) -> None:
+    """With the aioloader of that folder, or not at all."""
+    counts: list[int] = []
+    root = Path(all_benches.__file__).parents[1]
+    epoch = in_checkout(root, "10 ms", 130, is_async=True)
+    assert epoch(counts.append) > 0  # type: ignore[operator]
+    assert counts == [130]
+    with pytest.raises(RuntimeError, match="its process ended with status 1"):
+        in_checkout(tmp_path, "10 ms", 130, is_async=True)(counts.append)
+
+
+def test_rollouts_that_the_consumer_admits_are_not_too_old() -> None:
+    """The simulated trainer counts: as many groups as updates take, and the oldest of them."""
+    shapes = rollouts.SHAPES
+    for name, oldest in (("filter + max_staleness(1)", 1), ("filter + drop_if, no admission", 1)):
+        found = rollouts.run(shapes[name], group_seconds=0.0, step_seconds=0.0, steps=6, seed=0)
+        assert found.oldest <= oldest
+        assert found.per_trained >= 1
 
 
 @pytest.mark.slow

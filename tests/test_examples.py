@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
 
+from aioloader import Pipeline
 from tests._servers import S3Server
-from tests._support import Started
+from tests._support import DEADLINE, Started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -35,12 +38,69 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str]) -> None:
-    """A channel fed by tasks: the policy gets better while they play."""
-    example("rollouts")["main"](["--updates", "40"])
-    said = capsys.readouterr().out.split()
+@pytest.mark.parametrize("how", [[], ["--live"]], ids=["map", "live"])
+def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str], how: list[str]) -> None:
+    """The policy gets better while it plays; what it learns from is never much older than it is."""
+    example("rollouts")["main"](["--updates", "40", *how])
+    first, second = capsys.readouterr().out.splitlines()
+    said = first.split()
     assert said[:2] == ["mean", "reward"]
     assert float(said[5]) > float(said[2])
+    oldest = int(second.removeprefix("no step was older than ").removesuffix(" updates"))
+    assert oldest <= 3 or how
+
+
+def test_online_trains_on_each_post_that_it_accepts() -> None:
+    """It checks itself: real posts, 429 where there is no place, and an end by SIGTERM."""
+    pytest.importorskip("aiohttp")
+    command = [sys.executable, str(EXAMPLES / "online.py"), "--posts", "200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    *_, trained, said = done.stdout.splitlines()
+    assert trained == "trained on 200 samples"
+    assert said.startswith("200 posts were accepted, each was trained on once")
+
+
+def test_online_ends_by_sigterm_with_what_it_has_accepted() -> None:
+    """As a service: the posts before the signal are trained on, and the exit status is 0."""
+    pytest.importorskip("aiohttp")
+    command = [sys.executable, str(EXAMPLES / "online.py"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            url = Started(process.stdout.readline).outcome().split()[-1]
+            for number in range(3):
+                content = json.dumps({"id": number, "x": [1.0, 2.0], "y": 3.0}).encode()
+                with urlopen(Request(f"{url}/samples", content), timeout=DEADLINE) as answer:
+                    assert answer.status == 202
+            with urlopen(f"{url}/stats", timeout=DEADLINE) as answer:
+                assert json.load(answer)["trained"] <= 3
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.read() == "trained on 3 samples\n"
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--completion-order"]])
+def test_grpo_goes_on_from_its_checkpoint_with_rollouts_in_flight(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It checks itself: every prompt once per epoch, and none too old."""
+    example("grpo")["main"](arguments)
+    reward, trained, flight = capsys.readouterr().out.splitlines()
+    assert float(reward.split()[2]) < float(reward.split()[-4])
+    assert " of 192 groups trained on" in trained
+    assert int(flight.split()[0]) > 0
+    assert flight.endswith("staleness at most 1")
+
+
+@pytest.mark.parametrize("forgotten", ["max_staleness", "load_state_dict"])
+def test_grpo_finds_out_what_is_forgotten(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checks can fail: without admission groups get too old, without the state they are trained on twice."""
+    monkeypatch.setattr(Pipeline, forgotten, lambda self, _: self)
+    with pytest.raises(SystemExit, match="updates old" if forgotten == "max_staleness" else "trained on twice"):
+        example("grpo")["main"]([])
 
 
 def test_huggingface_trains_on_a_cached_dataset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,8 @@ __all__ = [
     "places_of",
     "presentable",
     "read_after",
+    "stop_of",
+    "tries_of",
 ]
 
 # The states of an entry. Plain integers, since they are compared once or twice per sample.
@@ -64,9 +66,9 @@ class Entry:
         attempts: How often work on it was begun: 1, unless work was lost and done again. For a batch, the maximum over
             its samples.
         begun: How many batches had been handed out when the first call for it began. Below 0: none has begun, and it
-            is what `read_after` gives, or `NOT_READ`. For a batch, the earliest of its samples; if it is below 0 no
-            call had begun for some of them, and the first one for the batch is the first for these.
-        begun_each: The same for each of its samples; set only for a batch that was made of entries.
+            is what `read_after` gives, or `NOT_READ`. For a batch, that of its first sample.
+        begun_each: The same for each of its samples, as it was when they became a batch; set only for one that was made
+            of entries. If no call had begun for them, `begun` is that of all, once one has.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
         since: When it was finished in the newest window; seconds of `perf_counter`.
@@ -75,6 +77,8 @@ class Entry:
         places: The positions of its samples; set only for a batch that was made of entries.
         stage: Where it failed; set only by `annotate`.
         seconds: How long it took to fail; set only where that is known.
+        tries: In which step it has failed, how often, and when for the first time; set only where it is tried again.
+        stop: Where it was dropped or failed, see `Stop`; set only where a filter counts what it refuses.
     """
 
     __slots__ = (
@@ -92,6 +96,8 @@ class Entry:
         "since",
         "stage",
         "state",
+        "stop",
+        "tries",
         "value",
     )
     begun_each: list[int]
@@ -101,6 +107,8 @@ class Entry:
     places: list[int | None]
     seconds: float | None
     stage: str
+    stop: Any
+    tries: tuple[Any, int, float]
 
     def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None, begun: int = NOT_READ) -> None:
         self.value = value
@@ -160,14 +168,22 @@ def places_of(entry: Entry) -> list[int | None] | None:
 def begun_each_of(entry: Entry) -> list[int] | None:
     """`Entry.begun` for each of a batch's samples; None: it was not made of entries."""
     each = getattr(entry, "begun_each", None)
-    if each is None or entry.begun < 0:
-        return each
-    return [entry.begun if begun < 0 else begun for begun in each]
+    return [entry.begun] * len(each) if each and each[0] < 0 <= entry.begun else each
 
 
 def earliest(begun: list[int]) -> int:
     """`Entry.begun` of what is one sample now, and has been several."""
     return min([one for one in begun if one >= 0], default=max(begun))
+
+
+def tries_of(entry: Entry) -> tuple[Any, int, float] | None:
+    """See `Entry.tries`; None: it has not been tried again."""
+    return getattr(entry, "tries", None)
+
+
+def stop_of(entry: Entry) -> Any:
+    """Where an entry was dropped or failed, see `Stop`; None: nobody has said so."""
+    return getattr(entry, "stop", None)
 
 
 def failed_in(entry: Entry) -> str:

@@ -12,10 +12,22 @@ from typing import Any, Final
 from aioloader.core.checks import check_count
 from aioloader.core.forks import tell_of_fork
 
-__all__ = ["Budget", "Errors", "Hedge", "Rate", "Retry", "as_retry", "check_exceptions", "retry_after"]
+__all__ = [
+    "Budget",
+    "Errors",
+    "Hedge",
+    "Policies",
+    "Rate",
+    "Retry",
+    "as_retry",
+    "check_exceptions",
+    "check_policies",
+    "retry_after",
+]
 
 Errors = type[Exception] | tuple[type[Exception], ...]
 
+LATE_SECONDS: Final = 0.005  # a timer that rings so much late costs no tokens
 FREE: Final = 10  # extra calls that a budget allows at first: a share of no calls would be none
 
 
@@ -155,6 +167,60 @@ class Hedge:
         return number if 1 <= number <= 99 else None
 
 
+@dataclass(frozen=True)
+class Policies:
+    """What is done about the calls of one stage.
+
+    Attributes:
+        retry: When one that fails is made again; None: never.
+        timeout: Seconds for one attempt; None: no limit.
+        hedge: When there is a second call beside the first one; None: never.
+        rate: How many begin; None: as many as there is room for.
+    """
+
+    retry: Retry | None = None
+    timeout: float | None = None
+    hedge: Hedge | None = None
+    rate: "Rate | None" = None
+
+
+def check_policies(
+    retry: Any, timeout: Any, hedge: Any, rate: Any, *, is_async: bool, executor: Any = None
+) -> Policies | None:
+    """What is done about the calls of a stage; None: nothing.
+
+    Args:
+        retry: See `Pipeline.map`, as for the following.
+        timeout: See there.
+        hedge: See there.
+        rate: See there.
+        is_async: The function is async.
+        executor: Where it runs, if it is not.
+
+    Raises:
+        TypeError, ValueError: One of them is none, or does not fit the function.
+    """
+    if timeout is not None:
+        timeout = _positive("timeout", timeout, "leave it out for no limit")
+        if not is_async and executor != "process":
+            raise ValueError(
+                f"timeout cannot stop a thread, got {timeout=} for a function that runs in one; make it async, or pass "
+                f"executor='process', or give the client inside of it a timeout of its own"
+            )
+    if hedge is not None:
+        if not isinstance(hedge, Hedge):
+            raise TypeError(f"hedge must be a Hedge, got {hedge!r}; pass for instance Hedge(after='p95', budget=0.05)")
+        if not is_async:
+            raise ValueError("hedge is for async functions, whose second calls can be cancelled; leave it out")
+    if rate is not None and not isinstance(rate, Rate):
+        raise TypeError(f"rate must be a Rate, got {rate!r}; pass for instance Rate(100), which may be shared")
+    retry = as_retry(retry)
+    if retry is not None and retry.attempts == 1:
+        retry = None
+    policies = Policies(retry, timeout, hedge, rate)
+    return None if policies == Policies() else policies
+
+
 class Budget:
     """Extra calls as a share of calls.
 
@@ -228,7 +294,8 @@ class Rate:
         """Take a token: 0. Seconds until there may be one, if there is none now. Safe in any thread."""
         with self._lock:
             now = monotonic()
-            self._tokens = min(float(self.burst), self._tokens + (now - self._filled) * self._per_second)
+            most = self.burst + LATE_SECONDS * self._per_second
+            self._tokens = min(most, self._tokens + (now - self._filled) * self._per_second)
             self._filled = now
             if self._tokens >= 1.0:
                 self._tokens -= 1.0
@@ -295,8 +362,8 @@ class AdaptiveRate(Rate):
         return AdaptiveRate, (self._on, self._per_second, self._least, self._most)
 
 
-def _positive(name: str, value: Any) -> float:
-    number = _number(name, value, least=0)
+def _positive(name: str, value: Any, hint: str = "loader.paused() lets nothing begin") -> float:
+    number = _number(name, value, least=0, hint=hint)
     if not number:
-        raise ValueError(f"{name} must be more than 0, got {value!r}; loader.paused() lets nothing begin")
+        raise ValueError(f"{name} must be more than 0, got {value!r}; {hint}")
     return number

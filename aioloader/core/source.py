@@ -191,6 +191,10 @@ class SourceContext(ABC):
         What it raises ends the run as a failure of the engine: a reader catches, and raises in `read`.
         """
 
+    @abstractmethod
+    def count_dropped(self, count: int) -> None:
+        """Let `stats()` say that the source has left out `count` more samples."""
+
 
 class SourceThreads(Executor):
     """A reader's threads, as an executor: `aiofiles.open(path, "rb", executor=threads)`."""

@@ -65,9 +65,7 @@ class AgainWindow(Window):
             self._away.add(entry)
         elif self._overtaking is not None:
             self._overtaking.begins(entry)
-        first = self._steps[0]
-        first.inbox.append(entry)
-        first.dispatch()
+        self._steps[0].take_in([entry])
 
     def finished(self, entry: Entry) -> None:
         if entry not in self._away:
@@ -78,7 +76,7 @@ class AgainWindow(Window):
         self._occupied -= 1
         self._lent += 1
         self.check.came_again(entry)
-        if not self.under_way:
+        if self.under_way == self._aside:
             self.wake()
 
 
@@ -86,6 +84,10 @@ class CheckWindow(Window):
     """Lets pass what its predicate keeps, and sends the rest back; it begins only what it is asked for."""
 
     upstream: AgainWindow
+
+    @property
+    def _all_done(self) -> bool:
+        return super()._all_done and not self.upstream._away
 
     def finished(self, entry: Entry) -> None:
         if entry.state != DROPPED:
@@ -102,9 +104,7 @@ class CheckWindow(Window):
         """An entry that has its place here has been made anew."""
         if entry.error is None and entry.state != DROPPED:
             self.under_way += 1
-            first = self._steps[0]
-            first.inbox.append(entry)
-            first.dispatch()
+            self._steps[0].take_in([entry])
             return
         self.upstream.give_back(1)
         if entry.state == DROPPED:

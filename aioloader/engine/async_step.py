@@ -4,15 +4,22 @@ from asyncio import CancelledError, Future, Task, current_task
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from time import perf_counter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import Entry
+from aioloader.core.limit import Limit, Slots
+from aioloader.core.policies import Policies
 from aioloader.core.safe_text import add_note, safe_str
+from aioloader.engine.guard import Guard
 from aioloader.engine.node import cheap_samples
-from aioloader.engine.steps import Step
+from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+    from aioloader.engine.window import Window
 
 __all__ = ["AsyncStep"]
 
@@ -38,12 +45,15 @@ class AsyncStep(Step):
 
     There is no task per sample: a worker that finishes one sample takes the next, and when `fn` does not suspend, a
     single worker does them all without a turn of the loop. Workers are started and woken only as they are needed.
+    Under a `Limit` one that gets no slot waits like one without samples, and is woken when the step is granted one.
     """
+
+    calls_on_loop = True
 
     def __init__(
         self,
         fn: Callable[[Any], Awaitable[Any]],
-        concurrency: int,
+        concurrency: int | Limit,
         name: str,
         *,
         predicate: bool = False,
@@ -51,6 +61,7 @@ class AsyncStep(Step):
     ) -> None:
         super().__init__(StageMeter(name, "async"), concurrency)
         self._fn = fn
+        self._guard: Guard | None = None
         self._seed = seed  # see `Call`
         self._predicate = self.selects = predicate
         self._workers = 0
@@ -60,10 +71,24 @@ class AsyncStep(Step):
         self._turn_seen = True  # nobody waits to be told of the next turn
         self._samples: set[SampleContext] = set()  # one per worker
 
+    def obey(self, policies: Policies) -> None:
+        super().obey(policies)
+        if policies.timeout is not None or policies.hedge is not None:
+            self._guard = Guard(self._fn, self.meter.name, policies.timeout, policies.hedge)
+
+    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+        super().bind(run, window, forward, finished)
+        if self._guard is not None:
+            self._guard.bind(run, self)
+
     def accept(self, entry: Entry) -> None:
-        if not self.closed:
-            self.inbox.append(entry)
-            self.dispatch()
+        if self.closed:
+            return
+        if self.tap is not None:
+            self.tap.add((entry,))
+            return
+        self.inbox.append(entry)
+        self.dispatch()
 
     @property
     def extra_room(self) -> int:
@@ -76,11 +101,16 @@ class AsyncStep(Step):
         return [(name.key if type(name) is Entry else None, since) for name, since in names if name is not None]
 
     def dispatch(self) -> None:
+        if self.paused:
+            self._set_aside()
+            return
         self.meter.idle.wait_for(None)
         self._summon()
 
     def close(self) -> None:
         super().close()
+        if self._guard is not None:
+            self._guard.close()
         for future in self._idle:
             if not future.done():
                 future.set_result(None)
@@ -102,8 +132,12 @@ class AsyncStep(Step):
         The number of running workers limits how many may be on their way. Where samples wait, the crowd therefore
         doubles with each turn of the loop (512 requests are out after ten turns); where none wait it stays at two,
         since the running worker has emptied the inbox before the others arrive. No sample is left behind: each worker
-        that arrives takes one, and summons the next workers before it suspends.
+        that arrives takes one, and summons the next workers before it suspends. Where they wait for a slot, more
+        workers would not help: the step is told when it has one.
         """
+        slots = self.slots
+        if slots is not None and slots.waits and not slots.granted:
+            return
         for _ in range(2):
             if self._coming > self._workers - len(self._idle) - self._coming:
                 return
@@ -121,17 +155,33 @@ class AsyncStep(Step):
 
     def _start_worker(self) -> None:
         context = self._run.context.copy()
-        self._run.spawn(self._work, context, context=context)
+        if self.slots is None:
+            self._run.spawn(self._work, context, context=context)
+        else:
+            self._run.spawn(self._work_in_slots, context, self.slots, context=context)
 
-    async def _work(self, context: Context) -> None:
+    @property
+    def _coming_for_slots(self) -> bool:
+        return self._coming > 0
+
+    async def _work_in_slots(self, context: Context, slots: Slots) -> None:
+        slot = _Slot(slots)
+        try:
+            await self._work(context, slot)
+        finally:
+            slot.leave()
+
+    async def _work(self, context: Context, slot: "_Slot | None" = None) -> None:
         run, inbox, fn, forward, predicate = self._run, self.inbox, self._fn, self._forward, self._predicate
         me = current_task()
         assert me is not None
+        if self._guard is not None:
+            fn = self._guard.for_worker(me)
         sample = SampleContext(self._seed)
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
-        stamps, consumer = self.stamps, run.consumer
+        fresh, stamps, consumer = self.fresh, self.stamps, run.consumer
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
         woken = began = sample.since = self._counted(0, 0.0)
@@ -141,8 +191,12 @@ class AsyncStep(Step):
                 began, count = self._counted(count, began), 0
                 sample.since = began
                 self._ran_out(began - woken)
+                if self.tap is not None:
+                    self.tap.pump()
                 if inbox:
                     continue
+                if slot is not None:
+                    slot.leave(idle=True)
                 sample.name = sample.rng = None
                 if self.closed:
                     self._samples.discard(sample)
@@ -151,11 +205,18 @@ class AsyncStep(Step):
                 woken = began = sample.since = self._counted(0, 0.0)
                 resumed = True
                 continue
+            if slot is not None and not slot.ready():
+                began, count = self._counted(count, began), 0
+                sample.name = sample.rng = None
+                await self._wait()
+                woken = began = sample.since = self._counted(0, 0.0)
+                resumed = True
+                continue
             entry = inbox.popleft()
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
                 self._runs(me)
-            if stamps and entry.begun < 0:
+            if fresh or (stamps and entry.begun < 0):
                 entry.begun = consumer.batches
             sample.name = entry
             try:
@@ -210,6 +271,8 @@ class AsyncStep(Step):
             self._run.after_turn(self._turned)
         if self.inbox:
             self._summon()
+        elif self.tap is not None:
+            self.tap.pump()
 
     def _turned(self) -> None:
         self._turn_seen = True
@@ -243,3 +306,32 @@ class AsyncStep(Step):
         while me.cancelling():  # dealt with: when the supervisor cancels, that is another cancellation
             me.uncancel()
         return error
+
+
+class _Slot:
+    """The slot of one worker, if it has one.
+
+    Args:
+        slots: Those of its step.
+    """
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        self._held = False
+
+    def ready(self) -> bool:
+        """Whether a call may begin: there is a slot. One that it has is kept where nobody waits for one."""
+        slots = self._slots
+        if self._held and slots.pressed:
+            self._held = slots.keep()
+        if not self._held:
+            self._held = slots.take()
+        return self._held
+
+    def leave(self, *, idle: bool = False) -> None:
+        """Have no slot. `idle`: nor does the step have use for one."""
+        if self._held:
+            self._held = False
+            self._slots.release()
+        if idle:
+            self._slots.give_back(waits=False)

@@ -7,6 +7,7 @@ from math import inf
 from time import perf_counter, thread_time
 from typing import Any, Final
 
+from aioloader.core.limit import Limit
 from aioloader.engine.thread_step import CHUNK_SECONDS, ThreadJob, ThreadStep
 from aioloader.executors.chunk import Call, ChunkResult, Failed, apply_chunk
 from aioloader.executors.current_sample import BulkLoad, SampleContext, current_sample
@@ -62,7 +63,7 @@ class BulkLoadStep(ThreadStep):
     """
 
     def __init__(
-        self, call: Call, many: Callable[[list[Any]], Sequence[Any]], concurrency: int, *, elastic: bool = True
+        self, call: Call, many: Callable[[list[Any]], Sequence[Any]], concurrency: int | Limit, *, elastic: bool = True
     ) -> None:
         super().__init__([call], concurrency, elastic=elastic)
         self._many = many
@@ -75,10 +76,10 @@ class BulkLoadStep(ThreadStep):
     def _work(self, job: ThreadJob, broken: BaseException | None = None) -> None:
         """In a thread."""
         sample = SampleContext()
-        samples = job.samples(self.inbox, sample, self._run.consumer if self.stamps else None)
+        samples = job.samples(self.inbox, sample, self._run.consumer if self.stamps else None, several=True)
         cpu_began = thread_time()
         began = now = perf_counter()
-        while now - began < CHUNK_SECONDS and (keys := list(islice(samples, self._count.now))):
+        while now - began < CHUNK_SECONDS and job.keeps() and (keys := list(islice(samples, self._count.now))):
             loaded = copy_context().run(self._load, keys) if len(keys) > 1 else None  # see `isolated`
             if loaded is not None:
                 job.outcomes.extend(loaded)
@@ -96,6 +97,7 @@ class BulkLoadStep(ThreadStep):
             now = perf_counter()
             del keys, loaded
         result = ChunkResult(job.outcomes, now - began, thread_time() - cpu_began)
+        job.leave()
         call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
         del job, samples, sample, result  # as in `apply_chunk`
 

@@ -25,7 +25,7 @@ from aioloader.engine.cache_opening import Opening
 from aioloader.engine.cache_stream_node import PlacedNode
 from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.engine.thread_step import ThreadStep
-from aioloader.executors.chunk import DROP, Call
+from aioloader.executors.chunk import DROP, Call, Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ class CacheOp:
         pipeline: What comes before the cache, in words.
         label: Its name in statistics.
         stream: The node that numbers the samples of a stream; None: samples are identified by their keys.
+        stop: What is said of samples that it found to be refused.
     """
 
     store: MemoryStore | DiskStore
     pipeline: str
     label: str
     stream: PlacedNode | None = None
+    stop: Stop | None = None
 
     is_async = False
     ordered = True
@@ -64,6 +66,11 @@ class CacheOp:
     def concurrency(self) -> int:
         """How many samples are written or read at once."""
         return 1 if isinstance(self.store, MemoryStore) else usable_cores()
+
+    @property
+    def width(self) -> int:
+        """The same."""
+        return self.concurrency
 
     def around(self, steps: Sequence[Step], limit: int | None) -> "CacheStep":
         """A step around `steps`, in a window that holds `limit` entries (None: no fixed number)."""
@@ -79,6 +86,7 @@ class CacheStep(Step):
         super().__init__(StageMeter(op.label, "sync"), 0)
         self._store = op.store
         self._stream = op.stream
+        self.stop = op.stop
         self._inner = inner
         self._all_found = False  # in the last look-up
 
@@ -101,6 +109,9 @@ class CacheStep(Step):
         self.dispatch()
 
     def dispatch(self) -> None:
+        if self.paused:
+            self._set_aside()
+            return
         missed = self._look_up()
         if self._all_found == missed:
             self._all_found = not missed
@@ -110,6 +121,21 @@ class CacheStep(Step):
         super().close()
         for step in self._inner:
             step.close()
+
+    @property
+    def quiet(self) -> bool:
+        return not self._inner or self._inner[0].quiet
+
+    def hold(self) -> None:
+        """Look nothing up, and make nothing of what was missing: a sample begins when it is looked up."""
+        super().hold()
+        if self._inner:
+            self._inner[0].hold()
+
+    def let_go(self) -> None:
+        if self._inner:
+            self._inner[0].let_go()
+        super().let_go()
 
     def _look_up(self) -> bool:
         """Look up all that waits; returns whether a sample was missing."""
@@ -218,6 +244,7 @@ class DiskCacheStep(CacheStep):
         self._pipeline = op.pipeline
         self._opening: Opening | None = None
         self._disk = _DiskStep(self._store, concurrency, op.label, self._make_again)
+        self._disk.stop = op.stop
 
     @property
     def parts(self) -> list[Step]:
@@ -256,7 +283,10 @@ class DiskCacheStep(CacheStep):
         self.meter.hits -= 1
         self.meter.misses += 1
         if self._stream is None:
-            self._make(entry)
+            if self.paused and self._inner:
+                self._inner[0].take_in([entry])
+            else:
+                self._make(entry)
         else:
             self._stream.make_again(entry, self._made_again)
 

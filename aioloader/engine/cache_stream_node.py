@@ -220,7 +220,8 @@ class LostSamples:
         self._position = position if before is not None else 0
         meters = self._run.meters
         count = len(meters)
-        stream.start(self._run, self._wake)
+        with self._run.pausing.exempt():  # the samples that it is for are under way
+            stream.start(self._run, self._wake)
         del meters[count:]  # statistics show each stage only once
         self._stream = stream
         return stream

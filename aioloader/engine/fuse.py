@@ -10,11 +10,14 @@ from typing import Any, Final
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
+from aioloader.core.limit import Limit, width_of
+from aioloader.core.policies import Policies
 from aioloader.engine.admission import Admission
 from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.in_a_row import counted
 from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -24,7 +27,7 @@ from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
 from aioloader.engine.turns import Turns, TurnStep
 from aioloader.engine.window import Window
-from aioloader.executors.chunk import Call
+from aioloader.executors.chunk import Call, Stop
 from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.worker import Work
 from aioloader.executors.processes.worker_pool import WorkerPool
@@ -65,7 +68,7 @@ class Op:
         fn: Sync or async.
         label: Its name in statistics and in notes of errors.
         is_async: Whether `fn` is awaited on the loop.
-        concurrency: The maximum number of calls at once.
+        concurrency: The maximum number of calls at once, or a `Limit` that it shares with others.
         address: See `Address`; identifies its worker processes, and its random numbers depend on it.
         seed: The seed of its samples' random numbers; None: it draws none.
         predicate: `fn` decides which entries stay.
@@ -83,12 +86,15 @@ class Op:
             bound of its own has a window of its own.
         ahead_bytes: The same in bytes of finished ones.
         max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
+        max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
+        stop: What is said of entries that end here; None: nobody asks.
+        policies: What is done about its calls. With any it shares no hop with others.
     """
 
     fn: Callable[[Any], Any]
     label: str
     is_async: bool = False
-    concurrency: int = field(default_factory=usable_cores)
+    concurrency: int | Limit = field(default_factory=usable_cores)
     address: Address = ()
     seed: int | None = None
     predicate: bool = False
@@ -105,6 +111,14 @@ class Op:
     ahead: int | None = None
     ahead_bytes: int | None = None
     max_overtaken: int | None = None
+    max_dropped_in_a_row: int | None = None
+    stop: Stop | None = None
+    policies: Policies | None = None
+
+    @property
+    def width(self) -> int:
+        """The maximum number of calls at once, as of now."""
+        return width_of(self.concurrency)
 
     @property
     def bounded(self) -> bool:
@@ -114,7 +128,7 @@ class Op:
     @property
     def call(self) -> Call:
         """The same for steps that run several ops in one hop."""
-        return Call(self.fn, self.predicate, self.label, self.seed)
+        return Call(self.fn, self.predicate, self.label, self.seed, self.stop)
 
 
 @dataclass
@@ -179,20 +193,25 @@ class FusedOps:
             again: Entries may be sent back to the first map: an `AgainWindow` is returned.
         """
         log = self._order_log(order_name)
-        groups = self._groups(again=again, apart=room is None and log is None)
+        groups = self._groups(again=again, apart=log is None and (room is None or self.batches))
         unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
         numbering = CompletionCursor(unordered_input=self.unordered_input) if unordered else None
         node = upstream
         for number, ops in enumerate(groups):
             is_last = number == len(groups) - 1
             early = (last and is_last) or (self.first and not any(op.is_async for op in self.ops))
-            if self.batches and room is None:
-                room = _room_of_batches(ops)
-            bounds = _Bounds.of(ops) if room is None else None
-            steps = steps_of(ops, _limit(room, bounds), processes)
-            if room is not None:
-                width = max(op.concurrency for op in ops)
-                places = _places(room, width, grows=grows, nbytes=nbytes)
+            exact, budget = (room, nbytes) if is_last else (None, None)
+            follows = self.batches and exact is None and any(isinstance(op.concurrency, Limit) for op in ops)
+            if self.batches:
+                exact, budget = _room_of_batches(ops, exact, budget)
+            bounds = _Bounds.of(ops) if exact is None else None
+            ops, in_a_row = counted(ops, in_cursors=not unordered)
+            steps = steps_of(ops, _limit(exact, bounds), processes, follows=follows)
+            places: Room | None
+            if exact is not None and follows and budget is None:
+                places = Room(exact, partial(_places_of_batches, ops))
+            elif exact is not None:
+                places = _places(exact, max(op.width for op in ops), grows=grows, nbytes=budget)
             elif bounds is not None:
                 places = bounds.room
             else:
@@ -207,7 +226,9 @@ class FusedOps:
                 overtaking=_overtaking(ops),
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
+            window.in_a_row = in_a_row
             window.admission, window.begins = admission, begins and not number
+            window.pauses = window.begins or not self.batches
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
             if unordered:
                 window.numbers = number == unordered[0]
@@ -219,12 +240,12 @@ class FusedOps:
         if again:
             first = next(at for at, op in enumerate(self.ops) if self.batches or not self._is_before_maps(op))
             return [group for group in (self.ops[:first], self.ops[first:]) if group]
-        return _apart(self.ops) if apart and not self.batches else [self.ops]
+        return _apart(self.ops, batches=self.batches) if apart else [self.ops]
 
     @staticmethod
     def _is_before_maps(op: Op | CacheOp) -> bool:
         """Whether it is no `map`: a filter, or what loads the samples of a dataset."""
-        return isinstance(op, Op) and (op.flexible or op.predicate)
+        return isinstance(op, Op) and (op.flexible or op.predicate or op.dataset is not None)
 
     def _order_log(self, name: str) -> Recorded | Replayed | None:
         """Where the order of the results is recorded or read."""
@@ -248,12 +269,12 @@ class _Bounds:
     """What the user has said of the room of one window.
 
     Attributes:
-        least: Entries that may be under way in any case.
+        working: The ops for whose calls there is room in any case.
         ahead: Entries at most; None: bytes alone say it.
         nbytes: Bytes of finished ones at most; None: they are not counted.
     """
 
-    least: int
+    working: tuple[Op, ...]
     ahead: int | None
     nbytes: int | None
 
@@ -264,17 +285,21 @@ class _Bounds:
         if not bounded:
             return None
         working = [op for op in ops if isinstance(op, Op) and (op.bounded or not op.flexible)]
-        least = sum(op.concurrency for op in working)
         known = all(op.ahead is not None for op in bounded)
-        ahead = sum(op.ahead or op.concurrency for op in working) if known else None
+        ahead = sum(op.ahead or op.width for op in working) if known else None
         nbytes = [op.ahead_bytes for op in bounded if op.ahead_bytes is not None]
-        return cls(least, ahead, sum(nbytes) if nbytes else None)
+        return cls(tuple(working), ahead, sum(nbytes) if nbytes else None)
+
+    @property
+    def least(self) -> int:
+        """Entries that may be under way in any case."""
+        return sum(op.width for op in self.working)
 
     @property
     def room(self) -> Room:
         """As a room."""
         if self.nbytes is not None:
-            return BytesRoom(self.nbytes, self.least, self.ahead)
+            return BytesRoom(self.nbytes, self.least, self.ahead, lambda: self.least)
         assert self.ahead is not None
         return Room(self.ahead)
 
@@ -286,17 +311,20 @@ def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
     return None if bounds is None else bounds.ahead
 
 
-def _apart(ops: "Sequence[Op | CacheOp]") -> "list[list[Op | CacheOp]]":
+def _apart(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
     """The ops of each of several windows: one with a bound of its own is in a window of its own.
 
-    What the user left to us may be with it. All that a cache has before it is in its window.
+    What the user left to us may be with it, and so may what makes the batches: they are large, and need no places of
+    their own before it. All that a cache has before it is in its window.
     """
     caches = [at for at, op in enumerate(ops) if isinstance(op, CacheOp)]
     begin = caches[-1] + 1 if caches else 0
+    collate = next((op for op in ops if isinstance(op, Op) and not op.predicate), None) if batches else None
     groups: list[list[Op | CacheOp]] = [list(ops[:begin])]
     for op in ops[begin:]:
         bounded = isinstance(op, Op) and op.bounded
-        if bounded and any(isinstance(other, CacheOp) or not other.flexible for other in groups[-1]):
+        joins = all(isinstance(other, Op) and (other.flexible or other is collate) for other in groups[-1])
+        if bounded and not joins:
             groups.append([])
         groups[-1].append(op)
         if bounded:
@@ -304,10 +332,26 @@ def _apart(ops: "Sequence[Op | CacheOp]") -> "list[list[Op | CacheOp]]":
     return [group for group in groups if group]
 
 
-def _room_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
-    widths = [op.concurrency for op in ops]
-    said = [op.ahead for op in ops if isinstance(op, Op) and op.ahead is not None]
-    return sum(said) or sum(widths) + max(1, max(widths) // 2)
+def _room_of_batches(ops: "Sequence[Op | CacheOp]", room: int | None, nbytes: int | None) -> tuple[int, int | None]:
+    """For how many batches a window has room, and for how many bytes of them.
+
+    Args:
+        ops: What is done to them.
+        room: As many at most; None: not said.
+        nbytes: The same in bytes.
+    """
+    widths = [op.width for op in ops]
+    bounds = _Bounds.of([op for op in ops if isinstance(op, Op) and op.bounded])
+    if room is None:
+        room = sum(widths) + max(1, max(widths) // 2) if bounds is None or bounds.ahead is None else bounds.ahead
+    if bounds is not None:
+        room = room if bounds.ahead is None else min(room, bounds.ahead)
+        nbytes = bounds.nbytes if nbytes is None else nbytes
+    return room, nbytes
+
+
+def _places_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
+    return _room_of_batches(ops, None, None)[0]
 
 
 def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
@@ -318,8 +362,8 @@ def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
 
 def _places(room: int, width: int, *, grows: bool, nbytes: int | None) -> Room | None:
     """Room for `room` entries; if it `grows`, for as many as the bytes allow, or more while a slow one is in front."""
-    if nbytes is not None:
-        return BytesRoom(nbytes, width, None if grows else room)
+    if nbytes is not None and room:
+        return BytesRoom(nbytes, width if grows else min(width, room), None if grows else room)
     return GrowingRoom(room, width) if grows else exactly(room)
 
 
@@ -328,7 +372,13 @@ def exactly(places: int) -> Room | None:
     return Room(places) if places else None
 
 
-def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable[[], WorkerThread]) -> list[Step]:
+def steps_of(
+    ops: Sequence[Op | CacheOp],
+    limit: int | None,
+    processes: Callable[[], WorkerThread],
+    *,
+    follows: bool = False,
+) -> list[Step]:
     """The steps of a window.
 
     Neighbouring sync ops with the same place and width share a hop. A cache becomes one step around all steps before
@@ -338,17 +388,22 @@ def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable
         ops: The window's ops.
         limit: How many entries the window holds, when that is exact: more workers would have nothing to do.
         processes: See `FusedOps.window`.
+        follows: It will hold more when there is more concurrency, see `Limit`.
     """
     steps: list[Step] = []
     together: list[Op] = []
 
-    def put(step: Step, address: Address) -> None:
-        step.meter.address = address
+    def put(step: Step, op: Op) -> None:
+        step.meter.address = op.address
+        if op.policies is not None:
+            step.obey(op.policies)
+        if not follows:
+            step.most = limit
         steps.append(step)
 
     def close() -> None:
         if together:
-            put(_sync_step(tuple(together), limit, processes), together[0].address)
+            put(_sync_step(tuple(together), limit, processes), together[0])
             together.clear()
 
     for at, op in enumerate(ops):
@@ -357,14 +412,15 @@ def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable
             steps = [op.around(steps, limit)]
         elif op.many is not None:
             width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
-            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op.address)
+            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op)
         elif op.in_place:
             close()
-            put(InPlaceStep(op.fn, op.label), op.address)
+            put(InPlaceStep(op.fn, op.label), op)
         elif op.is_async:
             close()
             width = _narrowed(op.concurrency, limit)
-            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op.address)
+            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
+            steps[-1].stop = op.stop
         else:
             if together and not _same_place(together, op):
                 close()
@@ -373,12 +429,15 @@ def steps_of(ops: Sequence[Op | CacheOp], limit: int | None, processes: Callable
     return steps
 
 
-def _narrowed(width: int, limit: int | None) -> int:
-    return width if limit is None else min(width, limit)
+def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:
+    """No more than `limit`; a `Limit` stays one, and its step has `Step.most`."""
+    return width if limit is None or isinstance(width, Limit) else min(width, limit)
 
 
-def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int:
-    """The concurrency of `load`: that of the op that follows it in threads, if one does, or its own."""
+def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int | Limit:
+    """The concurrency of `load`: what the user said, or that of the op that follows in threads, if one does."""
+    if not load.flexible:
+        return load.concurrency
     op = following[0] if following else None
     beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
     return op.concurrency if beside and op is not None else load.concurrency
@@ -390,11 +449,12 @@ def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[]
     width = _narrowed(leading.concurrency, limit)
     executor = leading.executor
     if isinstance(executor, InProcesses):
-        pool = partial(_worker_pool, processes(), executor, together, width)
+        workers = width_of(width) if limit is None else min(width_of(width), limit)
+        pool = partial(_worker_pool, processes(), executor, together, workers)
         elastic, owned = limit is None, not executor.kept
         epochs = executor.epochs(with_set_epoch(call.fn for call in calls))
         if executor.turns is not None:
-            return TurnStep(calls, width, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
+            return TurnStep(calls, workers, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
         return ProcessStep(calls, width, pool, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)
@@ -426,6 +486,8 @@ def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op],
 
 
 def _same_place(together: Sequence[Op], op: Op) -> bool:
+    if any(other.policies is not None for other in (op, *together)):
+        return False
     fixed = next((other for other in together if not other.flexible), None)
     if together[0].executor is not op.executor:
         return False

@@ -5,18 +5,14 @@ from collections.abc import Callable, Sequence
 from aioloader.engine.steps import Step
 from aioloader.insight.gauges import WaitMeter
 
-__all__ = ["show"]
+__all__ = ["let_stamp", "show"]
 
 
-def show(
-    steps: Sequence[Step], parts: Sequence[Step], *, stamps: bool, queued: Callable[[], int] | None
-) -> WaitMeter | None:
+def show(parts: Sequence[Step], *, queued: Callable[[], int] | None) -> WaitMeter | None:
     """Let the meters of a window that starts ask its steps.
 
     Args:
-        steps: Those of the window.
-        parts: Those of them that have meters.
-        stamps: The first call for an entry may be one of theirs.
+        parts: Those of its steps that have meters.
         queued: See `Window`.
 
     Returns:
@@ -30,15 +26,21 @@ def show(
         step.meter.gauge = step
         step.meter.waits = waits
         step.meter.queued = queued
-    if stamps:
-        _let_stamp(steps)
     return waits
 
 
-def _let_stamp(steps: Sequence[Step]) -> None:
-    """The first call is that of the first step; or of one after a cache, which has the steps that it spares inside."""
+def let_stamp(steps: Sequence[Step], *, fresh: bool) -> None:
+    """Say which steps of a window are the first to be called with an entry.
+
+    It is the first step; or one after a cache, which has the steps that it spares inside.
+
+    Args:
+        steps: Those of the window.
+        fresh: No call has begun for any of its entries.
+    """
     for step in steps:
         for part in step.parts:
             part.stamps = True
         if step.concurrency:
+            step.fresh = fresh
             break

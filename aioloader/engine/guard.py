@@ -15,6 +15,7 @@ from aioloader.core.policies import Budget, Hedge
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
+    from aioloader.engine.steps import Step
 
 __all__ = ["Guard", "GuardedCall"]
 
@@ -104,8 +105,6 @@ class Guard:
         crowded: There are second calls, or some are wanted, so that first ones must ask for a place.
         measures: How long calls take is to be known.
         timer: None: none is set.
-        timeouts: Calls whose time was up.
-        hedges: Second calls so far.
     """
 
     def __init__(
@@ -119,8 +118,6 @@ class Guard:
         self.measures = hedge is not None and hedge.percentile is not None
         self.crowded = False
         self.timer: TimerHandle | None = None
-        self.timeouts = 0
-        self.hedges = 0
         self._records: set[GuardedCall] = set()
         self._wanting: deque[tuple[GuardedCall, int]] = deque()  # they are to get a second call; and the number of it
         self._hedged: dict[GuardedCall, int] = {}  # the number of the call that has had its chance
@@ -130,10 +127,13 @@ class Guard:
         self._durations: deque[float] = deque(maxlen=LATEST_CALLS)
         self._after = None if hedge is None or self.measures else float(hedge.after)
 
-    def bind(self, run: "Run", concurrency: Callable[[], int]) -> None:
-        """Join a run; `concurrency` says how many calls may be under way."""
+    def bind(self, run: "Run", step: "Step") -> None:
+        """Join a run; `step` says how many calls may be under way, and its meter counts."""
         self._run = run
-        self._concurrency = concurrency
+        self._step = step
+
+    def _concurrency(self) -> int:
+        return self._step.concurrency
 
     def for_worker(self, task: "Task[Any]") -> GuardedCall:
         """What the worker in `task` calls instead of the function."""
@@ -189,7 +189,7 @@ class Guard:
         raise failed
 
     def _too_late(self) -> TimeoutError:
-        self.timeouts += 1
+        self._step.meter.timeouts += 1
         return TimeoutError(f"{self._name} took longer than timeout={self._timeout:g} s")
 
     # -- places ------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class Guard:
             call.task.cancel()
 
     def _begin_twin(self, call: GuardedCall) -> None:
-        self.hedges += 1
+        self._step.meter.hedges += 1
         self._twins += 1
         call.twin = self._run.begin(self.fn, call.value, context=call.context)
         number = call.calls

@@ -1,11 +1,10 @@
 """The source of an indexable dataset: the keys of one epoch, in order."""
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aioloader.core.cursors import as_count
-from aioloader.core.entry import Entry, read_after
+from aioloader.core.entry import Entry
 from aioloader.core.keys import NAMES
 from aioloader.engine.node import MOST_EARLY, Kick, Node
 from aioloader.insight.meters import StageMeter
@@ -65,11 +64,14 @@ class KeySource(Node):
         self._order(False).after(self._cursor)  # raises when there is no such position
 
     @property
+    def fresh(self) -> bool:
+        return True
+
+    @property
     def extra_room(self) -> int:
         return MOST_EARLY
 
     def start(self, run: "Run", kick: Kick) -> None:
-        self._consumer = run.consumer
         self.meter = run.adopt(self.meter)
         keys = self._order(True)
         self._keys = keys.after(self._cursor) if self._cursor else keys
@@ -103,4 +105,4 @@ class KeySource(Node):
         first, end = self._cursor + start * stride, self._cursor + stop * stride
         offset = self._keys.offset
         cursors, positions = range(first + stride, end + 1, stride), range(first + offset, end + offset, stride)
-        return list(map(Entry, values, cursors, names, positions, repeat(read_after(self._consumer.batches))))
+        return list(map(Entry, values, cursors, names, positions))

@@ -74,6 +74,11 @@ class Node(ABC):
         """Whether its samples are still being produced: none is to be read before it is needed."""
         return False
 
+    @property
+    def fresh(self) -> bool:
+        """Whether no call has begun for any of its entries, so that nobody need look, see `Entry.begun`."""
+        return False
+
     def alive(self, size: int) -> int:
         """Samples that have begun and are still here, or in the nodes before, see `Admission`.
 
@@ -194,6 +199,10 @@ class FoldNode(Node):
     @property
     def live(self) -> bool:
         return self._upstream.live
+
+    @property
+    def fresh(self) -> bool:
+        return self._upstream.fresh
 
     def alive(self, size: int) -> int:
         its, held = (size, 0)

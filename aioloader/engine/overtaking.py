@@ -34,7 +34,11 @@ class Overtaking:
 
     def begins(self, entry: Entry) -> None:
         """`entry` is under way."""
-        insort(self._unfinished, entry.cursor[0])
+        number = entry.cursor[0]
+        if number < self._base:  # begun again: those after it are to be counted, up to where it was forgotten, too
+            self._released <<= self._base - number
+            self._base = number
+        insort(self._unfinished, number)
 
     def finished(self, entry: Entry) -> list[Entry]:
         """The entries that may leave now that `entry` is finished, in order."""

@@ -1,11 +1,15 @@
 """The step whose calls run in worker processes."""
 
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioloader.core.entry import Entry
+from aioloader.core.limit import Limit, Slots
+from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.steps import Forward
 from aioloader.engine.thread_step import SyncStep
@@ -24,6 +28,7 @@ __all__ = ["CHUNK_SECONDS", "ProcessStep", "hint", "who"]
 CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
+EXPIRY_SECONDS: Final = 0.01  # between two looks at who has taken too long, at least
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
 
 
@@ -54,9 +59,14 @@ class ProcessStep(SyncStep):
     is done again, sample by sample, and the rest goes on elsewhere. When workers die again and again and nothing is
     ever done, the epoch ends.
 
+    How does it pause? The workers share memory that says so, and look there before each sample. Chunks that they have
+    not begun stay with them, for chunks have an order and a place. `quiet` is when that is written. To know that no
+    call is under way, the workers are asked: one answers between two calls. What is out by then has not begun.
+
     Args:
         calls: See `SyncStep`.
-        concurrency: Worker processes.
+        concurrency: Worker processes. Of a `Limit` each chunk under way has one slot, and no more workers are used than
+            there were places when they were made.
         pool: Gives the workers when the run begins.
         epochs: Those of the objects in the calls, for their copies in workers that are kept.
         elastic: See `SyncStep`.
@@ -68,7 +78,7 @@ class ProcessStep(SyncStep):
     def __init__(
         self,
         calls: Sequence[Call],
-        concurrency: int,
+        concurrency: int | Limit,
         pool: Callable[[], WorkerPool],
         epochs: Epochs,
         *,
@@ -88,6 +98,16 @@ class ProcessStep(SyncStep):
         self._deaths = 0  # in a row
         self._queues: dict[int, deque[Sent]] = {}  # in turn: what each worker has, and begins one after the other
         self._pool: WorkerPool
+        self._out = 0  # samples that workers have
+        self._out_aside = 0  # those of them that are known not to have begun
+        self._holds = 0  # how often it was told to pause
+        self._pool_held = False
+        self.timeout: float | None = None
+        self._expiry: TimerHandle | None = None
+
+    def obey(self, policies: Policies) -> None:
+        super().obey(policies)
+        self.timeout = policies.timeout
 
     def at_hand(self) -> list[tuple[Any, float]]:
         found = []
@@ -97,8 +117,10 @@ class ProcessStep(SyncStep):
         return found
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
-        super().bind(run, window, forward, finished)
         self._pool = self._make_pool()
+        if self.limit is not None:
+            self.most = self._pool.count if self.most is None else min(self.most, self._pool.count)
+        super().bind(run, window, forward, finished)
         if self._owned:
             self._pool.end_on(run.loop)
             run.own(self._pool)
@@ -106,16 +128,58 @@ class ProcessStep(SyncStep):
 
     def close(self) -> None:
         if not self.closed:
+            if self._expiry is not None:
+                self._expiry.cancel()
+                self._expiry = None
             self._pool.forget(self)
             if self._owned:
                 self._pool.close()
+            if self.slots is not None:
+                self.slots.close(all_of_it=True)  # what is forgotten does not come back
         super().close()
         self._again.clear()
 
     @property
+    def quiet(self) -> bool:
+        return self._pool_held
+
+    def hold(self) -> None:
+        super().hold()
+        self._holds += 1
+        self._pool_held = False
+        said = partial(call_loop, self._run.loop, self._run.guarded, self._pool_said, self._holds)
+        self._pool.hold(self, said)
+
+    def _pool_said(self, holds: int, still: bool) -> None:
+        """The pool is held; or also, it has no call under way."""
+        if self.closed or not self.paused or holds != self._holds:
+            return
+        self._pool_held = True
+        if still:
+            self._out_aside = self._out
+            self._window.set_aside(self._out_aside)
+        self._window.wake()
+
+    def let_go(self) -> None:
+        self._pool.let_go(self)
+        self._back_from_aside(self._out_aside)
+        super().let_go()
+
+    def _back_from_aside(self, count: int) -> None:
+        """So many of those that have not begun may begin, or are lost after all."""
+        count = min(count, self._out_aside)
+        self._out_aside -= count
+        self._window.set_aside(-count)
+
+    def _set_aside(self) -> None:
+        self.inbox.extendleft(reversed(self._again))
+        self._again.clear()
+        super()._set_aside()
+
+    @property
     def _size(self) -> int:
         cost = self._seconds_each
-        if cost is None or self._in_turn:
+        if cost is None or self._in_turn or self.tap is not None or self.timeout is not None:
             return 1
         size = max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
         return size if self._elastic else min(size, max(1, self.meter.room // (2 * self.concurrency)))
@@ -131,8 +195,13 @@ class ProcessStep(SyncStep):
 
     def dispatch(self) -> None:
         self._scheduled = False
+        if self.paused:
+            self._set_aside()
+            return
         inbox = self.inbox
         while (self._again or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
+            if self.slots is not None and not self.slots.take():
+                return
             if self._again:
                 chunk = Sent([self._again.popleft()])
             else:
@@ -142,10 +211,21 @@ class ProcessStep(SyncStep):
             slot = self._next_slot() if self._in_turn else None
             self._sends(chunk, slot)
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, slot)
+            if self.slots is not None:
+                done = partial(self._done, self.slots, done)
             self._pool.submit(self, self._payload(chunk), done, slot)
+            if self.timeout is not None and self._expiry is None:
+                self._watch(self.timeout)
+
+    @staticmethod
+    def _done(slots: Slots, done: Callable[[Outcome], None], outcome: Outcome) -> None:
+        """A chunk has come back; in the thread of the pool."""
+        slots.release()
+        done(outcome)
 
     def _sends(self, chunk: Sent, slot: int | None) -> None:
         """A worker gets `chunk`. It begins it at once, or next; or, in turn, after all that it has."""
+        self._out += len(chunk)
         chunk.begun = [entry.begun for entry in chunk]
         if slot is None:
             self._stamp(chunk)
@@ -157,6 +237,9 @@ class ProcessStep(SyncStep):
 
     def _came_back(self, chunk: list[Entry], slot: int | None) -> None:
         """In turn, the worker goes on with the next one."""
+        self._out -= len(chunk)
+        if self._out_aside:
+            self._back_from_aside(len(chunk))
         queue = None if slot is None else self._queues[slot]
         if not queue:
             return
@@ -203,7 +286,33 @@ class ProcessStep(SyncStep):
             case Died():
                 self._died(chunk, slot, outcome)
 
+    def _watch(self, timeout: float) -> None:
+        """Look again when a call may have taken too long; it is the workers that know when theirs began."""
+        if self._active and not (self.closed or self._run.stopping):
+            oldest = min((since for _, since in self.at_hand()), default=perf_counter())
+            self._expiry = self.later(max(EXPIRY_SECONDS, oldest + timeout - perf_counter()), self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        if self.timeout is not None:
+            if any(perf_counter() - since >= self.timeout for _, since in self.at_hand()):
+                self._pool.expire(self, self.timeout)
+            self._watch(self.timeout)
+
+    def _timed_out(self, entry: Entry, death: Died) -> None:
+        self.meter.timeouts += 1
+        self._lost(
+            [entry],
+            TimeoutError(
+                f"{self._calls[0].label} took longer than timeout={self.timeout:g} s; worker process {death.slot} "
+                f"(pid {death.pid}) was killed"
+            ),
+        )
+
     def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
+        if death.expired:
+            self._timed_out(chunk[death.at], death)
+            return
         self._deaths += 1
         if self._deaths > self.concurrency + MORE_DEATHS:
             self._run.fail(

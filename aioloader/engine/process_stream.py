@@ -9,6 +9,8 @@ no more than unpickle it.
                    ◀──"entries", with cursors─────  as far as they were granted
                    ──"grant": so many more───────▶
                    ──"allow": with an admission──▶  so many samples may have been begun, all in all
+                   ──"hold", "let go"────────────▶  the run pauses, and goes on
+                   ◀──"paused"────────────────────  it is quiet, and then still
                    ──"end"───────────────────────▶  the run is stopped; the process stays for the next epoch
 
 The bound: what is under way and finished in the inner pipeline, as it would be here, and `room` entries between the
@@ -32,6 +34,7 @@ from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
 from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
+from aioloader.engine.pausing import Pauses, Told
 from aioloader.engine.run import Run
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.processes.failures import cannot_travel, portable
@@ -40,6 +43,7 @@ from aioloader.executors.processes.stream_worker import (
     Arrived,
     Failure,
     Heard,
+    Rested,
     StreamEnded,
     StreamWorker,
     StreamWorkerDied,
@@ -102,6 +106,8 @@ class OwnProcessNode(Node):
         self._meters: list[StageMeter] = []
         self._number = 0
         self._told = 0  # batches that were handed out, as far as the other side knows
+        self._pauses = 0  # how often it was paused
+        self._quiet = self._still = False
 
     @property
     def extra_room(self) -> int:
@@ -120,12 +126,14 @@ class OwnProcessNode(Node):
         self._kick = kick
         self._meters_at = len(run.meters)
         self._remote = self._get_remote()
-        request = (self._request, run.epoch, self._cursor, self._room, self._batches)
+        paused = run.pausing.paused  # from the first moment on, not from that in which "hold" arrives
+        request = (self._request, run.epoch, self._cursor, self._room, self._batches, paused)
         listener = partial(call_loop, run.loop, run.guarded, self._heard)
         self._number = self._remote.open(request, listener)
         if self._admission is not None:
             self._admission.add(self)
             self.wake()
+        run.pausing.join(self)
 
     def poll(self, limit: int) -> list[Entry]:
         ready = self._ready
@@ -171,10 +179,38 @@ class OwnProcessNode(Node):
                 if meter.told is not None:
                     meter.told = Gauges(waits=meter.told.waits)
 
+    # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    @property
+    def quiet(self) -> bool:
+        return self._quiet or self._over
+
+    @property
+    def still(self) -> bool:
+        return self._still or self._over
+
+    def pause(self) -> None:
+        self._pauses += 1
+        self._quiet = self._still = False
+        self._remote.hold(self._number, self._pauses)
+
+    def go_on(self) -> None:
+        self._remote.let_go(self._number)
+
+    # -- what comes from there ---------------------------------------------------------------------------------------
+
     def _heard(self, heard: Heard) -> None:
         if self._closed:
             return
         match heard:
+            case Rested(pause, still):
+                if pause == self._pauses:
+                    self._quiet, self._still = True, still
             case Arrived():
                 self._arrived(heard)
             case StreamEnded(meters):
@@ -189,6 +225,7 @@ class OwnProcessNode(Node):
                 )
                 self._ready.append(Entry.last(error, self._cursor, None))
                 self._over = True
+        self._run.pausing.look()
         self._kick()
 
     def _arrived(self, heard: Arrived) -> None:
@@ -290,6 +327,14 @@ class _EngineServer:
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
                             stream.allow(samples, handed_out)
+                    case ("hold", number, pause, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:  # else the other side hears of its end
+                            stream.hold(pause)
+                    case ("let go", number, freed):
+                        self._sender.put_back(freed)
+                        if (stream := self._streams.get(number)) is not None:
+                            stream.let_go()
                     case ("end", number, freed):
                         self._sender.put_back(freed)
                         if (stream := self._streams.get(number)) is not None:
@@ -302,18 +347,25 @@ class _EngineServer:
 
     def _open(self, number: int, stream: Any, buffers: list[memoryview]) -> None:
         try:
-            request, epoch, cursor, room, batches = decode(stream, buffers)
+            request, epoch, cursor, room, batches, paused = decode(stream, buffers)
             window = self._build(request, cursor is not None)
             if cursor is not None:
                 window.resume(cursor)
         except BaseException as error:
             self._sender.put(("failed", number), portable(error, self.where))
             return
-        self._streams[number] = _EpochStream(self, number, Run(window, epoch), room, batches=batches)
+        pauses = Pauses()
+        run = Run(window, epoch, pauses=pauses)
+        block = pauses.enter()[0] if paused else None
+        self._streams[number] = _EpochStream(self, number, run, room, pauses, block, batches=batches)
 
     def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
         """Send what has been granted."""
         self._sender.put_entries(number, taken, meters, self.where)
+
+    def rested(self, number: int, pause: int, still: bool) -> None:
+        """No sample begins any more, or none is under way either."""
+        self._sender.put(("paused", number), (pause, still))
 
     def ended(self, stream: "_EpochStream") -> None:
         """A run is over, in whatever way."""
@@ -328,11 +380,23 @@ class _EngineServer:
 class _EpochStream:
     """One epoch."""
 
-    def __init__(self, server: _EngineServer, number: int, run: Run, granted: int, *, batches: bool) -> None:
+    def __init__(
+        self,
+        server: _EngineServer,
+        number: int,
+        run: Run,
+        granted: int,
+        pauses: Pauses,
+        block: object,
+        *,
+        batches: bool,
+    ) -> None:
         self.number = number
         self._server = server
         self._granted = granted
         self._batches = batches
+        self._pauses = pauses
+        self._block = block
         self._pumping = False
         self._told = 0.0
         self._told_room = 0
@@ -357,6 +421,19 @@ class _EpochStream:
         self.run.consumer.batches = handed_out
         if self._admission is not None:
             self._admission.allow(samples)
+
+    def hold(self, pause: int) -> None:
+        """Begin no sample; say so, and when none is under way."""
+        if self._block is None:
+            self._block, _ = self._pauses.enter()
+        for drain in (False, True):
+            told = Told(partial(self._server.rested, self.number, pause, drain))
+            self.run.pausing.ask(told, drain=drain)
+
+    def let_go(self) -> None:
+        """Begin samples again."""
+        self._pauses.leave(self._block)
+        self._block = None
 
     def _kick(self) -> None:
         if not self._pumping and self.run.started and not self.run.stopping:

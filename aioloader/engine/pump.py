@@ -55,6 +55,7 @@ class Pump(Node):
         self._since: float | None = None  # when a call began that is under way now and is none of the reader's
         self._at_hand: Any = None  # the key of what that call, or the reader, works on
         self._closed = False
+        self._paused = False
 
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
@@ -62,6 +63,7 @@ class Pump(Node):
         self.meter = run.adopt(self.meter)
         self.meter.gauge = self
         self._threads = run.threads(1, self._thread_name, computes=self._computes)
+        run.pausing.join(self)
         self._task = run.spawn(self._main, ends_when_closed=True)
 
     def poll(self, limit: int) -> list[Entry]:
@@ -86,6 +88,24 @@ class Pump(Node):
     def held(self) -> int:
         """See `Gauge`: it has no window."""
         return 0
+
+    # A pause, see `Pausable`: nothing more is read. A read that is under way is not waited for, since it may wait for
+    # somebody to send something; what it gives begins no sooner than any other sample.
+
+    quiet = still = True
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is read any more, ever."""
+        return self._closed or self._over
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def go_on(self) -> None:
+        self._paused = False
+        if self._wanted and self._demand is not None and not self._demand.done():
+            self._demand.set_result(None)
 
     def close(self) -> None:
         self._closed = True
@@ -133,7 +153,7 @@ class Pump(Node):
         """Wait until entries are wanted; returns how many."""
         if self._closed:  # it was closed during a step
             raise CancelledError
-        while self._wanted <= 0:
+        while self._wanted <= 0 or self._paused:
             self.meter.idle.wait_for("room")
             self._demand = self._run.loop.create_future()
             await self._demand

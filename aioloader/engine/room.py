@@ -1,7 +1,7 @@
 """How many entries a window may hold: what its slowest step needs, and no more because of what the others are."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Final
 
@@ -73,6 +73,7 @@ class Room:
 
     Args:
         places: How many.
+        follow: Gives their number anew where concurrency may change, see `Limit`; None: it does not.
 
     Attributes:
         growth: How it becomes more; None: never.
@@ -86,8 +87,9 @@ class Room:
     width = 0
     widest = 0
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, follow: Callable[[], int] | None = None) -> None:
         self._places = places
+        self._follow = follow
 
     def now(self, asked: int) -> int:
         """Entries under way and finished together, at most.
@@ -110,6 +112,8 @@ class Room:
 
     def refresh(self) -> None:
         """What a step says of itself has changed."""
+        if self._follow is not None:
+            self._places = self._follow()
 
 
 class GrowingRoom(Room):
@@ -133,12 +137,13 @@ class BytesRoom(Room):
         nbytes: The budget.
         least: How many there are in any case.
         most: How many there are at most; None: it is for the budget alone to say.
+        follow: Gives `least` anew, see `Room`.
     """
 
     weighs = True
 
-    def __init__(self, nbytes: int, least: int, most: int | None) -> None:
-        super().__init__(least)
+    def __init__(self, nbytes: int, least: int, most: int | None, follow: Callable[[], int] | None = None) -> None:
+        super().__init__(least, follow)
         self._nbytes = nbytes
         self._most = most
         self._bytes = MeanBytes()
@@ -185,6 +190,7 @@ class StepsRoom(Room):
         self._later = [step for step in self._hop if step is not self._working[0]]
         for step in self._later:
             step.places = min(step.places, FEW)
+            step.places_follow = False
         self._finished = finished
         self._early = early
         self.growth = Growth() if finished is None else None

@@ -13,6 +13,7 @@ import anyio._backends._asyncio
 from anyio import move_on_after
 
 from aioloader.core.forks import tell_of_fork
+from aioloader.engine.pausing import Pauses, RunPause
 from aioloader.engine.progress import Progress
 from aioloader.executors.threads import TakesJobs, Threads, call_loop
 from aioloader.insight.meters import StageMeter, ThreadClock
@@ -67,9 +68,12 @@ class Run:
         output: The last window, not started.
         epoch: The number of the epoch, for notes.
         progress: Its position; None: at its beginning.
+        pauses: Of its loader; None: nobody pauses it.
     """
 
-    def __init__(self, output: "Window", epoch: int, progress: Progress | None = None) -> None:
+    def __init__(
+        self, output: "Window", epoch: int, progress: Progress | None = None, pauses: Pauses | None = None
+    ) -> None:
         self.output = output
         self.progress = Progress(epoch) if progress is None else progress
         self.epoch = epoch
@@ -85,6 +89,7 @@ class Run:
         self.foreign = False  # this is a forked child, and it lives in the parent
         self._over = False
         self._settling = threading.RLock()  # finalizers come here
+        self.pausing = RunPause(self, Pauses() if pauses is None else pauses)
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
         self._pools: list[Pool] = []
@@ -271,6 +276,7 @@ class Run:
         """Say which loop this run will live on. `leave` works from here on."""
         self.loop = loop
         self._stop = loop.create_future()
+        self.pausing.attach()
 
     def request_stop(self) -> None:
         """End the run. On its loop; idempotent."""
@@ -310,6 +316,7 @@ class Run:
             kick: Called on the loop when `output.poll`, or `failure`, is worth a look, and once at the very end.
         """
         self.consumer.loop = ThreadClock()
+        self.pausing.begin()
         try:
             if not self._stop.done():
                 self.output.start(self, kick)
@@ -320,6 +327,7 @@ class Run:
             self.failure = self.failure or error
         finally:
             self.stopping = True
+            self.pausing.end()
             self.output.close()  # idle workers end by themselves
             self.consumer.finish()
             for meter in self.meters:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from aioloader.core.checks import check_count
 from aioloader.core.source import RunListener, SourceContext, SourceThreads
 from aioloader.executors.threads import Threads
+from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -24,11 +25,13 @@ class RunSourceContext(SourceContext):
     Args:
         run: The run that it is part of.
         name: Of the source, for notes and names.
+        meter: Of the source.
     """
 
-    def __init__(self, run: "Run", name: str) -> None:
+    def __init__(self, run: "Run", name: str, meter: StageMeter | None = None) -> None:
         self._run = run
         self._name = name
+        self._meter = meter
         self._pools: list[Threads] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,6 +63,10 @@ class RunSourceContext(SourceContext):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def count_dropped(self, count: int) -> None:
+        if self._meter is not None:
+            self._meter.dropped += count
 
     async def _guarded(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:

@@ -1,13 +1,18 @@
 """What the steps of a window have in common, and the simplest one."""
 
 from abc import ABC, abstractmethod
+from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from aioloader.core.entry import DROPPED, Entry, annotate
+from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
+from aioloader.core.limit import Limit, Slots, width_of
+from aioloader.core.policies import Policies
+from aioloader.engine.retrying import Retrying, Tap
+from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -22,21 +27,48 @@ Forward = Callable[[Entry], None]
 class Step(ABC):
     """One step of a window: each entry goes through all of them in turn.
 
+    How it pauses, so that no sample begins (see `pausing`): the entries that wait are moved out of the inbox. Threads
+    claim a sample by taking it from there, which is one operation of a deque. So each of them is either in a thread's
+    hands by then, and has begun, or it is set aside; there is no flag that a thread might have looked at just before.
+
+    Args:
+        meter: Counts for it.
+        concurrency: How many entries may be under way in it; a `Limit` is followed.
+
     Attributes:
+        concurrency: How many may be under way in it now.
         inbox: Entries that wait for this step. The window's room bounds it, as it bounds everything in the window.
         places: How many entries under way in this step the window makes room for, see `StepsRoom`.
+        places_follow: `places` is `concurrency`, and not for the room to decide.
+        most: The most that `concurrency` may become; None: what its `Limit` says.
         selects: Whether it may drop samples.
+        paused: No entry begins.
+        retrying: Entries that fail may be tried again.
+        tap: Lets entries into the inbox at a rate.
         stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
+        stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
+        fresh: It is the first one for each.
     """
 
     closed: bool = False
     selects: bool = False
+    paused: bool = False
+    retrying: Retrying | None = None
+    tap: Tap | None = None
+    places_follow: bool = True
+    most: int | None = None
+    calls_on_loop: bool = False  # see `Limit.join`
     stamps: bool = False
+    stop: Stop | None = None
+    fresh: bool = False
 
-    def __init__(self, meter: StageMeter, concurrency: int) -> None:
+    def __init__(self, meter: StageMeter, concurrency: int | Limit) -> None:
         self.meter = meter
-        self.concurrency = self.places = meter.concurrency = concurrency
+        self.limit = concurrency if isinstance(concurrency, Limit) else None
+        self.concurrency = self.places = meter.concurrency = width_of(concurrency)
+        self.slots: Slots | None = None
         self.inbox: deque[Entry] = deque()
+        self._aside: deque[Entry] = deque()  # they have not begun
 
     @property
     def parts(self) -> "list[Step]":
@@ -49,6 +81,9 @@ class Step(ABC):
         self._window = window
         self._forward = forward
         self._finished = finished
+        if self.limit is not None:
+            self.slots = self.limit.join(run.loop, self._slots_changed, on_loop=self.calls_on_loop)
+            self._follow(self.slots)
 
     def at_hand(self) -> Sequence[tuple[Any, float]]:
         """See `Gauge`."""
@@ -72,12 +107,107 @@ class Step(ABC):
     def dispatch(self) -> None:
         """Start on the entries in `inbox`: the window has put some there."""
 
+    def take_in(self, entries: Sequence[Entry]) -> None:
+        """Begin on entries that come into the window, or come again."""
+        if self.paused:
+            self._aside.extend(entries)
+            self._window.set_aside(len(entries))
+        elif self.tap is not None:
+            self.tap.add(entries)
+        else:
+            self.inbox.extend(entries)
+            self.dispatch()
+
     def close(self) -> None:
         """Accept no more entries, and do not start those that wait."""
         self.closed = True
         self.meter.retired = True
         self.meter.release(self)
         self.inbox.clear()
+        self._aside.clear()
+        if self.slots is not None:
+            self.slots.close()
+        for waiting in (self.retrying, self.tap):
+            if waiting is not None:
+                waiting.close()
+
+    def obey(self, policies: Policies) -> None:
+        """Do about its calls what these say. Before `bind`."""
+        if policies.retry is not None:
+            self.retrying = Retrying(policies.retry, self)
+        if policies.rate is not None:
+            self.tap = Tap(policies.rate, self)
+
+    # -- what waits before it ----------------------------------------------------------------------------------------
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it can begin on one more entry."""
+        return not self.inbox
+
+    def set_aside(self, count: int) -> None:
+        """See `Window.set_aside`."""
+        self._window.set_aside(count)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> TimerHandle:
+        """Call `callback` on the loop."""
+        return self._run.loop.call_later(seconds, self._run.guarded, callback)
+
+    # -- a limit that is shared --------------------------------------------------------------------------------------
+
+    def _slots_changed(self) -> None:
+        """There may be a slot, or the limit is another one."""
+        if self.slots is not None and not (self.closed or self._run.stopping):
+            self._run.guarded(self._use, self.slots)
+
+    def _use(self, slots: Slots) -> None:
+        self._follow(slots)
+        if self.inbox:
+            self.dispatch()
+        if not self._coming_for_slots:
+            slots.give_back(waits=bool(self.inbox))
+
+    @property
+    def _coming_for_slots(self) -> bool:
+        """Whether somebody is on the way who will take what was granted, or give it back."""
+        return False
+
+    def _follow(self, slots: Slots) -> None:
+        """Let the concurrency be that of the limit."""
+        width = slots.value if self.most is None else min(slots.value, self.most)
+        self.meter.concurrency = width
+        if width != self.concurrency:
+            self.concurrency = width
+            self.places = width if self.places_follow else min(self.places, width)
+            self._window.resize()
+
+    # -- a pause -----------------------------------------------------------------------------------------------------
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no sample begins any more, since it pauses."""
+        return True
+
+    def hold(self) -> None:
+        """Begin no entry, until `let_go`. Those that are under way go on."""
+        self.paused = True
+        self._set_aside()
+
+    def let_go(self) -> None:
+        """Begin entries again."""
+        self.paused = False
+        waiting, self._aside = self._aside, deque()
+        if waiting:
+            self._window.set_aside(-len(waiting))
+            self.take_in(waiting)
+
+    def _set_aside(self) -> None:
+        """Move what is in the inbox to where nobody begins it; what comes back from a hop comes here, too."""
+        waiting = list(_taken_from(self.inbox))
+        self._aside.extendleft(reversed(waiting))
+        self._window.set_aside(len(waiting))
+
+    # -- for what an entry comes to ----------------------------------------------------------------------------------
 
     def _stamp(self, entries: Sequence[Entry]) -> None:
         """The calls for `entries` begin."""
@@ -88,6 +218,12 @@ class Step(ABC):
                     entry.begun = batches
 
     def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        if self.tap is not None:
+            self.tap.rate.failed(error)
+        if self.retrying is not None and self.retrying.again(entry, error):
+            return
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)
         self._window.now = perf_counter()
         entry.error = error
@@ -104,6 +240,8 @@ class Step(ABC):
             nothing: Its value was None. A function gave the sample up and may make it in the next epoch, so no cache
                 keeps that it was refused.
         """
+        if self.stop is not None:
+            entry.stop = stop_of(entry) or self.stop
         self.meter.dropped += 1
         if nothing:
             self.meter.gaps = True
@@ -111,6 +249,15 @@ class Step(ABC):
         entry.state = DROPPED
         entry.value = None
         self._finished(entry)
+
+
+def _taken_from(inbox: deque[Entry]) -> Iterable[Entry]:
+    """All entries; threads take some meanwhile."""
+    while inbox:
+        try:
+            yield inbox.popleft()
+        except IndexError:
+            return
 
 
 def bind_in_a_row(steps: Sequence[Step], run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
@@ -132,5 +279,7 @@ class InPlaceStep(Step):
         self._forward(entry)
 
     def dispatch(self) -> None:
+        if self.paused:
+            self._set_aside()
         while self.inbox:
             self.accept(self.inbox.popleft())

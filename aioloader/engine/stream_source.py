@@ -78,6 +78,10 @@ class StreamSource(Pump):
         self._resume_at: Any = None
 
     @property
+    def fresh(self) -> bool:
+        return True
+
+    @property
     def extra_room(self) -> int:
         return 0 if self._live else cheap_samples(self.meter)
 
@@ -179,7 +183,7 @@ class StreamSource(Pump):
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
-        context = RunSourceContext(self._run, meter.name)
+        context = RunSourceContext(self._run, meter.name, meter)
         reader: EntryReader | None = None
         self._numbered = self._resume_at is None  # its cursors do not count
         meter.ahead = source.ahead or 0

@@ -10,10 +10,11 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import Entry
+from aioloader.core.limit import Limit, Slots
 from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.chunk import NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
+from aioloader.executors.chunk import Call, ChunkResult, Failed, Refusal, apply_chunk
 from aioloader.executors.current_sample import SampleContext
 from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import ConsumerMeter, StageMeter
@@ -36,7 +37,7 @@ class SyncStep(Step):
         elastic: Whether the window gets more room for cheap samples, so that a hop is worth its cost.
     """
 
-    def __init__(self, calls: Sequence[Call], concurrency: int, *, elastic: bool = True) -> None:
+    def __init__(self, calls: Sequence[Call], concurrency: int | Limit, *, elastic: bool = True) -> None:
         super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
         self._calls = tuple(calls)
         self.selects = any(call.predicate for call in calls)
@@ -48,6 +49,9 @@ class SyncStep(Step):
 
     def accept(self, entry: Entry) -> None:
         if self.closed:
+            return
+        if self.tap is not None:
+            self.tap.add((entry,))
             return
         self.inbox.append(entry)
         if not self._scheduled:  # after the entries that come in this same turn
@@ -75,10 +79,16 @@ class SyncStep(Step):
         self._window.hop_began()
 
     @property
+    def has_place(self) -> bool:
+        return len(self.inbox) + self._active < self.concurrency
+
+    @property
     def _size(self) -> int:
         """Samples that one hop is worth."""
         cost = self._seconds_each
-        return 1 if cost is None else max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
+        if cost is None or self.tap is not None:
+            return 1
+        return max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
 
     def _landed(self, entries: Iterable[Entry], result: ChunkResult, settled: int = 0) -> None:
         """A hop is over; back on the loop. The first `settled` of its samples went on before."""
@@ -96,6 +106,8 @@ class SyncStep(Step):
                 self._extra_room = extra_room
                 self._window.resize()
         self.dispatch()
+        if self.tap is not None:
+            self.tap.pump()
         if not self._active:
             self.meter.idle.wait_for("input")
 
@@ -105,9 +117,13 @@ class SyncStep(Step):
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
             if type(outcome) is Refusal:
-                self._drop(entry, nothing=outcome is NOTHING)
+                if outcome.stop is not None:
+                    entry.stop = outcome.stop
+                self._drop(entry, nothing=outcome.nothing)
             elif type(outcome) is Failed:
                 entry.seconds = outcome.seconds
+                if outcome.stop is not None:
+                    entry.stop = outcome.stop
                 self._fail(entry, outcome.error, outcome.label)
             else:
                 entry.value = outcome
@@ -115,8 +131,8 @@ class SyncStep(Step):
 
     def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
         """A hop never ran, or did not come back."""
-        label = self._calls[0].label
-        self._landed(entries, ChunkResult([Failed(error, label) for _ in entries], 0.0, 0.0))
+        call = self._calls[0]
+        self._landed(entries, ChunkResult([Failed(error, call.label, call.stop) for _ in entries], 0.0, 0.0))
 
 
 class ThreadStep(SyncStep):
@@ -126,6 +142,9 @@ class ThreadStep(SyncStep):
     millisecond and reports them together. Since each sample is claimed only when it is begun, samples begin in order,
     slow ones stand side by side up to `concurrency`, and none waits behind another one in a chunk. Claiming is one
     operation of a deque, which is atomic.
+
+    Under a `Limit` a thread is woken only with a slot, and keeps it from sample to sample while nobody else waits. It
+    releases the slot itself, after its last sample: its loop may be busy.
 
     What if samples that were cheap turn slow? The thread stops after the one that took it past its millisecond. Until
     that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
@@ -143,7 +162,7 @@ class ThreadStep(SyncStep):
     def __init__(
         self,
         calls: Sequence[Call],
-        concurrency: int,
+        concurrency: int | Limit,
         *,
         elastic: bool = True,
         executor: ThreadPoolExecutor | None = None,
@@ -178,12 +197,20 @@ class ThreadStep(SyncStep):
         if self._threads is not None:
             self._threads.close()
 
+    def _follow(self, slots: Slots) -> None:
+        super()._follow(slots)
+        if self._threads is not None:
+            self._threads.allow(self.concurrency)
+
     def dispatch(self) -> None:
         """Wake as many threads as the inbox is worth: one per millisecond of work in it.
 
         Threads that are under way count where samples are cheap, for they take the next ones within the millisecond.
         """
         self._scheduled = False
+        if self.paused:
+            self._set_aside()
+            return
         waiting = len(self.inbox)
         size = self._size
         if size == 1:
@@ -219,9 +246,12 @@ class ThreadStep(SyncStep):
             self.dispatch()
 
     def _wake(self, wanted: int, limit: int) -> None:
+        slots = self.slots
         while self._active < min(wanted, self.concurrency) and not (self.closed or self._run.stopping):
+            if slots is not None and not slots.take():
+                return
             self._begins()
-            job = ThreadJob(limit)
+            job = ThreadJob(limit, slots)
             self._jobs.add(job)
             if self._threads is not None:
                 self._threads.submit(partial(self._work, job))
@@ -230,6 +260,7 @@ class ThreadStep(SyncStep):
             try:
                 future = self._executor.submit(self._work, job)
             except RuntimeError as error:  # it has been shut down
+                job.leave()
                 self._run.loop.call_soon(self._run.guarded, self._refused, job, error)
                 return
             future.add_done_callback(partial(self._cancelled, job))
@@ -243,6 +274,7 @@ class ThreadStep(SyncStep):
         else:
             failures = [Failed(broken, self._calls[0].label) for _ in islice(samples, 1)]
             result = ChunkResult(list(failures), 0.0, 0.0)
+        job.leave()
         call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
         del job, samples, sample, result  # as in `apply_chunk`
 
@@ -260,12 +292,17 @@ class ThreadStep(SyncStep):
     def _cancelled(self, job: "ThreadJob", future: "ConcurrentFuture[None]") -> None:
         # Called in any thread, for each hop; one that ran has reported itself.
         if future.cancelled():
+            job.leave()
             error = SampleCancelledError("the executor was shut down before it ran this sample")
             call_loop(self._run.loop, self._run.guarded, self._refused, job, error)
 
 
 class ThreadJob:
     """What one wake-up of a thread does.
+
+    Args:
+        limit: Samples that it may claim.
+        slots: Of its step, if that has a `Limit`; it has one of them.
 
     Attributes:
         began: When it was asked for.
@@ -275,17 +312,23 @@ class ThreadJob:
         settled: How many of them went on already; the loop's.
     """
 
-    __slots__ = ("_limit", "began", "claimed", "outcomes", "settled", "since")
+    __slots__ = ("_limit", "_slots", "began", "claimed", "outcomes", "settled", "since")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, slots: Slots | None = None) -> None:
         self._limit = limit
+        self._slots = slots
         self.began = self.since = perf_counter()
         self.claimed: list[Entry] = []
         self.outcomes: list[Any] = []
         self.settled = 0
 
     def samples(
-        self, inbox: deque[Entry], sample: SampleContext, consumer: ConsumerMeter | None = None
+        self,
+        inbox: deque[Entry],
+        sample: SampleContext,
+        consumer: ConsumerMeter | None = None,
+        *,
+        several: bool = False,
     ) -> Iterator[Any]:
         """Claim samples, in the thread, until the inbox is empty; `sample` tells which one is at hand.
 
@@ -293,9 +336,13 @@ class ThreadJob:
             inbox: Where they wait.
             sample: The context of the calls.
             consumer: Of the run, if these calls may be the first ones for their samples, see `Entry.begun`.
+            several: There are several in one call, so that whoever makes the calls asks whether the job `keeps`.
         """
         self.since = perf_counter()
+        limited = self._slots is not None and not several
         for _ in range(self._limit):
+            if limited and not self.keeps():
+                return
             try:
                 entry = inbox.popleft()
             except IndexError:
@@ -305,6 +352,21 @@ class ThreadJob:
             self.claimed.append(entry)
             sample.name = entry
             yield entry.value
+
+    def keeps(self) -> bool:
+        """Whether another call may begin in its slot: always the first, later ones where nobody waits for it."""
+        if self._slots is None:
+            return True
+        if self.claimed and self._slots.pressed and not self._slots.keep():
+            self._slots = None
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Have no slot any more, if there was one."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.release()
 
     def under_way(self) -> list[Entry]:
         """What was begun and is not done; from any thread, while this one goes on."""
@@ -341,25 +403,45 @@ class ExecutorStep(SyncStep):
     What travels cannot be taken back, so a chunk is at most what the samples before it say is worth a millisecond, and
     is shared fairly among the places that are free.
 
+    When it pauses, what the executor has not begun is cancelled and comes back. A chunk that it has begun, as far as
+    it says, is waited for if it has more than one sample: the others would begin one after the other.
+
     Args:
         calls: See `SyncStep`.
-        concurrency: Chunks under way.
+        concurrency: Chunks under way; each has one slot of a `Limit`.
         executor: For instance a `ProcessPoolExecutor`.
     """
 
-    def __init__(self, calls: Sequence[Call], concurrency: int, executor: Executor) -> None:
+    def __init__(self, calls: Sequence[Call], concurrency: int | Limit, executor: Executor) -> None:
         super().__init__(calls, concurrency)
         self._executor = executor
         self._chunks: set[_Chunk] = set()
+        self._called_back: set[ConcurrentFuture[ChunkResult]] = set()
 
     def at_hand(self) -> list[tuple[Any, float]]:
         # One sample of each chunk is under way, and only the executor knows which: most often there is but one.
         return [(chunk.entries[0].key, chunk.since) for chunk in self._chunks.copy() if chunk.future.running()]
 
+    @property
+    def quiet(self) -> bool:
+        return all(len(chunk.entries) == 1 for chunk in self._chunks)
+
+    def hold(self) -> None:
+        super().hold()
+        for chunk in list(self._chunks):
+            self._called_back.add(chunk.future)
+            if not chunk.future.cancel():
+                self._called_back.discard(chunk.future)
+
     def dispatch(self) -> None:
         self._scheduled = False
+        if self.paused:
+            self._set_aside()
+            return
         inbox = self.inbox
         while inbox and self._active < self.concurrency and not (self.closed or self._run.stopping):
+            if self.slots is not None and not self.slots.take():
+                return
             fair = -(-len(inbox) // (self.concurrency - self._active))
             chunk = _Chunk([inbox.popleft() for _ in range(min(self._size, fair))])
             self._begins()
@@ -368,6 +450,8 @@ class ExecutorStep(SyncStep):
             try:
                 chunk.future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
             except RuntimeError as error:  # shut down, or broken
+                if self.slots is not None:
+                    self.slots.release()
                 self._run.loop.call_soon(self._run.guarded, self._lost, chunk.entries, error)
             else:
                 self._chunks.add(chunk)
@@ -375,7 +459,13 @@ class ExecutorStep(SyncStep):
 
     def _done(self, chunk: _Chunk, future: "ConcurrentFuture[ChunkResult]") -> None:
         # Called in a thread of the executor.
+        if self.slots is not None:
+            self.slots.release()
         error: BaseException | None
+        if future.cancelled() and future in self._called_back:
+            self._called_back.discard(future)
+            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, ChunkResult([], 0.0, 0.0))
+            return
         if future.cancelled():
             error = SampleCancelledError("the executor was shut down before it ran these samples")
         else:

@@ -129,6 +129,9 @@ class TurnStep(ProcessStep):
         self._reading = 0  # workers that read again now
 
     def dispatch(self) -> None:
+        if self.paused:
+            super().dispatch()
+            return
         if not self._begun and self.inbox:  # the source has been opened, so it knows
             self._begun = True
             self._read_again()

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
-from aioloader.engine.gauges import show
+from aioloader.engine.gauges import let_stamp, show
+from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
@@ -49,8 +50,10 @@ class Window(Node):
         under_way: Entries on their journey, not finished.
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
+        in_a_row: Counts what filters refuse, and has a limit; None: there is none.
         rule: Which entries that failed are left out when they leave; None: none is.
         begins: Samples begin here, so that `admission` is asked.
+        pauses: Nothing begins here while the run pauses, see `RunPause`.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
         names: With a numbering: entries get their cursors here, and not in a window after this one.
         stamps: The first call for an entry may be one of its steps, see `Entry.begun`.
@@ -61,8 +64,10 @@ class Window(Node):
     """
 
     admission: Admission | None = None
+    in_a_row: InARow | None = None
     rule: SkipRule | None = None
     begins = False
+    pauses = True
     numbers = True
     names = True
     stamps = False
@@ -102,6 +107,8 @@ class Window(Node):
         self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
         self._after_last: list[Entry] = []  # and what came after it until then
         self._scheduled = False
+        self._paused = False
+        self._aside = 0  # of those under way: entries that have not begun, and do not before a pause is over
         self._closed = False
         if numbering is None and not ordered:
             numbering = CompletionCursor(unordered_input=unordered_input)
@@ -142,6 +149,8 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.check(self._completion.count)
+        if self.in_a_row is not None:
+            cursor = self.in_a_row.resume(cursor)
         if cursor is not None:
             self.upstream.resume(cursor)
 
@@ -162,11 +171,17 @@ class Window(Node):
         for step in self._parts:
             step.meter = run.adopt(step.meter)
             step.meter.ordered = self.ordered
+        if self.in_a_row is not None:
+            self.in_a_row.start(run, self, [step.meter for step in self._parts])
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
-        self._waits = show(self._steps, self._parts, stamps=self.stamps, queued=self.queued)
+        self._waits = show(self._parts, queued=self.queued)
+        if self.stamps:
+            let_stamp(self._steps, fresh=self.upstream.fresh)
         if self.rule is not None:
             self.rule.start(run)
         self._tell_room(self.room)
+        if self._steps and self.pauses:
+            run.pausing.join(self)
         if self._room is not None:
             self.wake()
 
@@ -213,8 +228,10 @@ class Window(Node):
             step.meter.finished_sum += self._occupied - self.under_way
         before = len(slots)
         popleft = slots.popleft
-        while count := _done(slots, limit - len(taken)):
+        while count := self._done(limit - len(taken)):
             leaving = [popleft() for _ in range(count)]
+            if self.in_a_row is not None:
+                self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
                 self._number(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
@@ -233,6 +250,23 @@ class Window(Node):
             self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
         self.wake()
         return taken
+
+    def _done(self, limit: int) -> int:
+        """How many at the front are finished, up to `limit`."""
+        slots = self._slots
+        if self._all_done:
+            return min(limit, len(slots))
+        count = 0
+        for entry in islice(slots, limit):
+            if not entry.state:
+                break
+            count += 1
+        return count
+
+    @property
+    def _all_done(self) -> bool:
+        """Whether all slots are known to hold finished entries: nobody need look at each."""
+        return not (self.ordered and self.under_way)
 
     def _number(self, leaving: list[Entry]) -> None:
         """Give entries without a fixed order their cursors, if none of them can fall behind any more."""
@@ -256,6 +290,46 @@ class Window(Node):
             for log in (self._record, self._replay):
                 if log is not None:
                     log.close()
+            if self._paused:
+                self._run.soon(self._run.pausing.look)
+
+    # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing begins any more, ever."""
+        return self._closed
+
+    @property
+    def quiet(self) -> bool:
+        return self._closed or self._steps[0].quiet
+
+    @property
+    def still(self) -> bool:
+        return self._closed or self.under_way == self._aside
+
+    def pause(self) -> None:
+        self._paused = True
+        self._pause_retrying()
+        if not self._closed:
+            self._steps[0].hold()
+
+    def go_on(self) -> None:
+        self._paused = False
+        self._pause_retrying()
+        if not self._closed:
+            self._steps[0].let_go()
+            self.wake()
+
+    def _pause_retrying(self) -> None:
+        for step in self._parts:
+            if step.retrying is not None:
+                step.retrying.pause(paused=self._paused)
+
+    def set_aside(self, count: int) -> None:
+        """`count` entries that came in turn out not to have begun; negative: they may begin again."""
+        self._aside += count
+        self.wake()
 
     # -- a face that hands entries to another thread -----------------------------------------------------------------
 
@@ -270,10 +344,14 @@ class Window(Node):
             self.admission.changed()
         self.wake()
 
+    @property
+    def fresh(self) -> bool:
+        return self.upstream.fresh and not self.stamps
+
     def handed_out(self, entry: Entry, now: float) -> None:
         """The consumer has it, at `now`; in its thread."""
         if self._waits is not None and entry.state in (DONE, UNDER_WAY):
-            self._waits.took(now, [entry.since])
+            self._waits.took_one(now, entry.since)
 
     @property
     def held(self) -> int:
@@ -282,7 +360,8 @@ class Window(Node):
 
     def alive(self, size: int) -> int:
         self._stands_for = size
-        here = (self._occupied + self._lent - self._dropped) * size
+        left_out = 0 if self.in_a_row is not None else self._dropped  # there it may yet fail, until it leaves
+        here = (self._occupied + self._lent - left_out) * size
         return here if self.begins else here + self.upstream.alive(size)
 
     @property
@@ -340,6 +419,9 @@ class Window(Node):
     def _admit(self) -> None:
         self._scheduled = False
         if self._closed or self._run.stopping:  # an input that was cut off is no end
+            return
+        if self._paused:
+            self._run.pausing.look()
             return
         room = self.room
         self._tell_room(room)
@@ -467,12 +549,10 @@ class Window(Node):
             self.failed()
             self._finish_at_once(failed)
         if run:
-            first = self._steps[0]
             for entry in run:
                 entry.state = UNDER_WAY
-            first.inbox.extend(run)
             self.under_way += len(run)
-            first.dispatch()
+            self._steps[0].take_in(run)
 
     def _before_failure(self, run: list[Entry]) -> list[Entry]:
         """The part of `run` before a source fails. The failure waits until all that came before it has left."""
@@ -518,8 +598,8 @@ class Window(Node):
         else:
             self._finished_unordered(entry)
             self._kick()
-        if not self.under_way:
-            self.wake()  # for the idle clock
+        if self.under_way == self._aside:
+            self.wake()  # for the idle clock, or for who waits until nothing is under way
 
     def _left_out(self) -> None:
         """A predicate has refused an entry."""
@@ -532,19 +612,9 @@ class Window(Node):
         self.under_way -= count
         if self._slots[0].state:
             self._kick()
-        if not self.under_way:
+        if self.under_way == self._aside:
             self.wake()
 
     def _finish(self) -> None:
         self.ended = True
         self.close()
-
-
-def _done(slots: deque[Entry], limit: int) -> int:
-    """How many at the front are finished, up to `limit`."""
-    count = 0
-    for entry in islice(slots, limit):
-        if not entry.state:
-            break
-        count += 1
-    return count

@@ -6,13 +6,28 @@ from contextvars import Context
 from dataclasses import dataclass
 from time import perf_counter, thread_time
 from types import CoroutineType
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
+from aioloader.core.address import Address
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.executors.isolated import isolated
 from aioloader.executors.processes.failures import portable
 
-__all__ = ["DROP", "NOTHING", "Call", "ChunkResult", "Failed", "Refusal", "apply_chunk", "refuse_coroutine"]
+__all__ = ["DROP", "NOTHING", "Call", "ChunkResult", "Failed", "Refusal", "Stop", "apply_chunk", "refuse_coroutine"]
+
+
+class Stop(NamedTuple):
+    """Where a sample has come to an end, in a window in which filters count what they refuse (see `InARow`).
+
+    Attributes:
+        row: Identifies the window's `InARow`.
+        passed: How many of these filters have let it pass.
+        counts: Whether a refusal there is one of the next one.
+    """
+
+    row: Address
+    passed: int
+    counts: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +39,31 @@ class Call:
         predicate: Whether `fn` only decides if the sample is kept.
         label: The stage's name in notes and statistics.
         seed: The seed of `sample_rng` in this epoch; None: the stage has no random numbers.
+        stop: What is said of samples that end here; None: nobody asks.
     """
 
     fn: Callable[[Any], Any]
     predicate: bool
     label: str
     seed: int | None = None
+    stop: Stop | None = None
 
 
+@dataclass(frozen=True, slots=True)
 class Refusal:
-    """The outcome of a sample that a predicate dropped."""
+    """The outcome of a sample that a predicate dropped.
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    Attributes:
+        nothing: The sample was None, which functions return when they cannot make it; a later try may succeed.
+        stop: Of the predicate.
+    """
 
-    def __reduce__(self) -> str:
-        return self._name  # one object in every process
+    nothing: bool
+    stop: Stop | None = None
 
 
-DROP: Final = Refusal("DROP")
-"""The predicate dropped a sample."""
-
-NOTHING: Final = Refusal("NOTHING")
-"""The predicate dropped None, which functions return when they cannot make the sample; a later try may succeed."""
+DROP: Final = Refusal(nothing=False)
+NOTHING: Final = Refusal(nothing=True)
 
 
 class Failed:
@@ -55,18 +72,22 @@ class Failed:
     Attributes:
         error: What.
         label: The name of its stage.
+        stop: See `Call`.
         seconds: How long the sample had taken; None: not known.
     """
 
-    __slots__ = ("error", "label", "seconds")
+    __slots__ = ("error", "label", "seconds", "stop")
 
-    def __init__(self, error: BaseException, label: str, seconds: float | None = None) -> None:
+    def __init__(
+        self, error: BaseException, label: str, stop: Stop | None = None, seconds: float | None = None
+    ) -> None:
         self.error = error
         self.label = label
+        self.stop = stop
         self.seconds = seconds
 
     def __reduce__(self) -> Any:
-        return Failed, (portable(self.error, f"process {os.getpid()}"), self.label, self.seconds)
+        return Failed, (portable(self.error, f"process {os.getpid()}"), self.label, self.stop, self.seconds)
 
 
 @dataclass(slots=True)
@@ -160,10 +181,13 @@ def _try_some(
                 if not call.predicate:
                     value = result
                 elif not result:  # here: a tensor of several elements is neither true nor false, and raises
-                    value = DROP if value is not None else NOTHING
+                    if call.stop is None:
+                        value = DROP if value is not None else NOTHING
+                    else:
+                        value = Refusal(value is None, call.stop)
                     break
             except BaseException as error:  # KeyboardInterrupt and SystemExit too: they are raised in the consumer
-                value = Failed(error, call.label, perf_counter() - now)
+                value = Failed(error, call.label, call.stop, perf_counter() - now)
                 break
         outcomes.append(value)
         now = perf_counter()

@@ -95,6 +95,10 @@ class Threads:
         if more:
             self._start_thread()
 
+    def allow(self, limit: int) -> None:
+        """There may be that many threads from now on; those that have been started stay."""
+        self._limit = max(self._limit, limit)
+
     def prepare(self) -> None:
         """Start the first thread before its job is there: starting takes as long as a small batch."""
         if not self.threads:

@@ -3,6 +3,7 @@
 from typing import Final
 
 from aioloader.core.cores import usable_cores
+from aioloader.insight.now import now, stands_still
 from aioloader.insight.stats import StageStats, Stats
 
 __all__ = ["explain"]
@@ -23,10 +24,15 @@ STARVED: Final = 0.8  # a consumer that waits for more of its time is short of s
 def explain(stats: Stats, knob: str = "its concurrency") -> str:
     """Say what limits the loader (the consumer, the event loop, the cores, or a stage), and what to do about it.
 
+    Before the second batch, and when the consumer has been waiting for long, averages say nothing: then what is under
+    way now, and since when.
+
     Args:
         stats: Of one epoch.
         knob: What the loader calls the number of its threads: `num_workers` in the drop-in.
     """
+    if (stats.batches < 2 or stands_still(stats)) and (sentence := now(stats)) is not None:
+        return sentence
     return _limit(stats, knob) + "".join(map(_left_out, stats.stages))
 
 
@@ -53,10 +59,16 @@ def _limit(stats: Stats, knob: str) -> str:
             f"time; move computing out of {whose} into sync ones (def), which run in threads {numbers}."
         )
     busiest = max(
-        (stage for stage in stats.stages if stage.concurrency and stage.samples),
+        (stage for stage in stats.stages if stage.concurrency and stage.samples and not stage.live),
         key=lambda stage: stage.utilization,
         default=None,
     )
+    idle = next((stage for stage in stats.stages if stage.live and stage.utilization >= SATURATED), None)
+    if idle is not None and (busiest is None or busiest.utilization < SATURATED):
+        return (
+            f"The source is idle {idle.utilization:.0%} of the time: {waited}; samples come more slowly than they are "
+            f"used, and nothing in the loader is the limit {numbers}."
+        )
     threads = [stage for stage in stats.stages if stage.kind != "process"]  # each process has its own GIL
     computing = sum(stage.cpu_seconds for stage in threads) / stats.seconds
     if busiest is not None and computing >= COMPUTING:

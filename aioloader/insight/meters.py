@@ -29,7 +29,10 @@ class StageMeter:
         concurrency: The maximum number of samples under way at once; 0 for folds.
         samples: Samples (or batches) that it has finished.
         errors: How many of them failed.
-        dropped: How many a predicate dropped.
+        dropped: How many a predicate dropped, or a source.
+        retries: Attempts after the first one of a sample.
+        timeouts: Calls whose time was up.
+        hedges: Second calls for samples whose first one took long.
         dropped_late: How many more `drop_if` dropped from batches just before collate; written in threads, under a
             lock.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
@@ -62,6 +65,9 @@ class StageMeter:
     errors: int = 0
     dropped: int = 0
     dropped_late: int = 0
+    retries: int = 0
+    timeouts: int = 0
+    hedges: int = 0
     partial: int = 0
     busy_seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -35,7 +35,10 @@ class StageStats:
             while they fill count for the stages after them.
         ordered: Whether samples leave the window in the order of the input, so that finished ones wait for a slower one
             before them.
-        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped.
+        dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped, or a `Channel` for newer ones.
+        retries: Attempts after the first one of a sample, see `Retry`.
+        timeouts: Calls whose `timeout` was up.
+        hedges: Second calls for samples whose first one took long, see `Hedge`.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
         skipped: For a `skip_errors`, errors that it left out in this epoch, of the stages before it; else 0.
         hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
@@ -69,6 +72,9 @@ class StageStats:
     room: int
     ordered: bool = True
     dropped: int = 0
+    retries: int = 0
+    timeouts: int = 0
+    hedges: int = 0
     partial: int = 0
     skipped: int = 0
     hits: int = 0
@@ -153,6 +159,9 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         room=meter.room + meter.ahead,
         ordered=meter.ordered,
         dropped=meter.dropped + meter.dropped_late,
+        retries=meter.retries,
+        timeouts=meter.timeouts,
+        hedges=meter.hedges,
         partial=meter.partial,
         skipped=meter.skipped,
         hits=meter.hits,

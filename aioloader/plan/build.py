@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
+from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer
 from aioloader.engine.admission import Admission, RemoteAdmission
@@ -263,6 +264,7 @@ class _PlanBuilder:
             ]
             self.beginnings = [begin for part in parts for begin in part.beginnings]
             self.node = self._combine(source, [part.close() for part in parts])
+            self.begun = any(part.begun for part in parts)
         elif isinstance(source.data, StreamData):
             self._stream(source, source.data)
         else:
@@ -304,14 +306,14 @@ class _PlanBuilder:
         values = data.data if data.load is None else None
         if data.load is not None:
             ahead, ahead_bytes = data.bounds
-            width = ASYNC_CONCURRENCY if data.is_async else usable_cores()
+            width = source.concurrency or (ASYNC_CONCURRENCY if data.is_async else usable_cores())
             self.fuse(
                 Op(
                     data.load,
                     f"{type(data.data).__name__}[...]",
                     data.is_async,
-                    width if ahead is None else min(width, ahead),
-                    flexible=ahead is None and ahead_bytes is None,
+                    width if ahead is None or isinstance(width, Limit) else min(width, ahead),
+                    flexible=source.concurrency is None and ahead is None and ahead_bytes is None,
                     many=data.data.__getitems__ if data.loads_many else None,
                     dataset=data.data,
                     ahead=ahead,

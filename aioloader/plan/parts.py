@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from aioloader.core.limit import Limit
 from aioloader.plan.plan import Combined, Plan, Single, walk
 from aioloader.sources.resolve import Indexable, StreamData
 
@@ -11,6 +12,7 @@ __all__ = [
     "drawing_samplers_of",
     "is_indexable",
     "keeping_last",
+    "limits_of",
     "samplers_of",
     "streams_of",
     "with_streams",
@@ -30,6 +32,13 @@ def streams_of(plan: Plan) -> list[StreamData]:
 def datasets_of(plan: Plan) -> list[Any]:
     """All datasets with an index."""
     return [source.data.data for source in _sources_of(plan) if isinstance(source.data, Indexable)]
+
+
+def limits_of(plan: Plan) -> list[tuple[str, Limit]]:
+    """The limits that stages of a plan may share with others, with the names of these stages."""
+    sources = [("its source", source.concurrency) for source in _sources_of(plan)]
+    stages = [(stage.label, stage.limit) for part in walk(plan) for stage in part.stages]
+    return [(label, limit) for label, limit in (*sources, *stages) if isinstance(limit, Limit)]
 
 
 def samplers_of(plan: Plan) -> list[Any]:

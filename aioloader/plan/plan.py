@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from aioloader.core.limit import Limit
 from aioloader.core.source import CursorSource
 from aioloader.engine.resumable import tells_state
 from aioloader.sources.files import Files
@@ -45,6 +46,7 @@ class Single:
         ahead: Of these so many may be read before they are asked for.
         check: Of keys: refuses a place in them that is none, see `sampler_order.check_place`.
         tells_epoch: A stream with `set_epoch` is told the number of each epoch, as a sampler is.
+        concurrency: Of an indexable source: how many samples are loaded at once; None: not said.
     """
 
     data: Indexable | StreamData
@@ -54,6 +56,7 @@ class Single:
     ahead: int = 0
     check: Callable[[Any, int], None] | None = None
     tells_epoch: bool = False
+    concurrency: int | Limit | None = None
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""

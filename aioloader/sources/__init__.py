@@ -3,6 +3,7 @@
 from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.sources.channel import Channel
+from aioloader.sources.channel_slot import Slot
 from aioloader.sources.files import Files
 from aioloader.sources.lines import Lines
 from aioloader.sources.objects import Objects
@@ -20,6 +21,7 @@ __all__ = [
     "Lines",
     "Objects",
     "ParquetRows",
+    "Slot",
     "SourceContext",
     "SourceThreads",
     "TarShards",

@@ -5,17 +5,23 @@ import os
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from aioloader.core.checks import check_count
-from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import ChannelClosedError
 from aioloader.sources.channel_ledger import ChannelLedger
-from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, WaitingThread, wake_all
+from aioloader.sources.channel_reader import ChannelReader
+from aioloader.sources.channel_senders import Handle, Sender, SyncSender
+from aioloader.sources.channel_slot import Slot
+from aioloader.sources.channel_waiting import WaitingSender, WaitingTask, wake_all
 
-__all__ = ["Channel", "Sender", "SyncSender"]
+__all__ = ["Channel"]
+
+WhenFull = Literal["wait", "drop_oldest"]
+
+
+W = TypeVar("W", bound=WaitingSender)
 
 
 class Channel(CursorSource):
@@ -29,11 +35,26 @@ class Channel(CursorSource):
     loader has read ahead and not handed out when its iterator is closed, or its `take(n)` is complete, go back to the
     front of the channel, in order, and come in the next epoch.
 
+    Whoever makes a sample only to wait with it for room holds one that grows old. `reserve` takes the place first:
+
+    ```python
+    with await channel.reserve() as slot:
+        slot.send(await generate(policy))  # never waits
+    ```
+
+    At most `maxsize` places are taken, by samples in the channel and by slots. A place is free again when a loader has
+    read its sample, and a loader reads no more than its own stages have room for: no more than `maxsize` samples and
+    those rooms together have been begun and not been handed out.
+
     A live sample comes once: a saved state cannot bring it back in another process.
 
     Args:
-        maxsize: How many samples the channel holds before senders wait, at least 1. Samples that go back to it may
-            exceed this.
+        maxsize: How many places the channel has, at least 1. Samples that go back to it may exceed this.
+        when_full: What `send` does when there is no place. `"wait"`: it waits for one. `"drop_oldest"`: it never waits,
+            and the oldest sample in the channel is dropped and counted, see `dropped`.
+
+    Raises:
+        ValueError: `maxsize` is less than 1, or `when_full` is something else.
 
     ```python
     channel = Channel(maxsize=256)
@@ -43,13 +64,18 @@ class Channel(CursorSource):
 
     replayable = False
 
-    def __init__(self, maxsize: int) -> None:
+    def __init__(self, maxsize: int, when_full: WhenFull = "wait") -> None:
         self._maxsize = check_count("maxsize", maxsize, least=1)
+        if when_full not in get_args(WhenFull):
+            raise ValueError(f"when_full must be 'wait' or 'drop_oldest', got {when_full!r}")
+        self._drops = when_full == "drop_oldest"
+        self._dropped = 0
         # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
         self._lock = threading.RLock()
         self._samples: deque[Any] = deque()
         self._senders: OrderedDict[WaitingSender, None] = OrderedDict()  # in order; only while there is no room
-        self._promised = 0  # places for senders that were woken and have not put their sample there yet
+        self._promised = 0  # places of slots, and of senders that were woken and have not put their sample there yet
+        self._promising = False
         self._readers: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}  # waiting readers, and their loops
         self._closed = False
         self._error: Exception | None = None
@@ -72,14 +98,15 @@ class Channel(CursorSource):
         with self._lock:
             if self._put(sample):
                 return
-            waiting = WaitingTask()
-            self._senders[waiting] = None
+            waiting = self._wait_for_place(WaitingTask())
         try:
             await waiting.woken
+            with self._lock:  # in the same step as the wake-up: no cancellation can come in between
+                self._claim(waiting)
+                self._fill(sample)
         except BaseException:  # also GeneratorExit, when the task is collected with its loop
             self._withdraw(waiting)
             raise
-        self._put_promised(waiting, sample)  # in the same step as the wake-up: no cancellation can come in between
 
     def send_nowait(self, sample: Any) -> None:
         """Put `sample` into the channel if there is room.
@@ -93,9 +120,31 @@ class Channel(CursorSource):
             if self._put(sample):
                 return
         raise asyncio.QueueFull(
-            f"the channel is full: it holds {self._maxsize} samples, its maxsize; await send(), which waits for room, "
-            f"or leave the sample out"
+            f"the channel is full: {self._taken()}; await send(), which waits for room, or leave the sample out"
         )
+
+    async def reserve(self) -> Slot:
+        """Take a place for a sample that is yet to be made; wait for one, in turn with those who send.
+
+        A call that is cancelled has taken nothing. With `when_full="drop_oldest"` it waits, too: what is in the channel
+        is dropped for a sample that is there.
+
+        Returns:
+            The place. Use it once, `slot.send(sample)`, or give it back: `slot.release()`, or the end of its block.
+
+        Raises:
+            ChannelClosedError: The channel is closed, or was closed meanwhile.
+        """
+        return await self._reserve(None)
+
+    def reserve_nowait(self) -> Slot:
+        """Take a place if one is free; from any thread.
+
+        Raises:
+            asyncio.QueueFull: None is. An HTTP service answers 429 then.
+            ChannelClosedError: The channel is closed.
+        """
+        return self._reserve_nowait(None)
 
     def sender(self) -> "Sender":
         """A handle for one of several senders: the channel is closed when all its handles are closed.
@@ -122,7 +171,9 @@ class Channel(CursorSource):
     def close(self, error: Exception | None = None) -> None:
         """End the epoch after the samples in the channel. Idempotent; the first call counts.
 
-        Waiting senders get `ChannelClosedError`; their samples are not sent.
+        Those who wait in `send` and `reserve` get `ChannelClosedError`. So does `slot.send` of a slot that was reserved
+        before: an end that waited for slots would not come if one of them was forgotten. Close the channel when all
+        that should still come has been sent.
 
         Args:
             error: Raised to the consumer at the end, instead of a plain end.
@@ -151,6 +202,14 @@ class Channel(CursorSource):
         """How many samples the channel holds."""
         return len(self._samples)
 
+    @property
+    def dropped(self) -> int:
+        """How many samples were dropped for newer ones since the channel was made.
+
+        In `stats()` a loader's source has those since it began to read, as of its last read.
+        """
+        return self._dropped
+
     def __enter__(self) -> Self:
         return self
 
@@ -165,7 +224,8 @@ class Channel(CursorSource):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open"
-        return f"<Channel: {len(self._samples)} samples, maxsize {self._maxsize}, {state}>"
+        reserved = f", {self._promised} reserved" if self._promised else ""
+        return f"<Channel: {len(self._samples)} samples{reserved}, maxsize {self._maxsize}, {state}>"
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -179,39 +239,110 @@ class Channel(CursorSource):
         """Read on. `cursor` has no effect, because live samples do not come again."""
         self._check_process()
         ledger: ChannelLedger = context.shared(self, lambda: ChannelLedger(self._put_back))
-        return _ChannelReader(self, context, ledger)
+        return ChannelReader(self, context, ledger)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _put(self, sample: Any) -> bool:
-        """Append `sample` if there is room, and wake a reader. Call it under the lock."""
+        """Append `sample` if there is room, or if room may be made, and wake a reader. Call it under the lock.
+
+        With `drop_oldest` the channel holds the newest samples that there are places for. What went back to it came
+        before all others, and is dropped first; more than one for one `send` where it had exceeded `maxsize`. Nothing
+        is dropped for what goes back, so that a `break` alone loses no sample. Where all places are reserved, the
+        oldest sample without a place is `sample` itself.
+        """
         if self._closed:
-            raise self._refusal()
-        if len(self._samples) + self._promised >= self._maxsize:
-            return False
+            raise self._refusal("the sample was not sent")
+        if self._full:
+            if not self._drops:
+                return False
+            while self._samples and self._full:
+                self._samples.popleft()
+                self._dropped += 1
+            if self._full:
+                self._dropped += 1
+                return True
         self._append(sample)
         return True
+
+    @property
+    def _full(self) -> bool:
+        return len(self._samples) + self._promised >= self._maxsize
+
+    def _taken(self) -> str:
+        """Who has the places, for errors."""
+        if not self._promised:
+            return f"it holds {len(self._samples)} samples, its maxsize"
+        return f"it holds {len(self._samples)} samples, {self._promised} of its {self._maxsize} places are reserved"
 
     def _append(self, sample: Any) -> None:
         self._samples.append(sample)
         if self._readers:
             wake_all(self._take_readers())
 
-    def _put_promised(self, waiting: WaitingSender, sample: Any) -> bool:
-        """Put `sample` into the place that was promised to its sender; False if none was, and the sender gives up."""
+    def _fill(self, sample: Any) -> None:
+        """Put `sample` into a place that was promised. Call it under the lock."""
+        self._promised -= 1
+        self._append(sample)
+
+    async def _reserve(self, sender: Handle | None) -> Slot:
+        self._check_process()
         with self._lock:
-            self._senders.pop(waiting, None)
-            if self._closed:
-                raise self._refusal()
-            if not waiting.promised:
-                return False
-            waiting.promised = False
-            self._promised -= 1
-            self._append(sample)
+            if self._take_place():
+                return self._slot(sender)
+            waiting = self._wait_for_place(WaitingTask())
+        try:
+            await waiting.woken
+            with self._lock:  # as in `send`
+                self._claim(waiting)
+                return self._slot(sender)
+        except BaseException:
+            self._withdraw(waiting)
+            raise
+
+    def _reserve_nowait(self, sender: Handle | None) -> Slot:
+        self._check_process()
+        with self._lock:
+            if self._take_place():
+                return self._slot(sender)
+        raise asyncio.QueueFull(f"the channel has no free place: {self._taken()}; await reserve(), or refuse the work")
+
+    def _take_place(self) -> bool:
+        """Take a place if one is free. Call it under the lock."""
+        if self._closed:
+            raise self._refusal("no place was reserved")
+        if self._full:
+            return False
+        self._promised += 1
         return True
 
-    def _refusal(self) -> ChannelClosedError:
-        refusal = ChannelClosedError("the channel is closed: the sample was not sent; stop sending, or make a new one")
+    def _slot(self, sender: Handle | None) -> Slot:
+        """Of a place that was taken or promised. Call it under the lock."""
+        if sender is not None and not sender._open:  # closed while it waited
+            self._give_back()
+            sender._check_open()
+        return Slot(self, sender)
+
+    def _wait_for_place(self, waiting: W) -> W:
+        """Let it be woken when a place is promised to it. Call it under the lock."""
+        self._senders[waiting] = None
+        self._promise_places()  # there was none; but a slot may have been collected since, in this thread
+        return waiting
+
+    def _claim(self, waiting: WaitingSender) -> bool:
+        """Take over the place that was promised to `waiting`; False: none was, and it gives up. Call it under the lock.
+
+        Raises:
+            ChannelClosedError: The channel was closed meanwhile.
+        """
+        if self._closed:
+            raise self._refusal("nothing was sent or reserved")
+        self._senders.pop(waiting, None)
+        promised, waiting.promised = waiting.promised, False
+        return promised
+
+    def _refusal(self, what: str) -> ChannelClosedError:
+        refusal = ChannelClosedError(f"the channel is closed: {what}; stop sending, or make a new one")
         refusal.__cause__ = self._error
         return refusal
 
@@ -221,17 +352,33 @@ class Channel(CursorSource):
             self._senders.pop(waiting, None)
             if waiting.promised:
                 waiting.promised = False
-                self._promised -= 1
-                self._promise_places()
+                self._give_back()
+
+    def _give_back(self) -> None:
+        """A place that was promised is free again. Call it under the lock."""
+        self._promised -= 1
+        if self._senders:
+            self._promise_places()
 
     def _promise_places(self) -> None:
-        """Wake senders in order, one for each free place. Call it under the lock."""
-        while self._senders and len(self._samples) + self._promised < self._maxsize:
-            waiting, _ = self._senders.popitem(last=False)
-            if waiting.alive:
-                waiting.promised = True
-                self._promised += 1
-                waiting.wake()
+        """Wake senders in order, one for each free place. Call it under the lock.
+
+        A slot that nobody knows any more gives its place back when it is collected. That may be in the middle of this
+        function, in this thread, which has the lock already: then the call from there does nothing. What it freed is
+        found by the loop inside, which looks again after each sender, or, when it had just seen that it was done, by
+        the loop outside.
+        """
+        if self._promising:
+            return
+        while self._senders and not self._full:
+            self._promising = True
+            while self._senders and not self._full:
+                waiting, _ = self._senders.popitem(last=False)
+                if waiting.alive:
+                    waiting.promised = True
+                    self._promised += 1
+                    waiting.wake()
+            self._promising = False
 
     def _take_readers(self) -> "dict[asyncio.Future[None], asyncio.AbstractEventLoop]":
         readers, self._readers = self._readers, {}
@@ -262,140 +409,18 @@ class Channel(CursorSource):
                 return
         self.close(self._handle_error)
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether this is the process that it belongs to, and no forked child."""
+        return self._process is _process
+
     def _check_process(self) -> None:
         """Refuse to work in a forked child. Call it before taking the lock, which may be locked there for ever."""
-        if self._process is not _process:
+        if not self._is_here:
             raise RuntimeError(
                 "this Channel was made before a fork and belongs to the parent process: samples sent to it here would "
                 "never be read; let the parent send them, for instance after reading them from a pipe"
             )
-
-
-class _Handle:
-    """One of several senders; leaving its `with` block closes it.
-
-    If the block ends with an exception, the others go on, and the consumer gets the first such exception at the end,
-    because it has not got all samples.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._open = True
-        channel._count_handle(1)
-
-    def send_nowait(self, sample: Any) -> None:
-        """See `Channel.send_nowait`."""
-        self._check_open()
-        self._channel.send_nowait(sample)
-
-    def close(self) -> None:
-        """Close this sender; closing the last one closes the channel. Idempotent."""
-        self._close(None)
-
-    def _close(self, error: Exception | None) -> None:
-        self._channel._check_process()
-        with self._channel._lock:
-            if not self._open:
-                return
-            self._open = False
-        self._channel._count_handle(-1, error)
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise ChannelClosedError("this sender is closed: the sample was not sent; make one with channel.sender()")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # A sender that stops because the channel was closed has no error of its own.
-        failed = isinstance(error, Exception) and not isinstance(error, ChannelClosedError)
-        self._close(error if failed else None)  # type: ignore[arg-type]  # checked in the line above
-
-
-class Sender(_Handle):
-    """Made by `Channel.sender()`, for a task."""
-
-    async def send(self, sample: Any) -> None:
-        """See `Channel.send`."""
-        self._check_open()
-        await self._channel.send(sample)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.__exit__(kind, error, traceback)
-
-
-class SyncSender(_Handle):
-    """Made by `Channel.sender_sync()`, for threads without an event loop."""
-
-    def send(self, sample: Any, timeout: float | None = None) -> None:
-        """Put `sample` into the channel; block until there is room.
-
-        Args:
-            sample: Anything.
-            timeout: The most seconds to wait; None means no limit.
-
-        Raises:
-            TimeoutError: There was no room in that time; `sample` has not been sent.
-            ChannelClosedError: The channel is closed, or was closed meanwhile; `sample` has not been sent.
-            RuntimeError: This thread runs an event loop, which would be blocked.
-        """
-        self._check_open()
-        if asyncio._get_running_loop() is not None:
-            raise RuntimeError("send() of a sync sender blocks, and this thread runs an event loop; await channel.send")
-        channel = self._channel
-        channel._check_process()
-        with channel._lock:
-            if channel._put(sample):
-                return
-            waiting = WaitingThread()
-            channel._senders[waiting] = None
-        try:
-            waiting.woken.wait(timeout)
-            sent = channel._put_promised(waiting, sample)
-        except BaseException:  # a Ctrl-C
-            channel._withdraw(waiting)
-            raise
-        if not sent:
-            raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
-
-
-class _ChannelReader(EntryReader):
-    """Takes samples out of a channel as they are asked for."""
-
-    def __init__(self, channel: Channel, context: SourceContext, ledger: ChannelLedger) -> None:
-        self._channel = channel
-        self._context = context
-        self._ledger = ledger
-
-    async def read(self, limit: int) -> list[Entry]:
-        channel = self._channel
-        self._ledger.forget(self._context.handed_out)
-        while True:
-            with channel._lock:
-                samples = channel._take(limit)
-                if not samples:
-                    if channel._closed:
-                        break
-                    arrival = self._context.loop.create_future()
-                    channel._readers[arrival] = self._context.loop
-            if samples:
-                return self._ledger.entries(samples)
-            try:
-                await arrival
-            finally:
-                with channel._lock:
-                    channel._readers.pop(arrival, None)
-        if channel._error is not None:
-            raise channel._error
-        return []
 
 
 _process: object = object()  # another one in each forked child

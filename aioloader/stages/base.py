@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
+from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
 from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
@@ -141,6 +142,7 @@ class Stage(ABC):
         must_be_last: Nothing can be done to its output here.
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
         functions: The user's functions that work for it.
+        limit: The limit on its concurrency that others may share.
     """
 
     exact_in_any_order: ClassVar[bool] = False
@@ -160,6 +162,7 @@ class Stage(ABC):
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()
+    limit: Limit | None = None
 
     @property
     def cache_label(self) -> str:

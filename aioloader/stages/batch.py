@@ -172,7 +172,7 @@ class Batch(FoldStage):
         fold = BatchFold(self.batch_size, drop_last=self.drop_last, of_keys=True)
         builder.node = FoldNode(builder.node, fold)
         fetch = FetchGroup(FetchBatch(load.dataset, collate.fn, Collate(builder.alloc)))
-        width = collate.workers or usable_cores()
+        width = collate.workers or (usable_cores() if load.flexible else load.concurrency)
         builder.fused = FusedOps(batches=True)
         builder.fused.add(
             replace(load, fn=fetch, concurrency=width, thread_name="aioloader-fetch", many=None, flexible=False)

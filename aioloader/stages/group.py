@@ -50,7 +50,7 @@ def group_entries(entries: list[Entry]) -> Entry:
     begun = [entry.begun for entry in entries]
     group = Entry(Group(samples, keys, places, begun), entries[-1].cursor, keys, entries[0].position)
     group.places = places
-    group.begun = min(begun)
+    group.begun = begun[0]
     group.begun_each = begun
     if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
         group.attempts = max(attempts)

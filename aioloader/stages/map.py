@@ -8,6 +8,8 @@ from typing import Any, Final
 
 from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
+from aioloader.core.limit import Limit
+from aioloader.core.policies import Policies
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps, InProcesses, Op
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
@@ -25,7 +27,7 @@ class Map(Stage):
     Args:
         fn: Sync or async.
         is_async: Whether `fn` is awaited on the loop.
-        concurrency: None: 64 for async functions, the usable cores for sync ones.
+        concurrency: A `Limit` may be shared with others. None: 64 for async functions, the usable cores for sync ones.
         ordered: Results in the order of the input.
         executor: Where a sync `fn` runs; None: threads of ours.
         name: Instead of the name of `fn`.
@@ -36,11 +38,12 @@ class Map(Stage):
         ahead: Samples begun and not yet taken by what follows; None: decided by the engine.
         ahead_bytes: The same in bytes of finished ones.
         max_overtaken: With `ordered=False`: results that may overtake a slower sample.
+        policies: What is done about calls that fail, take long, or are too many.
     """
 
     fn: Callable[[Any], Any]
     is_async: bool
-    concurrency: int | None = None
+    concurrency: int | Limit | None = None
     ordered: bool = True
     executor: Executor | InProcesses | None = None
     name: str | None = None
@@ -51,10 +54,15 @@ class Map(Stage):
     ahead: int | None = None
     ahead_bytes: int | None = None
     max_overtaken: int | None = None
+    policies: Policies | None = None
 
     exact_in_any_order = True
     passes = True
     makes_anew = True
+
+    @property
+    def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
+        return self.concurrency if isinstance(self.concurrency, Limit) else None
 
     @property
     def logs_order(self) -> bool:  # type: ignore[override]  # a plain attribute where it never does
@@ -108,6 +116,7 @@ class Map(Stage):
                 ahead=self.ahead,
                 ahead_bytes=self.ahead_bytes,
                 max_overtaken=self.max_overtaken,
+                policies=self.policies,
             )
         )
 
@@ -119,16 +128,30 @@ def _default_concurrency(is_async: bool, ahead: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class Filter(Stage):
-    """The samples of which `fn` is true; a step of a journey, like `Map`."""
+    """The samples of which `fn` is true; a step of a journey, like `Map`.
+
+    Args:
+        fn: Sync or async.
+        is_async: Whether `fn` is awaited on the loop.
+        name: Instead of the name of `fn`.
+        concurrency: None: as many as `Map`; in threads, those of the functions beside it.
+        max_dropped_in_a_row: More samples that it refuses one after the other are an error; None: any number.
+    """
 
     fn: Callable[[Any], Any]
     is_async: bool
     name: str | None = None
+    concurrency: int | Limit | None = None
+    max_dropped_in_a_row: int | None = None
 
     exact_in_any_order = True
     passes = True
     only_selects = True
     same_each_epoch = True
+
+    @property
+    def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
+        return self.concurrency if isinstance(self.concurrency, Limit) else None
 
     @property
     def label(self) -> str:
@@ -149,8 +172,17 @@ class Filter(Stage):
         return replace(limited, by_key=False, steps=replace(before.steps, only_maps=False))
 
     def build(self, builder: Builder) -> None:
-        width = _default_concurrency(self.is_async)
-        builder.fuse(Op(self.fn, self.label, self.is_async, width, predicate=True, flexible=True))
+        builder.fuse(
+            Op(
+                self.fn,
+                self.label,
+                self.is_async,
+                self.concurrency or _default_concurrency(self.is_async),
+                predicate=True,
+                flexible=self.concurrency is None,
+                max_dropped_in_a_row=self.max_dropped_in_a_row,
+            )
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Which sample each worker has begun, in shared memory that outlives the worker: it is known and not guessed."""
+"""Which sample each worker has begun, in shared memory that outlives the worker: it is known and not guessed.
+
+And one word for all of them: that none is to begin.
+"""
 
 import os
 from time import perf_counter_ns
@@ -19,7 +22,8 @@ class ProgressCells:
 
     def __init__(self, fd: int, count: int) -> None:
         self._fd = -1
-        self._cells = memoryview(Mapping(fd, count * _SLOT_BYTES).memory()).cast("B").cast("q")
+        self._cells = memoryview(Mapping(fd, (count + 1) * _SLOT_BYTES).memory()).cast("B").cast("q")
+        self._held = count * _SLOT_BYTES // 8
 
     @classmethod
     def create(cls, count: int) -> Self:
@@ -28,7 +32,7 @@ class ProgressCells:
         Raises:
             OSError: There is no memory to share.
         """
-        fd = create_file(count * _SLOT_BYTES)
+        fd = create_file((count + 1) * _SLOT_BYTES)
         try:
             progress = cls(fd, count)
         except BaseException:
@@ -40,6 +44,15 @@ class ProgressCells:
     def descriptor(self) -> int:
         """A new descriptor, to be sent to a worker."""
         return os.dup(self._fd)
+
+    @property
+    def held(self) -> bool:
+        """Whether no sample is to begin; the main process sets it."""
+        return bool(self._cells[self._held])
+
+    @held.setter
+    def held(self, held: bool) -> None:
+        self._cells[self._held] = held
 
     def begin(self, slot: int, task: int) -> None:
         """In the worker: record that it begins this task, a number above 0."""

@@ -13,7 +13,7 @@ from aioloader.executors.processes.wire import Message, can_pickle_by_value, enc
 from aioloader.executors.processes.worker import Program
 from aioloader.executors.processes.worker_thread import Worker, WorkerThread
 
-__all__ = ["Arrived", "Failure", "Heard", "StreamEnded", "StreamWorker", "StreamWorkerDied"]
+__all__ = ["Arrived", "Failure", "Heard", "Rested", "StreamEnded", "StreamWorker", "StreamWorkerDied"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,14 @@ class Arrived:
     places: list[tuple[Any, ...]]
     values: Any
     error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class Rested:
+    """The stream was told to begin nothing, in its pause number `pause`, and does so; `still`: nothing is under way."""
+
+    pause: int
+    still: bool
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class StreamWorkerDied:
     reason: str
 
 
-Heard = Arrived | StreamEnded | Failure | StreamWorkerDied
+Heard = Arrived | Rested | StreamEnded | Failure | StreamWorkerDied
 
 
 class StreamWorker:
@@ -83,6 +91,14 @@ class StreamWorker:
     def allow(self, number: int, samples: int, handed_out: int) -> None:
         """Allow so many samples to have been begun there, all in all, and tell it the same."""
         self._worker_thread.call(self._tell, "allow", number, samples, handed_out)
+
+    def hold(self, number: int, pause: int) -> None:
+        """Let the worker begin nothing in a stream; it answers with `Rested`."""
+        self._worker_thread.call(self._tell, "hold", number, pause)
+
+    def let_go(self, number: int) -> None:
+        """Let it begin again."""
+        self._worker_thread.call(self._tell, "let go", number)
 
     def end(self, number: int) -> None:
         """Stop a stream."""
@@ -130,6 +146,8 @@ class StreamWorker:
             match kind:
                 case "entries":
                     heard = Arrived(rest[0], value)
+                case "paused":
+                    heard = Rested(*value)
                 case "ended":
                     heard = StreamEnded(value)
                 case _:
@@ -139,7 +157,7 @@ class StreamWorker:
             self._worker = None  # the next stream gets a new one
             self._tell_all(heard)
         elif (listener := self._listeners.get(number)) is not None:
-            if kind != "entries":
+            if kind not in ("entries", "paused"):
                 del self._listeners[number]
             listener(heard)
 

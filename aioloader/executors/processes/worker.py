@@ -232,15 +232,17 @@ class _ChunkServer:
             message = self._tasks.popleft()
             _, number, _, layout = message.head
             self._channel.progress.begin(self._slot, number)
-            self._run(number, message.body, layout)
+            if not self._run(number, message.body, layout):
+                self._channel.progress.clear(self._slot)
+                self._tasks.appendleft(message)
             del message
 
     def _receive(self) -> bool:
-        """Read all messages that are there, and wait for the first task; returns False to close.
+        """Read all messages that are there, and wait for the first task that may begin; returns False to close.
 
         What is forgotten before it was begun is not run.
         """
-        while not self._tasks or self._channel.ready():
+        while not self._tasks or self._channel.progress.held or self._channel.ready():
             message = self._channel.next()
             match message.head:
                 case ("task", _, freed, *_):
@@ -250,17 +252,24 @@ class _ChunkServer:
                     skipped = [task.head[1] for task in self._tasks if task.head[1] in numbers]
                     self._tasks = deque(task for task in self._tasks if task.head[1] not in numbers)
                     self._channel.tell(("skipped", skipped))
+                case ("held", number):  # it is here, so no call is under way
+                    self._channel.tell(("still", number))
+                case ("let go",):
+                    pass
                 case ("close",):
                     return False
         return True
 
-    def _run(self, number: int, body: bytearray, layout: Layout) -> None:
+    def _run(self, number: int, body: bytearray, layout: Layout) -> bool:
+        """Run a task; False: it has not begun, since none is to."""
         *buffers, stream = open_buffers(memoryview(body), layout)
         try:
             seeds, epochs, keys, values = decode(stream, buffers)
         except BaseException as error:
             self._channel.send(("lost", number), portable(error, f"{self._where}, which unpickles samples"))
-            return
+            return True
+        if self._channel.progress.held:
+            return False
         result = self._outcomes(seeds, epochs, values if keys is None else keys, values)
         for outcome in result[0]:
             if type(outcome) is Failed:
@@ -273,6 +282,7 @@ class _ChunkServer:
             outcomes, *seconds = result
             outcomes = [self._portable_outcome(outcome) for outcome in outcomes]
             self._channel.send(("done", number), (outcomes, *seconds))
+        return True
 
     def _outcomes(
         self, seeds: Sequence[int | None], epochs: Epochs, keys: Sequence[Any], values: Sequence[Any]
@@ -291,9 +301,11 @@ class _ChunkServer:
         return result.outcomes, result.busy_seconds, result.cpu_seconds
 
     def _recorded(self, keys: Sequence[Any], values: Sequence[Any], sample: SampleContext) -> Iterator[Any]:
-        """`values`; each is recorded as begun when it is taken, and named in `sample`."""
+        """`values`; each is recorded as begun when it is taken, and named in `sample`. Held, the rest goes back."""
         progress, slot = self._channel.progress, self._slot
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            if index and progress.held:
+                return
             progress.at(slot, index)
             sample.name = KeyOnly(key)
             yield value

@@ -1,10 +1,13 @@
 """A pool of workers that run one program and share the tasks submitted to it."""
 
 import contextlib
+import os
+import signal
 from asyncio import Future
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Final
 
 from aioloader.errors import LoaderClosedError
@@ -33,12 +36,16 @@ class NotSent:
 
 @dataclass(frozen=True)
 class Died:
-    """The worker died, for `reason`, while it worked on the value with the index `at` of the task."""
+    """The worker died, for `reason`, while it worked on the value with the index `at` of the task.
+
+    `expired`: it was killed, since that took too long.
+    """
 
     slot: int
     pid: int | None
     reason: str
     at: int
+    expired: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,23 @@ class _Task:
     layout: Layout = ()
     pieces: Sequence[Any] = ()
     forgotten: bool = False
+    expired: bool = False
     idle_deaths: int = 0
+
+
+@dataclass(eq=False)
+class _Hold:
+    """Somebody holds the pool. `workers` have not said that no call is under way in them."""
+
+    number: int
+    workers: set[Worker]
+    said: Callable[[bool], None]
+    told: bool = False
+
+    def check(self) -> None:
+        if not self.workers and not self.told:
+            self.told = True
+            self.said(True)
 
 
 class WorkerPool:
@@ -83,10 +106,30 @@ class WorkerPool:
         self._program: StoredProgram | None = None
         self._progress: ProgressCells | None = None  # written by the workers, and still there when they have died
         self._closed = False
+        self._held: dict[Hashable, _Hold] = {}  # by owner
         self._loop: Any = None
         self.ended: Future[None] | None = None
 
     # -- in any thread -----------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Workers that there may be."""
+        return len(self._workers)
+
+    def hold(self, owner: Hashable, said: Callable[[bool], None]) -> None:
+        """Let no worker begin a value, until all owners have let go.
+
+        Args:
+            owner: Identifies who holds.
+            said: Called in the worker thread: with False when none begins any more, and with True when no call is under
+                way in any worker either, and all results of before have been given.
+        """
+        self._worker_thread.call(self._hold, owner, said)
+
+    def let_go(self, owner: Hashable) -> None:
+        """See `hold`."""
+        self._worker_thread.call(self._let_go, owner)
 
     def submit(
         self, owner: Hashable, values: Sequence[Any], done: Callable[[Outcome], None], slot: int | None = None
@@ -104,6 +147,10 @@ class WorkerPool:
     def forget(self, owner: Hashable) -> None:
         """Drop the tasks of `owner`: those not yet begun are not run, and the results of the others are ignored."""
         self._worker_thread.call(self._forget, owner)
+
+    def expire(self, owner: Hashable, seconds: float) -> None:
+        """Kill the workers that have been at one value of `owner` for so long."""
+        self._worker_thread.call(self._expire, owner, seconds)
 
     def prepare(self) -> None:
         """Start the fork server, which may take seconds, before the first task is there."""
@@ -166,6 +213,52 @@ class WorkerPool:
         self._waiting.append(task)
         self._assign()
 
+    def _hold(self, owner: Hashable, said: Callable[[bool], None]) -> None:
+        """See `hold`. Those that are started from now on find it written, and need not be asked."""
+        if self._closed or self._worker_thread.closed:
+            said(False)
+            said(True)
+            return
+        if self._progress is not None:
+            self._progress.held = True
+        self._last_number += 1
+        hold = self._held[owner] = _Hold(self._last_number, set(self._tasks_of), said)
+        said(False)
+        for worker in self._tasks_of:
+            worker.send(("held", hold.number))
+        hold.check()
+
+    def _let_go(self, owner: Hashable) -> None:
+        if self._held.pop(owner, None) is None or self._held:
+            return
+        if self._progress is not None:
+            self._progress.held = False
+        for worker in self._tasks_of:
+            worker.send(("let go",))  # those that wait for it look again
+
+    def _expire(self, owner: Hashable, seconds: float) -> None:
+        progress = self._progress
+        if progress is None:
+            return
+        for slot, worker in enumerate(self._workers):
+            if worker is None or worker.pid is None:
+                continue
+            number, _ = progress.read(slot)
+            task = self._tasks_of[worker].get(number)
+            if task is None or task.owner != owner or task.forgotten or task.expired:
+                continue
+            if perf_counter() - progress.since(slot) >= seconds:
+                task.expired = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGKILL)
+
+    def _is_still(self, worker: Worker, number: int | None = None) -> None:
+        """No call is under way in `worker`, as it answered to hold `number`; None: it has died."""
+        for hold in list(self._held.values()):
+            if number in (None, hold.number):
+                hold.workers.discard(worker)
+                hold.check()
+
     def _assign(self) -> None:
         """Give waiting tasks to workers."""
         while self._waiting and not self._closed:
@@ -197,6 +290,7 @@ class WorkerPool:
                 self._program = StoredProgram(self._make_program())
             if self._progress is None:
                 self._progress = ProgressCells.create(len(self._workers))
+                self._progress.held = bool(self._held)
             self._progress.clear(slot)
             worker = self._worker_thread.spawn(self, slot, self._program.modules)
             self._workers[slot] = worker
@@ -205,6 +299,7 @@ class WorkerPool:
         return worker
 
     def _forget(self, owner: Hashable) -> None:
+        self._let_go(owner)
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
         for worker, tasks in self._tasks_of.items():
             numbers = [number for number, task in tasks.items() if task.owner == owner]
@@ -218,6 +313,9 @@ class WorkerPool:
         if kind == "broken":
             error = worker.unpack(message)
             self._break(error)
+            return
+        if kind == "still":
+            self._is_still(worker, rest[0])
             return
         tasks = self._tasks_of[worker]
         if kind == "skipped":
@@ -250,7 +348,8 @@ class WorkerPool:
         lost = self._take_lost(worker, tasks, wanted)
         self._waiting.extendleft(reversed(wanted.values()))  # not begun: another worker runs them
         for task, at in lost:
-            task.done(Died(worker.slot, worker.pid, reason, at))
+            task.done(Died(worker.slot, worker.pid, reason, at, task.expired))
+        self._is_still(worker)
         self._assign()
 
     def _take_lost(
@@ -287,6 +386,8 @@ class WorkerPool:
                 task.done(Broken(error))
 
     def _close(self) -> None:
+        for owner in list(self._held):
+            self._let_go(owner)
         self._waiting.clear()
         for worker in self._tasks_of:
             worker.close()

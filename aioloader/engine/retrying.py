@@ -1,0 +1,158 @@
+"""Entries that wait before a step: for their next attempt, or for the rate of a step to allow another call.
+
+While they wait they keep their slots in the window, and take no concurrency from others.
+"""
+
+from asyncio import TimerHandle
+from collections import deque
+from collections.abc import Iterable
+from heapq import heappop, heappush
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from aioloader.core.entry import Entry, tries_of
+from aioloader.core.policies import Budget, Rate, Retry
+from aioloader.core.safe_text import add_note
+
+if TYPE_CHECKING:
+    from aioloader.engine.steps import Step
+
+__all__ = ["Retrying", "Tap"]
+
+
+class Retrying:
+    """Lets a step try entries again that have failed. The first attempt knows nothing of it.
+
+    Args:
+        retry: How often, and when.
+        step: The step.
+    """
+
+    def __init__(self, retry: Retry, step: "Step") -> None:
+        self._retry = retry
+        self._step = step
+        self._budget = Budget(retry.budget)
+        self._waiting: list[tuple[float, int, Entry]] = []  # a heap of when, a number, and who
+        self._number = 0
+        self._timer: TimerHandle | None = None
+        self._rings_at = 0.0
+        self._paused = False
+
+    def again(self, entry: Entry, error: BaseException) -> bool:
+        """Whether `entry`, which has failed with `error`, is to be tried again; it waits by then.
+
+        If not, and it has been tried before, `error` gets a note that says so.
+        """
+        step, retry, now = self._step, self._retry, perf_counter()
+        if step.closed:
+            return False
+        tries = tries_of(entry)
+        done, first = (tries[1], tries[2]) if tries is not None and tries[0] is step else (0, now)
+        done += 1
+        if not isinstance(error, retry.on):
+            why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
+        elif done >= retry.attempts:
+            why = f"attempt {done} of {retry.attempts} failed, {now - first:.1f} s after the first one"
+        elif not self._budget.take(step.meter.samples):
+            why = (
+                f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
+                f"{retry.budget:.0%} of all calls at most (budget)"
+            )
+        else:
+            entry.tries = (step, done, first)
+            entry.attempts += 1
+            step.meter.retries += 1
+            self._wait(entry, now + retry.seconds_before(done + 1, error))
+            return True
+        if why:
+            add_note(error, f"aioloader: {why}")
+        return False
+
+    def _wait(self, entry: Entry, until: float) -> None:
+        self._number += 1
+        heappush(self._waiting, (until, self._number, entry))
+        self._step.set_aside(1)
+        if self._timer is None or until < self._rings_at:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting and not self._paused:
+            self._rings_at = self._waiting[0][0]
+            self._timer = self._step.later(max(0.0, self._rings_at - perf_counter()), self._rung)
+
+    def _rung(self) -> None:
+        self._timer = None
+        due = []
+        now = perf_counter() + 0.001  # libuv counts milliseconds
+        while self._waiting and self._waiting[0][0] <= now:
+            due.append(heappop(self._waiting)[2])
+        self._set_timer()
+        if due:
+            self._step.set_aside(-len(due))
+            self._step.take_in(due)
+
+    def pause(self, *, paused: bool) -> None:
+        """Let nobody be tried again, or go on with that."""
+        self._paused = paused
+        self._set_timer()
+
+    def close(self) -> None:
+        """Nobody is tried again."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._waiting.clear()
+
+
+class Tap:
+    """Lets entries into the inbox of a step as its rate allows, and no sooner than it can begin on them.
+
+    Args:
+        rate: The rate, which other steps may share.
+        step: The step.
+    """
+
+    def __init__(self, rate: Rate, step: "Step") -> None:
+        self.rate = rate
+        self._step = step
+        self._waiting: deque[Entry] = deque()
+        self._timer: TimerHandle | None = None
+        self._pumping = False
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """These come to the step."""
+        before = len(self._waiting)
+        self._waiting.extend(entries)
+        self._step.set_aside(len(self._waiting) - before)
+        self.pump()
+
+    def pump(self) -> None:
+        """The step can begin on more, perhaps."""
+        if self._pumping:  # it has let one in, and the step has begun on that at once
+            return
+        self._pumping = True
+        step = self._step
+        try:
+            while self._waiting and self._timer is None and step.has_place and not (step.paused or step.closed):
+                if seconds := self.rate.take():
+                    self._timer = step.later(seconds, self._rung)
+                    return
+                step.inbox.append(self._waiting.popleft())
+                step.set_aside(-1)
+                step.dispatch()
+        finally:
+            self._pumping = False
+
+    def _rung(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def close(self) -> None:
+        """Nobody is let in any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._waiting.clear()

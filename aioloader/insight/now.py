@@ -1,0 +1,84 @@
+"""What the consumer waits for now, in words: for an epoch that is too young for averages, and when nothing comes."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from aioloader.insight.stats import StageStats, Stats
+
+__all__ = ["now", "stands_still"]
+
+LONG_SECONDS: Final = 1.0  # a shorter wait is not worth a word, when there are averages
+LONG: Final = 5  # times as long as a batch took before
+MOST: Final = 3  # stages that are named
+
+
+def stands_still(stats: Stats) -> bool:
+    """Whether the consumer waits for a batch, and for much longer than for those before."""
+    if not stats.batches:
+        return stats.waiting_seconds > 0
+    each = (stats.seconds - stats.waiting_seconds) / stats.batches
+    return stats.waiting_seconds >= max(LONG_SECONDS, LONG * each)
+
+
+def now(stats: Stats) -> str | None:
+    """Say what is under way since when, what a predicate has left out, and which source gives nothing.
+
+    Returns:
+        A sentence; None if there is nothing to say.
+    """
+    at_work = [*_left_out(stats), *_under_way(stats)]
+    sources = [stage for stage in stats.stages if _is_source(stage) and stage.under_way]
+    numbers = f"({_many(stats.batches, 'batch', 'batches')} in {stats.seconds:.2f} s)"
+    if sources and not at_work and all(stage.live for stage in sources):
+        whose = "The source is" if len(sources) == 1 else "The sources are"
+        since = "; ".join(_gives_nothing(stage, named=len(sources) > 1) for stage in sources)
+        return f"{whose} idle: {since}; nothing in the loader is the limit {numbers}."
+    if at_work:  # then a source is only worth a word if it takes long
+        sources = [stage for stage in sources if stage.oldest_seconds >= LONG_SECONDS]
+    if not (facts := [*at_work, *(_gives_nothing(stage, named=True) for stage in sources)]):
+        return None
+    if stats.batches < 2:
+        begin = "Only one batch has come so far" if stats.batches else "No batch has come yet"
+    else:
+        begin = f"No batch has come for {stats.waiting_seconds:.1f} s"
+    return f"{begin}: {'; '.join(facts)} {numbers}."
+
+
+def _left_out(stats: Stats) -> Iterator[str]:
+    """Predicates that have let nothing pass."""
+    for stage in stats.stages:
+        names = [part for part in stage.name.split(" + ") if part.startswith(("filter(", "drop_if("))]
+        if names and stage.dropped and not stats.batches and stage.dropped + stage.errors >= stage.samples:
+            how = "sent back" if "requeue=True" in names[-1] else "left out"
+            which = f"all {stage.dropped:,} samples" if stage.dropped > 1 else "the only sample"
+            yield f"{' + '.join(names)} has {how} {which} so far"
+
+
+def _under_way(stats: Stats) -> Iterator[str]:
+    """Stages that are at work, first the one that has been so longest."""
+    at_work = [stage for stage in stats.stages if stage.under_way and not _is_source(stage)]
+    for stage in sorted(at_work, key=lambda stage: -stage.oldest_seconds)[:MOST]:
+        of_batches = stage.oldest_key.startswith("[")
+        what = _many(stage.under_way, *(("batch", "batches") if of_batches else ("sample", "samples")))
+        has = "has" if stage.under_way == 1 else "have"
+        said = f"{what} {has} been under way in {stage.name} for {stage.oldest_seconds:.1f} s"
+        if stage.oldest_key:
+            which = f"keys {stage.oldest_key}" if of_batches else f"key {stage.oldest_key}"
+            said += f", {which}" if stage.under_way == 1 else f", the oldest is {which}"
+        yield said
+
+
+def _gives_nothing(stage: StageStats, *, named: bool) -> str:
+    """Of a source that is being read."""
+    what = "no sample" if stage.samples else "nothing"
+    whence = f" from {stage.name}" if named or not stage.samples else ""
+    return f"{what} has come{whence} for {stage.oldest_seconds:.1f} s"
+
+
+def _is_source(stage: StageStats) -> bool:
+    """Whether it has no samples at hand, as `flat_map` has, which is read likewise."""
+    return stage.kind == "source" and not stage.oldest_key
+
+
+def _many(count: int, one: str, several: str) -> str:
+    return f"{count:,} {one if count == 1 else several}"
