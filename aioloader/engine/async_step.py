@@ -232,6 +232,7 @@ class AsyncStep(Step):
                 else:
                     failure = error
                 began, count = self._counted(count + 1, began), -1  # which is 0 in a moment
+                entry.seconds = began - sample.since
                 sample.since, resumed = began, True
                 entry.since = began
                 self._fail(entry, failure, self.meter.name)

@@ -122,6 +122,7 @@ class SyncStep(Step):
                     entry.stop = outcome.stop
                 self._drop(entry, nothing=outcome.nothing)
             elif type(outcome) is Failed:
+                entry.seconds = outcome.seconds
                 if outcome.stop is not None:
                     entry.stop = outcome.stop
                 self._fail(entry, outcome.error, outcome.label)
