@@ -438,3 +438,15 @@ def test_without_a_number_a_filter_is_part_of_the_hop_beside_it(face: Face) -> N
     loader = Pipeline(range(10)).map(abs, concurrency=2).filter(tens, concurrency=3)
     assert collect(loader, face) == [0]
     assert [stage.concurrency for stage in loader.stats().stages[1:]] == [2, 3]
+
+
+@pytest.mark.parametrize("face", ["for", "async for"])
+def test_that_nothing_passes_is_not_skipped(face: Face) -> None:
+    """`skip_errors` leaves out samples, and not what says that the epoch would never end."""
+    loader = Pipeline(range(1000)).filter(refuse_all, max_dropped_in_a_row=10).skip_errors().batch(4, collate_fn=list)
+    with Steps(loader, face) as steps, pytest.raises(NothingPassesError):
+        steps.next()
+
+
+def refuse_all(_: int) -> bool:
+    return False
