@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.utils.data import IterableDataset, get_worker_info
 
-from aioloader import DataLoader, Limit, Pipeline
+from aioloader import DataLoader, Limit, Pipeline, Rate
 from aioloader.engine.pausing import Paused
 from aioloader.sources import Channel
 from aioloader.testing import Gate
@@ -634,6 +634,44 @@ def test_granted_slots_go_to_those_that_are_not_paused(face: Face) -> None:
             settle(steps, face)
             assert work.begun == [0, 1]
         assert steps.rest() == list(range(2, 9))
+
+
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_waits_for_a_rate_has_not_begun(kind: str, face: Face) -> None:
+    """Two calls may begin, and then none for an hour: these need not be waited for."""
+    work = Work()
+    work.gate.open(0)
+    loader = Pipeline(range(9)).map(work.function(kind), concurrency=4, rate=Rate(1 / 3600, burst=2))
+    with Steps(loader, face) as steps:
+        assert steps.next() == 0
+        steps.until_arrived(work.gate, 2)
+        work.gate.open_all()
+        with Block(steps, face, loader.paused(drain=True)):
+            assert steps.next() == 1
+            settle(steps, face)
+            assert work.begun == work.ended == [0, 1]
+        loader.close() if face == "for" else steps.do(loader.aclose)
+
+
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_waits_for_the_rate_of_a_later_function_is_under_way(kind: str, face: Face) -> None:
+    """It goes on, and the block is entered when it has had all of it."""
+    first, second = Work(), Work()
+    first.gate.open_all()
+    second.gate.open_all()
+    loader = Pipeline(range(300)).map(first.function(kind), concurrency=8)
+    loader = loader.map(second.function(kind), concurrency=8, rate=Rate(3000, burst=1))
+    with Steps(loader, face) as steps:
+        for number in range(5):
+            assert steps.next() == number
+            with Block(steps, face, loader.paused(drain=True)):
+                begun = len(first.begun)
+                assert len(first.ended) == len(second.begun) == len(second.ended) == begun
+                settle(steps, face)
+                assert len(first.begun) == len(second.begun) == begun
+        assert steps.rest() == list(range(5, 300))
 
 
 # -- other processes ---------------------------------------------------------------------------------------------------
