@@ -2,6 +2,7 @@
 
 from aioloader.core.limit import Limit
 from aioloader.core.policies import Hedge, Rate, Retry
+from aioloader.core.skip import Skip
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (
     AioloaderError,
@@ -15,6 +16,7 @@ from aioloader.errors import (
     SampleCancelledError,
     SourceUsedUpError,
     StateError,
+    TooManySkippedError,
     UnsplitWarning,
     WorkerDiedError,
 )
@@ -42,10 +44,12 @@ __all__ = [
     "Retry",
     "SampleCancelledError",
     "SampleRng",
+    "Skip",
     "SourceUsedUpError",
     "StageStats",
     "StateError",
     "Stats",
+    "TooManySkippedError",
     "UnsplitWarning",
     "Waits",
     "WorkerDiedError",

@@ -1,10 +1,11 @@
-"""The command line: `python -m aioloader demo` and `python -m aioloader doctor`."""
+"""The command line: `python -m aioloader demo`, `doctor` and `skipped`."""
 
 import argparse
 import math
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 DEMO_NEEDS = {"aiohttp": "aiohttp", "numpy": "numpy", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
 """Modules that the demo imports, with the names under which they are installed."""
@@ -14,6 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; what is wrong goes to standard error."""
     options = _parser().parse_args(arguments)
     try:
+        if options.command == "skipped":
+            return _skipped(options.files)
         return _doctor() if options.command == "doctor" else _demo(options)
     except KeyboardInterrupt:
         print("aioloader: interrupted", file=sys.stderr)
@@ -28,6 +31,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "doctor", help="show versions, event loop, accelerator and limits, and what is missing for what"
     )
+    skipped = commands.add_parser(
+        "skipped",
+        help="sum up reports of skip_errors",
+        description="Reads the reports that skip_errors(report=...) has written, all as one, and prints how many "
+        "errors of which kinds there were, the first and the last one, and the keys that failed most often.",
+    )
+    skipped.add_argument("files", nargs="+", metavar="FILE", type=Path, help="a report, one line of JSON per error")
     demo = commands.add_parser(
         "demo",
         help="train on images behind a slow server, beside torch's DataLoader",
@@ -63,6 +73,17 @@ def _doctor() -> int:
     from aioloader.doctor import collect, describe
 
     print(describe(collect()))
+    return 0
+
+
+def _skipped(files: list[Path]) -> int:
+    from aioloader.insight.skip_report import summary
+
+    try:
+        print(summary(files))
+    except OSError as error:
+        print(f"aioloader: cannot read {str(error.filename)!r}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import AsyncIterable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Generic, Literal, Self
 
@@ -12,7 +13,9 @@ from typing_extensions import TypeVar  # which torch needs, too; the standard on
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
+from aioloader.core.policies import Errors
 from aioloader.core.safe_text import safe_repr
+from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
@@ -21,12 +24,14 @@ from aioloader.engine.fuse import InProcesses
 from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
+from aioloader.engine.skipping import SkipNode, SkipRule, SkipSamplesRule
 from aioloader.engine.stream_source import warn_of_replay
 from aioloader.engine.turns import Turns
 from aioloader.engine.window import Window
 from aioloader.errors import ReplayWarning, StateError
 from aioloader.executors.chunk import Call
 from aioloader.executors.epochs import epochs_of
+from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
@@ -47,6 +52,7 @@ from aioloader.stages.flow import Guarantee
 from aioloader.stages.group import Group
 from aioloader.stages.load import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
 from aioloader.stages.map import ASYNC_CONCURRENCY, Map
+from aioloader.stages.skip_errors import SkipErrors, rank_for_report
 from aioloader.stages.split_join import JoinBatches, SplitBatches
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
@@ -103,6 +109,10 @@ class DataLoader(Loader, Generic[T_co]):
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
+        skip_errors: A `Skip`, or True for its defaults: samples that cannot be loaded are left out of their batches,
+            which are shorter then, and a batch without any is left out. A batch that fails as a whole (its samples do
+            not fit together, its worker process died) still raises. Of an iterable dataset what is left out is a sample
+            whose source goes on after its error, as those of `aioloader.sources` do; an iterator that raises is over.
 
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
@@ -144,6 +154,7 @@ class DataLoader(Loader, Generic[T_co]):
         ahead_bytes: int | None = None,
         worker_type: Literal["thread", "process"] = "thread",
         seed: int | None = None,
+        skip_errors: Skip | bool | None = None,
     ) -> None:
         super().__init__()
         check_dataset(dataset)
@@ -207,6 +218,12 @@ class DataLoader(Loader, Generic[T_co]):
             raise ValueError(
                 "worker_type='process' is for sync datasets, got one that is async and awaited on the event loop; "
                 "leave worker_type out"
+            )
+        self.skip_errors = as_skip(skip_errors)
+        if self.skip_errors is not None and self._workers_read:
+            raise ValueError(
+                "skip_errors cannot leave samples out of an IterableDataset that worker processes read: its iterators "
+                "are theirs, and over when they raise; use worker_type='thread', or a dataset with __getitem__"
             )
         self.ahead, self.ahead_bytes = self._check_ahead(ahead, ahead_bytes, prefetch_factor)
         self._grows = prefetch_factor is None and ahead is None and num_workers > 0
@@ -347,10 +364,14 @@ class DataLoader(Loader, Generic[T_co]):
         transfer = self._open_transfer()
         alloc = self._alloc(transfer)
         source: Node
+        before: SkipRule | None = None
         if self._iterable:
             self._keys.draw_base_seed(progress)
             source = inline_source = InlineSource(self.dataset, "source", epoch)
             if self.batch_size is not None:
+                if self.skip_errors is not None:
+                    before = SkipRule(self.skip_errors, epoch)
+                    source = SkipNode(source, before)
                 source = FoldNode(source, BatchFold(self.batch_size, drop_last=self.drop_last))
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
@@ -358,16 +379,43 @@ class DataLoader(Loader, Generic[T_co]):
             seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
             calls = [Call(self._fetch(alloc), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
-            calls.append(Call(transfer.send, False, f"to({self.device})"))
+            calls.append(Call(over_partial(transfer.send), False, f"to({self.device})"))
         elif transfer is not None:
             backend = transfer.backend
-            calls.append(Call(lambda batch: pin_batch(batch, backend), False, "pin_memory()"))
-        node = InlineMap(source, calls, epoch, ordered=self._ordered)
+            calls.append(Call(over_partial(lambda batch: pin_batch(batch, backend)), False, "pin_memory()"))
+        output: Node
+        output = inline_map = InlineMap(source, calls, epoch, ordered=self._ordered)
+        meters = [inline_source.meter, inline_map.meter]
+        if before is not None:
+            meters.insert(1, before.meter)
+        elif (rule := self._skip_rule(epoch)) is not None:
+            output = SkipNode(inline_map, rule)
+            meters.append(rule.meter)
         if progress.cursor is not None:
-            node.resume(progress.cursor)
+            output.resume(progress.cursor)
             if self._iterable:
-                warn_of_replay(progress.cursor, "source")
-        return node, [inline_source.meter, node.meter]
+                warn_of_replay(progress.cursor if self.skip_errors is None else progress.cursor[0], "source")
+        return output, meters
+
+    def _skip_rule(self, epoch: int) -> SkipRule | None:
+        """What leaves samples, or those of a batch, out; None: nothing does, or what does is before `batch`."""
+        skip = self.skip_errors
+        if skip is None or self._skips_before_batch:
+            return None
+        rank = None if skip.report is None else rank_for_report()
+        if self._torch.batch_sampler is None:
+            return SkipRule(skip, epoch, rank)
+        return SkipSamplesRule(skip, epoch, rank, batch_size=self.batch_size)
+
+    @property
+    def _skips_before_batch(self) -> bool:
+        """Samples of a stream are left out before they are batched."""
+        return self.skip_errors is not None and self._iterable and self.batch_size is not None
+
+    @property
+    def _leaves_out(self) -> Errors:
+        """The types of errors."""
+        return () if self.skip_errors is None else self.skip_errors.on
 
     # -- with workers, or on a loop ----------------------------------------------------------------------------------
 
@@ -400,7 +448,9 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(PinMemory())
         nbytes = None if self._loads_samples else self.ahead_bytes
         plan = Plan(self._single(source), tuple(stages), room=self._room, grows=self._grows, nbytes=nbytes)
-        return build(plan, self._pass(progress), transfer, alloc, self._open_processes)
+        window = build(plan, self._pass(progress), transfer, alloc, self._open_processes)
+        window.rule = self._skip_rule(progress.epoch)
+        return window
 
     def _in_workers(self, progress: Progress, base: BaseSeed) -> tuple[StreamData, list[Stage]]:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
@@ -477,11 +527,12 @@ class DataLoader(Loader, Generic[T_co]):
             length = len(self.dataset)
         except (TypeError, NotImplementedError):
             length = None
-        return [
+        shape = [
             {"stage": "source", "name": type(self.dataset).__name__, "length": length} | identity_of(self.dataset),
             {"stage": "stream"} if self._iterable else self._keys.shape(),
             {"stage": "batch", "batch_size": self.batch_size, "drop_last": self.drop_last, "ordered": self._ordered},
         ]
+        return shape if self.skip_errors is None else [*shape, {"stage": "skip_errors"}]
 
     def _guarantee(self) -> Guarantee:
         if self._workers_read:
@@ -495,6 +546,8 @@ class DataLoader(Loader, Generic[T_co]):
         return "samples come in another order each time" if why is None and not self._ordered else why
 
     def _sure_length(self) -> int | None:
+        if self.skip_errors is not None:
+            return None  # nobody knows whether a batch is left of them
         if self._iterable or not self._keys.repeatable or self._keys.generators:
             return None  # a generator may be drawn from once more at the end
         try:
@@ -532,6 +585,8 @@ class DataLoader(Loader, Generic[T_co]):
     def _detached(self) -> Self:
         again = super()._detached()
         again._keys = self._keys.detached()
+        if self.skip_errors is not None:  # it is written down already
+            again.skip_errors = replace(self.skip_errors, report=None)
         again.__dict__["dataset"] = again._keys.dataset  # what the constructor was told cannot be set
         return again
 
@@ -585,9 +640,10 @@ class DataLoader(Loader, Generic[T_co]):
     def _stages(self, alloc: Alloc) -> list[Stage]:
         workers = max(1, self.num_workers)
         initializer = self.worker_init_fn if self.num_workers else None
-        collate = CollateWith(self.collate_fn, workers, initializer)
+        collate = CollateWith(self.collate_fn, workers, initializer, partial=self.skip_errors is not None)
         if self._iterable and self.batch_size is not None:
-            return [Batch(self.batch_size, self.drop_last, collate)]
+            skip: list[Stage] = [] if self.skip_errors is None else [SkipErrors(self.skip_errors)]
+            return [*skip, Batch(self.batch_size, self.drop_last, collate)]
         convert = self._convert(alloc)
         if self._iterable:
             return [convert]
@@ -597,12 +653,12 @@ class DataLoader(Loader, Generic[T_co]):
                 return [self._load(self.in_order), convert]
         elif _is_async(data, "__getitems__"):
             at_once = max(1, self.concurrency // (self.batch_size or 1))
-            many = FetchAsync(data.__getitems__)
+            many = FetchAsync(data.__getitems__, self._leaves_out)
             fetch = Map(many, True, at_once, self.in_order, name="dataset.__getitems__")
             return [fetch, convert]
         elif _is_async(data, "__getitem__"):
             # Samples of one batch may overtake each other only inside it: the join goes by their order.
-            return [SplitBatches(self.batch_size), self._load(True), JoinBatches(collate)]
+            return [SplitBatches(self.batch_size), self._load(True), JoinBatches(collate, self._leaves_out)]
         fetch = Map(
             self._fetch(alloc),
             False,
@@ -628,8 +684,11 @@ class DataLoader(Loader, Generic[T_co]):
 
     def _convert(self, alloc: Alloc) -> Map:
         """The step that makes batches of the samples that the step before it loaded."""
+        collate = self._collate_call(alloc)
+        if self.skip_errors is not None:
+            collate = over_partial_async(collate) if self._collates_async else over_partial(collate)
         return Map(
-            self._collate_call(alloc),
+            collate,
             self._collates_async,
             max(1, self.num_workers),
             self.in_order,
@@ -653,8 +712,8 @@ class DataLoader(Loader, Generic[T_co]):
             convert = None if self._collates_async else self.collate_fn or default_convert
             return FetchOne(self.dataset, convert)
         if self._collates_async:
-            return FetchBatch(self.dataset, None, Group)
-        return FetchBatch(self.dataset, self.collate_fn, Collate(alloc))
+            return FetchBatch(self.dataset, None, Group, self._leaves_out)
+        return FetchBatch(self.dataset, self.collate_fn, Collate(alloc), self._leaves_out)
 
     def _collate_call(self, alloc: Alloc) -> Callable[[Any], Any]:
         """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""

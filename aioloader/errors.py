@@ -9,6 +9,7 @@
     ├── LoaderClosedError (RuntimeError)     the iterator was closed while a caller waited for a batch
     ├── ChannelClosedError (RuntimeError)    a sample was sent to a closed channel
     ├── NothingPassesError (RuntimeError)    a filter has refused more samples in a row than it may
+    ├── TooManySkippedError (RuntimeError)   more errors than `skip_errors` may leave out; `__cause__` is the newest
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
@@ -33,6 +34,7 @@ __all__ = [
     "SampleCancelledError",
     "SourceUsedUpError",
     "StateError",
+    "TooManySkippedError",
     "UnsplitWarning",
     "WorkerDiedError",
 ]
@@ -87,6 +89,10 @@ class ChannelClosedError(AioloaderError, RuntimeError):
 
 class NothingPassesError(AioloaderError, RuntimeError):
     """A filter has refused more samples in a row than its `max_dropped_in_a_row`; raised in place of the last one."""
+
+
+class TooManySkippedError(AioloaderError, RuntimeError):
+    """Past a limit of `skip_errors`, an error is raised after all; `__cause__` is the error of the sample."""
 
 
 class WorkerDiedError(AioloaderError, RuntimeError):

@@ -24,6 +24,7 @@ from aioloader.core.checks import (
 from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
 from aioloader.core.policies import Hedge, Rate, Retry, check_policies
+from aioloader.core.skip import Skip
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
@@ -43,7 +44,17 @@ from aioloader.plan.parts import (
     streams_of,
     with_streams,
 )
-from aioloader.plan.plan import Combined, Plan, Single, before_cache, flow_of, flows_of, forgets_numbers, length_of
+from aioloader.plan.plan import (
+    Combined,
+    Plan,
+    Single,
+    before_cache,
+    flow_of,
+    flows_of,
+    forgets_numbers,
+    length_of,
+    without_reports,
+)
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
@@ -61,9 +72,10 @@ from aioloader.stages.in_process import OwnProcess
 from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.rank import Even
 from aioloader.stages.repeat import Repeat
-from aioloader.stages.select import Enumerate, Skip, Take
+from aioloader.stages.select import Enumerate, SkipFirst, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
+from aioloader.stages.skip_errors import SkipErrors
 
 __all__ = ["Pipeline"]
 
@@ -308,6 +320,43 @@ class Pipeline(Loader):
             check_requeue(self._plan)
         return self._then(DropIf(fn, bool(requeue)))
 
+    def skip_errors(
+        self,
+        on: type[Exception] | tuple[type[Exception], ...] = Exception,
+        *,
+        max_errors: int | None = None,
+        max_share: float | None = None,
+        report: str | PathLike[str] | None = None,
+    ) -> "Pipeline":
+        """Leave out the samples that fail in a stage before this one, or in the source, instead of raising.
+
+        They cost nobody else: before `batch`, their neighbours fill the batch. After `batch`, a batch in which
+        something fails is left out as a whole. Errors of other types, and what is raised after this stage, stand in
+        their places as ever. So does the error of a source that fails for good, or of one of several: a sample is left
+        out, a source is not.
+
+        Past a limit, `TooManySkippedError` takes the place of each further error, with that error as its cause; the
+        samples between them still come. A resume goes on with the counts, and does not try again what had been left
+        out before the last batch; `repeat` counts each round anew. `stats()` has the count as `skipped`.
+
+        ```python
+        loader = Pipeline(keys).map(fetch).skip_errors(OSError, max_share=0.01, report="skipped.jsonl").batch(64)
+        ```
+
+        Args:
+            on: The exception types that are left out.
+            max_errors: Errors that are left out in an epoch, at most, 0 or more. None: any number.
+            max_share: Errors as a share, 0 to 1, of the last 1,000 samples that came here; looked at from the 20th on.
+                None: any share.
+            report: A file that gets a line of JSON for each error that is left out; `python -m aioloader skipped FILE`
+                sums it up. `docs/failures.md` says what is in a line. Its folder must be there.
+
+        Raises:
+            TypeError: `on` is no exception type nor a tuple of them, or another argument is of another type.
+            ValueError: A limit is out of its range, or the report cannot be written.
+        """
+        return self._then(SkipErrors(Skip(on, max_errors, max_share, report)))
+
     def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline":
         """Give all items of `fn(sample)`, an iterable or async iterable, one sample after the other.
 
@@ -411,7 +460,7 @@ class Pipeline(Loader):
 
     def skip(self, n: int) -> "Pipeline":
         """Leave out the first `n` samples."""
-        return self._then(Skip(check_count("n", n, least=0)))
+        return self._then(SkipFirst(check_count("n", n, least=0)))
 
     def repeat(self, n: int | None = None) -> "Pipeline":
         """Give everything before this `n` times, or for ever, shuffled anew each time."""
@@ -704,7 +753,7 @@ class Pipeline(Loader):
             if not stream.call and (id(stream.make) in samplers or is_stateful(stream.make))
         ]
         copies = detached_copies(moving, shared=datasets_of(self._plan))
-        again._plan = with_streams(self._plan, dict(zip(map(id, moving), copies, strict=True)))
+        again._plan = with_streams(without_reports(self._plan), dict(zip(map(id, moving), copies, strict=True)))
         return again
 
     def _random_state(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from urllib.request import Request, urlopen
 from aiohttp import web
 from obstore.store import HTTPStore, S3Store
 
-from aioloader.testing import Gate
+from aioloader.testing import Fault as PlannedFault
+from aioloader.testing import FaultPlan, Gate
 
 __all__ = ["Fault", "HttpServer", "S3Server"]
 
@@ -97,6 +98,7 @@ class HttpServer:
     Attributes:
         files: What is served, by path without the first slash.
         faults: By path, what is wrong with the answers, one after the other; those after the last are fine.
+        plan: What goes wrong by chance, asked by path at each GET.
         gate: If there is one, each request waits at its path's gate.
         versions: By path, what the file is at each answer; for one that is rewritten while it is read.
         tells: How an answer says which version it is of: by an ETag, by a weak one, by the time of change, or not.
@@ -110,6 +112,7 @@ class HttpServer:
 
     files: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, Iterator[Fault | None]] = field(default_factory=dict)
+    plan: FaultPlan | None = None
     versions: dict[str, Iterator[bytes]] = field(default_factory=dict)
     tells: Literal["etag", "weak etag", "time"] | None = None
     conditions: bool = True
@@ -125,6 +128,7 @@ class HttpServer:
         """As it was at first."""
         self.files, self.faults, self.versions, self.requests, self.epoch_pinned = {}, {}, {}, [], []
         self.tells, self.conditions, self.heads = None, True, True
+        self.plan = None
         self.gate, self.ranges, self.at_once = None, True, 0
 
     def store(self, **more: Any) -> HTTPStore:
@@ -172,12 +176,43 @@ class HttpServer:
         try:
             if self.gate is not None:
                 await self.gate.passing(path)
-            return await self._response(request, path)
+            planned = self.plan.next_fault(path) if self.plan is not None and request.method == "GET" else None
+            if planned is None:
+                return await self._response(request, path)
+            return await self._planned(request, path, planned)
         finally:
             self._now -= 1
 
-    async def _response(self, request: web.Request, path: str) -> web.StreamResponse:
-        fault = next(self.faults.get(path, iter(())), None)
+    async def _planned(self, request: web.Request, path: str, planned: PlannedFault) -> web.StreamResponse:
+        """An answer with which something is wrong, as `FaultPlan` says."""
+        match planned.kind:
+            case "throttled":
+                return web.Response(status=429, headers={"Retry-After": str(planned.retry_after)})
+            case "unavailable":
+                return web.Response(status=503)
+            case "latency":
+                await asyncio.sleep(planned.seconds)
+            case "hang":
+                await asyncio.wait([self._stop])
+                return web.Response(status=503)
+            case "reset":
+                return await self._response(request, path, "reset")
+            case "truncated":
+                return await self._response(request, path, "truncated")
+        answer = await self._response(request, path)
+        if not isinstance(answer, web.Response) or not isinstance(answer.body, bytes) or answer.status >= 400:
+            return answer
+        match planned.kind:
+            case "changed_etag":
+                answer.headers["ETag"] = f'"{planned.attempt} {path}"'
+            case "wrong_length":
+                answer.body = answer.body[: len(answer.body) // 2]
+            case "drip":
+                return await _drip(request, answer, planned.seconds)
+        return answer
+
+    async def _response(self, request: web.Request, path: str, fault: Fault | None = None) -> web.StreamResponse:
+        fault = fault or next(self.faults.get(path, iter(())), None)
         content = next(self.versions.get(path, iter(())), self.files.get(path))
         if request.method == "HEAD" and not self.heads:
             return web.Response(status=405)
@@ -215,3 +250,16 @@ class HttpServer:
         await response.write(body[: len(body) // 2])
         request.transport.close()
         return response
+
+
+async def _drip(request: web.Request, answer: web.Response, seconds: float, pieces: int = 4) -> web.StreamResponse:
+    """The body of `answer` in pieces, during `seconds`."""
+    body = answer.body
+    assert isinstance(body, bytes)
+    slow = web.StreamResponse(status=answer.status, headers={**answer.headers, "Content-Length": str(len(body))})
+    await slow.prepare(request)
+    size = max(1, -(-len(body) // pieces))
+    for begin in range(0, len(body), size):
+        await asyncio.sleep(seconds / pieces)
+        await slow.write(body[begin : begin + size])
+    return slow

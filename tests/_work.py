@@ -259,3 +259,10 @@ class Opened:
 
 def many(sample: int) -> list[torch.Tensor]:
     return [torch.full((8,), float(sample + k)) for k in range(100)]
+
+
+def fails_by_seven(key: int) -> int:
+    """Every seventh key, from 3 on, cannot be loaded."""
+    if key % 7 == 3:
+        raise ValueError(f"bad {key}")
+    return key

@@ -13,7 +13,7 @@ from aioloader.core.entry import Entry
 from aioloader.engine.node import Fold
 from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
-from aioloader.stages.select import Enumerate, Skip, Take
+from aioloader.stages.select import Enumerate, SkipFirst, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.stages.split_join import INSIDE, JoinBatches, SplitBatches
@@ -62,7 +62,7 @@ def test_take_and_enumerate_carry_their_count() -> None:
 
 def test_skip_carries_how_many_it_left_out() -> None:
     """So that a resumed one does not leave them out again."""
-    assert cursors(folded(Skip(2), range(4))) == [(3, 2), (4, 2)]
+    assert cursors(folded(SkipFirst(2), range(4))) == [(3, 2), (4, 2)]
 
 
 def test_unbatch_resumes_before_its_batch() -> None:

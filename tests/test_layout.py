@@ -39,10 +39,10 @@ IMPORTS: dict[str, set[str]] = {
         "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
         "torch_shims",
     },
-    "testing": {"device", "errors"},
+    "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine"},
     "demo": {"dataloader", "pipeline"},
-    "__main__": {"demo", "doctor"},
+    "__main__": {"demo", "doctor", "insight"},
     "__init__": {"core", "dataloader", "errors", "insight", "pipeline", "rng"},
 }  # fmt: skip
 """What the files of each folder, or a single file, may import of the others."""

@@ -30,7 +30,7 @@ from aioloader.sources.lines import Lines
 from aioloader.stages.base import FoldStage, Pass, order_of
 from aioloader.stages.key_order import KeyOrder
 from aioloader.stages.rank import Even
-from aioloader.stages.select import Skip, Take
+from aioloader.stages.select import SkipFirst, Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.testing import assert_resumes_exactly
@@ -243,7 +243,7 @@ def keys_of(order: KeyOrder) -> list[int]:
 order_stages = st.lists(
     st.one_of(
         st.builds(Take, st.integers(0, 30)),
-        st.builds(Skip, st.integers(0, 30)),
+        st.builds(SkipFirst, st.integers(0, 30)),
         st.builds(Shuffle, st.none(), st.integers(0, 3)),
     ),
     max_size=3,
@@ -257,7 +257,7 @@ def by_lists(n: int, stages: Sequence[FoldStage], this_pass: Pass) -> list[int]:
         match stage:
             case Take(count):
                 keys = keys[:count]
-            case Skip(count):
+            case SkipFirst(count):
                 keys = keys[count:]
             case Shuffle(None, seed):
                 generator = torch.Generator().manual_seed(this_pass.seed(seed, "shuffle"))
@@ -319,7 +319,7 @@ def test_ranks_of_any_number_share_what_is_left(
     )
 
 
-@pytest.mark.parametrize("behind", [Take(4), Skip(1), Shuffle(None, 0)], ids=["take", "skip", "shuffle"])
+@pytest.mark.parametrize("behind", [Take(4), SkipFirst(1), Shuffle(None, 0)], ids=["take", "skip", "shuffle"])
 def test_a_position_within_a_round_is_refused_behind_stages_of_a_rank(behind: FoldStage) -> None:
     """They know this rank's samples by number; where none can be said, the numbers are."""
     order = order_of(20, [Shard(1, 3), behind], Pass(0))

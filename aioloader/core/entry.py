@@ -1,5 +1,6 @@
 """An entry: one sample or batch on its way through the engine, with the cursor to go on after it."""
 
+import re
 from asyncio import CancelledError
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ __all__ = [
     "annotate",
     "begun_each_of",
     "earliest",
+    "failed_in",
     "places_of",
     "presentable",
     "read_after",
@@ -73,6 +75,8 @@ class Entry:
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
+        stage: Where it failed; set only by `annotate`.
+        seconds: How long it took to fail; set only where that is known.
         tries: In which step it has failed, how often, and when for the first time; set only where it is tried again.
         stop: Where it was dropped or failed, see `Stop`; set only where a filter counts what it refuses.
     """
@@ -88,7 +92,9 @@ class Entry:
         "origin",
         "places",
         "position",
+        "seconds",
         "since",
+        "stage",
         "state",
         "stop",
         "tries",
@@ -99,6 +105,8 @@ class Entry:
     origin: Any
     since: float
     places: list[int | None]
+    seconds: float | None
+    stage: str
     stop: Any
     tries: tuple[Any, int, float]
 
@@ -178,12 +186,29 @@ def stop_of(entry: Entry) -> Any:
     return getattr(entry, "stop", None)
 
 
+def failed_in(entry: Entry) -> str:
+    """The stage in which `entry` failed; empty: not known.
+
+    An error that comes from a process of its own has it in its note only.
+    """
+    stage: str = getattr(entry, "stage", "")
+    if not stage and entry.error is not None:
+        notes = [note for note in getattr(entry.error, "__notes__", ()) if isinstance(note, str)]
+        found = [match[1] for note in reversed(notes) if (match := _NOTE.match(note))]
+        stage = found[0] if found else ""
+    return stage
+
+
+_NOTE: Final = re.compile(r"aioloader: stage (.*?), (?:key .*, )?epoch \d")
+
+
 def annotate(error: BaseException, stage: str, entry: Entry, epoch: int) -> None:
     """Add a note to the user's exception: which stage and sample it comes from.
 
     One exception object may be raised for many samples (a cached error). It gets one note per stage and sample, at most
     four, so that its notes do not grow with the epoch.
     """
+    entry.stage = stage
     is_batch = type(entry.key) is list
     name = "" if entry.key is None or is_batch else f"key {safe_repr(entry.key)}, "
     unit = "batch" if is_batch and places_of(entry) is None else "position"  # a sampler's batch

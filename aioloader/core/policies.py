@@ -14,6 +14,7 @@ from aioloader.core.forks import tell_of_fork
 
 __all__ = [
     "Budget",
+    "Errors",
     "Hedge",
     "Policies",
     "Rate",

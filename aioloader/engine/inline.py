@@ -179,6 +179,7 @@ class InlineMap(Node):
                     return False
         except Exception as error:
             annotate(error, call.label, entry, self._epoch)
+            entry.seconds = perf_counter() - began
             entry.error = error
             entry.value = None
             self.meter.errors += 1

@@ -113,14 +113,16 @@ class SyncStep(Step):
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
-        self._window.now = perf_counter()
+        now = self._window.now = perf_counter()
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
+            entry.since = now
             if type(outcome) is Refusal:
                 if outcome.stop is not None:
                     entry.stop = outcome.stop
                 self._drop(entry, nothing=outcome.nothing)
             elif type(outcome) is Failed:
+                entry.seconds = outcome.seconds
                 if outcome.stop is not None:
                     entry.stop = outcome.stop
                 self._fail(entry, outcome.error, outcome.label)

@@ -20,6 +20,7 @@ from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
 from aioloader.engine.room import Growth, Room
+from aioloader.engine.skipping import SkipRule
 from aioloader.engine.steps import Step, bind_in_a_row
 from aioloader.insight.gauges import WaitMeter
 from aioloader.insight.meters import Why
@@ -50,6 +51,7 @@ class Window(Node):
         ordered: As given.
         admission: Who decides when samples may begin; None: nobody but `room`.
         in_a_row: Counts what filters refuse, and has a limit; None: there is none.
+        rule: Which entries that failed are left out when they leave; None: none is.
         begins: Samples begin here, so that `admission` is asked.
         pauses: Nothing begins here while the run pauses, see `RunPause`.
         numbers: With a numbering: entries get their numbers here, and not in a window before this one.
@@ -63,6 +65,7 @@ class Window(Node):
 
     admission: Admission | None = None
     in_a_row: InARow | None = None
+    rule: SkipRule | None = None
     begins = False
     pauses = True
     numbers = True
@@ -135,9 +138,12 @@ class Window(Node):
 
     @property
     def gaps(self) -> bool:
-        return any(step.meter.gaps for step in self._parts) or self.upstream.gaps
+        here = any(step.meter.gaps for step in self._parts) or (self.rule is not None and self.rule.gaps)
+        return here or self.upstream.gaps
 
     def resume(self, cursor: Any) -> None:
+        if self.rule is not None:
+            cursor = self.rule.resume(cursor)
         if self._completion is not None and self.names:
             cursor = self._completion.resume(cursor)
             for log in (self._record, self._replay):
@@ -171,6 +177,8 @@ class Window(Node):
         self._waits = show(self._parts, queued=self.queued)
         if self.stamps:
             let_stamp(self._steps, fresh=self.upstream.fresh)
+        if self.rule is not None:
+            self.rule.start(run)
         self._tell_room(self.room)
         if self._steps and self.pauses:
             run.pausing.join(self)
@@ -191,6 +199,14 @@ class Window(Node):
         return taken
 
     def _take(self, limit: int) -> list[Entry]:
+        if self.rule is None:
+            return self._take_finished(limit)
+        kept: list[Entry] = []
+        while len(kept) < limit and (taken := self._take_finished(limit - len(kept))):
+            kept += self.rule.leaving(taken)
+        return kept
+
+    def _take_finished(self, limit: int) -> list[Entry]:
         taken = self._leave(limit) if self._slots and self._slots[0].state else []
         if self._last is not None and self.empty and len(taken) < limit:
             last, self._last = self._last, None
@@ -225,7 +241,7 @@ class Window(Node):
             self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
         if taken and self._waits is not None and not self.hands_out:
-            self._waits.took(perf_counter(), [entry.since for entry in taken])
+            self._waits.took(perf_counter(), taken)
         if self._room is not None and self._room.weighs:
             self._room.gave(taken)
         if self.admission is not None:
@@ -269,6 +285,8 @@ class Window(Node):
             for step in self._steps:
                 step.close()
             self.upstream.close()
+            if self.rule is not None:
+                self.rule.close()
             for log in (self._record, self._replay):
                 if log is not None:
                     log.close()
@@ -515,7 +533,7 @@ class Window(Node):
             if not run:
                 return
         self._occupied += len(run)
-        self.now = perf_counter()
+        now = self.now = perf_counter()
         if self.ordered:
             if self._room is not None and (growth := self._room.growth) is not None:
                 growth.came(len(run), len(self._slots))
@@ -533,6 +551,7 @@ class Window(Node):
         if run:
             for entry in run:
                 entry.state = UNDER_WAY
+                entry.since = now  # as far as is known: a call that takes its time says when it is over
             self.under_way += len(run)
             self._steps[0].take_in(run)
 
@@ -565,7 +584,6 @@ class Window(Node):
 
     def finished(self, entry: Entry) -> None:
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
-        entry.since = self.now
         if entry.state == UNDER_WAY:
             entry.state = DONE
         elif entry.state == DROPPED:

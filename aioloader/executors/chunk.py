@@ -49,7 +49,7 @@ class Call:
     stop: Stop | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Refusal:
     """The outcome of a sample that a predicate dropped.
 
@@ -67,17 +67,27 @@ NOTHING: Final = Refusal(nothing=True)
 
 
 class Failed:
-    """The outcome of a sample for which a function raised."""
+    """The outcome of a sample for which a function raised.
 
-    __slots__ = ("error", "label", "stop")
+    Attributes:
+        error: What.
+        label: The name of its stage.
+        stop: See `Call`.
+        seconds: How long the sample had taken; None: not known.
+    """
 
-    def __init__(self, error: BaseException, label: str, stop: Stop | None = None) -> None:
+    __slots__ = ("error", "label", "seconds", "stop")
+
+    def __init__(
+        self, error: BaseException, label: str, stop: Stop | None = None, seconds: float | None = None
+    ) -> None:
         self.error = error
         self.label = label
         self.stop = stop
+        self.seconds = seconds
 
     def __reduce__(self) -> Any:
-        return Failed, (portable(self.error, f"process {os.getpid()}"), self.label, self.stop)
+        return Failed, (portable(self.error, f"process {os.getpid()}"), self.label, self.stop, self.seconds)
 
 
 @dataclass(slots=True)
@@ -160,6 +170,7 @@ def _try_some(
     value: Any = None
     result: Any = None
     more = False
+    now = perf_counter()
     for value in values:
         for call in calls:
             sample.seed = call.seed
@@ -176,10 +187,11 @@ def _try_some(
                         value = Refusal(value is None, call.stop)
                     break
             except BaseException as error:  # KeyboardInterrupt and SystemExit too: they are raised in the consumer
-                value = Failed(error, call.label, call.stop)
+                value = Failed(error, call.label, call.stop, perf_counter() - now)
                 break
         outcomes.append(value)
-        if perf_counter() > deadline:
+        now = perf_counter()
+        if now > deadline:
             break
         try:
             more = context != clean

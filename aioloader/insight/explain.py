@@ -16,6 +16,7 @@ HELD: Final = 0.15  # a window with more finished samples than this waits for a 
 IDLE: Final = 0.5  # a stage that is idle for less than this has some samples under way all the time
 ONE_AT_A_TIME: Final = (0.7, 1.15)  # of the time: the range in which concurrent calls add up to one place
 ONE_BY_ONE_SECONDS: Final = 1e-3  # cheaper calls of sync functions run, and finish, in chunks
+NOTICEABLE: Final = 0.01  # errors that are left out, as a share of what came
 SHORT_SECONDS: Final = 3.0  # in a shorter epoch, start and end have an influence
 STARVED: Final = 0.8  # a consumer that waits for more of its time is short of samples, not waiting for bursts
 
@@ -32,6 +33,18 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
     """
     if (stats.batches < 2 or stands_still(stats)) and (sentence := now(stats)) is not None:
         return sentence
+    return _limit(stats, knob) + "".join(map(_left_out, stats.stages))
+
+
+def _left_out(stage: StageStats) -> str:
+    """A sentence more, if a stage has left out a noticeable share."""
+    came = stage.samples + stage.skipped
+    if not stage.skipped or stage.skipped < NOTICEABLE * came:
+        return ""
+    return f" {stage.name} has left out {stage.skipped} of {came} ({stage.skipped / came:.1%}), since they failed."
+
+
+def _limit(stats: Stats, knob: str) -> str:
     if stats.batches < 2:
         return f"Nothing to explain yet: {stats.batches} batches were handed out; ask again after a few."
     waited = f"the consumer waited {stats.waited_fraction:.0%} of its time for batches"

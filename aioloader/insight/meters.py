@@ -47,6 +47,7 @@ class StageMeter:
         gaps: See `Node.gaps`.
         address: Tells apart stages that have the same name, see `Address`.
         retired: Whether the stage has ended. If `repeat` makes it again, that goes on counting here.
+        skipped: Errors that `skip_errors` left out.
         hits: Samples that came from this cache.
         misses: Samples that were not in it.
         cached_bytes: The size of its samples.
@@ -79,6 +80,7 @@ class StageMeter:
     gaps: bool = False
     address: Address = ()
     retired: bool = False
+    skipped: int = 0
     hits: int = 0
     misses: int = 0
     cached_bytes: int = 0

@@ -40,6 +40,7 @@ class StageStats:
         timeouts: Calls whose `timeout` was up.
         hedges: Second calls for samples whose first one took long, see `Hedge`.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
+        skipped: For a `skip_errors`, errors that it left out in this epoch, of the stages before it; else 0.
         hits: For a `cache`, samples that came from it in this epoch, without work in the stages before it.
         misses: For a `cache`, samples that were not in it.
         cached_bytes: For a `cache`, the size of all samples in it.
@@ -75,6 +76,7 @@ class StageStats:
     timeouts: int = 0
     hedges: int = 0
     partial: int = 0
+    skipped: int = 0
     hits: int = 0
     misses: int = 0
     cached_bytes: int = 0
@@ -166,6 +168,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         timeouts=meter.timeouts,
         hedges=meter.hedges,
         partial=meter.partial,
+        skipped=meter.skipped,
         hits=meter.hits,
         misses=meter.misses,
         cached_bytes=meter.cached_bytes,

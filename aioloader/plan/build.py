@@ -34,6 +34,7 @@ from aioloader.plan.plan import (
     functions_of,
     walk,
     with_ranks,
+    without_reports,
 )
 from aioloader.sources.resolve import Indexable, StreamData, source_name
 from aioloader.sources.sampler_order import Draws, check_place, replayable_keys
@@ -85,7 +86,8 @@ def _output(builder: "_PlanBuilder") -> Window:
     """The window that ends the nodes of a plan."""
     plan, node, fused = builder.plan, builder.node, builder.fused
     if not fused.ops:
-        if isinstance(node, Window) and not node.holds:  # what is made ahead is held by the window before it
+        # What is made ahead may be held by the window before it, or by this one already.
+        if isinstance(node, Window) and (not node.holds or (fused.batches and node.rule is not None)):
             return node
         return builder.admitting(Window(node, (), room=exactly(builder.prefetch)))
     window = partial(
@@ -183,7 +185,7 @@ class _PlanBuilder:
         return window
 
     def again(self, *, closed: bool, warns: bool = True) -> Callable[[], Node]:
-        before, path = self._before, self.path
+        before, path = without_reports(self._before), self.path
 
         def make() -> Node:
             builder = self._other(before, path=path, draws=_AGAIN, warns=warns)

@@ -28,6 +28,7 @@ __all__ = [
     "length_of",
     "walk",
     "with_ranks",
+    "without_reports",
 ]
 
 DEFAULT_PREFETCH = 2
@@ -241,6 +242,14 @@ def with_ranks(plan: Plan) -> Plan:
             with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
                 length_of(replace(plan, source=source, stages=stages))
     return replace(plan, source=source, stages=stages)
+
+
+def without_reports(plan: Plan) -> Plan:
+    """`plan`, but nothing is written down of what is left out: it makes samples a second time."""
+    source = plan.source
+    if isinstance(source, Combined):
+        source = replace(source, plans=tuple(without_reports(inner) for inner in source.plans))
+    return replace(plan, source=source, stages=tuple(stage.without_report() for stage in plan.stages))
 
 
 def before_cache(plan: Plan) -> str:

@@ -206,6 +206,10 @@ class Stage(ABC):
         """The same with rank and world size as they are now: looked up once, so that an epoch is of one rank."""
         return self
 
+    def without_report(self) -> "Stage":
+        """The same, but it writes nothing down: for samples that are made a second time."""
+        return self
+
     def keeping_last(self) -> Self:
         """The same, but nothing is left out because there is too little of it."""
         return self

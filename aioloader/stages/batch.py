@@ -14,6 +14,7 @@ from aioloader.core.keys import PartKey
 from aioloader.core.memory import Alloc
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
+from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
@@ -31,11 +32,13 @@ class CollateWith:
         fn: From a list of samples to a batch, sync or async; None: torch's default collate.
         workers: Batches collated side by side; None: as many as usable cores.
         initializer: Called in each thread with its number.
+        partial: Some samples of a group may be left out, see `Partial`.
     """
 
     fn: Callable[[list[Any]], Any] | None = None
     workers: int | None = None
     initializer: Callable[[int], None] | None = None
+    partial: bool = False
 
     @property
     def is_async(self) -> bool:
@@ -49,13 +52,15 @@ class CollateWith:
 
     def op(self, alloc: Alloc | None) -> Op:
         """What does it; the default collate puts batches into memory of `alloc`."""
-        if self.fn in (list, tuple):
-            return Op(CollateAny(self.fn), self.label, concurrency=1, in_place=True)
         fn: Callable[[Any], Any]
         if self.fn is None:
             fn = CollateAny(None, Collate(alloc))
         else:
             fn = CollateAsync(self.fn) if self.is_async else CollateAny(self.fn)
+        if self.partial:
+            fn = over_partial_async(fn) if self.is_async else over_partial(fn)
+        if self.fn in (list, tuple):
+            return Op(fn, self.label, concurrency=1, in_place=True)
         return Op(
             fn,
             self.label,

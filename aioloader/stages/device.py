@@ -8,6 +8,7 @@ from typing import Any
 
 from aioloader.device import Transfer, can_pin, open_backend, pin_batch
 from aioloader.engine.fuse import Op
+from aioloader.executors.partial import over_partial
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
 
@@ -94,7 +95,7 @@ def _build(builder: Builder, label: str, function: Callable[[Transfer], Callable
         initializer = transfer.backend.init_thread
         builder.fused.add(
             Op(
-                function(transfer),
+                over_partial(function(transfer)),
                 label,
                 concurrency=1,
                 initializer=lambda _: initializer(),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aioloader.core.entry import Entry
+from aioloader.core.entry import Entry, failed_in
 from aioloader.core.safe_text import add_note, safe_repr
 
 __all__ = ["Group", "group_entries"]
@@ -52,12 +52,14 @@ def group_entries(entries: list[Entry]) -> Entry:
     group.places = places
     group.begun = begun[0]
     group.begun_each = begun
-    if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
-        group.attempts = max(attempts)
-    failed = [entry for entry in entries if entry.error is not None]
+    odd = [entry for entry in entries if entry.error is not None or entry.attempts > 1]  # most often none
+    if odd:
+        group.attempts = max(entry.attempts for entry in odd)
+    failed = [entry for entry in odd if entry.error is not None]
     if failed:
         group.value = None
         group.error = first = failed[0].error
+        group.stage, group.seconds = failed_in(failed[0]), getattr(failed[0], "seconds", None)
         others = [entry for entry in failed if entry.error is not first]
         if first is not None and others:
             named = "; ".join(f"key {safe_repr(entry.key)}: {safe_repr(entry.error)}" for entry in others[:3])

@@ -4,14 +4,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 from aioloader.core.memory import Alloc
+from aioloader.core.policies import Errors
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.executors.chunk import DROP
 from aioloader.executors.current_sample import BatchBeingLoaded, BulkLoad, SampleContext, current_sample
 from aioloader.executors.epochs import Holds
 from aioloader.executors.isolated import isolated
+from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
 from aioloader.stages.collate import DEFAULT, Collate, collate_samples, named
 from aioloader.stages.group import Group
 
@@ -40,12 +43,19 @@ class FetchBatch(Holds):
         dataset: Map-style, with `__getitems__` or without.
         collate_fn: From a list of samples to a batch; None: `collate`.
         collate: The default; `Group`: the samples are left as they are, for a step that collates them.
+        leaves_out: Samples that fail with such errors are left out of their batch, which is a `Partial` then. They are
+            loaded one by one where a call for several fails.
     """
 
     def __init__(
-        self, dataset: Any, collate_fn: Callable[[list[Any]], Any] | None, collate: Collate | type[Group]
+        self,
+        dataset: Any,
+        collate_fn: Callable[[list[Any]], Any] | None,
+        collate: Collate | type[Group],
+        leaves_out: Errors = (),
     ) -> None:
         self._dataset = dataset
+        self._leaves_out = leaves_out
         self._collate_fn = collate_fn
         self._collate = collate
         self._singly = False  # `__getitems__` asks which sample is at hand
@@ -71,28 +81,39 @@ class FetchBatch(Holds):
             and isinstance(collate, Collate)
             and collate.stacks_tensors
         ):
-            return dataset.load_batch(keys, collate.alloc_or_empty)
-        samples = self.load(keys, names)
+            try:
+                return dataset.load_batch(keys, collate.alloc_or_empty)
+            except self._leaves_out:
+                pass  # it comes again when they are loaded one by one
+        left_out: list[LeftOut] = []
+        samples = self.load(keys, names, left_out)
+        named = keys if names is None else names
+        if not left_out:
+            return self._collated(samples, named)
+        samples, named = _without(left_out, samples), _without(left_out, list(named))
+        return Partial(self._collated(samples, named) if samples else NO_SAMPLES, left_out, "fetch")
+
+    def _collated(self, samples: Any, names: Any) -> Any:
         sample = current_sample.get()
         if sample is None:
-            return collate_samples(samples, keys if names is None else names, collate_fn, collate)
+            return collate_samples(samples, names, self._collate_fn, self._collate)
         name, sample.name = sample.name, None  # none is at hand while they are collated
         try:
-            return collate_samples(samples, keys if names is None else names, collate_fn, collate)
+            return collate_samples(samples, names, self._collate_fn, self._collate)
         finally:
             sample.name = name
 
-    def load(self, keys: Any, names: Sequence[Any] | None = None) -> Any:
-        """The samples, not collated."""
+    def load(self, keys: Any, names: Sequence[Any] | None = None, left_out: list[LeftOut] | None = None) -> Any:
+        """The samples, not collated. Those that are left out have something in their places, and are in `left_out`."""
         sample = current_sample.get()
         name = None if sample is None else sample.name
         try:
-            return self._load(keys, keys if names is None else names, sample)
+            return self._load(keys, keys if names is None else names, sample, [] if left_out is None else left_out)
         finally:
             if sample is not None:
                 sample.name = name
 
-    def _load(self, keys: Any, names: Sequence[Any], sample: SampleContext | None) -> Any:
+    def _load(self, keys: Any, names: Sequence[Any], sample: SampleContext | None, left_out: list[LeftOut]) -> Any:
         """The samples of a batch; `sample` is told which one is at hand."""
         dataset = self._dataset
         many = getattr(dataset, "__getitems__", None) or None  # torch also looks whether it is true
@@ -102,18 +123,27 @@ class FetchBatch(Holds):
                 sample.name = several
             try:
                 together = copy_context().run(many, keys)
-            except Exception:
-                if not several.asked:
+            except Exception as error:
+                if not several.asked and not isinstance(error, self._leaves_out):
                     raise
             else:
                 if not several.asked:
                     return together
-            self._singly = True
+            self._singly = several.asked
         samples: list[Any] = []
         if sample is not None:
             sample.name = BatchBeingLoaded(names, samples)
-        isolated(_load_some, dataset, many, iter(keys), samples)
+        if self._leaves_out:
+            isolated(_load_some_of, dataset, many, iter(keys), samples, self._leaves_out, left_out)
+        else:
+            isolated(_load_some, dataset, many, iter(keys), samples)
         return samples
+
+
+def _without(left_out: list[LeftOut], samples: list[Any]) -> list[Any]:
+    """`samples`, or their names, without those that are left out."""
+    out = {one.at for one in left_out}
+    return [sample for at, sample in enumerate(samples) if at not in out]
 
 
 def _load_some(
@@ -136,15 +166,49 @@ def _load_some(
     return False
 
 
+def _load_some_of(
+    context: Context,
+    clean: Context,
+    dataset: Any,
+    many: Callable[[Any], Any] | None,
+    keys: Any,
+    samples: list[Any],
+    leaves_out: Errors,
+    left_out: list[LeftOut],
+) -> bool:
+    """The same, and samples that fail with certain errors are left out; None is in their places meanwhile."""
+    key = None
+    began = perf_counter()
+    try:
+        for key in keys:
+            try:
+                samples.append(dataset[key] if many is None else _one_of(many([key])))
+            except leaves_out as error:
+                left_out.append(LeftOut(len(samples), error, perf_counter() - began))
+                samples.append(None)
+            began = perf_counter()
+            try:
+                if context != clean:
+                    return True
+            except Exception:
+                return True
+    except Exception as error:
+        add_note(error, f"aioloader: dataset index {safe_repr(key)}, sample {len(samples)} of its batch")
+        raise
+    return False
+
+
 class FetchAsync:
     """The same for an async `__getitems__`, without collating.
 
     Args:
         many: It.
+        leaves_out: See `FetchBatch`.
     """
 
-    def __init__(self, many: Callable[[Any], Awaitable[Any]]) -> None:
+    def __init__(self, many: Callable[[Any], Awaitable[Any]], leaves_out: Errors = ()) -> None:
         self._many = many
+        self._leaves_out = leaves_out
         self._singly = False
 
     async def __call__(self, keys: Any) -> Any:
@@ -155,18 +219,26 @@ class FetchAsync:
             sample.name = several = BulkLoad()
             try:
                 together = await self._many(keys)
-            except Exception:
-                if not several.asked:
+            except Exception as error:
+                if not several.asked and not isinstance(error, self._leaves_out):
                     raise
             else:
                 if not several.asked:
                     return together
-            self._singly = True
+            self._singly = several.asked
         samples: list[Any] = []
+        left_out: list[LeftOut] = []
         sample.name = BatchBeingLoaded(keys, samples)
         for key in keys:
-            samples.append(_one_of(await self._many([key])))
-        return samples
+            began = perf_counter()
+            try:
+                samples.append(_one_of(await self._many([key])))
+            except self._leaves_out as error:
+                left_out.append(LeftOut(len(samples), error, perf_counter() - began))
+                samples.append(None)
+        if not left_out:
+            return samples
+        return Partial(_without(left_out, samples) or NO_SAMPLES, left_out, "dataset.__getitems__")
 
 
 def _one_of(loaded: Any) -> Any:

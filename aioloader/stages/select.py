@@ -10,7 +10,7 @@ from aioloader.stages.base import FoldStage, Pass
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
 
-__all__ = ["Enumerate", "Skip", "Take"]
+__all__ = ["Enumerate", "SkipFirst", "Take"]
 
 
 class _EachFold:
@@ -91,7 +91,7 @@ class _TakeFold(_EachFold):
 
 
 @dataclass(frozen=True)
-class Skip(FoldStage):
+class SkipFirst(FoldStage):
     """All but the first `n` entries. Cursor: that of the entry, and how many were left out."""
 
     n: int

@@ -7,8 +7,10 @@ under way at once and the first batch does not wait for the last.
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aioloader.core.entry import Entry
+from aioloader.core.entry import Entry, failed_in, presentable
+from aioloader.core.policies import Errors
 from aioloader.engine.node import Fold, FoldNode
+from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.batch import CollateWith
 from aioloader.stages.group import Group, group_entries
@@ -85,9 +87,15 @@ class _SplitFold:
 
 @dataclass(frozen=True)
 class JoinBatches(FoldStage):
-    """The groups that `SplitBatches` took apart. Cursor: that of the batch."""
+    """The groups that `SplitBatches` took apart. Cursor: that of the batch.
+
+    Args:
+        collate: How a group becomes a batch.
+        leaves_out: Samples that failed with such errors are left out of their group, which is a `Partial` then.
+    """
 
     collate: CollateWith
+    leaves_out: Errors = ()
 
     exact_in_any_order = True
 
@@ -99,7 +107,7 @@ class JoinBatches(FoldStage):
         raise UnknownLengthError("the batch sampler decides how many samples a batch has")
 
     def fold(self, this_pass: Pass) -> Fold:
-        return _JoinFold()
+        return _JoinFold(self.leaves_out)
 
     def build(self, builder: Builder) -> None:
         checks = builder.fused.checks
@@ -110,7 +118,8 @@ class JoinBatches(FoldStage):
 class _JoinFold:
     full = False
 
-    def __init__(self) -> None:
+    def __init__(self, leaves_out: Errors) -> None:
+        self._leaves_out = leaves_out
         self._pending: list[Entry] = []
         self._size = 1  # of the batch before: most are as long
 
@@ -138,10 +147,35 @@ class _JoinFold:
         if isinstance(self._pending[0].error, _EmptyBatchError):
             group = Entry(Group([], [], []), self._pending[0].cursor, [], self._pending[0].position)
         else:
+            left_out = self._left_out()
+            stage = failed_in(self._pending[left_out[0].at]) if left_out else ""
+            for one in left_out:
+                self._pending[one.at].error = None  # else all of them would fail with it
             group = group_entries(self._pending)
+            if left_out and group.error is None:
+                group.value = self._partial(group, left_out, stage)
             self._size = len(self._pending)
         self._pending = []
         return group
+
+    def _left_out(self) -> list[LeftOut]:
+        """The samples of a batch that are left out of it; none, where another one makes the whole batch fail."""
+        found = []
+        for at, entry in enumerate(self._pending):
+            error = entry.error
+            if error is not None and not isinstance(presentable(error), self._leaves_out):
+                return []
+            if error is not None:
+                found.append(LeftOut(at, error, getattr(entry, "seconds", None), entry.attempts))
+        return found
+
+    @staticmethod
+    def _partial(group: Entry, left_out: list[LeftOut], stage: str) -> Partial:
+        out = {one.at for one in left_out}
+        good = [at for at in range(len(group.value.samples)) if at not in out]
+        samples, keys = group.value.samples, group.value.keys
+        rest = Group([samples[at] for at in good], [keys[at] for at in good]) if good else NO_SAMPLES
+        return Partial(rest, left_out, stage)
 
 
 class _EmptyBatchError(Exception):

@@ -2,6 +2,7 @@
 
 from aioloader.testing.device import FakeBackend, FakeEvent
 from aioloader.testing.device_streams import FakeStream, Launch
+from aioloader.testing.fault_plan import Fault, FaultError, FaultPlan
 from aioloader.testing.faulty import FaultySource, SyncFaultySource
 from aioloader.testing.gate import Gate
 from aioloader.testing.ordering import virtual_order
@@ -12,6 +13,9 @@ __all__ = [
     "FakeBackend",
     "FakeEvent",
     "FakeStream",
+    "Fault",
+    "FaultError",
+    "FaultPlan",
     "FaultySource",
     "Gate",
     "Launch",
