@@ -15,7 +15,7 @@ from aioloader.core.entry import LAST, ONE_LOST, Entry, annotate, failed_in, pla
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip
 from aioloader.engine.node import Fold, FoldNode, Kick, Node
-from aioloader.errors import TooManySkippedError
+from aioloader.errors import NothingPassesError, TooManySkippedError
 from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
 from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import StageMeter
@@ -137,7 +137,12 @@ class SkipRule(Fold):
         return too_many is not None
 
     def _is_meant(self, error: BaseException) -> bool:
-        """Whether the consumer would get an error of the kind: never a `KeyboardInterrupt` or `SystemExit`."""
+        """Whether the consumer would get an error of the kind: never a `KeyboardInterrupt` or `SystemExit`.
+
+        Nor what says that an epoch makes no sense any more: without it, that would go on for ever.
+        """
+        if isinstance(error, NothingPassesError | TooManySkippedError):
+            return False
         return isinstance(error, self._skip.on) or isinstance(presentable(error), self._skip.on)
 
     def _came(self, good: int) -> None:
