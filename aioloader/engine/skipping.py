@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.cursors import as_count, cursor_parts
@@ -214,12 +215,13 @@ class SkipSamplesRule(SkipRule):
         self._batch_size = batch_size
 
     def _keeps(self, entry: Entry) -> bool:
-        count = len(entry.key) if isinstance(entry.key, list | tuple) else 1
         if type(entry.value) is not Partial:
-            self._came(count)
+            self._came(len(_keys_of(entry)))
             return True
         partial, entry.value = entry.value, None
-        keys, places = list(entry.key), self._places(entry, count)
+        keys = _keys_of(entry)
+        count = len(keys)
+        places = self._places(entry, count)
         after = 0  # the number of the sample that comes next
         for left_out in partial.left_out:
             at = left_out.at
@@ -248,6 +250,12 @@ class SkipSamplesRule(SkipRule):
             return [None] * count
         first = entry.position * self._batch_size
         return list(range(first, first + count))
+
+
+def _keys_of(batch: Entry) -> list[Any]:
+    """The keys of a batch's samples: a sampler may give them as a list, a range, a tensor."""
+    key = batch.key
+    return list(key) if isinstance(key, Iterable) and not isinstance(key, str | bytes) else [key]
 
 
 class SkipNode(FoldNode):
