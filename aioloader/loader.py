@@ -694,7 +694,7 @@ class Loader(LoaderHooks):
 
     def stats(self) -> Stats:
         """A frozen snapshot of the newest epoch, running or over; zeros before the first."""
-        return snapshot(self._epoch, self._meters, self._consumer)
+        return snapshot(self._epoch, self._meters, self._consumer, paused=bool(self._pauses))
 
     def explain(self) -> str:
         """One sentence that names what limits the loader, and the numbers it is drawn from."""

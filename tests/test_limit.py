@@ -448,12 +448,13 @@ def test_a_hot_stage_starves_no_other(kind: str) -> None:
             yield number
             number += 1
 
-    hot = Pipeline(endless).map(counter.function(kind), concurrency=limit)
+    hot = iter(Pipeline(endless).map(counter.function(kind), concurrency=limit))
+    assert next(hot) == 0
     reader = Started(lambda: sum(1 for _ in hot))
     other = Pipeline(range(100)).map(counter.function(kind), concurrency=limit)
     assert list(other) == list(range(100))
     stop.set()
-    assert reader.outcome() > 0
+    reader.outcome()
     assert counter.most == 1
 
 

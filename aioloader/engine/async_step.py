@@ -182,6 +182,7 @@ class AsyncStep(Step):
         self._samples.add(sample)
         clean = context.copy()
         fresh, stamps, consumer = self.fresh, self.stamps, run.consumer
+        batches = 0
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
         woken = began = sample.since = self._counted(0, 0.0)
@@ -215,9 +216,10 @@ class AsyncStep(Step):
             entry = inbox.popleft()
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
+                batches = consumer.batches
                 self._runs(me)
             if fresh or (stamps and entry.begun < 0):
-                entry.begun = consumer.batches
+                entry.begun = batches
             sample.name = entry
             try:
                 result = await fn(entry.value)
@@ -232,12 +234,14 @@ class AsyncStep(Step):
                 began, count = self._counted(count + 1, began), -1  # which is 0 in a moment
                 entry.seconds = began - sample.since
                 sample.since, resumed = began, True
+                entry.since = began
                 self._fail(entry, failure, self.meter.name)
                 del failure
             else:
                 if self._runner is not me:  # it has suspended: what follows happens now
                     began, count = self._counted(count + 1, began), -1
                     sample.since, resumed = began, True
+                    entry.since = began
                 if dropped:
                     self._drop(entry, nothing=entry.value is None)
                 else:

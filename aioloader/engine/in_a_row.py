@@ -43,6 +43,7 @@ class InARow:
         self._row = filters[0].address
         self._mark = "in a row " + ".".join(map(str, self._row))
         self._counts = [0] * len(filters)
+        self._most = [op.max_dropped_in_a_row or 0 for op in filters]
 
     def resume(self, cursor: Any) -> Any:
         """Go on after the sample with `cursor`; returns the cursor for the nodes before."""
@@ -67,7 +68,7 @@ class InARow:
 
     def leave(self, entries: list[Entry]) -> int:
         """Count `entries`, which leave in this order; returns how many of those that were dropped fail instead."""
-        counts = self._counts
+        counts, most, row = self._counts, self._most, self._row
         none = [0] * len(counts)
         failed = 0
         for entry in entries:
@@ -75,34 +76,34 @@ class InARow:
                 counts[:] = none
                 continue
             stop: Stop | None = stop_of(entry)
-            if stop is not None and stop.row == self._row:
-                counts[: stop.passed] = none[: stop.passed]
-                if stop.counts and entry.state == DROPPED:
-                    failed += self._refused(entry, stop.passed)
+            if stop is not None and stop.row == row:
+                _, passed, refuses = stop
+                if passed:
+                    counts[:passed] = none[:passed]
+                if refuses and entry.state == DROPPED:
+                    counts[passed] += 1
+                    if counts[passed] > most[passed]:
+                        self._fail(entry, passed)
+                        failed += 1
             if entry.error is not None and self._in_cursors and any(counts):
                 entry.cursor = (self._mark, entry.cursor, *counts)
         return failed
 
-    def _refused(self, entry: Entry, number: int) -> bool:
-        """Filter `number` has refused `entry`; whether that was one too many."""
-        counts, op = self._counts, self._filters[number]
-        most = op.max_dropped_in_a_row
-        counts[number] += 1
-        if most is None or counts[number] <= most:
-            return False
+    def _fail(self, entry: Entry, number: int) -> None:
+        """`entry` is one too many for filter `number`."""
+        op, count = self._filters[number], self._counts[number]
         error = NothingPassesError(
-            f"{op.label} has refused {counts[number]:,} samples in a row, the last one with key "
-            f"{safe_repr(entry.key)}, and max_dropped_in_a_row={most} allows no more; look at what it gets and why it "
-            f"refuses that, or allow more"
+            f"{op.label} has refused {count:,} samples in a row, the last one with key {safe_repr(entry.key)}, and "
+            f"max_dropped_in_a_row={self._most[number]} allows no more; look at what it gets and why it refuses that, "
+            f"or allow more"
         )
-        counts[number] = 0
+        self._counts[number] = 0
         annotate(error, op.label, entry, self._run.epoch)
         entry.error = error
         entry.state = DONE
         meter = max((meter for meter in self._meters if meter.address <= op.address), key=_address)
         meter.errors += 1
         self._window.failed()
-        return True
 
 
 def _address(meter: StageMeter) -> Address:

@@ -113,9 +113,10 @@ class SyncStep(Step):
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
-        self._window.now = perf_counter()
+        now = self._window.now = perf_counter()
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):
+            entry.since = now
             if type(outcome) is Refusal:
                 if outcome.stop is not None:
                     entry.stop = outcome.stop

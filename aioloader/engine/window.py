@@ -241,7 +241,7 @@ class Window(Node):
             self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
         if taken and self._waits is not None and not self.hands_out:
-            self._waits.took(perf_counter(), [entry.since for entry in taken])
+            self._waits.took(perf_counter(), taken)
         if self._room is not None and self._room.weighs:
             self._room.gave(taken)
         if self.admission is not None:
@@ -533,7 +533,7 @@ class Window(Node):
             if not run:
                 return
         self._occupied += len(run)
-        self.now = perf_counter()
+        now = self.now = perf_counter()
         if self.ordered:
             if self._room is not None and (growth := self._room.growth) is not None:
                 growth.came(len(run), len(self._slots))
@@ -551,6 +551,7 @@ class Window(Node):
         if run:
             for entry in run:
                 entry.state = UNDER_WAY
+                entry.since = now  # as far as is known: a call that takes its time says when it is over
             self.under_way += len(run)
             self._steps[0].take_in(run)
 
@@ -583,7 +584,6 @@ class Window(Node):
 
     def finished(self, entry: Entry) -> None:
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
-        entry.since = self.now
         if entry.state == UNDER_WAY:
             entry.state = DONE
         elif entry.state == DROPPED:

@@ -49,7 +49,7 @@ class Call:
     stop: Stop | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Refusal:
     """The outcome of a sample that a predicate dropped.
 

@@ -29,6 +29,8 @@ def now(stats: Stats) -> str | None:
     at_work = [*_left_out(stats), *_under_way(stats)]
     sources = [stage for stage in stats.stages if _is_source(stage) and stage.under_way]
     numbers = f"({_many(stats.batches, 'batch', 'batches')} in {stats.seconds:.2f} s)"
+    if stats.paused:
+        at_work.insert(0, "the loader is paused, and no sample begins")
     if sources and not at_work and all(stage.live for stage in sources):
         whose = "The source is" if len(sources) == 1 else "The sources are"
         since = "; ".join(_gives_nothing(stage, named=len(sources) > 1) for stage in sources)

@@ -103,6 +103,7 @@ class Stats:
             `async for` it includes your own code. 0 where there is no loop, or the system does not measure it.
         stages: In the order of the pipeline.
         waiting_seconds: How long the consumer has been waiting for a batch, now; 0.0 if it does not wait.
+        paused: Whether no sample begins now, see `paused()`.
     """
 
     epoch: int | None
@@ -114,16 +115,19 @@ class Stats:
     loop_cpu_fraction: float
     stages: tuple[StageStats, ...]
     waiting_seconds: float = 0.0
+    paused: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain dictionaries, lists and numbers."""
         return asdict(self)
 
 
-def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: ConsumerMeter | None) -> Stats:
+def snapshot(
+    epoch: int | None, meters: Iterable[StageMeter], consumer: ConsumerMeter | None, *, paused: bool = False
+) -> Stats:
     """The current values of the counters."""
     if consumer is None or consumer.began is None:
-        return Stats(epoch, 0.0, None, 0, 0.0, 0.0, 0.0, ())
+        return Stats(epoch, 0.0, None, 0, 0.0, 0.0, 0.0, (), paused=paused)
     seconds = (consumer.ended or perf_counter()) - consumer.began
     steady = seconds - (consumer.first_after_seconds or 0.0)
     waited = consumer.waited_seconds / steady if consumer.batches > 1 and steady > 0 else 0.0
@@ -137,6 +141,7 @@ def snapshot(epoch: int | None, meters: Iterable[StageMeter], consumer: Consumer
         loop_cpu_fraction=min(1.0, consumer.loop.seconds() / seconds) if consumer.loop is not None and seconds else 0.0,
         stages=tuple(_stage(meter, seconds) for meter in list(meters)),
         waiting_seconds=consumer.waiting_seconds,
+        paused=paused,
     )
 
 

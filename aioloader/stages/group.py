@@ -52,9 +52,10 @@ def group_entries(entries: list[Entry]) -> Entry:
     group.places = places
     group.begun = begun[0]
     group.begun_each = begun
-    if attempts := [entry.attempts for entry in entries if entry.attempts > 1]:
-        group.attempts = max(attempts)
-    failed = [entry for entry in entries if entry.error is not None]
+    odd = [entry for entry in entries if entry.error is not None or entry.attempts > 1]  # most often none
+    if odd:
+        group.attempts = max(entry.attempts for entry in odd)
+    failed = [entry for entry in odd if entry.error is not None]
     if failed:
         group.value = None
         group.error = first = failed[0].error
