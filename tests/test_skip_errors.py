@@ -87,6 +87,17 @@ def test_after_batch_a_batch_is_left_out(face: Face) -> None:
     assert stage_of(loader, "collate").room == 3
 
 
+@on_both_faces
+@pytest.mark.parametrize("before", [True, False])
+def test_without_prefetch_the_next_one_is_begun_in_its_place(face: Face, before: bool) -> None:
+    """Nothing is held ahead, and whoever asked is not left waiting when what came was left out."""
+    loader = Pipeline(range(40)).map(fetch)
+    loader = loader.skip_errors().batch(4) if before else loader.batch(4).skip_errors()
+    whole = [keys for keys in cut(list(range(40)), 4) if not set(keys) & set(BAD)]
+    batches = [batch.tolist() for batch in collect(loader.prefetch(0), face)]
+    assert batches == (cut(good(40), 4) if before else whole)
+
+
 def made_in(executor: str) -> Pipeline:
     keys = Pipeline(range(60))
     match executor:
@@ -475,6 +486,14 @@ def test_max_staleness_lets_others_begin_in_their_place(face: Face) -> None:
             left_out = stage_of(loader).skipped
             assert len(gate.arrived) <= (number + 1) * 4 + left_out
         assert steps.rest() == []
+
+
+@on_both_faces
+def test_max_staleness_reaches_into_a_process_of_its_own(face: Face) -> None:
+    """What is left out there is not waited for here."""
+    with Pipeline(range(40)).map(fails_by_seven).skip_errors().in_process().batch(4).max_staleness(1) as loader:
+        expected = cut([key for key in range(40) if key % 7 != 3], 4)
+        assert [batch.tolist() for batch in collect(loader, face)] == expected
 
 
 @on_both_faces
