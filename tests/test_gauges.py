@@ -534,6 +534,15 @@ def test_a_drop_in_knows_the_ages_of_its_samples() -> None:
 WORKER_TYPES: tuple[Literal["thread", "process"], ...] = ("thread", "process")
 
 
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_sample_from_a_cache_begins_when_it_is_looked_up(tmp_path: Path, where: str) -> None:
+    loader = Pipeline(range(12)).map(abs)
+    loader = loader.cache(memory_bytes=1 << 20) if where == "memory" else loader.cache(disk=tmp_path)
+    for _ in range(2):
+        infos = [info for _, info in collect(loader.batch(2).max_staleness(0).with_info(), "for")]
+        assert [info.ages for info in infos] == [(0, 0)] * 6
+
+
 @on_both_faces
 def test_a_sample_that_is_begun_again_is_young_again(face: Face) -> None:
     gate = Gate()

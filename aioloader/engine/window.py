@@ -350,7 +350,7 @@ class Window(Node):
 
     def handed_out(self, entry: Entry, now: float) -> None:
         """The consumer has it, at `now`; in its thread."""
-        if self._waits is not None and entry.state in (DONE, UNDER_WAY):
+        if self._waits is not None and entry.state < DROPPED:
             self._waits.took_one(now, entry.since)
 
     @property
