@@ -93,7 +93,8 @@ class Guard:
     The story of a second call. It runs in a task of its own. Whichever has a result first wins: if it is the second
     one, the first is cancelled as above, and comes to the other's result; if it is the first one, the second is
     cancelled and awaited. One that fails does not win: the other goes on, and if both fail the first one's error
-    counts. It takes a place of the stage's concurrency: the next one that is free, before samples that wait.
+    counts. It takes a place of the stage's concurrency: the next one that is free, before samples that wait. Under a
+    `Limit` there is one only where a slot is free that no other call waits for.
 
     Args:
         fn: The user's function.
@@ -295,6 +296,9 @@ class Guard:
             call.task.cancel()
 
     def _begin_twin(self, call: GuardedCall) -> None:
+        slots = self._step.slots
+        if slots is not None and not slots.take_free():
+            return
         self._step.meter.hedges += 1
         self._twins += 1
         call.twin = self._run.begin(self.fn, call.value, context=call.context)
@@ -302,6 +306,8 @@ class Guard:
         call.twin.add_done_callback(lambda twin: self._twin_done(call, number, twin))
 
     def _twin_done(self, call: GuardedCall, number: int, twin: "Task[Any]") -> None:
+        if self._step.slots is not None:
+            self._step.slots.release()
         self._twins -= 1
         self.left()
         if _won(twin) and call.active and call.calls == number:

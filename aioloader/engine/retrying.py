@@ -5,7 +5,7 @@ While they wait they keep their slots in the window, and take no concurrency fro
 
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -110,6 +110,9 @@ class Retrying:
 class Tap:
     """Lets entries into the inbox of a step as its rate allows, and no sooner than it can begin on them.
 
+    In a pause, what waits for the first step of a window has not begun, and stays here. What waits for a later one is
+    under way, and goes on.
+
     Args:
         rate: The rate, which other steps may share.
         step: The step.
@@ -122,11 +125,20 @@ class Tap:
         self._timer: TimerHandle | None = None
         self._pumping = False
 
-    def add(self, entries: Iterable[Entry]) -> None:
+    def add(self, entries: Sequence[Entry]) -> None:
         """These come to the step."""
-        before = len(self._waiting)
         self._waiting.extend(entries)
-        self._step.set_aside(len(self._waiting) - before)
+        if self._step.paused:
+            self._step.set_aside(len(entries))
+        self.pump()
+
+    def hold(self) -> None:
+        """The step pauses."""
+        self._step.set_aside(len(self._waiting))
+
+    def let_go(self) -> None:
+        """The step goes on."""
+        self._step.set_aside(-len(self._waiting))
         self.pump()
 
     def pump(self) -> None:
@@ -141,7 +153,6 @@ class Tap:
                     self._timer = step.later(seconds, self._rung)
                     return
                 step.inbox.append(self._waiting.popleft())
-                step.set_aside(-1)
                 step.dispatch()
         finally:
             self._pumping = False

@@ -109,11 +109,11 @@ class Step(ABC):
 
     def take_in(self, entries: Sequence[Entry]) -> None:
         """Begin on entries that come into the window, or come again."""
-        if self.paused:
+        if self.tap is not None:
+            self.tap.add(entries)
+        elif self.paused:
             self._aside.extend(entries)
             self._window.set_aside(len(entries))
-        elif self.tap is not None:
-            self.tap.add(entries)
         else:
             self.inbox.extend(entries)
             self.dispatch()
@@ -192,14 +192,19 @@ class Step(ABC):
         """Begin no entry, until `let_go`. Those that are under way go on."""
         self.paused = True
         self._set_aside()
+        if self.tap is not None:
+            self.tap.hold()
 
     def let_go(self) -> None:
         """Begin entries again."""
         self.paused = False
         waiting, self._aside = self._aside, deque()
-        if waiting:
+        if waiting:  # a tap has let them in already
             self._window.set_aside(-len(waiting))
-            self.take_in(waiting)
+            self.inbox.extend(waiting)
+            self.dispatch()
+        if self.tap is not None:
+            self.tap.let_go()
 
     def _set_aside(self) -> None:
         """Move what is in the inbox to where nobody begins it; what comes back from a hop comes here, too."""
