@@ -23,7 +23,8 @@ from aioloader.core.checks import (
 )
 from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
-from aioloader.core.policies import Hedge, Rate, Retry, check_policies
+from aioloader.core.policies import Hedge, Retry, check_policies
+from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses

@@ -5,19 +5,20 @@ While they wait they keep their slots in the window, and take no concurrency fro
 
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from aioloader.core.entry import Entry, tries_of
-from aioloader.core.policies import Budget, Rate, Retry
+from aioloader.core.policies import Budget, Retry
+from aioloader.core.rate import Rate
 from aioloader.core.safe_text import add_note
 
 if TYPE_CHECKING:
     from aioloader.engine.steps import Step
 
-__all__ = ["Retrying", "Tap"]
+__all__ = ["Retrying", "Tap", "Turn"]
 
 
 class Retrying:
@@ -64,9 +65,13 @@ class Retrying:
             step.meter.retries += 1
             self._wait(entry, now + retry.seconds_before(done + 1, error))
             return True
-        if why:
-            add_note(error, f"aioloader: {why}")
+        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
+            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
         return False
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
 
     def _wait(self, entry: Entry, until: float) -> None:
         self._number += 1
@@ -92,7 +97,7 @@ class Retrying:
         self._set_timer()
         if due:
             self._step.set_aside(-len(due))
-            self._step.take_in(due)
+            self._step.take_back(due)
 
     def pause(self, *, paused: bool) -> None:
         """Let nobody be tried again, or go on with that."""
@@ -107,6 +112,52 @@ class Retrying:
         self._waiting.clear()
 
 
+class Turn:
+    """The turn of one call at a rate: asked for ahead, and used once.
+
+    Args:
+        rate: The rate.
+        step: Whose timers tell.
+        come: Called when it is there.
+    """
+
+    def __init__(self, rate: Rate, step: "Step", come: Callable[[], None]) -> None:
+        self._rate = rate
+        self._step = step
+        self._come = come
+        self._taken = False
+        self._timer: TimerHandle | None = None
+
+    def ready(self) -> bool:
+        """Whether a call may begin now; else `come` is called when one may."""
+        if self._timer is not None:
+            return False
+        if not self._taken:
+            seconds = self._rate.take()
+            self._taken = True
+            if seconds:
+                self._timer = self._step.later(seconds, self._rung)
+                return False
+        return True
+
+    def use(self) -> None:
+        """The call begins."""
+        self._taken = False
+
+    def give_back(self) -> None:
+        """There is none to begin."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._taken:
+            self._taken = False
+            self._rate.give_back()
+
+    def _rung(self) -> None:
+        self._timer = None
+        self._come()
+
+
 class Tap:
     """Lets entries into the inbox of a step as its rate allows, and no sooner than it can begin on them.
 
@@ -118,41 +169,44 @@ class Tap:
     def __init__(self, rate: Rate, step: "Step") -> None:
         self.rate = rate
         self._step = step
+        self._turn = Turn(rate, step, self.pump)
         self._waiting: deque[Entry] = deque()
-        self._timer: TimerHandle | None = None
         self._pumping = False
+        self._paused = False
 
-    def add(self, entries: Iterable[Entry]) -> None:
-        """These come to the step."""
-        before = len(self._waiting)
-        self._waiting.extend(entries)
-        self._step.set_aside(len(self._waiting) - before)
+    def add(self, entries: Sequence[Entry], *, first: bool = False) -> None:
+        """These come to the step; they go `first`, or last."""
+        if first:
+            self._waiting.extendleft(reversed(entries))
+        else:
+            self._waiting.extend(entries)
+        self._step.set_aside(len(entries))
         self.pump()
 
-    def pump(self) -> None:
-        """The step can begin on more, perhaps."""
+    def pump(self, *, at_hand: bool = False) -> None:
+        """The step can begin on more, perhaps; `at_hand`: whoever calls this begins on one."""
         if self._pumping:  # it has let one in, and the step has begun on that at once
             return
         self._pumping = True
         step = self._step
         try:
-            while self._waiting and self._timer is None and step.has_place and not (step.paused or step.closed):
-                if seconds := self.rate.take():
-                    self._timer = step.later(seconds, self._rung)
+            while self._waiting and not (self._paused or step.paused or step.closed):
+                if not (step.has_place or (at_hand and not step.inbox)) or not self._turn.ready():
                     return
+                self._turn.use()
                 step.inbox.append(self._waiting.popleft())
                 step.set_aside(-1)
                 step.dispatch()
         finally:
             self._pumping = False
 
-    def _rung(self) -> None:
-        self._timer = None
-        self.pump()
+    def pause(self, *, paused: bool) -> None:
+        """Let nobody in, or go on with that."""
+        self._paused = paused
+        if not paused:
+            self.pump()
 
     def close(self) -> None:
         """Nobody is let in any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._turn.give_back()
         self._waiting.clear()

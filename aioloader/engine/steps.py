@@ -109,13 +109,21 @@ class Step(ABC):
 
     def take_in(self, entries: Sequence[Entry]) -> None:
         """Begin on entries that come into the window, or come again."""
-        if self.paused:
+        if self.tap is not None:
+            self.tap.add(entries)
+        elif self.paused:
             self._aside.extend(entries)
             self._window.set_aside(len(entries))
-        elif self.tap is not None:
-            self.tap.add(entries)
         else:
             self.inbox.extend(entries)
+            self.dispatch()
+
+    def take_back(self, entries: Sequence[Entry]) -> None:
+        """Begin on entries that have waited beside the inbox, since they are older than what is in it. Not paused."""
+        if self.tap is not None:
+            self.tap.add(entries, first=True)
+        else:
+            self.inbox.extendleft(reversed(entries))
             self.dispatch()
 
     def close(self) -> None:
@@ -162,10 +170,17 @@ class Step(ABC):
 
     def _use(self, slots: Slots) -> None:
         self._follow(slots)
+        if self.tap is not None:
+            self.tap.pump()
         if self.inbox:
             self.dispatch()
         if not self._coming_for_slots:
-            slots.give_back(waits=bool(self.inbox))
+            slots.give_back(waits=self._wants_slots)
+
+    @property
+    def _wants_slots(self) -> bool:
+        """Whether calls wait for a slot."""
+        return bool(self.inbox)
 
     @property
     def _coming_for_slots(self) -> bool:
@@ -199,7 +214,7 @@ class Step(ABC):
         waiting, self._aside = self._aside, deque()
         if waiting:
             self._window.set_aside(-len(waiting))
-            self.take_in(waiting)
+            self.take_back(waiting)
 
     def _set_aside(self) -> None:
         """Move what is in the inbox to where nobody begins it; what comes back from a hop comes here, too."""

@@ -310,21 +310,23 @@ class Window(Node):
 
     def pause(self) -> None:
         self._paused = True
-        self._pause_retrying()
         if not self._closed:
+            self._pause_what_waits()
             self._steps[0].hold()
 
     def go_on(self) -> None:
         self._paused = False
-        self._pause_retrying()
         if not self._closed:
             self._steps[0].let_go()
+            self._pause_what_waits()
             self.wake()
 
-    def _pause_retrying(self) -> None:
+    def _pause_what_waits(self) -> None:
+        """Before any of the steps: for its next attempt, or its turn at a rate. It is aside as it is."""
         for step in self._parts:
-            if step.retrying is not None:
-                step.retrying.pause(paused=self._paused)
+            for waiting in (step.retrying, step.tap):
+                if waiting is not None:
+                    waiting.pause(paused=self._paused)
 
     def set_aside(self, count: int) -> None:
         """`count` entries that came in turn out not to have begun; negative: they may begin again."""
@@ -466,7 +468,8 @@ class Window(Node):
         """How many more entries may come in, see `Growth`."""
         if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
             return 0
-        idle = room.width - self.under_way
+        resting = sum(len(step.retrying) for step in self._parts if step.retrying is not None)
+        idle = room.width - self.under_way + resting
         if self._slots[0].state or idle <= 0:
             return 0
         if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
