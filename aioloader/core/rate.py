@@ -74,20 +74,31 @@ class Rate:
             now = monotonic()
             self._fill(now)
             self._tokens -= 1.0
-            self._took(now, waits=self._tokens < 0.0)
+            self._took(now, 1, waits=self._tokens < 0.0)
             return max(0.0, -self._tokens / self._per_second)
 
-    def give_back(self) -> None:
-        """A call did not begin for which there was a token."""
+    def take_ready(self, most: int) -> int:
+        """Take tokens for calls that begin now, as many as there are, up to `most`. Safe in any thread."""
         with self._lock:
-            self._tokens += 1.0
+            now = monotonic()
+            self._fill(now)
+            count = max(0, min(most, int(self._tokens)))
+            self._tokens -= count
+            if count:
+                self._took(now, count)
+            return count
+
+    def give_back(self, count: int = 1) -> None:
+        """Calls did not begin for which there were tokens. Safe in any thread."""
+        with self._lock:
+            self._tokens += count
 
     def _fill(self, now: float) -> None:
         self._tokens = min(float(self.burst), self._tokens + (now - self._filled) * self._per_second)
         self._filled = now
 
-    def _took(self, now: float, *, waits: bool) -> None:
-        """A call begins, at once or, if it `waits`, later."""
+    def _took(self, now: float, count: int, *, waits: bool = False) -> None:
+        """So many calls begin, at once or, if they have to wait, later."""
 
     def failed(self, error: BaseException) -> None:
         """A call has failed."""
@@ -149,11 +160,11 @@ class AdaptiveRate(Rate):
         self._in_a_row = 0  # refusals, each soon after the one before
         self._begun = self._begun_before = 0  # in this second, and in the one before
 
-    def _took(self, now: float, *, waits: bool) -> None:
+    def _took(self, now: float, count: int, *, waits: bool = False) -> None:
         if now - self._second >= 1.0:
             self._begun_before = self._begun if now - self._second < 2.0 else 0
             self._begun, self._second = 0, now
-        self._begun += 1
+        self._begun += count
         pace = self._pace
         if pace is HOLDING and now - self._refused >= QUIET_SECONDS:
             pace = CLIMBING

@@ -95,10 +95,13 @@ class AsyncStep(Step):
         return cheap_samples(self.meter)
 
     @property
-    def has_place(self) -> bool:
-        if self.inbox or (self._guard is not None and self._guard.full):
-            return False
-        return bool(self._idle) or self._workers < self.concurrency
+    def free_places(self) -> int:
+        if self.inbox:
+            return 0
+        free = self.concurrency - self._workers + len(self._idle) + self.extra_room  # such as take no time to speak of
+        if self._guard is not None:
+            free = min(free, self.concurrency - self._guard.busy + self.extra_room)
+        return free if self.slots is None else min(free, 1)
 
     def at_hand(self) -> list[tuple[Any, float]]:
         # The name is read before the time, and a worker writes the time first: it is never older than its sample.

@@ -36,22 +36,21 @@ class GuardedCall:
     """The calls of one worker, one after the other. Called and awaited like the user's function.
 
     Attributes:
-        active: A call is under way, which began at `began` with `value`.
+        began: When the call under way began; `inf` if there is none.
         cancelled: By us: its time is up, or the second call has a result.
         twin: The second call.
         calls: How many there have been.
         hedged: The number of the last one that has had its chance of a second call.
+        sample: Of the worker; tells what is called with.
     """
 
-    __slots__ = ("active", "began", "calls", "cancelled", "guard", "hedged", "sample", "task", "twin", "value")
+    __slots__ = ("began", "calls", "cancelled", "guard", "hedged", "sample", "task", "twin")
 
     def __init__(self, guard: "Guard", task: "Task[Any]", sample: SampleContext) -> None:
         self.guard = guard
         self.task = task
         self.sample = sample
-        self.active = False
-        self.began = 0.0
-        self.value: Any = None
+        self.began = inf
         self.calls = 0
         self.hedged = 0
         self.cancelled = False
@@ -61,34 +60,29 @@ class GuardedCall:
         """Call, and wait for the result."""
         guard = self.guard
         self.calls += 1
-        self.value = value
-        self.began = began = perf_counter()
-        self.active = True
         guard.busy += 1
-        if began + guard.soonest < guard.rings_at:
-            guard.arm(began + guard.soonest)
+        self.began = began = perf_counter()
+        if began > guard.watched:
+            guard.watch(began)
         try:
             result = await guard.fn(value)
         except BaseException as error:
-            self._ended()
+            self.began = inf
+            guard.busy -= 1
             if not self.cancelled and self.twin is None:
                 raise
-            return await guard.outcome(self, None, error)
-        self._ended()
+            return await guard.outcome(self, began, None, error)
+        self.began = inf
+        guard.busy -= 1
         if self.cancelled or self.twin is not None:
-            return await guard.outcome(self, result, None)
-        if guard.measures and not self.calls % guard.measured:
+            return await guard.outcome(self, began, result, None)
+        if guard.measured and not self.calls % guard.measured:
             guard.took(perf_counter() - began)
         return result
 
-    def _ended(self) -> None:
-        self.active = False
-        self.value = None
-        self.guard.busy -= 1
-
     def may_have_another(self, number: int) -> bool:
         """Whether call `number` is still under way."""
-        return self.active and self.calls == number and not self.cancelled
+        return self.began < inf and self.calls == number and not self.cancelled
 
 
 class Guard:
@@ -117,9 +111,8 @@ class Guard:
     Attributes:
         busy: Calls under way, second ones too.
         crowded: There are second calls, or some are wanted, so that not each worker may begin a first one.
-        measures: How long calls take is to be known; of each worker one in `measured`.
-        soonest: How long a call may take before anybody looks.
-        rings_at: When the timer rings; never (`inf`) if there is none. After `close` none is set any more.
+        measured: Of so many calls of a worker, it is to be known how long one took; 0: of none.
+        watched: A call that begins later than that is late before the timer rings.
     """
 
     def __init__(
@@ -131,12 +124,12 @@ class Guard:
         self._percentile = None if hedge is None else hedge.percentile
         self._after = inf if hedge is None or self._percentile is not None else float(hedge.after)
         self._budget = Budget(0.0 if hedge is None else hedge.budget)
-        self.measures = self._percentile is not None
-        self.measured = 1
-        self.soonest = min(self._timeout, self._after)
+        self.measured = 0 if self._percentile is None else 1
         self.busy = 0
         self.crowded = False
-        self.rings_at = inf
+        self.watched = -inf
+        self._soonest = min(self._timeout, self._after)  # so long may a call take before anybody looks
+        self._rings_at = inf  # when the timer rings; never, if there is none
         self._timer: TimerHandle | None = None
         self._turns = 0
         self._records: set[GuardedCall] = set()
@@ -172,19 +165,19 @@ class Guard:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self.rings_at = -inf
+        self._rings_at = -inf  # so there is none after this
 
     # -- the end of a call -------------------------------------------------------------------------------------------
 
-    async def outcome(self, call: GuardedCall, result: Any, failed: BaseException | None) -> Any:
+    async def outcome(self, call: GuardedCall, began: float, result: Any, failed: BaseException | None) -> Any:
         """What a call comes to whose time was up, or that had a second one."""
         twin, call.twin = call.twin, None
         cancelled, call.cancelled = call.cancelled, False
         try:
             if isinstance(failed, GeneratorExit) or (cancelled and call.task.uncancel()):
                 raise failed or CancelledError  # the run ends, which ends the second call as well
-            if self.measures and (cancelled or failed is None) and not call.calls % self.measured:
-                self.took(perf_counter() - call.began)  # at least
+            if self.measured and (cancelled or failed is None) and not call.calls % self.measured:
+                self.took(perf_counter() - began)  # at least
             too_late = failed is not None and cancelled and not (twin is not None and _won(twin))
             if too_late:
                 error = self._too_late()
@@ -193,7 +186,7 @@ class Guard:
             if twin is not None:
                 self._step.go_on()  # there is one call less
                 if failed is not None and not too_late and (cancelled or not isinstance(failed, CancelledError)):
-                    return await self._second(call, twin, failed)
+                    return await self._second(twin, began + self._timeout, failed)
                 await _end(twin)
             if failed is not None:
                 raise failed
@@ -201,10 +194,9 @@ class Guard:
         finally:
             del failed  # its traceback has this frame, which would have it
 
-    async def _second(self, call: GuardedCall, twin: SecondCall, failed: BaseException) -> Any:
+    async def _second(self, twin: SecondCall, until: float, failed: BaseException) -> Any:
         """The result of the second call, since the first one has none."""
-        left = call.began + self._timeout - perf_counter()
-        await wait({twin}, timeout=None if left == inf else max(0.0, left))
+        await wait({twin}, timeout=None if until == inf else max(0.0, until - perf_counter()))
         if not twin.done():
             await _end(twin)
             raise self._too_late() from failed
@@ -232,11 +224,13 @@ class Guard:
                 wanting.popleft()
                 self._budget.give_back()
                 continue
-            if self.full or (turn is not None and not turn.ready()) or (slots is not None and not slots.take()):
+            if self.full or (slots is not None and not slots.take()):
+                break
+            if turn is not None and not turn.take():
+                if slots is not None:
+                    slots.release()
                 break
             wanting.popleft()
-            if turn is not None:
-                turn.use()
             self._begin_twin(call)
         if turn is not None and not wanting:
             turn.give_back()
@@ -259,11 +253,12 @@ class Guard:
         self._step.meter.hedges += 1
         self._twins += 1
         self.busy += 1
+        entry: Any = call.sample.name
         sample = SampleContext(call.sample.seed)
-        sample.name = call.sample.name
+        sample.name = entry
         context = self._run.context.copy()
         context.run(current_sample.set, sample)
-        call.twin = self._run.begin(self._call, call.value, context=context)
+        call.twin = self._run.begin(self._call, entry.value, context=context)
         number = call.calls
         call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, number, twin))
 
@@ -298,20 +293,25 @@ class Guard:
         if self._after == inf and len(durations) >= ENOUGH_CALLS:
             self.measured = MEASURED
             self._work_out()
-            self.arm(perf_counter())  # for those that are under way; from now on it is worked out when the timer rings
+            self._ring(perf_counter())  # for those that are under way; from now on that is worked out when it rings
 
     def _work_out(self) -> None:
         percent, ordered = self._percentile or 0, sorted(self._durations)
         self._after = ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
-        self.soonest = min(self._timeout, self._after)
+        self._soonest = min(self._timeout, self._after)
 
-    def arm(self, at: float) -> None:
-        """Look at that time, at the latest."""
-        if at >= self.rings_at:
+    def watch(self, began: float) -> None:
+        """Look when a call that began then may be late."""
+        self._ring(began + self._soonest)
+        self.watched = inf if self._soonest == inf else self._rings_at - self._soonest
+
+    def _ring(self, at: float) -> None:
+        """Look at that time, or before."""
+        if at >= self._rings_at:
             return
         if self._timer is not None:
             self._timer.cancel()
-        self.rings_at = at
+        self._rings_at = at
         self._timer = self._step.later(max(EARLY_SECONDS, at - perf_counter()), self._rung)
 
     def _rung(self) -> None:
@@ -319,17 +319,17 @@ class Guard:
         if self._run.stopping:
             return
         now = perf_counter()
-        if now - self.rings_at > LATE_SECONDS and self._turns < TURNS:
+        if now - self._rings_at > LATE_SECONDS and self._turns < TURNS:
             self._turns += 1
             self._timer = self._step.later(0.0, self._rung)
             return
         self._turns = 0
-        self.rings_at = inf
+        self._rings_at = inf
         if len(self._durations) >= ENOUGH_CALLS:
             self._work_out()
         following = inf
         for record in self._records:
-            if not record.active or record.cancelled:
+            if record.began == inf or record.cancelled:
                 continue
             took = now - record.began + EARLY_SECONDS
             if took >= self._timeout:
@@ -338,8 +338,9 @@ class Guard:
             if record.hedged != record.calls and took >= self._after:
                 self._hedge_it(record)
             hedged = record.hedged == record.calls
-            following = min(following, record.began + (self._timeout if hedged else self.soonest))
-        self.arm(following)
+            following = min(following, record.began + (self._timeout if hedged else self._soonest))
+        self._ring(following)
+        self.watched = -inf
 
     def _cancel(self, call: GuardedCall) -> None:
         call.cancelled = True

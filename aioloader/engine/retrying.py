@@ -113,7 +113,7 @@ class Retrying:
 
 
 class Turn:
-    """The turn of one call at a rate: asked for ahead, and used once.
+    """The place of a step in the queue for a rate.
 
     Args:
         rate: The rate.
@@ -128,24 +128,21 @@ class Turn:
         self._taken = False
         self._timer: TimerHandle | None = None
 
-    def ready(self) -> bool:
-        """Whether a call may begin now; else `come` is called when one may."""
+    def take(self, most: int = 1) -> int:
+        """Let up to `most` calls begin now; returns how many. If none may, `come` is called when one may."""
         if self._timer is not None:
-            return False
-        if not self._taken:
-            seconds = self._rate.take()
-            self._taken = True
-            if seconds:
-                self._timer = self._step.later(seconds, self._rung)
-                return False
-        return True
-
-    def use(self) -> None:
-        """The call begins."""
-        self._taken = False
+            return 0
+        if self._taken:
+            self._taken = False
+            return 1 + self._rate.take_ready(most - 1)
+        if count := self._rate.take_ready(most):
+            return count
+        self._taken = True
+        self._timer = self._step.later(self._rate.take(), self._rung)
+        return 0
 
     def give_back(self) -> None:
-        """There is none to begin."""
+        """There is no call to begin, after all."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -185,17 +182,17 @@ class Tap:
 
     def pump(self, *, at_hand: bool = False) -> None:
         """The step can begin on more, perhaps; `at_hand`: whoever calls this begins on one."""
-        if self._pumping:  # it has let one in, and the step has begun on that at once
+        if self._pumping:  # it has let some in, and the step has begun on them at once
             return
         self._pumping = True
-        step = self._step
+        step, waiting = self._step, self._waiting
         try:
-            while self._waiting and not (self._paused or step.paused or step.closed):
-                if not (step.has_place or (at_hand and not step.inbox)) or not self._turn.ready():
+            while waiting and not (self._paused or step.paused or step.closed):
+                free = min(step.free_places + at_hand, len(waiting))
+                if free <= 0 or not (count := self._turn.take(free)):
                     return
-                self._turn.use()
-                step.inbox.append(self._waiting.popleft())
-                step.set_aside(-1)
+                step.inbox.extend([waiting.popleft() for _ in range(count)])
+                step.set_aside(-count)
                 step.dispatch()
         finally:
             self._pumping = False

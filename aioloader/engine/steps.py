@@ -149,9 +149,9 @@ class Step(ABC):
     # -- what waits before it ----------------------------------------------------------------------------------------
 
     @property
-    def has_place(self) -> bool:
-        """Whether it can begin on one more entry."""
-        return not self.inbox
+    def free_places(self) -> int:
+        """How many entries more it can begin on now."""
+        return 0 if self.inbox else 1
 
     def set_aside(self, count: int) -> None:
         """See `Window.set_aside`."""
@@ -219,6 +219,8 @@ class Step(ABC):
     def _set_aside(self) -> None:
         """Move what is in the inbox to where nobody begins it; what comes back from a hop comes here, too."""
         waiting = list(_taken_from(self.inbox))
+        if self.tap is not None:
+            self.tap.rate.give_back(len(waiting))
         self._aside.extendleft(reversed(waiting))
         self._window.set_aside(len(waiting))
 
