@@ -266,3 +266,39 @@ def fails_by_seven(key: int) -> int:
     if key % 7 == 3:
         raise ValueError(f"bad {key}")
     return key
+
+
+class Holes(Dataset[int]):
+    """Twenty numbers, some of which cannot be loaded."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, key: int) -> int:
+        if key in (2, 8, 9, 10, 11, 15):
+            raise ValueError(f"no sample {key}")
+        return key
+
+
+class ManyHoles(Holes):
+    """Loads several at once, or none of them."""
+
+    def __getitems__(self, keys: list[int]) -> list[int]:
+        return [self[key] for key in keys]
+
+
+class AsyncHoles:
+    """The same, awaited."""
+
+    def __len__(self) -> int:
+        return 20
+
+    async def __getitem__(self, key: int) -> int:
+        return Holes()[key]
+
+
+class AsyncManyHoles(Holes):
+    """Several at once, awaited."""
+
+    async def __getitems__(self, keys: list[int]) -> list[int]:
+        return [self[key] for key in keys]

@@ -688,8 +688,11 @@ def test_the_signature_begins_as_torchs() -> None:
     assert {name: parameter.default for name, parameter in extra.items()} == {
         "device": None,
         "concurrency": None,
+        "ahead": None,
+        "ahead_bytes": None,
         "worker_type": "thread",
         "seed": None,
+        "skip_errors": None,
     }
     assert {parameter.kind for parameter in extra.values()} == {inspect.Parameter.KEYWORD_ONLY}
 

@@ -114,7 +114,8 @@ def test_the_guide_shows_stages_as_they_are_called() -> None:
         signature = inspect.signature(getattr(Pipeline, name))
         parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()][1:]
         bare = signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
-        assert str(bare).replace("'", '"') == f"({arguments})", name
+        written = str(bare).replace("'", '"').replace('<class "Exception">', "Exception")
+        assert written == f"({arguments})", name
 
 
 def test_only_what_needs_a_gpu_or_the_network_is_left_out() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aioloader import NothingPassesError, Pipeline
+from aioloader import Limit, NothingPassesError, Pipeline
 from aioloader.sources import Channel
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Started, Steps, collect, on_both_faces
@@ -381,6 +381,36 @@ def test_so_many_samples_are_looked_at_at_once(face: Face, is_async: bool) -> No
     assert by_name["map"] == 5
 
 
+@on_both_faces
+def test_a_limit_is_shared_by_a_source_a_map_and_a_filter(face: Face) -> None:
+    """All three take one; no more calls than it says are under way in all of them together."""
+    limit = Limit(2)
+    under_way = 0
+    most = 0
+
+    async def work(sample: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return sample + 1
+
+    class Source:
+        def __len__(self) -> int:
+            return 50
+
+        async def __getitem__(self, key: int) -> int:
+            return await work(key) - 1
+
+    loader = Pipeline(Source(), concurrency=limit).map(work, concurrency=limit).filter(work, concurrency=limit)
+    assert collect(loader, face) == list(range(1, 51))
+    assert (most, under_way, limit.under_way) == (2, 0, 0)
+    for alone in (Pipeline(Source(), concurrency=limit), Pipeline(range(3)).filter(work, concurrency=limit)):
+        with pytest.raises(ValueError, match="Limit"):
+            alone.in_process()
+
+
 def start(steps: Steps, face: Face) -> Callable[[], Any]:
     """Ask for the first sample, and return what waits for it."""
     if face == "for":
@@ -408,3 +438,15 @@ def test_without_a_number_a_filter_is_part_of_the_hop_beside_it(face: Face) -> N
     loader = Pipeline(range(10)).map(abs, concurrency=2).filter(tens, concurrency=3)
     assert collect(loader, face) == [0]
     assert [stage.concurrency for stage in loader.stats().stages[1:]] == [2, 3]
+
+
+@pytest.mark.parametrize("face", ["for", "async for"])
+def test_that_nothing_passes_is_not_skipped(face: Face) -> None:
+    """`skip_errors` leaves out samples, and not what says that the epoch would never end."""
+    loader = Pipeline(range(1000)).filter(refuse_all, max_dropped_in_a_row=10).skip_errors().batch(4, collate_fn=list)
+    with Steps(loader, face) as steps, pytest.raises(NothingPassesError):
+        steps.next()
+
+
+def refuse_all(_: int) -> bool:
+    return False

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, IterableDataset
 
 from aioloader import DataLoader, Pipeline, StageStats, Waits
+from aioloader.core.entry import Entry
 from aioloader.insight.gauges import Gauges, WaitMeter
 from aioloader.insight.meters import StageMeter
 from aioloader.sources import Channel
@@ -338,7 +339,15 @@ def test_samples_wait_for_a_slower_one_before_them(face: Face) -> None:
     assert waited.sum >= 0.06
 
 
-@given(st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=40), min_size=1, max_size=60))
+def finished(*since: float) -> list[Entry]:
+    """Entries that were finished at these times."""
+    entries = [Entry(None, 0, 0) for _ in since]
+    for entry, time in zip(entries, since, strict=True):
+        entry.since = time
+    return entries
+
+
+@given(st.lists(st.lists(st.floats(0, 10), min_size=1, max_size=16), min_size=1, max_size=120))
 def test_waits_are_those_of_the_latest_samples(runs: list[list[float]]) -> None:
     """Sum and maximum are of all, percentiles of a thousand at least, where there were as many."""
     meter = WaitMeter()
@@ -346,7 +355,7 @@ def test_waits_are_those_of_the_latest_samples(runs: list[list[float]]) -> None:
         if len(waits) == 1:
             meter.took_one(100.0, 100.0 - waits[0])
         else:
-            meter.took(100.0, [100.0 - wait for wait in waits])
+            meter.took(100.0, finished(*(100.0 - wait for wait in waits)))
     every = sorted(wait for waits in runs for wait in waits)
     found = meter.waits
     assert found.sum == pytest.approx(sum(every), abs=1e-6)
@@ -356,9 +365,17 @@ def test_waits_are_those_of_the_latest_samples(runs: list[list[float]]) -> None:
             assert wait == pytest.approx(every[round(share * (len(every) - 1))], abs=1e-9)
 
 
+def test_of_many_that_are_taken_together_some_speak_for_all() -> None:
+    """Evenly spread; so the sum is about right."""
+    meter = WaitMeter()
+    meter.took(1000.0, finished(*range(1000)))
+    assert meter.waits.sum == pytest.approx(sum(range(1, 1001)), rel=0.07)
+    assert meter.waits.max == 1000.0
+
+
 def test_what_waits_are_of_is_bounded() -> None:
     meter = WaitMeter()
-    meter.took(5.0, [0.0] * 10)
+    meter.took(5.0, finished(*[0.0] * 10))
     for _ in range(5000):
         meter.took_one(1.0, 0.0)
     assert meter.waits == Waits(5050.0, 5.0, 1.0, 1.0, 1.0)
@@ -515,6 +532,15 @@ def test_a_drop_in_knows_the_ages_of_its_samples() -> None:
 
 
 WORKER_TYPES: tuple[Literal["thread", "process"], ...] = ("thread", "process")
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_sample_from_a_cache_begins_when_it_is_looked_up(tmp_path: Path, where: str) -> None:
+    loader = Pipeline(range(12)).map(abs)
+    loader = loader.cache(memory_bytes=1 << 20) if where == "memory" else loader.cache(disk=tmp_path)
+    for _ in range(2):
+        infos = [info for _, info in collect(loader.batch(2).max_staleness(0).with_info(), "for")]
+        assert [info.ages for info in infos] == [(0, 0)] * 6
 
 
 @on_both_faces

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from aioloader import Limit, Pipeline
+from aioloader import Hedge, Limit, Pipeline
 from aioloader.testing import Gate
 from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run, until
 
@@ -561,6 +561,38 @@ def test_executors_of_all_kinds_follow_it(executor: str, face: Face) -> None:
     finally:
         if executor != "process":
             pool.shutdown()
+    assert limit._ledger.used == 0
+
+
+@on_both_faces
+@pytest.mark.parametrize("value", [3, 2])
+def test_a_second_call_needs_a_slot_that_is_free(value: int, face: Face) -> None:
+    """With three slots there is one for it; with two, another call has it, and there is no second one."""
+    limit = Limit(value)
+    counter, gate = Counter(), Gate()
+    calls: list[int] = []
+
+    async def fetch(sample: int) -> int:
+        calls.append(sample)
+        counter.enter()
+        try:
+            if calls.count(sample) == 1:
+                await gate.passing(sample)
+        finally:
+            counter.leave()
+        return sample
+
+    loader = Pipeline(range(2)).map(fetch, concurrency=limit, hedge=Hedge(after=0.05, budget=1.0))
+    with Steps(loader, face) as steps:
+        asked = steps.ask()
+        steps.until_arrived(gate, 2)
+        if value == 2:
+            assert limit.under_way == 2
+            gate.open_all()
+        first = asked()
+        assert [first, *steps.rest()] == [0, 1]
+    assert counter.most <= value
+    assert len(calls) == (2 if value == 2 else 4)
     assert limit._ledger.used == 0
 
 

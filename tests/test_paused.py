@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,11 +14,11 @@ from typing import Any
 import pytest
 from torch.utils.data import IterableDataset, get_worker_info
 
-from aioloader import DataLoader, Limit, Pipeline
+from aioloader import DataLoader, Limit, Pipeline, Rate
 from aioloader.engine.pausing import Paused
 from aioloader.sources import Channel
 from aioloader.testing import Gate
-from tests._support import Face, Started, Steps, collect, on_both_faces, run, turns
+from tests._support import Face, Started, Steps, collect, on_both_faces, run, turns, workers
 
 KINDS = ("async", "threads")
 
@@ -636,6 +637,44 @@ def test_granted_slots_go_to_those_that_are_not_paused(face: Face) -> None:
         assert steps.rest() == list(range(2, 9))
 
 
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_waits_for_a_rate_has_not_begun(kind: str, face: Face) -> None:
+    """Two calls may begin, and then none for an hour: these need not be waited for."""
+    work = Work()
+    work.gate.open(0)
+    loader = Pipeline(range(9)).map(work.function(kind), concurrency=4, rate=Rate(1 / 3600, burst=2))
+    with Steps(loader, face) as steps:
+        assert steps.next() == 0
+        steps.until_arrived(work.gate, 2)
+        work.gate.open_all()
+        with Block(steps, face, loader.paused(drain=True)):
+            assert steps.next() == 1
+            settle(steps, face)
+            assert work.begun == work.ended == [0, 1]
+        loader.close() if face == "for" else steps.do(loader.aclose)
+
+
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_waits_for_the_rate_of_a_later_function_is_under_way(kind: str, face: Face) -> None:
+    """It goes on, and the block is entered when it has had all of it."""
+    first, second = Work(), Work()
+    first.gate.open_all()
+    second.gate.open_all()
+    loader = Pipeline(range(300)).map(first.function(kind), concurrency=8)
+    loader = loader.map(second.function(kind), concurrency=8, rate=Rate(3000, burst=1))
+    with Steps(loader, face) as steps:
+        for number in range(5):
+            assert steps.next() == number
+            with Block(steps, face, loader.paused(drain=True)):
+                begun = len(first.begun)
+                assert len(first.ended) == len(second.begun) == len(second.ended) == begun
+                settle(steps, face)
+                assert len(first.begun) == len(second.begun) == begun
+        assert steps.rest() == list(range(5, 300))
+
+
 # -- other processes ---------------------------------------------------------------------------------------------------
 
 
@@ -745,6 +784,26 @@ def test_other_processes_pause(name: str, face: Face, tmp_path: Path) -> None:
 
 def steps_closed(loader: Any) -> None:
     run(loader.aclose)
+
+
+@on_both_faces
+@pytest.mark.parametrize("name", ["executor", "DataLoader"])
+def test_workers_that_die_in_the_block_cost_nothing(name: str, face: Face, tmp_path: Path) -> None:
+    """What they had has not begun: others begin it when the block is left."""
+    log = Log(tmp_path / "log")
+    with ELSEWHERE[name](log) as loader:
+        with Steps(loader, face) as steps:
+            taken = steps.next().tolist()
+            with Block(steps, face, loader.paused(drain=True)):
+                for pid in workers():
+                    os.kill(pid, signal.SIGKILL)
+                with Block(steps, face, loader.paused(drain=True)):
+                    assert log.under_way == 0
+            for batch in steps.rest():
+                taken += batch.tolist()
+        assert sorted(taken) == list(range(400))
+        if face == "async for":
+            steps_closed(loader)
 
 
 @on_both_faces

@@ -17,7 +17,7 @@ import pytest
 from aioloader import Limit, Pipeline, Retry, sample_rng
 from aioloader.core.policies import Budget, retry_after
 from aioloader.testing import Gate, assert_resumes_exactly
-from tests._support import FACES, Face, Steps, collect, notes, on_both_faces, run, turns
+from tests._support import FACES, Face, Steps, collect, notes, on_both_faces, run, turns, until
 
 KINDS = ("async", "threads")
 
@@ -230,7 +230,11 @@ def test_after_the_last_attempt_the_users_own_error_is_at_its_place(kind: str, f
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_errors_are_final(kind: str, face: Face) -> None:
     """At the first attempt without a word, later with one."""
-    flaky = Flaky({1: 99, 2: 99}, error=lambda sample: KeyError(sample) if flaky.calls[sample] != 1 or sample == 1 else OSError())
+
+    def error(sample: int) -> Exception:
+        return OSError(sample) if sample == 2 and flaky.calls[2] == 1 else KeyError(sample)
+
+    flaky = Flaky({1: 99, 2: 99}, error)
     loader = Pipeline(range(4)).map(flaky.function(kind), concurrency=1, retry=AT_ONCE)
     with Steps(loader, face) as steps:
         outcomes = steps.outcomes()
@@ -528,8 +532,7 @@ def test_draining_does_not_wait_for_attempts_to_come_and_none_begins_in_the_bloc
             loader = Pipeline(range(2)).map(flaky.function("async"), retry=retry)
             batches = aiter(loader)
             asked = asyncio.ensure_future(anext(batches))
-            while flaky.calls.total() < 2:
-                await asyncio.sleep(0)
+            await until(lambda: flaky.calls.total() == 2)  # noqa: B023
             await turns(20)
             async with loader.paused(drain=True):
                 before = flaky.calls.total()
@@ -599,7 +602,7 @@ SEEDS, SOAK_SEEDS, BLOCK = 200, 5000, 20
 
 
 def simulate(seed: int, face: Face) -> None:
-    """A random pipeline with retries: each sample ends given or raised, once, in order, with as many calls as it must."""
+    """A random pipeline: each sample ends given or raised, once, in order, with as many calls as it must have."""
     draw = random.Random(seed)
     count = draw.randrange(0, 40)
     stages = draw.choice((1, 1, 2))
@@ -629,7 +632,7 @@ def simulate(seed: int, face: Face) -> None:
             awaited if draw.random() < 0.7 else call,
             concurrency=draw.choice((1, 2, 5, 30)),
             ordered=ordered,
-            retry=Retry(attempts[at], OSError, wait_initial=draw.choice((0.0, 0.0005)), jitter=draw.choice((0.0, 0.001))),
+            retry=Retry(attempts[at], OSError, wait_initial=draw.choice((0.0, 0.0005)), jitter=draw.choice((0, 0.001))),
         )
     if size is not None:
         loader = loader.skip_errors(on=(OSError, KeyError), max_errors=None, max_share=None).batch(size)

@@ -156,6 +156,15 @@ class Slots:
         ledger.settle()
         return taken
 
+    def take_free(self) -> bool:
+        """Take a slot that nobody waits for; False: there is none, and this does not wait for one."""
+        ledger = self._ledger
+        with ledger.lock:
+            ledger.read_mail()
+            taken = ledger.take_free(self)
+        ledger.settle()
+        return taken
+
     def keep(self) -> bool:
         """Whether a slot in which a call has ended may be kept for the next one; False: it has been given on."""
         ledger = self._ledger
@@ -306,6 +315,14 @@ class _Ledger:
             slots.waits = True
             self._queue.append(slots)
         return False
+
+    def take_free(self, slots: Slots) -> bool:
+        """See there."""
+        if slots.closed or self.used >= self.value or self._next() is not None:
+            return False
+        self.used += 1
+        slots.held += 1
+        return True
 
     def keep(self, slots: Slots) -> bool:
         """See there. A stage that waits for one more has waited long enough when its turn comes: it goes to the end."""

@@ -192,7 +192,7 @@ class MemoryCacheStep(CacheStep):
         self.inbox.clear()
         keys = [entry.kept_as for entry in entries] if self._stream is not None else _keys_of(entries)
         others: list[Entry] = []
-        now = self._window.now
+        now, stamps, batches = self._window.now, self.stamps, self._run.consumer.batches
         for entry, key, sample in zip(entries, keys, map(self._store.samples.get, keys, repeat(MISSING)), strict=True):
             if type(sample) is Mark:
                 entry.kept_as = key
@@ -201,6 +201,8 @@ class MemoryCacheStep(CacheStep):
                 entry.value = sample
                 entry.state = DONE
                 entry.since = now
+                if stamps and entry.begun < 0:  # it begins when it is looked up
+                    entry.begun = batches
         hits = len(entries) - len(others)
         if hits:
             self.meter.hits += hits
@@ -210,6 +212,7 @@ class MemoryCacheStep(CacheStep):
         return super()._look_up() if others else False
 
     def _found(self, entry: Entry, found: Any) -> None:
+        self._stamp((entry,))
         self.meter.samples += 1
         if found is REFUSED:
             self._drop(entry)

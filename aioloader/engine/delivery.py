@@ -15,6 +15,7 @@ from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
+from aioloader.engine.window import Window
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
 
@@ -35,6 +36,7 @@ class Delivery:
     def __init__(self, progress: Progress, receive: Receive | None) -> None:
         self.progress = progress
         self._receive = receive
+        self._output: Window | None = None  # where entries wait until they are handed out
 
     def ends_with(self, iterator: object) -> None:
         """Leave nothing behind when `iterator`, which holds this delivery, is dropped without `close`."""
@@ -44,7 +46,9 @@ class Delivery:
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The batch of `entry`, or its error, raised."""
-        self._handed_out(entry, asked + self.progress.hand_out(entry, asked))
+        now = asked + self.progress.hand_out(entry, asked)
+        if self._output is not None:
+            self._output.handed_out(entry, now)
         error, value = entry.error, entry.value
         entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
         if error is None:
@@ -53,9 +57,6 @@ class Delivery:
             raise presentable(error)
         finally:
             del error
-
-    def _handed_out(self, entry: Entry, now: float) -> None:
-        """The consumer has `entry`, at `now`."""
 
 
 class InlineDelivery(Delivery):
@@ -97,12 +98,10 @@ class RunDelivery(Delivery):
     def __init__(self, run: Run, receive: Receive | None) -> None:
         super().__init__(run.progress, receive)
         self.run = run
+        self._output = run.output
         run.output.hands_out = True
         self.closed = False
         self._failure_told = False
-
-    def _handed_out(self, entry: Entry, now: float) -> None:
-        self.run.output.handed_out(entry, now)
 
     def ends_with(self, iterator: object) -> None:
         finalize(iterator, self.run.leave).atexit = False  # the exit hook of `loop_thread` also waits

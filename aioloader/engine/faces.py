@@ -117,9 +117,9 @@ class Batches(EpochIterator, Iterator[T_co]):
                 delivery = self._delivery
                 if delivery is None:
                     self._begin(delivery := loader._open_delivery())
-        asking, asked = delivery.progress.meter.asking, perf_counter()
-        asking.append(asked)
+        asking, thread = delivery.progress.meter.asking, threading.get_ident()
         try:
+            asking[thread] = perf_counter()
             batch = delivery.next(loader._timeout, loader._timeout_message)
         except StopIteration:
             if not delivery.progress.resumed_at_end:
@@ -132,7 +132,7 @@ class Batches(EpochIterator, Iterator[T_co]):
             del self
             raise
         finally:
-            asking.remove(asked)
+            asking.pop(thread, None)
         return (batch, delivery.progress.info) if loader._gives_info else batch  # type: ignore[return-value]
 
     def _following(self) -> T_co:
@@ -167,8 +167,8 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
         if delivery is None:
             run = loader._open_run()
             self._begin(delivery := AsyncDelivery(run, loader._receiver()))
-        asking, asked = delivery.progress.meter.asking, perf_counter()
-        asking.append(asked)
+        asking, me = delivery.progress.meter.asking, object()
+        asking[me] = perf_counter()
         try:
             if loader._timeout is None:
                 batch = await delivery.next()
@@ -185,7 +185,7 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
             del self  # as in `Batches`
             raise
         finally:
-            asking.remove(asked)
+            asking.pop(me, None)
         return (batch, delivery.progress.info) if loader._gives_info else batch  # type: ignore[return-value]
 
     async def aclose(self) -> None:

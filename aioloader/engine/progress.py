@@ -94,7 +94,8 @@ class Progress:
         self.history.append(self.cursor)
         self.cursor = entry.cursor
         self._last = (entry.key, entry.position, places_of(entry), entry.attempts)
-        self._begun = (self.meter.batches, entry.begun, begun_each_of(entry))
+        each = begun_each_of(entry) if type(entry.key) is list else None
+        self._begun = (self.meter.batches, entry.begun, each)
         self._step = self.batches
         self.source_failed = self.source_failed or entry.state == ONE_LOST
         self.meter.delivered(asked)

@@ -158,6 +158,9 @@ class Turn:
 class Tap:
     """Lets entries into the inbox of a step as its rate allows, and no sooner than it can begin on them.
 
+    In a pause, what waits for the first step of a window has not begun, and stays here. What waits for a later one is
+    under way, and goes on.
+
     Args:
         rate: The rate, which other steps may share.
         step: The step.
@@ -169,7 +172,6 @@ class Tap:
         self._turn = Turn(rate, step, self.pump)
         self._waiting: deque[Entry] = deque()
         self._pumping = False
-        self._paused = False
 
     def add(self, entries: Sequence[Entry], *, first: bool = False) -> None:
         """These come to the step; they go `first`, or last."""
@@ -177,8 +179,18 @@ class Tap:
             self._waiting.extendleft(reversed(entries))
         else:
             self._waiting.extend(entries)
-        self._step.set_aside(len(entries))
+        if self._step.paused:
+            self._step.set_aside(len(entries))
         self.pump()
+
+    def hold(self) -> None:
+        """The step pauses."""
+        self._step.set_aside(len(self._waiting))
+
+    def let_go(self, first: Sequence[Entry]) -> None:
+        """The step goes on; these had been let in, and had not begun."""
+        self._step.set_aside(-len(self._waiting))
+        self.add(first, first=True)
 
     def pump(self, *, at_hand: bool = False) -> None:
         """The step can begin on more, perhaps; `at_hand`: whoever calls this begins on one."""
@@ -187,21 +199,14 @@ class Tap:
         self._pumping = True
         step, waiting = self._step, self._waiting
         try:
-            while waiting and not (self._paused or step.paused or step.closed):
+            while waiting and not (step.paused or step.closed):
                 free = min(step.free_places + at_hand, len(waiting))
                 if free <= 0 or not (count := self._turn.take(free)):
                     return
                 step.inbox.extend([waiting.popleft() for _ in range(count)])
-                step.set_aside(-count)
                 step.dispatch()
         finally:
             self._pumping = False
-
-    def pause(self, *, paused: bool) -> None:
-        """Let nobody in, or go on with that."""
-        self._paused = paused
-        if not paused:
-            self.pump()
 
     def close(self) -> None:
         """Nobody is let in any more."""

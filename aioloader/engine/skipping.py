@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.cursors import as_count, cursor_parts
@@ -15,7 +16,7 @@ from aioloader.core.entry import LAST, ONE_LOST, Entry, annotate, failed_in, pla
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip
 from aioloader.engine.node import Fold, FoldNode, Kick, Node
-from aioloader.errors import TooManySkippedError
+from aioloader.errors import NothingPassesError, TooManySkippedError
 from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
 from aioloader.executors.threads import Threads, call_loop
 from aioloader.insight.meters import StageMeter
@@ -80,6 +81,28 @@ class SkipRule(Fold):
         return limit
 
     def feed(self, run: list[Entry]) -> list[Entry]:
+        if not [True for entry in run if entry.error is not None]:  # as it mostly is
+            return self._all_kept(run)
+        return self._some_kept(run)
+
+    def _all_kept(self, run: list[Entry]) -> list[Entry]:
+        """The same for samples none of which has failed, at a third of the cost."""
+        skipped, seen, failed = self._skipped, self._seen, self._failed
+        if seen == SHARE_OF and not failed:
+            for entry in run:
+                entry.cursor = (entry.cursor, skipped, SHARE_OF, 0)
+        else:
+            for entry in run:
+                if seen < SHARE_OF:
+                    seen += 1
+                if failed:
+                    failed = failed << 1 & _ALL
+                entry.cursor = (entry.cursor, skipped, seen, failed)
+            self._seen, self._failed = seen, failed
+        self.meter.samples += len(run)
+        return run
+
+    def _some_kept(self, run: list[Entry]) -> list[Entry]:
         kept = []
         for entry in run:
             if self._keeps(entry):
@@ -101,7 +124,7 @@ class SkipRule(Fold):
 
     def leaving(self, run: list[Entry]) -> list[Entry]:
         """What is left of the entries that leave a window; a source that failed is no sample."""
-        if not any(entry.state in (LAST, ONE_LOST) for entry in run):
+        if not [True for entry in run if entry.state in (LAST, ONE_LOST)]:
             return self.feed(run)
         kept: list[Entry] = []
         samples: list[Entry] = []
@@ -137,7 +160,12 @@ class SkipRule(Fold):
         return too_many is not None
 
     def _is_meant(self, error: BaseException) -> bool:
-        """Whether the consumer would get an error of the kind: never a `KeyboardInterrupt` or `SystemExit`."""
+        """Whether the consumer would get an error of the kind: never a `KeyboardInterrupt` or `SystemExit`.
+
+        Nor what says that an epoch makes no sense any more: without it, that would go on for ever.
+        """
+        if isinstance(error, NothingPassesError | TooManySkippedError):
+            return False
         return isinstance(error, self._skip.on) or isinstance(presentable(error), self._skip.on)
 
     def _came(self, good: int) -> None:
@@ -213,13 +241,17 @@ class SkipSamplesRule(SkipRule):
         super().__init__(skip, epoch, rank)
         self._batch_size = batch_size
 
+    def feed(self, run: list[Entry]) -> list[Entry]:
+        return self._some_kept(run)
+
     def _keeps(self, entry: Entry) -> bool:
-        count = len(entry.key) if isinstance(entry.key, list | tuple) else 1
         if type(entry.value) is not Partial:
-            self._came(count)
+            self._came(len(_keys_of(entry)))
             return True
         partial, entry.value = entry.value, None
-        keys, places = list(entry.key), self._places(entry, count)
+        keys = _keys_of(entry)
+        count = len(keys)
+        places = self._places(entry, count)
         after = 0  # the number of the sample that comes next
         for left_out in partial.left_out:
             at = left_out.at
@@ -248,6 +280,12 @@ class SkipSamplesRule(SkipRule):
             return [None] * count
         first = entry.position * self._batch_size
         return list(range(first, first + count))
+
+
+def _keys_of(batch: Entry) -> list[Any]:
+    """The keys of a batch's samples: a sampler may give them as a list, a range, a tensor."""
+    key = batch.key
+    return list(key) if isinstance(key, Iterable) and not isinstance(key, str | bytes) else [key]
 
 
 class SkipNode(FoldNode):

@@ -207,6 +207,8 @@ class Step(ABC):
         """Begin no entry, until `let_go`. Those that are under way go on."""
         self.paused = True
         self._set_aside()
+        if self.tap is not None:
+            self.tap.hold()
 
     def let_go(self) -> None:
         """Begin entries again."""
@@ -214,6 +216,9 @@ class Step(ABC):
         waiting, self._aside = self._aside, deque()
         if waiting:
             self._window.set_aside(-len(waiting))
+        if self.tap is not None:
+            self.tap.let_go(waiting)
+        elif waiting:
             self.take_back(waiting)
 
     def _set_aside(self) -> None:

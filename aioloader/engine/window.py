@@ -311,22 +311,20 @@ class Window(Node):
     def pause(self) -> None:
         self._paused = True
         if not self._closed:
-            self._pause_what_waits()
+            self._pause_retrying()
             self._steps[0].hold()
 
     def go_on(self) -> None:
         self._paused = False
         if not self._closed:
             self._steps[0].let_go()
-            self._pause_what_waits()
+            self._pause_retrying()
             self.wake()
 
-    def _pause_what_waits(self) -> None:
-        """Before any of the steps: for its next attempt, or its turn at a rate. It is aside as it is."""
+    def _pause_retrying(self) -> None:
         for step in self._parts:
-            for waiting in (step.retrying, step.tap):
-                if waiting is not None:
-                    waiting.pause(paused=self._paused)
+            if step.retrying is not None:
+                step.retrying.pause(paused=self._paused)
 
     def set_aside(self, count: int) -> None:
         """`count` entries that came in turn out not to have begun; negative: they may begin again."""
@@ -352,7 +350,7 @@ class Window(Node):
 
     def handed_out(self, entry: Entry, now: float) -> None:
         """The consumer has it, at `now`; in its thread."""
-        if self._waits is not None and entry.state in (DONE, UNDER_WAY):
+        if self._waits is not None and entry.state < DROPPED:
             self._waits.took_one(now, entry.since)
 
     @property
@@ -466,10 +464,16 @@ class Window(Node):
 
     def _grown(self, room: Room, growth: Growth) -> int:
         """How many more entries may come in, see `Growth`."""
-        if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
-            return 0
         resting = sum(len(step.retrying) for step in self._parts if step.retrying is not None)
         idle = room.width - self.under_way + resting
+        if not self.ordered and resting and self._replay is None and not self.upstream.live:
+            taken = self._occupied + self._lent
+            most = min(room.now(self._asked) + resting, growth.most(room.widest, islice(self._slots, 4)))
+            if (more := min(idle, most - taken)) > 0:
+                self._tell_room(taken + more)
+            return more
+        if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
+            return 0
         if self._slots[0].state or idle <= 0:
             return 0
         if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:

@@ -146,7 +146,7 @@ class ConsumerMeter:
         loop: CPU time of the event loop's thread.
         end_seen: Whether the consumer knows that the epoch is over.
         last_waited_seconds: How long the newest batch took.
-        asking: When each `next()` was called that has not returned.
+        asking: When each `next()` was called that has not returned, by the thread or call.
     """
 
     began: float | None = None
@@ -157,12 +157,12 @@ class ConsumerMeter:
     loop: "ThreadClock | None" = None
     end_seen: bool = False
     last_waited_seconds: float = 0.0
-    asking: list[float] = field(default_factory=list)
+    asking: dict[object, float] = field(default_factory=dict)
 
     @property
     def waiting_seconds(self) -> float:
         """How long the consumer has been waiting, now."""
-        since = min(self.asking, default=None)
+        since = min(list(self.asking.values()), default=None)  # a copy: others ask meanwhile
         return 0.0 if since is None or self.ended is not None else perf_counter() - since
 
     def delivered(self, called: float) -> None:
