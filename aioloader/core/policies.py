@@ -118,7 +118,8 @@ class Hedge:
     """A second call for a sample whose first one takes long: the first result counts, the other call is cancelled.
 
     For async functions that may be called twice for one sample. The loser is cancelled and awaited. Both calls count in
-    the concurrency of the stage, and in its rate. With a `timeout`, both have to be done in time.
+    the concurrency of the stage, and in its rate: where calls that hang have taken all places, there are no second
+    ones, and only a `timeout` helps. With one, both calls have to be done in time.
 
     Args:
         after: Seconds; or a percentile of this stage's calls, `"p95"`: known after some twenty calls.

@@ -354,7 +354,9 @@ def _won(twin: SecondCall) -> bool:
 async def _end(twin: SecondCall) -> None:
     """Cancel, and wait until it has cleaned up; what it raises was the second opinion on a sample that has its own.
 
-    Not by awaiting the task itself: if the run ends meanwhile, that would cancel it again, in the middle of that.
+    It is cancelled once, or its cleanup would be cut short. So not if the run ends, which has cancelled it; and if that
+    ends while this waits, awaiting the task itself would cancel it again.
     """
-    twin.cancel()
+    if not twin.cancelling():
+        twin.cancel()
     await wait({twin})
