@@ -193,7 +193,11 @@ class HttpServer:
             case "latency":
                 await asyncio.sleep(planned.seconds)
             case "hang":
-                await asyncio.wait([self._stop])
+                self._now -= 1  # whoever has asked is gone long before this ends, with the server
+                try:
+                    await asyncio.wait([self._stop])
+                finally:
+                    self._now += 1
                 return web.Response(status=503)
             case "reset":
                 return await self._response(request, path, "reset")
