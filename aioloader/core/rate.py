@@ -175,6 +175,13 @@ class AdaptiveRate(Rate):
             self._wanted = False
         self._wanted = self._wanted or waits
 
+    def _latest(self, now: float) -> float:
+        """Calls that have begun in the last second; of a rate in use for less than that, calls a second."""
+        elapsed = now - self._second
+        if not self._begun_before:
+            return self._begun / min(1.0, max(elapsed, self._pace.seconds))
+        return self._begun + self._begun_before * max(0.0, 1.0 - elapsed)
+
     def failed(self, error: BaseException) -> None:
         if not isinstance(error, self._on):
             return
@@ -186,8 +193,7 @@ class AdaptiveRate(Rate):
             self._in_a_row = in_a_row = FIRST if pace is DOUBLING else in_a_row + 1 if since < SOON_SECONDS else 0
             self._fill(now)
             if pace is DOUBLING:
-                latest = self._begun + self._begun_before * max(0.0, 1.0 - (now - self._second))
-                wanted = min(self._per_second / 2, latest * GUESS)
+                wanted = min(self._per_second / 2, self._latest(now) * GUESS)
             else:
                 wanted = self._per_second * BACK[min(in_a_row, len(BACK) - 1)]
             self._per_second = max(self._least, wanted)
