@@ -1,7 +1,8 @@
 """An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, by `for` or `async for`."""
 
 from aioloader.core.limit import Limit
-from aioloader.core.policies import Hedge, Rate, Retry
+from aioloader.core.policies import Hedge, Retry
+from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
 from aioloader.dataloader import DataLoader
 from aioloader.errors import (

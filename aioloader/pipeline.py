@@ -23,7 +23,8 @@ from aioloader.core.checks import (
 )
 from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
-from aioloader.core.policies import Hedge, Rate, Retry, check_policies
+from aioloader.core.policies import Hedge, Retry, check_policies
+from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
@@ -40,6 +41,7 @@ from aioloader.plan.parts import (
     is_indexable,
     keeping_last,
     limits_of,
+    rates_of,
     samplers_of,
     streams_of,
     with_streams,
@@ -536,6 +538,11 @@ class Pipeline(Loader):
             raise ValueError(
                 f"in_process() sends {label} to another process, which cannot share its {limit!r} with this one; pass "
                 f"concurrency={limit.value}, or put that stage after in_process()"
+            )
+        for label, rate in rates_of(self._plan):
+            raise ValueError(
+                f"in_process() sends {label} to another process, which cannot share its {rate!r} with this one; put "
+                f"that stage after in_process()"
             )
         for sampler in samplers_of(self._plan):
             if draws_globally(sampler) or generators_of(sampler):

@@ -582,7 +582,7 @@ def test_a_second_call_needs_a_slot_that_is_free(value: int, face: Face) -> None
             counter.leave()
         return sample
 
-    loader = Pipeline(range(2)).map(fetch, concurrency=limit, hedge=Hedge(after=0.0, budget=1.0))
+    loader = Pipeline(range(2)).map(fetch, concurrency=limit, hedge=Hedge(after=0.05, budget=1.0))
     with Steps(loader, face) as steps:
         asked = steps.ask()
         steps.until_arrived(gate, 2)

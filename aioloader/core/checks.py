@@ -1,20 +1,26 @@
 """Checks of arguments that many stages take. Errors give the rule, the value found and the way out."""
 
 import inspect
-from math import isfinite
+from math import inf, isfinite
 from operator import index
 from typing import Any
 
 __all__ = [
+    "Errors",
     "callable_name",
     "check_ahead",
     "check_callable",
     "check_count",
+    "check_exceptions",
     "check_gives_one",
     "check_integer",
+    "check_number",
+    "check_positive",
     "check_seconds",
     "is_async_callable",
 ]
+
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
@@ -145,3 +151,47 @@ def callable_name(fn: Any) -> str:
     fn = _without_partial(fn)
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     return str(name).rpartition("<locals>.")[2]
+
+
+def check_number(name: str, value: Any, *, least: float, most: float = inf, hint: str = "") -> float:
+    """`value` as a finite number from `least` to `most`.
+
+    Raises:
+        TypeError: It is no number, or a bool.
+        ValueError: It is too small, too large, or not finite.
+    """
+    way_out = f"; {hint}" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}{way_out}")
+    if not (isfinite(value) and least <= value <= most):
+        upper = "" if most == inf else f" to {most:g}"
+        raise ValueError(f"{name} must be {least:g}{upper or ' or more'}, got {value!r}{way_out}")
+    return float(value)
+
+
+def check_positive(name: str, value: Any, hint: str) -> float:
+    """`value` as a finite number of more than 0.
+
+    Raises:
+        TypeError: It is no number, or a bool.
+        ValueError: It is not positive, or not finite.
+    """
+    number = check_number(name, value, least=0, hint=hint)
+    if not number:
+        raise ValueError(f"{name} must be more than 0, got {value!r}; {hint}")
+    return number
+
+
+def check_exceptions(name: str, kinds: Any) -> Errors:
+    """`kinds` as exception types, for `except`.
+
+    Raises:
+        TypeError: It is neither an exception type nor a tuple of them.
+    """
+    types = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not types or not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in types):
+        raise TypeError(
+            f"{name} must be an exception type or a tuple of them, got {kinds!r}; pass for instance "
+            f"(OSError, TimeoutError)"
+        )
+    return types

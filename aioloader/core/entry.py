@@ -12,6 +12,7 @@ __all__ = [
     "DROPPED",
     "LAST",
     "NOT_READ",
+    "NO_TRIES",
     "ONE_LOST",
     "UNDER_WAY",
     "Entry",
@@ -41,6 +42,10 @@ NOT_READ: Final = -(1 << 62)
 def read_after(batches: int) -> int:
     """`Entry.begun` of a sample that was read after so many batches had been handed out, and has not begun."""
     return ~batches
+
+
+NO_TRIES: Final = (None, 0, 0.0)
+"""`Entry.tries` of what is begun from the start."""
 
 
 class Entry:

@@ -1,16 +1,15 @@
-"""`Retry`, `Hedge` and `Rate`: what is done about calls that fail, take long, or are too many."""
+"""`Retry` and `Hedge`: what is done about calls that fail or take long; and what may be said of a stage's calls."""
 
 import random
-import threading
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, timedelta
 from email.utils import parsedate_to_datetime
-from math import ceil, inf, isfinite
-from time import monotonic
+from math import isfinite
+from time import time
 from typing import Any, Final
 
-from aioloader.core.checks import check_count
-from aioloader.core.forks import tell_of_fork
+from aioloader.core.checks import Errors, check_count, check_exceptions, check_number, check_positive
+from aioloader.core.rate import Rate
 
 __all__ = [
     "Budget",
@@ -25,35 +24,10 @@ __all__ = [
     "retry_after",
 ]
 
-Errors = type[Exception] | tuple[type[Exception], ...]
-
-LATE_SECONDS: Final = 0.005  # a timer that rings so much late costs no tokens
 FREE: Final = 10  # extra calls that a budget allows at first: a share of no calls would be none
+SAVED_CALLS: Final = 1000  # whose share may be saved up: after a day without failures an outage is still an outage
 
-
-def check_exceptions(name: str, kinds: Any) -> Errors:
-    """`kinds` as exception types, for `except`.
-
-    Raises:
-        TypeError: It is neither an exception type nor a tuple of them.
-    """
-    types = kinds if isinstance(kinds, tuple) else (kinds,)
-    if not types or not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in types):
-        raise TypeError(
-            f"{name} must be an exception type or a tuple of them, got {kinds!r}; pass for instance "
-            f"(OSError, TimeoutError)"
-        )
-    return types
-
-
-def _number(name: str, value: Any, *, least: float, most: float = inf, hint: str = "") -> float:
-    way_out = f"; {hint}" if hint else ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}{way_out}")
-    if not (isfinite(value) and least <= value <= most):
-        upper = "" if most == inf else f" to {most:g}"
-        raise ValueError(f"{name} must be {least:g}{upper or ' or more'}, got {value!r}{way_out}")
-    return float(value)
+_chance: Final = random.Random()  # the global generator is the user's
 
 
 @dataclass(frozen=True)
@@ -73,7 +47,7 @@ class Retry:
         wait_max: Seconds.
         jitter: Seconds.
         budget: Retries as a share of all calls, 0 to 1, so that an outage is not made worse: beyond that, errors are
-            final (the first ten retries are free). None: no limit.
+            final. The first ten retries are free, and the share of up to 1,000 calls is saved up. None: no limit.
 
     Raises:
         TypeError, ValueError: An argument is none of these.
@@ -90,13 +64,13 @@ class Retry:
         check_count("attempts", self.attempts, least=1, hint="attempts=1 makes no retry")
         object.__setattr__(self, "on", check_exceptions("on", self.on))
         for name in ("wait_initial", "wait_max", "jitter"):
-            _number(name, getattr(self, name), least=0)
+            check_number(name, getattr(self, name), least=0, hint="it is in seconds, and 0 is none")
         if self.budget is not None:
-            _number("budget", self.budget, least=0, most=1, hint="0.1 allows one retry for ten calls")
+            check_number("budget", self.budget, least=0, most=1, hint="0.1 allows one retry for ten calls")
 
     def seconds_before(self, attempt: int, error: BaseException) -> float:
         """How long to wait before `attempt` (2 or more), since the one before failed with `error`."""
-        wait = min(self.wait_max, self.wait_initial * 2.0 ** min(attempt - 2, 64) + random.random() * self.jitter)
+        wait = min(self.wait_max, self.wait_initial * 2.0 ** min(attempt - 2, 64) + _chance.random() * self.jitter)
         return max(wait, retry_after(error) or 0.0)
 
 
@@ -117,18 +91,26 @@ def retry_after(error: BaseException) -> float | None:
     """Seconds that the server asked to wait, if `error` tells; at most an hour."""
     try:
         value: Any = getattr(error, "retry_after", None)
-        if value is None:
-            headers = getattr(getattr(error, "response", None), "headers", None) or getattr(error, "headers", None)
-            value = None if headers is None else headers.get("Retry-After")
+        for holder in (getattr(error, "response", None), error):
+            if value is None and (headers := getattr(holder, "headers", None)) is not None:
+                value = headers.get("Retry-After", headers.get("retry-after"))
         if value is None:
             return None
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        seconds = _seconds(value)
         return min(max(seconds, 0.0), 3600.0) if isfinite(seconds) else None
     except Exception:  # it is the user's object, and it may say anything
         return None
+
+
+def _seconds(value: Any) -> float:
+    """A number, as text too, a `timedelta`, or the date of an HTTP header."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    try:
+        return float(value)
+    except ValueError:
+        date = parsedate_to_datetime(value)
+        return (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp() - time()
 
 
 @dataclass(frozen=True)
@@ -136,11 +118,12 @@ class Hedge:
     """A second call for a sample whose first one takes long: the first result counts, the other call is cancelled.
 
     For async functions that may be called twice for one sample. The loser is cancelled and awaited. Both calls count in
-    the concurrency of the stage.
+    the concurrency of the stage, and in its rate: where calls that hang have taken all places, there are no second
+    ones, and only a `timeout` helps. With one, both calls have to be done in time.
 
     Args:
         after: Seconds; or a percentile of this stage's calls, `"p95"`: known after some twenty calls.
-        budget: Second calls as a share of all calls, 0 to 1.
+        budget: Second calls as a share of all calls, 0 to 1; counted as that of `Retry`.
 
     Raises:
         TypeError, ValueError: An argument is none of these.
@@ -154,8 +137,8 @@ class Hedge:
             if self.percentile is None:
                 raise ValueError(f"after must be seconds or a percentile from 'p1' to 'p99', got {self.after!r}")
         else:
-            _number("after", self.after, least=0)
-        _number("budget", self.budget, least=0, most=1, hint="0.05 allows one second call for twenty")
+            check_number("after", self.after, least=0, hint="it is in seconds; or pass a percentile, such as 'p95'")
+        check_number("budget", self.budget, least=0, most=1, hint="0.05 allows one second call for twenty")
 
     @property
     def percentile(self) -> int | None:
@@ -181,7 +164,7 @@ class Policies:
     retry: Retry | None = None
     timeout: float | None = None
     hedge: Hedge | None = None
-    rate: "Rate | None" = None
+    rate: Rate | None = None
 
 
 def check_policies(
@@ -201,7 +184,7 @@ def check_policies(
         TypeError, ValueError: One of them is none, or does not fit the function.
     """
     if timeout is not None:
-        timeout = _positive("timeout", timeout, "leave it out for no limit")
+        timeout = check_positive("timeout", timeout, "leave it out for no limit")
         if not is_async and executor != "process":
             raise ValueError(
                 f"timeout cannot stop a thread, got {timeout=} for a function that runs in one; make it async, or pass "
@@ -230,140 +213,22 @@ class Budget:
 
     def __init__(self, share: float | None) -> None:
         self._share = share
-        self._used = 0
+        self._left = FREE if share else 0.0
+        self._calls = 0  # as of the last look
 
     def take(self, calls: int) -> bool:
         """Whether one more is allowed, after `calls` calls."""
-        if self._share is not None and self._used >= FREE * (self._share > 0) + self._share * calls:
+        share = self._share
+        if share is None:
+            return True
+        news = calls - self._calls
+        self._calls = calls
+        self._left = min(self._left + share * news, max(FREE, share * SAVED_CALLS) if share else 0.0)
+        if self._left < 1.0:
             return False
-        self._used += 1
+        self._left -= 1.0
         return True
 
-
-class Rate:
-    """So many calls a second, in all stages that share it, on any loops and threads.
-
-    A token bucket: it fills with `per_second` tokens a second up to `burst`, and each call takes one.
-
-    Args:
-        per_second: More than 0.
-        burst: Calls that may begin at once after a pause, at least 1; None: those of 50 ms.
-
-    Raises:
-        TypeError, ValueError: An argument is none of these.
-    """
-
-    def __init__(self, per_second: float, burst: int | None = None) -> None:
-        self._per_second = _positive("per_second", per_second)
-        self._burst = None if burst is None else check_count("burst", burst, least=1)
-        self._tokens = float(self.burst)
-        self._filled = monotonic()
-        self._lock = threading.Lock()
-        tell_of_fork(self)
-
-    def _forked(self) -> None:
-        """See `Forkable`."""
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def adaptive(on: Errors, start: float = 10.0, least: float = 1.0, most: float = inf) -> "AdaptiveRate":
-        """A rate that finds out what a server allows: it grows steadily, and falls when a call is refused.
-
-        Args:
-            on: The exception types that say that there were too many calls.
-            start: Calls a second at first.
-            least: It never falls below that.
-            most: It never grows beyond that.
-
-        Raises:
-            TypeError, ValueError: An argument is none of these.
-        """
-        return AdaptiveRate(on, start, least, most)
-
-    @property
-    def per_second(self) -> float:
-        """Calls a second, as of now."""
-        return self._per_second
-
-    @property
-    def burst(self) -> int:
-        """Calls that may begin at once."""
-        return max(1, ceil(self._per_second / 20)) if self._burst is None else self._burst
-
-    def take(self) -> float:
-        """Take a token: 0. Seconds until there may be one, if there is none now. Safe in any thread."""
-        with self._lock:
-            now = monotonic()
-            most = self.burst + LATE_SECONDS * self._per_second
-            self._tokens = min(most, self._tokens + (now - self._filled) * self._per_second)
-            self._filled = now
-            if self._tokens >= 1.0:
-                self._tokens -= 1.0
-                self._took(now)
-                return 0.0
-            return (1.0 - self._tokens) / self._per_second
-
-    def _took(self, now: float) -> None:
-        """A call begins."""
-
-    def failed(self, error: BaseException) -> None:
-        """A call has failed."""
-
-    def __repr__(self) -> str:
-        return f"Rate({self._per_second:g})" if self._burst is None else f"Rate({self._per_second:g}, {self._burst})"
-
-    def __reduce__(self) -> Any:
-        return Rate, (self._per_second, self._burst)
-
-
-GROWTH_SECONDS: Final = 0.5  # twice as fast until the first refusal, then a little faster, after so long
-STEP: Final = 1.02
-BACK: Final = 0.9
-
-
-class AdaptiveRate(Rate):
-    """See `Rate.adaptive`.
-
-    It doubles every half second until a call is refused for the first time. From then on, a refusal takes a tenth
-    off, once for all calls that were under way at that time, and every half second without one adds a fiftieth: less
-    than a server's own second, so that few calls are refused in vain.
-    """
-
-    def __init__(self, on: Errors, start: float, least: float, most: float) -> None:
-        self._on = check_exceptions("on", on)
-        self._least = _positive("least", least)
-        self._most = most if most == inf else _positive("most", most)
-        if not self._least <= start <= self._most:
-            raise ValueError(f"start must be between least and most, got {start=}, {least=}, {most=}")
-        super().__init__(start)
-        self._searching = True
-        self._changed = monotonic()
-
-    def _took(self, now: float) -> None:
-        if now - self._changed >= GROWTH_SECONDS:
-            self._changed = now
-            self._per_second = min(self._most, self._per_second * (2.0 if self._searching else STEP))
-
-    def failed(self, error: BaseException) -> None:
-        if not isinstance(error, self._on):
-            return
-        with self._lock:
-            now = monotonic()
-            if self._searching or now - self._changed >= GROWTH_SECONDS / 5:
-                self._per_second = max(self._least, self._per_second * (0.5 if self._searching else BACK))
-                self._tokens = min(self._tokens, 0.0)
-                self._changed = now
-            self._searching = False
-
-    def __repr__(self) -> str:
-        return f"Rate.adaptive(now {self._per_second:g})"
-
-    def __reduce__(self) -> Any:
-        return AdaptiveRate, (self._on, self._per_second, self._least, self._most)
-
-
-def _positive(name: str, value: Any, hint: str = "loader.paused() lets nothing begin") -> float:
-    number = _number(name, value, least=0, hint=hint)
-    if not number:
-        raise ValueError(f"{name} must be more than 0, got {value!r}; {hint}")
-    return number
+    def give_back(self) -> None:
+        """One that was allowed was not made."""
+        self._left += 1.0

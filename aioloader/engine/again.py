@@ -14,7 +14,7 @@ not been delivered: only the second window gives cursors, so a state counts it a
 
 from typing import Any
 
-from aioloader.core.entry import DONE, DROPPED, NOT_READ, UNDER_WAY, Entry
+from aioloader.core.entry import DONE, DROPPED, NO_TRIES, NOT_READ, UNDER_WAY, Entry
 from aioloader.engine.window import Window
 
 __all__ = ["AgainWindow", "CheckWindow"]
@@ -56,6 +56,7 @@ class AgainWindow(Window):
         entry.state = UNDER_WAY
         entry.attempts += 1
         entry.begun = NOT_READ
+        entry.tries = NO_TRIES
         self._lent -= 1
         self._occupied += 1
         if self._closed:

@@ -94,6 +94,15 @@ class AsyncStep(Step):
     def extra_room(self) -> int:
         return cheap_samples(self.meter)
 
+    @property
+    def free_places(self) -> int:
+        if self.inbox:
+            return 0
+        free = self.concurrency - self._workers + len(self._idle) + self.extra_room  # such as take no time to speak of
+        if self._guard is not None:
+            free = min(free, self.concurrency - self._guard.busy + self.extra_room)
+        return free if self.slots is None else min(free, 1)
+
     def at_hand(self) -> list[tuple[Any, float]]:
         # The name is read before the time, and a worker writes the time first: it is never older than its sample.
         names = [(sample.name, sample.since) for sample in self._samples.copy()]
@@ -160,6 +169,16 @@ class AsyncStep(Step):
         else:
             self._run.spawn(self._work_in_slots, context, self.slots, context=context)
 
+    def _use(self, slots: Slots) -> None:
+        if self._guard is not None:
+            self._follow(slots)
+            self._guard.serve()
+        super()._use(slots)
+
+    @property
+    def _wants_slots(self) -> bool:
+        return bool(self.inbox) or (self._guard is not None and self._guard.waits)
+
     @property
     def _coming_for_slots(self) -> bool:
         return self._coming > 0
@@ -175,13 +194,15 @@ class AsyncStep(Step):
         run, inbox, fn, forward, predicate = self._run, self.inbox, self._fn, self._forward, self._predicate
         me = current_task()
         assert me is not None
-        if self._guard is not None:
-            fn = self._guard.for_worker(me)
         sample = SampleContext(self._seed)
+        guard = self._guard
+        if guard is not None:
+            fn = guard.for_worker(me, sample)
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
-        fresh, stamps, consumer = self.fresh, self.stamps, run.consumer
+        # What is tried again has begun before.
+        fresh, stamps, consumer = self.fresh and self.retrying is None, self.stamps, run.consumer
         batches = 0
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
@@ -193,11 +214,13 @@ class AsyncStep(Step):
                 sample.since = began
                 self._ran_out(began - woken)
                 if self.tap is not None:
-                    self.tap.pump()
+                    self.tap.pump(at_hand=guard is None or not guard.full)
                 if inbox:
                     continue
                 if slot is not None:
                     slot.leave(idle=True)
+                if guard is not None and guard.waits:
+                    guard.serve()
                 sample.name = sample.rng = None
                 if self.closed:
                     self._samples.discard(sample)
@@ -206,7 +229,7 @@ class AsyncStep(Step):
                 woken = began = sample.since = self._counted(0, 0.0)
                 resumed = True
                 continue
-            if slot is not None and not slot.ready():
+            if (slot is not None or (guard is not None and guard.crowded)) and not self._may_begin(slot):
                 began, count = self._counted(count, began), 0
                 sample.name = sample.rng = None
                 await self._wait()
@@ -220,7 +243,7 @@ class AsyncStep(Step):
                 self._runs(me)
             if fresh or (stamps and entry.begun < 0):
                 entry.begun = batches
-            sample.name = entry
+            sample.name, sample.rng = entry, None  # what is begun again has the same numbers
             try:
                 result = await fn(entry.value)
                 dropped = predicate and not result
@@ -262,6 +285,28 @@ class AsyncStep(Step):
             self._coming += 1
             self._start_worker()
             return
+
+    def _may_begin(self, slot: "_Slot | None") -> bool:
+        """Whether a worker may begin a call: there is a place beside second calls, and a slot."""
+        guard = self._guard
+        if guard is not None and guard.crowded:
+            if guard.waits and slot is not None:
+                slot.leave()  # for a second call, unless another stage has waited for longer
+            guard.serve()
+            if guard.full:
+                if slot is not None:
+                    slot.leave()
+                return False
+        return slot is None or slot.ready()
+
+    def go_on(self) -> None:
+        """A call has ended, and nobody is on the way who would begin the next one."""
+        if self.closed or self.paused:
+            return
+        if self.tap is not None:
+            self.tap.pump()
+        if self.inbox:
+            self._summon()
 
     def _runs(self, me: "Task[Any]") -> None:
         """A worker begins a sample after others may have run. As long as none does, it reads no clock.

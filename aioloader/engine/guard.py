@@ -4,83 +4,85 @@ Each worker of a step has a record of its call, and all records of a step share 
 it began, and no more: only the timer looks whether one is late.
 """
 
-from asyncio import CancelledError, Future, Task, TimerHandle, current_task
+from asyncio import CancelledError, Task, TimerHandle, wait
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextvars import Context, copy_context
+from math import inf
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioloader.core.policies import Budget, Hedge
+from aioloader.engine.retrying import Turn
+from aioloader.executors.current_sample import SampleContext, current_sample
 
 if TYPE_CHECKING:
+    from aioloader.engine.async_step import AsyncStep
     from aioloader.engine.run import Run
-    from aioloader.engine.steps import Step
 
 __all__ = ["Guard", "GuardedCall"]
 
 ENOUGH_CALLS: Final = 20  # a percentile of fewer says nothing
 LATEST_CALLS: Final = 256  # whose durations count
-MEASURED: Final = 4  # of so many calls of a worker, one is measured
+MEASURED: Final = 4  # of so many calls of a worker, one is measured, once there are enough
 EARLY_SECONDS: Final = 0.001  # so much before its time a timer may ring: libuv counts milliseconds
+LATE_SECONDS: Final = 0.01  # a timer that rings so late tells that the loop stood still
+TURNS: Final = 3  # of the loop, for what has been answered meanwhile
+
+SecondCall: TypeAlias = "Task[tuple[Any, BaseException | None]]"
+"""The task of a second call: its result, or what it raised. That may be anything, and would end the loop otherwise."""
 
 
 class GuardedCall:
     """The calls of one worker, one after the other. Called and awaited like the user's function.
 
     Attributes:
-        active: A call is under way, which began at `began` with `value`.
+        began: When the call under way began; `inf` if there is none.
         cancelled: By us: its time is up, or the second call has a result.
         twin: The second call.
         calls: How many there have been.
+        hedged: The number of the last one that has had its chance of a second call.
+        sample: Of the worker; tells what is called with.
     """
 
-    __slots__ = ("active", "began", "calls", "cancelled", "context", "guard", "task", "twin", "value")
+    __slots__ = ("began", "calls", "cancelled", "guard", "hedged", "sample", "task", "twin")
 
-    def __init__(self, guard: "Guard", task: "Task[Any]") -> None:
+    def __init__(self, guard: "Guard", task: "Task[Any]", sample: SampleContext) -> None:
         self.guard = guard
         self.task = task
-        self.context: Context | None = None
-        self.active = False
-        self.began = 0.0
-        self.value: Any = None
+        self.sample = sample
+        self.began = inf
         self.calls = 0
+        self.hedged = 0
         self.cancelled = False
-        self.twin: Task[Any] | None = None
+        self.twin: SecondCall | None = None
 
     async def __call__(self, value: Any) -> Any:
         """Call, and wait for the result."""
         guard = self.guard
-        if guard.crowded:
-            await guard.enter()
         self.calls += 1
-        self.value = value
-        self.began = perf_counter()
-        self.active = True
-        if guard.timer is None:
-            guard.set_timer()
+        guard.busy += 1
+        self.began = began = perf_counter()
+        if began > guard.watched:
+            guard.watch(began)
         try:
             result = await guard.fn(value)
         except BaseException as error:
-            self._ended()
+            self.began = inf
+            guard.busy -= 1
             if not self.cancelled and self.twin is None:
                 raise
-            return await guard.outcome(self, None, error)
-        self.active = False
-        self.value = None
-        if guard.crowded:
-            guard.left()
+            return await guard.outcome(self, began, None, error)
+        self.began = inf
+        guard.busy -= 1
         if self.cancelled or self.twin is not None:
-            return await guard.outcome(self, result, None)
-        if guard.measures and not self.calls % MEASURED:
-            guard.took(perf_counter() - self.began)
+            return await guard.outcome(self, began, result, None)
+        if guard.measured and not self.calls % guard.measured:
+            guard.took(perf_counter() - began)
         return result
 
-    def _ended(self) -> None:
-        self.active = False
-        self.value = None
-        if self.guard.crowded:
-            self.guard.left()
+    def may_have_another(self, number: int) -> bool:
+        """Whether call `number` is still under way."""
+        return self.began < inf and self.calls == number and not self.cancelled
 
 
 class Guard:
@@ -88,13 +90,17 @@ class Guard:
 
     The story of a cancellation. A call whose time is up is cancelled, and awaited until it has cleaned up: it runs in
     the task of its worker, so the exception goes in where the call waits, and comes out in `GuardedCall`. That it was
-    ours is noted before; another cancellation, of the run that ends, counts in `Task.uncancel`, and is raised.
+    ours is noted before; another cancellation, of the run that ends, counts in `Task.uncancel`, and is raised. A call
+    that swallows the exception and returns a value has that value; one that raises another error was too late.
 
     The story of a second call. It runs in a task of its own. Whichever has a result first wins: if it is the second
     one, the first is cancelled as above, and comes to the other's result; if it is the first one, the second is
     cancelled and awaited. One that fails does not win: the other goes on, and if both fail the first one's error
-    counts. It takes a place of the stage's concurrency: the next one that is free, before samples that wait. Under a
-    `Limit` there is one only where a slot is free that no other call waits for.
+    counts. Both have to be done in the time limit of the attempt. A second call takes a place of the stage's
+    concurrency, a slot of its `Limit`, and its turn at its rate: the next ones that are free, before samples that wait.
+
+    When a loop has stood still, since the consumer trained on it, all calls look late. So a timer that rings late
+    gives the loop some turns first, in which those end that were answered meanwhile.
 
     Args:
         fn: The user's function.
@@ -103,9 +109,10 @@ class Guard:
         hedge: When there is a second call; None: never.
 
     Attributes:
-        crowded: There are second calls, or some are wanted, so that first ones must ask for a place.
-        measures: How long calls take is to be known.
-        timer: None: none is set.
+        busy: Calls under way, second ones too.
+        crowded: There are second calls, or some are wanted, so that not each worker may begin a first one.
+        measured: Of so many calls of a worker, it is to be known how long one took; 0: of none.
+        watched: A call that begins later than that is late before the timer rings.
     """
 
     def __init__(
@@ -113,223 +120,243 @@ class Guard:
     ) -> None:
         self.fn = fn
         self._name = name
-        self._timeout = timeout
-        self._hedge = hedge
-        self._budget = Budget(None if hedge is None else hedge.budget)
-        self.measures = hedge is not None and hedge.percentile is not None
+        self._timeout = inf if timeout is None else timeout
+        self._percentile = None if hedge is None else hedge.percentile
+        self._after = inf if hedge is None or self._percentile is not None else float(hedge.after)
+        self._budget = Budget(0.0 if hedge is None else hedge.budget)
+        self.measured = 0 if self._percentile is None else 1
+        self.busy = 0
         self.crowded = False
-        self.timer: TimerHandle | None = None
+        self.watched = -inf
+        self._soonest = min(self._timeout, self._after)  # so long may a call take before anybody looks
+        self._rings_at = inf  # when the timer rings; never, if there is none
+        self._timer: TimerHandle | None = None
+        self._turns = 0
         self._records: set[GuardedCall] = set()
+        self._past_calls = 0  # of workers that are no more
         self._wanting: deque[tuple[GuardedCall, int]] = deque()  # they are to get a second call; and the number of it
-        self._hedged: dict[GuardedCall, int] = {}  # the number of the call that has had its chance
         self._twins = 0
-        self._entering = 0  # they have a place, and have not begun
-        self._places: deque[Future[None]] = deque()  # first calls that wait for a place
         self._durations: deque[float] = deque(maxlen=LATEST_CALLS)
-        self._after = None if hedge is None or self.measures else float(hedge.after)
+        self._turn: Turn | None = None
 
-    def bind(self, run: "Run", step: "Step") -> None:
+    def bind(self, run: "Run", step: "AsyncStep") -> None:
         """Join a run; `step` says how many calls may be under way, and its meter counts."""
         self._run = run
         self._step = step
+        if step.tap is not None:
+            self._turn = Turn(step.tap.rate, step, self.serve)
 
-    def _concurrency(self) -> int:
-        return self._step.concurrency
-
-    def for_worker(self, task: "Task[Any]") -> GuardedCall:
-        """What the worker in `task` calls instead of the function."""
-        record = GuardedCall(self, task)
-        if self._hedge is not None:
-            record.context = copy_context()
+    def for_worker(self, task: "Task[Any]", sample: SampleContext) -> GuardedCall:
+        """What the worker in `task` calls instead of the function; `sample` tells its current sample."""
+        record = GuardedCall(self, task, sample)
         self._records.add(record)
-        task.add_done_callback(lambda _: self._records.discard(record))
+        task.add_done_callback(lambda _: self._gone(record))
         return record
+
+    def _gone(self, record: GuardedCall) -> None:
+        self._records.discard(record)
+        self._past_calls += record.calls
 
     def close(self) -> None:
         """No call begins any more. Those under way are the run's to cancel, second ones too."""
         self._wanting.clear()
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+        if self._turn is not None:
+            self._turn.give_back()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._rings_at = -inf  # so there is none after this
 
     # -- the end of a call -------------------------------------------------------------------------------------------
 
-    async def outcome(self, call: GuardedCall, result: Any, failed: BaseException | None) -> Any:
+    async def outcome(self, call: GuardedCall, began: float, result: Any, failed: BaseException | None) -> Any:
         """What a call comes to whose time was up, or that had a second one."""
         twin, call.twin = call.twin, None
         cancelled, call.cancelled = call.cancelled, False
-        if cancelled:
-            if call.task.uncancel():  # the run ends as well
-                raise CancelledError
-            if failed is not None and not (twin is not None and _won(twin)):
-                late = self._too_late()
-                late.__cause__ = None if isinstance(failed, CancelledError) else failed
-                failed = late
-        elif isinstance(failed, CancelledError) and _being_cancelled():
-            if twin is not None:
-                await _end(twin)
-            raise failed
-        if twin is not None:
-            if failed is not None and (not cancelled or _won(twin)):
-                return await self._second(twin, failed)
-            await _end(twin)
-        if failed is not None:
-            raise failed
-        return result
-
-    async def _second(self, twin: "Task[Any]", failed: BaseException) -> Any:
-        """The result of the second call, since the first one has none."""
         try:
-            return await twin
-        except CancelledError:
-            if not twin.done() or _being_cancelled():
+            if isinstance(failed, GeneratorExit) or (cancelled and call.task.uncancel()):
+                raise failed or CancelledError  # the run ends, which ends the second call as well
+            if self.measured and (cancelled or failed is None) and not call.calls % self.measured:
+                self.took(perf_counter() - began)  # at least
+            too_late = failed is not None and cancelled and not (twin is not None and _won(twin))
+            if too_late:
+                error = self._too_late()
+                error.__cause__ = None if isinstance(failed, CancelledError) else failed
+                failed = error
+            if twin is not None:
+                self._step.go_on()  # there is one call less
+                if failed is not None and not too_late and (cancelled or not isinstance(failed, CancelledError)):
+                    return await self._second(twin, began + self._timeout, failed)
                 await _end(twin)
-                raise
-        except Exception:
-            pass
+            if failed is not None:
+                raise failed
+            return result
+        finally:
+            del failed  # its traceback has this frame, which would have it
+
+    async def _second(self, twin: SecondCall, until: float, failed: BaseException) -> Any:
+        """The result of the second call, since the first one has none."""
+        await wait({twin}, timeout=None if until == inf else max(0.0, until - perf_counter()))
+        if not twin.done():
+            await _end(twin)
+            raise self._too_late() from failed
+        if _won(twin):
+            return twin.result()[0]
         raise failed
 
     def _too_late(self) -> TimeoutError:
         self._step.meter.timeouts += 1
         return TimeoutError(f"{self._name} took longer than timeout={self._timeout:g} s")
 
-    # -- places ------------------------------------------------------------------------------------------------------
+    # -- second calls ------------------------------------------------------------------------------------------------
 
     @property
-    def _busy(self) -> int:
-        return self._twins + self._entering + sum(record.active for record in self._records)
+    def full(self) -> bool:
+        """Whether there are as many calls as may be."""
+        return self.busy >= self._step.concurrency
 
-    async def enter(self) -> None:
-        """Wait for a place: a second call may have the one that was this worker's."""
-        while self.crowded and self._busy >= self._concurrency():
-            place = self._run.loop.create_future()
-            self._places.append(place)
-            try:
-                await place
-            except BaseException:
-                if place.done() and not place.cancelled():
-                    self._entering -= 1
-                    self.left()
-                raise
-            self._entering -= 1
+    def serve(self) -> None:
+        """Begin second calls that are wanted, as far as there are places."""
+        wanting, slots, turn = self._wanting, self._step.slots, self._turn
+        while wanting and not self._run.stopping:
+            call, number = wanting[0]
+            if not call.may_have_another(number):
+                wanting.popleft()
+                self._budget.give_back()
+                continue
+            if self.full or (slots is not None and not slots.take()):
+                break
+            if turn is not None and not turn.take():
+                if slots is not None:
+                    slots.release()
+                break
+            wanting.popleft()
+            self._begin_twin(call)
+        if turn is not None and not wanting:
+            turn.give_back()
+        self.crowded = bool(self._twins or wanting)
+
+    @property
+    def waits(self) -> bool:
+        """Whether second calls are wanted that had no place."""
+        return bool(self._wanting)
+
+    def _hedge_it(self, record: GuardedCall) -> None:
+        """Give a late call its chance: now, or when there is a place."""
+        record.hedged = record.calls
+        if self._budget.take(self._past_calls + sum(record.calls for record in self._records)):
+            self._wanting.append((record, record.calls))
+            self.serve()
+
+    def _begin_twin(self, call: GuardedCall) -> None:
+        """In a context like that of a worker, with the same sample, and random numbers of its own."""
+        self._step.meter.hedges += 1
+        self._twins += 1
+        self.busy += 1
+        entry: Any = call.sample.name
+        sample = SampleContext(call.sample.seed)
+        sample.name = entry
+        context = self._run.context.copy()
+        context.run(current_sample.set, sample)
+        call.twin = self._run.begin(self._call, entry.value, context=context)
+        number = call.calls
+        call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, number, twin))
+
+    async def _call(self, value: Any) -> tuple[Any, BaseException | None]:
+        try:
+            return await self.fn(value), None
+        except (CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:
+            return None, error
+
+    def _twin_done(self, call: GuardedCall, number: int, twin: SecondCall) -> None:
+        self._twins -= 1
+        self.busy -= 1
+        if self._step.slots is not None:
+            self._step.slots.release()
+        if self._run.stopping:
             return
-
-    def left(self) -> None:
-        """A call has ended: give its place to a second one that is wanted, or else to a first one that waits."""
-        while self._wanting and not self._run.stopping and self._busy < self._concurrency():
-            call, number = self._wanting.popleft()
-            if call.active and call.calls == number and not call.cancelled:
-                self._begin_twin(call)
-        while self._places and self._busy < self._concurrency():
-            place = self._places.popleft()
-            if not place.done():
-                self._entering += 1
-                place.set_result(None)
-        self.crowded = bool(self._twins or self._wanting or self._places)
+        if _won(twin) and call.may_have_another(number):
+            self._cancel(call)
+        elif self._step.tap is not None and not twin.cancelled() and (error := twin.result()[1]) is not None:
+            self._step.tap.rate.failed(error)
+        self.serve()
+        self._step.go_on()
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def took(self, seconds: float) -> None:
         """A call has taken that long."""
-        durations, hedge = self._durations, self._hedge
+        durations = self._durations
         durations.append(seconds)
-        assert hedge is not None
-        if len(durations) < ENOUGH_CALLS or (self._after is not None and self.timer is not None):
-            return  # it is worked out when the timer rings
-        self._after = self._percentile_of(hedge.percentile or 0)
-        if self.timer is not None:
-            self.timer.cancel()
-        self.set_timer()
+        if self._after == inf and len(durations) >= ENOUGH_CALLS:
+            self.measured = MEASURED
+            self._work_out()
+            self._ring(perf_counter())  # for those that are under way; from now on that is worked out when it rings
 
-    def _percentile_of(self, percent: int) -> float:
-        ordered = sorted(self._durations)
-        return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+    def _work_out(self) -> None:
+        percent, ordered = self._percentile or 0, sorted(self._durations)
+        self._after = ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+        self._soonest = min(self._timeout, self._after)
 
-    def set_timer(self) -> None:
-        """At the next moment when something may be due."""
-        now = perf_counter()
-        due = []
-        for record in self._records:
-            if not record.active or record.cancelled:
-                continue
-            if self._timeout is not None:
-                due.append(record.began + self._timeout)
-            if self._after is not None and self._hedged.get(record) != record.calls:
-                due.append(record.began + self._after)
-        if due:
-            seconds = max(EARLY_SECONDS, min(due) - now)
-            self.timer = self._run.loop.call_later(seconds, self._run.guarded, self._rung)
+    def watch(self, began: float) -> None:
+        """Look when a call that began then may be late."""
+        self._ring(began + self._soonest)
+        self.watched = inf if self._soonest == inf else self._rings_at - self._soonest
+
+    def _ring(self, at: float) -> None:
+        """Look at that time, or before."""
+        if at >= self._rings_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._rings_at = at
+        self._timer = self._step.later(max(EARLY_SECONDS, at - perf_counter()), self._rung)
 
     def _rung(self) -> None:
-        self.timer = None
+        self._timer = None
         if self._run.stopping:
             return
-        if self.measures and len(self._durations) >= ENOUGH_CALLS:
-            assert self._hedge is not None
-            self._after = self._percentile_of(self._hedge.percentile or 0)
-        now = perf_counter() + EARLY_SECONDS
+        now = perf_counter()
+        if now - self._rings_at > LATE_SECONDS and self._turns < TURNS:
+            self._turns += 1
+            self._timer = self._step.later(0.0, self._rung)
+            return
+        self._turns = 0
+        self._rings_at = inf
+        if len(self._durations) >= ENOUGH_CALLS:
+            self._work_out()
+        following = inf
         for record in self._records:
-            if not record.active or record.cancelled:
+            if record.began == inf or record.cancelled:
                 continue
-            if self._timeout is not None and record.began + self._timeout <= now:
+            took = now - record.began + EARLY_SECONDS
+            if took >= self._timeout:
                 self._cancel(record)
-            elif self._after is not None and record.began + self._after <= now:
+                continue
+            if record.hedged != record.calls and took >= self._after:
                 self._hedge_it(record)
-        self.set_timer()
-
-    def _hedge_it(self, record: GuardedCall) -> None:
-        """Give a late call its chance: now, or when there is a place."""
-        if self._hedged.get(record) == record.calls:
-            return
-        self._hedged[record] = record.calls
-        if not self._budget.take(sum(record.calls for record in self._records)):
-            return
-        self.crowded = True
-        if self._busy < self._concurrency():
-            self._begin_twin(record)
-        else:
-            self._wanting.append((record, record.calls))
+            hedged = record.hedged == record.calls
+            following = min(following, record.began + (self._timeout if hedged else self._soonest))
+        self._ring(following)
+        self.watched = -inf
 
     def _cancel(self, call: GuardedCall) -> None:
-        if not call.cancelled:
-            call.cancelled = True
-            call.task.cancel()
-
-    def _begin_twin(self, call: GuardedCall) -> None:
-        slots = self._step.slots
-        if slots is not None and not slots.take_free():
-            return
-        self._step.meter.hedges += 1
-        self._twins += 1
-        call.twin = self._run.begin(self.fn, call.value, context=call.context)
-        number = call.calls
-        call.twin.add_done_callback(lambda twin: self._twin_done(call, number, twin))
-
-    def _twin_done(self, call: GuardedCall, number: int, twin: "Task[Any]") -> None:
-        if self._step.slots is not None:
-            self._step.slots.release()
-        self._twins -= 1
-        self.left()
-        if _won(twin) and call.active and call.calls == number:
-            self._cancel(call)
+        call.cancelled = True
+        call.task.cancel()
 
 
-def _being_cancelled() -> bool:
-    task = current_task()
-    return task is not None and task.cancelling() > 0
+def _won(twin: SecondCall) -> bool:
+    return twin.done() and not twin.cancelled() and twin.result()[1] is None
 
 
-def _won(twin: "Task[Any]") -> bool:
-    return twin.done() and not twin.cancelled() and twin.exception() is None
+async def _end(twin: SecondCall) -> None:
+    """Cancel, and wait until it has cleaned up; what it raises was the second opinion on a sample that has its own.
 
-
-async def _end(twin: "Task[Any]") -> None:
-    """Cancel, and wait until it has cleaned up; what it raises was the second opinion on a sample that has its own."""
-    twin.cancel()
-    try:
-        await twin
-    except CancelledError:
-        if _being_cancelled():
-            raise
-    except Exception:
-        pass
+    It is cancelled once, or its cleanup would be cut short. So not if the run ends, which has cancelled it; and if that
+    ends while this waits, awaiting the task itself would cancel it again.
+    """
+    if not twin.cancelling():
+        twin.cancel()
+    await wait({twin})

@@ -179,7 +179,7 @@ class ProcessStep(SyncStep):
     @property
     def _size(self) -> int:
         cost = self._seconds_each
-        if cost is None or self._in_turn or self.tap is not None or self.timeout is not None:
+        if cost is None or self._in_turn or self.timeout is not None:
             return 1
         size = max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
         return size if self._elastic else min(size, max(1, self.meter.room // (2 * self.concurrency)))

@@ -5,19 +5,20 @@ While they wait they keep their slots in the window, and take no concurrency fro
 
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from aioloader.core.entry import Entry, tries_of
-from aioloader.core.policies import Budget, Rate, Retry
+from aioloader.core.policies import Budget, Retry
+from aioloader.core.rate import Rate
 from aioloader.core.safe_text import add_note
 
 if TYPE_CHECKING:
     from aioloader.engine.steps import Step
 
-__all__ = ["Retrying", "Tap"]
+__all__ = ["Retrying", "Tap", "Turn"]
 
 
 class Retrying:
@@ -64,9 +65,13 @@ class Retrying:
             step.meter.retries += 1
             self._wait(entry, now + retry.seconds_before(done + 1, error))
             return True
-        if why:
-            add_note(error, f"aioloader: {why}")
+        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
+            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
         return False
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
 
     def _wait(self, entry: Entry, until: float) -> None:
         self._number += 1
@@ -92,7 +97,7 @@ class Retrying:
         self._set_timer()
         if due:
             self._step.set_aside(-len(due))
-            self._step.take_in(due)
+            self._step.take_back(due)
 
     def pause(self, *, paused: bool) -> None:
         """Let nobody be tried again, or go on with that."""
@@ -105,6 +110,49 @@ class Retrying:
             self._timer.cancel()
             self._timer = None
         self._waiting.clear()
+
+
+class Turn:
+    """The place of a step in the queue for a rate.
+
+    Args:
+        rate: The rate.
+        step: Whose timers tell.
+        come: Called when it is there.
+    """
+
+    def __init__(self, rate: Rate, step: "Step", come: Callable[[], None]) -> None:
+        self._rate = rate
+        self._step = step
+        self._come = come
+        self._taken = False
+        self._timer: TimerHandle | None = None
+
+    def take(self, most: int = 1) -> int:
+        """Let up to `most` calls begin now; returns how many. If none may, `come` is called when one may."""
+        if self._timer is not None:
+            return 0
+        if self._taken:
+            self._taken = False
+            return 1 + self._rate.take_ready(most - 1)
+        if count := self._rate.take_ready(most):
+            return count
+        self._taken = True
+        self._timer = self._step.later(self._rate.take(), self._rung)
+        return 0
+
+    def give_back(self) -> None:
+        """There is no call to begin, after all."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._taken:
+            self._taken = False
+            self._rate.give_back()
+
+    def _rung(self) -> None:
+        self._timer = None
+        self._come()
 
 
 class Tap:
@@ -121,13 +169,16 @@ class Tap:
     def __init__(self, rate: Rate, step: "Step") -> None:
         self.rate = rate
         self._step = step
+        self._turn = Turn(rate, step, self.pump)
         self._waiting: deque[Entry] = deque()
-        self._timer: TimerHandle | None = None
         self._pumping = False
 
-    def add(self, entries: Sequence[Entry]) -> None:
-        """These come to the step."""
-        self._waiting.extend(entries)
+    def add(self, entries: Sequence[Entry], *, first: bool = False) -> None:
+        """These come to the step; they go `first`, or last."""
+        if first:
+            self._waiting.extendleft(reversed(entries))
+        else:
+            self._waiting.extend(entries)
         if self._step.paused:
             self._step.set_aside(len(entries))
         self.pump()
@@ -136,34 +187,28 @@ class Tap:
         """The step pauses."""
         self._step.set_aside(len(self._waiting))
 
-    def let_go(self) -> None:
-        """The step goes on."""
+    def let_go(self, first: Sequence[Entry]) -> None:
+        """The step goes on; these had been let in, and had not begun."""
         self._step.set_aside(-len(self._waiting))
-        self.pump()
+        self.add(first, first=True)
 
-    def pump(self) -> None:
-        """The step can begin on more, perhaps."""
-        if self._pumping:  # it has let one in, and the step has begun on that at once
+    def pump(self, *, at_hand: bool = False) -> None:
+        """The step can begin on more, perhaps; `at_hand`: whoever calls this begins on one."""
+        if self._pumping:  # it has let some in, and the step has begun on them at once
             return
         self._pumping = True
-        step = self._step
+        step, waiting = self._step, self._waiting
         try:
-            while self._waiting and self._timer is None and step.has_place and not (step.paused or step.closed):
-                if seconds := self.rate.take():
-                    self._timer = step.later(seconds, self._rung)
+            while waiting and not (step.paused or step.closed):
+                free = min(step.free_places + at_hand, len(waiting))
+                if free <= 0 or not (count := self._turn.take(free)):
                     return
-                step.inbox.append(self._waiting.popleft())
+                step.inbox.extend([waiting.popleft() for _ in range(count)])
                 step.dispatch()
         finally:
             self._pumping = False
 
-    def _rung(self) -> None:
-        self._timer = None
-        self.pump()
-
     def close(self) -> None:
         """Nobody is let in any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._turn.give_back()
         self._waiting.clear()

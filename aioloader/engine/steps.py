@@ -118,6 +118,14 @@ class Step(ABC):
             self.inbox.extend(entries)
             self.dispatch()
 
+    def take_back(self, entries: Sequence[Entry]) -> None:
+        """Begin on entries that have waited beside the inbox, since they are older than what is in it. Not paused."""
+        if self.tap is not None:
+            self.tap.add(entries, first=True)
+        else:
+            self.inbox.extendleft(reversed(entries))
+            self.dispatch()
+
     def close(self) -> None:
         """Accept no more entries, and do not start those that wait."""
         self.closed = True
@@ -141,9 +149,9 @@ class Step(ABC):
     # -- what waits before it ----------------------------------------------------------------------------------------
 
     @property
-    def has_place(self) -> bool:
-        """Whether it can begin on one more entry."""
-        return not self.inbox
+    def free_places(self) -> int:
+        """How many entries more it can begin on now."""
+        return 0 if self.inbox else 1
 
     def set_aside(self, count: int) -> None:
         """See `Window.set_aside`."""
@@ -162,10 +170,17 @@ class Step(ABC):
 
     def _use(self, slots: Slots) -> None:
         self._follow(slots)
+        if self.tap is not None:
+            self.tap.pump()
         if self.inbox:
             self.dispatch()
         if not self._coming_for_slots:
-            slots.give_back(waits=bool(self.inbox))
+            slots.give_back(waits=self._wants_slots)
+
+    @property
+    def _wants_slots(self) -> bool:
+        """Whether calls wait for a slot."""
+        return bool(self.inbox)
 
     @property
     def _coming_for_slots(self) -> bool:
@@ -199,16 +214,18 @@ class Step(ABC):
         """Begin entries again."""
         self.paused = False
         waiting, self._aside = self._aside, deque()
-        if waiting:  # a tap has let them in already
+        if waiting:
             self._window.set_aside(-len(waiting))
-            self.inbox.extend(waiting)
-            self.dispatch()
         if self.tap is not None:
-            self.tap.let_go()
+            self.tap.let_go(waiting)
+        elif waiting:
+            self.take_back(waiting)
 
     def _set_aside(self) -> None:
         """Move what is in the inbox to where nobody begins it; what comes back from a hop comes here, too."""
         waiting = list(_taken_from(self.inbox))
+        if self.tap is not None:
+            self.tap.rate.give_back(len(waiting))
         self._aside.extendleft(reversed(waiting))
         self._window.set_aside(len(waiting))
 

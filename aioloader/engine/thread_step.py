@@ -79,14 +79,16 @@ class SyncStep(Step):
         self._window.hop_began()
 
     @property
-    def has_place(self) -> bool:
-        return len(self.inbox) + self._active < self.concurrency
+    def free_places(self) -> int:
+        if self.slots is not None and self.inbox:
+            return 0
+        return (self.concurrency - self._active) * self._size - len(self.inbox)
 
     @property
     def _size(self) -> int:
         """Samples that one hop is worth."""
         cost = self._seconds_each
-        if cost is None or self.tap is not None:
+        if cost is None:
             return 1
         return max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
 

@@ -310,15 +310,15 @@ class Window(Node):
 
     def pause(self) -> None:
         self._paused = True
-        self._pause_retrying()
         if not self._closed:
+            self._pause_retrying()
             self._steps[0].hold()
 
     def go_on(self) -> None:
         self._paused = False
-        self._pause_retrying()
         if not self._closed:
             self._steps[0].let_go()
+            self._pause_retrying()
             self.wake()
 
     def _pause_retrying(self) -> None:
@@ -464,9 +464,16 @@ class Window(Node):
 
     def _grown(self, room: Room, growth: Growth) -> int:
         """How many more entries may come in, see `Growth`."""
+        resting = sum(len(step.retrying) for step in self._parts if step.retrying is not None)
+        idle = room.width - self.under_way + resting
+        if not self.ordered and resting and self._replay is None and not self.upstream.live:
+            taken = self._occupied + self._lent
+            most = min(room.now(self._asked) + resting, growth.most(room.widest, islice(self._slots, 4)))
+            if (more := min(idle, most - taken)) > 0:
+                self._tell_room(taken + more)
+            return more
         if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
             return 0
-        idle = room.width - self.under_way
         if self._slots[0].state or idle <= 0:
             return 0
         if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:

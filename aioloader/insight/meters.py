@@ -27,7 +27,7 @@ class StageMeter:
         name: The stage as the user wrote it, `map(fetch)`.
         kind: How it runs.
         concurrency: The maximum number of samples under way at once; 0 for folds.
-        samples: Samples (or batches) that it has finished.
+        samples: Calls for samples (or batches) that have ended, attempts that failed included.
         errors: How many of them failed.
         dropped: How many a predicate dropped, or a source.
         retries: Attempts after the first one of a sample.

@@ -153,7 +153,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         name=meter.name,
         kind=meter.kind,
         concurrency=meter.concurrency,
-        samples=meter.samples,
+        samples=max(0, meter.samples - meter.retries),
         errors=meter.errors,
         busy_seconds=meter.busy_seconds,
         cpu_seconds=meter.cpu_seconds,

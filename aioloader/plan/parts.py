@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from aioloader.core.limit import Limit
+from aioloader.core.rate import Rate
 from aioloader.plan.plan import Combined, Plan, Single, walk
 from aioloader.sources.resolve import Indexable, StreamData
 
@@ -13,6 +14,7 @@ __all__ = [
     "is_indexable",
     "keeping_last",
     "limits_of",
+    "rates_of",
     "samplers_of",
     "streams_of",
     "with_streams",
@@ -39,6 +41,11 @@ def limits_of(plan: Plan) -> list[tuple[str, Limit]]:
     sources = [("its source", source.concurrency) for source in _sources_of(plan)]
     stages = [(stage.label, stage.limit) for part in walk(plan) for stage in part.stages]
     return [(label, limit) for label, limit in (*sources, *stages) if isinstance(limit, Limit)]
+
+
+def rates_of(plan: Plan) -> list[tuple[str, Rate]]:
+    """The rates that stages of a plan may share with others, with the names of these stages."""
+    return [(stage.label, stage.rate) for part in walk(plan) for stage in part.stages if stage.rate is not None]
 
 
 def samplers_of(plan: Plan) -> list[Any]:

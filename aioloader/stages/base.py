@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
+from aioloader.core.rate import Rate
 from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
 from aioloader.engine.fuse import FusedOps, Op
@@ -143,6 +144,7 @@ class Stage(ABC):
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
         functions: The user's functions that work for it.
         limit: The limit on its concurrency that others may share.
+        rate: How many of its calls begin in a second, which others may share.
     """
 
     exact_in_any_order: ClassVar[bool] = False
@@ -163,6 +165,7 @@ class Stage(ABC):
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()
     limit: Limit | None = None
+    rate: Rate | None = None
 
     @property
     def cache_label(self) -> str:

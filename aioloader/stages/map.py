@@ -10,6 +10,7 @@ from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
 from aioloader.core.policies import Policies
+from aioloader.core.rate import Rate
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps, InProcesses, Op
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
@@ -63,6 +64,10 @@ class Map(Stage):
     @property
     def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
         return self.concurrency if isinstance(self.concurrency, Limit) else None
+
+    @property
+    def rate(self) -> Rate | None:  # type: ignore[override]  # a plain attribute where there is none
+        return None if self.policies is None else self.policies.rate
 
     @property
     def logs_order(self) -> bool:  # type: ignore[override]  # a plain attribute where it never does

@@ -107,6 +107,7 @@ class WorkerPool:
         self._progress: ProgressCells | None = None  # written by the workers, and still there when they have died
         self._closed = False
         self._held: dict[Hashable, _Hold] = {}  # by owner
+        self._killed: set[Worker] = set()  # since a value took too long
         self._loop: Any = None
         self.ended: Future[None] | None = None
 
@@ -249,6 +250,7 @@ class WorkerPool:
                 continue
             if perf_counter() - progress.since(slot) >= seconds:
                 task.expired = True
+                self._killed.add(worker)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
 
@@ -347,6 +349,11 @@ class WorkerPool:
             return
         lost = self._take_lost(worker, tasks, wanted)
         self._waiting.extendleft(reversed(wanted.values()))  # not begun: another worker runs them
+        if worker in self._killed:
+            # It had gone on to another task just before: that one is not to blame, and is run once more.
+            self._killed.discard(worker)
+            self._waiting.extendleft(task for task, _ in lost if not task.expired)
+            lost = [(task, at) for task, at in lost if task.expired]
         for task, at in lost:
             task.done(Died(worker.slot, worker.pid, reason, at, task.expired))
         self._is_still(worker)
