@@ -688,6 +688,8 @@ def test_the_signature_begins_as_torchs() -> None:
     assert {name: parameter.default for name, parameter in extra.items()} == {
         "device": None,
         "concurrency": None,
+        "ahead": None,
+        "ahead_bytes": None,
         "worker_type": "thread",
         "seed": None,
     }
