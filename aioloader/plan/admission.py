@@ -65,7 +65,7 @@ def _works(plan: Plan) -> bool:
 
 
 def _begins(stage: Stage) -> bool:
-    return not stage.batches and bool(stage.functions)
+    return stage.makes_anew or stage.only_selects
 
 
 def _loads(plan: Plan) -> bool:
