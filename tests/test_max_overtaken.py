@@ -70,7 +70,8 @@ def test_the_count_is_that_of_a_plain_model(seed: int) -> None:
     most = draw.choice((0, 1, 2, 5))
     overtaking, completion = Overtaking(most), CompletionCursor()
     entries = completion.comes([Entry(None, number, number) for number in range(60)])
-    waiting, under_way, left = list(entries), [], set()
+    waiting, left = list(entries), set()
+    under_way: list[Any] = []
     overtaken: dict[int, int] = {}
     while waiting or under_way:
         while waiting and len(under_way) < 8:
@@ -219,7 +220,7 @@ def test_a_failed_source_waits_for_all_before_it(face: Face) -> None:
 
 def test_it_is_refused_where_nothing_overtakes() -> None:
     """With the rule and the way out."""
-    with pytest.raises(ValueError, match="max_overtaken needs ordered=False.*leave it out"):
+    with pytest.raises(ValueError, match=r"max_overtaken needs ordered=False.*leave it out"):
         Pipeline(range(4)).map(same, max_overtaken=2)
     with pytest.raises(ValueError, match="max_overtaken"):
         Pipeline(range(4)).map(same, ordered=False, max_overtaken=-1)

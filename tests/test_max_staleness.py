@@ -67,7 +67,7 @@ SHAPES: dict[str, Callable[[Callable[[int], Any]], Pipeline]] = {
     "several maps": lambda fn: Pipeline(range(64)).map(fn).map(same).map(same, concurrency=40, ahead=40),
     "a stream": lambda fn: Pipeline(lambda: iter(range(64))).map(fn),
     "as completed": lambda fn: Pipeline(range(64)).map(fn, ordered=False),
-    "sent back": lambda fn: Pipeline(range(64)).map(fn).drop_if(lambda key: False, requeue=True),
+    "sent back": lambda fn: Pipeline(range(64)).map(fn).drop_if(lambda _: False, requeue=True),
     "several sources": lambda fn: Pipeline.interleave(range(0, 64, 2), range(1, 64, 2)).map(fn),
     "in rounds": lambda fn: Pipeline(range(16)).map(fn).repeat(4),
 }
@@ -192,7 +192,7 @@ def test_a_batch_that_is_given_early_lets_the_next_one_come(face: Face, n: int) 
 
     loader = Pipeline(source).map(same).batch(4, collate_fn=list, max_wait=0.0).max_staleness(n)
     with Steps(loader, face) as steps:
-        found = []
+        found: list[Any] = []
         while len(found) < 3:
             found += steps.next()
         gate.open_all()
@@ -303,7 +303,7 @@ def test_several_threads_ask_at_once(n: int) -> None:
     """Never more than they have asked for, and `n` batches; nothing is lost."""
     lock = threading.Lock()
     asked, handed, begun, broken = 0, 0, 0, 0
-    found: list[int] = []
+    found: list[Any] = []
 
     def rollout(key: int) -> int:
         nonlocal begun, broken
@@ -332,7 +332,6 @@ def test_several_threads_ask_at_once(n: int) -> None:
         consumer.outcome()
     assert sorted(found) == [*range(400)]
     assert not broken
-    del batches
 
 
 @on_both_faces
@@ -500,14 +499,7 @@ def test_it_is_refused_where_it_cannot_hold() -> None:
 def test_what_is_dropped_before_the_first_map_has_not_begun(face: Face) -> None:
     """`drop_if` before the maps looks at what is about to begin; what waits between them must not."""
     begun = Begun()
-    loader = (
-        Pipeline(range(100))
-        .drop_if(odd)
-        .shuffle(10)
-        .map(begun.rollout)
-        .batch(4, collate_fn=list)
-        .max_staleness(1)
-    )
+    loader = Pipeline(range(100)).drop_if(odd).shuffle(10).map(begun.rollout).batch(4, collate_fn=list).max_staleness(1)
     with Steps(loader, face) as steps:
         steps.next()
         at_least(begun, 8, face, steps)

@@ -118,11 +118,9 @@ SHAPES: dict[str, Callable[[Rollouts, bool], Pipeline]] = {
     ),
     "a dataset": lambda r, ordered: Pipeline(Squares()).shuffle().map(r.rollout, ordered=ordered),
     "a stream": lambda r, ordered: Pipeline(lambda: iter(range(20))).map(r.rollout, ordered=ordered),
-    "one at a time": lambda r, ordered: (
-        Pipeline(range(20)).map(r.rollout, ordered=ordered, concurrency=1, ahead=1)
-    ),
-    "little overtaking": lambda r, ordered: (
-        Pipeline(range(20)).map(r.rollout, ordered=ordered, max_overtaken=None if ordered else 1)
+    "one at a time": lambda r, ordered: Pipeline(range(20)).map(r.rollout, ordered=ordered, concurrency=1, ahead=1),
+    "little overtaking": lambda r, ordered: Pipeline(range(20)).map(
+        r.rollout, ordered=ordered, max_overtaken=None if ordered else 1
     ),
     "a cache before": lambda r, ordered: (
         Pipeline(range(20)).map(same).cache(memory_bytes=1 << 20).map(r.rollout, ordered=ordered)
@@ -165,7 +163,7 @@ def test_every_state_resumes_exactly(ordered: bool, shape: str) -> None:
 @on_orders
 def test_errors_stand_at_their_place(face: Face, ordered: bool) -> None:
     """Of a map in its first or a later attempt, and of the predicate; the others come."""
-    rollouts = Rollouts(lambda key: 1)
+    rollouts = Rollouts(lambda _: 1)
 
     async def rollout(key: int) -> int:
         await rollouts.rollout(key)
@@ -206,7 +204,7 @@ def test_a_failed_source_waits_for_those_that_are_sent_back(face: Face, ordered:
 @on_orders
 def test_filters_may_refuse_them_later(face: Face, ordered: bool) -> None:
     """A sample that is begun again may be left out, and then its place is free."""
-    rollouts = Rollouts(lambda key: 2)
+    rollouts = Rollouts(lambda _: 2)
     samples = Pipeline(range(30)).map(rollouts.rollout, ordered=ordered)
     kept = samples.filter(lambda key: key % 3 or rollouts.attempts[key] < 2)
     loader = kept.drop_if(rollouts.stale, requeue=True).batch(4, collate_fn=list).max_staleness(1)
@@ -229,7 +227,7 @@ def test_they_come_after_those_under_way_and_take_no_more_room(ordered: bool) ->
         samples = Pipeline(range(100)).map(rollout, concurrency=2, ahead=8, ordered=ordered)
         loader = samples.drop_if(lambda key: attempts[key] < 4, requeue=True).batch(4, collate_fn=list)
         ask = asyncio.ensure_future(anext(batches := aiter(loader)))
-        order = []
+        order: list[Any] = []
         for _ in (1, 2, 3):
             for _ in range(8):
                 await gate.until_arrived(len(order) + 1)
@@ -257,9 +255,9 @@ def test_they_come_after_those_under_way_and_take_no_more_room(ordered: bool) ->
 def test_closing_while_all_are_sent_back_for_ever(face: Face, ordered: bool) -> None:
     """The predicate alone is to blame that it is endless; it ends when it is closed."""
     rollouts = Rollouts(lambda key: 1 << 30 if key > 5 else 0)
-    loader = (
-        Pipeline(range(100)).map(rollouts.rollout, ordered=ordered).drop_if(rollouts.stale, requeue=True)
-    ).batch(2, collate_fn=list)
+    loader = (Pipeline(range(100)).map(rollouts.rollout, ordered=ordered).drop_if(rollouts.stale, requeue=True)).batch(
+        2, collate_fn=list
+    )
     with Steps(loader, face) as steps:
         found = steps.rest(3)
         if face == "async for":
@@ -273,7 +271,7 @@ def test_closing_while_all_are_sent_back_for_ever(face: Face, ordered: bool) -> 
 @on_orders
 def test_batches_are_made_again_from_what_came_into_the_map(face: Face, ordered: bool) -> None:
     """After `batch`: a batch is sent back as a whole."""
-    rollouts = Rollouts(lambda key: 2)
+    rollouts = Rollouts(lambda _: 2)
 
     def train(batch: list[int]) -> list[int]:
         rollouts.in_a_thread(batch[0])
@@ -316,7 +314,7 @@ def test_it_is_refused_where_nothing_could_be_made_anew(tmp_path: Path) -> None:
     keys = range(4)
 
     def again(pipeline: Pipeline) -> Pipeline:
-        return pipeline.drop_if(lambda key: False, requeue=True)
+        return pipeline.drop_if(lambda _: False, requeue=True)
 
     rule = r"must come right after map\(\)"
     for nothing, found in (
