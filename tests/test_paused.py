@@ -474,20 +474,20 @@ def collect_reference(name: str) -> list[int]:
     return list(range(20)) * 2 if name in ("repeated", "mixed") else list(range(40))
 
 
-@pytest.mark.skip(reason="one run in eight waits in vain: for a sample that is not there, or for a kick that is lost")
 @on_both_faces
 def test_finished_samples_of_what_is_repeated_or_mixed_become_batches(face: Face) -> None:
-    makes: tuple[Callable[[Any], Pipeline], ...] = (
-        lambda fn: Pipeline(range(10)).map(fn, concurrency=2).repeat(4),
-        lambda fn: Pipeline.mix([Pipeline(range(20)).map(fn, concurrency=2), range(20)], [1, 1]),
-        lambda fn: Pipeline(range(40)).map(fn, concurrency=2).shuffle(4).skip(1),
+    makes: tuple[tuple[Callable[[Any], Pipeline], int], ...] = (  # and calls that make a second batch
+        (lambda fn: Pipeline(range(10)).map(fn, concurrency=2).repeat(4), 2),
+        (lambda fn: Pipeline.mix([Pipeline(range(20)).map(fn, concurrency=2), range(20)], [1, 1]), 2),
+        (lambda fn: Pipeline(range(40)).map(fn, concurrency=2).shuffle(4).skip(1), 7),
     )
-    for make in makes:
+    for make, calls in makes:
         work = Work()
         work.gate.open_all()
         loader = make(work.function("threads")).batch(1, collate_fn=list).prefetch(1)
         with Steps(loader, face) as steps:
             steps.next()
+            steps.until_arrived(work.gate, calls)
             with Block(steps, face, loader.paused(drain=True)):
                 settle(steps, face)
                 begun = len(work.begun)
