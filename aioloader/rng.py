@@ -75,7 +75,8 @@ def sample_rng() -> SampleRng:
             "sample_rng() gives the random numbers of a sample, got a call where there is none; call it inside a "
             "function that a loader runs: of map or filter, or a dataset's __getitem__"
         )
-    identity = (name, name.position, sample.seed)
+    attempt = getattr(name, "attempts", 1)  # what is begun again has the same numbers, from the first one on
+    identity = (name, name.position, sample.seed, attempt)
     if sample.rng is not None and sample.rng[0] == identity:
         found: SampleRng = sample.rng[1]
         return found

@@ -339,6 +339,23 @@ def test_samples_wait_for_a_slower_one_before_them(face: Face) -> None:
     assert waited.sum >= 0.06
 
 
+def test_what_waits_for_a_worker_is_not_finished() -> None:
+    """A call that does not suspend ends when it begins, however long its sample has been in the window."""
+    gate = Gate()
+
+    async def fetch(key: int) -> int:
+        if key == 0:
+            await gate.passing(key)
+        return key
+
+    loader = Pipeline(range(4)).map(fetch, concurrency=1, ahead=4).batch(4)
+    with Asking(loader, "for"):
+        gate.wait_arrived(1)
+        until(lambda: stage(loader, "map(fetch)").oldest_seconds > 0.5)
+        gate.open_all()
+    assert stage(loader, "map(fetch)").waited_seconds.max < 0.5
+
+
 def finished(*since: float) -> list[Entry]:
     """Entries that were finished at these times."""
     entries = [Entry(None, 0, 0) for _ in since]
@@ -451,6 +468,33 @@ def test_an_age_counts_batches_since_the_call_began(face: Face, asynchronous: bo
         gate.open(*later)
         assert set(steps.next()[1].keys) == set(later)
         gate.open_all()
+
+
+def test_a_call_that_does_not_suspend_knows_what_was_handed_out_meanwhile() -> None:
+    """A worker goes on from sample to sample without a turn of the loop, while the consumer's thread takes a batch."""
+    gate = Gate()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def fetch(key: int) -> int:
+        loops.append(asyncio.get_running_loop())
+        if key < 5:
+            await gate.passing(key)
+        else:
+            gate.pass_sync(key)
+        return key
+
+    loader = Pipeline(range(8)).map(fetch, concurrency=1, ahead=8).batch(2).prefetch(2).with_info()
+    with Steps(loader, "for") as steps:
+        gate.open(*range(4))
+        assert steps.next()[1].keys == (0, 1)
+        gate.wait_arrived(5)
+        steps.settle(loops[0])  # the next batch is in the queue
+        gate.open(4)
+        gate.wait_arrived(6)  # the loop stands still in sample 5
+        assert steps.next()[1].keys == (2, 3)
+        gate.open_all()
+        assert steps.next()[1].keys == (4, 5)
+        assert steps.next()[1].ages == (1, 1)
 
 
 @on_both_faces

@@ -2,7 +2,9 @@
 
 import re
 from asyncio import CancelledError
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any, Final, Generic, TypeVar
 
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.errors import SampleCancelledError
@@ -48,6 +50,38 @@ NO_TRIES: Final = (None, 0, 0.0)
 """`Entry.tries` of what is begun from the start."""
 
 
+T = TypeVar("T")
+
+_new: Final[Any] = object.__new__
+
+
+class Rare(Generic[T]):
+    """An attribute that few entries have, so that it takes no slot in each of them: in `Entry.rare`.
+
+    Args:
+        default: What it is where it has not been set; none: an `AttributeError`.
+    """
+
+    def __init__(self, *default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, entry: "Entry", owner: type | None = None) -> T:
+        if entry.rare is not None and self._name in entry.rare:
+            found: T = entry.rare[self._name]
+            return found
+        if not self._default:
+            raise AttributeError(f"this entry has no {self._name}")
+        return self._default[0]
+
+    def __set__(self, entry: "Entry", value: T) -> None:
+        if entry.rare is None:
+            entry.rare = {}
+        entry.rare[self._name] = value
+
+
 class Entry:
     """One sample or batch on its way.
 
@@ -68,16 +102,17 @@ class Entry:
         position: The sample's position in its source, from 0, in the order of this epoch and over all ranks; for a
             batch, that of its first sample. Entries derived from this one keep the position. None: not known, in a
             source with its own cursors that was resumed in the middle.
-        attempts: How often work on it was begun: 1, unless work was lost and done again. For a batch, the maximum over
-            its samples.
         begun: How many batches had been handed out when the first call for it began. Below 0: none has begun, and it
             is what `read_after` gives, or `NOT_READ`. For a batch, that of its first sample.
-        begun_each: The same for each of its samples, as it was when they became a batch; set only for one that was made
-            of entries. If no call had begun for them, `begun` is that of all, once one has.
         error: The user's exception, raised in place of this entry.
         state: One of the constants above.
         since: When it was finished in the newest window; seconds of `perf_counter`.
         kept_as: Its key in the caches of its window, or None if no cache may keep it; set only when it is looked up.
+        rare: The following ones; None: it has none of them.
+        attempts: How often work on it was begun: 1, unless work was lost and done again. For a batch, the maximum over
+            its samples.
+        begun_each: `begun` for each of its samples, as it was when they became a batch; set only for one that was made
+            of entries. If no call had begun for them, `begun` is that of all, once one has.
         origin: What came into the first function that may be begun again.
         places: The positions of its samples; set only for a batch that was made of entries.
         stage: Where it failed; set only by `annotate`.
@@ -87,43 +122,52 @@ class Entry:
     """
 
     __slots__ = (
-        "attempts",
         "begun",
-        "begun_each",
         "cursor",
         "error",
         "kept_as",
         "key",
-        "origin",
-        "places",
         "position",
-        "seconds",
+        "rare",
         "since",
-        "stage",
         "state",
-        "stop",
-        "tries",
         "value",
     )
-    begun_each: list[int]
     kept_as: Any
-    origin: Any
     since: float
-    places: list[int | None]
-    seconds: float | None
-    stage: str
-    stop: Any
-    tries: tuple[Any, int, float]
+    attempts = Rare[int](1)
+    begun_each = Rare[list[int]]()
+    origin = Rare[Any]()
+    places = Rare[list[int | None]]()
+    seconds = Rare[float | None]()
+    stage = Rare[str]()
+    stop = Rare[Any]()
+    tries = Rare[tuple[Any, int, float]]()
 
     def __init__(self, value: Any, cursor: Any, key: Any, position: int | None = None, begun: int = NOT_READ) -> None:
         self.value = value
         self.cursor = cursor
         self.key = key
         self.position = position
-        self.attempts: int = 1
         self.begun = begun
         self.error: BaseException | None = None
+        self.rare: dict[str, Any] | None = None
         self.state: int = UNDER_WAY
+
+    @staticmethod
+    def many(
+        values: Sequence[Any], cursors: Iterable[Any], keys: Iterable[Any], positions: Iterable[int | None]
+    ) -> "list[Entry]":
+        """One for each of `values`, in three quarters of the time."""
+        entries: list[Entry] = list(map(_new, repeat(Entry, len(values))))
+        entry: Entry
+        for entry, entry.value, entry.cursor, entry.key, entry.position in zip(
+            entries, values, cursors, keys, positions, strict=True
+        ):
+            entry.begun = NOT_READ
+            entry.error = entry.rare = None
+            entry.state = UNDER_WAY
+        return entries
 
     @classmethod
     def failed(cls, error: BaseException, cursor: Any, key: Any) -> "Entry":
@@ -156,7 +200,8 @@ class Entry:
     def derived(self, value: Any, cursor: Any, key: Any, position: int | None) -> "Entry":
         """An entry made from this one."""
         entry = Entry(value, cursor, key, position)
-        entry.attempts = self.attempts
+        if self.attempts > 1:
+            entry.attempts = self.attempts
         entry.begun = self.begun
         return entry
 

@@ -49,6 +49,7 @@ class AsyncStep(Step):
     """
 
     calls_on_loop = True
+    tells_end = True
 
     def __init__(
         self,
@@ -203,7 +204,7 @@ class AsyncStep(Step):
         clean = context.copy()
         # What is tried again has begun before.
         fresh, stamps, consumer = self.fresh and self.retrying is None, self.stamps, run.consumer
-        batches = 0
+        gated = slot is not None or guard is not None
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
         woken = began = sample.since = self._counted(0, 0.0)
@@ -229,7 +230,7 @@ class AsyncStep(Step):
                 woken = began = sample.since = self._counted(0, 0.0)
                 resumed = True
                 continue
-            if (slot is not None or (guard is not None and guard.crowded)) and not self._may_begin(slot):
+            if gated and (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot):
                 began, count = self._counted(count, began), 0
                 sample.name = sample.rng = None
                 await self._wait()
@@ -239,11 +240,10 @@ class AsyncStep(Step):
             entry = inbox.popleft()
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
-                batches = consumer.batches
                 self._runs(me)
             if fresh or (stamps and entry.begun < 0):
-                entry.begun = batches
-            sample.name, sample.rng = entry, None  # what is begun again has the same numbers
+                entry.begun = consumer.batches  # in another thread that may have got more since the last sample
+            sample.name = entry
             try:
                 result = await fn(entry.value)
                 dropped = predicate and not result
@@ -257,14 +257,13 @@ class AsyncStep(Step):
                 began, count = self._counted(count + 1, began), -1  # which is 0 in a moment
                 entry.seconds = began - sample.since
                 sample.since, resumed = began, True
-                entry.since = began
                 self._fail(entry, failure, self.meter.name)
                 del failure
             else:
                 if self._runner is not me:  # it has suspended: what follows happens now
                     began, count = self._counted(count + 1, began), -1
                     sample.since, resumed = began, True
-                    entry.since = began
+                entry.since = began  # else it took no time to speak of
                 if dropped:
                     self._drop(entry, nothing=entry.value is None)
                 else:

@@ -236,7 +236,9 @@ class LostSamples:
         self._position += 1
         if position in self._wanted:
             wanted, _ = self._wanted[position]
-            wanted.value, wanted.error, wanted.attempts = entry.value, entry.error, entry.attempts
+            wanted.value, wanted.error = entry.value, entry.error
+            if entry.attempts > 1:
+                wanted.attempts = entry.attempts
             self._give(position, None)
 
     def _give(self, position: int, error: BaseException | None) -> None:

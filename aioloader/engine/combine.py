@@ -313,7 +313,8 @@ class ZipNode(_InputsNode):
             tuple(entry.key for entry in entries),
             entries[0].position,
         )
-        paired.attempts = max(entry.attempts for entry in entries)
+        if (attempts := max(entry.attempts for entry in entries)) > 1:
+            paired.attempts = attempts
         paired.begun = earliest([entry.begun for entry in entries])
         for entry in entries:
             if entry.state == LAST:

@@ -101,6 +101,7 @@ class InARow:
         annotate(error, op.label, entry, self._run.epoch)
         entry.error = error
         entry.state = DONE
+        entry.since = self._window.now
         meter = max((meter for meter in self._meters if meter.address <= op.address), key=_address)
         meter.errors += 1
         self._window.failed()

@@ -105,4 +105,4 @@ class KeySource(Node):
         first, end = self._cursor + start * stride, self._cursor + stop * stride
         offset = self._keys.offset
         cursors, positions = range(first + stride, end + 1, stride), range(first + offset, end + offset, stride)
-        return list(map(Entry, values, cursors, names, positions))
+        return Entry.many(values, cursors, names, positions)

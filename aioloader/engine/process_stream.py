@@ -242,7 +242,8 @@ class OwnProcessNode(Node):
                 entry.places = places
             if begun_each is not None:
                 entry.begun_each = begun_each
-            entry.attempts = attempts
+            if attempts > 1:
+                entry.attempts = attempts
             entry.state = state
             entry.error = value if failed else heard.error
             self._failed = self._failed or entry.error is not None
@@ -535,7 +536,7 @@ class _BatchSender:
                 entry.cursor,
                 entry.position,
                 places_of(entry),
-                entry.attempts,
+                1 if entry.rare is None else entry.attempts,
                 entry.begun,
                 begun_each_of(entry),
                 entry.state or DONE,

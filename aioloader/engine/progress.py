@@ -93,7 +93,7 @@ class Progress:
         """`entry`, which was asked for at `asked`, is the consumer's now; returns how many seconds it waited."""
         self.history.append(self.cursor)
         self.cursor = entry.cursor
-        self._last = (entry.key, entry.position, places_of(entry), entry.attempts)
+        self._last = (entry.key, entry.position, places_of(entry), 1 if entry.rare is None else entry.attempts)
         each = begun_each_of(entry) if type(entry.key) is list else None
         self._begun = (self.meter.batches, entry.begun, each)
         self._step = self.batches

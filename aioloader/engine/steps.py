@@ -48,6 +48,7 @@ class Step(ABC):
         stamps: Its call may be the first one for an entry, see `Entry.begun`. The window says so.
         stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
         fresh: It is the first one for each.
+        tells_end: Each entry that it sends on has its `since`.
     """
 
     closed: bool = False
@@ -61,6 +62,7 @@ class Step(ABC):
     stamps: bool = False
     stop: Stop | None = None
     fresh: bool = False
+    tells_end: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int | Limit) -> None:
         self.meter = meter
@@ -247,7 +249,7 @@ class Step(ABC):
         if self.stop is not None:
             entry.stop = stop_of(entry) or self.stop
         annotate(error, label, entry, self._run.epoch)
-        self._window.now = perf_counter()
+        self._window.now = entry.since = perf_counter()
         entry.error = error
         entry.value = None
         self.meter.errors += 1

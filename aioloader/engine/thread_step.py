@@ -37,6 +37,8 @@ class SyncStep(Step):
         elastic: Whether the window gets more room for cheap samples, so that a hop is worth its cost.
     """
 
+    tells_end = True
+
     def __init__(self, calls: Sequence[Call], concurrency: int | Limit, *, elastic: bool = True) -> None:
         super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
         self._calls = tuple(calls)

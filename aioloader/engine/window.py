@@ -227,9 +227,8 @@ class Window(Node):
             step.meter.handovers += 1  # first: whoever reads in between finds no more on average than there ever were
             step.meter.finished_sum += self._occupied - self.under_way
         before = len(slots)
-        popleft = slots.popleft
         while count := self._done(limit - len(taken)):
-            leaving = [popleft() for _ in range(count)]
+            leaving = _left(slots, count)
             if self.in_a_row is not None:
                 self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
@@ -558,7 +557,9 @@ class Window(Node):
         if run:
             for entry in run:
                 entry.state = UNDER_WAY
-                entry.since = now  # as far as is known: a call that takes its time says when it is over
+            if not self._steps[-1].tells_end:
+                for entry in run:
+                    entry.since = now
             self.under_way += len(run)
             self._steps[0].take_in(run)
 
@@ -591,11 +592,11 @@ class Window(Node):
 
     def finished(self, entry: Entry) -> None:
         """The last step, or a failing one, is done with `entry`; `entry.state` says so already when it was dropped."""
-        if entry.state == UNDER_WAY:
+        if not entry.state:
             entry.state = DONE
         elif entry.state == DROPPED:
             self._left_out()
-        self.under_way -= 1
+        self.under_way = under_way = self.under_way - 1
         if self.ordered:
             front = self._slots[0]
             if front is entry:
@@ -605,7 +606,7 @@ class Window(Node):
         else:
             self._finished_unordered(entry)
             self._kick()
-        if self.under_way == self._aside:
+        if under_way == self._aside:
             self.wake()  # for the idle clock, or for who waits until nothing is under way
 
     def _left_out(self) -> None:
@@ -625,3 +626,13 @@ class Window(Node):
     def _finish(self) -> None:
         self.ended = True
         self.close()
+
+
+def _left(slots: deque[Entry], count: int) -> list[Entry]:
+    """Take the first `count`."""
+    if count < len(slots):
+        popleft = slots.popleft
+        return [popleft() for _ in range(count)]
+    leaving = list(slots)
+    slots.clear()
+    return leaving

@@ -52,9 +52,9 @@ def group_entries(entries: list[Entry]) -> Entry:
     group.places = places
     group.begun = begun[0]
     group.begun_each = begun
-    odd = [entry for entry in entries if entry.error is not None or entry.attempts > 1]  # most often none
-    if odd:
-        group.attempts = max(entry.attempts for entry in odd)
+    odd = [entry for entry in entries if entry.error is not None or entry.rare is not None]  # most often none
+    if odd and (attempts := max(entry.attempts for entry in odd)) > 1:
+        group.attempts = attempts
     failed = [entry for entry in odd if entry.error is not None]
     if failed:
         group.value = None
