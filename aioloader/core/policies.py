@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from aioloader.core.checks import Errors, check_count, check_exceptions, check_number, check_positive
 from aioloader.core.rate import Rate
+from aioloader.core.safe_text import add_note
 
 __all__ = [
+    "Attempts",
     "Budget",
     "Errors",
     "Hedge",
@@ -72,6 +74,39 @@ class Retry:
         """How long to wait before `attempt` (2 or more), since the one before failed with `error`."""
         wait = min(self.wait_max, self.wait_initial * 2.0 ** min(attempt - 2, 64) + _chance.random() * self.jitter)
         return max(wait, retry_after(error) or 0.0)
+
+
+class Attempts:
+    """What a `Retry` says of the calls of one stage, one failure after the other."""
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+        self._budget = Budget(retry.budget)
+
+    def wait_after(self, done: int, error: BaseException, took: float, calls: int) -> float | None:
+        """Seconds until the next attempt. None: there is none; if there were several, `error` gets a note that says so.
+
+        Args:
+            done: Attempts so far for this sample.
+            error: Why the last one failed.
+            took: Seconds since the first one failed.
+            calls: Of the stage so far.
+        """
+        retry = self._retry
+        if not isinstance(error, retry.on):
+            why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
+        elif done >= retry.attempts:
+            why = f"attempt {done} of {retry.attempts} failed, {took:.1f} s after the first one"
+        elif self._budget.take(calls):
+            return retry.seconds_before(done + 1, error)
+        else:
+            why = (
+                f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
+                f"{retry.budget:.0%} of all calls at most (budget)"
+            )
+        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
+            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
+        return None
 
 
 def as_retry(retry: Any) -> Retry | None:
@@ -167,8 +202,17 @@ class Policies:
     rate: Rate | None = None
 
 
+@dataclass(frozen=True)
+class Words:
+    """How things are called where policies are given."""
+
+    timeout: str = "timeout"
+    function: str = "it"
+    in_process: str = "executor='process'"
+
+
 def check_policies(
-    retry: Any, timeout: Any, hedge: Any, rate: Any, *, is_async: bool, executor: Any = None
+    retry: Any, timeout: Any, hedge: Any, rate: Any, *, is_async: bool, executor: Any = None, words: Words | None = None
 ) -> Policies | None:
     """What is done about the calls of a stage; None: nothing.
 
@@ -179,16 +223,19 @@ def check_policies(
         rate: See there.
         is_async: The function is async.
         executor: Where it runs, if it is not.
+        words: How the caller calls things; None: as `map`.
 
     Raises:
         TypeError, ValueError: One of them is none, or does not fit the function.
     """
     if timeout is not None:
-        timeout = check_positive("timeout", timeout, "leave it out for no limit")
+        words = Words() if words is None else words
+        timeout = check_positive(words.timeout, timeout, "leave it out for no limit")
         if not is_async and executor != "process":
             raise ValueError(
-                f"timeout cannot stop a thread, got {timeout=} for a function that runs in one; make it async, or pass "
-                f"executor='process', or give the client inside of it a timeout of its own"
+                f"{words.timeout} cannot stop a thread, got {words.timeout}={timeout:g} for a function that runs in "
+                f"one; make {words.function} async, or pass {words.in_process}, or give the client inside of it a "
+                f"timeout of its own"
             )
     if hedge is not None:
         if not isinstance(hedge, Hedge):
