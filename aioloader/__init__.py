@@ -23,6 +23,7 @@ from aioloader.errors import (
 )
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.gauges import Waits
+from aioloader.insight.policies import PolicyStats
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
@@ -40,6 +41,7 @@ __all__ = [
     "LoaderClosedError",
     "NothingPassesError",
     "Pipeline",
+    "PolicyStats",
     "Rate",
     "ReplayWarning",
     "Retry",

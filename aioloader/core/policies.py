@@ -77,9 +77,14 @@ class Retry:
 
 
 class Attempts:
-    """What a `Retry` says of the calls of one stage, one failure after the other."""
+    """What a `Retry` says of the calls of one stage, one failure after the other.
+
+    Attributes:
+        refused: Failures that were final only because the budget was used up.
+    """
 
     def __init__(self, retry: Retry) -> None:
+        self.refused = 0
         self._retry = retry
         self._budget = Budget(retry.budget)
 
@@ -100,6 +105,7 @@ class Attempts:
         elif self._budget.take(calls):
             return retry.seconds_before(done + 1, error)
         else:
+            self.refused += 1
             why = (
                 f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
                 f"{retry.budget:.0%} of all calls at most (budget)"

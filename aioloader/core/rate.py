@@ -4,12 +4,14 @@ import threading
 from dataclasses import dataclass
 from math import ceil, inf
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 from aioloader.core.checks import Errors, check_count, check_exceptions, check_positive
 from aioloader.core.forks import tell_of_fork
 
-__all__ = ["Rate"]
+__all__ = ["Bound", "Rate"]
+
+Bound: TypeAlias = Literal["given", "most", "refusals", "growth"]
 
 HINT: Final = "it is in calls a second, and loader.paused() lets none begin"
 
@@ -63,6 +65,11 @@ class Rate:
     def burst(self) -> int:
         """Calls that may begin at once."""
         return max(1, ceil(self._per_second / 20)) if self._burst is None else self._burst
+
+    @property
+    def bound(self) -> Bound:
+        """Why it is no more: it was given; or it is at its `most`, calls were refused, or it is still growing."""
+        return "given"
 
     def take(self) -> float:
         """Take a token for a call that begins after so many seconds; 0: now. Safe in any thread.
@@ -159,6 +166,12 @@ class AdaptiveRate(Rate):
         self._wanted = False  # since it was changed, a call has waited for it
         self._in_a_row = 0  # refusals, each soon after the one before
         self._begun = self._begun_before = 0  # in this second, and in the one before
+
+    @property
+    def bound(self) -> Bound:
+        if self._per_second >= self._most:
+            return "most"
+        return "growth" if self._pace is DOUBLING else "refusals"
 
     def _took(self, now: float, count: int, *, waits: bool = False) -> None:
         if now - self._second >= 1.0:

@@ -16,6 +16,7 @@ from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
+from aioloader.insight.policies import Waiting
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -109,6 +110,10 @@ class AsyncStep(Step):
         names = [(sample.name, sample.since) for sample in self._samples.copy()]
         # What a function has put there to load several samples is only to be asked by itself, see `BulkLoad`.
         return [(name.key if type(name) is Entry else None, since) for name, since in names if name is not None]
+
+    def waiting(self) -> Waiting:
+        waiting = super().waiting()
+        return waiting if self._guard is None else waiting._replace(for_second_call=self._guard.wanted)
 
     def dispatch(self) -> None:
         if self.paused:

@@ -26,6 +26,8 @@ def show(parts: Sequence[Step], *, queued: Callable[[], int] | None) -> WaitMete
         step.meter.gauge = step
         step.meter.waits = waits
         step.meter.queued = queued
+        if step.meter.policies is not None:
+            step.meter.policies.waiting = step.waiting
     return waits
 
 

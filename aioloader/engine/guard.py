@@ -237,6 +237,11 @@ class Guard:
         self.crowded = bool(self._twins or wanting)
 
     @property
+    def wanted(self) -> int:
+        """How many late calls wait for a second one; asked in any thread."""
+        return sum(call.may_have_another(number) for call, number in self._wanting.copy())
+
+    @property
     def waits(self) -> bool:
         """Whether second calls are wanted that had no place."""
         return bool(self._wanting)
@@ -247,6 +252,8 @@ class Guard:
         if self._budget.take(self._past_calls + sum(record.calls for record in self._records)):
             self._wanting.append((record, record.calls))
             self.serve()
+        elif (policies := self._step.meter.policies) is not None:
+            policies.refused_hedges += 1
 
     def _begin_twin(self, call: GuardedCall) -> None:
         """In a context like that of a worker, with the same sample, and random numbers of its own."""
@@ -299,6 +306,8 @@ class Guard:
         percent, ordered = self._percentile or 0, sorted(self._durations)
         self._after = ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
         self._soonest = min(self._timeout, self._after)
+        if (policies := self._step.meter.policies) is not None:
+            policies.hedge_after = self._after
 
     def watch(self, began: float) -> None:
         """Look when a call that began then may be late."""

@@ -162,6 +162,7 @@ class InlineMap(Node):
     def retried(self, attempt: int) -> None:
         """A sample of the entry that is under way is tried for the `attempt`-th time."""
         self.meter.retries += 1
+        self.meter.samples += 1  # for the attempt that has failed, as in the other steps
         if self._entry is not None:
             self._entry.attempts = max(self._entry.attempts, attempt)
 

@@ -51,7 +51,6 @@ from aioloader.executors.processes.stream_worker import (
 from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
 from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
-from aioloader.insight.gauges import Gauges
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
@@ -177,7 +176,7 @@ class OwnProcessNode(Node):
             for meter in self._meters:
                 meter.retired = True
                 if meter.told is not None:
-                    meter.told = Gauges(waits=meter.told.waits)
+                    meter.told = meter.told.at_rest
 
     # -- a pause, see `Pausable` -------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class Retrying:
     def __init__(self, retry: Retry, step: "Step") -> None:
         self._attempts = Attempts(retry)
         self._step = step
-        self._waiting: list[tuple[float, int, Entry]] = []  # a heap of when, a number, and who
+        self._waiting: list[tuple[float, int, Entry, float]] = []  # a heap of when, a number, who, and since
         self._number = 0
         self._timer: TimerHandle | None = None
         self._rings_at = 0.0
@@ -48,22 +48,33 @@ class Retrying:
         tries = tries_of(entry)
         done, first = (tries[1], tries[2]) if tries is not None and tries[0] is step else (0, now)
         done += 1
+        policies, refused = step.meter.policies, self._attempts.refused
         seconds = self._attempts.wait_after(done, error, now - first, step.meter.samples)
         if seconds is None:
+            if policies is not None:
+                policies.refused_retries += self._attempts.refused - refused
             return False
+        if policies is not None:
+            policies.tried_again(error, seconds)
         entry.tries = (step, done, first)
         entry.attempts += 1
         step.meter.retries += 1
-        self._wait(entry, now + seconds)
+        self._wait(entry, now + seconds, now)
         return True
+
+    @property
+    def waiting(self) -> tuple[int, float | None]:
+        """How many wait, and when the first of them goes on; asked in any thread."""
+        waiting = self._waiting.copy()  # in one step
+        return len(waiting), waiting[0][0] if waiting else None
 
     def __len__(self) -> int:
         """How many wait."""
         return len(self._waiting)
 
-    def _wait(self, entry: Entry, until: float) -> None:
+    def _wait(self, entry: Entry, until: float, now: float) -> None:
         self._number += 1
-        heappush(self._waiting, (until, self._number, entry))
+        heappush(self._waiting, (until, self._number, entry, now))
         self._step.set_aside(1)
         if self._timer is None or until < self._rings_at:
             self._set_timer()
@@ -78,12 +89,17 @@ class Retrying:
 
     def _rung(self) -> None:
         self._timer = None
-        due = []
+        due: list[Entry] = []
+        waited = 0.0
         now = perf_counter() + 0.001  # libuv counts milliseconds
         while self._waiting and self._waiting[0][0] <= now:
-            due.append(heappop(self._waiting)[2])
+            _, _, entry, since = heappop(self._waiting)
+            due.append(entry)
+            waited += now - since
         self._set_timer()
         if due:
+            if (policies := self._step.meter.policies) is not None:
+                policies.retry_wait_seconds += waited
             self._step.set_aside(-len(due))
             self._step.take_back(due)
 
@@ -156,6 +172,7 @@ class Tap:
 
     def __init__(self, rate: Rate, step: "Step") -> None:
         self.rate = rate
+        self._throttled = 0  # how many could have begun, when nothing but the rate was in their way
         self._step = step
         self._turn = Turn(rate, step, self.pump)
         self._waiting: deque[Entry] = deque()
@@ -173,6 +190,7 @@ class Tap:
 
     def hold(self) -> None:
         """The step pauses."""
+        self._tell(0)
         self._step.set_aside(len(self._waiting))
 
     def let_go(self, first: Sequence[Entry]) -> None:
@@ -186,17 +204,35 @@ class Tap:
             return
         self._pumping = True
         step, waiting = self._step, self._waiting
+        throttled = 0
         try:
             while waiting and not (step.paused or step.closed):
                 free = min(step.free_places + at_hand, len(waiting))
-                if free <= 0 or not (count := self._turn.take(free)):
+                if free <= 0:
+                    return
+                if not (count := self._turn.take(free)):
+                    throttled = free
                     return
                 step.inbox.extend([waiting.popleft() for _ in range(count)])
                 step.dispatch()
         finally:
             self._pumping = False
+            if throttled or self._throttled:
+                self._tell(throttled)
+
+    @property
+    def throttled(self) -> int:
+        """How many could begin, if the rate let them."""
+        return self._throttled
+
+    def _tell(self, throttled: int) -> None:
+        """So many wait for the rate from now on, though there are places for them."""
+        self._throttled = throttled
+        if (policies := self._step.meter.policies) is not None:
+            policies.throttled(on=throttled > 0)
 
     def close(self) -> None:
         """Nobody is let in any more."""
+        self._tell(0)
         self._turn.give_back()
         self._waiting.clear()

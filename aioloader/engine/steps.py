@@ -14,6 +14,7 @@ from aioloader.core.policies import Policies
 from aioloader.engine.retrying import Retrying, Tap
 from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
+from aioloader.insight.policies import PolicyMeter, Waiting
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -96,6 +97,11 @@ class Step(ABC):
         """See `Gauge`."""
         return self._window.held
 
+    def waiting(self) -> Waiting:
+        """What waits in it now, for its policies; called in any thread."""
+        attempts, at = (0, None) if self.retrying is None else self.retrying.waiting
+        return Waiting(attempts, at, 0 if self.tap is None else self.tap.throttled)
+
     @property
     def extra_room(self) -> int:
         """How many samples beyond `places` may be started because they are cheap."""
@@ -143,6 +149,7 @@ class Step(ABC):
 
     def obey(self, policies: Policies) -> None:
         """Do about its calls what these say. Before `bind`."""
+        self.meter.policies = PolicyMeter(policies)
         if policies.retry is not None:
             self.retrying = Retrying(policies.retry, self)
         if policies.rate is not None:

@@ -3,6 +3,13 @@
 from typing import Final
 
 from aioloader.core.cores import usable_cores
+from aioloader.insight.explain_policies import (
+    rate_that_limits,
+    retries_that_hold_up,
+    said_of_calls,
+    way_out_of_rate,
+    way_out_of_waits,
+)
 from aioloader.insight.now import now, stands_still
 from aioloader.insight.stats import StageStats, Stats
 
@@ -33,7 +40,9 @@ def explain(stats: Stats, knob: str = "its concurrency") -> str:
     """
     if (stats.batches < 2 or stands_still(stats)) and (sentence := now(stats)) is not None:
         return sentence
-    return _limit(stats, knob) + "".join(map(_left_out, stats.stages))
+    sentence, limit = _limit(stats, knob)
+    calls = "" if limit is None else said_of_calls(limit, drop_in=_is_drop_in(knob))
+    return sentence + calls + "".join(map(_left_out, stats.stages))
 
 
 def _left_out(stage: StageStats) -> str:
@@ -44,20 +53,24 @@ def _left_out(stage: StageStats) -> str:
     return f" {stage.name} has left out {stage.skipped} of {came} ({stage.skipped / came:.1%}), since they failed."
 
 
-def _limit(stats: Stats, knob: str) -> str:
+def _limit(stats: Stats, knob: str) -> tuple[str, StageStats | None]:
+    """What the limit is, and the stage whose calls are to be looked at more closely; None: nobody's."""
     if stats.batches < 2:
-        return f"Nothing to explain yet: {stats.batches} batches were handed out; ask again after a few."
+        return f"Nothing to explain yet: {stats.batches} batches were handed out; ask again after a few.", None
     waited = f"the consumer waited {stats.waited_fraction:.0%} of its time for batches"
     numbers = f"({stats.batches} batches in {stats.seconds:.2f} s, the first after {stats.first_batch_seconds:.3f} s)"
     if stats.waited_fraction < KEEPS_UP:
-        return f"The loader keeps up: {waited}; the consumer is the limit {numbers}."
+        return f"The loader keeps up: {waited}; the consumer is the limit {numbers}.", None
     blocking = next((stage for stage in stats.stages if _blocks_loop(stage, stats)), None)
     if stats.loop_cpu_fraction >= LOOP_SATURATED:
         whose = "async functions" if blocking is None else f"async {blocking.name}"
         return (
             f"The event loop is the limit: {waited}; the loop's thread computes {stats.loop_cpu_fraction:.0%} of the "
             f"time; move computing out of {whose} into sync ones (def), which run in threads {numbers}."
-        )
+        ), None
+    if (throttled := rate_that_limits(stats.stages, stats.seconds)) is not None:
+        way_out = way_out_of_rate(throttled, stats.seconds)
+        return f"The rate of {throttled.name} is the limit: {waited}; {way_out} {numbers}.", throttled
     busiest = max(
         (stage for stage in stats.stages if stage.concurrency and stage.samples and not stage.live),
         key=lambda stage: stage.utilization,
@@ -68,36 +81,47 @@ def _limit(stats: Stats, knob: str) -> str:
         return (
             f"The source is idle {idle.utilization:.0%} of the time: {waited}; samples come more slowly than they are "
             f"used, and nothing in the loader is the limit {numbers}."
-        )
+        ), None
+    if busiest is None:
+        return f"No stage has done anything measurable, though {waited} {numbers}.", None
+    sentence, limit = _limiting_stage(stats, knob, busiest, blocking, waited)
+    return f"{sentence} {numbers}.", limit
+
+
+def _limiting_stage(
+    stats: Stats, knob: str, busiest: StageStats, blocking: StageStats | None, waited: str
+) -> tuple[str, StageStats]:
     threads = [stage for stage in stats.stages if stage.kind != "process"]  # each process has its own GIL
     computing = sum(stage.cpu_seconds for stage in threads) / stats.seconds
-    if busiest is not None and computing >= COMPUTING:
+    if computing >= COMPUTING:
         most = max(threads, key=lambda stage: stage.cpu_seconds)
         return (
             f"{most.name} is the limit: {waited}; the loader's threads compute, {computing:.1f} cores' worth of the "
-            f"{usable_cores()} there are: {_cores_advice(most, computing, knob)} {numbers}."
-        )
-    if busiest is None:
-        return f"No stage has done anything measurable, though {waited} {numbers}."
+            f"{usable_cores()} there are: {_cores_advice(most, computing, knob)}"
+        ), most
     if busiest.utilization >= SATURATED:
-        return f"{busiest.name} is the limit: {waited}; it was {_use(busiest)}{_advice(busiest, knob)} {numbers}."
+        return f"{busiest.name} is the limit: {waited}; it was {_use(busiest)}{_advice(busiest, knob)}", busiest
     if blocking is not None:
         return (
             f"{blocking.name} blocks the event loop: {waited}; it was {_use(blocking)}, one after the other as if it "
             f"had one place: an async function that never awaits while it works or waits (time.sleep, a sync client) "
-            f"stops all others; make it sync (def), then it runs in threads {numbers}."
-        )
-    held_up = next((stage for stage in stats.stages if _held_up(stage, stats)), None)
-    if held_up is not None:
+            f"stops all others; make it sync (def), then it runs in threads"
+        ), blocking
+    if (failing := retries_that_hold_up(stats.stages, stats.seconds)) is not None:
+        return (
+            f"{failing.name} is held up by samples that wait for their next attempts: {waited}; "
+            f"{way_out_of_waits(failing, drop_in=_is_drop_in(knob))}"
+        ), failing
+    if (held_up := next((stage for stage in stats.stages if _held_up(stage, stats)), None)) is not None:
         return (
             f"{held_up.name} is held up by slow samples: {waited}; it was {_use(held_up)}, while "
             f"{held_up.finished_slots:.0f} finished samples on average, of the {held_up.room} it has room for, waited "
-            f"for a slower one before them: {_order_advice(held_up, knob)} {numbers}."
-        )
+            f"for a slower one before them: {_order_advice(held_up, knob)}"
+        ), held_up
     return (
         f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
-        f"{_no_limit_advice(stats, busiest, knob)} {numbers}."
-    )
+        f"{_no_limit_advice(stats, busiest, knob)}"
+    ), busiest
 
 
 def _blocks_loop(stage: StageStats, stats: Stats) -> bool:
@@ -172,11 +196,25 @@ def _cores_advice(stage: StageStats, computing: float, knob: str) -> str:
 
 
 def _order_advice(stage: StageStats, knob: str) -> str:
-    timeout = "give each call a timeout in the function"
+    timeout = _timeout_advice(stage, knob)
     if _is_drop_in(knob):
         # Samples of an async `__getitem__` are batched in their order, even with in_order=False.
         return timeout if stage.name == "dataset[...]" else f"pass in_order=False, or {timeout}"
     return f"pass ordered=False, or {timeout}" if stage.name.startswith("map(") else timeout
+
+
+def _timeout_advice(stage: StageStats, knob: str) -> str:
+    """What a stage can do about calls that take long."""
+    policies = stage.policies
+    if policies is not None and policies.timeout is not None:
+        limit = f"{'sample_timeout' if _is_drop_in(knob) else 'timeout'}={policies.timeout:g}"
+        return f"lower {limit}" if policies.hedge_budget is not None else f"lower {limit} or pass hedge=Hedge(...)"
+    if _is_drop_in(knob):
+        asynchronous = stage.kind == "async" and stage.name == "dataset[...]"
+        return "pass sample_timeout or hedge" if asynchronous else "give each call a timeout in the function"
+    if stage.kind == "async" and stage.name.startswith("map("):
+        return "pass timeout=... or hedge=Hedge(...)"
+    return "give each call a timeout in the function"
 
 
 def _no_limit_advice(stats: Stats, busiest: StageStats, knob: str) -> str:

@@ -6,11 +6,12 @@ on meanwhile, so numbers may be some samples apart.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from aioloader.core.entry import Entry
 from aioloader.core.safe_text import safe_repr, safe_repr_list
+from aioloader.insight.policies import PolicyMeter, PolicyStats
 
 __all__ = ["Gauge", "Gauges", "WaitMeter", "Waits"]
 
@@ -102,6 +103,8 @@ class Gauges:
         oldest_key: The key of its sample, as text; empty if it is not known.
         finished: Finished samples in its window that wait to be taken.
         waits: How long they waited so far.
+        policies: See `StageStats`, but for `next_attempt_seconds`; None: it has none.
+        next_attempt_at: When the first sample is tried again (`perf_counter`); None: there is none.
     """
 
     under_way: int = 0
@@ -109,25 +112,37 @@ class Gauges:
     oldest_key: str = ""
     finished: int = 0
     waits: Waits = field(default_factory=Waits)
+    policies: PolicyStats | None = None
+    next_attempt_at: float | None = None
 
     @classmethod
-    def asked(cls, gauge: Gauge | None, queued: int, meter: WaitMeter | None) -> "Gauges":
+    def asked(
+        cls, gauge: Gauge | None, queued: int, meter: WaitMeter | None, policies: PolicyMeter | None = None
+    ) -> "Gauges":
         """Ask a stage.
 
         Args:
             gauge: The stage at work; None: it does not work any more.
             queued: Finished samples that are in no window any more and still wait.
             meter: Of its window; None: nothing has left it.
+            policies: Of the stage; None: it has none.
         """
         waits = Waits() if meter is None else meter.waits
-        if gauge is None:
-            return cls(finished=queued, waits=waits)
-        at_hand = gauge.at_hand()
-        finished = gauge.held + queued
-        if not at_hand:
-            return cls(finished=finished, waits=waits)
-        key, since = min(at_hand, key=_since)
-        return cls(len(at_hand), since, _named(key), finished, waits)
+        stats, next_attempt_at = (None, None) if policies is None else policies.stats()
+        finished, at_hand = queued, None
+        if gauge is not None:
+            at_hand = gauge.at_hand()
+            finished += gauge.held
+        key, since = min(at_hand, key=_since) if at_hand else (None, None)
+        return cls(len(at_hand or ()), since, _named(key), finished, waits, stats, next_attempt_at)
+
+    @property
+    def at_rest(self) -> "Gauges":
+        """What is left when the stage does not work any more: nothing waits."""
+        policies = self.policies
+        if policies is not None:
+            policies = replace(policies, waiting_for_attempt=0, waiting_for_rate=0, waiting_for_second_call=0)
+        return Gauges(waits=self.waits, policies=policies)
 
 
 def _since(call: tuple[Any, float]) -> float:

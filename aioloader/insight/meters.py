@@ -12,6 +12,7 @@ from typing import Literal
 
 from aioloader.core.address import Address
 from aioloader.insight.gauges import Gauge, Gauges, WaitMeter
+from aioloader.insight.policies import PolicyMeter
 
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
@@ -55,6 +56,7 @@ class StageMeter:
         gauge: The stage at work, which can be asked how things are; None: it does not work any more.
         queued: Gives how many entries of its window are on their way to a consumer in another thread, and wait.
         waits: How long entries of its window waited to be taken; stages of one window share it.
+        policies: Counts what its policies do; None: it has none.
         told: What it answered in another process, when its counters came from there.
     """
 
@@ -88,6 +90,7 @@ class StageMeter:
     gauge: Gauge | None = None
     queued: Callable[[], int] | None = None
     waits: WaitMeter | None = None
+    policies: PolicyMeter | None = None
     told: Gauges | None = None
 
     @property
@@ -95,16 +98,18 @@ class StageMeter:
         """How things are now, or, in another process, were when it last told."""
         if self.told is not None:
             return self.told
-        return Gauges.asked(self.gauge, 0 if self.queued is None else self.queued(), self.waits)
+        return Gauges.asked(self.gauge, 0 if self.queued is None else self.queued(), self.waits, self.policies)
 
     def release(self, gauge: Gauge) -> None:
         """`gauge` does not work any more. The next round of a `repeat` may go on with this meter, and has another."""
         if self.gauge is gauge:
             self.gauge = None
+            if self.policies is not None:
+                self.policies.waiting = None
 
     def to_tell(self) -> "StageMeter":
         """The same for another process, as it is now."""
-        return replace(self, gauge=None, queued=None, waits=None, told=self.gauges)
+        return replace(self, gauge=None, queued=None, waits=None, policies=None, told=self.gauges)
 
 
 class IdleClock:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
+from aioloader.insight.explain_policies import per_second
 from aioloader.insight.stats import StageStats, Stats
 
 __all__ = ["now", "stands_still"]
@@ -26,7 +27,7 @@ def now(stats: Stats) -> str | None:
     Returns:
         A sentence; None if there is nothing to say.
     """
-    at_work = [*_left_out(stats), *_under_way(stats)]
+    at_work = [*_left_out(stats), *_under_way(stats), *_wait_for_policies(stats)]
     sources = [stage for stage in stats.stages if _is_source(stage) and stage.under_way]
     numbers = f"({_many(stats.batches, 'batch', 'batches')} in {stats.seconds:.2f} s)"
     if stats.paused:
@@ -68,6 +69,29 @@ def _under_way(stats: Stats) -> Iterator[str]:
             which = f"keys {stage.oldest_key}" if of_batches else f"key {stage.oldest_key}"
             said += f", {which}" if stage.under_way == 1 else f", the oldest is {which}"
         yield said
+
+
+def _wait_for_policies(stats: Stats) -> Iterator[str]:
+    """Samples that nobody works on, since they wait for their next attempt or for a rate; and for second calls."""
+    for stage in stats.stages:
+        if (policies := stage.policies) is None:
+            continue
+        if count := policies.waiting_for_attempt:
+            what = _many(count, "sample waits for its next attempt", "samples wait for their next attempts")
+            after = f" (mostly after {policies.retried_after})" if policies.retried_after else ""
+            if policies.next_attempt_seconds is None:
+                yield f"{what} in {stage.name}{after}"
+            else:
+                first = "" if count == 1 else "the first "
+                yield f"{what} in {stage.name}, {first}in {policies.next_attempt_seconds:.1f} s{after}"
+        if count := policies.waiting_for_rate:
+            what = _many(count, "sample waits", "samples wait")
+            yield f"{what} for the rate of {stage.name}, which is {per_second(policies)}"
+        if count := policies.waiting_for_second_call:
+            yield (
+                f"{_many(count, 'second call finds', 'second calls find')} no place in {stage.name}, whose "
+                f"{stage.concurrency} are taken: only a timeout ends calls that hang"
+            )
 
 
 def _gives_nothing(stage: StageStats, *, named: bool) -> str:

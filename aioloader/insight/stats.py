@@ -1,12 +1,13 @@
 """The frozen snapshot that `stats()` gives."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
 from aioloader.insight.gauges import Waits
 from aioloader.insight.meters import ConsumerMeter, Kind, StageMeter
+from aioloader.insight.policies import PolicyStats
 
 __all__ = ["StageStats", "Stats", "snapshot"]
 
@@ -56,6 +57,7 @@ class StageStats:
             window, until the batch was handed out. Stages of one window share it.
         live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
             is nobody's limit.
+        policies: What its retries, timeouts, second calls and rate are, and have done; None: it has none of these.
     """
 
     name: str
@@ -86,6 +88,7 @@ class StageStats:
     oldest_key: str = ""
     waited_seconds: Waits = field(default_factory=Waits)
     live: bool = False
+    policies: PolicyStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,9 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
     capacity = seconds * meter.concurrency
     gauges = meter.gauges
     now = perf_counter()
+    policies = gauges.policies
+    if policies is not None and gauges.next_attempt_at is not None:
+        policies = replace(policies, next_attempt_seconds=max(0.0, gauges.next_attempt_at - now))
     return StageStats(
         name=meter.name,
         kind=meter.kind,
@@ -178,4 +184,5 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         oldest_key=gauges.oldest_key,
         waited_seconds=gauges.waits,
         live=meter.live,
+        policies=policies,
     )
