@@ -262,14 +262,12 @@ def sync(fetch: Callable[[int], Any]) -> Callable[[int], Any]:
 
 
 @on_both_faces
-@pytest.mark.parametrize("threads", [False, True])
-def test_samples_that_wait_for_their_next_attempt_are_told(face: Face, threads: bool) -> None:
-    fetch = first_fails(3)
-    fetch.__qualname__ = "fetch"
-    name = "map(load)" if threads else "map(fetch)"
-    load = sync(fetch)
-    load.__qualname__ = "load"
-    loader = Pipeline(range(8)).map(load if threads else fetch, concurrency=4, retry=LATER).batch(8)
+@pytest.mark.parametrize("how", ["async", "threads", "in_process"])
+def test_samples_that_wait_for_their_next_attempt_are_told(face: Face, how: str) -> None:
+    load = sync(first_fails(3)) if how == "threads" else first_fails(3)
+    load.__qualname__, name = "load", "map(load)"
+    pipeline = Pipeline(range(8)).map(load, concurrency=4, retry=LATER)
+    loader = pipeline.in_process().batch(8) if how == "in_process" else pipeline.batch(8)
     with Asking(loader, face):
         until(lambda: policies_of(loader, name).waiting_for_attempt == 3)
         said = loader.explain()
