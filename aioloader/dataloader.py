@@ -508,6 +508,7 @@ class DataLoader(Loader, Generic[T_co]):
                 executor=place,
                 name=SAMPLE,
                 ahead=self._samples_ahead,
+                grows=self._samples_grow,
                 policies=self.policies,
             )
             collate_here = CollateWith(self.collate_fn, self.num_workers, None, partial=self.skip_errors is not None)
@@ -690,15 +691,27 @@ class DataLoader(Loader, Generic[T_co]):
     def _samples_ahead(self) -> int | None:
         """Being loaded or finished, where workers load them one by one; None: as many as that has use for.
 
-        Where the user has said how many batches may be ahead, these are the samples of them, but of one batch for each
-        worker, which is collated. Not so with a batch sampler that does not tell its `batch_size`.
+        These are the samples of the batches that may be ahead, but of one batch for each worker, which is collated. Not
+        so with a batch sampler that does not tell its `batch_size`.
         """
         if not self.num_workers:
             return 1
         size = getattr(self._torch.batch_sampler, "batch_size", None)
-        if self._grows or (self.ahead is None and self.prefetch_factor is None) or type(size) is not int:
+        if type(size) is not int:
             return None
         return max(self.num_workers, (self._most_batches - self.num_workers) * size)
+
+    @property
+    def _samples_grow(self) -> bool:
+        """Whether more samples begin while a slow one, or one that waits for its next attempt, holds others up."""
+        return self._grows and self.ahead_bytes is None
+
+    @property
+    def _collates_with(self) -> Callable[[int], None] | None:
+        """What is called first in threads that collate: nothing, where others load samples and are the workers."""
+        if not self.num_workers or (self.policies is not None and not self._awaited):
+            return None
+        return self.worker_init_fn
 
     @property
     def _converts_apart(self) -> bool:
@@ -708,9 +721,8 @@ class DataLoader(Loader, Generic[T_co]):
     def _stages(self, alloc: Alloc) -> list[Stage]:
         workers = max(1, self.num_workers)
         initializer = self.worker_init_fn if self.num_workers else None
-        one_by_one = self._loads_samples and not self._awaits_samples  # by workers, which it is called in
-        collates = None if one_by_one else initializer
-        collate = CollateWith(self.collate_fn, workers, collates, partial=self.skip_errors is not None)
+        one_by_one = self._loads_samples and not self._awaits_samples
+        collate = CollateWith(self.collate_fn, workers, self._collates_with, partial=self.skip_errors is not None)
         if self._iterable and self.batch_size is not None:
             skip: list[Stage] = [] if self.skip_errors is None else [SkipErrors(self.skip_errors)]
             return [*skip, Batch(self.batch_size, self.drop_last, collate)]
@@ -736,6 +748,7 @@ class DataLoader(Loader, Generic[T_co]):
             initializer=initializer,
             thread_name="aioloader-worker",
             ahead=self._samples_ahead if one_by_one else None,
+            grows=self._samples_grow and one_by_one,
             policies=self.policies,
         )
         if one_by_one:
@@ -766,7 +779,7 @@ class DataLoader(Loader, Generic[T_co]):
             max(1, self.num_workers),
             self.in_order,
             name="collate",
-            initializer=self.worker_init_fn if self.num_workers and self.policies is None else None,
+            initializer=self._collates_with,
             thread_name="aioloader-worker",
         )
 

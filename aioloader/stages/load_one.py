@@ -15,7 +15,7 @@ from aioloader.executors.epochs import Holds
 
 __all__ = ["FetchSample", "FetchSampleAsync", "TriedInPlace", "check_load_policies", "one_of"]
 
-WORDS: Final = Words("sample_timeout", "__getitem__", "worker_type='process'")
+WORDS: Final = Words("sample_timeout", "__getitem__", "worker_type='process' with num_workers=1 or more")
 
 
 def check_load_policies(
@@ -45,10 +45,13 @@ def check_load_policies(
         TypeError, ValueError: One of them is none, or does not fit the dataset.
     """
     executor = "process" if in_processes else None
-    policies = check_policies(retry, sample_timeout, hedge, rate, is_async=awaited, executor=executor, words=WORDS)
+    fits = awaited or iterable  # else that is the reason, and not threads
+    policies = check_policies(retry, sample_timeout, hedge, rate, is_async=fits, executor=executor, words=WORDS)
     if policies is None:
         its_own = getattr(dataset, "policies", None)
-        return its_own if awaited and isinstance(its_own, Policies) else None  # a user's word may mean other things
+        return (
+            its_own if awaited and not iterable and isinstance(its_own, Policies) else None
+        )  # a user's word may mean other things
     if iterable:
         raise ValueError(
             f"retry, sample_timeout, hedge and rate are for datasets whose samples are loaded by key, got "
