@@ -695,7 +695,7 @@ class DataLoader(Loader, Generic[T_co]):
         so with a batch sampler that does not tell its `batch_size`.
         """
         if not self.num_workers:
-            return 1
+            return 0
         size = getattr(self._torch.batch_sampler, "batch_size", None)
         if type(size) is not int:
             return None

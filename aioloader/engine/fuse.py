@@ -290,7 +290,7 @@ class _Bounds:
             return None
         working = [op for op in ops if isinstance(op, Op) and (op.bounded or not op.flexible)]
         known = all(op.ahead is not None for op in bounded)
-        ahead = sum(op.ahead or op.width for op in working) if known else None
+        ahead = sum(op.width if op.ahead is None else op.ahead for op in working) if known else None
         nbytes = [op.ahead_bytes for op in bounded if op.ahead_bytes is not None]
         return cls(tuple(working), ahead, sum(nbytes) if nbytes else None, any(op.grows for op in bounded))
 
@@ -300,19 +300,19 @@ class _Bounds:
         return sum(op.width for op in self.working)
 
     @property
-    def room(self) -> Room:
+    def room(self) -> Room | None:
         """As a room."""
         if self.nbytes is not None:
             return BytesRoom(self.nbytes, self.least, self.ahead, lambda: self.least)
         assert self.ahead is not None
-        return GrowingRoom(self.ahead, self.least, self.ahead) if self.grows else Room(self.ahead)
+        return GrowingRoom(self.ahead, self.least, self.ahead) if self.grows else exactly(self.ahead)
 
 
 def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
     """How many entries a window holds, when that is exact."""
     if room is not None:
         return max(1, room)
-    return None if bounds is None else bounds.ahead
+    return None if bounds is None or bounds.ahead is None else max(1, bounds.ahead)
 
 
 def _apart(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
