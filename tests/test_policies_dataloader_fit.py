@@ -38,7 +38,7 @@ class Numbers(Dataset[Any]):
 
 
 class NumbersLater(Numbers):
-    async def __getitem__(self, key: int) -> Any:  # type: ignore[override]
+    async def __getitem__(self, key: int) -> Any:
         await asyncio.sleep(0)
         return self.load(key)
 
@@ -97,9 +97,8 @@ def test_what_is_no_batch_of_keys_fails_at_its_place(dataset: Any, workers: int,
             try:
                 got.append(steps.next())
             except TypeError as error:
-                assert any("5" in note for note in error.__notes__)
-                got.append("error")
-    assert got == [[0, 1], "error", [2], []]
+                got.append(any("5" in note for note in error.__notes__))
+    assert got == [[0, 1], True, [2], []]
 
 
 # -- what is tried again -----------------------------------------------------------------------------------------------
@@ -110,7 +109,7 @@ def test_what_is_no_batch_of_keys_fails_at_its_place(dataset: Any, workers: int,
 def test_collate_fn_is_not_tried_again(dataset: Any, workers: int, face: Face) -> None:
     calls: Counter[int] = Counter()
 
-    def convert(sample: int) -> int:
+    def convert(sample: Any) -> Any:
         calls[sample] += 1
         raise ConnectionError
 
@@ -137,7 +136,7 @@ class Drawing(Numbers):
 
 
 class DrawingLater(Drawing):
-    async def __getitem__(self, key: int) -> float:  # type: ignore[override]
+    async def __getitem__(self, key: int) -> float:
         return self.load(key)
 
 
@@ -148,7 +147,7 @@ def test_each_attempt_has_the_same_random_numbers(
     kind: Callable[[], Any], workers: int, size: int | None, face: Face
 ) -> None:
     first = DrawingLater()
-    first.begun.update({key: 2 for key in range(6)})  # it does not fail
+    first.begun.update(dict.fromkeys(range(6), 2))  # it does not fail
     expected: Any = DataLoader(first, batch_size=6, seed=1)
     loader = DataLoader(kind(), batch_size=size, seed=1, num_workers=workers, retry=AT_ONCE)
     got = collect(loader, face)
