@@ -194,12 +194,14 @@ class Policies:
         timeout: Seconds for one attempt; None: no limit.
         hedge: When there is a second call beside the first one; None: never.
         rate: How many begin; None: as many as there is room for.
+        timeout_name: The argument that says `timeout`, for errors.
     """
 
     retry: Retry | None = None
     timeout: float | None = None
     hedge: Hedge | None = None
     rate: Rate | None = None
+    timeout_name: str = "timeout"
 
 
 @dataclass(frozen=True)
@@ -228,8 +230,8 @@ def check_policies(
     Raises:
         TypeError, ValueError: One of them is none, or does not fit the function.
     """
+    words = Words() if words is None else words
     if timeout is not None:
-        words = Words() if words is None else words
         timeout = check_positive(words.timeout, timeout, "leave it out for no limit")
         if not is_async and executor != "process":
             raise ValueError(
@@ -247,8 +249,9 @@ def check_policies(
     retry = as_retry(retry)
     if retry is not None and retry.attempts == 1:
         retry = None
-    policies = Policies(retry, timeout, hedge, rate)
-    return None if policies == Policies() else policies
+    if retry is None and timeout is None and hedge is None and rate is None:
+        return None
+    return Policies(retry, timeout, hedge, rate, words.timeout)
 
 
 class Budget:

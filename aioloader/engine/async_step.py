@@ -75,7 +75,9 @@ class AsyncStep(Step):
     def obey(self, policies: Policies) -> None:
         super().obey(policies)
         if policies.timeout is not None or policies.hedge is not None:
-            self._guard = Guard(self._fn, self.meter.name, policies.timeout, policies.hedge)
+            self._guard = Guard(
+                self._fn, self.meter.name, policies.timeout, policies.hedge, timeout_name=policies.timeout_name
+            )
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)

@@ -107,6 +107,7 @@ class Guard:
         name: Of the stage, for errors.
         timeout: Seconds for one call; None: no limit.
         hedge: When there is a second call; None: never.
+        timeout_name: The argument that says `timeout`, for errors.
 
     Attributes:
         busy: Calls under way, second ones too.
@@ -116,10 +117,16 @@ class Guard:
     """
 
     def __init__(
-        self, fn: Callable[[Any], Awaitable[Any]], name: str, timeout: float | None, hedge: Hedge | None
+        self,
+        fn: Callable[[Any], Awaitable[Any]],
+        name: str,
+        timeout: float | None,
+        hedge: Hedge | None,
+        timeout_name: str = "timeout",
     ) -> None:
         self.fn = fn
         self._name = name
+        self._timeout_name = timeout_name
         self._timeout = inf if timeout is None else timeout
         self._percentile = None if hedge is None else hedge.percentile
         self._after = inf if hedge is None or self._percentile is not None else float(hedge.after)
@@ -206,7 +213,7 @@ class Guard:
 
     def _too_late(self) -> TimeoutError:
         self._step.meter.timeouts += 1
-        return TimeoutError(f"{self._name} took longer than timeout={self._timeout:g} s")
+        return TimeoutError(f"{self._name} took longer than {self._timeout_name}={self._timeout:g} s")
 
     # -- second calls ------------------------------------------------------------------------------------------------
 
