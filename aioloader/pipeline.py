@@ -122,6 +122,7 @@ class Pipeline(Loader):
                 name=f"{kind}.fetch",
                 ahead=source.ahead,
                 ahead_bytes=source.ahead_bytes,
+                policies=source.policies,
             )
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
             _check_loads(concurrency, None, source)

@@ -10,8 +10,10 @@ from typing import Any, Final
 
 from aioloader.core.checks import Errors, check_count, check_exceptions, check_number, check_positive
 from aioloader.core.rate import Rate
+from aioloader.core.safe_text import add_note
 
 __all__ = [
+    "Attempts",
     "Budget",
     "Errors",
     "Hedge",
@@ -67,6 +69,10 @@ class Retry:
             check_number(name, getattr(self, name), least=0, hint="it is in seconds, and 0 is none")
         if self.budget is not None:
             check_number("budget", self.budget, least=0, most=1, hint="0.1 allows one retry for ten calls")
+
+    def retries(self, error: BaseException) -> bool:
+        """Whether another attempt is worth it after `error`."""
+        return isinstance(error, self.on)
 
     def seconds_before(self, attempt: int, error: BaseException) -> float:
         """How long to wait before `attempt` (2 or more), since the one before failed with `error`."""
@@ -232,3 +238,42 @@ class Budget:
     def give_back(self) -> None:
         """One that was allowed was not made."""
         self._left += 1.0
+
+
+class Attempts:
+    """Decides after each failure whether there is another attempt, and when. All calls of a stage share it.
+
+    Args:
+        retry: How often, and when.
+    """
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+        self._budget = Budget(retry.budget)
+
+    def seconds_before_next(self, done: int, seconds: float, error: BaseException, calls: int) -> float | None:
+        """How long to wait before attempt `done + 1`, since attempt `done` has failed with `error`.
+
+        None: there is none. Then `error` has a note that says why, unless it was the only attempt.
+
+        Args:
+            done: Attempts so far, 1 or more.
+            seconds: How long ago the first one was.
+            error: Of the latest one.
+            calls: How many calls there have been in all, for the budget.
+        """
+        retry = self._retry
+        if not retry.retries(error):
+            why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
+        elif done >= retry.attempts:
+            why = f"attempt {done} of {retry.attempts} failed, {seconds:.1f} s after the first one"
+        elif not self._budget.take(calls):
+            why = (
+                f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
+                f"{retry.budget:.0%} of all calls at most (budget)"
+            )
+        else:
+            return retry.seconds_before(done + 1, error)
+        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
+            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
+        return None

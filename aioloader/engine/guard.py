@@ -11,6 +11,7 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
 from aioloader.core.policies import Budget, Hedge
 from aioloader.engine.retrying import Turn
 from aioloader.executors.current_sample import SampleContext, current_sample
@@ -21,12 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard", "GuardedCall"]
 
-ENOUGH_CALLS: Final = 20  # a percentile of fewer says nothing
-LATEST_CALLS: Final = 256  # whose durations count
 MEASURED: Final = 4  # of so many calls of a worker, one is measured, once there are enough
 EARLY_SECONDS: Final = 0.001  # so much before its time a timer may ring: libuv counts milliseconds
-LATE_SECONDS: Final = 0.01  # a timer that rings so late tells that the loop stood still
-TURNS: Final = 3  # of the loop, for what has been answered meanwhile
 
 SecondCall: TypeAlias = "Task[tuple[Any, BaseException | None]]"
 """The task of a second call: its result, or what it raised. That may be anything, and would end the loop otherwise."""
@@ -136,7 +133,7 @@ class Guard:
         self._past_calls = 0  # of workers that are no more
         self._wanting: deque[tuple[GuardedCall, int]] = deque()  # they are to get a second call; and the number of it
         self._twins = 0
-        self._durations: deque[float] = deque(maxlen=LATEST_CALLS)
+        self._durations = Durations(self._percentile or 0)
         self._turn: Turn | None = None
 
     def bind(self, run: "Run", step: "AsyncStep") -> None:
@@ -288,16 +285,14 @@ class Guard:
 
     def took(self, seconds: float) -> None:
         """A call has taken that long."""
-        durations = self._durations
-        durations.append(seconds)
-        if self._after == inf and len(durations) >= ENOUGH_CALLS:
+        self._durations.append(seconds)
+        if self._after == inf and self._durations.enough:
             self.measured = MEASURED
             self._work_out()
             self._ring(perf_counter())  # for those that are under way; from now on that is worked out when it rings
 
     def _work_out(self) -> None:
-        percent, ordered = self._percentile or 0, sorted(self._durations)
-        self._after = ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+        self._after = self._durations.percentile()
         self._soonest = min(self._timeout, self._after)
 
     def watch(self, began: float) -> None:
@@ -325,7 +320,7 @@ class Guard:
             return
         self._turns = 0
         self._rings_at = inf
-        if len(self._durations) >= ENOUGH_CALLS:
+        if self._durations.enough:
             self._work_out()
         following = inf
         for record in self._records:

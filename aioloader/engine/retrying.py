@@ -11,9 +11,8 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from aioloader.core.entry import Entry, tries_of
-from aioloader.core.policies import Budget, Retry
+from aioloader.core.policies import Attempts, Retry
 from aioloader.core.rate import Rate
-from aioloader.core.safe_text import add_note
 
 if TYPE_CHECKING:
     from aioloader.engine.steps import Step
@@ -30,9 +29,8 @@ class Retrying:
     """
 
     def __init__(self, retry: Retry, step: "Step") -> None:
-        self._retry = retry
+        self._attempts = Attempts(retry)
         self._step = step
-        self._budget = Budget(retry.budget)
         self._waiting: list[tuple[float, int, Entry]] = []  # a heap of when, a number, and who
         self._number = 0
         self._timer: TimerHandle | None = None
@@ -44,30 +42,20 @@ class Retrying:
 
         If not, and it has been tried before, `error` gets a note that says so.
         """
-        step, retry, now = self._step, self._retry, perf_counter()
+        step, now = self._step, perf_counter()
         if step.closed:
             return False
         tries = tries_of(entry)
         done, first = (tries[1], tries[2]) if tries is not None and tries[0] is step else (0, now)
         done += 1
-        if not isinstance(error, retry.on):
-            why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
-        elif done >= retry.attempts:
-            why = f"attempt {done} of {retry.attempts} failed, {now - first:.1f} s after the first one"
-        elif not self._budget.take(step.meter.samples):
-            why = (
-                f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
-                f"{retry.budget:.0%} of all calls at most (budget)"
-            )
-        else:
-            entry.tries = (step, done, first)
-            entry.attempts += 1
-            step.meter.retries += 1
-            self._wait(entry, now + retry.seconds_before(done + 1, error))
-            return True
-        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
-            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
-        return False
+        wait = self._attempts.seconds_before_next(done, now - first, error, step.meter.samples)
+        if wait is None:
+            return False
+        entry.tries = (step, done, first)
+        entry.attempts += 1
+        step.meter.retries += 1
+        self._wait(entry, now + wait)
+        return True
 
     def __len__(self) -> int:
         """How many wait."""
