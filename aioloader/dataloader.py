@@ -13,7 +13,7 @@ from typing_extensions import TypeVar  # which torch needs, too; the standard on
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
-from aioloader.core.policies import Errors
+from aioloader.core.policies import Errors, Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
@@ -51,6 +51,7 @@ from aioloader.stages.device import PinMemory, To
 from aioloader.stages.flow import Guarantee
 from aioloader.stages.group import Group
 from aioloader.stages.load import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
+from aioloader.stages.load_one import FetchSample, FetchSampleAsync, TriedInPlace, check_load_policies
 from aioloader.stages.map import ASYNC_CONCURRENCY, Map
 from aioloader.stages.skip_errors import SkipErrors, rank_for_report
 from aioloader.stages.split_join import JoinBatches, SplitBatches
@@ -62,6 +63,8 @@ T_co = TypeVar("T_co", covariant=True, default=Any)
 
 KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
+
+SAMPLE: Final = "dataset[...]"
 
 _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
 
@@ -113,6 +116,11 @@ class DataLoader(Loader, Generic[T_co]):
             which are shorter then, and a batch without any is left out. A batch that fails as a whole (its samples do
             not fit together, its worker process died) still raises. Of an iterable dataset what is left out is a sample
             whose source goes on after its error, as those of `aioloader.sources` do; an iterator that raises is over.
+        retry: Attempts for a sample, or a `Retry`, as in `Pipeline.map`. With this or one of the following, samples are
+            loaded one by one, by `__getitem__`; for datasets with keys.
+        sample_timeout: Seconds for one attempt at one sample; for async datasets and worker processes.
+        hedge: A second call for a sample that takes long; for async datasets.
+        rate: How many samples are begun in a second; may be shared with other loaders.
 
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
@@ -155,6 +163,10 @@ class DataLoader(Loader, Generic[T_co]):
         worker_type: Literal["thread", "process"] = "thread",
         seed: int | None = None,
         skip_errors: Skip | bool | None = None,
+        retry: Retry | int | None = None,
+        sample_timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
     ) -> None:
         super().__init__()
         check_dataset(dataset)
@@ -225,6 +237,16 @@ class DataLoader(Loader, Generic[T_co]):
                 "skip_errors cannot leave samples out of an IterableDataset that worker processes read: its iterators "
                 "are theirs, and over when they raise; use worker_type='thread', or a dataset with __getitem__"
             )
+        self.policies = check_load_policies(
+            dataset,
+            retry=retry,
+            sample_timeout=sample_timeout,
+            hedge=hedge,
+            rate=rate,
+            iterable=self._iterable,
+            awaited=self._awaited,
+            in_processes=self._in_processes,
+        )
         self.ahead, self.ahead_bytes = self._check_ahead(ahead, ahead_bytes, prefetch_factor)
         self._grows = prefetch_factor is None and ahead is None and num_workers > 0
         self._timeout = timeout or None
@@ -238,7 +260,7 @@ class DataLoader(Loader, Generic[T_co]):
             TypeError, ValueError: It does not fit.
         """
         width, of = self.num_workers, "num_workers"
-        if self._loads_samples:
+        if self._awaits_samples:
             width, of = self.concurrency, "concurrency"
         if isinstance(self.dataset, FetchSource):
             ahead = self.dataset.ahead if ahead is None else ahead
@@ -254,13 +276,18 @@ class DataLoader(Loader, Generic[T_co]):
         return ahead, ahead_bytes
 
     @property
-    def _loads_samples(self) -> bool:
+    def _awaits_samples(self) -> bool:
         """Whether the samples of a batch are loaded one by one, `concurrency` at once."""
-        return (
-            not self._iterable
-            and _is_async(self.dataset, "__getitem__")
-            and (self._torch.batch_sampler is None or not _is_async(self.dataset, "__getitems__"))
-        )
+        if self._iterable or not self._awaited:
+            return False
+        together = self._torch.batch_sampler is not None and _is_async(self.dataset, "__getitems__")
+        return self.policies is not None if together else _is_async(self.dataset, "__getitem__")
+
+    @property
+    def _loads_samples(self) -> bool:
+        """The same, or the workers load them so."""
+        batched = not self._iterable and self._torch.batch_sampler is not None
+        return self._awaits_samples or (batched and self.policies is not None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "sampler":
@@ -377,7 +404,10 @@ class DataLoader(Loader, Generic[T_co]):
         else:
             source = inline_source = InlineSource(self._keys.of(progress), "sampler", epoch, keys=True)
             seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
-            calls = [Call(self._fetch(alloc), False, "fetch", seed)]
+            data = self.dataset
+            if self.policies is not None:
+                data = TriedInPlace(data, self.policies, lambda attempt: inline_map.retried(attempt))
+            calls = [Call(self._fetch(alloc, data), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
             calls.append(Call(over_partial(transfer.send), False, f"to({self.device})"))
         elif transfer is not None:
@@ -446,7 +476,7 @@ class DataLoader(Loader, Generic[T_co]):
             stages.append(To(self.device))
         elif transfer is not None:
             stages.append(PinMemory())
-        nbytes = None if self._loads_samples else self.ahead_bytes
+        nbytes = None if self._awaits_samples else self.ahead_bytes
         plan = Plan(self._single(source), tuple(stages), room=self._room, grows=self._grows, nbytes=nbytes)
         window = build(plan, self._pass(progress), transfer, alloc, self._open_processes)
         window.rule = self._skip_rule(progress.epoch)
@@ -457,7 +487,7 @@ class DataLoader(Loader, Generic[T_co]):
         turns = Turns(self.num_workers) if self._iterable else None
         place = InProcesses(
             kept=self.persistent_workers,
-            in_turn=self.in_order or self._iterable,
+            in_turn=(self.in_order and not self._loads_samples) or self._iterable,
             prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
             turns=turns,
             epochs=partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch),
@@ -470,7 +500,15 @@ class DataLoader(Loader, Generic[T_co]):
         else:
             source = StreamData(partial(self._keys.of, progress, base), call=True, single_use=False)
             fetch = self._fetch(shared_memory)
-        stages: list[Stage] = [Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch")]
+        if self._loads_samples:
+            load = Map(
+                FetchSample(self.dataset), False, self.num_workers, executor=place, name=SAMPLE, policies=self.policies
+            )
+            collate_here = CollateWith(self.collate_fn, self.num_workers, None, partial=self.skip_errors is not None)
+            return source, [SplitBatches(self.batch_size), load, JoinBatches(collate_here, self._leaves_out)]
+        stages: list[Stage] = [
+            Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch", policies=self.policies)
+        ]
         if self._collates_async:
             stages.append(self._convert(shared_memory))
         return source, stages
@@ -508,9 +546,7 @@ class DataLoader(Loader, Generic[T_co]):
         """Whether batches come in the order of their keys; the same for any number of workers, for their cursors."""
         if self.in_order or (self._iterable and self.batch_size is not None):
             return True
-        return self._torch.batch_sampler is not None and (
-            _is_async(self.dataset, "__getitem__") and not _is_async(self.dataset, "__getitems__")
-        )
+        return self._torch.batch_sampler is not None and self._loads_samples
 
     @property
     def _workers_read(self) -> bool:
@@ -629,9 +665,9 @@ class DataLoader(Loader, Generic[T_co]):
 
         None where there are no batches, but samples that are awaited one by one: as many as that has use for.
         """
-        if self._loads_samples and self._torch.batch_sampler is None and self.prefetch_factor is None:
+        if self._awaits_samples and self._torch.batch_sampler is None and self.prefetch_factor is None:
             return None
-        if self.ahead is not None and not self._loads_samples:
+        if self.ahead is not None and not self._awaits_samples:
             return self.ahead
         if self.num_workers:
             return (self.prefetch_factor or 2) * self.num_workers
@@ -647,39 +683,43 @@ class DataLoader(Loader, Generic[T_co]):
         convert = self._convert(alloc)
         if self._iterable:
             return [convert]
-        data = self.dataset
-        if self._torch.batch_sampler is None:
-            if _is_async(data, "__getitem__"):
-                return [self._load(self.in_order), convert]
-        elif _is_async(data, "__getitems__"):
+        if self._awaits_samples and self._torch.batch_sampler is None:
+            return [self._load(self.in_order), convert]
+        # Samples of one batch may overtake each other only inside it: the join goes by their order.
+        around = SplitBatches(self.batch_size), JoinBatches(collate, self._leaves_out)
+        if self._awaits_samples:
+            return [around[0], self._load(True), around[1]]
+        if self._torch.batch_sampler is not None and _is_async(self.dataset, "__getitems__"):
             at_once = max(1, self.concurrency // (self.batch_size or 1))
-            many = FetchAsync(data.__getitems__, self._leaves_out)
-            fetch = Map(many, True, at_once, self.in_order, name="dataset.__getitems__")
-            return [fetch, convert]
-        elif _is_async(data, "__getitem__"):
-            # Samples of one batch may overtake each other only inside it: the join goes by their order.
-            return [SplitBatches(self.batch_size), self._load(True), JoinBatches(collate, self._leaves_out)]
+            many = FetchAsync(self.dataset.__getitems__, self._leaves_out)
+            return [Map(many, True, at_once, self.in_order, name="dataset.__getitems__"), convert]
+        one_by_one = self._loads_samples
         fetch = Map(
-            self._fetch(alloc),
+            FetchSample(self.dataset) if one_by_one else self._fetch(alloc),
             False,
             workers,
-            self.in_order,
-            name="fetch",
+            self.in_order or one_by_one,
+            name=SAMPLE if one_by_one else "fetch",
             initializer=initializer,
             thread_name="aioloader-worker",
+            ahead=1 if one_by_one and not self.num_workers else None,
+            policies=self.policies,
         )
+        if one_by_one:
+            return [around[0], fetch, around[1]]
         return [fetch, convert] if self._collates_async else [fetch]
 
     def _load(self, ordered: bool) -> Map:
         """The step that awaits the samples one by one."""
         return Map(
-            self.dataset.__getitem__,
+            self.dataset.__getitem__ if _is_async(self.dataset, "__getitem__") else FetchSampleAsync(self.dataset),
             True,
             self.concurrency,
             ordered,
-            name="dataset[...]",
+            name=SAMPLE,
             ahead=self.ahead,
             ahead_bytes=self.ahead_bytes,
+            policies=self.policies,
         )
 
     def _convert(self, alloc: Alloc) -> Map:
@@ -707,13 +747,14 @@ class DataLoader(Loader, Generic[T_co]):
 
     # -- what a worker does ------------------------------------------------------------------------------------------
 
-    def _fetch(self, alloc: Alloc) -> Callable[[Any], Any]:
+    def _fetch(self, alloc: Alloc, dataset: Any = None) -> Callable[[Any], Any]:
+        dataset = self.dataset if dataset is None else dataset
         if self._torch.batch_sampler is None:
             convert = None if self._collates_async else self.collate_fn or default_convert
-            return FetchOne(self.dataset, convert)
+            return FetchOne(dataset, convert)
         if self._collates_async:
-            return FetchBatch(self.dataset, None, Group, self._leaves_out)
-        return FetchBatch(self.dataset, self.collate_fn, Collate(alloc), self._leaves_out)
+            return FetchBatch(dataset, None, Group, self._leaves_out)
+        return FetchBatch(dataset, self.collate_fn, Collate(alloc), self._leaves_out)
 
     def _collate_call(self, alloc: Alloc) -> Callable[[Any], Any]:
         """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""

@@ -693,6 +693,10 @@ def test_the_signature_begins_as_torchs() -> None:
         "worker_type": "thread",
         "seed": None,
         "skip_errors": None,
+        "retry": None,
+        "sample_timeout": None,
+        "hedge": None,
+        "rate": None,
     }
     assert {parameter.kind for parameter in extra.values()} == {inspect.Parameter.KEYWORD_ONLY}
 

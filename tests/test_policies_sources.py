@@ -19,7 +19,7 @@ import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 from obstore.store import LocalStore, MemoryStore
 
-from aioloader import BrokenDataError, Hedge, LoaderClosedError, Pipeline, Rate, Retry
+from aioloader import BrokenDataError, DataLoader, Hedge, LoaderClosedError, Pipeline, Rate, Retry
 from aioloader.core.policies import Policies
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.sources import Objects, ParquetRows, TarShards
@@ -275,6 +275,17 @@ async def test_an_object_that_ends_where_reading_begins_is_not_asked_again(serve
     assert context.counted == {}
     assert [method for method, _, _ in server.requests] == ["GET", "HEAD"]
     del store, chunks
+
+
+@on_both_faces
+def test_the_drop_in_takes_over_what_the_objects_say(server: HttpServer, face: Face) -> None:
+    for number in ALL:
+        server.faults[f"o/{number}"] = iter([503])
+    store = server.store()
+    loader = DataLoader(Objects(store, [f"o/{number}" for number in ALL], retry=AGAIN), batch_size=8)
+    assert [int(sample) for batch in collect(loader, face) for sample in batch] == ALL
+    assert sum(stage.retries for stage in loader.stats().stages) == SAMPLES
+    del store, loader
 
 
 # -- listings ----------------------------------------------------------------------------------------------------------

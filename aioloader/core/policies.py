@@ -80,6 +80,39 @@ class Retry:
         return max(wait, retry_after(error) or 0.0)
 
 
+class Attempts:
+    """What a `Retry` says of the calls of one stage, one failure after the other."""
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+        self._budget = Budget(retry.budget)
+
+    def wait_after(self, done: int, error: BaseException, took: float, calls: int) -> float | None:
+        """Seconds until the next attempt. None: there is none; if there were several, `error` gets a note that says so.
+
+        Args:
+            done: Attempts so far for this sample.
+            error: Why the last one failed.
+            took: Seconds since the first one failed.
+            calls: Of the stage so far.
+        """
+        retry = self._retry
+        if not retry.retries(error):
+            why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
+        elif done >= retry.attempts:
+            why = f"attempt {done} of {retry.attempts} failed, {took:.1f} s after the first one"
+        elif self._budget.take(calls):
+            return retry.seconds_before(done + 1, error)
+        else:
+            why = (
+                f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
+                f"{retry.budget:.0%} of all calls at most (budget)"
+            )
+        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
+            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
+        return None
+
+
 def as_retry(retry: Any) -> Retry | None:
     """`retry=` of a stage: attempts, a `Retry`, or None.
 
@@ -173,8 +206,17 @@ class Policies:
     rate: Rate | None = None
 
 
+@dataclass(frozen=True)
+class Words:
+    """How things are called where policies are given."""
+
+    timeout: str = "timeout"
+    function: str = "it"
+    in_process: str = "executor='process'"
+
+
 def check_policies(
-    retry: Any, timeout: Any, hedge: Any, rate: Any, *, is_async: bool, executor: Any = None
+    retry: Any, timeout: Any, hedge: Any, rate: Any, *, is_async: bool, executor: Any = None, words: Words | None = None
 ) -> Policies | None:
     """What is done about the calls of a stage; None: nothing.
 
@@ -185,16 +227,19 @@ def check_policies(
         rate: See there.
         is_async: The function is async.
         executor: Where it runs, if it is not.
+        words: How the caller calls things; None: as `map`.
 
     Raises:
         TypeError, ValueError: One of them is none, or does not fit the function.
     """
     if timeout is not None:
-        timeout = check_positive("timeout", timeout, "leave it out for no limit")
+        words = Words() if words is None else words
+        timeout = check_positive(words.timeout, timeout, "leave it out for no limit")
         if not is_async and executor != "process":
             raise ValueError(
-                f"timeout cannot stop a thread, got {timeout=} for a function that runs in one; make it async, or pass "
-                f"executor='process', or give the client inside of it a timeout of its own"
+                f"{words.timeout} cannot stop a thread, got {words.timeout}={timeout:g} for a function that runs in "
+                f"one; make {words.function} async, or pass {words.in_process}, or give the client inside of it a "
+                f"timeout of its own"
             )
     if hedge is not None:
         if not isinstance(hedge, Hedge):
@@ -238,42 +283,3 @@ class Budget:
     def give_back(self) -> None:
         """One that was allowed was not made."""
         self._left += 1.0
-
-
-class Attempts:
-    """Decides after each failure whether there is another attempt, and when. All calls of a stage share it.
-
-    Args:
-        retry: How often, and when.
-    """
-
-    def __init__(self, retry: Retry) -> None:
-        self._retry = retry
-        self._budget = Budget(retry.budget)
-
-    def seconds_before_next(self, done: int, seconds: float, error: BaseException, calls: int) -> float | None:
-        """How long to wait before attempt `done + 1`, since attempt `done` has failed with `error`.
-
-        None: there is none. Then `error` has a note that says why, unless it was the only attempt.
-
-        Args:
-            done: Attempts so far, 1 or more.
-            seconds: How long ago the first one was.
-            error: Of the latest one.
-            calls: How many calls there have been in all, for the budget.
-        """
-        retry = self._retry
-        if not retry.retries(error):
-            why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
-        elif done >= retry.attempts:
-            why = f"attempt {done} of {retry.attempts} failed, {seconds:.1f} s after the first one"
-        elif not self._budget.take(calls):
-            why = (
-                f"attempt {done} of {retry.attempts} failed, and there is none after it: retries are "
-                f"{retry.budget:.0%} of all calls at most (budget)"
-            )
-        else:
-            return retry.seconds_before(done + 1, error)
-        if why and not any(str(note).startswith("aioloader: attempt ") for note in getattr(error, "__notes__", ())):
-            add_note(error, f"aioloader: {why}")  # once, though one object may be raised for many samples
-        return None

@@ -39,6 +39,7 @@ class InlineSource(Node):
         self._epoch = epoch
         self.meter = StageMeter(name, "source", concurrency=1)
         self.meter.gauge = self._at_hand = _AtHand()
+        self._entry: Entry | None = None  # that is under way
 
     def resume(self, cursor: Any) -> None:
         origin, self._skipped = split_cursor(cursor)
@@ -129,6 +130,7 @@ class InlineMap(Node):
         self._completion = None if ordered else CompletionCursor()
         self.meter = StageMeter(" + ".join(call.label for call in calls), "sync", concurrency=1)
         self.meter.gauge = self._at_hand = _AtHand()
+        self._entry: Entry | None = None  # that is under way
 
     def resume(self, cursor: Any) -> None:
         if self._completion is not None:
@@ -157,6 +159,12 @@ class InlineMap(Node):
             if kept:
                 return run
 
+    def retried(self, attempt: int) -> None:
+        """A sample of the entry that is under way is tried for the `attempt`-th time."""
+        self.meter.retries += 1
+        if self._entry is not None:
+            self._entry.attempts = max(self._entry.attempts, attempt)
+
     def _journey(self, entry: Entry) -> bool:
         """Take `entry` through the calls; False: a predicate refused it."""
         if entry.error is not None:
@@ -165,7 +173,7 @@ class InlineMap(Node):
         self._at_hand.call = (entry.key, began)
         call = self._calls[0]
         sample = SampleContext()
-        sample.name = entry
+        sample.name = self._entry = entry
         current_sample.set(sample)
         try:
             for call in self._calls:
@@ -186,7 +194,7 @@ class InlineMap(Node):
         finally:
             self.meter.busy_seconds += perf_counter() - began
             self.meter.samples += 1
-            self._at_hand.call = None
+            self._at_hand.call = self._entry = None
         return True
 
     def close(self) -> None:

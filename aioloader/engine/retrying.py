@@ -48,13 +48,13 @@ class Retrying:
         tries = tries_of(entry)
         done, first = (tries[1], tries[2]) if tries is not None and tries[0] is step else (0, now)
         done += 1
-        wait = self._attempts.seconds_before_next(done, now - first, error, step.meter.samples)
-        if wait is None:
+        seconds = self._attempts.wait_after(done, error, now - first, step.meter.samples)
+        if seconds is None:
             return False
         entry.tries = (step, done, first)
         entry.attempts += 1
         step.meter.retries += 1
-        self._wait(entry, now + wait)
+        self._wait(entry, now + seconds)
         return True
 
     def __len__(self) -> int:

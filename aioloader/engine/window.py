@@ -5,6 +5,7 @@ engine: what is under way and what is finished but not taken stand in the same s
 upstream moves. A window without steps is a plain buffer.
 """
 
+from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -102,7 +103,7 @@ class Window(Node):
         self._lent = 0  # taken, but by a face that says itself when they are really gone (see `lend`)
         self._asked = 0  # what the last poll could not give; without room only this is begun
         self._looking = False  # at calls that may need more room, soon
-        self._waits_for_front = False  # to be late
+        self._front_timer: TimerHandle | None = None  # rings when the front is late
         self._input_ended = False
         self._last: Entry | None = None  # unordered: the failure of a source waits until all before it have been taken
         self._after_last: list[Entry] = []  # and what came after it until then
@@ -281,6 +282,8 @@ class Window(Node):
             self._closed = True
             if self.admission is not None:
                 self.admission.remove(self)
+            if self._front_timer is not None:
+                self._front_timer.cancel()
             for step in self._steps:
                 step.close()
             self.upstream.close()
@@ -476,9 +479,8 @@ class Window(Node):
         if self._slots[0].state or idle <= 0:
             return 0
         if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
-            if not self._waits_for_front:
-                self._waits_for_front = True
-                self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
+            if self._front_timer is None:
+                self._front_timer = self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
             return 0
         taken = self._occupied + self._lent
         more = min(idle, growth.most(room.widest, islice(self._slots, 1, 5)) - taken)
@@ -487,7 +489,7 @@ class Window(Node):
         return more
 
     def _front_is_late(self) -> None:
-        self._waits_for_front = False
+        self._front_timer = None
         if not self._closed and not self._run.stopping:
             self.wake()
 

@@ -208,7 +208,7 @@ class Requests:
             self._rate.failed(error)
         if self._attempts is None:
             return None
-        return self._attempts.seconds_before_next(done, perf_counter() - began, error, self._calls)
+        return self._attempts.wait_after(done, error, perf_counter() - began, self._calls)
 
     async def turn(self) -> None:
         """Wait until the rate allows another request."""

@@ -1,7 +1,7 @@
 """A list of keys to a batch, in one call: what a worker does where the samples of a batch are loaded together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from time import perf_counter
@@ -17,6 +17,7 @@ from aioloader.executors.isolated import isolated
 from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
 from aioloader.stages.collate import DEFAULT, Collate, collate_samples, named
 from aioloader.stages.group import Group
+from aioloader.stages.load_one import TriedInPlace, one_of
 
 __all__ = ["CollateAny", "CollateAsync", "FetchAsync", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
 
@@ -154,7 +155,7 @@ def _load_some(
     append = samples.append
     try:
         for key in keys:
-            append(dataset[key] if many is None else _one_of(many([key])))
+            append(dataset[key] if many is None else one_of(many([key])))
             try:
                 if context != clean:
                     return True
@@ -182,9 +183,10 @@ def _load_some_of(
     try:
         for key in keys:
             try:
-                samples.append(dataset[key] if many is None else _one_of(many([key])))
+                samples.append(dataset[key] if many is None else one_of(many([key])))
             except leaves_out as error:
-                left_out.append(LeftOut(len(samples), error, perf_counter() - began))
+                attempts = dataset.attempts if type(dataset) is TriedInPlace else 1
+                left_out.append(LeftOut(len(samples), error, perf_counter() - began, attempts))
                 samples.append(None)
             began = perf_counter()
             try:
@@ -232,28 +234,13 @@ class FetchAsync:
         for key in keys:
             began = perf_counter()
             try:
-                samples.append(_one_of(await self._many([key])))
+                samples.append(one_of(await self._many([key])))
             except self._leaves_out as error:
                 left_out.append(LeftOut(len(samples), error, perf_counter() - began))
                 samples.append(None)
         if not left_out:
             return samples
         return Partial(_without(left_out, samples) or NO_SAMPLES, left_out, "dataset.__getitems__")
-
-
-def _one_of(loaded: Any) -> Any:
-    """The sample in what was loaded for one key.
-
-    Raises:
-        TypeError: It is something else than a list of one sample.
-    """
-    samples = [] if isinstance(loaded, Mapping) else list(loaded)
-    if len(samples) != 1:
-        raise TypeError(
-            f"a __getitems__ that asks for sample_rng() is called for one key at a time and must return a list of one "
-            f"sample then, got {safe_repr(loaded)}; call sample_rng() in a map() or in __getitem__ instead"
-        )
-    return samples[0]
 
 
 class FetchGroup(Holds):
