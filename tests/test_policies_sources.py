@@ -1,6 +1,8 @@
 """Retries, time limits, second calls and rates of sources that read from stores, over a real wire that fails."""
 
 import asyncio
+import contextlib
+import gc
 import io
 import pickle
 import tarfile
@@ -245,6 +247,62 @@ def test_an_attempt_never_brings_another_version(server: HttpServer, face: Face)
         assert "was rewritten while it was read" in str(found[-1])
         assert {sample["bin"] for sample in found[:-1]} == {b"A" * 1000}
         del store, found
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    "policies", [{"retry": Retry(attempts=3, on=BrokenDataError, **SOON)}, {"hedge": Hedge(after=0.0, budget=1.0)}]
+)
+def test_a_resume_into_another_version_is_refused_by_each_attempt(
+    server: HttpServer, policies: dict[str, Any], face: Face
+) -> None:
+    """A later one must not be taken for right because it is as wrong as the first."""
+    store = server.store()
+    loader = members(store, **policies)
+    with Steps(loader, face) as steps:
+        assert steps.rest(10) == ALL[:10]
+        state = loader.state_dict()
+    del loader
+    changed = bytearray(TAR)
+    changed[-1] = 1  # nothing that a mark in the state would tell
+    server.files["a.tar"] = bytes(changed)
+    resumed = members(store, **policies)
+    resumed.load_state_dict(state)
+    with Steps(resumed, face) as steps:
+        (error,) = steps.outcomes()
+    assert isinstance(error, BrokenDataError)
+    assert "was rewritten" in str(error)
+    del store, resumed, error
+
+
+@pytest.mark.asyncio
+async def test_an_error_is_let_go_of_with_its_traceback() -> None:
+    """Without the garbage collector: it may keep connections."""
+
+    class MarkedError(Exception):
+        pass
+
+    async def request() -> None:
+        raise MarkedError
+
+    gc.disable()
+    try:
+        for policies in ({"timeout": 100.0}, {"hedge": Hedge(after=0.0, budget=1.0)}, {"retry": 1, "rate": Rate(1e6)}):
+            made = requests(Context(), **policies)
+            with contextlib.suppress(MarkedError):
+                await made.run(request)
+
+            def call(made: Requests = made) -> None:
+                with contextlib.suppress(MarkedError):
+                    made.call(request)
+
+            thread = Started(call)
+            await until(lambda thread=thread: not thread.is_alive())  # type: ignore[misc]
+            thread.outcome()
+            await asyncio.sleep(0)
+        assert [each for each in gc.get_objects() if type(each) is MarkedError] == []
+    finally:
+        gc.enable()
 
 
 @on_both_faces

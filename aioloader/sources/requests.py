@@ -67,8 +67,8 @@ def store_policies(retry: Any, timeout: Any, hedge: Any, rate: Any) -> Policies 
         TypeError, ValueError: An argument is invalid, see `Pipeline.map`.
     """
     policies = check_policies(retry, timeout, hedge, rate, is_async=True)
-    if policies is None or policies.retry is None or policies.retry.on != (Exception,):
-        return policies
+    if policies is None or type(policies.retry) is not Retry or policies.retry.on != (Exception,):
+        return policies  # there is none, or it is the user's own kind, or says after what
     return Policies(StoreRetry(**vars(policies.retry)), policies.timeout, policies.hedge, policies.rate)
 
 
@@ -122,11 +122,15 @@ class Pending(Generic[T]):
         return self.task.done() and self.error is None and not self.task.cancelled()
 
     async def result(self) -> T:
-        """Wait for it, without taking a cancellation to it."""
+        """Wait for it, without taking a cancellation to it. To be asked for once: an error is let go of then."""
         if not self.task.done():
             await wait({self.task})
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame, which would have it
         if self.task.cancelled():
             raise CancelledError
         return self.value
@@ -240,6 +244,7 @@ class Requests:
             for call in calls[1:]:
                 if call.error is not None and self._rate is not None:
                     self._rate.failed(call.error)
+                call.error = None
 
     @property
     def _hedge_after(self) -> float:
@@ -296,6 +301,7 @@ class Requests:
         finally:
             with self._lock:
                 self._threads_wait.discard(answer)
+            del answer  # which has the error, whose traceback has this frame
 
     def _answer(self, request: Callable[[], Awaitable[T]], answer: "ThreadFuture[T]") -> None:
         if answer.cancelled():
@@ -305,8 +311,9 @@ class Requests:
         def done(task: "asyncio.Task[None]") -> None:
             if not answer.set_running_or_notify_cancel():
                 return
-            if pending.error is not None:
-                answer.set_exception(pending.error)
+            error, pending.error = pending.error, None
+            if error is not None:
+                answer.set_exception(error)
             elif task.cancelled():
                 answer.set_exception(ThreadCancelledError())
             else:

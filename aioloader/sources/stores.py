@@ -131,6 +131,7 @@ class Version:
         self._key = key
         self._expected = expected
         self._meta: Any = None
+        self._as_expected = True
         self.mark: str | None = None
 
     @property
@@ -144,14 +145,19 @@ class Version:
         return int(self._meta["size"])
 
     def is_same(self, meta: Any) -> bool:
-        """Whether an answer is of the same version as the first one. The first call sets that version."""
+        """Whether an answer is of the same version as the first one. The first call sets that version.
+
+        If that is not the expected one, no answer is: of several requests for a range, a later one must not be taken
+        for right because it is as wrong as the first.
+        """
         if self._meta is None:
             self._meta = meta
             self.mark = self._mark_of(meta)
             place, _, version = (self._expected or "").partition(":")
             here, _, now = (self.mark or "").partition(":")
-            return place != here or version == now
-        return self.difference(meta) is None
+            self._as_expected = place != here or version == now
+            return self._as_expected
+        return self._as_expected and self.difference(meta) is None
 
     def difference(self, meta: Any) -> str | None:
         """How the version of an answer differs from that of the first one, in words; None if it is the same."""
