@@ -543,7 +543,7 @@ class Pipeline(Loader):
         for label, rate in rates_of(self._plan):
             raise ValueError(
                 f"in_process() sends {label} to another process, which cannot share its {rate!r} with this one; put "
-                f"that stage after in_process()"
+                f"that stage after in_process(), or leave the rate out"
             )
         for sampler in samplers_of(self._plan):
             if draws_globally(sampler) or generators_of(sampler):

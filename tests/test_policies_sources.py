@@ -554,12 +554,20 @@ def test_closing_while_a_request_waits(server: HttpServer, make: Make, face: Fac
 
 
 def test_a_source_with_policies_travels_to_a_process(server: HttpServer) -> None:
-    source = TarShards(f"{server.url}/a.tar", retry=AGAIN, timeout=30, hedge=Hedge(), rate=Rate(1000))
+    source = TarShards(f"{server.url}/a.tar", retry=AGAIN, timeout=30, hedge=Hedge())
     server.faults["a.tar"] = iter([503])
     with Pipeline(source).in_process() as loader:
         assert len(list(loader)) == SAMPLES
         assert counts(loader)[0] == 1
     del source
+
+
+@pytest.mark.parametrize("make", [objects, members, rows])
+def test_a_rate_does_not_travel(make: Make) -> None:
+    """Another process would count for itself."""
+    with pytest.raises(ValueError, match=r"cannot share its Rate\(5\) with this one; put that stage after in_process"):
+        make(MemoryStore(), rate=Rate(5)).in_process()
+    make(MemoryStore(), timeout=5.0).in_process()
 
 
 def test_a_cache_on_disk_is_the_same_with_and_without(server: HttpServer, tmp_path: Path) -> None:

@@ -251,6 +251,11 @@ class _Listing(CursorSource):
         self._prefix = prefix
         self._requests = RequestPolicies(policies, "Objects")
 
+    @property
+    def rate(self) -> Rate | None:
+        """How many of its requests begin in a second, which others may share."""
+        return self._requests.rate
+
     def identity(self) -> dict[str, Any]:
         return {"prefix": self._prefix}
 

@@ -111,6 +111,11 @@ class ParquetRows(CursorSource):
             else check_count("batch_rows", batch_rows, least=1, hint="leave it out for one sample per row")
         )
 
+    @property
+    def rate(self) -> Rate | None:
+        """How many of its requests begin in a second, which others may share."""
+        return self._requests.rate
+
     @cached_property
     def _names(self) -> dict[str, Any]:
         return names_of(self.paths)

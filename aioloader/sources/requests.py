@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any, Generic, TypeVar
 
 from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
-from aioloader.core.policies import Attempts, Budget, Policies, Retry, check_policies
+from aioloader.core.policies import Attempts, Budget, Policies, Rate, Retry, check_policies
 from aioloader.core.source import SourceContext
 from aioloader.errors import BrokenDataError
 
@@ -85,6 +85,11 @@ class RequestPolicies:
     def __init__(self, policies: Policies | None, name: str) -> None:
         self._policies = policies
         self._name = name
+
+    @property
+    def rate(self) -> Rate | None:
+        """How many requests begin in a second; others may share it."""
+        return None if self._policies is None else self._policies.rate
 
     def begin(self, context: SourceContext) -> "Requests | None":
         """For one epoch; None: the requests are made as they are."""

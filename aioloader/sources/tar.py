@@ -178,6 +178,11 @@ class TarShards(CursorSource):
         )
 
     @property
+    def rate(self) -> Rate | None:
+        """How many of its requests begin in a second, which others may share."""
+        return self._requests.rate
+
+    @property
     def urls(self) -> tuple[str, ...]:
         """The paths and URLs of the archives, in order."""
         return tuple(shard.url for shard in self._shards)
