@@ -451,14 +451,9 @@ class CountingRate(Rate):
 
     taken = 0
 
-    def take(self) -> float:
-        self.taken += 1
-        return super().take()
-
-    def take_ready(self, most: int) -> int:
-        count = super().take_ready(most)
+    def _took(self, now: float, count: int, *, waits: bool = False) -> None:
+        super()._took(now, count, waits=waits)
         self.taken += count
-        return count
 
     def give_back(self, count: int = 1) -> None:
         self.taken -= count
