@@ -70,6 +70,10 @@ class Retry:
         if self.budget is not None:
             check_number("budget", self.budget, least=0, most=1, hint="0.1 allows one retry for ten calls")
 
+    def retries(self, error: BaseException) -> bool:
+        """Whether another attempt is worth it after `error`."""
+        return isinstance(error, self.on)
+
     def seconds_before(self, attempt: int, error: BaseException) -> float:
         """How long to wait before `attempt` (2 or more), since the one before failed with `error`."""
         wait = min(self.wait_max, self.wait_initial * 2.0 ** min(attempt - 2, 64) + _chance.random() * self.jitter)
@@ -93,7 +97,7 @@ class Attempts:
             calls: Of the stage so far.
         """
         retry = self._retry
-        if not isinstance(error, retry.on):
+        if not retry.retries(error):
             why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
         elif done >= retry.attempts:
             why = f"attempt {done} of {retry.attempts} failed, {took:.1f} s after the first one"
@@ -265,6 +269,11 @@ class Budget:
         self._share = share
         self._left = FREE if share else 0.0
         self._calls = 0  # as of the last look
+
+    @property
+    def none(self) -> bool:
+        """Whether there is never one."""
+        return self._share == 0
 
     def take(self, calls: int) -> bool:
         """Whether one more is allowed, after `calls` calls."""

@@ -216,7 +216,7 @@ class AsyncStep(Step):
                 began, count = self._counted(count, began), 0
                 sample.since = began
                 self._ran_out(began - woken)
-                if self.tap is not None:
+                if self.tap is not None and self.tap.waiting:
                     self.tap.pump(at_hand=guard is None or not guard.full)
                 if inbox:
                     continue
@@ -321,7 +321,7 @@ class AsyncStep(Step):
             self._run.after_turn(self._turned)
         if self.inbox:
             self._summon()
-        elif self.tap is not None:
+        elif self.tap is not None and self.tap.waiting:
             self.tap.pump()
 
     def _turned(self) -> None:

@@ -116,14 +116,19 @@ class Turn:
         self._taken = False
         self._timer: TimerHandle | None = None
 
-    def take(self, most: int = 1) -> int:
-        """Let up to `most` calls begin now; returns how many. If none may, `come` is called when one may."""
+    def take(self, most: int = 1, soon: int = 0) -> int:
+        """Let up to `most` calls begin now; returns how many. If none may, `come` is called when one may.
+
+        Args:
+            most: At most.
+            soon: See `Rate.take_ready`.
+        """
         if self._timer is not None:
             return 0
         if self._taken:
             self._taken = False
             return 1 + self._rate.take_ready(most - 1)
-        if count := self._rate.take_ready(most):
+        if count := self._rate.take_ready(most, soon):
             return count
         self._taken = True
         self._timer = self._step.later(self._rate.take(), self._rung)
@@ -152,32 +157,35 @@ class Tap:
     Args:
         rate: The rate, which other steps may share.
         step: The step.
+
+    Attributes:
+        waiting: They have not been let in.
     """
 
     def __init__(self, rate: Rate, step: "Step") -> None:
         self.rate = rate
         self._step = step
         self._turn = Turn(rate, step, self.pump)
-        self._waiting: deque[Entry] = deque()
+        self.waiting: deque[Entry] = deque()
         self._pumping = False
 
     def add(self, entries: Sequence[Entry], *, first: bool = False) -> None:
         """These come to the step; they go `first`, or last."""
         if first:
-            self._waiting.extendleft(reversed(entries))
+            self.waiting.extendleft(reversed(entries))
         else:
-            self._waiting.extend(entries)
+            self.waiting.extend(entries)
         if self._step.paused:
             self._step.set_aside(len(entries))
         self.pump()
 
     def hold(self) -> None:
         """The step pauses."""
-        self._step.set_aside(len(self._waiting))
+        self._step.set_aside(len(self.waiting))
 
     def let_go(self, first: Sequence[Entry]) -> None:
         """The step goes on; these had been let in, and had not begun."""
-        self._step.set_aside(-len(self._waiting))
+        self._step.set_aside(-len(self.waiting))
         self.add(first, first=True)
 
     def pump(self, *, at_hand: bool = False) -> None:
@@ -185,11 +193,11 @@ class Tap:
         if self._pumping:  # it has let some in, and the step has begun on them at once
             return
         self._pumping = True
-        step, waiting = self._step, self._waiting
+        step, waiting = self._step, self.waiting
         try:
             while waiting and not (step.paused or step.closed):
                 free = min(step.free_places + at_hand, len(waiting))
-                if free <= 0 or not (count := self._turn.take(free)):
+                if free <= 0 or not (count := self._turn.take(free, len(waiting) - free)):
                     return
                 step.inbox.extend([waiting.popleft() for _ in range(count)])
                 step.dispatch()
@@ -199,4 +207,4 @@ class Tap:
     def close(self) -> None:
         """Nobody is let in any more."""
         self._turn.give_back()
-        self._waiting.clear()
+        self.waiting.clear()
