@@ -246,6 +246,7 @@ class DataLoader(Loader, Generic[T_co]):
             iterable=self._iterable,
             awaited=self._awaited,
             in_processes=self._in_processes,
+            retried_by_itself=isinstance(dataset, FetchSource),
         )
         self.ahead, self.ahead_bytes = self._check_ahead(ahead, ahead_bytes, prefetch_factor)
         self._grows = prefetch_factor is None and ahead is None and num_workers > 0

@@ -340,6 +340,8 @@ def test_the_drop_in_takes_over_what_the_objects_say(server: HttpServer, face: F
     for number in ALL:
         server.faults[f"o/{number}"] = iter([503])
     store = server.store()
+    with pytest.raises(ValueError, match="pass them to Objects"):
+        DataLoader(Objects(store, ["o/1"]), retry=3)
     loader = DataLoader(Objects(store, [f"o/{number}" for number in ALL], retry=AGAIN), batch_size=8)
     assert [int(sample) for batch in collect(loader, face) for sample in batch] == ALL
     assert sum(stage.retries for stage in loader.stats().stages) == SAMPLES

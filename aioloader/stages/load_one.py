@@ -28,6 +28,7 @@ def check_load_policies(
     iterable: bool,
     awaited: bool,
     in_processes: bool,
+    retried_by_itself: bool,
 ) -> Policies | None:
     """What is done about loads of samples that fail, take long, or are too many; None: nothing.
 
@@ -40,6 +41,7 @@ def check_load_policies(
         iterable: The dataset is iterated.
         awaited: It is async.
         in_processes: Worker processes load.
+        retried_by_itself: The dataset takes such arguments, too.
 
     Raises:
         TypeError, ValueError: One of them is none, or does not fit the dataset.
@@ -49,9 +51,13 @@ def check_load_policies(
     policies = check_policies(retry, sample_timeout, hedge, rate, is_async=fits, executor=executor, words=WORDS)
     if policies is None:
         its_own = getattr(dataset, "policies", None)
-        return (
-            its_own if awaited and not iterable and isinstance(its_own, Policies) else None
-        )  # a user's word may mean other things
+        # A user's attribute of that name may be something else.
+        return its_own if awaited and not iterable and isinstance(its_own, Policies) else None
+    if retried_by_itself:
+        raise ValueError(
+            f"retry, hedge, rate and timeout are arguments of {type(dataset).__name__} itself, whose store would go on "
+            f"retrying on its own otherwise, got them for the DataLoader; pass them to {type(dataset).__name__}"
+        )
     if iterable:
         raise ValueError(
             f"retry, sample_timeout, hedge and rate are for datasets whose samples are loaded by key, got "
