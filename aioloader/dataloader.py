@@ -246,6 +246,7 @@ class DataLoader(Loader, Generic[T_co]):
             iterable=self._iterable,
             awaited=self._awaited,
             in_processes=self._in_processes,
+            retried_by_itself=isinstance(dataset, FetchSource),
         )
         self.ahead, self.ahead_bytes = self._check_ahead(ahead, ahead_bytes, prefetch_factor)
         self._grows = prefetch_factor is None and ahead is None and num_workers > 0
@@ -502,14 +503,21 @@ class DataLoader(Loader, Generic[T_co]):
             fetch = self._fetch(shared_memory)
         if self._loads_samples:
             load = Map(
-                FetchSample(self.dataset), False, self.num_workers, executor=place, name=SAMPLE, policies=self.policies
+                FetchSample(self.dataset),
+                False,
+                self.num_workers,
+                executor=place,
+                name=SAMPLE,
+                ahead=self._samples_ahead,
+                grows=self._samples_grow,
+                policies=self.policies,
             )
             collate_here = CollateWith(self.collate_fn, self.num_workers, None, partial=self.skip_errors is not None)
             return source, [SplitBatches(self.batch_size), load, JoinBatches(collate_here, self._leaves_out)]
         stages: list[Stage] = [
             Map(fetch, False, self.num_workers, self.in_order, executor=place, name="fetch", policies=self.policies)
         ]
-        if self._collates_async:
+        if self._converts_apart:
             stages.append(self._convert(shared_memory))
         return source, stages
 
@@ -667,16 +675,55 @@ class DataLoader(Loader, Generic[T_co]):
         """
         if self._awaits_samples and self._torch.batch_sampler is None and self.prefetch_factor is None:
             return None
+        if self._loads_samples and not self._awaits_samples and self._samples_ahead is not None:
+            return self.num_workers  # the others are samples yet
+        return self._most_batches
+
+    @property
+    def _most_batches(self) -> int:
+        """Being made or finished."""
         if self.ahead is not None and not self._awaits_samples:
             return self.ahead
         if self.num_workers:
             return (self.prefetch_factor or 2) * self.num_workers
         return DEFAULT_PREFETCH if self._awaited else 0
 
+    @property
+    def _samples_ahead(self) -> int | None:
+        """Being loaded or finished, where workers load them one by one; None: as many as that has use for.
+
+        These are the samples of the batches that may be ahead, but of one batch for each worker, which is collated. Not
+        so with a batch sampler that does not tell its `batch_size`.
+        """
+        if not self.num_workers:
+            return 0
+        size = getattr(self._torch.batch_sampler, "batch_size", None)
+        if type(size) is not int:
+            return None
+        return max(self.num_workers, (self._most_batches - self.num_workers) * size)
+
+    @property
+    def _samples_grow(self) -> bool:
+        """Whether more samples begin while a slow one, or one that waits for its next attempt, holds others up."""
+        return self._grows and self.ahead_bytes is None
+
+    @property
+    def _collates_with(self) -> Callable[[int], None] | None:
+        """What is called first in threads that collate: nothing, where others load samples and are the workers."""
+        if not self.num_workers or (self.policies is not None and not self._awaited):
+            return None
+        return self.worker_init_fn
+
+    @property
+    def _converts_apart(self) -> bool:
+        """Whether what is done to a sample that was loaded alone is no part of the load, which may be repeated."""
+        return self._collates_async or (self.policies is not None and self._torch.batch_sampler is None)
+
     def _stages(self, alloc: Alloc) -> list[Stage]:
         workers = max(1, self.num_workers)
         initializer = self.worker_init_fn if self.num_workers else None
-        collate = CollateWith(self.collate_fn, workers, initializer, partial=self.skip_errors is not None)
+        one_by_one = self._loads_samples and not self._awaits_samples
+        collate = CollateWith(self.collate_fn, workers, self._collates_with, partial=self.skip_errors is not None)
         if self._iterable and self.batch_size is not None:
             skip: list[Stage] = [] if self.skip_errors is None else [SkipErrors(self.skip_errors)]
             return [*skip, Batch(self.batch_size, self.drop_last, collate)]
@@ -693,7 +740,6 @@ class DataLoader(Loader, Generic[T_co]):
             at_once = max(1, self.concurrency // (self.batch_size or 1))
             many = FetchAsync(self.dataset.__getitems__, self._leaves_out)
             return [Map(many, True, at_once, self.in_order, name="dataset.__getitems__"), convert]
-        one_by_one = self._loads_samples
         fetch = Map(
             FetchSample(self.dataset) if one_by_one else self._fetch(alloc),
             False,
@@ -702,12 +748,13 @@ class DataLoader(Loader, Generic[T_co]):
             name=SAMPLE if one_by_one else "fetch",
             initializer=initializer,
             thread_name="aioloader-worker",
-            ahead=1 if one_by_one and not self.num_workers else None,
+            ahead=self._samples_ahead if one_by_one else None,
+            grows=self._samples_grow and one_by_one,
             policies=self.policies,
         )
         if one_by_one:
             return [around[0], fetch, around[1]]
-        return [fetch, convert] if self._collates_async else [fetch]
+        return [fetch, convert] if self._converts_apart else [fetch]
 
     def _load(self, ordered: bool) -> Map:
         """The step that awaits the samples one by one."""
@@ -733,7 +780,7 @@ class DataLoader(Loader, Generic[T_co]):
             max(1, self.num_workers),
             self.in_order,
             name="collate",
-            initializer=self.worker_init_fn if self.num_workers else None,
+            initializer=self._collates_with,
             thread_name="aioloader-worker",
         )
 
@@ -750,8 +797,8 @@ class DataLoader(Loader, Generic[T_co]):
     def _fetch(self, alloc: Alloc, dataset: Any = None) -> Callable[[Any], Any]:
         dataset = self.dataset if dataset is None else dataset
         if self._torch.batch_sampler is None:
-            convert = None if self._collates_async else self.collate_fn or default_convert
-            return FetchOne(dataset, convert)
+            apart = self._converts_apart and type(dataset) is not TriedInPlace
+            return FetchOne(dataset, None if apart else self.collate_fn or default_convert)
         if self._collates_async:
             return FetchBatch(dataset, None, Group, self._leaves_out)
         return FetchBatch(dataset, self.collate_fn, Collate(alloc), self._leaves_out)

@@ -436,7 +436,8 @@ class Loader(LoaderHooks):
         The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables with
         a state are copied, and torch's global generator is restored, so draw nothing from it in another thread
         meanwhile. A source that cannot be entered in the middle is read again up to there, and must give the same
-        samples. The replay runs on a loop of its own, as `for` does; `areplay` runs on the caller's.
+        samples. What had failed by chance may come this time. The replay runs on a loop of its own, as `for` does;
+        `areplay` runs on the caller's.
 
         Args:
             step: From 0, as in `BatchInfo`; one of the last 4096.

@@ -122,6 +122,7 @@ class Pipeline(Loader):
                 name=f"{kind}.fetch",
                 ahead=source.ahead,
                 ahead_bytes=source.ahead_bytes,
+                policies=source.policies,
             )
             self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
             _check_loads(concurrency, None, source)
@@ -542,7 +543,7 @@ class Pipeline(Loader):
         for label, rate in rates_of(self._plan):
             raise ValueError(
                 f"in_process() sends {label} to another process, which cannot share its {rate!r} with this one; put "
-                f"that stage after in_process()"
+                f"that stage after in_process(), or leave the rate out"
             )
         for sampler in samplers_of(self._plan):
             if draws_globally(sampler) or generators_of(sampler):

@@ -35,6 +35,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "cache": ["--quick"],
     "state": ["--quick"],
     "flow": ["--quick"],
+    "failures": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

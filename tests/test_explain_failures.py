@@ -130,7 +130,10 @@ WAITS = PolicyStats(
             measured(
                 stage(policies=PolicyStats(hedge_budget=0.05, hedge_after=0.25, refused_hedges=210), hedges=50, **BUSY)
             ),
-            ["210 calls that took longer than after (0.25 s) of its Hedge had no second one", "budget=0.05"],
+            [
+                "210 calls that took more than twice as long as after (0.25 s) of its Hedge had no second one",
+                "budget=0.05",
+            ],
             id="the budget of second calls",
         ),
         pytest.param(

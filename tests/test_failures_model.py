@@ -27,7 +27,7 @@ SEEDS = 400
 SOAK_SEEDS = 10_000
 BLOCK = 25
 TIMEOUT = 5.0
-SOURCES = ("list", "list", "generator", "async generator", "two lists")
+SOURCES = ("list", "list", "generator", "async generator", "two lists", "one of two fails")
 
 Outcome: TypeAlias = "list[int] | tuple[str, int]"
 """A batch, or the type and the key of an error."""
@@ -39,6 +39,13 @@ class Busy(Exception):  # noqa: N818 - the model speaks of it as a value
 
 class Broken(Exception):  # noqa: N818
     """What is not."""
+
+
+class Lost(Exception):  # noqa: N818
+    """Of a source."""
+
+
+LOST: Outcome = ("Lost", -1)
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Case:
     Attributes:
         seed: What everything here is drawn from.
         samples: Of the source.
-        source: A list, a generator, an async one, or two lists in turn.
+        source: A list, a generator, an async one, or two in turn, of which one may fail in its middle.
         works: The maps.
         ordered: Whether results come in the order of the input.
         requeue: Samples are sent back.
@@ -214,13 +221,28 @@ class Case:
         names = [] if self.skip is None else [kind.__name__ for kind in self.skip]
         return fate.error is not None and (fate.error in names or "Exception" in names)
 
+    def given(self) -> list[int]:
+        """What the source gives; -1: it fails, and goes on."""
+        if self.source != "one of two fails":
+            return list(range(self.samples))
+        fails_at = self.samples // 4
+        found: list[int] = []
+        for key in range(self.samples + 2):
+            if key % 2 and key // 2 >= fails_at:
+                found += [-1] if key // 2 == fails_at else []
+            elif key < self.samples:
+                found.append(key)
+        return found
+
     def samples_out(self) -> tuple[list[int | tuple[str, int]], list[tuple[int, int]]]:
         """Of an epoch in order: what comes to `batch`, and what is reported, each with its attempts."""
         out: list[int | tuple[str, int]] = []
         reported: list[tuple[int, int]] = []
-        for key in range(self.samples):
+        for key in self.given():
             fate = self.fate_of(key)
-            if fate.error is None:
+            if key < 0:
+                out.append(("Lost", -1))
+            elif fate.error is None:
                 if fate.kept:
                     out.append(key)
             elif not self.is_skipped(fate):
@@ -235,14 +257,19 @@ class Case:
         """Of an epoch in order."""
         samples, _ = self.samples_out()
         out: list[Outcome] = []
-        for at in range(0, len(samples), self.size):
-            batch = samples[at : at + self.size]
-            failed = [sample for sample in batch if isinstance(sample, tuple)]
-            if failed:
-                out.append(failed[0])
-            elif len(batch) == self.size or not self.drop_last:
-                out.append([sample for sample in batch if isinstance(sample, int)])
-        return out
+        batch: list[int | tuple[str, int]] = []
+        for sample in [*samples, None]:
+            if sample is not None and sample != LOST:
+                batch.append(sample)
+            full = len(batch) == self.size
+            if full or (batch and not self.drop_last and (sample is None or sample == LOST)):
+                failed = [sample for sample in batch if isinstance(sample, tuple)]
+                out.append(failed[0] if failed else [sample for sample in batch if isinstance(sample, int)])
+                batch = []
+            if sample == LOST:
+                out.append(("Lost", -1))
+        failed = [sample for sample in batch if isinstance(sample, tuple)]
+        return [*out, failed[0]] if failed else out
 
 
 class Functions:
@@ -253,10 +280,12 @@ class Functions:
         self._attempts: Counter[tuple[int, int]] = Counter()
         self._passes: Counter[int] = Counter()
         self._lock = threading.Lock()
+        self.called: set[int] = set()
 
     def _begins(self, number: int, key: int) -> str:
         """A call begins; what it comes to."""
         with self._lock:
+            self.called.add(key)
             self._attempts[number, key] += 1
             attempt = self._attempts[number, key]
             fault = self.case.fault(number, key, attempt)
@@ -297,6 +326,15 @@ class Functions:
 
 def source_of(case: Case) -> Pipeline:
     keys = range(case.samples)
+    if case.source == "one of two fails":
+
+        async def broken() -> Any:  # not in a thread, whose five seconds for closing would be over at once
+            for key in case.given():
+                if key % 2 and key >= 0:
+                    yield key
+            raise Lost
+
+        return Pipeline.interleave(list(keys[::2]) or Pipeline(lambda: iter(())), broken)
     if case.source == "list":
         return Pipeline(list(keys))
     if case.source == "two lists" and case.samples:
@@ -334,6 +372,8 @@ _KEY = re.compile(r"aioloader: stage .*?, key (\d+)")
 
 def named(error: Exception) -> tuple[str, int]:
     """The type and the key of an error."""
+    if isinstance(error, Lost):
+        return "Lost", -1
     keys = [match[1] for note in getattr(error, "__notes__", ()) if (match := _KEY.match(note))]
     assert keys, f"{error!r} names no sample: {getattr(error, '__notes__', ())}"
     return type(error).__name__, int(keys[-1])
@@ -345,7 +385,8 @@ class Epochs:
     def __init__(self, case: Case, clock: Clock, state: str | None = None, *, report: Path | None = None) -> None:
         self.case = case
         self.clock = clock
-        self.loader = pipeline_of(case, Functions(case), report)
+        self.functions = Functions(case)
+        self.loader = pipeline_of(case, self.functions, report)
         if state is not None:
             self.loader.load_state_dict(json.loads(state))
 
@@ -422,7 +463,7 @@ def check_counts(case: Case, epochs: Epochs, report: Path) -> None:
     """Of a whole first epoch."""
     if case.requeue or any(work.hedge is not None for work in case.works):
         return  # more calls than the model makes
-    fates = [case.fate_of(key) for key in range(case.samples)]
+    fates = [case.fate_of(key) for key in case.given() if key >= 0]
     assert epochs.stat("retries") == sum(fate.retries for fate in fates)
     assert epochs.stat("timeouts") == sum(fate.timeouts for fate in fates)
     if case.skip is not None:
@@ -435,7 +476,7 @@ def check(seed: int, face: Face, folder: Path) -> None:
     """One case: two whole epochs, and one that is left and gone on with."""
     case = Case.of(seed)
     draw = random.Random(f"{seed} resume")
-    report = folder / f"{seed}.jsonl"
+    report = folder / f"{seed} by {face}.jsonl"
     with virtual_time() as clock:
         whole = Epochs(case, clock, report=report)
         outcomes, _ = whole.run(face)
@@ -445,11 +486,14 @@ def check(seed: int, face: Face, folder: Path) -> None:
             again, _ = whole.run(face)
             check_outcomes(case, again)
         whole.loader.close()
-        if len(outcomes) < 2:
+        if len(outcomes) < 2 or LOST in outcomes:  # a resume tries a source again that has failed
             return
         first, state = Epochs(case, clock).run(face, draw.randrange(1, len(outcomes)))
-        rest, _ = Epochs(case, clock, state).run(draw.choice(FACES))
+        resumed = Epochs(case, clock, state)
+        rest, _ = resumed.run(draw.choice(FACES))
         check_outcomes(case, first + rest)
+        if case.ordered and isinstance(first[-1], list):  # what was skipped before it is not tried again
+            assert min(resumed.functions.called, default=first[-1][-1] + 1) > first[-1][-1]
 
 
 def blocks(count: int) -> list[range]:

@@ -260,6 +260,20 @@ def test_a_sample_that_hangs_is_given_up_and_loaded_again(kind: str, face: Face,
 
 
 @on_both_faces
+@pytest.mark.parametrize("kind", ["async", "processes"])
+def test_a_timeout_says_which_argument_it_is(kind: str, face: Face, tmp_path: Path) -> None:
+    """A DataLoader has a `timeout`, too: that of a batch."""
+    loader: Any
+    if kind == "async":
+        loader = DataLoader(Hanging(), batch_size=5, sample_timeout=0.05)
+    else:
+        loader = DataLoader(HangingThere(tmp_path), 5, num_workers=1, worker_type="process", sample_timeout=0.05)
+    with pytest.raises(TimeoutError, match=r"took longer than sample_timeout=0\.05 s"):
+        collect(loader, face)
+    loader.close()
+
+
+@on_both_faces
 def test_a_second_call_has_the_sample_of_one_that_hangs(face: Face) -> None:
     loader: Any = DataLoader(Hanging(), batch_size=5, hedge=Hedge(after=0.02, budget=1.0))
     assert torch.cat(collect(loader, face)).tolist() == list(range(20))

@@ -554,7 +554,6 @@ def test_a_percentile_counts_those_that_had_a_second_call() -> None:
         task = asyncio.current_task()
         assert task is not None
         record = guard.for_worker(task, None)  # type: ignore[arg-type]
-        record.calls = 1
         record.twin = asyncio.ensure_future(asyncio.sleep(0, ("second", None)))
         await record.twin
         task.cancel()

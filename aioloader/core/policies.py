@@ -70,6 +70,10 @@ class Retry:
         if self.budget is not None:
             check_number("budget", self.budget, least=0, most=1, hint="0.1 allows one retry for ten calls")
 
+    def retries(self, error: BaseException) -> bool:
+        """Whether another attempt is worth it after `error`."""
+        return isinstance(error, self.on)
+
     def seconds_before(self, attempt: int, error: BaseException) -> float:
         """How long to wait before `attempt` (2 or more), since the one before failed with `error`."""
         wait = min(self.wait_max, self.wait_initial * 2.0 ** min(attempt - 2, 64) + _chance.random() * self.jitter)
@@ -98,7 +102,7 @@ class Attempts:
             calls: Of the stage so far.
         """
         retry = self._retry
-        if not isinstance(error, retry.on):
+        if not retry.retries(error):
             why = "" if done == 1 else f"attempt {done} of {retry.attempts} failed, and this is not retried"
         elif done >= retry.attempts:
             why = f"attempt {done} of {retry.attempts} failed, {took:.1f} s after the first one"
@@ -200,12 +204,14 @@ class Policies:
         timeout: Seconds for one attempt; None: no limit.
         hedge: When there is a second call beside the first one; None: never.
         rate: How many begin; None: as many as there is room for.
+        timeout_name: The argument that says `timeout`, for errors.
     """
 
     retry: Retry | None = None
     timeout: float | None = None
     hedge: Hedge | None = None
     rate: Rate | None = None
+    timeout_name: str = "timeout"
 
 
 @dataclass(frozen=True)
@@ -234,8 +240,8 @@ def check_policies(
     Raises:
         TypeError, ValueError: One of them is none, or does not fit the function.
     """
+    words = Words() if words is None else words
     if timeout is not None:
-        words = Words() if words is None else words
         timeout = check_positive(words.timeout, timeout, "leave it out for no limit")
         if not is_async and executor != "process":
             raise ValueError(
@@ -253,8 +259,9 @@ def check_policies(
     retry = as_retry(retry)
     if retry is not None and retry.attempts == 1:
         retry = None
-    policies = Policies(retry, timeout, hedge, rate)
-    return None if policies == Policies() else policies
+    if retry is None and timeout is None and hedge is None and rate is None:
+        return None
+    return Policies(retry, timeout, hedge, rate, words.timeout)
 
 
 class Budget:
@@ -268,6 +275,11 @@ class Budget:
         self._share = share
         self._left = FREE if share else 0.0
         self._calls = 0  # as of the last look
+
+    @property
+    def none(self) -> bool:
+        """Whether there is never one."""
+        return self._share == 0
 
     def take(self, calls: int) -> bool:
         """Whether one more is allowed, after `calls` calls."""

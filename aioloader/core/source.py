@@ -195,6 +195,10 @@ class SourceContext(ABC):
     def count_dropped(self, count: int) -> None:
         """Let `stats()` say that the source has left out `count` more samples."""
 
+    @abstractmethod
+    def count_requests(self, *, retries: int = 0, timeouts: int = 0, hedges: int = 0) -> None:
+        """Let `stats()` count what became of the source's requests: that many more were made again, and so on."""
+
 
 class SourceThreads(Executor):
     """A reader's threads, as an executor: `aiofiles.open(path, "rb", executor=threads)`."""

@@ -76,7 +76,9 @@ class AsyncStep(Step):
     def obey(self, policies: Policies) -> None:
         super().obey(policies)
         if policies.timeout is not None or policies.hedge is not None:
-            self._guard = Guard(self._fn, self.meter.name, policies.timeout, policies.hedge)
+            self._guard = Guard(
+                self._fn, self.meter.name, policies.timeout, policies.hedge, timeout_name=policies.timeout_name
+            )
 
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
@@ -219,7 +221,7 @@ class AsyncStep(Step):
                 began, count = self._counted(count, began), 0
                 sample.since = began
                 self._ran_out(began - woken)
-                if self.tap is not None:
+                if self.tap is not None and self.tap.waiting:
                     self.tap.pump(at_hand=guard is None or not guard.full)
                 if inbox:
                     continue
@@ -324,7 +326,7 @@ class AsyncStep(Step):
             self._run.after_turn(self._turned)
         if self.inbox:
             self._summon()
-        elif self.tap is not None:
+        elif self.tap is not None and self.tap.waiting:
             self.tap.pump()
 
     def _turned(self) -> None:

@@ -85,6 +85,7 @@ class Op:
         ahead: Entries that may be under way and finished together; None: as many as its window has use for. One with a
             bound of its own has a window of its own.
         ahead_bytes: The same in bytes of finished ones.
+        grows: More than `ahead` while a slow one at the front holds finished ones up, see `Growth`.
         max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
         max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
         stop: What is said of entries that end here; None: nobody asks.
@@ -110,6 +111,7 @@ class Op:
     in_place: bool = False
     ahead: int | None = None
     ahead_bytes: int | None = None
+    grows: bool = False
     max_overtaken: int | None = None
     max_dropped_in_a_row: int | None = None
     stop: Stop | None = None
@@ -272,11 +274,13 @@ class _Bounds:
         working: The ops for whose calls there is room in any case.
         ahead: Entries at most; None: bytes alone say it.
         nbytes: Bytes of finished ones at most; None: they are not counted.
+        grows: More than `ahead` while a slow one at the front holds finished ones up.
     """
 
     working: tuple[Op, ...]
     ahead: int | None
     nbytes: int | None
+    grows: bool = False
 
     @classmethod
     def of(cls, ops: "Sequence[Op | CacheOp]") -> "_Bounds | None":
@@ -286,9 +290,9 @@ class _Bounds:
             return None
         working = [op for op in ops if isinstance(op, Op) and (op.bounded or not op.flexible)]
         known = all(op.ahead is not None for op in bounded)
-        ahead = sum(op.ahead or op.width for op in working) if known else None
+        ahead = sum(op.width if op.ahead is None else op.ahead for op in working) if known else None
         nbytes = [op.ahead_bytes for op in bounded if op.ahead_bytes is not None]
-        return cls(tuple(working), ahead, sum(nbytes) if nbytes else None)
+        return cls(tuple(working), ahead, sum(nbytes) if nbytes else None, any(op.grows for op in bounded))
 
     @property
     def least(self) -> int:
@@ -296,19 +300,19 @@ class _Bounds:
         return sum(op.width for op in self.working)
 
     @property
-    def room(self) -> Room:
+    def room(self) -> Room | None:
         """As a room."""
         if self.nbytes is not None:
             return BytesRoom(self.nbytes, self.least, self.ahead, lambda: self.least)
         assert self.ahead is not None
-        return Room(self.ahead)
+        return GrowingRoom(self.ahead, self.least, self.ahead) if self.grows else exactly(self.ahead)
 
 
 def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
     """How many entries a window holds, when that is exact."""
     if room is not None:
         return max(1, room)
-    return None if bounds is None else bounds.ahead
+    return None if bounds is None or bounds.ahead is None else max(1, bounds.ahead)
 
 
 def _apart(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":

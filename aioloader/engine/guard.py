@@ -11,6 +11,7 @@ from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
 from aioloader.core.policies import Budget, Hedge
 from aioloader.engine.retrying import Turn
 from aioloader.executors.current_sample import SampleContext, current_sample
@@ -21,12 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Guard", "GuardedCall"]
 
-ENOUGH_CALLS: Final = 20  # a percentile of fewer says nothing
-LATEST_CALLS: Final = 256  # whose durations count
+MUCH: Final = 2.0  # times as long as a call takes that is to have a second one: it is worth a word
 MEASURED: Final = 4  # of so many calls of a worker, one is measured, once there are enough
 EARLY_SECONDS: Final = 0.001  # so much before its time a timer may ring: libuv counts milliseconds
-LATE_SECONDS: Final = 0.01  # a timer that rings so late tells that the loop stood still
-TURNS: Final = 3  # of the loop, for what has been answered meanwhile
 
 SecondCall: TypeAlias = "Task[tuple[Any, BaseException | None]]"
 """The task of a second call: its result, or what it raised. That may be anything, and would end the loop otherwise."""
@@ -39,28 +37,25 @@ class GuardedCall:
         began: When the call under way began; `inf` if there is none.
         cancelled: By us: its time is up, or the second call has a result.
         twin: The second call.
-        calls: How many there have been.
-        hedged: The number of the last one that has had its chance of a second call.
+        hedged: When the last one began that has had its chance of a second call.
+        refused: When the last one began that took long, and had no second call since the budget was used up.
         sample: Of the worker; tells what is called with.
     """
 
-    __slots__ = ("began", "calls", "cancelled", "guard", "hedged", "sample", "task", "twin")
+    __slots__ = ("began", "cancelled", "guard", "hedged", "refused", "sample", "task", "twin")
 
     def __init__(self, guard: "Guard", task: "Task[Any]", sample: SampleContext) -> None:
         self.guard = guard
         self.task = task
         self.sample = sample
         self.began = inf
-        self.calls = 0
-        self.hedged = 0
+        self.hedged = self.refused = -inf
         self.cancelled = False
         self.twin: SecondCall | None = None
 
     async def __call__(self, value: Any) -> Any:
         """Call, and wait for the result."""
         guard = self.guard
-        self.calls += 1
-        guard.busy += 1
         self.began = began = perf_counter()
         if began > guard.watched:
             guard.watch(began)
@@ -68,21 +63,19 @@ class GuardedCall:
             result = await guard.fn(value)
         except BaseException as error:
             self.began = inf
-            guard.busy -= 1
             if not self.cancelled and self.twin is None:
                 raise
             return await guard.outcome(self, began, None, error)
         self.began = inf
-        guard.busy -= 1
         if self.cancelled or self.twin is not None:
             return await guard.outcome(self, began, result, None)
-        if guard.measured and not self.calls % guard.measured:
-            guard.took(perf_counter() - began)
+        if guard.measured:
+            guard.ended(began)
         return result
 
-    def may_have_another(self, number: int) -> bool:
-        """Whether call `number` is still under way."""
-        return self.began < inf and self.calls == number and not self.cancelled
+    def may_have_another(self, began: float) -> bool:
+        """Whether the call that began then is still under way."""
+        return self.began == began and not self.cancelled
 
 
 class Guard:
@@ -107,25 +100,31 @@ class Guard:
         name: Of the stage, for errors.
         timeout: Seconds for one call; None: no limit.
         hedge: When there is a second call; None: never.
+        timeout_name: The argument that says `timeout`, for errors.
 
     Attributes:
-        busy: Calls under way, second ones too.
         crowded: There are second calls, or some are wanted, so that not each worker may begin a first one.
         measured: Of so many calls of a worker, it is to be known how long one took; 0: of none.
         watched: A call that begins later than that is late before the timer rings.
     """
 
     def __init__(
-        self, fn: Callable[[Any], Awaitable[Any]], name: str, timeout: float | None, hedge: Hedge | None
+        self,
+        fn: Callable[[Any], Awaitable[Any]],
+        name: str,
+        timeout: float | None,
+        hedge: Hedge | None,
+        timeout_name: str = "timeout",
     ) -> None:
         self.fn = fn
         self._name = name
+        self._timeout_name = timeout_name
         self._timeout = inf if timeout is None else timeout
         self._percentile = None if hedge is None else hedge.percentile
         self._after = inf if hedge is None or self._percentile is not None else float(hedge.after)
         self._budget = Budget(0.0 if hedge is None else hedge.budget)
         self.measured = 0 if self._percentile is None else 1
-        self.busy = 0
+        self._unmeasured = 0  # calls, before one is measured
         self.crowded = False
         self.watched = -inf
         self._soonest = min(self._timeout, self._after)  # so long may a call take before anybody looks
@@ -133,10 +132,9 @@ class Guard:
         self._timer: TimerHandle | None = None
         self._turns = 0
         self._records: set[GuardedCall] = set()
-        self._past_calls = 0  # of workers that are no more
-        self._wanting: deque[tuple[GuardedCall, int]] = deque()  # they are to get a second call; and the number of it
+        self._wanting: deque[tuple[GuardedCall, float]] = deque()  # they are to get a second call; when they began
         self._twins = 0
-        self._durations: deque[float] = deque(maxlen=LATEST_CALLS)
+        self._durations = Durations(self._percentile or 0)
         self._turn: Turn | None = None
 
     def bind(self, run: "Run", step: "AsyncStep") -> None:
@@ -150,12 +148,8 @@ class Guard:
         """What the worker in `task` calls instead of the function; `sample` tells its current sample."""
         record = GuardedCall(self, task, sample)
         self._records.add(record)
-        task.add_done_callback(lambda _: self._gone(record))
+        task.add_done_callback(lambda _: self._records.discard(record))
         return record
-
-    def _gone(self, record: GuardedCall) -> None:
-        self._records.discard(record)
-        self._past_calls += record.calls
 
     def close(self) -> None:
         """No call begins any more. Those under way are the run's to cancel, second ones too."""
@@ -176,8 +170,8 @@ class Guard:
         try:
             if isinstance(failed, GeneratorExit) or (cancelled and call.task.uncancel()):
                 raise failed or CancelledError  # the run ends, which ends the second call as well
-            if self.measured and (cancelled or failed is None) and not call.calls % self.measured:
-                self.took(perf_counter() - began)  # at least
+            if self.measured and (cancelled or failed is None):
+                self.ended(began)  # it has taken as long at least
             too_late = failed is not None and cancelled and not (twin is not None and _won(twin))
             if too_late:
                 error = self._too_late()
@@ -206,9 +200,16 @@ class Guard:
 
     def _too_late(self) -> TimeoutError:
         self._step.meter.timeouts += 1
-        return TimeoutError(f"{self._name} took longer than timeout={self._timeout:g} s")
+        return TimeoutError(f"{self._name} took longer than {self._timeout_name}={self._timeout:g} s")
 
     # -- second calls ------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> int:
+        """Calls under way, second ones too, where there may be any; else it is not looked at."""
+        if self._budget.none:
+            return 0
+        return self._twins + sum(record.began < inf for record in self._records)
 
     @property
     def full(self) -> bool:
@@ -219,8 +220,8 @@ class Guard:
         """Begin second calls that are wanted, as far as there are places."""
         wanting, slots, turn = self._wanting, self._step.slots, self._turn
         while wanting and not self._run.stopping:
-            call, number = wanting[0]
-            if not call.may_have_another(number):
+            call, began = wanting[0]
+            if not call.may_have_another(began):
                 wanting.popleft()
                 self._budget.give_back()
                 continue
@@ -239,7 +240,7 @@ class Guard:
     @property
     def wanted(self) -> int:
         """How many late calls wait for a second one; asked in any thread."""
-        return sum(call.may_have_another(number) for call, number in self._wanting.copy())
+        return sum(call.may_have_another(began) for call, began in self._wanting.copy())
 
     @property
     def waits(self) -> bool:
@@ -247,27 +248,33 @@ class Guard:
         return bool(self._wanting)
 
     def _hedge_it(self, record: GuardedCall) -> None:
-        """Give a late call its chance: now, or when there is a place."""
-        record.hedged = record.calls
-        if self._budget.take(self._past_calls + sum(record.calls for record in self._records)):
-            self._wanting.append((record, record.calls))
+        """Give a late call its chance: now, or when there is a place; not if the budget is used up."""
+        if self._budget.take(self._step.meter.samples):
+            record.hedged = record.began
+            if record.refused == record.began:
+                self._count_refused(-1)
+            self._wanting.append((record, record.began))
             self.serve()
-        elif (policies := self._step.meter.policies) is not None:
-            policies.refused_hedges += 1
+        elif record.refused != record.began and perf_counter() - record.began >= MUCH * self._after:
+            record.refused = record.began
+            self._count_refused(1)
+
+    def _count_refused(self, count: int) -> None:
+        if (policies := self._step.meter.policies) is not None:
+            policies.refused_hedges += count
 
     def _begin_twin(self, call: GuardedCall) -> None:
         """In a context like that of a worker, with the same sample, and random numbers of its own."""
         self._step.meter.hedges += 1
         self._twins += 1
-        self.busy += 1
         entry: Any = call.sample.name
         sample = SampleContext(call.sample.seed)
         sample.name = entry
         context = self._run.context.copy()
         context.run(current_sample.set, sample)
         call.twin = self._run.begin(self._call, entry.value, context=context)
-        number = call.calls
-        call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, number, twin))
+        began = call.began
+        call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, began, twin))
 
     async def _call(self, value: Any) -> tuple[Any, BaseException | None]:
         try:
@@ -277,14 +284,13 @@ class Guard:
         except BaseException as error:
             return None, error
 
-    def _twin_done(self, call: GuardedCall, number: int, twin: SecondCall) -> None:
+    def _twin_done(self, call: GuardedCall, began: float, twin: SecondCall) -> None:
         self._twins -= 1
-        self.busy -= 1
         if self._step.slots is not None:
             self._step.slots.release()
         if self._run.stopping:
             return
-        if _won(twin) and call.may_have_another(number):
+        if _won(twin) and call.may_have_another(began):
             self._cancel(call)
         elif self._step.tap is not None and not twin.cancelled() and (error := twin.result()[1]) is not None:
             self._step.tap.rate.failed(error)
@@ -293,18 +299,23 @@ class Guard:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
+    def ended(self, began: float) -> None:
+        """A call that began then has ended; one in a few is measured."""
+        self._unmeasured -= 1
+        if self._unmeasured < 0:
+            self._unmeasured = self.measured - 1
+            self.took(perf_counter() - began)
+
     def took(self, seconds: float) -> None:
         """A call has taken that long."""
-        durations = self._durations
-        durations.append(seconds)
-        if self._after == inf and len(durations) >= ENOUGH_CALLS:
+        self._durations.append(seconds)
+        if self._after == inf and self._durations.enough:
             self.measured = MEASURED
             self._work_out()
             self._ring(perf_counter())  # for those that are under way; from now on that is worked out when it rings
 
     def _work_out(self) -> None:
-        percent, ordered = self._percentile or 0, sorted(self._durations)
-        self._after = ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+        self._after = self._durations.percentile()
         self._soonest = min(self._timeout, self._after)
         if (policies := self._step.meter.policies) is not None:
             policies.hedge_after = self._after
@@ -334,26 +345,38 @@ class Guard:
             return
         self._turns = 0
         self._rings_at = inf
-        if len(self._durations) >= ENOUGH_CALLS:
+        if self._durations.enough:
             self._work_out()
         following = inf
+        late: list[GuardedCall] = []
         for record in self._records:
             if record.began == inf or record.cancelled:
                 continue
             took = now - record.began + EARLY_SECONDS
             if took >= self._timeout:
                 self._cancel(record)
-                continue
-            if record.hedged != record.calls and took >= self._after:
-                self._hedge_it(record)
-            hedged = record.hedged == record.calls
-            following = min(following, record.began + (self._timeout if hedged else self._soonest))
+            elif record.hedged == record.began:
+                following = min(following, record.began + self._timeout)
+            elif took >= self._after:
+                late.append(record)
+            else:
+                following = min(following, record.began + self._soonest)
+        for record in sorted(late, key=_began):  # the latest first, for there may not be enough of the budget for all
+            self._hedge_it(record)
+            again = record.began + self._timeout
+            if record.hedged != record.began:
+                again = min(again, now + self._after)  # by then those that are only a little late will have ended
+            following = min(following, again)
         self._ring(following)
         self.watched = -inf
 
     def _cancel(self, call: GuardedCall) -> None:
         call.cancelled = True
         call.task.cancel()
+
+
+def _began(call: GuardedCall) -> float:
+    return call.began
 
 
 def _won(twin: SecondCall) -> bool:

@@ -131,6 +131,7 @@ class InlineMap(Node):
         self.meter = StageMeter(" + ".join(call.label for call in calls), "sync", concurrency=1)
         self.meter.gauge = self._at_hand = _AtHand()
         self._entry: Entry | None = None  # that is under way
+        self._began = 0.0  # the last attempt at a sample of it
 
     def resume(self, cursor: Any) -> None:
         if self._completion is not None:
@@ -165,12 +166,13 @@ class InlineMap(Node):
         self.meter.samples += 1  # for the attempt that has failed, as in the other steps
         if self._entry is not None:
             self._entry.attempts = max(self._entry.attempts, attempt)
+            self._began = perf_counter()
 
     def _journey(self, entry: Entry) -> bool:
         """Take `entry` through the calls; False: a predicate refused it."""
         if entry.error is not None:
             return True
-        began = perf_counter()
+        began = self._began = perf_counter()
         self._at_hand.call = (entry.key, began)
         call = self._calls[0]
         sample = SampleContext()
@@ -188,7 +190,7 @@ class InlineMap(Node):
                     return False
         except Exception as error:
             annotate(error, call.label, entry, self._epoch)
-            entry.seconds = perf_counter() - began
+            entry.seconds = perf_counter() - self._began
             entry.error = error
             entry.value = None
             self.meter.errors += 1

@@ -103,11 +103,12 @@ class ProcessStep(SyncStep):
         self._holds = 0  # how often it was told to pause
         self._pool_held = False
         self.timeout: float | None = None
+        self._timeout_name = ""
         self._expiry: TimerHandle | None = None
 
     def obey(self, policies: Policies) -> None:
         super().obey(policies)
-        self.timeout = policies.timeout
+        self.timeout, self._timeout_name = policies.timeout, policies.timeout_name
 
     def at_hand(self) -> list[tuple[Any, float]]:
         found = []
@@ -304,8 +305,8 @@ class ProcessStep(SyncStep):
         self._lost(
             [entry],
             TimeoutError(
-                f"{self._calls[0].label} took longer than timeout={self.timeout:g} s; worker process {death.slot} "
-                f"(pid {death.pid}) was killed"
+                f"{self._calls[0].label} took longer than {self._timeout_name}={self.timeout:g} s; worker process "
+                f"{death.slot} (pid {death.pid}) was killed"
             ),
         )
 

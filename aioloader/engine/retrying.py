@@ -132,14 +132,19 @@ class Turn:
         self._taken = False
         self._timer: TimerHandle | None = None
 
-    def take(self, most: int = 1) -> int:
-        """Let up to `most` calls begin now; returns how many. If none may, `come` is called when one may."""
+    def take(self, most: int = 1, soon: int = 0) -> int:
+        """Let up to `most` calls begin now; returns how many. If none may, `come` is called when one may.
+
+        Args:
+            most: At most.
+            soon: See `Rate.take_ready`.
+        """
         if self._timer is not None:
             return 0
         if self._taken:
             self._taken = False
             return 1 + self._rate.take_ready(most - 1)
-        if count := self._rate.take_ready(most):
+        if count := self._rate.take_ready(most, soon):
             return count
         self._taken = True
         self._timer = self._step.later(self._rate.take(), self._rung)
@@ -168,6 +173,9 @@ class Tap:
     Args:
         rate: The rate, which other steps may share.
         step: The step.
+
+    Attributes:
+        waiting: They have not been let in.
     """
 
     def __init__(self, rate: Rate, step: "Step") -> None:
@@ -175,15 +183,15 @@ class Tap:
         self._throttled = 0  # how many could have begun, when nothing but the rate was in their way
         self._step = step
         self._turn = Turn(rate, step, self.pump)
-        self._waiting: deque[Entry] = deque()
+        self.waiting: deque[Entry] = deque()
         self._pumping = False
 
     def add(self, entries: Sequence[Entry], *, first: bool = False) -> None:
         """These come to the step; they go `first`, or last."""
         if first:
-            self._waiting.extendleft(reversed(entries))
+            self.waiting.extendleft(reversed(entries))
         else:
-            self._waiting.extend(entries)
+            self.waiting.extend(entries)
         if self._step.paused:
             self._step.set_aside(len(entries))
         self.pump()
@@ -191,11 +199,11 @@ class Tap:
     def hold(self) -> None:
         """The step pauses."""
         self._tell(0)
-        self._step.set_aside(len(self._waiting))
+        self._step.set_aside(len(self.waiting))
 
     def let_go(self, first: Sequence[Entry]) -> None:
         """The step goes on; these had been let in, and had not begun."""
-        self._step.set_aside(-len(self._waiting))
+        self._step.set_aside(-len(self.waiting))
         self.add(first, first=True)
 
     def pump(self, *, at_hand: bool = False) -> None:
@@ -203,14 +211,14 @@ class Tap:
         if self._pumping:  # it has let some in, and the step has begun on them at once
             return
         self._pumping = True
-        step, waiting = self._step, self._waiting
+        step, waiting = self._step, self.waiting
         throttled = 0
         try:
             while waiting and not (step.paused or step.closed):
                 free = min(step.free_places + at_hand, len(waiting))
                 if free <= 0:
                     return
-                if not (count := self._turn.take(free)):
+                if not (count := self._turn.take(free, len(waiting) - free)):
                     throttled = free
                     return
                 step.inbox.extend([waiting.popleft() for _ in range(count)])
@@ -235,4 +243,4 @@ class Tap:
         """Nobody is let in any more."""
         self._tell(0)
         self._turn.give_back()
-        self._waiting.clear()
+        self.waiting.clear()

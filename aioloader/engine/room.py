@@ -122,12 +122,14 @@ class GrowingRoom(Room):
     Args:
         places: How many there are at least.
         width: Calls that may be under way.
+        widest: How much it may grow depends on that; None: on `width`.
     """
 
-    def __init__(self, places: int, width: int) -> None:
+    def __init__(self, places: int, width: int, widest: int | None = None) -> None:
         super().__init__(places)
         self.growth = Growth()
-        self.width = self.widest = width
+        self.width = width
+        self.widest = width if widest is None else widest
 
 
 class BytesRoom(Room):

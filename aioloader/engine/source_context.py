@@ -68,6 +68,12 @@ class RunSourceContext(SourceContext):
         if self._meter is not None:
             self._meter.dropped += count
 
+    def count_requests(self, *, retries: int = 0, timeouts: int = 0, hedges: int = 0) -> None:
+        if self._meter is not None:
+            self._meter.retries += retries
+            self._meter.timeouts += timeouts
+            self._meter.hedges += hedges
+
     async def _guarded(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await fn()

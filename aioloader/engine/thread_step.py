@@ -98,8 +98,8 @@ class SyncStep(Step):
         """A hop is over; back on the loop. The first `settled` of its samples went on before."""
         self._active -= 1
         tried = len(result.outcomes)
+        self.meter.samples += tried  # first: a budget of retries is a share of them
         self._settle(entries, result.outcomes[settled:])
-        self.meter.samples += tried
         self.meter.busy_seconds += result.busy_seconds
         self.meter.cpu_seconds += result.cpu_seconds
         if tried and result.busy_seconds:

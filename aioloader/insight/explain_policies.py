@@ -86,11 +86,12 @@ def _retried(stage: StageStats, calls: int) -> str:
     if stage.retries < NOTICEABLE * calls:
         return ""
     said = f"{stage.retries / calls:.0%} of the calls of {stage.name} were retries"
-    if stage.policies is not None and stage.policies.retried_after:
-        said += f", mostly after {stage.policies.retried_after}"
+    after = "" if stage.policies is None else stage.policies.retried_after
+    if after:
+        said += f", mostly after {after}"
     if wait := _wait(stage):
         said += f"; a sample waited {wait:.2g} s for its next attempt, on average"
-    if stage.utilization >= SATURATED:
+    if stage.utilization >= SATURATED and after != "TimeoutError":  # of which `_cut_off` speaks
         said += "; if they fail because the server is asked too much, a rate or less concurrency helps"
     return said
 
@@ -131,8 +132,9 @@ def _second_calls(stage: StageStats, calls: int) -> str:
     if policies.refused_hedges >= NOTICEABLE * calls:
         after = "" if policies.hedge_after is None else f" ({policies.hedge_after:.2g} s)"
         return (
-            f"{policies.refused_hedges:,} calls that took longer than after{after} of its Hedge had no second one, "
-            f"since budget={policies.hedge_budget:g} of all calls is used up: raise it, if its server can bear more"
+            f"{policies.refused_hedges:,} calls that took more than twice as long as after{after} of its Hedge had no "
+            f"second one, since budget={policies.hedge_budget:g} of all calls is used up: raise it, if its server can "
+            f"bear more"
         )
     if stage.hedges >= MANY * calls:
         return (

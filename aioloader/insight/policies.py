@@ -48,7 +48,8 @@ class PolicyStats:
         refused_retries: Errors that were final because the budget was used up.
         hedge_budget: Of its `Hedge`; None: it has none.
         hedge_after: So long takes a call that is to have a second one, now; None: not known yet.
-        refused_hedges: Late calls that had no second one because the budget was used up.
+        refused_hedges: Calls that took more than twice as long as `hedge_after` and had no second one, because the
+            budget was used up.
         per_second: What its `Rate` allows now; None: it has none.
         rate_bound: What keeps the rate from being more: it was `"given"`, is at its `"most"`, calls were refused
             (`"refusals"`), or it is still growing (`"growth"`).

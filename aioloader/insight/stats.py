@@ -37,7 +37,8 @@ class StageStats:
         ordered: Whether samples leave the window in the order of the input, so that finished ones wait for a slower one
             before them.
         dropped: Samples (or batches) that a predicate of `filter` or `drop_if` dropped, or a `Channel` for newer ones.
-        retries: Attempts after the first one of a sample, see `Retry`.
+        retries: Attempts after the first one of a sample, see `Retry`. Of a source that reads from a store, here and in
+            the next two: of one of its requests.
         timeouts: Calls whose `timeout` was up.
         hedges: Second calls for samples whose first one took long, see `Hedge`.
         partial: Batches that were delivered before they were full, because `max_wait` was over.
@@ -159,7 +160,7 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         name=meter.name,
         kind=meter.kind,
         concurrency=meter.concurrency,
-        samples=max(0, meter.samples - meter.retries),
+        samples=meter.samples if meter.kind == "source" else max(0, meter.samples - meter.retries),
         errors=meter.errors,
         busy_seconds=meter.busy_seconds,
         cpu_seconds=meter.cpu_seconds,

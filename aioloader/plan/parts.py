@@ -44,8 +44,10 @@ def limits_of(plan: Plan) -> list[tuple[str, Limit]]:
 
 
 def rates_of(plan: Plan) -> list[tuple[str, Rate]]:
-    """The rates that stages of a plan may share with others, with the names of these stages."""
-    return [(stage.label, stage.rate) for part in walk(plan) for stage in part.stages if stage.rate is not None]
+    """The rates that sources and stages of a plan may share with others, with the names of these."""
+    sources = [("its source", getattr(stream.make, "rate", None)) for stream in streams_of(plan)]
+    stages = [(stage.label, stage.rate) for part in walk(plan) for stage in part.stages]
+    return [(label, rate) for label, rate in (*sources, *stages) if isinstance(rate, Rate)]
 
 
 def samplers_of(plan: Plan) -> list[Any]:

@@ -2,9 +2,7 @@
 
 import errno
 import os
-import re
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +13,8 @@ from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.sources.file_events import Growth, folders_of_links
 from aioloader.sources.marks import MARK_BYTES
+from aioloader.sources.ranges import Range, RequestedRange, check_length, checked_size
+from aioloader.sources.requests import Requests
 from aioloader.sources.stores import Version
 
 __all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
@@ -198,47 +198,11 @@ async def file_chunks(
         await thread.call(file.close)
 
 
-class _Range:
-    """A request for a range of an object: the answer, and then its body.
-
-    obstore's awaitables are futures, so both make progress without a task that awaits them.
-    """
-
-    def __init__(self, store: Any, key: str, start: int, stop: int, condition: dict[str, Any]) -> None:
-        import obstore
-
-        options: Any = {"range": (start, stop), **condition}
-        answer: Any = obstore.get_async(store, key, options=options)
-        self._answer = answer
-        self._body: Any = None
-        self._answer.add_done_callback(self._read_body)
-
-    def _read_body(self, answer: Any) -> None:
-        if self._body is None and not answer.cancelled() and answer.exception() is None:
-            self._body = answer.result().bytes_async()
-            self._body.add_done_callback(lambda body: body.cancelled() or body.exception())  # it may never be awaited
-
-    async def answer(self) -> Any:
-        """What the store says of the object."""
-        return (await self._answer).meta
-
-    async def body(self) -> Any:
-        """The bytes; after the answer."""
-        self._read_body(self._answer)  # the callback may not have run yet
-        return await self._body
-
-    def cancel(self) -> None:
-        """Cancel what is pending; may be called at any time."""
-        self._answer.cancel()
-        if self._body is not None:
-            self._body.cancel()
-
-
 class _OpenObject:
     """An object that is read range by range, with the next one already requested.
 
-    Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and the store itself
-    retries a range that fails.
+    Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails is
+    retried alone, by the store itself or by `requests`.
 
     Attributes:
         at: Where the next range begins.
@@ -246,14 +210,17 @@ class _OpenObject:
         has_ranges: False once the server has answered that it does not support them.
     """
 
-    def __init__(self, store: Any, key: str, version: Version, start: int, needed: int, size: int) -> None:
+    def __init__(
+        self, store: Any, key: str, version: Version, start: int, needed: int, size: int, requests: Requests | None
+    ) -> None:
         self._store = store
         self._key = key
         self._version = version
         self._needed = needed
         self._size = size
-        self._request: _Range | None = None
-        self._ahead: _Range | None = None
+        self._requests = requests
+        self._request: Range | RequestedRange | None = None
+        self._ahead: Range | RequestedRange | None = None
         self.at = start
         self.end = start + 1  # not known yet: there may be something to read
         self.has_ranges = True
@@ -265,34 +232,39 @@ class _OpenObject:
             BrokenDataError: It is another version than it was, or the answer was cut short.
             Exception: The store's own.
         """
-        from obstore.exceptions import GenericError, NotSupportedError, PreconditionError
+        from obstore.exceptions import NotSupportedError
 
         at, stop = self.at, self.at + self._size
         if at >= self.end:
             return b""
-        self._request, self._ahead = self._ahead or _Range(self._store, self._key, at, stop, {}), None
+        self._request, self._ahead = self._ahead or self._begin(at, stop), None
+
+        def answered(meta: Any) -> int:
+            self.end = end = self._check(meta, at)
+            if stop < end and self._ahead is None:
+                self._ahead = self._begin(stop, min(stop + self._size, end))
+            return end
+
         try:
-            self._check(await self._request.answer())
-            if stop < self.end:
-                following = min(stop + self._size, self.end)
-                self._ahead = _Range(self._store, self._key, stop, following, self._version.condition)
-            data = await self._request.body()
+            data = await self._request.read(answered)
         except NotSupportedError:  # a plain HTTP server
             self.has_ranges = False
             return b""
-        except PreconditionError as error:
-            raise BrokenDataError(_changed_meanwhile(self._key, at)) from error
-        except GenericError as error:
-            self._check(await _head_if_beyond(self._store, self._key, error))
-            if at < self.end:
-                raise
-            return b""
-        _check_length(self._key, at, len(data), min(stop, self.end))
         self.at += len(data)
         return data
 
-    def _check(self, meta: Any) -> None:
-        self.end = _checked_size(meta, self._version, self._key, self.at, self._needed)
+    def _begin(self, start: int, stop: int) -> Range | RequestedRange:
+        """Request a range."""
+
+        def begin() -> Range:
+            return Range(self._store, self._key, start, stop, self._version.condition)
+
+        if self._requests is None:
+            return begin()
+        return RequestedRange(self._requests, begin, lambda meta: self._check(meta, start))
+
+    def _check(self, meta: Any, at: int) -> int:
+        return checked_size(meta, self._version, self._key, at, self._needed)
 
     def cancel(self) -> None:
         """Cancel pending requests; may be called at any time."""
@@ -302,7 +274,14 @@ class _OpenObject:
 
 
 async def object_chunks(
-    store: Any, key: str, version: Version, *, start: int = 0, needed: int = 0, size: int = RANGE_BYTES
+    store: Any,
+    key: str,
+    version: Version,
+    requests: Requests | None = None,
+    *,
+    start: int = 0,
+    needed: int = 0,
+    size: int = RANGE_BYTES,
 ) -> AsyncGenerator[Any]:
     """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, with the next one requested ahead.
 
@@ -313,6 +292,7 @@ async def object_chunks(
         store: A store of obstore.
         key: The object's key.
         version: The object's version; known with the first bytes.
+        requests: What makes them; None: each is made as it is.
         start: Where to begin.
         needed: How many bytes the object must have at least.
         size: The size of a range.
@@ -321,14 +301,14 @@ async def object_chunks(
         BrokenDataError: It is another version than it was, or an answer was cut short.
         Exception: obstore's own, for instance `FileNotFoundError`; without the secrets of its URL.
     """
-    file = _OpenObject(store, key, version, start, needed, size)
+    file = _OpenObject(store, key, version, start, needed, size, requests)
     try:
         while len(data := await file.read()):
             yield data
         if not file.has_ranges:
-            async with aclosing(_object_at_once(store, key, version, file.at, needed)) as pieces:
-                async for data in pieces:
-                    yield data
+            whole = _WholeObject(store, key, version, file.at, needed, requests)
+            while data := await whole.read():
+                yield data
     except Exception as error:
         mask_message(error)
         if not isinstance(error, BrokenDataError):
@@ -338,69 +318,57 @@ async def object_chunks(
         file.cancel()
 
 
-async def _head_if_beyond(store: Any, key: str, error: Exception) -> Any:
-    """The metadata of an object after a request for a range past its end (416), which stores word differently.
+class _WholeObject:
+    """The bytes of an object from `at` on, from a single request, or from another one where that breaks off.
 
-    Raises:
-        Exception: `error`, if it is another one.
+    Attributes:
+        at: Where the next piece begins.
     """
-    import obstore
 
-    if not re.search(r"\b416\b|range", str(error), re.IGNORECASE):
-        raise error
-    try:
-        return await obstore.head_async(store, key)
-    except Exception:
-        raise error from None
+    def __init__(
+        self, store: Any, key: str, version: Version, start: int, needed: int, requests: Requests | None
+    ) -> None:
+        self._store = store
+        self._key = key
+        self._version = version
+        self._needed = needed
+        self._requests = requests
+        self._stream: Any = None
+        self._streamed = 0  # bytes that have come from it
+        self._end = 0
+        self.at = start
 
+    async def read(self) -> Any:
+        """The next piece; `b""` at the end.
 
-async def _object_at_once(store: Any, key: str, version: Version, start: int, needed: int) -> AsyncGenerator[Any]:
-    """The bytes from `start` on, from a single request."""
-    import obstore
+        Raises:
+            BrokenDataError: It is another version than it was, or the answer was cut short.
+            Exception: The store's own.
+        """
+        if self._requests is None:
+            return await self._next_piece()
+        return await self._requests.run(self._next_piece, hedged=False, rated=False)
 
-    answer = await obstore.get_async(store, key)
-    end = _checked_size(answer.meta, version, key, start, needed)
-    at = 0
-    async for data in answer.stream(min_chunk_size=READ_BYTES):
-        if start < at + len(data):
-            yield memoryview(data)[max(0, start - at) :]
-        at += len(data)
-    _check_length(key, 0, at, end)
+    async def _next_piece(self) -> Any:
+        stream, self._stream = self._stream, None  # unless all goes well, the next attempt begins a stream
+        if stream is None:
+            stream = await self._begin()
+        async for data in stream:
+            piece = memoryview(data)[max(0, self.at - self._streamed) :]
+            self._streamed += len(data)
+            if len(piece):
+                self.at = self._streamed
+                self._stream = stream
+                return piece
+        check_length(self._key, 0, self._streamed, self._end)
+        return b""
 
+    async def _begin(self) -> Any:
+        import obstore
 
-def _checked_size(meta: Any, version: Version, key: str, at: int, needed: int) -> int:
-    """The size of the object, from an answer.
-
-    Raises:
-        BrokenDataError: It is another version, or has fewer than `needed` bytes.
-    """
-    begins = not version.known
-    if not version.is_same(meta):
-        raise BrokenDataError(_another_version(key) if begins else _changed_meanwhile(key, at))
-    size: int = meta["size"]
-    if size < needed:
-        raise BrokenDataError(f"the object {key!r} has {size} bytes now, and reading resumes at byte {needed}")
-    return size
-
-
-def _another_version(key: str) -> str:
-    return (
-        f"the object {key!r} was rewritten since the state was made: its ETag differs; restore the old "
-        f"version, or begin the epoch again without the state"
-    )
-
-
-def _changed_meanwhile(key: str, at: int) -> str:
-    return (
-        f"the object {key!r} was rewritten while it was read: what comes from byte {at} on is of another version; "
-        f"samples before it have the old one. Write new data under a new key, or begin the epoch again (if it was not "
-        f"rewritten, the servers behind its URL disagree about the ETag)"
-    )
-
-
-def _check_length(key: str, start: int, length: int, stop: int) -> None:
-    if length != stop - start:
-        raise BrokenDataError(
-            f"the object {key!r}: {stop - start} bytes from byte {start} on were promised, and {length} came; the "
-            f"answer was cut short"
-        )
+        if self._requests is not None:
+            await self._requests.turn()
+        answer = await obstore.get_async(self._store, self._key)
+        self._end = checked_size(answer.meta, self._version, self._key, self.at, self._needed)
+        self._streamed = 0
+        return aiter(answer.stream(min_chunk_size=READ_BYTES))

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+from aioloader.core.policies import Policies
+
 __all__ = ["FetchSource"]
 
 
@@ -16,11 +18,13 @@ class FetchSource(ABC):
         concurrency: How many samples are fetched at once.
         ahead: How many are fetched and not taken, at most; None: decided by the engine.
         ahead_bytes: The same in bytes.
+        policies: What is done about calls of `fetch` that fail, take long, or are too many; None: nothing.
     """
 
     concurrency: int
     ahead: int | None = None
     ahead_bytes: int | None = None
+    policies: Policies | None = None
 
     @property
     @abstractmethod

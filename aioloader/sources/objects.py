@@ -2,19 +2,22 @@
 
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
 from operator import index
 from typing import Any, Final, Literal
 
 from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.entry import Entry
 from aioloader.core.memory import tensor_over_bytes
+from aioloader.core.policies import Hedge, Policies, Rate, Retry
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.read_ahead import Ahead
-from aioloader.sources.stores import Version, with_options
+from aioloader.sources.requests import CutShortError, RequestPolicies, Requests, store_policies
+from aioloader.sources.stores import Version, request_options, with_options
 
 __all__ = ["Objects"]
 
@@ -36,7 +39,7 @@ class Objects(FetchSource):
     order of their keys; those that are written meanwhile may be included or not.
 
     An object that is missing or cannot be read raises in its position, the store's own error with the key in a note,
-    and the next one follows. The store itself retries what may succeed later, see its `retry_config`.
+    and the next one follows. The store itself retries what may succeed later, see its `retry_config`, or `retry` does.
 
     If `ranges` has several of one object, they must all be of the same version of it: if it is rewritten meanwhile, the
     next range is an error.
@@ -59,6 +62,9 @@ class Objects(FetchSource):
             as in `Pipeline.map`.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them. By its
             defaults, a request times out after 30 seconds and is retried for up to three minutes.
+        retry, timeout, hedge, rate: What is done about objects that fail, take long or are too many, as in
+            `Pipeline.map`. With `retry`, the store makes no retries of its own; what another attempt cannot change is
+            not retried, unless `Retry.on` says so: see `docs/failures.md`. Listings are retried page by page.
 
     Raises:
         ImportError: obstore is not installed.
@@ -85,6 +91,10 @@ class Objects(FetchSource):
         ahead_bytes: int | None = None,
         client_options: Any = None,
         retry_config: Any = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
     ) -> None:
         _require_obstore()
         if not _is_store(store):
@@ -92,7 +102,8 @@ class Objects(FetchSource):
                 f"Objects takes a store of obstore, got {safe_repr(store, 80)} of type {type(store).__name__}; "
                 f"pass for instance obstore.store.from_url('s3://bucket')"
             )
-        options = {"client_options": client_options, "retry_config": retry_config}
+        self.policies = store_policies(retry, timeout, hedge, rate)
+        options = request_options(client_options, retry_config, retry, source="Objects")
         store = with_options(store, options, source="Objects")
         if (keys is None) == (prefix is None):
             what = "neither" if keys is None else "both"
@@ -117,7 +128,7 @@ class Objects(FetchSource):
         else:
             if not isinstance(prefix, str):
                 raise TypeError(f"prefix must be a str, got {safe_repr(prefix, 80)} of type {type(prefix).__name__}")
-            self._keys = _Listing(store, prefix)
+            self._keys = _Listing(store, prefix, self.policies)
         if ranges is None:
             pass
         elif isinstance(ranges, Mapping):
@@ -179,10 +190,7 @@ class Objects(FetchSource):
                 else:
                     content = await self._range_of_version(key, start, end, version)
                 if len(content) < end - start:
-                    object_end = start + len(content)
-                    raise BrokenDataError(
-                        f"the object {key!r} ends at byte {object_end}, but bytes {start} to {end} were requested"
-                    )
+                    raise await self._too_short(key, start, end, len(content))
         except Exception as error:
             part = f", bytes {start} to {end}" if end else ""
             mask_message(error)
@@ -193,6 +201,22 @@ class Objects(FetchSource):
         elif self._read == "tensor":
             content = tensor_over_bytes(content)
         return (key, content) if self._with_key else content
+
+    async def _too_short(self, key: str, start: int, end: int, length: int) -> BrokenDataError:
+        """The error of a range of which only `length` bytes came: the object has no more, or the answer had not."""
+        import obstore
+
+        size = start + length
+        with suppress(Exception):  # not all servers tell
+            size = (await obstore.head_async(self._store, key))["size"]
+        if size >= end:
+            return CutShortError(
+                f"the object {key!r}: {end - start} bytes from byte {start} on were promised, and {length} came; the "
+                f"answer was cut short"
+            )
+        return BrokenDataError(
+            f"the object {key!r} ends at byte {start + length}, but bytes {start} to {end} were requested"
+        )
 
     async def _range_of_version(self, key: str, start: int, end: int, version: Version) -> Any:
         """A range of an object that has other ranges, all of one version."""
@@ -222,9 +246,15 @@ class _Listing(CursorSource):
     Cursor: the key.
     """
 
-    def __init__(self, store: Any, prefix: str) -> None:
+    def __init__(self, store: Any, prefix: str, policies: Policies | None) -> None:
         self._store = store
         self._prefix = prefix
+        self._requests = RequestPolicies(policies, "Objects")
+
+    @property
+    def rate(self) -> Rate | None:
+        """How many of its requests begin in a second, which others may share."""
+        return self._requests.rate
 
     def identity(self) -> dict[str, Any]:
         return {"prefix": self._prefix}
@@ -234,13 +264,16 @@ class _Listing(CursorSource):
             raise ValueError(f"the cursor of a listing is a key, got {cursor!r}"[:200])
 
     def open(self, context: SourceContext, cursor: Any) -> EntryReader:
-        return Ahead(context, lambda: self._pages(cursor), lists=PAGES_AHEAD)
+        requests = self._requests.begin(context)
+        return Ahead(context, lambda: self._entries(cursor, requests), lists=PAGES_AHEAD)
 
-    async def _pages(self, last_key: str | None) -> AsyncGenerator[list[Entry]]:
+    async def _entries(self, last_key: str | None, requests: Requests | None) -> AsyncGenerator[list[Entry]]:
         found = last_key is not None
-        pages = self._in_order if _lists_in_order(self._store) else self._sorted
+        in_order = _lists_in_order(self._store)
+        listing = _Pages(self._store, self._prefix, last_key if in_order else None, requests, resumes=in_order)
+        pages = _in_order if in_order else _sorted
         try:
-            async for keys in pages(last_key):
+            async for keys in pages(listing, last_key):
                 found = True
                 yield [Entry(key, key, key, 0) for key in keys]
             if not found:
@@ -252,31 +285,80 @@ class _Listing(CursorSource):
             mask_message(error)
             raise
 
-    async def _in_order(self, last_key: str | None) -> AsyncGenerator[list[str]]:
-        """The pages after `last_key`, from a store that lists in order."""
-        last = last_key
-        async for page in self._store.list(self._prefix or None, offset=last_key, chunk_size=PAGE_KEYS):
-            keys = _keys_of(page)
-            for key in keys:
-                if last is not None and key <= last:
-                    raise ValueError(
-                        f"{self._store!r} lists in no order: {key!r} comes after {last!r}, so a resume could not go on "
-                        f"from there; list the keys yourself, and pass keys=sorted(keys)"
-                    )
-                last = key
-            if keys:
-                yield keys
 
-    async def _sorted(self, last_key: str | None) -> AsyncGenerator[list[str]]:
-        """The same from a store that must be listed to its end first."""
-        found: list[str] = []
-        async for page in self._store.list(self._prefix or None, chunk_size=PAGE_KEYS):
-            found += _keys_of(page)
-        if last_key is not None:
-            found = [key for key in found if key > last_key]
-        found.sort()
-        for start in range(0, len(found), PAGE_KEYS):
-            yield found[start : start + PAGE_KEYS]
+class _Pages:
+    """The pages of a listing. Where one fails and is retried, the listing begins again.
+
+    Args:
+        store: Of obstore.
+        prefix: What is listed.
+        last: The key after which it begins; None: there is none.
+        requests: What asks for them; None: each is asked for once.
+        resumes: It begins again after the last page, and not at its start.
+
+    Attributes:
+        store: See above.
+        first: The latest page is the first one of what is listed, once more perhaps.
+    """
+
+    def __init__(self, store: Any, prefix: str, last: str | None, requests: Requests | None, *, resumes: bool) -> None:
+        self.store = store
+        self._prefix = prefix
+        self._last = last
+        self._requests = requests
+        self._resumes = resumes
+        self._stream: Any = None
+        self.first = False
+
+    async def next(self) -> Sequence[Mapping[str, Any]]:
+        """The next page; an empty one at the end."""
+        if self._requests is None:
+            return await self._next()
+        return await self._requests.run(self._next, hedged=False)
+
+    async def _next(self) -> Sequence[Mapping[str, Any]]:
+        stream, self._stream = self._stream, None  # unless it goes well, the next attempt begins a stream
+        self.first = stream is None and not self._resumes
+        if stream is None:
+            stream = aiter(self.store.list(self._prefix or None, offset=self._last, chunk_size=PAGE_KEYS))
+        try:
+            page: Sequence[Mapping[str, Any]] = await anext(stream)
+        except StopAsyncIteration:
+            page = ()
+        self._stream = stream
+        if page and self._resumes:
+            self._last = page[-1]["path"]
+        return page
+
+
+async def _in_order(pages: _Pages, last_key: str | None) -> AsyncGenerator[list[str]]:
+    """The keys after `last_key`, page by page, from a store that lists in order."""
+    last = last_key
+    while page := await pages.next():
+        keys = _keys_of(page)
+        for key in keys:
+            if last is not None and key <= last:
+                raise ValueError(
+                    f"{pages.store!r} lists in no order: {key!r} comes after {last!r}, so a resume could not go on "
+                    f"from there; list the keys yourself, and pass keys=sorted(keys)"
+                )
+            last = key
+        if keys:
+            yield keys
+
+
+async def _sorted(pages: _Pages, last_key: str | None) -> AsyncGenerator[list[str]]:
+    """The same from a store that must be listed to its end first."""
+    found: list[str] = []
+    while page := await pages.next():
+        if pages.first:
+            found.clear()
+        found += _keys_of(page)
+    if last_key is not None:
+        found = [key for key in found if key > last_key]
+    found.sort()
+    for start in range(0, len(found), PAGE_KEYS):
+        yield found[start : start + PAGE_KEYS]
 
 
 def _keys_of(page: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from zlib import crc32
 from aioloader.core.checks import check_count
 from aioloader.core.cursors import as_count, cursor_sequence
 from aioloader.core.entry import Entry
+from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
@@ -20,7 +21,8 @@ from aioloader.sources.parquet_input import open_input
 from aioloader.sources.parquet_spans import Span, SpanReader, spans_of
 from aioloader.sources.paths import Paths, each_path, find_files, names_of
 from aioloader.sources.read_ahead import Ahead, failed
-from aioloader.sources.stores import check_no_options, with_options
+from aioloader.sources.requests import RequestPolicies, Requests, store_policies
+from aioloader.sources.stores import check_no_options, request_options, with_options
 
 __all__ = ["ParquetRows"]
 
@@ -62,6 +64,9 @@ class ParquetRows(CursorSource):
         store: A store of obstore; `paths` are keys in it, without globs.
         client_options, retry_config: With `store`: timeouts and retries in place of its own, as obstore names them. By
             its defaults, a request times out after 30 seconds and is retried for up to three minutes.
+        retry, timeout, hedge, rate: With `store`: what is done about requests that fail, take long or are too many, as
+            in `Pipeline.map`, for each request for itself. With `retry`, the store makes no retries of its own. What
+            another attempt cannot change is not retried, unless `Retry.on` says so: see `docs/failures.md`.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
@@ -82,11 +87,18 @@ class ParquetRows(CursorSource):
         store: Any = None,
         client_options: Any = None,
         retry_config: Any = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
     ) -> None:
         _require_pyarrow()
-        options = {"client_options": client_options, "retry_config": retry_config}
+        self._requests = RequestPolicies(store_policies(retry, timeout, hedge, rate), "ParquetRows")
+        options = request_options(client_options, retry_config, retry, source="ParquetRows")
         if store is None:
-            check_no_options(options, source="ParquetRows")
+            policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
+            given = {"client_options": client_options, "retry_config": retry_config, **policies}
+            check_no_options(given, source="ParquetRows")
             self.paths = find_files(paths, source="ParquetRows")
         else:
             self.paths = tuple(each_path(paths, source="ParquetRows"))
@@ -98,6 +110,11 @@ class ParquetRows(CursorSource):
             if batch_rows is None
             else check_count("batch_rows", batch_rows, least=1, hint="leave it out for one sample per row")
         )
+
+    @property
+    def rate(self) -> Rate | None:
+        """How many of its requests begin in a second, which others may share."""
+        return self._requests.rate
 
     @cached_property
     def _names(self) -> dict[str, Any]:
@@ -121,7 +138,7 @@ class ParquetRows(CursorSource):
         return place
 
     def open(self, context: SourceContext, cursor: Any) -> EntryReader:
-        return _FilesReader(self, context, self._place(cursor))
+        return _FilesReader(self, context, self._place(cursor), self._requests.begin(context))
 
 
 def _require_pyarrow() -> None:
@@ -158,10 +175,11 @@ class _Start:
 class _FilesReader(Ahead):
     """One epoch: spans of row groups are read ahead in order, and cut into batches if these are asked for."""
 
-    def __init__(self, source: ParquetRows, context: SourceContext, place: _Start) -> None:
+    def __init__(self, source: ParquetRows, context: SourceContext, place: _Start, requests: Requests | None) -> None:
         self._source = source
         self._context = context
         self._place = place
+        self._requests = requests
         self._footer_thread = context.threads(1)
         self._known: tuple[str, Any] | None = None  # a file, and the columns that it and all others have
         self._first_open_file = 0  # those before it have ended, some of them with an error
@@ -170,6 +188,8 @@ class _FilesReader(Ahead):
 
     async def aclose(self) -> None:
         self._memory.close()
+        if self._requests is not None:
+            self._requests.close()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
         reader = InOrder(
@@ -221,7 +241,7 @@ class _FilesReader(Ahead):
         if isinstance(span, Entry):
             yield [span]
             return
-        reading = SpanReader(span, self._source.store, as_pieces=self._source.batch_rows is not None)
+        reading = SpanReader(span, self._source.store, self._requests, as_pieces=self._source.batch_rows is not None)
         try:
             while entries := await thread.call(reading.next):
                 yield entries
@@ -244,7 +264,7 @@ class _FilesReader(Ahead):
         """
         source = self._source
         path = source.paths[index]
-        file = open_input(path, source.store)
+        file = open_input(path, source.store, requests=self._requests)
         try:
             end, metadata, schema = read_end(path, file)
         finally:

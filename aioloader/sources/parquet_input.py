@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
+from aioloader.sources.requests import CutShortError, Requests
 from aioloader.sources.stores import Version
 
 __all__ = ["Input", "open_input", "rewritten"]
@@ -80,18 +81,19 @@ class Input(ABC):
         """Close it."""
 
 
-def open_input(path: str, store: Any, version: Any = None) -> Input:
+def open_input(path: str, store: Any, version: Any = None, requests: Requests | None = None) -> Input:
     """Open a file, or an object of a `store` of obstore.
 
     Args:
         path: Its name, or its key.
         store: None for a file.
         version: Which version of an object to read; None means the one that is there.
+        requests: What asks the store; None: each request is made as it is.
 
     Raises:
         OSError: The system's, or the store's.
     """
-    return _LocalFile(path) if store is None else _Object(store, path, version)
+    return _LocalFile(path) if store is None else _Object(store, path, version, requests)
 
 
 class _LocalFile(Input):
@@ -155,16 +157,15 @@ def _masking() -> Iterator[None]:
 
 
 class _Object(Input):
-    def __init__(self, store: Any, key: str, version: Version | None) -> None:
-        import obstore
-
+    def __init__(self, store: Any, key: str, version: Version | None, requests: Requests | None) -> None:
         self._store = store
+        self._requests = requests
         self._key = key
         self._change: str | None = None
         if version is None:
             version = Version(store, key)
             with _masking():
-                version.is_same(obstore.head(store, key))  # the first answer decides
+                version.is_same(self._head())  # the first answer decides
         self.version: Version = version
         self.size = version.size
         self.file: _Ranges = _Ranges(self)
@@ -173,32 +174,64 @@ class _Object(Input):
         self.file.ready = [(start, memoryview(self.range(start, stop))) for start, stop in _together(places)]
 
     def range(self, start: int, stop: int) -> Any:
-        import obstore
         from obstore.exceptions import PreconditionError
 
         options: Any = {"range": (start, stop), **self.version.condition}
         try:
             with _masking():
-                answer = obstore.get(self._store, self._key, options=options)
+                meta, data = self._get(options, stop - start)
         except PreconditionError:
             self._change = "the store has another version of it now"
         except FileNotFoundError:
             self._change = "the store does not have it any more"
         else:  # maybe of a server that ignores conditions
-            self._change = self.version.difference(answer.meta)
-        if self._change is not None:
-            raise rewritten(self._key, self._change)
-        with _masking():
-            data = answer.bytes()
-        if len(data) != stop - start:
-            raise BrokenDataError(f"{stop - start} bytes from byte {start} on were promised, and {len(data)} came")
-        return data
+            self._change = self.version.difference(meta)
+            if self._change is None:
+                return data
+        raise rewritten(self._key, self._change)
+
+    def _head(self) -> Any:
+        """What the store says of the object."""
+        import obstore
+
+        if self._requests is None:
+            return obstore.head(self._store, self._key)
+        return self._requests.call(lambda: obstore.head_async(self._store, self._key))
+
+    def _get(self, options: Any, length: int) -> tuple[Any, Any]:
+        """What the store says of the object, and a range of it; none if it is of another version.
+
+        Raises:
+            CutShortError: It is not `length` bytes.
+        """
+        import obstore
+
+        if self._requests is not None:
+            return self._requests.call(lambda: self._get_async(options, length))
+        answer = obstore.get(self._store, self._key, options=options)
+        if self.version.difference(answer.meta) is not None:
+            return answer.meta, None
+        return answer.meta, _of_length(answer.bytes(), length, options["range"][0])
+
+    async def _get_async(self, options: Any, length: int) -> tuple[Any, Any]:
+        import obstore
+
+        answer = await obstore.get_async(self._store, self._key, options=options)
+        if self.version.difference(answer.meta) is not None:
+            return answer.meta, None
+        return answer.meta, _of_length(await answer.bytes_async(), length, options["range"][0])
 
     def change(self, version: Any) -> str | None:
         return self._change
 
     def close(self) -> None:
         self.file.close()
+
+
+def _of_length(data: Any, length: int, start: int) -> Any:
+    if len(data) != length:
+        raise CutShortError(f"{length} bytes from byte {start} on were promised, and {len(data)} came")
+    return data
 
 
 def _together(places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

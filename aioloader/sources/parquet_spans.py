@@ -9,6 +9,7 @@ from aioloader.errors import BrokenDataError
 from aioloader.sources.parquet_footer import Footer
 from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.read_ahead import failed
+from aioloader.sources.requests import Requests
 
 __all__ = ["RowPiece", "Span", "SpanReader", "spans_of", "unreadable"]
 
@@ -52,8 +53,9 @@ class SpanReader:
     next row group, and pairs them with the wrong rows.
     """
 
-    def __init__(self, span: Span, store: Any, *, as_pieces: bool) -> None:
+    def __init__(self, span: Span, store: Any, requests: Requests | None, *, as_pieces: bool) -> None:
         self._store = store
+        self._requests = requests
         self._as_pieces = as_pieces
         self._footer = span.footer
         self._row = span.start
@@ -80,7 +82,8 @@ class SpanReader:
             piece, failure = None, None
             try:
                 if self._input is None:
-                    self._input = open_input(self._footer.path, self._store, self._footer.version)
+                    footer = self._footer
+                    self._input = open_input(footer.path, self._store, footer.version, self._requests)
                 piece = self._next_piece()
             except Exception as error:
                 if self._input is None:

@@ -1,15 +1,41 @@
 """Stores of obstore: how they are opened by URL, and versions of their objects."""
 
 from hashlib import sha256
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from aioloader.masking import mask_message, masked
 
-__all__ = ["Options", "Version", "check_no_options", "open_store", "read_version", "with_options"]
+__all__ = [
+    "Options",
+    "Version",
+    "check_no_options",
+    "open_store",
+    "read_version",
+    "request_options",
+    "with_options",
+]
 
 Options = dict[str, Any]
 """Options of obstore: `client_options` and `retry_config`."""
+
+ONE_ATTEMPT: Final[Any] = {"max_retries": 0}
+"""The `retry_config` of a store whose requests are retried by us."""
+
+
+def request_options(client_options: Any, retry_config: Any, retry: Any, *, source: str) -> Options:
+    """What a source tells its stores: with a `retry` of ours, they make no retries themselves.
+
+    Raises:
+        ValueError: There is a `retry_config` as well.
+    """
+    if retry is not None:
+        if retry_config is not None:
+            raise ValueError(
+                f"{source}: {retry=} and {retry_config=} would both retry, attempts times attempts; pass one of them"
+            )
+        retry_config = ONE_ATTEMPT
+    return {"client_options": client_options, "retry_config": retry_config}
 
 
 def open_store(url: str, options: Options, *, source: str) -> Any:
@@ -41,7 +67,7 @@ def open_store(url: str, options: Options, *, source: str) -> Any:
 
 
 def check_no_options(options: Options, *, source: str) -> None:
-    """Refuse timeouts and retries without a store.
+    """Refuse timeouts, retries and the like without a store.
 
     Raises:
         ValueError: Some were given.
@@ -63,9 +89,12 @@ def with_options(store: Any, options: Options, *, source: str) -> Any:
         ValueError: It is a kind of store without timeouts and retries.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    over_network = hasattr(store, "retry_config")
+    if not over_network and given.get("retry_config") is ONE_ATTEMPT:
+        del given["retry_config"]  # memory and folders make no retries
     if not given:
         return store
-    if not hasattr(store, "retry_config"):
+    if not over_network:
         raise ValueError(
             f"{source} takes {' and '.join(given)} for a store that is reached over a network, got "
             f"{type(store).__name__}; leave it out"
@@ -102,6 +131,7 @@ class Version:
         self._key = key
         self._expected = expected
         self._meta: Any = None
+        self._as_expected = True
         self.mark: str | None = None
 
     @property
@@ -115,14 +145,19 @@ class Version:
         return int(self._meta["size"])
 
     def is_same(self, meta: Any) -> bool:
-        """Whether an answer is of the same version as the first one. The first call sets that version."""
+        """Whether an answer is of the same version as the first one. The first call sets that version.
+
+        If that is not the expected one, no answer is: of several requests for a range, a later one must not be taken
+        for right because it is as wrong as the first.
+        """
         if self._meta is None:
             self._meta = meta
             self.mark = self._mark_of(meta)
             place, _, version = (self._expected or "").partition(":")
             here, _, now = (self.mark or "").partition(":")
-            return place != here or version == now
-        return self.difference(meta) is None
+            self._as_expected = place != here or version == now
+            return self._as_expected
+        return self._as_expected and self.difference(meta) is None
 
     def difference(self, meta: Any) -> str | None:
         """How the version of an answer differs from that of the first one, in words; None if it is the same."""

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
+from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
@@ -23,7 +24,16 @@ from aioloader.sources.marks import read_mark
 from aioloader.sources.parsing import Parser, parsed
 from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
 from aioloader.sources.read_ahead import Quota, failed
-from aioloader.sources.stores import Options, Version, check_no_options, open_store, read_version, with_options
+from aioloader.sources.requests import RequestPolicies, Requests, store_policies
+from aioloader.sources.stores import (
+    Options,
+    Version,
+    check_no_options,
+    open_store,
+    read_version,
+    request_options,
+    with_options,
+)
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
@@ -98,6 +108,9 @@ class TarShards(CursorSource):
         ahead_bytes: The same in bytes, by the running mean of what came; there is always room for one sample of each.
         client_options, retry_config: Timeouts and retries in place of the store's own, as obstore names them, for URLs
             too. By its defaults, a request times out after 30 seconds and is retried for up to three minutes.
+        retry, timeout, hedge, rate: What is done about requests that fail, take long or are too many, as in
+            `Pipeline.map`, for each request for itself. With `retry`, the store makes no retries of its own. What
+            another attempt cannot change is not retried, unless `Retry.on` says so: see `docs/failures.md`.
         max_member_bytes: A sample with a larger member is an error. The member is skipped without being buffered, so
             that neither a broken header nor a small `.tar.gz` with much in it takes all memory.
         max_sample_bytes: The same for all members of a sample together, headers included.
@@ -121,12 +134,17 @@ class TarShards(CursorSource):
         ahead_bytes: int | None = None,
         client_options: Any = None,
         retry_config: Any = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
         max_member_bytes: int = MAX_MEMBER_BYTES,
         max_sample_bytes: int = MAX_SAMPLE_BYTES,
         max_window_bytes: int = MAX_WINDOW_BYTES,
     ) -> None:
         stores: dict[str, Any] = {}
-        options = {"client_options": client_options, "retry_config": retry_config}
+        self._requests = RequestPolicies(store_policies(retry, timeout, hedge, rate), "TarShards")
+        options = request_options(client_options, retry_config, retry, source="TarShards")
         if store is not None:
             store = with_options(store, options, source="TarShards")
         self._shards: list[_Archive] = []
@@ -143,7 +161,9 @@ class TarShards(CursorSource):
                 else:
                     self._shards += [_Archive(path, None, path) for path in find_files(url, source="TarShards")]
         if store is None and not stores:
-            check_no_options(options, source="TarShards")
+            policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
+            given = {"client_options": client_options, "retry_config": retry_config, **policies}
+            check_no_options(given, source="TarShards")
         for shard in self._shards:
             decompressor_for(shard.key)  # raises if the package for it is not installed
         self._decode = DecodeSample(decode)
@@ -156,6 +176,11 @@ class TarShards(CursorSource):
             check_count("max_sample_bytes", max_sample_bytes, least=1),
             check_count("max_window_bytes", max_window_bytes, least=1),
         )
+
+    @property
+    def rate(self) -> Rate | None:
+        """How many of its requests begin in a second, which others may share."""
+        return self._requests.rate
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -185,7 +210,7 @@ class TarShards(CursorSource):
     def open(self, context: SourceContext, cursor: Any) -> EntryReader:
         return InOrder(
             context,
-            self._parsers(*self._place(cursor)),
+            self._parsers(*self._place(cursor), self._requests.begin(context)),
             _Samples.read,
             open_ahead=self._open_ahead,
             lists_ahead=LISTS_AHEAD,
@@ -201,10 +226,10 @@ class TarShards(CursorSource):
         samples.quota = Quota(most, None if self._ahead_bytes is None else self._ahead_bytes / archives)
         return samples.quota
 
-    async def _parsers(self, index: int, start: _Start) -> AsyncGenerator["_Samples"]:
+    async def _parsers(self, index: int, start: _Start, requests: Requests | None) -> AsyncGenerator["_Samples"]:
         """A parser for each archive from number `index` on; the first begins at `start`."""
         for at in range(index, len(self._shards)):
-            yield _Samples(self._shards[at], at, start, self._decode, self._limits)
+            yield _Samples(self._shards[at], at, start, self._decode, self._limits, requests)
             start = _BEGINNING
 
 
@@ -216,11 +241,18 @@ class _Samples(Parser):
     """
 
     def __init__(
-        self, shard: _Archive, index: int, start: _Start, decode: DecodeSample, limits: _Limits = _Limits()
+        self,
+        shard: _Archive,
+        index: int,
+        start: _Start,
+        decode: DecodeSample,
+        limits: _Limits = _Limits(),
+        requests: Requests | None = None,
     ) -> None:
         offset, mark, version = start
         super().__init__(shard.name, offset, mark, limits.window_bytes)
         self._shard = shard
+        self._requests = requests
         self.version = Version(shard.store, shard.key, version)
         self._limits = limits
         self._index = index
@@ -238,7 +270,9 @@ class _Samples(Parser):
         if shard.store is None:
             chunks = file_chunks(shard.key, thread, start=self.start, needed=self.needed)
         else:
-            chunks = object_chunks(shard.store, shard.key, self.version, start=self.start, needed=self.needed)
+            chunks = object_chunks(
+                shard.store, shard.key, self.version, self._requests, start=self.start, needed=self.needed
+            )
         return parsed(chunks, self, thread, after=(self._index + 1, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:

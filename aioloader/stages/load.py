@@ -185,7 +185,9 @@ def _load_some_of(
             try:
                 samples.append(dataset[key] if many is None else one_of(many([key])))
             except leaves_out as error:
-                attempts = dataset.attempts if type(dataset) is TriedInPlace else 1
+                attempts = 1
+                if type(dataset) is TriedInPlace:
+                    attempts, began = dataset.attempts, dataset.began
                 left_out.append(LeftOut(len(samples), error, perf_counter() - began, attempts))
                 samples.append(None)
             began = perf_counter()

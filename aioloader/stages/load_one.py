@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from time import perf_counter, sleep
 from typing import Any, Final
 
+from torch.utils.data import Dataset, Subset
+
 from aioloader.core.checks import is_async_callable
 from aioloader.core.policies import Attempts, Policies, Words, check_policies
 from aioloader.core.safe_text import safe_repr
+from aioloader.executors.current_sample import current_sample
 from aioloader.executors.epochs import Holds
 
 __all__ = ["FetchSample", "FetchSampleAsync", "TriedInPlace", "check_load_policies", "one_of"]
 
-WORDS: Final = Words("sample_timeout", "__getitem__", "worker_type='process'")
+WORDS: Final = Words("sample_timeout", "__getitem__", "worker_type='process' with num_workers=1 or more")
 
 
 def check_load_policies(
@@ -25,6 +28,7 @@ def check_load_policies(
     iterable: bool,
     awaited: bool,
     in_processes: bool,
+    retried_by_itself: bool,
 ) -> Policies | None:
     """What is done about loads of samples that fail, take long, or are too many; None: nothing.
 
@@ -37,14 +41,23 @@ def check_load_policies(
         iterable: The dataset is iterated.
         awaited: It is async.
         in_processes: Worker processes load.
+        retried_by_itself: The dataset takes such arguments, too.
 
     Raises:
         TypeError, ValueError: One of them is none, or does not fit the dataset.
     """
     executor = "process" if in_processes else None
-    policies = check_policies(retry, sample_timeout, hedge, rate, is_async=awaited, executor=executor, words=WORDS)
+    fits = awaited or iterable  # else that is the reason, and not threads
+    policies = check_policies(retry, sample_timeout, hedge, rate, is_async=fits, executor=executor, words=WORDS)
     if policies is None:
-        return getattr(dataset, "policies", None) if awaited else None
+        its_own = getattr(dataset, "policies", None)
+        # A user's attribute of that name may be something else.
+        return its_own if awaited and not iterable and isinstance(its_own, Policies) else None
+    if retried_by_itself:
+        raise ValueError(
+            f"retry, hedge, rate and timeout are arguments of {type(dataset).__name__} itself, whose store would go on "
+            f"retrying on its own otherwise, got them for the DataLoader; pass them to {type(dataset).__name__}"
+        )
     if iterable:
         raise ValueError(
             f"retry, sample_timeout, hedge and rate are for datasets whose samples are loaded by key, got "
@@ -63,7 +76,7 @@ class FetchSample(Holds):
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
-        self._single = hasattr(dataset, "__getitem__")
+        self._single = _has_getitem(dataset)
 
     @property
     def held(self) -> tuple[Any, ...]:
@@ -86,6 +99,13 @@ class FetchSampleAsync:
         return one_of(await self.dataset.__getitems__([key]))
 
 
+def _has_getitem(dataset: Any) -> bool:
+    """Whether `dataset[key]` is there for use: torch's `Dataset` has one that only raises, and `Subset` passes on."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(type(dataset), "__getitem__", Dataset.__getitem__) is not Dataset.__getitem__
+
+
 class TriedInPlace:
     """A dataset whose `__getitem__` waits and tries again by itself, for a loader that has no workers.
 
@@ -96,6 +116,7 @@ class TriedInPlace:
 
     Attributes:
         attempts: For the sample that was loaded last.
+        began: When the last one of them did (`perf_counter`).
     """
 
     def __init__(self, dataset: Any, policies: Policies, retried: Callable[[int], None]) -> None:
@@ -105,13 +126,15 @@ class TriedInPlace:
         self._retried = retried
         self._calls = 0
         self.attempts = 1
+        self.began = 0.0
 
     def __getitem__(self, key: Any) -> Any:
         self.attempts, first = 1, 0.0
         while True:
             self._calls += 1
             if self._rate is not None and (wait := self._rate.take()) > 0:
-                sleep(wait)
+                self._wait(wait)
+            self.began = perf_counter()
             try:
                 return self._fetch(key)
             except Exception as error:
@@ -127,6 +150,17 @@ class TriedInPlace:
             sleep(seconds)
             self.attempts += 1
             self._retried(self.attempts)
+            if (sample := current_sample.get()) is not None:
+                sample.rng = None  # what is begun again has the same random numbers, from the first one on
+
+    def _wait(self, seconds: float) -> None:
+        """Until the turn comes that was taken."""
+        assert self._rate is not None
+        try:
+            sleep(seconds)
+        except BaseException:  # Ctrl-C: there is no call
+            self._rate.give_back()
+            raise
 
 
 def one_of(loaded: Any) -> Any:

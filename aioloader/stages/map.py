@@ -38,6 +38,7 @@ class Map(Stage):
         replay_order: With `ordered=False`: such a folder, whose order is taken.
         ahead: Samples begun and not yet taken by what follows; None: decided by the engine.
         ahead_bytes: The same in bytes of finished ones.
+        grows: More than `ahead` while a slow one at the front holds finished ones up.
         max_overtaken: With `ordered=False`: results that may overtake a slower sample.
         policies: What is done about calls that fail, take long, or are too many.
     """
@@ -54,6 +55,7 @@ class Map(Stage):
     replay_order: Path | None = None
     ahead: int | None = None
     ahead_bytes: int | None = None
+    grows: bool = False
     max_overtaken: int | None = None
     policies: Policies | None = None
 
@@ -120,6 +122,7 @@ class Map(Stage):
                 replay_order=self.replay_order,
                 ahead=self.ahead,
                 ahead_bytes=self.ahead_bytes,
+                grows=self.grows,
                 max_overtaken=self.max_overtaken,
                 policies=self.policies,
             )

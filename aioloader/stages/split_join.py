@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from aioloader.core.entry import Entry, failed_in, presentable
 from aioloader.core.policies import Errors
+from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.engine.node import Fold, FoldNode
 from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
@@ -71,7 +72,7 @@ class _SplitFold:
     def feed(self, run: list[Entry]) -> list[Entry]:
         out: list[Entry] = []
         for entry in run:
-            keys = list(entry.value) if entry.error is None else []
+            keys = self._keys(entry) if entry.error is None else []
             first = None if self._batch_size is None or entry.position is None else entry.position * self._batch_size
             if not keys:  # nothing to load, but it is a batch: as an error it passes by the loading stages
                 entry.error = _EmptyBatchError() if entry.error is None else entry.error
@@ -80,6 +81,16 @@ class _SplitFold:
                 cursor = entry.cursor if offset == len(keys) else INSIDE
                 out.append(Entry(key, cursor, key, None if first is None else first + offset - 1))
         return out
+
+    @staticmethod
+    def _keys(entry: Entry) -> list[Any]:
+        """Those of a batch. What a sampler gave instead of a list of keys fails at its place, as where workers load."""
+        try:
+            return list(entry.value)
+        except Exception as error:
+            add_note(error, f"aioloader: the batch sampler gave {safe_repr(entry.value)} for the keys of a batch")
+            entry.error = error
+            return []
 
     def flush(self) -> list[Entry]:
         return []

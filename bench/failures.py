@@ -1,0 +1,496 @@
+"""Behind a network that fails: `python -m bench.failures`.
+
+- Faults: 5 % of requests are answered by 503, 1 % never, 2 % are cut off. The limit is the same pipeline where nothing
+  fails; beside it what people write by hand: bare asyncio with stamina, SPDL with stamina, torch with tenacity.
+- Unused: what all four policies cost a sample when none of them acts.
+- Hedge: how long a consumer waits for batches when 1 % of requests take a second.
+- Rate: a server that allows 200 requests a second.
+- Skipped: how many of the good samples come when 1 % are broken.
+"""
+
+import argparse
+import asyncio
+import itertools
+import statistics
+import sys
+import time
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import torch
+import torch.utils.data
+
+from aioloader import DataLoader, Hedge, Pipeline, Rate, Retry, Skip
+from bench._harness import PER_SECOND, Contender, Epoch, Report, Target, Tick, by_async_for, by_for, parser_for, pick
+from bench._object_server import Faults, ObjectServer
+from bench._rivals import async_items, spdl_loader
+
+IN_FLIGHT: Final = 256
+LATENCY_S: Final = 0.03
+OBJECT_BYTES: Final = 16 << 10
+TIMEOUT_S: Final = 0.3
+ATTEMPTS: Final = 6
+WORKERS: Final = 16
+BATCH: Final = 64
+FAULTS: Final = Faults(unavailable=0.05, hang=0.01, truncated=0.02)
+
+CLEAN: Final = "aioloader, nothing fails"
+OURS: Final = ("aioloader, async for", "aioloader, for")
+
+_epochs = itertools.count()  # each asks for other paths, and so meets the same share of faults
+
+Fetch = Callable[[int], Awaitable[bytes]]
+
+
+class RefusedError(Exception):
+    """Too many requests."""
+
+
+def fetch_of(url: str) -> Fetch:
+    """One epoch's requests. Once each: the store's own retries are off."""
+    import obstore
+    from obstore.store import HTTPStore
+
+    options: Any = {"client_options": {"allow_http": True, "timeout": "60s"}, "retry_config": {"max_retries": 0}}
+    store, epoch = HTTPStore(url, **options), next(_epochs)
+
+    async def fetch(key: int) -> bytes:
+        return bytes(await (await obstore.get_async(store, f"{epoch}/{key}")).bytes_async())
+
+    return fetch
+
+
+def what_passes() -> tuple[type[Exception], ...]:
+    from obstore.exceptions import GenericError
+
+    return GenericError, TimeoutError
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def by_map(url: str, samples: int, *, is_async: bool = True, policies: bool = True) -> Epoch:
+    def pipeline() -> Pipeline:
+        retry = Retry(ATTEMPTS, on=what_passes(), wait_initial=0.02, wait_max=0.1, jitter=0.02)
+        more: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": retry} if policies else {}
+        return Pipeline(range(samples)).map(fetch_of(url), concurrency=IN_FLIGHT, **more).batch(BATCH, collate_fn=list)
+
+    return by_async_for(pipeline, len) if is_async else by_for(pipeline, len)
+
+
+def by_hand(url: str) -> Fetch:
+    """As it is written with stamina."""
+    import stamina
+
+    stamina.instrumentation.set_on_retry_hooks([])  # else it prints each retry
+    fetch = fetch_of(url)
+
+    @stamina.retry(on=what_passes(), attempts=ATTEMPTS, wait_initial=0.02, wait_max=0.1, wait_jitter=0.02, timeout=None)
+    async def patient(key: int) -> bytes:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await fetch(key)
+
+    return patient
+
+
+def bare(url: str, samples: int) -> Epoch:
+    """Requests in a window that moves, samples in order."""
+
+    async def consume(tick: Tick) -> None:
+        patient = by_hand(url)
+        under_way: deque[asyncio.Task[bytes]] = deque()
+        batch: list[bytes] = []
+        key = 0
+        while key < samples or under_way:
+            while key < samples and len(under_way) < IN_FLIGHT:
+                under_way.append(asyncio.ensure_future(patient(key)))
+                key += 1
+            batch.append(await under_way.popleft())
+            if len(batch) == BATCH or not under_way:
+                tick(len(batch))
+                batch = []
+
+    return lambda tick: asyncio.run(consume(tick))
+
+
+def by_spdl(url: str, samples: int) -> Epoch:
+    def describe(builder: Any) -> Any:
+        return (
+            builder.add_source(async_items(range(samples)))
+            .pipe(by_hand(url), concurrency=IN_FLIGHT, output_order="input")
+            .aggregate(BATCH)
+        )
+
+    return by_for(spdl_loader(describe, threads=2, stats=False), len)
+
+
+class Remote(torch.utils.data.Dataset[bytes]):
+    """As it is written with torch and tenacity: a connection for each worker, made anew when it broke."""
+
+    def __init__(self, url: str, samples: int) -> None:
+        self._host = urlsplit(url).netloc
+        self._samples = samples
+        self._epoch = next(_epochs)
+        self._connection: Any = None
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def _get(self, index: int) -> bytes:
+        import http.client
+
+        if self._connection is None:
+            self._connection = http.client.HTTPConnection(self._host, timeout=TIMEOUT_S)
+        try:
+            self._connection.request("GET", f"/{self._epoch}/{index}")
+            answer = self._connection.getresponse()
+            body: bytes = answer.read()
+            if answer.status != 200:
+                raise ConnectionError(f"status {answer.status}")
+        except BaseException:
+            self._connection.close()
+            self._connection = None
+            raise
+        return body
+
+    def __getitem__(self, index: int) -> bytes:
+        import tenacity
+
+        patient = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.02, max=0.1, jitter=0.02),
+            reraise=True,
+        )
+        found: bytes = patient(self._get, index)
+        return found
+
+
+def by_torch(url: str, samples: int) -> Epoch:
+    return by_for(
+        lambda: torch.utils.data.DataLoader(
+            Remote(url, samples),
+            BATCH,
+            num_workers=WORKERS,
+            collate_fn=list,
+            multiprocessing_context=get_context("fork"),
+        ),
+        len,
+    )
+
+
+def faults(report: Report, options: argparse.Namespace) -> None:
+    """The same requests, with and without faults."""
+    samples = pick(options, full=20_000, quick=5_000, smallest=256)
+    few = pick(options, full=6_000, quick=3_000, smallest=64)
+    skip = pick(options, full=4 * IN_FLIGHT, quick=2 * IN_FLIGHT, smallest=BATCH)
+    with ObjectServer(OBJECT_BYTES, LATENCY_S) as clean, ObjectServer(OBJECT_BYTES, LATENCY_S, FAULTS) as broken:
+        report.compare(
+            f"{IN_FLIGHT} in flight, {LATENCY_S * 1e3:g} ms, 5 % answered by 503, 1 % never, 2 % cut off",
+            [
+                Contender(CLEAN, partial(by_map, clean.url, samples), samples, skip, limit=True, needs=("obstore",)),
+                Contender(
+                    "aioloader, nothing fails, no policies",
+                    partial(by_map, clean.url, samples, policies=False),
+                    samples,
+                    skip,
+                    needs=("obstore",),
+                ),
+                *(
+                    Contender(
+                        name, partial(by_map, broken.url, samples, is_async=is_async), samples, skip, needs=("obstore",)
+                    )
+                    for name, is_async in zip(OURS, (True, False), strict=True)
+                ),
+                Contender(
+                    "bare asyncio with stamina",
+                    partial(bare, broken.url, samples),
+                    samples,
+                    skip,
+                    needs=("obstore", "stamina"),
+                ),
+                Contender(
+                    "SPDL with stamina",
+                    partial(by_spdl, broken.url, samples),
+                    samples,
+                    skip,
+                    needs=("spdl", "obstore", "stamina"),
+                ),
+                Contender(
+                    f"torch, {WORKERS} workers, with tenacity",
+                    partial(by_torch, broken.url, few),
+                    few,
+                    WORKERS * BATCH,
+                    needs=("tenacity",),
+                ),
+            ],
+            [
+                *(Target(name, "speed", CLEAN, 0.8) for name in OURS),
+                *(Target(OURS[0], "speed", rival, 1) for rival in ("bare asyncio with stamina", "SPDL with stamina")),
+                Target(OURS[0], "speed", f"torch, {WORKERS} workers, with tenacity", 1),
+            ],
+            unit=PER_SECOND,
+            rounds=pick(options, full=3, quick=1, smallest=1),
+        )
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+
+
+def process_seconds(samples: int, waits: bool, policies: dict[str, Any]) -> Epoch:
+    """CPU seconds of an epoch of an op that suspends, or does not."""
+
+    async def op(key: int) -> int:
+        if waits:
+            await asyncio.sleep(0)
+        return key
+
+    loader = Pipeline(range(samples)).map(op, concurrency=64, **policies).batch(256)
+
+    async def consume(tick: Tick) -> None:
+        async for batch in loader:
+            tick(len(batch))
+
+    def epoch(tick: Tick) -> float:
+        began = time.process_time()
+        asyncio.run(consume(tick))
+        return time.process_time() - began
+
+    return epoch
+
+
+def unused(report: Report, options: argparse.Namespace) -> None:
+    """None of the policies ever acts."""
+    samples = pick(options, full=256_000, quick=64_000, smallest=1_024)
+    every: dict[str, Any] = {
+        "retry": Retry(4),
+        "timeout": 60.0,
+        "hedge": Hedge(after=30.0),
+        "rate": Rate(1e9, burst=1_000_000),
+    }
+    for waits in (False, True):
+        what = "an async op that suspends once" if waits else "an async op that does not suspend"
+        title = f"{what}: CPU time"
+        names = ("without policies", "with all four")
+        found = report.compare(
+            title,
+            [
+                Contender(names[0], partial(process_seconds, samples, waits, {}), samples, limit=True, ours=True),
+                Contender(names[1], partial(process_seconds, samples, waits, every), samples, ours=True),
+            ],
+        )
+        if set(names) <= set(found.timings):
+            rounds = zip(*(found.timings[name] for name in names), strict=True)
+            more = statistics.median((b.steady_seconds - a.steady_seconds) * 1e6 for a, b in rounds)
+            phrase = "{ours}: {value} µs a sample more; at most {reach}"
+            report.judge(Target(names[1], "time", names[0], 0.5), more, phrase, of=title)
+
+
+# -- second calls ------------------------------------------------------------------------------------------------------
+
+
+async def waits_of(samples: int, hedge: Hedge | None, step_s: float, slow_s: float) -> tuple[list[float], float]:
+    """How long the consumer waited for each batch, and requests per sample."""
+    import random
+
+    chance, calls = random.Random(0), 0
+
+    async def fetch(key: int) -> int:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(slow_s if chance.random() < 0.01 else LATENCY_S)
+        return key
+
+    found: list[float] = []
+    loader = Pipeline(range(samples)).map(fetch, concurrency=IN_FLIGHT, hedge=hedge).batch(BATCH)
+    async with loader:
+        batches = aiter(loader)
+        while True:
+            began = time.perf_counter()
+            if await anext(batches, None) is None:
+                return found[len(found) // 10 :], calls / samples  # the first ones find out what is usual
+            found.append(time.perf_counter() - began)
+            await asyncio.sleep(step_s)
+
+
+def hedged(report: Report, options: argparse.Namespace) -> None:
+    """The slowest of a batch decides when it comes."""
+    samples = pick(options, full=2_000, quick=400, smallest=12) * BATCH
+    slow_s = pick(options, full=1.0, quick=1.0, smallest=0.1)
+    for step_s, consumer in ((0.0, "that takes no time"), (0.02, "that takes 20 ms a batch")):
+        rows: dict[str, dict[str, float]] = {}
+        for name, hedge in (("without", None), ("with a hedge", Hedge(after="p95", budget=0.05))):
+            waits, requests = asyncio.run(waits_of(samples, hedge, step_s, slow_s))
+            cuts = statistics.quantiles(waits, n=100)
+            rows[name] = {
+                "p50 ms": cuts[49] * 1e3,
+                "p95 ms": cuts[94] * 1e3,
+                "p99 ms": cuts[98] * 1e3,
+                "requests per sample": requests,
+            }
+        title = f"1 % of requests take 1 s, {IN_FLIGHT} in flight, batches of {BATCH}, a consumer {consumer}"
+        report.table(title, rows)
+        row = rows["with a hedge"]
+        phrase = "{ours}: p99 of the wait is {value} of p50; at most {reach}"
+        report.judge(
+            Target("with a hedge", "time", "p50", 3), row["p99 ms"] / max(row["p50 ms"], 1.0), phrase, of=title
+        )
+        phrase = "{ours}: {value} requests for a sample; at most {reach}"
+        report.judge(Target("with a hedge", "memory", "requests", 1.05), row["requests per sample"], phrase, of=title)
+    report.note("p50 counts as 1 ms at least: a consumer that never waits has none to compare with.\n")
+
+
+# -- a rate ------------------------------------------------------------------------------------------------------------
+
+
+async def adaptive(url: str, server: ObjectServer, seconds: float) -> tuple[list[float], dict[str, int]]:
+    """When samples came, in seconds from the start, and the answers of the server."""
+    import aiohttp
+
+    rate = Rate.adaptive(on=RefusedError, start=10)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def fetch(key: int) -> int:
+            async with session.get(f"{url}/{key}") as answer:
+                await answer.read()
+                if answer.status == 429:
+                    raise RefusedError
+            return key
+
+        came: list[float] = []
+        began = time.perf_counter()
+        loader = Pipeline(range(1 << 40)).map(fetch, concurrency=64, rate=rate, retry=Retry(20, RefusedError))
+        async with loader:
+            async for _ in loader:
+                came.append(time.perf_counter() - began)
+                if came[-1] > seconds:
+                    break
+    return came, server.answers()
+
+
+def throttled(report: Report, options: argparse.Namespace) -> None:
+    """A server that says 429 beyond what it allows."""
+    seconds = pick(options, full=30.0, quick=8.0, smallest=0.5)
+    allowed = 200.0
+    with ObjectServer(1024, 0.02, Faults(per_second=allowed)) as server:
+        came, answers = asyncio.run(adaptive(server.url, server, seconds))
+    refused = answers.get("throttled", 0) / max(1, sum(answers.values()))
+    start = min(5.0, seconds / 2)
+    later = sum(at > start for at in came) / (came[-1] - start) if came else 0.0
+    title = f"a server that allows {allowed:g} requests a second, Rate.adaptive from 10 on, {seconds:g} s"
+    row = {"of the allowed rate": len(came) / came[-1] / allowed if came else 0.0, "refused": refused}
+    report.table(title, {"all of it": row})
+    phrase = "{ours}: {value} of the allowed rate; at least {reach}"
+    report.judge(Target("all of it", "speed", "allowed", 0.9), row["of the allowed rate"], phrase, of=title)
+    report.judge(Target(f"after {start:g} s", "speed", "allowed", 0.9), later / allowed, phrase, of=title)
+    phrase = "{ours}: {value} of the requests are refused; at most {reach}"
+    report.judge(Target("all of it", "time", "requests", 0.01), refused, phrase, of=title)
+    report.note("")
+
+
+# -- samples that are left out -----------------------------------------------------------------------------------------
+
+
+def is_broken(index: int) -> bool:
+    """One in a hundred, by chance."""
+    return zlib.crc32(index.to_bytes(4, "little")) % 100 == 0
+
+
+def decoded(index: int) -> int:
+    if is_broken(index):
+        raise ValueError("broken")
+    return index
+
+
+class Images(torch.utils.data.Dataset[int]):
+    """Some are broken."""
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, index: int) -> int:
+        return decoded(index)
+
+
+async def image(key: int) -> int:
+    await asyncio.sleep(0)
+    return decoded(key)
+
+
+def came_of(batches: Any) -> tuple[int, list[Any]]:
+    """How many samples come, and the batches; one that fails is gone."""
+    found: list[Any] = []
+    iterator = iter(batches)
+    while True:
+        try:
+            found.append(next(iterator).tolist())
+        except StopIteration:
+            return sum(map(len, found)), found
+        except ValueError:
+            pass
+
+
+def skipped(report: Report, options: argparse.Namespace) -> None:
+    """What comes of the good ones."""
+    samples = pick(options, full=10_000, quick=10_000, smallest=1_000)
+    good = sum(not is_broken(index) for index in range(samples))
+    skip = Skip(max_errors=None, max_share=None)
+    ours = {
+        f"aioloader, concurrency {width}": came_of(
+            Pipeline(range(samples))
+            .map(image, concurrency=width)
+            .skip_errors(max_errors=None, max_share=None)
+            .batch(256)
+        )
+        for width in (1, 16, 256)
+    }
+    rows = {name: {"of the good samples": came / good} for name, (came, _) in ours.items()}
+    loader: Any = DataLoader(Images(samples), 256, num_workers=4, skip_errors=skip)
+    rows["aioloader, DataLoader"] = {"of the good samples": came_of(loader)[0] / good}
+    theirs = torch.utils.data.DataLoader(Images(samples), 256)
+    rows["torch, a loop that goes on"] = {"of the good samples": came_of(theirs)[0] / good}
+    title = f"1 % of {samples:,} samples are broken, batches of 256, skip_errors"
+    report.table(title, rows)
+    phrase = "{ours}: {value} of the good samples come; at least {reach}"
+    for name, row in rows.items():
+        if "aioloader" in name:
+            report.judge(Target(name, "speed", "good", 1), row["of the good samples"], phrase, of=title)
+    same = len({str(batches) for _, batches in ours.values()})
+    report.judge(
+        Target("aioloader", "time", "concurrency", 1),
+        same,
+        "{ours}: {value} kinds of batches; at most {reach}",
+        of=title,
+    )
+    report.note("")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = parser_for(__doc__)
+    parts: dict[str, Any] = {
+        "faults": faults,
+        "unused": unused,
+        "hedge": hedged,
+        "rate": throttled,
+        "skipped": skipped,
+    }
+    parser.add_argument("--part", action="append", choices=[*parts], help="not all of it")
+    options = parser.parse_args(arguments)
+    report = Report(Path(__file__).stem, options)
+    for name, measure in parts.items():
+        if not options.part or name in options.part:
+            measure(report, options)
+    return report.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
