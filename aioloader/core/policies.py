@@ -276,11 +276,6 @@ class Budget:
         self._left = FREE if share else 0.0
         self._calls = 0  # as of the last look
 
-    @property
-    def none(self) -> bool:
-        """Whether there is never one."""
-        return self._share == 0
-
     def take(self, calls: int) -> bool:
         """Whether one more is allowed, after `calls` calls."""
         share = self._share

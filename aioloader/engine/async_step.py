@@ -10,7 +10,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import add_note, safe_str
-from aioloader.engine.guard import Guard
+from aioloader.engine.guard import Guard, GuardedCall
 from aioloader.engine.node import cheap_samples
 from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
@@ -103,7 +103,7 @@ class AsyncStep(Step):
         if self.inbox:
             return 0
         free = self.concurrency - self._workers + len(self._idle) + self.extra_room  # such as take no time to speak of
-        if self._guard is not None:
+        if self._guard is not None and self._guard.crowded:
             free = min(free, self.concurrency - self._guard.busy + self.extra_room)
         return free if self.slots is None else min(free, 1)
 
@@ -203,9 +203,10 @@ class AsyncStep(Step):
         me = current_task()
         assert me is not None
         sample = SampleContext(self._seed)
-        guard = self._guard
+        guard, call = self._guard, None
         if guard is not None:
-            fn = guard.for_worker(me, sample)
+            call = guard.for_worker(me, sample)
+            fn = call.begin
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
@@ -220,9 +221,11 @@ class AsyncStep(Step):
             if not inbox:
                 began, count = self._counted(count, began), 0
                 sample.since = began
+                if call is not None:
+                    call.rest()
                 self._ran_out(began - woken)
                 if self.tap is not None and self.tap.waiting:
-                    self.tap.pump(at_hand=guard is None or not guard.full)
+                    self.tap.pump(at_hand=guard is None or not (guard.crowded and guard.full))
                 if inbox:
                     continue
                 if slot is not None:
@@ -237,7 +240,7 @@ class AsyncStep(Step):
                 woken = began = sample.since = self._counted(0, 0.0)
                 resumed = True
                 continue
-            if gated and (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot):
+            if gated and (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot, call):
                 began, count = self._counted(count, began), 0
                 sample.name = sample.rng = None
                 await self._wait()
@@ -253,23 +256,33 @@ class AsyncStep(Step):
             sample.name = entry
             try:
                 result = await fn(entry.value)
+                if call is not None and call.touched and guard is not None:
+                    result = await guard.outcome(call, result, None)
                 dropped = predicate and not result
             except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
-                if isinstance(error, CancelledError):
+                failure: BaseException | None = error
+                if call is not None and call.touched and guard is not None:
+                    failure = await guard.failed(call, entry, error)
+                if isinstance(failure, CancelledError):
                     if run.stopping:
                         raise
-                    failure: BaseException = self._cancelled_inside(me, error)
-                else:
-                    failure = error
+                    failure = self._cancelled_inside(me, failure)
                 began, count = self._counted(count + 1, began), -1  # which is 0 in a moment
-                entry.seconds = began - sample.since
+                seconds = began - sample.since
                 sample.since, resumed = began, True
-                self._fail(entry, failure, self.meter.name)
+                if failure is None:
+                    entry.since = began
+                    forward(entry)
+                else:
+                    entry.seconds = seconds
+                    self._fail(entry, failure, self.meter.name)
                 del failure
             else:
                 if self._runner is not me:  # it has suspended: what follows happens now
                     began, count = self._counted(count + 1, began), -1
                     sample.since, resumed = began, True
+                    if guard is not None and guard.measured and call is not None:
+                        call.ended()
                 entry.since = began  # else it took no time to speak of
                 if dropped:
                     self._drop(entry, nothing=entry.value is None)
@@ -288,13 +301,17 @@ class AsyncStep(Step):
             # As in `isolated`. A task keeps its context for life, so another task takes over from this one.
             self._samples.discard(sample)
             self._counted(count, began)
+            if call is not None:
+                call.rest()
             self._coming += 1
             self._start_worker()
             return
 
-    def _may_begin(self, slot: "_Slot | None") -> bool:
+    def _may_begin(self, slot: "_Slot | None", call: GuardedCall | None) -> bool:
         """Whether a worker may begin a call: there is a place beside second calls, and a slot."""
         guard = self._guard
+        if call is not None:
+            call.rest()
         if guard is not None and guard.crowded:
             if guard.waits and slot is not None:
                 slot.leave()  # for a second call, unless another stage has waited for longer

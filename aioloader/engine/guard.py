@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
+from aioloader.core.entry import Entry
 from aioloader.core.policies import Budget, Hedge
 from aioloader.engine.retrying import Turn
 from aioloader.executors.current_sample import SampleContext, current_sample
@@ -31,10 +32,15 @@ SecondCall: TypeAlias = "Task[tuple[Any, BaseException | None]]"
 
 
 class GuardedCall:
-    """The calls of one worker, one after the other. Called and awaited like the user's function.
+    """The calls of one worker, one after the other. `begin` is called like the user's function.
+
+    So a call costs no more than a note of when it began. The worker says when it has none (`rest`); and if the call was
+    `touched`, it comes to what `Guard.outcome` says.
 
     Attributes:
-        began: When the call under way began; `inf` if there is none.
+        began: When the call under way began; `inf` if there is none. Until the worker begins the next one, or rests,
+            there may be none any more: nobody else runs in between.
+        touched: It was cancelled by us, or has a second call.
         cancelled: By us: its time is up, or the second call has a result.
         twin: The second call.
         hedged: When the last one began that has had its chance of a second call.
@@ -42,36 +48,33 @@ class GuardedCall:
         sample: Of the worker; tells what is called with.
     """
 
-    __slots__ = ("began", "cancelled", "guard", "hedged", "refused", "sample", "task", "twin")
+    __slots__ = ("began", "cancelled", "fn", "guard", "hedged", "refused", "sample", "task", "touched", "twin")
 
     def __init__(self, guard: "Guard", task: "Task[Any]", sample: SampleContext) -> None:
         self.guard = guard
+        self.fn = guard.fn
         self.task = task
         self.sample = sample
         self.began = inf
         self.hedged = self.refused = -inf
-        self.cancelled = False
+        self.touched = self.cancelled = False
         self.twin: SecondCall | None = None
 
-    async def __call__(self, value: Any) -> Any:
-        """Call, and wait for the result."""
-        guard = self.guard
+    def begin(self, value: Any) -> Awaitable[Any]:
+        """Begin a call; returns what is to be awaited."""
         self.began = began = perf_counter()
-        if began > guard.watched:
-            guard.watch(began)
-        try:
-            result = await guard.fn(value)
-        except BaseException as error:
-            self.began = inf
-            if not self.cancelled and self.twin is None:
-                raise
-            return await guard.outcome(self, began, None, error)
+        if began > self.guard.watched:
+            self.guard.watch(began)
+        return self.fn(value)
+
+    def rest(self) -> None:
+        """None is under way."""
         self.began = inf
-        if self.cancelled or self.twin is not None:
-            return await guard.outcome(self, began, result, None)
-        if guard.measured:
-            guard.ended(began)
-        return result
+
+    def ended(self) -> None:
+        """The call under way has ended, after it had suspended, with a result; where calls are measured."""
+        if self.began < inf:
+            self.guard.ended(self.began)
 
     def may_have_another(self, began: float) -> bool:
         """Whether the call that began then is still under way."""
@@ -82,7 +85,7 @@ class Guard:
     """Time limits and second calls for all workers of a step.
 
     The story of a cancellation. A call whose time is up is cancelled, and awaited until it has cleaned up: it runs in
-    the task of its worker, so the exception goes in where the call waits, and comes out in `GuardedCall`. That it was
+    the task of its worker, so the exception goes in where the call waits, and comes out in the worker. That it was
     ours is noted before; another cancellation, of the run that ends, counts in `Task.uncancel`, and is raised. A call
     that swallows the exception and returns a value has that value; one that raises another error was too late.
 
@@ -163,10 +166,22 @@ class Guard:
 
     # -- the end of a call -------------------------------------------------------------------------------------------
 
-    async def outcome(self, call: GuardedCall, began: float, result: Any, failed: BaseException | None) -> Any:
-        """What a call comes to whose time was up, or that had a second one."""
+    async def failed(self, call: GuardedCall, entry: Entry, failed: BaseException) -> BaseException | None:
+        """What a touched call comes to that has raised; None: it has a result after all, which `entry` has."""
+        try:
+            entry.value = await self.outcome(call, None, failed)
+        except BaseException as error:
+            return error
+        finally:
+            del failed
+        return None
+
+    async def outcome(self, call: GuardedCall, result: Any, failed: BaseException | None) -> Any:
+        """What a touched call comes to: its time was up, or it had a second one."""
+        began, call.began = call.began, inf
         twin, call.twin = call.twin, None
         cancelled, call.cancelled = call.cancelled, False
+        call.touched = False
         try:
             if isinstance(failed, GeneratorExit) or (cancelled and call.task.uncancel()):
                 raise failed or CancelledError  # the run ends, which ends the second call as well
@@ -206,9 +221,7 @@ class Guard:
 
     @property
     def busy(self) -> int:
-        """Calls under way, second ones too, where there may be any; else it is not looked at."""
-        if self._budget.none:
-            return 0
+        """Calls under way, second ones too."""
         return self._twins + sum(record.began < inf for record in self._records)
 
     @property
@@ -272,6 +285,7 @@ class Guard:
         sample.name = entry
         context = self._run.context.copy()
         context.run(current_sample.set, sample)
+        call.touched = True
         call.twin = self._run.begin(self._call, entry.value, context=context)
         began = call.began
         call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, began, twin))
@@ -371,7 +385,7 @@ class Guard:
         self.watched = -inf
 
     def _cancel(self, call: GuardedCall) -> None:
-        call.cancelled = True
+        call.touched = call.cancelled = True
         call.task.cancel()
 
 
