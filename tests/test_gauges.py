@@ -372,7 +372,7 @@ def test_waits_are_those_of_the_latest_samples(runs: list[list[float]]) -> None:
         if len(waits) == 1:
             meter.took_one(100.0, 100.0 - waits[0])
         else:
-            meter.took(100.0, finished(*(100.0 - wait for wait in waits)))
+            meter.took(100.0, finished(*(100.0 - wait for wait in waits)), len(waits))
     every = sorted(wait for waits in runs for wait in waits)
     found = meter.waits
     assert found.sum == pytest.approx(sum(every), abs=1e-6)
@@ -385,14 +385,14 @@ def test_waits_are_those_of_the_latest_samples(runs: list[list[float]]) -> None:
 def test_of_many_that_are_taken_together_some_speak_for_all() -> None:
     """Evenly spread; so the sum is about right."""
     meter = WaitMeter()
-    meter.took(1000.0, finished(*range(1000)))
+    meter.took(1000.0, finished(*range(1000)), 1000)
     assert meter.waits.sum == pytest.approx(sum(range(1, 1001)), rel=0.07)
     assert meter.waits.max == 1000.0
 
 
 def test_what_waits_are_of_is_bounded() -> None:
     meter = WaitMeter()
-    meter.took(5.0, finished(*[0.0] * 10))
+    meter.took(5.0, finished(*[0.0] * 10), 10)
     for _ in range(5000):
         meter.took_one(1.0, 0.0)
     assert meter.waits == Waits(5050.0, 5.0, 1.0, 1.0, 1.0)

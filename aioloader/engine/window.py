@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
 __all__ = ["Window"]
+
+
+MEASURED_SECONDS: Final = 0.0005
+"""Of entries that are taken more often than that, not all are asked how long they have waited."""
 
 
 class Window(Node):
@@ -119,6 +123,8 @@ class Window(Node):
         self._replay = log if isinstance(log, Replayed) else None
         self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
         self._waits: WaitMeter | None = None  # None: it has no steps, and nobody asks
+        self._measures_at = 0.0  # what is taken from then on is measured again
+        self._unmeasured = 0  # entries that were taken since it was
 
     # -- the node interface ------------------------------------------------------------------------------------------
 
@@ -241,7 +247,12 @@ class Window(Node):
             self._dropped -= count - len(kept)
         self._occupied -= before - len(slots)
         if taken and self._waits is not None and not self.hands_out:
-            self._waits.took(perf_counter(), taken)
+            self._unmeasured += len(taken)
+            if self.now >= self._measures_at:
+                now = perf_counter()
+                self._measures_at = now + MEASURED_SECONDS
+                self._waits.took(now, taken, self._unmeasured)
+                self._unmeasured = 0
         if self._room is not None and self._room.weighs:
             self._room.gave(taken)
         if self.admission is not None:

@@ -35,7 +35,8 @@ class Waits:
     """How long finished samples waited until they were taken, in seconds.
 
     Attributes:
-        sum: Of all samples of this epoch. Where many are taken together, that is by 8 to 16 of them, evenly spread.
+        sum: Of all samples of this epoch. Where many are taken together, that is by 8 to 16 of them, evenly spread; and
+            where they are taken more often than twice in a millisecond, by those of the first time.
         max: The longest of those.
         p50: Half of the latest samples, about a thousand, waited for no longer than this.
         p95: Likewise, 95 of 100.
@@ -61,17 +62,23 @@ class WaitMeter:
         self._count = 0  # of samples in it
         self._singles: deque[float] = deque(maxlen=LATEST)  # waits; one window has many of these or many of those
 
-    def took(self, now: float, entries: Sequence[Entry]) -> None:
-        """`entries` are taken together, at `now`. Of many, some speak for all."""
+    def took(self, now: float, entries: Sequence[Entry], count: int) -> None:
+        """`entries` are taken together, at `now`. Of many, some speak for all; they may speak for others as well.
+
+        Args:
+            now: As given by `perf_counter`.
+            entries: At least one.
+            count: How many were taken since the last call, these included.
+        """
         since = [entry.since for entry in entries[:: (len(entries) - 1) // ENOUGH + 1]]
-        count = len(since)
-        self._sum += (now - sum(since) / count) * len(entries)
+        size = len(since)
+        self._sum += (now - sum(since) / size) * count
         since.sort()  # they are nearly in order: this takes a third of the time of `min`
         if (longest := now - since[0]) > self._max:
             self._max = longest
         latest = self._latest
         latest.append((now, since))
-        self._count += count
+        self._count += size
         while self._count - len(latest[0][1]) >= LATEST:
             self._count -= len(latest.popleft()[1])
 
