@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from aioloader import Hedge, Limit, Pipeline, Rate, Retry, sample_rng
+from aioloader import Hedge, Limit, LoaderClosedError, Pipeline, Rate, Retry, sample_rng
 from aioloader.engine.guard import Guard
 from aioloader.testing import Gate
 from tests._support import DEADLINE, Face, Steps, collect, notes, on_both_faces, run, turns, until, workers
@@ -438,6 +438,47 @@ def test_one_that_fails_does_not_win(fails: str) -> None:
             assert await asked == (2 if fails == "first" else 1)
 
     run(main)
+
+
+@on_both_faces
+@pytest.mark.parametrize("timeout", [None, 3600.0])
+def test_it_closes_while_the_second_call_is_waited_for(timeout: float | None, face: Face) -> None:
+    """The first one has failed, which is nobody's error any more."""
+    gate = Gate()
+    count = 0
+    cleaned: list[int] = []
+
+    async def fetch(_: int) -> int:
+        nonlocal count
+        count += 1
+        number = count
+        try:
+            await gate.passing(number)
+        finally:
+            cleaned.append(number)
+        raise OSError(number)
+
+    loader = Pipeline(range(1)).map(fetch, hedge=AT_ONCE, timeout=timeout)
+    with Steps(loader, face) as steps:
+        asked = steps.ask()
+        steps.until_arrived(gate, 2)
+        gate.open(1)
+        if face == "for":
+            while not cleaned:
+                time.sleep(0.001)
+            loader.close()
+        else:
+
+            async def close() -> None:
+                await until(lambda: bool(cleaned))
+                await turns(20)
+                await loader.aclose()
+
+            steps.do(close)
+        with pytest.raises((LoaderClosedError, StopIteration, StopAsyncIteration)):
+            asked()
+    loader.close()
+    assert sorted(cleaned) == [1, 2]
 
 
 @on_both_faces

@@ -264,8 +264,10 @@ class AsyncStep(Step):
                 if call is not None and call.touched and guard is not None:
                     failure = await guard.failed(call, entry, error)
                 if isinstance(failure, CancelledError):
-                    if run.stopping:
+                    if run.stopping and failure is error:
                         raise
+                    if run.stopping:  # while it was waited what the call comes to
+                        raise CancelledError from None
                     failure = self._cancelled_inside(me, failure)
                 began, count = self._counted(count + 1, began), -1  # which is 0 in a moment
                 seconds = began - sample.since
