@@ -10,178 +10,36 @@
 
 import argparse
 import asyncio
-import itertools
 import statistics
 import sys
 import time
 import zlib
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import torch
 import torch.utils.data
 
 from aioloader import DataLoader, Hedge, Pipeline, Rate, Retry, Skip
-from bench._harness import PER_SECOND, Contender, Epoch, Report, Target, Tick, by_async_for, by_for, parser_for, pick
+from bench._failing import BATCH, IN_FLIGHT, WORKERS, bare, by_map, by_spdl, by_torch
+from bench._harness import PER_SECOND, Contender, Epoch, Report, Target, Tick, parser_for, pick
 from bench._object_server import Faults, ObjectServer
-from bench._rivals import async_items, spdl_loader
 
-IN_FLIGHT: Final = 256
 LATENCY_S: Final = 0.03
 OBJECT_BYTES: Final = 16 << 10
-TIMEOUT_S: Final = 0.3
-ATTEMPTS: Final = 6
-WORKERS: Final = 16
-BATCH: Final = 64
 FAULTS: Final = Faults(unavailable=0.05, hang=0.01, truncated=0.02)
 
 CLEAN: Final = "aioloader, nothing fails"
 OURS: Final = ("aioloader, async for", "aioloader, for")
-
-_epochs = itertools.count()  # each asks for other paths, and so meets the same share of faults
-
-Fetch = Callable[[int], Awaitable[bytes]]
 
 
 class RefusedError(Exception):
     """Too many requests."""
 
 
-def fetch_of(url: str) -> Fetch:
-    """One epoch's requests. Once each: the store's own retries are off."""
-    import obstore
-    from obstore.store import HTTPStore
-
-    options: Any = {"client_options": {"allow_http": True, "timeout": "60s"}, "retry_config": {"max_retries": 0}}
-    store, epoch = HTTPStore(url, **options), next(_epochs)
-
-    async def fetch(key: int) -> bytes:
-        return bytes(await (await obstore.get_async(store, f"{epoch}/{key}")).bytes_async())
-
-    return fetch
-
-
-def what_passes() -> tuple[type[Exception], ...]:
-    from obstore.exceptions import GenericError
-
-    return GenericError, TimeoutError
-
-
 # -- faults ------------------------------------------------------------------------------------------------------------
-
-
-def by_map(url: str, samples: int, *, is_async: bool = True, policies: bool = True) -> Epoch:
-    def pipeline() -> Pipeline:
-        retry = Retry(ATTEMPTS, on=what_passes(), wait_initial=0.02, wait_max=0.1, jitter=0.02)
-        more: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": retry} if policies else {}
-        return Pipeline(range(samples)).map(fetch_of(url), concurrency=IN_FLIGHT, **more).batch(BATCH, collate_fn=list)
-
-    return by_async_for(pipeline, len) if is_async else by_for(pipeline, len)
-
-
-def by_hand(url: str) -> Fetch:
-    """As it is written with stamina."""
-    import stamina
-
-    stamina.instrumentation.set_on_retry_hooks([])  # else it prints each retry
-    fetch = fetch_of(url)
-
-    @stamina.retry(on=what_passes(), attempts=ATTEMPTS, wait_initial=0.02, wait_max=0.1, wait_jitter=0.02, timeout=None)
-    async def patient(key: int) -> bytes:
-        async with asyncio.timeout(TIMEOUT_S):
-            return await fetch(key)
-
-    return patient
-
-
-def bare(url: str, samples: int) -> Epoch:
-    """Requests in a window that moves, samples in order."""
-
-    async def consume(tick: Tick) -> None:
-        patient = by_hand(url)
-        under_way: deque[asyncio.Task[bytes]] = deque()
-        batch: list[bytes] = []
-        key = 0
-        while key < samples or under_way:
-            while key < samples and len(under_way) < IN_FLIGHT:
-                under_way.append(asyncio.ensure_future(patient(key)))
-                key += 1
-            batch.append(await under_way.popleft())
-            if len(batch) == BATCH or not under_way:
-                tick(len(batch))
-                batch = []
-
-    return lambda tick: asyncio.run(consume(tick))
-
-
-def by_spdl(url: str, samples: int) -> Epoch:
-    def describe(builder: Any) -> Any:
-        return (
-            builder.add_source(async_items(range(samples)))
-            .pipe(by_hand(url), concurrency=IN_FLIGHT, output_order="input")
-            .aggregate(BATCH)
-        )
-
-    return by_for(spdl_loader(describe, threads=2, stats=False), len)
-
-
-class Remote(torch.utils.data.Dataset[bytes]):
-    """As it is written with torch and tenacity: a connection for each worker, made anew when it broke."""
-
-    def __init__(self, url: str, samples: int) -> None:
-        self._host = urlsplit(url).netloc
-        self._samples = samples
-        self._epoch = next(_epochs)
-        self._connection: Any = None
-
-    def __len__(self) -> int:
-        return self._samples
-
-    def _get(self, index: int) -> bytes:
-        import http.client
-
-        if self._connection is None:
-            self._connection = http.client.HTTPConnection(self._host, timeout=TIMEOUT_S)
-        try:
-            self._connection.request("GET", f"/{self._epoch}/{index}")
-            answer = self._connection.getresponse()
-            body: bytes = answer.read()
-            if answer.status != 200:
-                raise ConnectionError(f"status {answer.status}")
-        except BaseException:
-            self._connection.close()
-            self._connection = None
-            raise
-        return body
-
-    def __getitem__(self, index: int) -> bytes:
-        import tenacity
-
-        patient = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential_jitter(multiplier=0.02, max=0.1, jitter=0.02),
-            reraise=True,
-        )
-        found: bytes = patient(self._get, index)
-        return found
-
-
-def by_torch(url: str, samples: int) -> Epoch:
-    return by_for(
-        lambda: torch.utils.data.DataLoader(
-            Remote(url, samples),
-            BATCH,
-            num_workers=WORKERS,
-            collate_fn=list,
-            multiprocessing_context=get_context("fork"),
-        ),
-        len,
-    )
 
 
 def faults(report: Report, options: argparse.Namespace) -> None:

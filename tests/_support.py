@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from time import monotonic
 from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
 import psutil
@@ -220,6 +221,15 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE):
         while not condition():  # noqa: ASYNC110 - any condition, of any thread
             await asyncio.sleep(0)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """The same in a thread without a loop; for what other threads or processes do."""
+    deadline = monotonic() + DEADLINE
+    pause = threading.Event()
+    while not condition():
+        assert monotonic() < deadline, "it does not come to that"
+        pause.wait(0.001)
 
 
 class Started(threading.Thread):

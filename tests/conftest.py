@@ -111,6 +111,22 @@ def running_http_server() -> "Iterator[HttpServer]":
         yield server
 
 
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[None]:
+    """The process that workers are forked from: made once for a file, since it takes seconds to import torch.
+
+    `pytestmark = pytest.mark.usefixtures("fork_server")`
+    """
+    from multiprocessing import resource_tracker
+
+    from aioloader import Pipeline
+
+    resource_tracker.ensure_running()  # of multiprocessing; it stays
+    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
+        assert list(keeper) == [0]
+        yield
+
+
 @pytest.fixture
 def http_server(running_http_server: "HttpServer") -> "HttpServer":
     """An HTTP server without files, which answers at once."""

@@ -2,11 +2,9 @@
 
 import json
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from time import monotonic
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from aioloader.core.policies import Policies
 from aioloader.insight.explain import explain
 from aioloader.insight.policies import MOST_KINDS, PolicyMeter
 from aioloader.testing import Gate
-from tests._support import DEADLINE, Face, Started, collect, on_both_faces
+from tests._support import DEADLINE, Face, Started, collect, on_both_faces, wait_until
 
 HOUR = 3600.0
 LATER = Retry(attempts=2, on=OSError, wait_initial=HOUR, wait_max=HOUR, jitter=0.0)
@@ -214,15 +212,6 @@ def policies_of(loader: Any, name: str) -> PolicyStats:
     return look(loader, name).policies or PolicyStats()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what other threads or processes do."""
-    deadline = monotonic() + DEADLINE
-    pause = threading.Event()
-    while not condition():
-        assert monotonic() < deadline, "it does not come to that"
-        pause.wait(0.001)
-
-
 class Asking:
     """A consumer that waits for batches in another thread, while the test looks; what it waits for never comes."""
 
@@ -272,7 +261,7 @@ def test_samples_that_wait_for_their_next_attempt_are_told(face: Face, how: str)
     pipeline = Pipeline(range(8)).map(load, concurrency=4, retry=LATER)
     loader = pipeline.in_process().batch(8) if how == "in_process" else pipeline.batch(8)
     with Asking(loader, face):
-        until(lambda: policies_of(loader, name).waiting_for_attempt == 3)
+        wait_until(lambda: policies_of(loader, name).waiting_for_attempt == 3)
         said = loader.explain()
         assert said.startswith("No batch has come yet: ")
         assert f"3 samples wait for their next attempts in {name}, the first in 3" in said
@@ -294,13 +283,13 @@ def test_samples_that_wait_for_a_rate_are_told(face: Face, threads: bool) -> Non
     fetch.__qualname__, load.__qualname__ = "fetch", "load"
     loader = Pipeline(range(9)).map(load if threads else fetch, concurrency=4, rate=Rate(1 / HOUR, burst=4)).batch(1)
     with Asking(loader, face):
-        until(lambda: loader.stats().batches == 4 and policies_of(loader, name).waiting_for_rate > 0)
+        wait_until(lambda: loader.stats().batches == 4 and policies_of(loader, name).waiting_for_rate > 0)
         still = replace(loader.stats(), waiting_seconds=HOUR, seconds=HOUR + 1.0)
         assert re.search(
             rf"\d samples wait for the rate of {re.escape(name)}, which is 0.00028 a second", explain(still)
         )
         # The wait that goes on is in no average yet.
-        until(
+        wait_until(
             lambda: (
                 f"The rate of {name} is the limit"
                 in explain(replace(loader.stats(), waiting_seconds=0.0, waited_fraction=0.9))
@@ -324,7 +313,7 @@ def test_places_that_are_taken_are_not_the_fault_of_the_rate(face: Face) -> None
     loader = Pipeline(range(20)).map(fetch, concurrency=2, rate=Rate(1000, burst=2)).batch(4)
     with Asking(loader, face):
         gate.wait_arrived(2)
-        until(lambda: policies_of(loader, "map(fetch)").waiting_for_rate == 0)
+        wait_until(lambda: policies_of(loader, "map(fetch)").waiting_for_rate == 0)
         assert "rate" not in loader.explain()
         assert "2 samples have been under way in map(fetch)" in loader.explain()
         gate.open_all()
@@ -340,7 +329,7 @@ def test_calls_that_hang_in_all_places_are_told_with_the_second_calls_that_find_
 
     loader = Pipeline(range(20)).map(fetch, concurrency=3, hedge=Hedge(after=0.0, budget=1.0)).batch(4)
     with Asking(loader, face):
-        until(lambda: policies_of(loader, "map(fetch)").waiting_for_second_call > 0 and len(gate.arrived) == 3)
+        wait_until(lambda: policies_of(loader, "map(fetch)").waiting_for_second_call > 0 and len(gate.arrived) == 3)
         assert "no place in map(fetch), whose 3 are taken: only a timeout ends calls that hang" in loader.explain()
         gate.open_all()
 
@@ -355,7 +344,7 @@ def test_late_calls_without_a_second_one_are_counted(face: Face) -> None:
 
     loader = Pipeline(range(20)).map(fetch, concurrency=3, hedge=Hedge(after=0.0, budget=0.0)).batch(20)
     with Asking(loader, face):
-        until(lambda: policies_of(loader, "map(fetch)").refused_hedges == 3)
+        wait_until(lambda: policies_of(loader, "map(fetch)").refused_hedges == 3)
         told = policies_of(loader, "map(fetch)")
         assert (told.hedge_budget, told.hedge_after, told.waiting_for_second_call) == (0.0, 0.0, 0)
         gate.open_all()

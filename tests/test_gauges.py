@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -19,25 +19,17 @@ from torch.utils.data import Dataset, IterableDataset
 
 from aioloader import DataLoader, Pipeline, StageStats, Waits
 from aioloader.core.entry import Entry
+from aioloader.engine import window as window_module
 from aioloader.insight.gauges import Gauges, WaitMeter
 from aioloader.insight.meters import StageMeter
 from aioloader.sources import Channel
 from aioloader.testing import Gate
-from tests._support import DEADLINE, Face, Started, Steps, collect, join_loader_threads, on_both_faces, run
+from tests._support import Face, Started, Steps, collect, join_loader_threads, on_both_faces, run, wait_until
 
 
 def stage(loader: Any, name: str) -> StageStats:
     stages: tuple[StageStats, ...] = loader.stats().stages
     return next(one for one in stages if one.name == name)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait in a thread without a loop; for what other threads or processes do."""
-    deadline = monotonic() + DEADLINE
-    pause = threading.Event()
-    while not condition():
-        assert monotonic() < deadline, "it does not come to that"
-        pause.wait(0.001)
 
 
 def mapped(gate: Gate, asynchronous: bool) -> Callable[[int], Any]:
@@ -98,10 +90,10 @@ def test_what_is_under_way_is_known_with_the_oldest(face: Face, asynchronous: bo
         assert (first.under_way, first.finished) == (4, 0)
         assert first.oldest_key == "0"
         before = first.oldest_seconds
-        until(lambda: stage(loader, name).oldest_seconds > before)
+        wait_until(lambda: stage(loader, name).oldest_seconds > before)
         gate.open(0)
         gate.wait_arrived(5)
-        until(lambda: stage(loader, name).oldest_key == "1")
+        wait_until(lambda: stage(loader, name).oldest_key == "1")
         gate.open(2, 3, 4)  # 1 still stands, and stays the oldest
         gate.wait_arrived(8)
         assert stage(loader, name).oldest_key == "1"
@@ -126,7 +118,7 @@ def test_finished_samples_wait_behind_a_slow_one(face: Face, asynchronous: bool)
         def window() -> list[StageStats]:
             return [one for one in loader.stats().stages if "map(" in one.name or "filter(" in one.name]
 
-        until(lambda: [one.finished for one in window()] == [9] * len(window()) == [9] * (1 + asynchronous))
+        wait_until(lambda: [one.finished for one in window()] == [9] * len(window()) == [9] * (1 + asynchronous))
         assert [one.under_way for one in window()] == [1, 0][: len(window())]
         assert window()[0].oldest_key == "0"
         assert window()[0].room >= 10
@@ -139,7 +131,7 @@ def test_a_lone_worker_knows_when_its_sample_began() -> None:
     loader = Pipeline(range(10)).map(mapped(gate, asynchronous=True), concurrency=1, ahead=8)
     with Asking(loader, "for"):
         gate.wait_arrived(1)
-        until(lambda: stage(loader, "map(wait)").oldest_seconds > 0.05)
+        wait_until(lambda: stage(loader, "map(wait)").oldest_seconds > 0.05)
         before = perf_counter()
         gate.open(0)
         gate.wait_arrived(2)
@@ -190,9 +182,9 @@ def test_all_executors_tell_what_is_under_way(tmp_path: Path, where: str) -> Non
 
     try:
         with loader, Asking(loader, "for"):
-            until(lambda: (now().under_way, now().oldest_key) == (1, "3"))
+            wait_until(lambda: (now().under_way, now().oldest_key) == (1, "3"))
             before = now().oldest_seconds
-            until(lambda: now().oldest_seconds > before)
+            wait_until(lambda: now().oldest_seconds > before)
             (tmp_path / "flag").touch()
         assert (now().under_way, now().oldest_seconds) == (0, 0.0)
         assert now().waited_seconds.max > 0
@@ -329,7 +321,7 @@ def test_samples_wait_for_a_slower_one_before_them(face: Face) -> None:
     loader = Pipeline(range(4)).map(mapped(gate, asynchronous=True), concurrency=4).batch(4)
     with Asking(loader, face):
         gate.wait_arrived(4)
-        until(lambda: stage(loader, "map(wait)").finished == 3)
+        wait_until(lambda: stage(loader, "map(wait)").finished == 3)
         began = perf_counter()
         while perf_counter() - began < 0.02:
             pass
@@ -351,9 +343,28 @@ def test_what_waits_for_a_worker_is_not_finished() -> None:
     loader = Pipeline(range(4)).map(fetch, concurrency=1, ahead=4).batch(4)
     with Asking(loader, "for"):
         gate.wait_arrived(1)
-        until(lambda: stage(loader, "map(fetch)").oldest_seconds > 0.5)
+        wait_until(lambda: stage(loader, "map(fetch)").oldest_seconds > 0.5)
         gate.open_all()
     assert stage(loader, "map(fetch)").waited_seconds.max < 0.5
+
+
+def test_what_waited_long_is_measured_however_fast_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is taken in quick succession not all is: so a time is looked at that does not stand still meanwhile."""
+    monkeypatch.setattr(window_module, "MEASURED_SECONDS", 0.03)
+
+    async def fetch(key: int) -> int:
+        return key
+
+    async def main() -> None:
+        loader = Pipeline(range(16)).map(fetch, concurrency=8).batch(8).prefetch(0)
+        batches = aiter(loader)
+        await anext(batches)
+        await asyncio.sleep(0.05)  # the others are there at once, and wait
+        await anext(batches)
+        assert stage(loader, "map(fetch)").waited_seconds.max >= 0.04
+        await loader.aclose()
+
+    run(main)
 
 
 def finished(*since: float) -> list[Entry]:
@@ -678,7 +689,7 @@ def test_a_filter_that_refuses_everything_is_named(face: Face) -> None:
     loader = Pipeline(range(100)).map(mapped(gate, asynchronous=True), concurrency=4).filter(has_variance).batch(8)
     with Asking(loader, face):
         gate.wait_arrived(54)
-        until(lambda: "filter(has_variance) has left out all 50 samples so far" in loader.explain())
+        wait_until(lambda: "filter(has_variance) has left out all 50 samples so far" in loader.explain())
         assert "4 samples have been under way in map(wait)" in loader.explain()
         gate.open_all()
     assert "filter(has_variance) has left out all 100 samples so far" in loader.explain()
@@ -689,13 +700,13 @@ def test_an_idle_channel_is_no_limit(face: Face) -> None:
     channel = Channel(8)
     loader = Pipeline(channel).map(lambda key: key).batch(2)
     with Asking(loader, face):
-        until(lambda: "idle" in loader.explain())
+        wait_until(lambda: "idle" in loader.explain())
         said = loader.explain()
         assert said.startswith("The source is idle: nothing has come from source(Channel) for ")
         assert "nothing in the loader is the limit" in said
         for key in range(5):
             channel.send_nowait(key)
-        until(lambda: loader.stats().batches == 2 and loader.stats().waiting_seconds > 1.1)
+        wait_until(lambda: loader.stats().batches == 2 and loader.stats().waiting_seconds > 1.1)
         said = loader.explain()
         assert said.startswith("The source is idle: no sample has come for ")
         assert "is the limit (2 batches" in said
@@ -709,7 +720,7 @@ def test_a_wait_that_is_long_for_this_loader_is_told_instead_of_averages() -> No
     loader = Pipeline(range(60)).map(mapped(gate, asynchronous=False), concurrency=2).batch(4)
     with Asking(loader, "for"):
         gate.wait_arrived(42)
-        until(lambda: loader.explain().startswith("No batch has come for "))
+        wait_until(lambda: loader.explain().startswith("No batch has come for "))
         assert "2 samples have been under way in map(block) for " in loader.explain()
         assert "the oldest is key 40" in loader.explain()
         gate.open_all()
@@ -737,7 +748,7 @@ def test_a_paused_loader_is_called_paused(face: Face) -> None:
     with loader.paused():
         assert loader.stats().paused
         asking = Started(lambda: collect(loader, face))
-        until(lambda: loader.stats().waiting_seconds > 0)
+        wait_until(lambda: loader.stats().waiting_seconds > 0)
         assert "No batch has come yet: the loader is paused" in loader.explain()
     assert len(asking.outcome()) == 2
     assert not loader.stats().paused

@@ -7,17 +7,17 @@ import os
 import pickle
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context, resource_tracker
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
 
 from aioloader import Hedge, Limit, Pipeline
 from aioloader.testing import Gate
-from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run, until
+from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run, until, wait_until
 
 KINDS = ("async", "threads")
 
@@ -26,13 +26,7 @@ def square(sample: int) -> int:
     return sample * sample
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that workers are forked from: made once, for it takes seconds to import torch."""
-    resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(square, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class Counter:
@@ -646,6 +640,10 @@ def test_a_forked_child_has_a_limit_of_its_own() -> None:
     assert held.outcome() == [0, 1]
 
 
+def _is_free(limit: Limit) -> bool:
+    return limit._ledger.used == 0
+
+
 @pytest.mark.parametrize("face", FACES)
 def test_random_schedules_of_stages_and_values(face: Face) -> None:
     """Whatever the pipeline and whenever the value changes: all samples come, in order, within the limit."""
@@ -670,7 +668,4 @@ def test_random_schedules_of_stages_and_values(face: Face) -> None:
             if len(taken) < 60:
                 _close(loader, steps, face)
         assert counter.most <= most
-        deadline = time.monotonic() + DEADLINE
-        while limit._ledger.used and time.monotonic() < deadline:  # the loop of `for` ends in its own time
-            time.sleep(0.001)
-        assert limit._ledger.used == 0
+        wait_until(partial(_is_free, limit))  # the loop of `for` ends in its own time

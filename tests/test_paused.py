@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,7 @@ from tests._support import Face, Started, Steps, collect, on_both_faces, run, tu
 KINDS = ("async", "threads")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that workers are forked from: made once, for it takes seconds to import torch."""
-    resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class Work:

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,15 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from aioloader import DataLoader, Hedge, Pipeline, Rate, Retry, Skip, sample_rng
+from aioloader import DataLoader, Hedge, Rate, Retry, Skip, sample_rng
 from aioloader.testing import assert_resumes_exactly
-from tests._support import Face, Steps, collect, on_both_faces, until
+from tests._support import Face, Steps, collect, on_both_faces, until, wait_until
 
 AT_ONCE = Retry(3, ConnectionError, wait_initial=0, jitter=0)
 SLOW = 1 / 3600
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that workers are forked from: made once, for it takes seconds to import torch."""
-    resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class Flaky:
@@ -306,8 +299,7 @@ def test_it_closes_while_samples_wait_for_their_next_attempt(kind: str, face: Fa
     with Steps(loader, face) as steps:
         asked = steps.ask()
         if face == "for":
-            while not retries(loader):
-                time.sleep(0.001)
+            wait_until(lambda: retries(loader) > 0)
             loader.close()
         else:
 

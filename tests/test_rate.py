@@ -8,10 +8,9 @@ import os
 import pickle
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
-from multiprocessing import resource_tracker
 from typing import Any
 
 import pytest
@@ -26,13 +25,7 @@ SLOW = 1 / 3600
 """Calls a second: nobody waits for the second one."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that workers are forked from: made once, for it takes seconds to import torch."""
-    resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class RefusedError(Exception):
@@ -90,6 +83,16 @@ def test_tokens_come_at_the_rate_up_to_the_burst(clock: Clock) -> None:
     assert (rate.per_second, rate.burst) == (10.0, 3)
     assert Rate(1000).burst == 50
     assert Rate(1).burst == 1
+
+
+def test_where_it_is_far_from_acting_it_is_asked_once_for_many(clock: Clock) -> None:
+    """But most of what nobody asks for is left to others."""
+    rate = Rate(1000, burst=100)
+    assert rate.take_ready(4, 1000) == 4 + 96 // 8
+    assert rate.take_ready(100) == 100 - 16
+    assert rate.take_ready(1, 1000) == 0
+    clock.now += 0.01
+    assert rate.take_ready(4, 1000) == 4 + 6 // 8
 
 
 def test_who_asks_first_has_the_first_turn(clock: Clock) -> None:
@@ -167,6 +170,21 @@ class Server:
         return True
 
 
+class SecondServer(Server):
+    """Allows so many requests in each second of the clock."""
+
+    def __init__(self, allowed: float, now: float) -> None:
+        super().__init__(allowed, now)
+        self._tokens = allowed
+
+    def allows(self, now: float) -> bool:
+        if int(now) != int(self._at):
+            self._tokens = self.allowed
+        self._at = now
+        self._tokens -= 1
+        return self._tokens >= 0
+
+
 def simulate(
     clock: Clock,
     rate: Rate,
@@ -230,6 +248,21 @@ def test_it_reaches_what_a_server_allows_and_is_seldom_refused(round_trip: float
     assert sum(at > 5 for at in refused) <= 0.01 * later
     assert len(refused) <= 0.04 * len(allowed)
     assert sum(at < 3 for at in allowed) >= 0.5 * 200 * 3  # soon
+
+
+def test_a_start_that_is_far_beyond_is_corrected_by_what_was_begun(clock: Clock) -> None:
+    """Not by halves, each of which costs refusals."""
+    allowed, refused = simulate(clock, Rate.adaptive(RefusedError, start=2000), Server(200, clock.now), 30.0)
+    assert len(allowed) >= 0.95 * 200 * 30
+    assert len(refused) <= 0.015 * len(allowed)
+
+
+def test_a_server_that_counts_by_the_second_is_seldom_asked_too_much(clock: Clock) -> None:
+    """What was begun in the last second says how much that is, when it refuses for the first time."""
+    rate = Rate.adaptive(RefusedError, start=10)
+    allowed, refused = simulate(clock, rate, SecondServer(200, clock.now), 30.0, round_trip=0.005)
+    assert len(allowed) >= 0.9 * 200 * 30
+    assert len(refused) <= 0.008 * len(allowed)
 
 
 def test_it_follows_a_server_that_allows_more_or_less(clock: Clock) -> None:

@@ -1,23 +1,24 @@
 """`map(retry=)`: calls that fail are made again; who waits for that keeps its place and holds nobody up."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aioloader import Limit, Pipeline, Retry, sample_rng
+from aioloader import Limit, LoaderClosedError, Pipeline, Retry, sample_rng
 from aioloader.core.policies import Budget, retry_after
 from aioloader.testing import Gate, assert_resumes_exactly
-from tests._support import FACES, Face, Steps, collect, notes, on_both_faces, run, turns, until
+from tests._support import FACES, Face, Steps, collect, notes, on_both_faces, run, turns, until, wait_until
 
 KINDS = ("async", "threads")
 
@@ -26,13 +27,7 @@ NEVER = Retry(attempts=3, on=OSError, wait_initial=3000.0, wait_max=3000.0, jitt
 """No test waits for the next attempt of this."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that workers are forked from: made once, for it takes seconds to import torch."""
-    resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class Flaky:
@@ -318,8 +313,57 @@ def test_a_budget_stops_retries_in_an_outage(kind: str, face: Face) -> None:
     with Steps(loader, face) as steps:
         outcomes = steps.outcomes()
     assert all(isinstance(outcome, OSError) for outcome in outcomes)
-    assert 10 <= loader.stats().stages[1].retries <= 10 + 12
+    assert 20 <= loader.stats().stages[1].retries <= 10 + 12
     assert any("retries are 10% of all calls at most (budget)" in notes(outcome) for outcome in outcomes)
+
+
+@on_both_faces
+def test_a_budget_counts_calls_of_a_hop_that_is_not_over(face: Face) -> None:
+    """A thread that has made many calls stands in another one: they are counted, and may be retried."""
+    gate = Gate()
+
+    def fetch(sample: int) -> int:
+        if sample < 200:
+            raise OSError
+        gate.pass_sync(sample)
+        return sample
+
+    retry = Retry(attempts=2, on=OSError, wait_initial=3600.0, wait_max=3600.0, budget=0.2)
+    loader = Pipeline(range(201)).map(fetch, concurrency=1, ahead=201, retry=retry)
+    with Steps(loader, face) as steps:
+        asked = steps.ask()
+        steps.until_arrived(gate, 1)
+
+        async def retried() -> None:
+            await until(lambda: loader.stats().stages[1].retries >= 40)
+
+        wait_until(lambda: loader.stats().stages[1].retries >= 40) if face == "for" else steps.do(retried)
+        gate.open_all()
+        loader.close() if face == "for" else steps.do(loader.aclose)
+        with contextlib.suppress(LoaderClosedError, StopIteration, StopAsyncIteration, OSError):
+            asked()
+    loader.close()
+
+
+def test_a_sample_that_is_tried_again_has_its_numbers_from_the_first_on() -> None:
+    """Also in the worker that has made its generator, and has had no use for another since."""
+    drawn: list[int] = []
+
+    async def fetch(sample: int) -> int:
+        if sample == 0:
+            drawn.append(sample_rng().random().randrange(1 << 30))
+            if len(drawn) == 1:
+                raise OSError
+        else:
+            await turns(50)  # the first sample's time comes
+        return sample
+
+    async def main() -> None:
+        loader = Pipeline(range(3)).with_seed(1).map(fetch, concurrency=1, ahead=3, retry=AT_ONCE)
+        assert [sample async for sample in loader] == [0, 1, 2]
+
+    run(main)
+    assert drawn[0] == drawn[1]
 
 
 @on_both_faces

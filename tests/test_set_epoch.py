@@ -11,15 +11,10 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from aioloader import DataLoader, Pipeline
 from tests._support import Face, collect, on_both_faces
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no worker processes")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that others are forked from: made once, for it takes seconds to import torch."""
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="there are no worker processes"),
+    pytest.mark.usefixtures("fork_server"),
+]
 
 
 class Told:

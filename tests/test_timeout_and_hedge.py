@@ -11,7 +11,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,7 @@ AT_ONCE = Hedge(after=0.0, budget=1.0)
 AGAIN = Retry(attempts=3, on=TimeoutError, wait_initial=0.0, jitter=0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that workers are forked from: made once, for it takes seconds to import torch."""
-    resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 
 class Calls:
@@ -438,6 +431,28 @@ def test_one_that_fails_does_not_win(fails: str) -> None:
             assert await asked == (2 if fails == "first" else 1)
 
     run(main)
+
+
+def test_a_call_is_looked_at_again_when_the_budget_was_used_up() -> None:
+    """Though no other call begins: what is only a little late does not cost it its chance of a second one."""
+    calls = Calls()
+
+    async def fetch(sample: int) -> int:
+        with calls.call(sample) as number:
+            if number == 1:
+                await (asyncio.Event().wait() if sample < 11 else calls.gate.passing(sample))
+            return sample
+
+    async def main() -> None:
+        loader = Pipeline(range(40)).map(fetch, concurrency=60, hedge=Hedge(after=0.005, budget=0.05))
+        batches = aiter(loader)
+        asked = asyncio.ensure_future(anext(batches))
+        await until(lambda: sum(calls.of.values()) == 50)  # ten are free
+        calls.gate.open_all()  # which pays for one more
+        assert [await asked, *[sample async for sample in batches]] == list(range(40))
+
+    run(main)
+    assert all(calls.of[sample] == 2 for sample in range(11))
 
 
 @on_both_faces

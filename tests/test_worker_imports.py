@@ -16,7 +16,10 @@ import pytest
 from aioloader import DataLoader, Pipeline
 from tests._support import Face, collect, on_both_faces, workers
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there are no worker processes")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="there are no worker processes"),
+    pytest.mark.usefixtures("fork_server"),
+]
 
 MODULE = """
 import os
@@ -40,14 +43,6 @@ class Rows:
         self.calls += 1
         return os.getpid(), counted(index), self.calls
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server() -> Iterator[None]:
-    """The process that others are forked from: made once, for it takes seconds to import torch."""
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
-        yield
 
 
 class Module:

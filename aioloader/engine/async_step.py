@@ -256,13 +256,13 @@ class AsyncStep(Step):
             sample.name = entry
             try:
                 result = await fn(entry.value)
-                if call is not None and call.touched and guard is not None:
-                    result = await guard.outcome(call, result, None)
+                if call is not None and call.touched:
+                    result = await call.guard.outcome(call, result, None)
                 dropped = predicate and not result
             except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
                 failure: BaseException | None = error
-                if call is not None and call.touched and guard is not None:
-                    failure = await guard.failed(call, entry, error)
+                if call is not None and call.touched:
+                    failure = await call.guard.failed(call, entry, error)
                 if isinstance(failure, CancelledError):
                     if run.stopping and failure is error:
                         raise
@@ -283,7 +283,7 @@ class AsyncStep(Step):
                 if self._runner is not me:  # it has suspended: what follows happens now
                     began, count = self._counted(count + 1, began), -1
                     sample.since, resumed = began, True
-                    if guard is not None and guard.measured and call is not None:
+                    if call is not None and call.guard.measured:
                         call.ended()
                 entry.since = began  # else it took no time to speak of
                 if dropped:

@@ -375,7 +375,7 @@ class Guard:
                 late.append(record)
             else:
                 following = min(following, record.began + self._soonest)
-        for record in sorted(late, key=_began):  # the latest first, for there may not be enough of the budget for all
+        for record in sorted(late, key=_began):  # those that take longest first: the budget may not do for all
             self._hedge_it(record)
             again = record.began + self._timeout
             if record.hedged != record.began:

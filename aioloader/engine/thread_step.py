@@ -98,7 +98,6 @@ class SyncStep(Step):
         """A hop is over; back on the loop. The first `settled` of its samples went on before."""
         self._active -= 1
         tried = len(result.outcomes)
-        self.meter.samples += tried  # first: a budget of retries is a share of them
         self._settle(entries, result.outcomes[settled:])
         self.meter.busy_seconds += result.busy_seconds
         self.meter.cpu_seconds += result.cpu_seconds
@@ -117,6 +116,7 @@ class SyncStep(Step):
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
+        self.meter.samples += len(outcomes)  # first: a budget of retries is a share of them
         now = self._window.now = perf_counter()
         forward = self._forward
         for entry, outcome in zip(entries, outcomes, strict=False):

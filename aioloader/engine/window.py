@@ -248,8 +248,7 @@ class Window(Node):
         self._occupied -= before - len(slots)
         if taken and self._waits is not None and not self.hands_out:
             self._unmeasured += len(taken)
-            if self.now >= self._measures_at:
-                now = perf_counter()
+            if (now := perf_counter()) >= self._measures_at:
                 self._measures_at = now + MEASURED_SECONDS
                 self._waits.took(now, taken, self._unmeasured)
                 self._unmeasured = 0

@@ -30,7 +30,7 @@ class CutShortError(BrokenDataError):
 
 
 class StoreRetry(Retry):
-    """A `Retry` without an `on` of the user's: what another attempt cannot change is final."""
+    """A `Retry` for which nobody has said `on`: what another attempt cannot change is final."""
 
     def retries(self, error: BaseException) -> bool:
         return isinstance(error, self.on) and (isinstance(error, CutShortError) or not isinstance(error, _final()))
