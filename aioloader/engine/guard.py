@@ -335,7 +335,7 @@ class Guard:
             policies.hedge_after = self._after
 
     def watch(self, began: float) -> None:
-        """Look when a call that began then may be late. Those after it will be late after it, so the timer rings before."""
+        """Look when a call that began then may be late; those after it cannot be late before that."""
         self._ring(began + self._soonest)
         self.watched = True
 
