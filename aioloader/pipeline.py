@@ -66,11 +66,14 @@ from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_so
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
+from aioloader.stages.batch_by_length import BatchByLength, TooLong
 from aioloader.stages.cache import Cache
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.drop_if import DropIf
 from aioloader.stages.flow import Guarantee
 from aioloader.stages.in_process import OwnProcess
+from aioloader.stages.length import check_length
+from aioloader.stages.length_plan import Budget
 from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.rank import Even
 from aioloader.stages.repeat import Repeat
@@ -413,6 +416,56 @@ class Pipeline(Loader):
         if max_wait is not None:
             max_wait = check_seconds("max_wait", max_wait)
         return self._then(Batch(size, bool(drop_last), CollateWith(collate_fn), max_wait))
+
+    def batch_by_length(
+        self,
+        max_tokens: int,
+        length: Callable[[Any], int] | str,
+        *,
+        padded: bool = True,
+        max_samples: int | None = None,
+        window: int | None = 2048,
+        seed: int = 0,
+        too_long: TooLong = "alone",
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> "Pipeline":
+        """Group samples into batches of at most `max_tokens` tokens, of samples that are about as long.
+
+        `window` samples are sorted by their lengths and cut into batches, which are given in an order that depends on
+        `seed`, the number of the epoch and that of the window. So the first batch waits for a whole window; while its
+        batches are given, the next window comes in. Where a sample has failed, only that is raised: before the batches
+        of its window, or with `window=None` between those before it and those after it.
+
+        Before `shard()` whole batches are dealt, the same number to each rank.
+
+        ```python
+        loader = Pipeline(documents).map(tokenize).batch_by_length(16384, len, collate_fn=pad).shard()
+        ```
+
+        Args:
+            max_tokens: At least 1.
+            length: How many tokens a sample has, at least 1: a sync function of it, or the name of the field that is
+                as long.
+            padded: All samples of a batch are padded to the longest, so that count times longest is what counts. False:
+                the sum of the lengths.
+            max_samples: Samples in a batch, at least 1. None: any number.
+            window: Samples that are sorted together, at least 1. A resume in the middle of a window reads it again.
+                None: the order is kept, and a batch is closed before the sample that would pass the budget.
+            seed: Any integer.
+            too_long: What becomes of a sample that is longer than `max_tokens`: `"alone"` makes a batch of it,
+                `"drop"` leaves it out (`stats()` counts it as `dropped`), `"error"` raises in its place.
+            collate_fn: As for `batch`. The default stacks, which fails for samples of several lengths: pass one that
+                pads.
+
+        Raises:
+            TypeError: `length` cannot be called with one argument, or is async, or a number is none.
+            ValueError: A number is too small, or `too_long` is something else.
+        """
+        of = check_length(length, "batch_by_length(16384, len)")
+        if collate_fn is not None:
+            check_callable("collate_fn", collate_fn, arguments=1, example="batch_by_length(16384, len, collate_fn=pad)")
+        budget = Budget(max_tokens, bool(padded), max_samples)
+        return self._then(BatchByLength(budget, of, window, seed, too_long, CollateWith(collate_fn)))
 
     def cache(
         self, *, memory_bytes: int | None = None, disk: str | PathLike[str] | None = None, version: Any = ""

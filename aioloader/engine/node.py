@@ -218,29 +218,40 @@ class FoldNode(Node):
         self._upstream.start(run, kick)
 
     def poll(self, limit: int) -> list[Entry]:
-        ready, fold, upstream = self._ready, self._fold, self._upstream
+        ready, fold = self._ready, self._fold
         while not ready:
             if self._flushed:
                 self.ended = True
                 return []
             if fold.full:
                 self._finish()
-                continue
-            run = upstream.poll(fold.wants(limit))
-            if run:
-                failed = run.pop() if run[-1].state == LAST else None
-                self._feed(run)
-                if failed is not None or fold.full:
-                    self._finish()
-                if failed is not None:
-                    failed.cursor = fold.failed_at(failed.cursor)
-                    if ready and ready[-1].state == LAST:
-                        ready.pop()  # what the fold says of an end that is none
-                    ready.append(failed)
-            elif upstream.ended:
-                self._finish()
-            else:
+            elif not self._take_in(fold.wants(limit)):
                 return []
+        return self._hand_over(limit)
+
+    def _take_in(self, count: int) -> bool:
+        """Give the fold up to `count` entries that are ready, or the end; False when there is nothing now."""
+        fold, upstream, ready = self._fold, self._upstream, self._ready
+        run = upstream.poll(count)
+        if run:
+            failed = run.pop() if run[-1].state == LAST else None
+            self._feed(run)
+            if failed is not None or fold.full:
+                self._finish()
+            if failed is not None:
+                failed.cursor = fold.failed_at(failed.cursor)
+                if ready and ready[-1].state == LAST:
+                    ready.pop()  # what the fold says of an end that is none
+                ready.append(failed)
+        elif upstream.ended:
+            self._finish()
+        else:
+            return False
+        return True
+
+    def _hand_over(self, limit: int) -> list[Entry]:
+        """Up to `limit` of what is ready."""
+        ready = self._ready
         if len(ready) <= limit:
             taken = list(ready)
             ready.clear()
