@@ -27,6 +27,7 @@ from aioloader.insight.policies import PolicyStats
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
+from aioloader.stages.packed import Packed
 
 __all__ = [
     "AioloaderError",
@@ -40,6 +41,7 @@ __all__ = [
     "Limit",
     "LoaderClosedError",
     "NothingPassesError",
+    "Packed",
     "Pipeline",
     "PolicyStats",
     "Rate",

@@ -1,6 +1,6 @@
 """`Pipeline`: the description of how samples become batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from math import isfinite
@@ -75,6 +75,8 @@ from aioloader.stages.in_process import OwnProcess
 from aioloader.stages.length import check_length
 from aioloader.stages.length_plan import Budget
 from aioloader.stages.map import Filter, FlatMap, Map
+from aioloader.stages.pack import OverRow, Pack
+from aioloader.stages.pack_plan import Strategy
 from aioloader.stages.rank import Even
 from aioloader.stages.repeat import Repeat
 from aioloader.stages.select import Enumerate, SkipFirst, Take
@@ -466,6 +468,51 @@ class Pipeline(Loader):
             check_callable("collate_fn", collate_fn, arguments=1, example="batch_by_length(16384, len, collate_fn=pad)")
         budget = Budget(max_tokens, bool(padded), max_samples)
         return self._then(BatchByLength(budget, of, window, seed, too_long, CollateWith(collate_fn)))
+
+    def pack(
+        self,
+        seq_len: int,
+        *,
+        length: Callable[[Any], int] | str | None = None,
+        strategy: Strategy = "best_fit",
+        open_rows: int = 64,
+        max_documents: int | None = None,
+        too_long: OverRow = "split",
+        pad_value: float | Mapping[str, float] = 0,
+        pad_to: int = 1,
+    ) -> "Pipeline":
+        """Pack documents into rows of `seq_len` tokens; gives `Packed`.
+
+        A document is a tensor, array or list of numbers, or a mapping of names to these, all of one length: each field
+        is packed alike. What is after the last document of a row is padding. A document that failed, or is none, raises
+        in its turn, and the rows are made of the others.
+
+        Before `shard()` whole rows are dealt. `batch(n)` after it stacks rows, see `Packed`.
+
+        ```python
+        loader = Pipeline(documents).map(tokenize).pack(4096).shard().batch(8)
+        ```
+
+        Args:
+            seq_len: Tokens of a row, at least 1.
+            length: Is compared with what a document has: a sync function, or the name of a field. None: nothing is.
+            strategy: Where a document goes. `"best_fit"`: into the open row that it fills best; `"first_fit"`: into the
+                oldest open row that has room; `"split"`: after the one before it, cut where the row ends.
+            open_rows: Rows that are filled at a time, at least 1: more of them need less padding. A resume reads again
+                what is in them.
+            max_documents: Of a row, at least 1. None: any number.
+            too_long: A document of more than `seq_len` tokens: `"split"` cuts it, `"drop"` leaves it out (`stats()`
+                counts it as `dropped`), `"error"` raises in its place.
+            pad_value: What padding is; for documents with fields, also a mapping of their names. `labels` are padded
+                with -100 unless it names them.
+            pad_to: Each document is padded to a multiple of this, for context parallelism: twice as many as ranks.
+
+        Raises:
+            TypeError: `length` cannot be called with one argument, or is async, or a number is none.
+            ValueError: A number is too small, `seq_len` is no multiple of `pad_to`, or a word is none of those above.
+        """
+        of = None if length is None else check_length(length, "pack(4096, length=len)")
+        return self._then(Pack(seq_len, of, strategy, open_rows, max_documents, too_long, pad_value, pad_to))
 
     def cache(
         self, *, memory_bytes: int | None = None, disk: str | PathLike[str] | None = None, version: Any = ""

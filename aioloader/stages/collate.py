@@ -10,6 +10,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import add_note, safe_repr, safe_repr_list
+from aioloader.stages.packed import Packed, collate_packed
 
 __all__ = ["DEFAULT", "Collate", "collate_samples", "named"]
 
@@ -68,6 +69,7 @@ class Collate:
             # torch's own function takes shared memory where `get_worker_info()` says that this is a worker process:
             # our batches never cross to another process as torch's do.
             collate_fn_map[torch.Tensor] = self._stack
+        collate_fn_map.setdefault(Packed, collate_packed)
         return collate_fn_map
 
     def _stack(self, tensors: Sequence[torch.Tensor], *, collate_fn_map: object = None) -> torch.Tensor:

@@ -1,0 +1,250 @@
+"""Documents as tensors, and rows made of them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data._utils import collate as torch_collate
+
+from aioloader.core.safe_text import safe_repr
+
+__all__ = ["IGNORED", "Document", "MakeRow", "Packed", "Padding", "RowParts", "collate_packed", "document_of"]
+
+IGNORED: Final = -100
+"""What labels are padded with: torch's `cross_entropy` leaves it out."""
+
+
+class Packed(NamedTuple):
+    """A row of tokens of several documents; see `docs/text.md` for what attention needs of it.
+
+    What follows is for a row of L tokens with n documents, a piece of one counted as one. `batch(B)` stacks rows:
+    `tokens`, `positions` and `segments` are [B, L] then, and `cu_seqlens` is that of the B rows one after the other,
+    [B * L] tokens, where the padding at the end of a row is a sequence of its own.
+
+    Attributes:
+        tokens: [L], of the documents' dtype; for documents with fields, a dict of these.
+        positions: int64 [L]: the number of each token in its document (piece), from 0; 0 in the padding.
+        segments: int64 [L]: the number of the document of each token, from 1; 0 is padding.
+        cu_seqlens: int32 [n + 1]: where each document begins, and where the last one ends.
+        max_seqlen: Tokens of the longest one.
+        keys: What names each document, n of them; after `batch(B)`, B tuples of these.
+    """
+
+    tokens: Any
+    positions: Tensor
+    segments: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    keys: tuple[Any, ...]
+
+
+class Padding:
+    """What each field is padded with.
+
+    Args:
+        value: For all fields but `labels`, which have `IGNORED`; or a mapping of names to values, 0 for others.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._of: dict[str, Any] = {"labels": IGNORED}
+        self._default = 0
+        if isinstance(value, Mapping):
+            self._of.update(value)
+        else:
+            self._default = value
+        self._fits: dict[tuple[Any, torch.dtype], bool] = {}
+
+    def of(self, name: str | None) -> Any:
+        """That of a field; None: documents have none."""
+        return self._default if name is None else self._of.get(name, self._default)
+
+    def check(self, name: str | None, dtype: torch.dtype) -> None:
+        """Refuse a dtype that cannot hold it.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        value = self.of(name)
+        fits = self._fits.get((value, dtype))
+        if fits is None:
+            self._fits[value, dtype] = fits = _holds(dtype, value)
+        if not fits:
+            raise ValueError(
+                f"{_what(name)} of dtype {dtype} cannot hold the padding {value!r}; convert it in a map before, or "
+                f"pass another pad_value"
+            )
+
+
+def _holds(dtype: torch.dtype, value: Any) -> bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return True
+    if dtype is torch.bool:
+        return value in (0, 1)
+    limits = torch.iinfo(dtype)
+    return bool(value == int(value) and limits.min <= value <= limits.max)
+
+
+@dataclass(slots=True)
+class Document:
+    """What a sample holds.
+
+    Attributes:
+        length: Tokens.
+        tokens: [length], or a dict of these.
+    """
+
+    length: int
+    tokens: "Tensor | dict[str, Tensor]"
+
+    @property
+    def names(self) -> frozenset[Any] | None:
+        """Of its fields; None: it has none."""
+        return frozenset(self.tokens) if isinstance(self.tokens, dict) else None
+
+
+def document_of(sample: Any, padding: Padding) -> Document:
+    """`sample` as tensors, without a copy where there are some.
+
+    Raises:
+        TypeError: It is neither a sequence of numbers nor a mapping of names to such.
+        ValueError: It has more than one dimension, or no tokens, or its fields are of several lengths.
+    """
+    if isinstance(sample, Mapping):
+        fields = {name: _tokens_of(value, name) for name, value in sample.items()}
+        lengths = {name: len(tokens) for name, tokens in fields.items()}
+        if len(set(lengths.values())) != 1:
+            told = ", ".join(f"{name}: {length}" for name, length in lengths.items()) or "none"
+            raise ValueError(
+                f"the fields of a document must be of one length, got {told}; leave out in a map before what is not "
+                f"one value per token"
+            )
+        for name, tokens in fields.items():
+            padding.check(name, tokens.dtype)
+        document = Document(next(iter(lengths.values())), fields)
+    else:
+        tokens = _tokens_of(sample, None)
+        padding.check(None, tokens.dtype)
+        document = Document(len(tokens), tokens)
+    if not document.length:
+        raise ValueError("a document must have at least 1 token, got 0; leave empty ones out, for instance with filter")
+    return document
+
+
+def _what(name: str | None) -> str:
+    return "a document" if name is None else f"the field {safe_repr(name, 60)} of a document"
+
+
+def _tokens_of(value: Any, name: str | None) -> Tensor:
+    """[length], on the CPU."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value if value.flags.writeable and value.flags.c_contiguous else value.copy())
+    elif isinstance(value, list | tuple):
+        value = _tensor_of(value, name)
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{_what(name)} must be a tensor, array or list of numbers, one per token, got {safe_repr(value, 60)} of "
+            f"type {type(value).__name__}; tokenize it in a map before, and leave out there what is not one value per "
+            f"token"
+        )
+    if value.ndim != 1:
+        raise ValueError(f"{_what(name)} must have one dimension, got shape {list(value.shape)}; flatten it before")
+    return value.detach() if value.requires_grad else value
+
+
+def _tensor_of(value: Sequence[Any], name: str | None) -> Tensor:
+    try:
+        return torch.tensor(value) if value else torch.empty(0, dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{_what(name)} must hold numbers, one per token, got {safe_repr(value, 60)}") from error
+
+
+class RowParts(NamedTuple):
+    """A row before it is copied together.
+
+    Attributes:
+        pieces: Document, start and stop.
+        keys: One for each.
+    """
+
+    pieces: list[tuple[Document, int, int]]
+    keys: tuple[Any, ...]
+
+
+class MakeRow:
+    """Copies documents together.
+
+    Args:
+        seq_len: Tokens of a row.
+        padding: What is put after them.
+        pad_to: Each document takes a multiple of so many tokens.
+    """
+
+    def __init__(self, seq_len: int, padding: Padding, pad_to: int = 1) -> None:
+        self._seq_len = seq_len
+        self._padding = padding
+        self._pad_to = pad_to
+        self._numbers = np.arange(seq_len)
+
+    def __call__(self, row: RowParts) -> Packed:
+        """One row."""
+        pad_to = self._pad_to
+        sizes = [-(-(stop - start) // pad_to) * pad_to for _, start, stop in row.pieces]
+        ends = list(accumulate(sizes))
+        cu_seqlens = np.array([0, *ends], dtype=np.int32)
+        used = ends[-1]
+        positions, segments = np.zeros((2, self._seq_len), dtype=np.int64)
+        np.subtract(self._numbers[:used], np.repeat(cu_seqlens[:-1], sizes), out=positions[:used])
+        segments[:used] = np.repeat(self._numbers[: len(sizes)], sizes)
+        segments[:used] += 1
+        first = row.pieces[0][0].tokens
+        tokens: Any
+        if isinstance(first, dict):
+            tokens = {name: self._field(name, row, used) for name in first}
+        else:
+            tokens = self._field(None, row, used)
+        return Packed(
+            tokens,
+            torch.from_numpy(positions),
+            torch.from_numpy(segments),
+            torch.from_numpy(cu_seqlens),
+            max(sizes),
+            row.keys,
+        )
+
+    def _field(self, name: str | None, row: RowParts, used: int) -> Tensor:
+        """[L]; where dtypes differ, of one that holds them all."""
+        parts: list[Tensor] = []
+        for document, start, stop in row.pieces:
+            tokens = document.tokens if name is None else document.tokens[name]  # type: ignore[index]
+            assert isinstance(tokens, Tensor)
+            parts.append(tokens if not start and stop == document.length else tokens[start:stop])
+            if rest := (start - stop) % self._pad_to:
+                parts.append(tokens.new_full((rest,), self._padding.of(name)))
+        if rest := self._seq_len - used:
+            parts.append(parts[0].new_full((rest,), self._padding.of(name)))
+        return torch.cat(parts)
+
+
+def collate_packed(rows: Sequence[Packed], *, collate_fn_map: Any = None) -> Packed:
+    """One batch of rows, see `Packed`."""
+    if rows[0].segments.ndim != 1:
+        raise TypeError("rows can be batched once, got batches of them; call batch() with the size of the whole batch")
+    tokens, positions, segments = (
+        torch_collate.collate(list(part), collate_fn_map=collate_fn_map)
+        for part in zip(*(row[:3] for row in rows), strict=True)
+    )
+    size = rows[0].segments.shape[0]
+    parts = [np.zeros(1, dtype=np.int32)]
+    longest = 0
+    for number, row in enumerate(rows):
+        ends = row.cu_seqlens.numpy()
+        parts.append(ends[1:] + number * size)
+        longest = max(longest, row.max_seqlen, rest := size - int(ends[-1]))
+        if rest:
+            parts.append(np.array([(number + 1) * size], dtype=np.int32))
+    cu_seqlens = torch.from_numpy(np.concatenate(parts).astype(np.int32, copy=False))
+    return Packed(tokens, positions, segments, cu_seqlens, longest, tuple(row.keys for row in rows))
