@@ -85,6 +85,8 @@ class Flow:
         guarantee_if_cut: The same if a later stage ends the epoch before its source does.
         batch_size: Samples per batch on this rank; None: they are not batched.
         collated: The newest batches among them come from the default collate.
+        whole: They are rows or batches of no fixed number of samples: a step is one of them for each rank, and those to
+            come are the same, however many ranks they are dealt to.
         ranks: None: all ranks get all samples.
         steady: There are as many batches per epoch, whatever the number of ranks.
         steps: The maps and filters right before this place.
@@ -100,6 +102,7 @@ class Flow:
     guarantee_if_cut: Guarantee = "exact"
     batch_size: int | None = None
     collated: bool = False
+    whole: bool = False
     ranks: Ranks | None = None
     steady: bool = True
     steps: Steps = Steps()
@@ -107,7 +110,8 @@ class Flow:
     @property
     def elastic(self) -> bool:
         """Whether any number of ranks can go on, with the same global batch: steps are what is counted."""
-        return self.ranks is not None and self.ranks.shared is Shared.ANY_WORLD and self.batch_size is not None
+        counted = self.batch_size is not None or self.whole
+        return self.ranks is not None and self.ranks.shared is Shared.ANY_WORLD and counted
 
     @property
     def global_batch(self) -> int | None:

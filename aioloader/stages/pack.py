@@ -110,7 +110,7 @@ class Pack(Stage):
 
     def flow(self, before: Flow) -> Flow:
         after = before.counted().limited(Shared.SAME_RANK, self.label).closed()
-        return replace(after, batch_size=None, collated=False)
+        return replace(after, batch_size=None, collated=False, whole=True)
 
     def build(self, builder: Builder) -> None:
         padding = Padding(self.pad_value)
@@ -171,17 +171,6 @@ class Prepare:
         return document
 
 
-class _Held:
-    """A document that is in an open row, or is being put into rows."""
-
-    __slots__ = ("before", "document", "entry")
-
-    def __init__(self, entry: Entry, before: Any) -> None:
-        self.entry = entry
-        self.document: Document = entry.value
-        self.before = before  # the cursor that leads to it
-
-
 class _PackFold:
     """Gives a row when it is closed, and an error at once.
 
@@ -205,7 +194,8 @@ class _PackFold:
         self._plan = plan
         self._label = label
         self._epoch = epoch
-        self._held: dict[int, _Held] = {}  # by number, the oldest first
+        # In open rows, or being put into rows, by number, the oldest first: the entry, and the cursor that leads to it.
+        self._held: dict[int, tuple[Entry, Any]] = {}
         self._number = 0  # of the document that comes next
         self._offset = 0  # tokens of it that are in rows
         self._newest: Any = None  # the newest cursor
@@ -241,7 +231,7 @@ class _PackFold:
                 length = entry.value.length
                 self._refuse(entry, f"a document had {stop} tokens when the state was saved, and has {length} now")
             if entry.error is None:
-                self._held[number] = _Held(entry, before)
+                self._held[number] = (entry, before)
                 self._names = entry.value.names
             else:
                 self._plan.forget(row, number)
@@ -259,7 +249,7 @@ class _PackFold:
             before, oldest = self._resumed
         elif self._held:
             oldest = next(iter(self._held))
-            before = self._held[oldest].before
+            before = self._held[oldest][1]
         else:
             before, oldest = self._newest, following
         return before, oldest, following, self._offset, self._plan.begun, codes
@@ -304,8 +294,8 @@ class _PackFold:
         """Put a document into rows."""
         plan, length = self._plan, entry.value.length
         start = self._offset
-        self._held[number] = held = _Held(entry, before)
-        self._names = held.document.names
+        self._held[number] = (entry, before)
+        self._names = entry.value.names
         while start < length:  # else what is to come again was longer when the state was taken
             while (row := plan.due()) is not None:
                 self._give(row, number, out)
@@ -325,13 +315,14 @@ class _PackFold:
     def _give(self, row: Row, current: int | None, out: list[Entry]) -> None:
         """A closed row; of document `current` more is to come."""
         held, pieces = self._held, row.pieces
-        parts = [held[document] for document, _, _ in pieces]
+        entries = [held[document][0] for document, _, _ in pieces]
         for document, _, _ in pieces:
             if document != current:
                 del held[document]
-        group = group_entries([part.entry for part in parts])
+        documents: list[Document] = [entry.value for entry in entries]
+        group = group_entries(entries)
         group.value = RowParts(
-            [(part.document, start, stop) for part, (_, start, stop) in zip(parts, pieces, strict=True)],
+            [(document, start, stop) for document, (_, start, stop) in zip(documents, pieces, strict=True)],
             tuple(group.key),
         )
         group.cursor = self._cursor()

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -27,8 +26,8 @@ class Packed(NamedTuple):
 
     Attributes:
         tokens: [L], of the documents' dtype; for documents with fields, a dict of these.
-        positions: int64 [L]: the number of each token in its document (piece), from 0; 0 in the padding.
-        segments: int64 [L]: the number of the document of each token, from 1; 0 is padding.
+        positions: int32 [L]: the number of each token in its document (piece), from 0; 0 in the padding.
+        segments: int32 [L]: the number of the document of each token, from 1; 0 is padding.
         cu_seqlens: int32 [n + 1]: where each document begins, and where the last one ends.
         max_seqlen: Tokens of the longest one.
         keys: What names each document, n of them; after `batch(B)`, B tuples of these.
@@ -95,15 +94,12 @@ class Document:
     Attributes:
         length: Tokens.
         tokens: [length], or a dict of these.
+        names: Of its fields; None: it has none.
     """
 
     length: int
     tokens: "Tensor | dict[str, Tensor]"
-
-    @property
-    def names(self) -> frozenset[Any] | None:
-        """Of its fields; None: it has none."""
-        return frozenset(self.tokens) if isinstance(self.tokens, dict) else None
+    names: frozenset[Any] | None = None
 
 
 def document_of(sample: Any, padding: Padding) -> Document:
@@ -113,7 +109,7 @@ def document_of(sample: Any, padding: Padding) -> Document:
         TypeError: It is neither a sequence of numbers nor a mapping of names to such.
         ValueError: It has more than one dimension, or no tokens, or its fields are of several lengths.
     """
-    if isinstance(sample, Mapping):
+    if not isinstance(sample, Tensor) and isinstance(sample, Mapping):
         fields = {name: _tokens_of(value, name) for name, value in sample.items()}
         lengths = {name: len(tokens) for name, tokens in fields.items()}
         if len(set(lengths.values())) != 1:
@@ -124,7 +120,7 @@ def document_of(sample: Any, padding: Padding) -> Document:
             )
         for name, tokens in fields.items():
             padding.check(name, tokens.dtype)
-        document = Document(next(iter(lengths.values())), fields)
+        document = Document(next(iter(lengths.values())), fields, frozenset(fields))
     else:
         tokens = _tokens_of(sample, None)
         padding.check(None, tokens.dtype)
@@ -140,11 +136,13 @@ def _what(name: str | None) -> str:
 
 def _tokens_of(value: Any, name: str | None) -> Tensor:
     """[length], on the CPU."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, Tensor):
+        pass
+    elif isinstance(value, np.ndarray):
         value = torch.from_numpy(value if value.flags.writeable and value.flags.c_contiguous else value.copy())
     elif isinstance(value, list | tuple):
         value = _tensor_of(value, name)
-    if not isinstance(value, Tensor):
+    else:
         raise TypeError(
             f"{_what(name)} must be a tensor, array or list of numbers, one per token, got {safe_repr(value, 60)} of "
             f"type {type(value).__name__}; tokenize it in a map before, and leave out there what is not one value per "
@@ -152,7 +150,8 @@ def _tokens_of(value: Any, name: str | None) -> Tensor:
         )
     if value.ndim != 1:
         raise ValueError(f"{_what(name)} must have one dimension, got shape {list(value.shape)}; flatten it before")
-    return value.detach() if value.requires_grad else value
+    tokens: Tensor = value.detach() if value.requires_grad else value
+    return tokens
 
 
 def _tensor_of(value: Sequence[Any], name: str | None) -> Tensor:
@@ -187,19 +186,22 @@ class MakeRow:
         self._seq_len = seq_len
         self._padding = padding
         self._pad_to = pad_to
-        self._numbers = np.arange(seq_len)
+        self._numbers = np.arange(seq_len, dtype=np.int32)
 
     def __call__(self, row: RowParts) -> Packed:
         """One row."""
         pad_to = self._pad_to
         sizes = [-(-(stop - start) // pad_to) * pad_to for _, start, stop in row.pieces]
-        ends = list(accumulate(sizes))
-        cu_seqlens = np.array([0, *ends], dtype=np.int32)
-        used = ends[-1]
-        positions, segments = np.zeros((2, self._seq_len), dtype=np.int64)
-        np.subtract(self._numbers[:used], np.repeat(cu_seqlens[:-1], sizes), out=positions[:used])
-        segments[:used] = np.repeat(self._numbers[: len(sizes)], sizes)
-        segments[:used] += 1
+        numbers = self._numbers
+        positions, segments = np.empty((2, self._seq_len), dtype=np.int32)
+        used = 0
+        ends = [0]
+        for number, size in enumerate(sizes, 1):  # half the time of `np.repeat` for the few documents of a row
+            begin, used = used, used + size
+            positions[begin:used] = numbers[:size]
+            segments[begin:used] = number
+            ends.append(used)
+        positions[used:] = segments[used:] = 0
         first = row.pieces[0][0].tokens
         tokens: Any
         if isinstance(first, dict):
@@ -210,7 +212,7 @@ class MakeRow:
             tokens,
             torch.from_numpy(positions),
             torch.from_numpy(segments),
-            torch.from_numpy(cu_seqlens),
+            torch.from_numpy(np.array(ends, dtype=np.int32)),
             max(sizes),
             row.keys,
         )
