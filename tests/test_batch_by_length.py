@@ -19,8 +19,8 @@ DOCUMENTS: list[Document] = [[number] * length for number, length in enumerate(L
 
 
 def by_length(source: Any = DOCUMENTS, max_tokens: int = 64, **how: Any) -> Pipeline:
-    how = {"window": 20, "collate_fn": list} | how
-    return Pipeline(source).batch_by_length(max_tokens, len, **how)
+    given: dict[str, Any] = {"window": 20, "collate_fn": list} | how
+    return Pipeline(source).batch_by_length(max_tokens, len, **given)
 
 
 def names(batches: list[Any]) -> list[int]:
@@ -119,13 +119,13 @@ def test_a_full_batch_does_not_wait_for_the_next_sample(face: Face) -> None:
     async def source() -> Any:
         yield [0] * 6
         yield [1] * 6
-        await gate.arrive_async()
+        await gate.passing()
         yield [2]
 
     loader = Pipeline(source).batch_by_length(12, len, window=None, collate_fn=list)
     with Steps(loader, face) as steps:
         assert [document[0] for document in steps.next()] == [0, 1]
-        gate.open()
+        gate.open_all()
         assert steps.next() == [[2]]
 
 
