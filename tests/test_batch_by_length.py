@@ -429,7 +429,7 @@ def test_a_broken_cursor_is_refused(cursor: Any) -> None:
     loader = by_length()
     state = loader.state_dict()
     state["cursor"] = {"json": json.dumps(json.loads(state["cursor"]["json"]) | {"cursor": cursor})}
-    with pytest.raises(Exception, match="cursor|expected|state"):
+    with pytest.raises(Exception, match=r"cursor|expected|state"):
         loader.load_state_dict(state)
 
 

@@ -1,5 +1,6 @@
 """`pack`: every token of every document in one place, rows that say what is where, and a resume at each of them."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -44,9 +45,9 @@ def check_row(row: Packed, *, pad_to: int = 1, seq_len: int = SEQ_LEN) -> Counte
     assert len(ends) == len(row.keys) + 1
     assert ends[0] == 0
     assert row.tokens.shape == row.positions.shape == row.segments.shape == (seq_len,)
-    assert row.max_seqlen == max(end - begin for begin, end in zip(ends, ends[1:], strict=False))
+    assert row.max_seqlen == max(end - begin for begin, end in itertools.pairwise(ends))
     found: Counter[int] = Counter()
-    for number, (begin, end) in enumerate(zip(ends, ends[1:], strict=False), 1):
+    for number, (begin, end) in enumerate(itertools.pairwise(ends), 1):
         assert (end - begin) % pad_to == 0
         assert row.segments[begin:end].tolist() == [number] * (end - begin)
         assert row.positions[begin:end].tolist() == list(range(end - begin))
@@ -436,9 +437,10 @@ def test_a_document_that_changed_since_is_an_error() -> None:
     def load(number: int) -> Any:
         return source[number]
 
-    for change in (lambda tokens: tokens[:-1], lambda _: "broken"):
+    changes: list[Callable[[Tensor], Any]] = [lambda tokens: tokens[:-1], lambda _: "broken"]
+    for change in changes:
         loader = Pipeline(range(40)).map(load).pack(SEQ_LEN, open_rows=4, pad_value=-1)
-        source = documents(40)
+        source[:] = documents(40)
         with Steps(loader, "for") as steps:
             before = [steps.next() for _ in range(5)]
             state = loader.state_dict()
