@@ -55,7 +55,7 @@ class Padding:
             self._of.update(value)
         else:
             self._default = value
-        self._fits: dict[tuple[Any, torch.dtype], bool] = {}
+        self._checked: dict[str | None, torch.dtype] = {}  # the dtype that a field had last, and that holds it
 
     def of(self, name: str | None) -> Any:
         """That of a field; None: documents have none."""
@@ -67,15 +67,15 @@ class Padding:
         Raises:
             ValueError: It cannot.
         """
+        if self._checked.get(name) is dtype:
+            return
         value = self.of(name)
-        fits = self._fits.get((value, dtype))
-        if fits is None:
-            self._fits[value, dtype] = fits = _holds(dtype, value)
-        if not fits:
+        if not _holds(dtype, value):
             raise ValueError(
                 f"{_what(name)} of dtype {dtype} cannot hold the padding {value!r}; convert it in a map before, or "
                 f"pass another pad_value"
             )
+        self._checked[name] = dtype
 
 
 def _holds(dtype: torch.dtype, value: Any) -> bool:
@@ -111,7 +111,7 @@ def document_of(sample: Any, padding: Padding) -> Document:
     """
     if not isinstance(sample, Tensor) and isinstance(sample, Mapping):
         fields = {name: _tokens_of(value, name) for name, value in sample.items()}
-        lengths = {name: len(tokens) for name, tokens in fields.items()}
+        lengths = {name: tokens.numel() for name, tokens in fields.items()}
         if len(set(lengths.values())) != 1:
             told = ", ".join(f"{name}: {length}" for name, length in lengths.items()) or "none"
             raise ValueError(
@@ -124,7 +124,7 @@ def document_of(sample: Any, padding: Padding) -> Document:
     else:
         tokens = _tokens_of(sample, None)
         padding.check(None, tokens.dtype)
-        document = Document(len(tokens), tokens)
+        document = Document(tokens.numel(), tokens)
     if not document.length:
         raise ValueError("a document must have at least 1 token, got 0; leave empty ones out, for instance with filter")
     return document
