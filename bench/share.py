@@ -104,8 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = pick(options, full=RANKS, quick=RANKS, smallest=2)
     report = Report("share", options)
     rows = {}
-    for name, count, shared in ((ALONE, 1, False), (EACH, ranks, False), (SHARED, ranks, True)):
-        calls, mib, micros = measured(count, batches, side, shared=shared)
+    for name, count, sharing in ((ALONE, 1, False), (EACH, ranks, False), (SHARED, ranks, True)):
+        calls, mib, micros = measured(count, batches, side, shared=sharing)
         rows[name] = {"calls per sample": calls, "MiB of all": mib, "next(), µs": micros}
     report.table(f"{batches} batches of {BATCH} x 3 x {side} x {side}", rows)
     shared, alone, each = rows[SHARED], rows[ALONE], rows[EACH]
