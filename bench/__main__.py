@@ -37,6 +37,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "flow": ["--quick"],
     "failures": ["--quick"],
     "packing": ["--quick"],
+    "share": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""
