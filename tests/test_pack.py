@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aioloader import Packed, Pipeline
 from aioloader.stages.pack_plan import PackPlan
-from aioloader.testing import assert_resumes_exactly
+from aioloader.testing import FakeBackend, assert_resumes_exactly
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
 SEQ_LEN = 32
@@ -258,12 +258,24 @@ def test_rows_are_collated_once() -> None:
         assert "rows can be batched once" in str(steps.outcomes(1)[0])
 
 
-def test_a_device_gets_all_tensors_of_a_row() -> None:
+@on_both_faces
+@pytest.mark.parametrize("batch", [None, 3])
+def test_a_device_gets_all_tensors_of_a_row(batch: int | None, face: Face) -> None:
     """Keys and `max_seqlen` stay what they are."""
-    (row, *_) = Pipeline(documents()).pack(SEQ_LEN).to("cpu")
-    assert isinstance(row, Packed)
-    assert isinstance(row.max_seqlen, int)
-    check_row(row._replace(tokens=torch.where(row.segments > 0, row.tokens, -1)))
+    backend = FakeBackend(seed=1)
+    rows = Pipeline([{"a": document, "labels": document} for document in documents(12)]).pack(SEQ_LEN)
+    loader = (rows if batch is None else rows.batch(batch)).to(backend)
+    with backend.stream(backend.new_stream()), Steps(loader, face) as steps:
+        row = steps.next()
+        assert isinstance(row, Packed)
+        tensors = [*row.tokens.values(), row.positions, row.segments, row.cu_seqlens]
+        assert all(map(backend.owns, tensors))
+        assert type(row.max_seqlen) is int
+        assert len(row.keys) == (batch or len(row.cu_seqlens) - 1)
+        del row, tensors
+    loader.close()
+    backend.verify()
+    backend.close()
 
 
 @on_both_faces

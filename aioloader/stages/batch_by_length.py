@@ -79,7 +79,7 @@ class BatchByLength(Stage):
 
     @property
     def only_reads(self) -> bool:  # type: ignore[override]
-        return self.collate.fn is None  # the default puts samples straight into the batch
+        return self.collate.fn is None and self.length_of.only_reads  # the default puts samples straight into the batch
 
     @property
     def functions(self) -> tuple[Any, ...]:  # type: ignore[override]

@@ -26,6 +26,11 @@ class Length:
         """For people."""
         return self.of if isinstance(self.of, str) else callable_name(self.of)
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether it is no function of the user's, which might change the sample."""
+        return isinstance(self.of, str) or self.of is len
+
     def __call__(self, sample: Any) -> int:
         """Tokens, at least 1.
 

@@ -84,7 +84,7 @@ class Pack(Stage):
 
     @property
     def only_reads(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so
-        return self.length_of is None
+        return self.length_of is None or self.length_of.only_reads
 
     @property
     def functions(self) -> tuple[Any, ...]:  # type: ignore[override]
