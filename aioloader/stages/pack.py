@@ -213,7 +213,7 @@ class _PackFold:
         if not following:  # also where numbers were forgotten: then all comes again from here on
             codes = []
         as_count(oldest, as_count(following))
-        self._plan.restore(as_count(begun), codes, oldest, following)
+        self._plan.restore(begun, codes, oldest, following)
         self._number, self._resumed_at, self._offset = oldest, following, as_count(offset)
         self._newest = upstream
         self._resumed = (upstream, oldest) if oldest < following else None
@@ -292,10 +292,10 @@ class _PackFold:
 
     def _put(self, number: int, entry: Entry, before: Any, after: Any, out: list[Entry]) -> None:
         """Put a document into rows."""
-        plan, length = self._plan, entry.value.length
-        start = self._offset
+        plan, document = self._plan, entry.value
+        length, start = document.length, self._offset
         self._held[number] = (entry, before)
-        self._names = entry.value.names
+        self._names = document.names
         while start < length:  # else what is to come again was longer when the state was taken
             while (row := plan.due()) is not None:
                 self._give(row, number, out)
