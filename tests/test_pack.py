@@ -157,6 +157,18 @@ def test_every_token_is_in_one_place(way: str, face: Face) -> None:
         assert all(len(row.keys) <= (how.get("max_documents") or 99) for row in rows)
 
 
+@on_both_faces
+def test_long_rows_are_copied_in_threads(face: Face) -> None:
+    """Short ones are not worth the hop; they are the same."""
+    threads: dict[int, set[str]] = {32: set(), 1 << 14: set()}
+    for seq_len, seen in threads.items():
+        loader = Pipeline(documents()).pack(seq_len, pad_value=-1)
+        assert all_tokens(collect(loader, face), seq_len=seq_len) == all_tokens(collect(loader, face), seq_len=seq_len)
+        seen.update(stage.name for stage in loader.stats().stages if stage.concurrency > 1)
+    assert not any(name.startswith("rows") for name in threads[32])
+    assert any(name.startswith("rows") for name in threads[1 << 14])
+
+
 @pytest.mark.parametrize("concurrency", [1, 8])
 def test_rows_do_not_depend_on_concurrency(concurrency: int) -> None:
     """Nor on the face."""
@@ -220,6 +232,9 @@ def test_rows_have_a_dtype_that_holds_all_their_documents() -> None:
     """No token is changed."""
     (row,) = Pipeline([torch.tensor([1], dtype=torch.int32), torch.tensor([1 << 40])]).pack(3)
     assert row.tokens.tolist() == [1, 1 << 40, 0]
+    mixed = [np.array([7], dtype=np.uint16), np.array([-1]), np.array([1 << 31], dtype=np.uint32)]
+    (row,) = Pipeline(mixed).pack(3)
+    assert row.tokens.tolist() == [7, -1, 1 << 31]
 
 
 @on_both_faces

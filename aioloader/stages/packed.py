@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -174,7 +175,7 @@ class RowParts(NamedTuple):
 
 
 class MakeRow:
-    """Copies documents together.
+    """Copies documents together; never fails, since these have been looked at before.
 
     Args:
         seq_len: Tokens of a row.
@@ -228,7 +229,18 @@ class MakeRow:
                 parts.append(tokens.new_full((rest,), self._padding.of(name)))
         if rest := self._seq_len - used:
             parts.append(parts[0].new_full((rest,), self._padding.of(name)))
+        if len({part.dtype for part in parts}) > 1:
+            parts = _of_one_dtype(parts)
         return torch.cat(parts)
+
+
+def _of_one_dtype(parts: list[Tensor]) -> list[Tensor]:
+    """The same in a dtype that holds them all."""
+    try:
+        dtype = reduce(torch.promote_types, [part.dtype for part in parts])
+    except RuntimeError:  # torch has no such dtype for some of the unsigned ones
+        dtype = torch.float64 if any(part.dtype.is_floating_point for part in parts) else torch.int64
+    return [part.to(dtype) for part in parts]
 
 
 def collate_packed(rows: Sequence[Packed], *, collate_fn_map: Any = None) -> Packed:
