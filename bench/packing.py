@@ -1,8 +1,9 @@
 """How fast documents become rows, and how much of these is padding: `python -m bench.packing`.
 
 Documents of lognormal length lie in memory as tensors, and a map gives them. Reading is that map, and lists of
-documents, about as many as there are rows; packing is to cost little on top. The rival is Grain, best fit with as many open bins, whose
-documents are arrays. Next fit, which closes a row at the first document that does not fit, is what many trainers do.
+documents, about as many as there are rows; packing is to cost little on top. The rival is Grain, best fit with as many
+open bins, whose documents are arrays. Next fit, which closes a row at the first document that does not fit, is what
+many trainers do.
 """
 
 import random
