@@ -1,5 +1,6 @@
 """`batch_by_length`: budgets are kept, nothing is lost, and each batch can be resumed from."""
 
+import asyncio
 import json
 import random
 from collections.abc import Callable
@@ -170,6 +171,27 @@ def test_the_next_window_comes_in_while_one_is_given(face: Face) -> None:
             longest = 64  # samples in the batches that are on their way
             assert len(begun) <= given + 20 + 2 + longest
         assert len(begun) >= given
+
+
+@on_both_faces
+def test_the_next_window_comes_in_while_nobody_asks(face: Face) -> None:
+    """The consumer trains, and what was given is made good, though no more than two samples are under way at a time."""
+    begun: list[int] = []
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def load(document: Document) -> Document:
+        loops.append(asyncio.get_running_loop())
+        begun.append(document[0])
+        return document
+
+    loader = Pipeline(DOCUMENTS * 5).map(load, concurrency=2, ahead=2)
+    loader = loader.batch_by_length(300, len, window=30, collate_fn=list).prefetch(1)
+    with Steps(loader, face) as steps:
+        given = len(steps.next())
+        steps.settle(loops[0])
+        count = len(begun)
+        given += len(steps.next())  # it was ready
+        assert count >= given + 30
 
 
 def test_a_field_may_tell_the_length() -> None:
