@@ -98,10 +98,15 @@ class Ahead(EntryReader):
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    @property
-    def ready(self) -> bool:
-        """Whether `read` returns without waiting."""
-        return self._next < len(self._current) or not self._lists.empty()
+    def take(self) -> Entry | None:
+        """The next entry, if it is there already; None: `read` tells what is next."""
+        if self._next == len(self._current):
+            if not self._waiting or self._lists.empty():  # what is there may be the end
+                return None
+            self._current, self._next = self._lists.get_nowait() or [], 0
+        entry = self._current[self._next]
+        self._took(1)
+        return entry
 
     async def read(self, limit: int) -> list[Entry]:
         if self._ended:
@@ -119,11 +124,14 @@ class Ahead(EntryReader):
             self._current = entries
             del entries
         start = self._next
-        self._next = min(start + limit, len(self._current))
-        self._waiting -= self._next - start
+        self._took(min(limit, len(self._current) - start))
+        return self._current[start : self._next]
+
+    def _took(self, count: int) -> None:
+        self._next += count
+        self._waiting -= count
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
-        return self._current[start : self._next]
 
 
 def failed(error: BaseException, cursor: Any, key: Any) -> Entry:
