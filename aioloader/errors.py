@@ -13,6 +13,7 @@
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
+    ReadAllWarning (UserWarning)             several ranks each read all files, and keep their share of the samples
     ReplayWarning (UserWarning)              a resumed source reads samples again and drops them
     UnsplitWarning (UserWarning)             several ranks each read all of the same data
 
@@ -30,6 +31,7 @@ __all__ = [
     "LeakedContextError",
     "LoaderClosedError",
     "NothingPassesError",
+    "ReadAllWarning",
     "ReplayWarning",
     "SampleCancelledError",
     "SourceUsedUpError",
@@ -57,6 +59,10 @@ class BrokenDataError(AioloaderError, ValueError):
 
 class StateError(AioloaderError, ValueError):
     """This loader cannot load a state, or follow a recorded order. The message says what is different."""
+
+
+class ReadAllWarning(UserWarning):
+    """Each rank reads all files of a source and keeps its share of the samples, where files could be dealt."""
 
 
 class ReplayWarning(UserWarning):

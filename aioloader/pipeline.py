@@ -31,10 +31,12 @@ from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
+from aioloader.errors import ReadAllWarning
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
+from aioloader.plan.by_file import check_by_file, cost_of_samples
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
@@ -60,7 +62,7 @@ from aioloader.plan.plan import (
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
-from aioloader.plan.unsplit import gives_all
+from aioloader.plan.unsplit import gives_all, warn_user
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
@@ -75,7 +77,7 @@ from aioloader.stages.map import Filter, FlatMap, Map
 from aioloader.stages.rank import Even
 from aioloader.stages.repeat import Repeat
 from aioloader.stages.select import Enumerate, SkipFirst, Take
-from aioloader.stages.shard import Shard
+from aioloader.stages.shard import By, Shard
 from aioloader.stages.shuffle import Shuffle
 from aioloader.stages.skip_errors import SkipErrors
 
@@ -145,6 +147,9 @@ class Pipeline(Loader):
 
     def _gives_all(self) -> bool:
         return gives_all(self._plan)
+
+    def _cost_of_ranks(self) -> str:
+        return cost_of_samples(self._plan, lambda shard: not shard.said)
 
     def _then(self, stage: Stage) -> "Pipeline":
         """This pipeline and one more stage."""
@@ -488,9 +493,10 @@ class Pipeline(Loader):
         *,
         group: Any = None,
         mesh: Any = None,
-        even: Even = "pad",
+        even: Even | None = None,
+        by: By = "sample",
     ) -> "Pipeline":
-        """Give this rank's part: every `world_size`-th sample, the same number on every rank.
+        """Give this rank's part: every `world_size`-th sample, or file, the same number of samples on every rank.
 
         Without arguments, rank and world size are those of torch.distributed when it is initialised, else of the
         environment's RANK and WORLD_SIZE, else there is one rank. They are looked up when iteration begins; nothing
@@ -502,16 +508,26 @@ class Pipeline(Loader):
             group: A torch.distributed.ProcessGroup instead: the ranks are those in it.
             mesh: A DeviceMesh of one dimension instead, such as `mesh["dp"]`, or a pair `(mesh, "dp")`: the ranks are
                 those along it, and all that differ in other dimensions only, as in tensor parallelism, get the same.
-            even: When the last round has fewer samples than there are ranks: `"pad"` fills it from the beginning, as
-                torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start when the length
-                is known, else at the end.
+            even: When the last round has fewer samples than there are ranks: `"pad"`, the default, fills it from the
+                beginning, as torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start
+                when the length is known, else at the end. By files, these three need a source that has counted its
+                samples (ParquetRows): a rank with fewer reads its own files again, or all end after as many as the
+                shortest has. Without a count the default is to give what is in the rank's files.
+            by: `"file"`: deal the files of `TarShards`, `Lines` or `ParquetRows`, every `world_size`-th in the order of
+                the epoch, so that a rank opens its own alone. It comes right after the source, or maps. A state is then
+                that of one rank, of as many. `"sample"`: every rank reads all files, and a `ReadAllWarning` says so.
 
         Raises:
             TypeError, ValueError: The arguments do not fit, or the samples before come in no order that all ranks
-                would see alike.
+                would see alike; or there are no files to deal, or `even` needs a count that nobody has.
         """
+        if by != "sample":
+            return self._then(check_by_file(self._plan, Shard(rank, world_size, group, mesh, by=by), even))
         check_one_order(self._plan)
-        return self._then(Shard(rank, world_size, group, mesh, even))
+        pipeline = self._then(Shard(rank, world_size, group, mesh, "pad" if even is None else even))
+        if cost := cost_of_samples(pipeline._plan, lambda shard: shard is pipeline._plan.stages[-1] and shard.said):
+            warn_user(cost, ReadAllWarning)
+        return pipeline
 
     def in_process(self) -> "Pipeline":
         """Run everything before this in a process of its own, for a training loop that is busy in Python.

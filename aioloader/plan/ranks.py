@@ -113,6 +113,8 @@ def _is_count(value: Any, least: int) -> bool:
 
 def _cure(ranks: Ranks) -> str:
     """What else may be done about a plan whose states are not for every rank."""
+    if ranks.by_file:
+        return ", or begin with shard(by='sample') and make the epoch again"
     return f", or put {ranks.because} before shard()" if ranks.because else ""
 
 

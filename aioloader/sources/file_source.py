@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from aioloader.core.checks import check_count, check_integer
 from aioloader.core.cursors import as_count, cursor_parts
@@ -44,6 +44,7 @@ class FileSource(CursorSource, Generic[S]):
     _files: tuple[StoredFile, ...]
     _requests: RequestPolicies
     _dealt: Dealt | None = None
+    _words: ClassVar[tuple[str, str]] = ("file", "the files")  # what one is called, and all of them
 
     def _set_order(self, shuffle: Any, seed: Any, interleave: Any) -> None:
         self.shuffle = bool(shuffle)
@@ -73,6 +74,11 @@ class FileSource(CursorSource, Generic[S]):
     def file_count(self) -> int:
         """How many files there are to be dealt."""
         return len(self._files)
+
+    @property
+    def may_be_dealt(self) -> bool:
+        """Whether ranks could read files of their own."""
+        return len(self._files) > 1
 
     def dealt(self, rank: int, world_size: int, even: str | None) -> Self:
         """The files of one rank: every `world_size`-th in the order of the pass, from number `rank` on.
@@ -152,7 +158,8 @@ class FileSource(CursorSource, Generic[S]):
             return lane, self._parse(None)[1]
         at, start = self._parse(cursor)
         if as_count(at) >= self._rank_files + self._lanes or at % self._lanes != lane:
-            raise ValueError(f"the cursor is in file {at}, but there are {self._rank_files}: the files have changed")
+            kind, they = self._words
+            raise ValueError(f"the cursor is in {kind} {at}, but there are {self._rank_files}: {they} have changed")
         return at, start
 
     @property
@@ -178,4 +185,3 @@ class FileSource(CursorSource, Generic[S]):
     @abstractmethod
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, S], Lane]:
         """Gives a function that opens the lane whose first file is at a position of `order`, at a place in that."""
-

@@ -135,6 +135,10 @@ class Lines(FileSource[_Start]):
         """The paths, URLs or keys of the files, in order."""
         return tuple(file.url for file in self._files)
 
+    @property
+    def may_be_dealt(self) -> bool:
+        return super().may_be_dealt and not self.follow
+
     def dealt(self, rank: int, world_size: int, even: str | None) -> "Lines":
         if self.follow:
             raise ValueError(

@@ -148,13 +148,14 @@ def stored_chunks(
         lanes: How many files are read side by side.
         follow: See `file_chunks`.
     """
-    if file.store is None:
-        size = max(READ_BYTES // lanes, LEAST_READ_BYTES)
-        return file_chunks(file.key, thread, start=parser.start, needed=parser.needed, size=size, follow=follow)
-    size = max(RANGE_BYTES // lanes, LEAST_RANGE_BYTES)
-    return object_chunks(
-        file.store, file.key, version, requests, start=parser.start, needed=parser.needed, size=size
-    )
+    place: dict[str, int] = {"start": parser.start, "needed": parser.needed}
+    local = file.store is None
+    if lanes > 1:
+        most, least = (READ_BYTES, LEAST_READ_BYTES) if local else (RANGE_BYTES, LEAST_RANGE_BYTES)
+        place["size"] = max(most // lanes, least)
+    if local:
+        return file_chunks(file.key, thread, follow=follow, **place)
+    return object_chunks(file.store, file.key, version, requests, **place)
 
 
 async def parsed(

@@ -102,6 +102,8 @@ class TarShards(FileSource[_Start]):
         ValueError: An argument is invalid.
     """
 
+    _words = ("archive", "they")
+
     def __init__(
         self,
         shards: str | PathLike[str] | Sequence[str | PathLike[str]],
@@ -383,4 +385,3 @@ def _split_name(name: str) -> tuple[str, str] | None:
     if not dot or not stem or _META.match(name):
         return None
     return f"{folder}{slash}{stem}", extension.lower()
-
