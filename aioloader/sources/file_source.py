@@ -71,6 +71,11 @@ class FileSource(CursorSource, Generic[S]):
     # -- ranks -------------------------------------------------------------------------------------------------------
 
     @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """All files, in the order in which they were given."""
+        return self._files
+
+    @property
     def file_count(self) -> int:
         """How many files there are to be dealt."""
         return len(self._files)
@@ -131,10 +136,13 @@ class FileSource(CursorSource, Generic[S]):
 
     def open_files(self, context: SourceContext, cursor: Any) -> EntryReader:
         """All files of this rank, once, from `cursor` on."""
-        order = FileOrder(file_order(len(self._files), self._seed_of(context), self._dealt), self._lanes)
-        return self._side_by_side(self._opener(context, order), cursor)
+        return self.side_by_side(self._opener(context, self.order_of(context)), cursor)
 
-    def _side_by_side(
+    def order_of(self, context: SourceContext) -> FileOrder:
+        """The files of this rank in this pass."""
+        return FileOrder(file_order(len(self._files), self._seed_of(context), self._dealt), self._lanes)
+
+    def side_by_side(
         self, open_lane: Callable[[int, S], Lane], cursor: Any, stays: Callable[[Entry], bool] | None = None
     ) -> EntryReader:
         """The lanes that `open_lane` opens, each at its place in `cursor`."""

@@ -157,8 +157,8 @@ class Shard(FoldStage):
         after = replace(before.before_shard().cut(), steady=before.steady and self.even != "drop")
         rank, world_size = self.rank or 0, self.world_size or 1  # before it is `with_ranks`, one of one
         if self.by == "file":
-            ranks = Ranks(rank, world_size, Shared.SAME_RANK, "shard(by='file')", by_file=True)
-            return replace(before.cut(), ranks=ranks, steady=False)
+            its = Ranks(rank, world_size, Shared.SAME_RANK, "shard(by='file')", by_file=True)
+            return replace(before.cut(), ranks=its, steady=False)
         ranks = before.ranks
         if ranks is None:
             return replace(after, ranks=Ranks(rank, world_size))
