@@ -15,6 +15,8 @@ from aioloader.stages.shard import Shard
 
 __all__ = ["check_by_file", "cost_of_samples"]
 
+_FETCHED: Final = ("FetchedFiles", "Objects")  # a sample is a file, and keys are dealt before they are fetched
+
 _UNCOUNTED: Final = (
     "pass even='agree', with a gloo group, so that all end together, or even='keep' if your training bears ranks of "
     "different length"
@@ -44,6 +46,8 @@ def check_by_file(plan: Plan, shard: Shard, even: Any) -> Shard:
             f"shard(by='file') lets the source read this rank's files alone, so it comes before {between}; put it "
             f"right after the source, or maps"
         )
+    if source.name in _FETCHED:
+        return replace(shard, by="sample", even="pad" if even is None else even)
     if isinstance(source.data, Indexable):
         if isinstance(source.data.data, Files) and source.sampler is None:
             return replace(shard, by="sample", even="pad" if even is None else even)  # a sample is a file

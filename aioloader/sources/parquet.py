@@ -72,8 +72,8 @@ class ParquetRows(FileSource[ParquetStart]):
         client_options, retry_config: For URLs and `store`: timeouts and retries in place of its own, as obstore names
             them. By its defaults, a request times out after 30 seconds and is retried for up to three minutes.
         retry, timeout, hedge, rate: For URLs and `store`: what is done about requests that fail, take long or are too
-            many, as in `Pipeline.map`, for each request for itself. With `retry`, the store makes no retries of its own. What
-            another attempt cannot change is not retried, unless `Retry.on` says so: see `docs/failures.md`.
+            many, as in `Pipeline.map`, for each request for itself. With `retry`, the store makes no retries of its
+            own. What another attempt cannot change is not retried, unless `Retry.on` says so: see `docs/failures.md`.
 
     Raises:
         FileNotFoundError: A glob matches nothing.

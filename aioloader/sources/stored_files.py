@@ -1,7 +1,9 @@
 """Where the files of a source are: on this machine, or in stores of obstore, by URL or by key."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike, fspath
 from os.path import lexists
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
@@ -12,7 +14,7 @@ from aioloader.sources.paths import Paths, each_path, expand_braces, find_files
 from aioloader.sources.requests import RequestPolicies, store_policies
 from aioloader.sources.stores import Options, check_no_options, open_store, request_options, with_options
 
-__all__ = ["StoredFile", "find_stored_files"]
+__all__ = ["StoredFile", "find_stored_files", "names_urls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,17 @@ def find_stored_files(
     if all(file.store is None for file in files):
         check_no_options({**options, **policies}, source=source)
     return tuple(files), RequestPolicies(checked, source)
+
+
+def names_urls(paths: Any, *, source: str) -> bool:
+    """Whether something in `paths` is in a store.
+
+    Raises:
+        ValueError: A URL that nothing here opens.
+    """
+    names = paths if isinstance(paths, Sequence) and not isinstance(paths, str) else [paths]
+    schemes = {_scheme(fspath(name), source) for name in names if isinstance(name, str | PathLike)}
+    return not schemes <= {None, "file"}
 
 
 def _local(paths: tuple[str, ...]) -> list[StoredFile]:
