@@ -28,7 +28,7 @@ from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.engine.window import Window
-from aioloader.errors import ReadAllWarning, SourceUsedUpError, StateError
+from aioloader.errors import SourceUsedUpError, StateError
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
@@ -36,7 +36,7 @@ from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
-from aioloader.plan.unsplit import several_ranks, warn_of_unsplit, warn_user
+from aioloader.plan.unsplit import several_ranks, warn_of_cost, warn_of_unsplit
 from aioloader.sources.sampler_order import check_draws, check_generators, packed, unpacked
 from aioloader.stages.flow import Guarantee
 
@@ -287,7 +287,7 @@ class Loader(LoaderHooks):
             if world_size and self._gives_all():
                 warn_of_unsplit(self, world_size, self._split_by)
             if cost := self._cost_of_ranks():
-                warn_user(cost, ReadAllWarning)
+                warn_of_cost(cost)
 
     def _begins(self, progress: Progress) -> None:
         """An epoch begins: tell those of the user's who are to know, and note on it what they said."""

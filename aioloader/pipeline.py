@@ -31,7 +31,6 @@ from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
-from aioloader.errors import ReadAllWarning
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
@@ -62,7 +61,7 @@ from aioloader.plan.plan import (
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
-from aioloader.plan.unsplit import gives_all, warn_user
+from aioloader.plan.unsplit import gives_all, warn_of_cost
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
@@ -521,12 +520,14 @@ class Pipeline(Loader):
             TypeError, ValueError: The arguments do not fit, or the samples before come in no order that all ranks
                 would see alike; or there are no files to deal, or `even` needs a count that nobody has.
         """
+        shard = Shard(rank, world_size, group, mesh, even or "pad", by)
         if by != "sample":
-            return self._then(check_by_file(self._plan, Shard(rank, world_size, group, mesh, by=by), even))
-        check_one_order(self._plan)
-        pipeline = self._then(Shard(rank, world_size, group, mesh, "pad" if even is None else even))
-        if cost := cost_of_samples(pipeline._plan, lambda shard: shard is pipeline._plan.stages[-1] and shard.said):
-            warn_user(cost, ReadAllWarning)
+            shard = check_by_file(self._plan, shard, even)
+        if shard.by == "sample":
+            check_one_order(self._plan)
+        pipeline = self._then(shard)
+        if cost := cost_of_samples(pipeline._plan, lambda stage: stage is shard and shard.said):
+            warn_of_cost(cost)
         return pipeline
 
     def in_process(self) -> "Pipeline":

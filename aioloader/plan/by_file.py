@@ -40,12 +40,6 @@ def check_by_file(plan: Plan, shard: Shard, even: Any) -> Shard:
             f"shard(by='file') deals the files of one source, and this is Pipeline.{source.how}(...); put it into each "
             f"of the pipelines that are combined"
         )
-    between = next((stage.label for stage in plan.stages if not isinstance(stage, Map)), None)
-    if between is not None:
-        raise ValueError(
-            f"shard(by='file') lets the source read this rank's files alone, so it comes before {between}; put it "
-            f"right after the source, or maps"
-        )
     if source.name in _FETCHED:
         return replace(shard, by="sample", even="pad" if even is None else even)
     if isinstance(source.data, Indexable):
@@ -60,6 +54,12 @@ def check_by_file(plan: Plan, shard: Shard, even: Any) -> Shard:
         raise ValueError(
             f"shard(by='file') needs a source that knows its files: TarShards, Lines or ParquetRows itself, got "
             f"{source_name(stream)}; leave by='file' out"
+        )
+    between = next((stage.label for stage in plan.stages if not isinstance(stage, Map)), None)
+    if between is not None:
+        raise ValueError(
+            f"shard(by='file') lets the source read this rank's files alone, so it comes before {between}; put it "
+            f"right after the source, or maps"
         )
     if even is None:
         even = "pad" if stream.counts_samples else None

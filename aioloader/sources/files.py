@@ -94,7 +94,7 @@ class Files(Sequence[Any], LoadsBatches):
         settle: float = 0.5,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
-        store: None = None,
+        store: Any = None,
         concurrency: int | None = None,
         client_options: Any = None,
         retry_config: Any = None,

@@ -62,10 +62,13 @@ class InOrder(Lane, Generic[P]):
         self.part, reader = self._open[0]
         return reader.take()
 
+    async def begin(self) -> None:
+        while self._has_more_parts and len(self._open) < self._most_open:
+            await self._open_next()
+
     async def read(self, limit: int) -> list[Entry]:
         while True:
-            while self._has_more_parts and len(self._open) < self._most_open:
-                await self._open_next()
+            await self.begin()
             if not self._open:
                 return []
             self.part, reader = self._open[0]

@@ -17,6 +17,9 @@ TurnCursor = tuple[int, tuple[Any, ...]]
 class Lane(EntryReader):
     """A reader that may be read side by side with others."""
 
+    async def begin(self) -> None:
+        """Open what will be read first, without waiting for it."""
+
     @abstractmethod
     def take(self) -> Entry | None:
         """The next entry, if it is there already; None: `read` tells what is next."""
@@ -61,8 +64,13 @@ class InTurn(EntryReader):
         self._turn = turn
         self._open_lanes = len(lanes)
         self._stays = stays
+        self._begun = False
 
     async def read(self, limit: int) -> list[Entry]:
+        if not self._begun:
+            self._begun = True
+            for one in self._all:
+                await one.begin()
         entries: list[Entry] = []
         lanes, cursors = self._lanes, self._cursors
         while self._open_lanes and len(entries) < limit:

@@ -79,6 +79,7 @@ class LineParser(Parser):
         self._cut_off = False  # the last line has no end
 
     def _feed(self, piece: bytes) -> None:
+        piece = bytes(piece)  # what comes from a store is none; it costs nothing where it is
         if self.trail.before not in (b"\n", b""):
             piece = self._skip_line_end(piece)
         end = piece.rfind(b"\n")

@@ -1,6 +1,7 @@
 """Parquet files one after the other, in spans of row groups that are read ahead: what is read side by side."""
 
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,10 +10,9 @@ from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.in_order import InOrder
-from aioloader.sources.interleave import Lane
 from aioloader.sources.parquet_footer import Footer
 from aioloader.sources.parquet_spans import Span, SpanReader, spans_of
-from aioloader.sources.read_ahead import failed
+from aioloader.sources.read_ahead import Ahead, failed
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile
 
@@ -23,6 +23,9 @@ SPANS_AHEAD: Final = 2
 
 PIECES_AHEAD: Final = 4
 """Decoded pieces that wait per span."""
+
+ROWS_AT_ONCE: Final = 1024
+"""Entries that are handed on together, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ _Part = tuple[int, Span | Entry]
 """The position of a file, and a span of it, or the error of a file that cannot be read."""
 
 
-class ParquetLane(Lane):
+class ParquetLane(Ahead):
     """Every `order.lanes`-th file of an order. What of a file is behind an error that ended it is left out.
 
     Args:
@@ -79,20 +82,13 @@ class ParquetLane(Lane):
             lists_ahead=PIECES_AHEAD,
         )
 
-    def take(self) -> Entry | None:
-        while (entry := self._reader.take()) is not None:
-            if self._goes_on([entry]):
-                return entry
-        return None
+        super().__init__(context, self._entries)
 
-    async def read(self, limit: int) -> list[Entry]:
-        while entries := await self._reader.read(limit):
-            if self._goes_on(entries):
-                return entries
-        return []
-
-    async def aclose(self) -> None:
-        await self._reader.aclose()
+    async def _entries(self) -> AsyncGenerator[list[Entry]]:
+        async with aclosing(self._reader):
+            while entries := await self._reader.read(ROWS_AT_ONCE):
+                if self._goes_on(entries):
+                    yield entries
 
     def _goes_on(self, entries: list[Entry]) -> bool:
         """Whether the file that these are of had not ended before them."""

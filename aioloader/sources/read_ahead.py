@@ -7,7 +7,8 @@ from typing import Any
 
 from aioloader.core.entry import Entry
 from aioloader.core.sizes import MeanBytes
-from aioloader.core.source import EntryReader, SourceContext
+from aioloader.core.source import SourceContext
+from aioloader.sources.interleave import Lane
 
 __all__ = ["Ahead", "Quota", "failed"]
 
@@ -46,7 +47,7 @@ class Quota:
                 self._bytes.saw(entry.value)
 
 
-class Ahead(EntryReader):
+class Ahead(Lane):
     """Reads the lists of entries that `make()` yields, in a task of its own.
 
     The task iterates the generator and closes it, also when it is cancelled at the end of the epoch.
@@ -99,7 +100,6 @@ class Ahead(EntryReader):
             await self._room
 
     def take(self) -> Entry | None:
-        """The next entry, if it is there already; None: `read` tells what is next."""
         if self._next == len(self._current):
             if not self._waiting or self._lists.empty():  # what is there may be the end
                 return None
