@@ -19,6 +19,7 @@ from aioloader.errors import (
     SourceUsedUpError,
     StateError,
     TooManySkippedError,
+    UnevenWarning,
     UnsplitWarning,
     WorkerDiedError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "StateError",
     "Stats",
     "TooManySkippedError",
+    "UnevenWarning",
     "UnsplitWarning",
     "Waits",
     "WorkerDiedError",

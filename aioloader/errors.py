@@ -15,6 +15,7 @@
 
     ReadAllWarning (UserWarning)             several ranks each read all files, and keep their share of the samples
     ReplayWarning (UserWarning)              a resumed source reads samples again and drops them
+    UnevenWarning (UserWarning)              ranks may get different numbers of batches
     UnsplitWarning (UserWarning)             several ranks each read all of the same data
 
 Messages hide the secrets in URLs, see `aioloader.masking`. Wrong arguments raise plain `TypeError` and `ValueError`, as
@@ -37,6 +38,7 @@ __all__ = [
     "SourceUsedUpError",
     "StateError",
     "TooManySkippedError",
+    "UnevenWarning",
     "UnsplitWarning",
     "WorkerDiedError",
 ]
@@ -67,6 +69,10 @@ class ReadAllWarning(UserWarning):
 
 class ReplayWarning(UserWarning):
     """A resumed epoch reads samples again and drops them, since its source cannot start in the middle."""
+
+
+class UnevenWarning(UserWarning):
+    """Ranks may get different numbers of batches, and then those that have more wait for the others for ever."""
 
 
 class UnsplitWarning(UserWarning):

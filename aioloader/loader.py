@@ -36,7 +36,7 @@ from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
-from aioloader.plan.unsplit import several_ranks, warn_of_cost, warn_of_unsplit
+from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
 from aioloader.sources.sampler_order import check_draws, check_generators, packed, unpacked
 from aioloader.stages.flow import Guarantee
 
@@ -188,9 +188,12 @@ class Loader(LoaderHooks):
         """Whether each of several ranks would get the same, as far as can be told."""
         return False
 
-    def _cost_of_ranks(self) -> str:
-        """What it costs that several ranks read the same files, in words; empty: they do not, or it has been said."""
-        return ""
+    def _tell_of_ranks(self, world_size: int) -> None:
+        """Warn of what several ranks may not want; called once, as the first epoch begins.
+
+        Args:
+            world_size: How many there are; 0: nobody knows of others.
+        """
 
     def _check_usable(self) -> None:
         """Raise now, at `iter()`, what would make an epoch impossible."""
@@ -286,8 +289,7 @@ class Loader(LoaderHooks):
             world_size = several_ranks()
             if world_size and self._gives_all():
                 warn_of_unsplit(self, world_size, self._split_by)
-            if cost := self._cost_of_ranks():
-                warn_of_cost(cost)
+            self._tell_of_ranks(world_size)
 
     def _begins(self, progress: Progress) -> None:
         """An epoch begins: tell those of the user's who are to know, and note on it what they said."""

@@ -35,7 +35,7 @@ from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
-from aioloader.plan.by_file import check_by_file, cost_of_samples
+from aioloader.plan.by_file import check_by_file, cost_of_samples, uneven_files
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
@@ -61,7 +61,7 @@ from aioloader.plan.plan import (
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
-from aioloader.plan.unsplit import gives_all, warn_of_cost
+from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_uneven
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
@@ -147,8 +147,11 @@ class Pipeline(Loader):
     def _gives_all(self) -> bool:
         return gives_all(self._plan)
 
-    def _cost_of_ranks(self) -> str:
-        return cost_of_samples(self._plan, lambda shard: not shard.said)
+    def _tell_of_ranks(self, world_size: int) -> None:
+        if cost := cost_of_samples(self._plan, lambda shard: not shard.said):
+            warn_of_cost(cost)
+        if world_size and (why := uneven_files(self._plan)):
+            warn_of_uneven(why)
 
     def _then(self, stage: Stage) -> "Pipeline":
         """This pipeline and one more stage."""

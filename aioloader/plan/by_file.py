@@ -13,7 +13,7 @@ from aioloader.sources.resolve import Indexable, source_name
 from aioloader.stages.map import Map
 from aioloader.stages.shard import Shard
 
-__all__ = ["check_by_file", "cost_of_samples"]
+__all__ = ["check_by_file", "cost_of_samples", "uneven_files"]
 
 _FETCHED: Final = ("FetchedFiles", "Objects")  # a sample is a file, and keys are dealt before they are fetched
 
@@ -86,6 +86,18 @@ def cost_of_samples(plan: Plan, wanted: Callable[[Shard], bool]) -> str:
                 f"its share of the samples: {world_size} times the requests, bytes and decompression; "
                 f"shard(by='file'), right after the source, lets each rank read its own files alone. Where this is "
                 f"meant, ignore aioloader.ReadAllWarning"
+            )
+    return ""
+
+
+def uneven_files(plan: Plan) -> str:
+    """Why ranks may get different numbers of samples out of files that nobody has counted; empty: they do not."""
+    for part in walk(plan):
+        if any(isinstance(stage, Shard) and stage.by == "file" and stage.even is None for stage in part.stages):
+            return (
+                f"shard(by='file') gives each rank what is in its files, and nobody has counted that: where ranks get "
+                f"different numbers of batches, DistributedDataParallel waits for ever; {_UNCOUNTED}. Where all files "
+                f"are of one length, ignore aioloader.UnevenWarning"
             )
     return ""
 

@@ -7,14 +7,22 @@ from typing import Any, Final
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from aioloader.core.source import CursorSource
-from aioloader.errors import ReadAllWarning, UnsplitWarning
+from aioloader.errors import ReadAllWarning, UnevenWarning, UnsplitWarning
 from aioloader.plan.plan import Combined, Plan
 from aioloader.plan.ranks import is_sharded
 from aioloader.sources.resolve import Indexable
 from aioloader.sources.sampler_order import chain_of
 from aioloader.stages.rank import current_rank
 
-__all__ = ["dataset_gives_all", "gives_all", "keys_of_all", "several_ranks", "warn_of_cost", "warn_of_unsplit"]
+__all__ = [
+    "dataset_gives_all",
+    "gives_all",
+    "keys_of_all",
+    "several_ranks",
+    "warn_of_cost",
+    "warn_of_uneven",
+    "warn_of_unsplit",
+]
 
 _OF_ALL: Final = (BatchSampler, RandomSampler, SequentialSampler)
 """torch's samplers that take their keys from a whole dataset. Of those that were made of indices or weights, and of
@@ -42,6 +50,11 @@ def warn_of_unsplit(loader: object, world_size: int, way_out: str) -> None:
 def warn_of_cost(cost: str) -> None:
     """Say what it costs that several ranks read the same files."""
     _warn(cost, ReadAllWarning)
+
+
+def warn_of_uneven(why: str) -> None:
+    """Say why ranks may get different numbers of batches."""
+    _warn(why, UnevenWarning)
 
 
 def _warn(text: str, category: type[Warning]) -> None:
