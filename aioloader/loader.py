@@ -110,8 +110,12 @@ class Loader(LoaderHooks):
         """What a state says of the ranks that share the samples; None: it knows of no others."""
         return None
 
-    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
+    def _check_ranks(self, ranks: dict[str, Any] | None, begun: bool) -> None:
         """Refuse what a state says of ranks, if this one cannot go on from it.
+
+        Args:
+            ranks: What it says.
+            begun: It is in the middle of an epoch.
 
         Raises:
             StateError: Why.

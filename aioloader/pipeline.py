@@ -774,8 +774,8 @@ class Pipeline(Loader):
     def _ranks(self) -> dict[str, Any] | None:
         return shard_state(self._plan)
 
-    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
-        check_shard_state(self._plan, ranks)
+    def _check_ranks(self, ranks: dict[str, Any] | None, begun: bool) -> None:
+        check_shard_state(self._plan, ranks, begun=begun)
 
     def _guarantee_without_a_source(self) -> Guarantee:
         flow = flow_of(self._plan)

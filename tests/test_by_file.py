@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aioloader import Pipeline, ReadAllWarning, UnevenWarning
+from aioloader import Pipeline, ReadAllWarning, StateError, UnevenWarning
 from aioloader.sources import Lines, ParquetRows
 from aioloader.testing import assert_resumes_exactly
 from tests._servers import HttpServer
@@ -170,15 +170,49 @@ def test_a_resume_is_exact(tmp_path: Path, kind: Format) -> None:
 def test_a_state_is_that_of_its_rank(tmp_path: Path) -> None:
     paths = LINES.files(tmp_path, (2,) * 4)
     first, second = ranks(Lines(paths), 2)
-    state = first.state_dict()
-    with pytest.raises(ValueError, match=r"rank 0 of 2, and this is rank 1 of 2: after shard\(by='file'\) each rank"):
+    with Steps(first, "for") as steps:
+        steps.next()
+        state = first.state_dict()
+    with pytest.raises(StateError, match=r"rank 0 of 2, and this is rank 1 of 2: after shard\(by='file'\) each rank"):
         second.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"world_size=2, and this is rank 0 of 4"):
+    with pytest.raises(
+        StateError, match=r"world_size=2, .* rank 0 of 4.*; start 2 ranks, load a state from between two"
+    ):
         ranks(Lines(paths), 4)[0].load_state_dict(state)
     with pytest.warns(ReadAllWarning):
         by_sample = Pipeline(Lines(paths)).shard(0, 2)
-    with pytest.raises(ValueError, match=r"the state is of"):
+    with pytest.raises(StateError, match=r"the state is of"):
         by_sample.load_state_dict(state)
+
+
+def test_between_two_epochs_any_number_of_ranks_may_go_on(tmp_path: Path) -> None:
+    """The next epoch deals all files anew."""
+    paths = LINES.files(tmp_path, (2,) * 6)
+    source = Lines(paths, shuffle=True)
+    two = ranks(source, 2)
+    found = [list(loader) for loader in two]
+    state = json.loads(json.dumps(two[0].state_dict()))
+    three = ranks(source, 3)
+    for loader in three:
+        loader.load_state_dict(state)
+    after = [list(loader) for loader in three]
+    assert sorted(chain(*found)) == sorted(chain(*after)) == sorted(chain(*names_of((2,) * 6)))
+    whole = Pipeline(source)
+    whole.set_epoch(1)
+    order = [name[0] for name in list(whole)[::2]]
+    assert [[name[0] for name in part[::2]] for part in after] == [order[rank::3] for rank in range(3)]
+
+
+@on_both_faces
+def test_ranks_of_several_sources_are_mixed(tmp_path: Path, face: Face) -> None:
+    paths = LINES.files(tmp_path, (3,) * 4)
+
+    def loader() -> Pipeline:
+        parts = [Pipeline(Lines(paths, shuffle=True, seed=seed)).shard(1, 2, by="file") for seed in range(2)]
+        return Pipeline.mix(parts, [1, 2])
+
+    assert len(collect(loader(), face)) == 12
+    assert_resumes_exactly(loader)
 
 
 def test_it_works_in_a_process_of_its_own(tmp_path: Path) -> None:
