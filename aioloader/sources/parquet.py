@@ -2,7 +2,6 @@
 
 from asyncio import Future, Lock, gather
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from functools import partial
 from typing import Any, Final
 from zlib import crc32
@@ -20,7 +19,7 @@ from aioloader.sources.interleave import Lane
 from aioloader.sources.parquet_batches import BatchCutter
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import open_input
-from aioloader.sources.parquet_lanes import PIECES_AHEAD, ParquetLane, ParquetStart, ends_within
+from aioloader.sources.parquet_lanes import ParquetLane, ParquetStart, ends_within
 from aioloader.sources.paths import Paths
 from aioloader.sources.read_ahead import Ahead
 from aioloader.sources.requests import Requests
@@ -34,6 +33,9 @@ PIECE_BYTES: Final = 4 << 20
 PIECE_ROWS: Final = 1024
 """The most rows that are made dictionaries in one hop: they cost Python objects, and hold the GIL. With twice as many,
 a row took 4.4 µs instead of 2.6, because Python's garbage collector went through more objects."""
+
+PIECES_AT_ONCE: Final = 64
+"""The most pieces that are cut in one hop."""
 
 COUNTING_THREADS: Final = 32
 """How many footers are asked for at once when rows are counted."""
@@ -133,10 +135,20 @@ class ParquetRows(FileSource[ParquetStart]):
         return parts[0], ParquetStart(*parts[1:])
 
     def open_files(self, context: SourceContext, cursor: Any) -> EntryReader:
-        return _FilesReader(self, context, cursor, self._requests.begin_for_threads(context))
+        if self.batch_rows is None:
+            return super().open_files(context, cursor)
+        order = self.order_of(context)
+        pieces = self.side_by_side(self._opener(context, order), cursor, partial(ends_within, self.batch_rows))
+        return _Batches(context, pieces, self.batch_rows, in_turn=order.lanes > 1)
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, ParquetStart], Lane]:
-        raise NotImplementedError("its reader opens the lanes")
+        requests = self._requests.begin_for_threads(context)
+        footers = _Footers(self, order, requests, context)
+
+        def open_lane(at: int, start: ParquetStart) -> ParquetLane:
+            return ParquetLane(context, order, at, start, footers.of_position, self.files, requests, self.batch_rows)
+
+        return open_lane
 
     async def count_samples(self, context: SourceContext) -> list[int]:
         """The rows of all files, by their footers. A file that cannot be read counts for its error."""
@@ -173,39 +185,25 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
     return names
 
 
-class _FilesReader(Ahead):
-    """The files of one rank: rows, or pieces that are cut into batches."""
+class _Batches(Ahead):
+    """Batches of rows, cut from pieces in a thread."""
 
-    def __init__(self, source: ParquetRows, context: SourceContext, cursor: Any, requests: Requests) -> None:
-        self._source = source
-        self._context = context
-        self._cursor = cursor
-        self._requests = requests
+    def __init__(self, context: SourceContext, pieces: EntryReader, batch_rows: int, *, in_turn: bool) -> None:
+        self._pieces = pieces
         self._thread = context.threads(1)
         self._memory = BatchMemory()
+        self._cutter = BatchCutter(batch_rows, self._memory, in_turn=in_turn)
         super().__init__(context, self._entries, lists=2)
 
     async def aclose(self) -> None:
         self._memory.close()
-        self._requests.close()
+        await self._pieces.aclose()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
-        source, rows = self._source, self._source.batch_rows
-        order = source.order_of(self._context)
-        footers = _Footers(source, order, self._requests, self._context)
-
-        def open_lane(at: int, start: ParquetStart) -> ParquetLane:
-            return ParquetLane(self._context, order, at, start, footers.of_position, source.files, self._requests, rows)
-
-        batches = None if rows is None else BatchCutter(rows, self._memory, in_turn=order.lanes > 1)
-        stays = None if rows is None else partial(ends_within, rows)
-        async with aclosing(source.side_by_side(open_lane, self._cursor, stays)) as reader:
-            while pieces := await reader.read(PIECES_AHEAD * PIECE_ROWS):
-                if batches is None:
-                    yield pieces
-                elif entries := await self._thread.call(batches.feed, pieces):
-                    yield entries
-        if batches is not None and (entries := await self._thread.call(batches.flush)):
+        while pieces := await self._pieces.read(PIECES_AT_ONCE):
+            if entries := await self._thread.call(self._cutter.feed, pieces):
+                yield entries
+        if entries := await self._thread.call(self._cutter.flush):
             yield entries
 
 

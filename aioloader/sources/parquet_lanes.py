@@ -16,7 +16,7 @@ from aioloader.sources.read_ahead import Ahead, failed
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile
 
-__all__ = ["PIECES_AHEAD", "ParquetLane", "ParquetStart", "ends_within"]
+__all__ = ["ParquetLane", "ParquetStart", "ends_within"]
 
 SPANS_AHEAD: Final = 2
 """Spans that are open after the one being handed out; of each of several lanes one."""
@@ -82,7 +82,10 @@ class ParquetLane(Ahead):
             lists_ahead=PIECES_AHEAD,
         )
 
-        super().__init__(context, self._entries)
+        super().__init__(context, self._entries, lists=1 if several else 2)
+
+    async def aclose(self) -> None:
+        self._requests.close()  # those of all lanes: threads that wait for an answer wait no longer
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
         async with aclosing(self._reader):

@@ -1,7 +1,7 @@
 """Spans of row groups of a Parquet file: how a file is divided into them, and how one is read."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Final
 
@@ -219,8 +219,9 @@ class RowPiece:
 
     def take(self, count: int) -> "tuple[RowPiece, RowPiece]":
         """The first `count` rows, and the rest."""
-        head = replace(self, rows=self.rows.slice(0, count))
-        return head, replace(self, rows=self.rows.slice(count), start=self.start + count)
+        rows, start = self.rows, self.start
+        head = RowPiece(rows.slice(0, count), self.footer, start, self.end, self.turn)
+        return head, RowPiece(rows.slice(count), self.footer, start + count, self.end, self.turn)
 
     def cut(self, multiple: int) -> "Iterator[RowPiece]":
         """Pieces that end where the number of rows of the file is a multiple of that."""
