@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from aioloader import BrokenDataError, DataLoader, Pipeline, Retry
+from aioloader import BrokenDataError, DataLoader, LoaderClosedError, Pipeline, Retry
 from aioloader.core.source import CursorSource
 from aioloader.sources import Files, Lines, ParquetRows, TarShards
 from aioloader.testing import Gate, assert_resumes_exactly
@@ -178,6 +178,32 @@ def test_so_many_archives_are_open_and_no_more(http_server: HttpServer, face: Fa
     del loader, store
 
 
+@on_both_faces
+@in_every_format
+@pytest.mark.parametrize("by_file", [False, True])
+def test_nothing_is_left_of_files_that_are_waited_for(
+    http_server: HttpServer, kind: Format, by_file: bool, face: Face
+) -> None:
+    """Closed while each of them hangs: no task, thread or connection stays, which a fixture looks for."""
+    http_server.files = {f"{file}.{kind.suffix}": kind.write([f"{file}0"]) for file in "abcdef"}
+    http_server.gate = gate = Gate()
+    store = http_server.store()
+    loader = Pipeline(kind.source(list(http_server.files), store=store, interleave=2))
+    if by_file:
+        loader = loader.shard(0, 2, by="file")
+    with Steps(loader, face) as steps:
+        outcome = steps.ask()
+        steps.until_arrived(gate, 2)
+        if face == "for":
+            loader.close()
+        else:
+            steps.do(loader.aclose)
+        with pytest.raises((LoaderClosedError, StopIteration, StopAsyncIteration)):
+            outcome()
+    gate.open_all()
+    del loader, store
+
+
 def test_a_reader_needs_room_for_a_sample_of_each(tmp_path: Path) -> None:
     paths = FORMATS[0].files(tmp_path)
     with pytest.raises(ValueError, match=r"ahead must be at least interleave, .* got ahead=2 and interleave=3"):
@@ -228,7 +254,9 @@ def test_another_order_is_another_pipeline(tmp_path: Path) -> None:
 
 def test_a_cache_needs_an_order_that_stays(tmp_path: Path) -> None:
     paths = FORMATS[1].files(tmp_path)
-    with pytest.raises(ValueError, match=r"cache\(\) cannot tell samples apart here: Lines\(shuffle=True\)"):
+    with pytest.raises(
+        ValueError, match=r"cache\(\) cannot tell samples apart here: Lines gives them in another order"
+    ):
         Pipeline(Lines(paths, shuffle=True)).cache(memory_bytes=1 << 20)
     assert len(list(Pipeline(Lines(paths, interleave=2)).cache(memory_bytes=1 << 20))) == sum(LENGTHS)
 

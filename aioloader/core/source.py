@@ -106,6 +106,11 @@ class CursorSource(ABC):
         """Whether it waits for samples that do not exist yet: cheap stages after it then take none before they must."""
         return not self.replayable
 
+    @property
+    def same_each_epoch(self) -> bool:
+        """Whether each epoch gives the same samples in the same order, as a cache needs it."""
+        return True
+
     def identity(self) -> dict[str, Any]:
         """What cursors depend on: which file or table, in which order. A state of another identity is refused.
 

@@ -291,10 +291,10 @@ def _in_order(plan: Plan) -> list[str]:
                 "between it and cache() is more than map and filter; put cache() before that"
             )
         stream = plan.source.data.make if isinstance(plan.source.data, StreamData) else None
-        if not getattr(stream, "same_each_epoch", True):
+        if isinstance(stream, CursorSource) and not stream.same_each_epoch:
             raise ValueError(
-                f"cache() cannot tell samples apart here: {source_name(stream)}(shuffle=True) gives them in another "
-                f"order in each epoch; leave shuffle out, and use shuffle(buffer_size) after cache()"
+                f"cache() cannot tell samples apart here: {source_name(stream)} gives them in another order in each "
+                f"epoch; leave its shuffle=True out, and use shuffle(buffer_size) after cache()"
             )
         words = [describe_content(plan.source.data)]
     for stage in plan.stages:

@@ -58,7 +58,6 @@ class FileSource(CursorSource, Generic[S]):
 
     @property
     def same_each_epoch(self) -> bool:
-        """Whether each epoch gives the same samples in the same order."""
         return not self.shuffle
 
     @cached_property
@@ -98,7 +97,8 @@ class FileSource(CursorSource, Generic[S]):
         """
         check_enough_files(len(self._files), world_size, even, type(self).__name__, counted=self.counts_samples)
         part = copy(self)
-        part._dealt = Dealt(rank, world_size, even if self.counts_samples and even in COUNTED else None)
+        counted = self.counts_samples and even in COUNTED and world_size > 1
+        part._dealt = Dealt(rank, world_size, even if counted else None)
         return part
 
     async def count_samples(self, context: SourceContext) -> list[int]:
