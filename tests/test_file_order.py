@@ -254,9 +254,7 @@ def test_another_order_is_another_pipeline(tmp_path: Path) -> None:
 
 def test_a_cache_needs_an_order_that_stays(tmp_path: Path) -> None:
     paths = FORMATS[1].files(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"cache\(\) cannot tell samples apart here: Lines gives them in another order"
-    ):
+    with pytest.raises(ValueError, match=r"cache\(\) cannot tell samples apart here: Lines gives them in another"):
         Pipeline(Lines(paths, shuffle=True)).cache(memory_bytes=1 << 20)
     assert len(list(Pipeline(Lines(paths, interleave=2)).cache(memory_bytes=1 << 20))) == sum(LENGTHS)
 
