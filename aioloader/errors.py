@@ -13,7 +13,9 @@
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
+    ReadAllWarning (UserWarning)             several ranks each read all files, and keep their share of the samples
     ReplayWarning (UserWarning)              a resumed source reads samples again and drops them
+    UnevenWarning (UserWarning)              ranks may get different numbers of batches
     UnsplitWarning (UserWarning)             several ranks each read all of the same data
 
 Messages hide the secrets in URLs, see `aioloader.masking`. Wrong arguments raise plain `TypeError` and `ValueError`, as
@@ -30,11 +32,13 @@ __all__ = [
     "LeakedContextError",
     "LoaderClosedError",
     "NothingPassesError",
+    "ReadAllWarning",
     "ReplayWarning",
     "SampleCancelledError",
     "SourceUsedUpError",
     "StateError",
     "TooManySkippedError",
+    "UnevenWarning",
     "UnsplitWarning",
     "WorkerDiedError",
 ]
@@ -59,8 +63,16 @@ class StateError(AioloaderError, ValueError):
     """This loader cannot load a state, or follow a recorded order. The message says what is different."""
 
 
+class ReadAllWarning(UserWarning):
+    """Each rank reads all files of a source and keeps its share of the samples, where files could be dealt."""
+
+
 class ReplayWarning(UserWarning):
     """A resumed epoch reads samples again and drops them, since its source cannot start in the middle."""
+
+
+class UnevenWarning(UserWarning):
+    """Ranks may get different numbers of batches, and then those that have more wait for the others for ever."""
 
 
 class UnsplitWarning(UserWarning):

@@ -110,8 +110,12 @@ class Loader(LoaderHooks):
         """What a state says of the ranks that share the samples; None: it knows of no others."""
         return None
 
-    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
+    def _check_ranks(self, ranks: dict[str, Any] | None, begun: bool) -> None:
         """Refuse what a state says of ranks, if this one cannot go on from it.
+
+        Args:
+            ranks: What it says.
+            begun: It is in the middle of an epoch.
 
         Raises:
             StateError: Why.
@@ -187,6 +191,13 @@ class Loader(LoaderHooks):
     def _gives_all(self) -> bool:
         """Whether each of several ranks would get the same, as far as can be told."""
         return False
+
+    def _tell_of_ranks(self, world_size: int) -> None:
+        """Warn of what several ranks may not want; called once, as the first epoch begins.
+
+        Args:
+            world_size: How many there are; 0: nobody knows of others.
+        """
 
     def _check_usable(self) -> None:
         """Raise now, at `iter()`, what would make an epoch impossible."""
@@ -282,6 +293,7 @@ class Loader(LoaderHooks):
             world_size = several_ranks()
             if world_size and self._gives_all():
                 warn_of_unsplit(self, world_size, self._split_by)
+            self._tell_of_ranks(world_size)
 
     def _begins(self, progress: Progress) -> None:
         """An epoch begins: tell those of the user's who are to know, and note on it what they said."""

@@ -35,6 +35,7 @@ from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
+from aioloader.plan.by_file import check_by_file, cost_of_samples, uneven_files
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
@@ -60,7 +61,7 @@ from aioloader.plan.plan import (
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
-from aioloader.plan.unsplit import gives_all
+from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_uneven
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
@@ -80,7 +81,7 @@ from aioloader.stages.pack_plan import Strategy
 from aioloader.stages.rank import Even
 from aioloader.stages.repeat import Repeat
 from aioloader.stages.select import Enumerate, SkipFirst, Take
-from aioloader.stages.shard import Shard
+from aioloader.stages.shard import By, Shard
 from aioloader.stages.share import Share
 from aioloader.stages.shuffle import Shuffle
 from aioloader.stages.skip_errors import SkipErrors
@@ -151,6 +152,12 @@ class Pipeline(Loader):
 
     def _gives_all(self) -> bool:
         return gives_all(self._plan)
+
+    def _tell_of_ranks(self, world_size: int) -> None:
+        if cost := cost_of_samples(self._plan, lambda shard: not shard.said):
+            warn_of_cost(cost)
+        if world_size and (why := uneven_files(self._plan)):
+            warn_of_uneven(why)
 
     def _then(self, stage: Stage) -> "Pipeline":
         """This pipeline and one more stage."""
@@ -589,9 +596,10 @@ class Pipeline(Loader):
         *,
         group: Any = None,
         mesh: Any = None,
-        even: Even = "pad",
+        even: Even | None = None,
+        by: By = "sample",
     ) -> "Pipeline":
-        """Give this rank's part: every `world_size`-th sample, the same number on every rank.
+        """Give this rank's part: every `world_size`-th sample, or file, the same number of samples on every rank.
 
         Without arguments, rank and world size are those of torch.distributed when it is initialised, else of the
         environment's RANK and WORLD_SIZE, else there is one rank. They are looked up when iteration begins; nothing
@@ -603,18 +611,30 @@ class Pipeline(Loader):
             group: A torch.distributed.ProcessGroup instead: the ranks are those in it.
             mesh: A DeviceMesh of one dimension instead, such as `mesh["dp"]`, or a pair `(mesh, "dp")`: the ranks are
                 those along it, and all that differ in other dimensions only, as in tensor parallelism, get the same.
-            even: When the last round has fewer samples than there are ranks: `"pad"` fills it from the beginning, as
-                torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start when the length
-                is known, else at the end.
+            even: When the last round has fewer samples than there are ranks: `"pad"`, the default, fills it from the
+                beginning, as torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start
+                when the length is known, else at the end. By files, these three need a source that has counted its
+                samples (ParquetRows): a rank with fewer reads its own files again, or all end after as many as the
+                shortest has. Without a count the default is to give what is in the rank's files.
+            by: `"file"`: deal the files of `TarShards`, `Lines` or `ParquetRows`, every `world_size`-th in the order of
+                the epoch, so that a rank opens its own alone. It comes right after the source, or maps. A state is then
+                that of one rank, of as many. `"sample"`: every rank reads all files, and a `ReadAllWarning` says so.
 
         Raises:
             TypeError, ValueError: The arguments do not fit, or the samples before come in no order that all ranks
-                would see alike.
+                would see alike; or there are no files to deal, or `even` needs a count that nobody has.
         """
-        check_one_order(self._plan)
         if any(stage.for_several_ranks for stage in self._plan.stages):
             raise ValueError("shard() comes before share(), which gives several ranks the same, got it after that")
-        return self._then(Shard(rank, world_size, group, mesh, even))
+        shard = Shard(rank, world_size, group, mesh, "pad" if even is None else even, by)
+        if by != "sample":
+            shard = check_by_file(self._plan, shard, even)
+        if shard.by == "sample":
+            check_one_order(self._plan)
+        pipeline = self._then(shard)
+        if cost := cost_of_samples(pipeline._plan, lambda stage: stage is shard and shard.said):
+            warn_of_cost(cost)
+        return pipeline
 
     def in_process(self) -> "Pipeline":
         """Run everything before this in a process of its own, for a training loop that is busy in Python.
@@ -854,8 +874,8 @@ class Pipeline(Loader):
     def _ranks(self) -> dict[str, Any] | None:
         return shard_state(self._plan)
 
-    def _check_ranks(self, ranks: dict[str, Any] | None) -> None:
-        check_shard_state(self._plan, ranks)
+    def _check_ranks(self, ranks: dict[str, Any] | None, begun: bool) -> None:
+        check_shard_state(self._plan, ranks, begun=begun)
 
     def _guarantee_without_a_source(self) -> Guarantee:
         flow = flow_of(self._plan)

@@ -30,6 +30,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "own_process": ["--quick"],
     "sources_lines": ["--quick"],
     "sources_tar": ["--quick"],
+    "shards": ["--quick"],
     "sources_parquet": ["--quick"],
     "sources_objects": ["--quick"],
     "cache": ["--quick"],

@@ -205,11 +205,11 @@ def test_archives_by_a_url_with_a_password(http_server: HttpServer, face: Face) 
     [
         lambda url: Pipeline(url),
         lambda url: DataLoader(url),
-        lambda url: Files(url),
+        lambda url: Files(f"{url}?x=1"),
         lambda url: Files(url, watch=True),
-        lambda url: Files([url]),
-        lambda url: Lines([url]),
-        lambda url: ParquetRows([url]),
+        lambda url: Files([f"{url}?x=1"]),
+        lambda url: Lines([f"{url}?x=1"]),
+        lambda url: ParquetRows([f"{url}?x=1"]),
         lambda url: TarShards(f"{url}?x=1"),
         lambda url: TarShards(f"pipe:curl {url}"),
         lambda url: Objects(url, ["a"]),
@@ -253,16 +253,25 @@ def test_what_is_written_beside_a_cache_has_none(tmp_path: Path) -> None:
     assert SECRET not in (tmp_path / "cache" / "cache.json").read_text()
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/*.jsonl", "https://host/a.parquet", "gs://bucket/x", Path("s3://b/x")])
-def test_a_url_for_a_source_of_files_says_what_reads_it(url: Any) -> None:
-    for source in (Files, Lines, ParquetRows):
-        with pytest.raises(ValueError, match="reads files of this machine, got the URL '") as caught:
-            source(url)
-        assert str(caught.value).startswith(source.__name__)
-        for way in ("obstore.store.from_url", "Objects(store, keys)", "ParquetRows(keys, store=store)", "TarShards"):
-            assert way in str(caught.value)
-    with pytest.raises(ValueError, match=r"pass the path in it, without file://"):
-        Lines("file:///data/x.txt")
+@pytest.mark.parametrize("source", [Files, Lines, ParquetRows, TarShards])
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("s3://bucket/*.x", r"looks up no globs in stores, got 's3://bucket/\*\.x'; pass the names"),
+        ("hf://datasets/x", r"does not know hf://, got 'hf://datasets/x'; .*\(pip install 'aioloader\[objects\]'\)"),
+        (Path("s3://b/x"), "takes URLs as str, got 's3:/b/x', from which pathlib has taken a slash; pass it as a str"),
+        ("https://host/x?a=1", "takes URLs without a query"),
+        ("pipe:curl x", "runs no commands"),
+    ],
+)
+def test_a_url_that_cannot_be_read_says_what_can(source: Any, url: Any, why: str) -> None:
+    with pytest.raises(ValueError, match=f"{source.__name__} {why}"):
+        source(url)
+
+
+def test_a_url_cannot_be_watched() -> None:
+    with pytest.raises(ValueError, match="takes a folder or glob of this machine, got the URL 's3://bucket/x'"):
+        Files("s3://bucket/x", watch=True)
 
 
 def test_a_file_may_have_the_name_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

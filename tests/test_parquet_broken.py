@@ -443,6 +443,9 @@ PIPELINES: Final[dict[str, Callable[[list[str]], Any]]] = {
     "batch": lambda paths: Pipeline(ParquetRows(paths)).batch(7, collate_fn=list),
     "shuffle": lambda paths: Pipeline(ParquetRows(paths)).shuffle(buffer_size=6, seed=3),
     "shard": lambda paths: Pipeline(ParquetRows(paths)).shard(1, 3),
+    "shard by file": lambda paths: Pipeline(ParquetRows(paths, interleave=2)).shard(0, 2, by="file"),
+    "side by side": lambda paths: Pipeline(ParquetRows(paths, shuffle=True, interleave=3)),
+    "batches side by side": lambda paths: Pipeline(ParquetRows(paths, batch_rows=7, interleave=3)),
     "take and skip": lambda paths: Pipeline(ParquetRows(paths)).skip(5).take(60),
     "map": lambda paths: Pipeline(ParquetRows(paths)).map(lambda row: row["id"], concurrency=3),
     "drop-in": lambda paths: DataLoader(ParquetRows(paths), batch_size=4, collate_fn=list),
@@ -450,6 +453,7 @@ PIPELINES: Final[dict[str, Callable[[list[str]], Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::aioloader.ReadAllWarning")
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_state_leads_on_past_every_error(tmp_path: Path, name: str) -> None:
     """Each error stands at its place once, before and after a resume, and nothing else is lost."""

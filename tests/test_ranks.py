@@ -262,7 +262,9 @@ def by_lists(n: int, stages: Sequence[FoldStage], this_pass: Pass) -> list[int]:
             case Shuffle(None, seed):
                 generator = torch.Generator().manual_seed(this_pass.seed(seed, "shuffle"))
                 keys = [keys[place] for place in torch.randperm(len(keys), generator=generator)]
-            case Shard(rank, world_size, even=even) if rank is not None and world_size is not None:
+            case Shard(rank, world_size, even="pad" | "drop" | "error" as even) if (
+                rank is not None and world_size is not None
+            ):
                 keys = filled(keys, 0, world_size, even)[rank::world_size]
     return keys
 

@@ -1030,6 +1030,7 @@ def test_leaving_while_a_store_has_not_answered(http_server: HttpServer, face: F
     del store
 
 
+@pytest.mark.filterwarnings("ignore::aioloader.ReadAllWarning")
 def test_batches_shuffles_and_shards_follow(shards: list[str]) -> None:
     loader = Pipeline(TarShards(shards, decode=True)).shuffle(buffer_size=8).map(lambda sample: sample["cls"]).batch(5)
     batches = list(loader)

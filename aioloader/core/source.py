@@ -22,6 +22,7 @@ from typing import Any, ClassVar, TypeVar
 from aioloader.core.entry import Entry
 from aioloader.core.policies import Policies
 from aioloader.core.policy_log import PolicyLog
+from aioloader.core.seeds import derive_seed
 
 __all__ = ["CursorSource", "EntryReader", "RunListener", "SourceContext", "SourceThreads"]
 
@@ -104,6 +105,11 @@ class CursorSource(ABC):
     def live(self) -> bool:
         """Whether it waits for samples that do not exist yet: cheap stages after it then take none before they must."""
         return not self.replayable
+
+    @property
+    def same_each_epoch(self) -> bool:
+        """Whether each epoch gives the same samples in the same order, as a cache needs it."""
+        return True
 
     def identity(self) -> dict[str, Any]:
         """What cursors depend on: which file or table, in which order. A state of another identity is refused.
@@ -200,6 +206,24 @@ class SourceContext(ABC):
     @abstractmethod
     def count_requests(self, *, retries: int = 0, timeouts: int = 0, hedges: int = 0) -> None:
         """Let `stats()` count what became of the source's requests: that many more were made again, and so on."""
+
+    def seed(self, seed: int, purpose: str) -> int:
+        """The seed of an order that changes: another one in each epoch, and in each round of a `repeat`.
+
+        The same on all ranks, in all processes, and when the pass is resumed.
+
+        Args:
+            seed: The user's.
+            purpose: What it is for; different ones give unrelated seeds.
+        """
+        return derive_seed(seed, purpose, self.epoch)
+
+    def part(self) -> "SourceContext":
+        """A context for a part of the epoch, whose threads and tasks end with its own `aclose`, not with the reader."""
+        raise NotImplementedError
+
+    async def aclose(self) -> None:  # noqa: B027 - the loader closes the one that it made
+        """End the tasks, wait for them, and let go of the threads. Only for what `part` has made."""
 
     def policy_log(self, policies: Policies) -> PolicyLog:
         """What is to be told of requests that fail, are late or wait, for `stats()` and `explain()`."""

@@ -29,12 +29,20 @@ class RunSourceContext(SourceContext):
         run: The run that it is part of.
         name: Of the source, for notes and names.
         meter: Of the source.
+        seed_of: See `seed`; None: the run's epoch is all that it depends on.
     """
 
-    def __init__(self, run: "Run", name: str, meter: StageMeter | None = None) -> None:
+    def __init__(
+        self,
+        run: "Run",
+        name: str,
+        meter: StageMeter | None = None,
+        seed_of: Callable[[int, str], int] | None = None,
+    ) -> None:
         self._run = run
         self._name = name
         self._meter = meter
+        self._seed_of = seed_of
         self._pools: list[Threads] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,6 +84,12 @@ class RunSourceContext(SourceContext):
             self._meter.retries += retries
             self._meter.timeouts += timeouts
             self._meter.hedges += hedges
+
+    def seed(self, seed: int, purpose: str) -> int:
+        return super().seed(seed, purpose) if self._seed_of is None else self._seed_of(seed, purpose)
+
+    def part(self) -> "RunSourceContext":
+        return RunSourceContext(self._run, self._name, self._meter, self._seed_of)
 
     def policy_log(self, policies: Policies) -> PolicyLog:
         if self._meter is None:

@@ -46,6 +46,7 @@ class StreamSource(Pump):
         check: Raises ValueError for an origin and a count that are no place in this source.
         tells_epoch: Call `set_epoch` of what is read, if it has one.
         live: Samples are still being produced: read none early.
+        seed_of: See `SourceContext.seed`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class StreamSource(Pump):
         check: Callable[[Origin | None, int], None] | None = None,
         tells_epoch: bool = False,
         live: bool = False,
+        seed_of: Callable[[int, str], int] | None = None,
     ) -> None:
         super().__init__(StageMeter(name, "source", concurrency=1), "aioloader-source")
         self._live = live
@@ -75,6 +77,7 @@ class StreamSource(Pump):
         self._unknown = unknown
         self._check = check
         self._tells_epoch = tells_epoch
+        self._seed_of = seed_of
         self._resume_at: Any = None
 
     @property
@@ -183,7 +186,7 @@ class StreamSource(Pump):
 
     async def _pump_entries(self, source: CursorSource) -> None:
         meter = self.meter
-        context = RunSourceContext(self._run, meter.name, meter)
+        context = RunSourceContext(self._run, meter.name, meter, self._seed_of)
         reader: EntryReader | None = None
         self._numbered = self._resume_at is None  # its cursors do not count
         meter.ahead = source.ahead or 0

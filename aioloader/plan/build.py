@@ -302,6 +302,7 @@ class _PlanBuilder:
             check=source.check,
             tells_epoch=source.tells_epoch,
             live=self.live,
+            seed_of=self.this_pass.seed,
         )
         self.beginnings.append(node.begin)
         node.meter.address = self.path

@@ -228,8 +228,8 @@ def with_ranks(plan: Plan) -> Plan:
     """The plan with each `shard` as it is now: looked up once, so that a whole epoch is of one rank.
 
     Raises:
-        ValueError: `shard(even="error")`, and it is known that the samples do not share out evenly; or the rank that
-            the environment names is none.
+        ValueError: `shard(even="error")`, and it is known that the samples do not share out evenly; or there are fewer
+            files than ranks; or the rank that the environment names is none.
     """
     source = plan.source
     if isinstance(source, Combined):
@@ -238,6 +238,10 @@ def with_ranks(plan: Plan) -> Plan:
     for stage in plan.stages:
         now = stage.with_ranks()
         stages = (*stages, now)
+        if isinstance(source, Single) and isinstance(source.data, StreamData):
+            part = now.deal(source.data.make)
+            if part is not source.data.make:
+                source = replace(source, data=replace(source.data, make=part))
         if now is not stage:
             with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
                 length_of(replace(plan, source=source, stages=stages))
@@ -285,6 +289,12 @@ def _in_order(plan: Plan) -> list[str]:
             raise ValueError(
                 "cache() cannot tell samples apart here: the sampler may give another order in each epoch, and what is "
                 "between it and cache() is more than map and filter; put cache() before that"
+            )
+        stream = plan.source.data.make if isinstance(plan.source.data, StreamData) else None
+        if isinstance(stream, CursorSource) and not stream.same_each_epoch:
+            raise ValueError(
+                f"cache() cannot tell samples apart here: {source_name(stream)} gives them in another order in each "
+                f"epoch; leave its shuffle=True out, and use shuffle(buffer_size) after cache()"
             )
         words = [describe_content(plan.source.data)]
     for stage in plan.stages:

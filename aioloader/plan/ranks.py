@@ -48,8 +48,13 @@ def shard_state(plan: Plan) -> dict[str, Any] | None:
     }
 
 
-def check_shard_state(plan: Plan, state: Mapping[str, Any] | None) -> None:
+def check_shard_state(plan: Plan, state: Mapping[str, Any] | None, *, begun: bool = True) -> None:
     """Refuse what `shard_state` of another run said, where this plan on this rank cannot go on exactly.
+
+    Args:
+        plan: This one.
+        state: What the other one said.
+        begun: Its state is in the middle of an epoch. Between two, files are about to be dealt anew, to any ranks.
 
     Raises:
         StateError: It cannot; says which numbers differ and what would do.
@@ -66,9 +71,11 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None) -> None:
             "leave shard() out, or start from the beginning"
         )
     world_size, global_batch, elastic, rank = _read(state)
+    if ranks.by_file and not begun:
+        return
     now = f"rank {ranks.rank} of {ranks.world_size}"
     whole = elastic and flow.elastic and flow.global_batch is None
-    if world_size != ranks.world_size and global_batch is None and not whole:
+    if world_size != ranks.world_size and global_batch is None and not whole and not ranks.by_file:
         raise StateError(
             f"the state is of world_size={world_size}, and this is {now}: without batch() a step is one sample for "
             f"each rank, and these ranks would make others; start {world_size} ranks, or add batch() from the beginning"
@@ -119,6 +126,8 @@ def _is_count(value: Any, least: int) -> bool:
 
 def _cure(ranks: Ranks) -> str:
     """What else may be done about a plan whose states are not for every rank."""
+    if ranks.by_file:
+        return ", load a state from between two epochs, or deal samples (by='sample') from the beginning"
     return f", or put {ranks.because} before shard()" if ranks.because else ""
 
 

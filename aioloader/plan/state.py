@@ -146,7 +146,11 @@ def contents_of(state: Any) -> dict[str, Any]:
 
 
 def check_fits(
-    contents: Mapping[str, Any], *, loader: str, pipeline: Shape, check_ranks: Callable[[dict[str, Any] | None], None]
+    contents: Mapping[str, Any],
+    *,
+    loader: str,
+    pipeline: Shape,
+    check_ranks: Callable[[dict[str, Any] | None, bool], None],
 ) -> None:
     """Refuse a state of another loader.
 
@@ -154,14 +158,15 @@ def check_fits(
         contents: What the state holds.
         loader: The kind of loader.
         pipeline: Its shape.
-        check_ranks: Refuses what the state says of the ranks that it comes from, where it does not do for this one.
+        check_ranks: Refuses what the state says of the ranks that it comes from, where it does not do for this one;
+            it is told whether an epoch has begun in it.
 
     Raises:
         StateError: It is; says what is different.
     """
     if contents["loader"] != loader:
         raise StateError(f"the state is of a {contents['loader']}"[:200] + f", and this is a {loader}")
-    check_ranks(contents["ranks"])
+    check_ranks(contents["ranks"], contents["cursor"] is not None)
     difference = _difference(pipeline, contents["pipeline"])
     if difference is not None:
         raise StateError(f"the state is of another pipeline: {difference}")

@@ -7,14 +7,22 @@ from typing import Any, Final
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from aioloader.core.source import CursorSource
-from aioloader.errors import UnsplitWarning
+from aioloader.errors import ReadAllWarning, UnevenWarning, UnsplitWarning
 from aioloader.plan.plan import Combined, Plan
 from aioloader.plan.ranks import is_sharded, is_shared
 from aioloader.sources.resolve import Indexable
 from aioloader.sources.sampler_order import chain_of
 from aioloader.stages.rank import current_rank
 
-__all__ = ["dataset_gives_all", "gives_all", "keys_of_all", "several_ranks", "warn_of_unsplit"]
+__all__ = [
+    "dataset_gives_all",
+    "gives_all",
+    "keys_of_all",
+    "several_ranks",
+    "warn_of_cost",
+    "warn_of_uneven",
+    "warn_of_unsplit",
+]
 
 _OF_ALL: Final = (BatchSampler, RandomSampler, SequentialSampler)
 """torch's samplers that take their keys from a whole dataset. Of those that were made of indices or weights, and of
@@ -32,15 +40,29 @@ def several_ranks() -> int:
 
 def warn_of_unsplit(loader: object, world_size: int, way_out: str) -> None:
     """Say it where the loader is iterated."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("aioloader", "contextlib"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(
+    _warn(
         f"there are {world_size} ranks, and nothing splits the data of {loader!r}: each rank reads, and trains on, all "
         f"of it; {way_out}. Where that is meant, ignore aioloader.UnsplitWarning",
         UnsplitWarning,
-        stacklevel=level,
     )
+
+
+def warn_of_cost(cost: str) -> None:
+    """Say what it costs that several ranks read the same files."""
+    _warn(cost, ReadAllWarning)
+
+
+def warn_of_uneven(why: str) -> None:
+    """Say why ranks may get different numbers of batches."""
+    _warn(why, UnevenWarning)
+
+
+def _warn(text: str, category: type[Warning]) -> None:
+    """Warn where the user's code is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("aioloader", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, category, stacklevel=level)
 
 
 def gives_all(plan: Plan) -> bool:

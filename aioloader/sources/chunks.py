@@ -17,7 +17,7 @@ from aioloader.sources.ranges import Range, RequestedRange, check_length, checke
 from aioloader.sources.requests import Requests
 from aioloader.sources.stores import Version
 
-__all__ = ["READ_BYTES", "file_chunks", "object_chunks"]
+__all__ = ["RANGE_BYTES", "READ_BYTES", "file_chunks", "object_chunks"]
 
 READ_BYTES: Final = 1 << 20
 """How much of a file is read at once: a thousand rows of a kilobyte share the cost of a hop."""

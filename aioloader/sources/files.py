@@ -2,16 +2,25 @@
 
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Final
 
 from aioloader.core.checks import check_ahead
 from aioloader.core.memory import Alloc
-from aioloader.sources.paths import Paths, find_files
+from aioloader.core.policies import Hedge, Rate, Retry
+from aioloader.sources.fetched_files import FetchedFiles
+from aioloader.sources.paths import Paths
 from aioloader.sources.read_file import Read, check_read, load, read_bytes, read_stacked
+from aioloader.sources.stored_files import find_stored_files, names_urls
+from aioloader.sources.stores import check_no_options
 from aioloader.sources.watched_files import WatchedFiles
 from aioloader.stages.load import LoadsBatches
 
 __all__ = ["Files"]
+
+_NO_OPTIONS: Final[dict[str, Any]] = {"client_options": None, "retry_config": None}
+_NO_POLICIES: Final[dict[str, Any]] = {"retry": None, "timeout": None, "hedge": None, "rate": None}
+_NOT_WATCHED: Final = ("ahead", "ahead_bytes", "store", "concurrency", *_NO_OPTIONS, *_NO_POLICIES)
+"""What `Files(watch=True)` does not take."""
 
 
 class Files(Sequence[Any], LoadsBatches):
@@ -26,6 +35,8 @@ class Files(Sequence[Any], LoadsBatches):
     Args:
         paths: A folder (the files in it and in the folders in it, without hidden ones), a glob (`**` means any
             folders), a path, or a sequence of paths and globs. Folders and globs are looked up here, once, and sorted.
+            Or URLs of what obstore opens (`s3://`, `gs://`, `az://`, `https://`); with `store`, keys in it.
+            `{000..099}` and `{a,b}` are expanded.
         read: What a sample is: the content as `bytes`, or as a tensor, uint8 [bytes of the file]; without a
             `collate_fn`, tensors can only be batched if all files have one size. None: the path, for a function that
             opens it.
@@ -40,10 +51,16 @@ class Files(Sequence[Any], LoadsBatches):
         ahead: Files begun and not taken by what follows, at most; as in `Pipeline.map`. They are then read one by one,
             not for whole batches.
         ahead_bytes: The same in bytes.
+        store: A store of obstore (`aioloader[objects]`). What is in stores is fetched on the loop, as by `Objects`.
+        concurrency: For URLs and `store`: files that are fetched at once; 64 by default.
+        client_options, retry_config: For URLs and `store`: timeouts and retries in place of the store's own, as obstore
+            names them.
+        retry, timeout, hedge, rate: For URLs and `store`: as in `Pipeline.map`. With `retry`, the store makes no
+            retries of its own.
 
     Raises:
         FileNotFoundError: A glob matches nothing, a folder has no files, or with `watch` does not exist.
-        ImportError: `watch` without watchfiles.
+        ImportError: `watch` without watchfiles, a URL without obstore.
         TypeError, ValueError: An argument is invalid.
 
     ```python
@@ -54,10 +71,18 @@ class Files(Sequence[Any], LoadsBatches):
     paths: tuple[str, ...]
 
     def __new__(cls, *arguments: Any, watch: bool = False, **others: Any) -> Any:
-        # A stream is another kind of source: it has no length and no indices.
-        if watch and not others.keys().isdisjoint(("ahead", "ahead_bytes")):
-            raise ValueError("Files(watch=True) reads no file before it is needed; leave ahead and ahead_bytes out")
-        return WatchedFiles(*arguments, **others) if watch else super().__new__(cls)
+        # A stream is another kind of source: it has no length and no indices. And what is in stores is awaited.
+        if watch:
+            if wrong := [name for name in _NOT_WATCHED if others.get(name) is not None]:
+                raise ValueError(
+                    f"Files(watch=True) watches a folder of this machine, and reads no file before it is needed; leave "
+                    f"{' and '.join(wrong)} out"
+                )
+            return WatchedFiles(*arguments, **others)
+        paths = arguments[0] if arguments else others.get("paths", ())
+        if others.get("store") is not None or names_urls(paths, source="Files"):
+            return FetchedFiles(*arguments, **others)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -69,10 +94,22 @@ class Files(Sequence[Any], LoadsBatches):
         settle: float = 0.5,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
+        store: Any = None,
+        concurrency: int | None = None,
+        client_options: Any = None,
+        retry_config: Any = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
     ) -> None:
         check_read(read, with_path)
+        policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
+        options = {"client_options": client_options, "retry_config": retry_config, "concurrency": concurrency}
+        check_no_options({**options, **policies}, source="Files")
         self.ahead, self.ahead_bytes = check_ahead(ahead, ahead_bytes, None)
-        self.paths = find_files(paths, source="Files", folders=True)
+        files, _ = find_stored_files(paths, None, _NO_OPTIONS, _NO_POLICIES, source="Files", folders=True)
+        self.paths = tuple(file.key for file in files)
         self.read = read
         self.with_path = bool(with_path)
 

@@ -7,7 +7,8 @@ from itertools import cycle
 from typing import Generic, TypeVar
 
 from aioloader.core.entry import Entry
-from aioloader.core.source import EntryReader, SourceContext, SourceThreads
+from aioloader.core.source import SourceContext, SourceThreads
+from aioloader.sources.interleave import Lane
 from aioloader.sources.read_ahead import Ahead, Quota
 
 __all__ = ["InOrder"]
@@ -15,7 +16,7 @@ __all__ = ["InOrder"]
 P = TypeVar("P")
 
 
-class InOrder(EntryReader, Generic[P]):
+class InOrder(Lane, Generic[P]):
     """The entries of all parts, in order. Each part is read by a task and a thread of its own.
 
     A part has its thread to itself, because its file is opened and closed in that thread. The threads are used in turn:
@@ -55,10 +56,19 @@ class InOrder(EntryReader, Generic[P]):
         self._open: deque[tuple[P, Ahead]] = deque()
         self._has_more_parts = True
 
+    def take(self) -> Entry | None:
+        if not self._open:
+            return None
+        self.part, reader = self._open[0]
+        return reader.take()
+
+    async def begin(self) -> None:
+        while self._has_more_parts and len(self._open) < self._most_open:
+            await self._open_next()
+
     async def read(self, limit: int) -> list[Entry]:
         while True:
-            while self._has_more_parts and len(self._open) < self._most_open:
-                await self._open_next()
+            await self.begin()
             if not self._open:
                 return []
             self.part, reader = self._open[0]

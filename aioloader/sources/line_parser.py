@@ -17,6 +17,7 @@ from aioloader.errors import BrokenDataError
 from aioloader.sources.marks import changed_since
 from aioloader.sources.parsing import PARSE_SECONDS, Parser
 from aioloader.sources.read_ahead import failed
+from aioloader.sources.stores import Version
 
 __all__ = ["Decode", "LineParser", "LineStart"]
 
@@ -55,10 +56,12 @@ class LineParser(Parser):
         encoding: str,
         max_line_bytes: int,
         max_window_bytes: int,
+        version: Version | None = None,
     ) -> None:
         self._offset, self._number, mark = start
         super().__init__(path, self._offset, mark, max_window_bytes, least=1)
         self._index = index
+        self._version = version
         self._encoding = encoding
         self._has_own_decoder = not callable(decode)
         self._skips_blank = decode == "json"
@@ -76,6 +79,7 @@ class LineParser(Parser):
         self._cut_off = False  # the last line has no end
 
     def _feed(self, piece: bytes) -> None:
+        piece = bytes(piece)  # what comes from a store is none; it costs nothing where it is
         if self.trail.before not in (b"\n", b""):
             piece = self._skip_line_end(piece)
         end = piece.rfind(b"\n")
@@ -208,16 +212,20 @@ class LineParser(Parser):
         entries += map(
             Entry,
             values,
-            zip(repeat(self._index), ends, numbers, self.trail.marks(ends)),
+            zip(repeat(self._index), ends, numbers, self.trail.marks(ends), *map(repeat, self._version_mark())),
             [f"{path}:{number}" for number in numbers],
             repeat(0),
         )
         self._offset = ends[-1]
         self._number += len(values)
 
-    def _cursor(self) -> tuple[int, int, int, int | None]:
+    def _version_mark(self) -> tuple[str, ...]:
+        """What cursors have of the version of an object; none of a file has it."""
+        return () if self._version is None or self._version.mark is None else (self._version.mark,)
+
+    def _cursor(self) -> tuple[Any, ...]:
         """The cursor after the last line."""
-        return self._index, self._offset, self._number, self.trail.mark(self._offset)
+        return self._index, self._offset, self._number, self.trail.mark(self._offset), *self._version_mark()
 
     def _failed(self, error: BaseException, line: bytes, length: int) -> Entry:
         """The entry of the next line, which is broken: our own errors name the place, the user's get a note.

@@ -1,9 +1,8 @@
 """`ParquetRows`: the rows of Parquet files, one by one or as batches of columns."""
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
-from functools import cached_property
+from asyncio import Future, Lock, gather
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any, Final
 from zlib import crc32
 
@@ -11,18 +10,20 @@ from aioloader.core.checks import check_count
 from aioloader.core.cursors import as_count, cursor_sequence
 from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
-from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
+from aioloader.core.source import EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
-from aioloader.sources.in_order import InOrder
+from aioloader.sources.file_order import FileOrder
+from aioloader.sources.file_source import FileSource
+from aioloader.sources.interleave import Lane
 from aioloader.sources.parquet_batches import BatchCutter
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import open_input
-from aioloader.sources.parquet_spans import Span, SpanReader, spans_of
-from aioloader.sources.paths import Paths, each_path, find_files, names_of
-from aioloader.sources.read_ahead import Ahead, failed
-from aioloader.sources.requests import RequestPolicies, Requests, store_policies
-from aioloader.sources.stores import check_no_options, request_options, with_options
+from aioloader.sources.parquet_lanes import ParquetLane, ParquetStart, ends_within
+from aioloader.sources.paths import Paths
+from aioloader.sources.read_ahead import Ahead
+from aioloader.sources.requests import Requests
+from aioloader.sources.stored_files import StoredFile, find_stored_files
 
 __all__ = ["ParquetRows"]
 
@@ -33,14 +34,14 @@ PIECE_ROWS: Final = 1024
 """The most rows that are made dictionaries in one hop: they cost Python objects, and hold the GIL. With twice as many,
 a row took 4.4 µs instead of 2.6, because Python's garbage collector went through more objects."""
 
-SPANS_AHEAD: Final = 2
-"""Spans that are open after the one being handed out."""
+PIECES_AT_ONCE: Final = 64
+"""The most pieces that are cut in one hop."""
 
-PIECES_AHEAD: Final = 4
-"""Decoded pieces that wait per span."""
+COUNTING_THREADS: Final = 32
+"""How many footers are asked for at once when rows are counted."""
 
 
-class ParquetRows(CursorSource):
+class ParquetRows(FileSource[ParquetStart]):
     """The rows of Parquet files, in order, as dictionaries; or batches of columns, most of them tensors.
 
     Row groups are read ahead in threads. A file that cannot be read, a broken row group, or a row with a value that
@@ -55,22 +56,30 @@ class ParquetRows(CursorSource):
     before something that cannot be read. A tensor may share arrow's memory, which it keeps alive: about 4 MB, however
     small the batch.
 
-    Cursor: file, row group, the row in it, and the checksum of the file's footer.
+    Cursor: file, row group, the row in it, and the checksum of the file's footer; with `interleave` those of each open
+    file.
 
     Args:
-        paths: A path, a glob, or a sequence of these. Globs are looked up here, once, and sorted.
+        paths: Paths, globs, or URLs of what obstore opens (`s3://`, `gs://`, `az://`, `https://`), one or a sequence;
+            `{000..099}` and `{a,b}` are expanded. Globs are looked up here, once, and sorted. With `store`: keys in it.
         columns: The names of the columns to read; None means all.
         batch_rows: Rows per batch, at least 1; None means one sample per row.
-        store: A store of obstore; `paths` are keys in it, without globs.
-        client_options, retry_config: With `store`: timeouts and retries in place of its own, as obstore names them. By
-            its defaults, a request times out after 30 seconds and is retried for up to three minutes.
-        retry, timeout, hedge, rate: With `store`: what is done about requests that fail, take long or are too many, as
-            in `Pipeline.map`, for each request for itself. With `retry`, the store makes no retries of its own. What
-            another attempt cannot change is not retried, unless `Retry.on` says so: see `docs/failures.md`.
+        shuffle: The files come in another order in each epoch, and in each round of a `repeat`: a permutation that
+            depends on these and `seed` alone, so all ranks have the same. Rows stay in the order of their file.
+        seed: See `shuffle`.
+        interleave: How many files are read side by side, at least 1: a row of each in turn, or `batch_rows` rows, with
+            which the next batch is completed where a file has fewer left. The first reader has the files at 0,
+            `interleave`, 2 `interleave`, ... of the order, the second 1, `interleave` + 1, ..., however long they are.
+        store: A store of obstore (`aioloader[objects]`).
+        client_options, retry_config: For URLs and `store`: timeouts and retries in place of its own, as obstore names
+            them. By its defaults, a request times out after 30 seconds and is retried for up to three minutes.
+        retry, timeout, hedge, rate: For URLs and `store`: what is done about requests that fail, take long or are too
+            many, as in `Pipeline.map`, for each request for itself. With `retry`, the store makes no retries of its
+            own. What another attempt cannot change is not retried, unless `Retry.on` says so: see `docs/failures.md`.
 
     Raises:
         FileNotFoundError: A glob matches nothing.
-        ImportError: Without pyarrow.
+        ImportError: Without pyarrow, or a URL without obstore.
         TypeError, ValueError: An argument is invalid.
 
     ```python
@@ -78,12 +87,17 @@ class ParquetRows(CursorSource):
     ```
     """
 
+    counts_samples = True
+
     def __init__(
         self,
         paths: Paths,
         *,
         columns: Sequence[str] | None = None,
         batch_rows: int | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        interleave: int = 1,
         store: Any = None,
         client_options: Any = None,
         retry_config: Any = None,
@@ -93,17 +107,10 @@ class ParquetRows(CursorSource):
         rate: Rate | None = None,
     ) -> None:
         _require_pyarrow()
-        self._requests = RequestPolicies(store_policies(retry, timeout, hedge, rate), "ParquetRows")
-        options = request_options(client_options, retry_config, retry, source="ParquetRows")
-        if store is None:
-            policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
-            given = {"client_options": client_options, "retry_config": retry_config, **policies}
-            check_no_options(given, source="ParquetRows")
-            self.paths = find_files(paths, source="ParquetRows")
-        else:
-            self.paths = tuple(each_path(paths, source="ParquetRows"))
-            store = with_options(store, options, source="ParquetRows")
-        self.store = store
+        options = {"client_options": client_options, "retry_config": retry_config}
+        policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
+        self._files, self._requests = find_stored_files(paths, store, options, policies, source="ParquetRows")
+        self._set_order(shuffle, seed, interleave)
         self.columns = None if columns is None else _check_columns(columns)
         self.batch_rows = (
             None
@@ -112,33 +119,49 @@ class ParquetRows(CursorSource):
         )
 
     @property
-    def rate(self) -> Rate | None:
-        """How many of its requests begin in a second, which others may share."""
-        return self._requests.rate
-
-    @cached_property
-    def _names(self) -> dict[str, Any]:
-        return names_of(self.paths)
+    def paths(self) -> tuple[str, ...]:
+        """The paths, URLs or keys of the files, in order."""
+        return tuple(file.url for file in self._files)
 
     def identity(self) -> dict[str, Any]:
-        return {**self._names, "batch_rows": self.batch_rows}
+        return {**super().identity(), "batch_rows": self.batch_rows}
 
-    def check_cursor(self, cursor: Any) -> None:
-        self._place(cursor)
-
-    def _place(self, cursor: Any) -> "_Start":
-        parts = [0, 0, 0] if cursor is None else list(map(as_count, cursor_sequence(cursor)))
+    def _parse(self, cursor: Any) -> tuple[Any, ParquetStart]:
+        if cursor is None:
+            return 0, ParquetStart()
+        parts = list(map(as_count, cursor_sequence(cursor)))
         if not 3 <= len(parts) <= 4:
             raise ValueError(f"a list of 3 or 4 was expected, got {cursor!r}"[:200])
-        place = _Start(*parts)
-        if place.index > len(self.paths):
-            raise ValueError(
-                f"the cursor is in file {place.index}, but there are {len(self.paths)}: the files have changed"
-            )
-        return place
+        return parts[0], ParquetStart(*parts[1:])
 
-    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
-        return _FilesReader(self, context, self._place(cursor), self._requests.begin_for_threads(context))
+    def open_files(self, context: SourceContext, cursor: Any) -> EntryReader:
+        if self.batch_rows is None:
+            return super().open_files(context, cursor)
+        order = self.order_of(context)
+        pieces = self.side_by_side(self._opener(context, order), cursor, partial(ends_within, self.batch_rows))
+        return _Batches(context, pieces, self.batch_rows, in_turn=order.lanes > 1)
+
+    def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, ParquetStart], Lane]:
+        requests = self._requests.begin_for_threads(context)
+        footers = _Footers(self, order, requests, context)
+
+        def open_lane(at: int, start: ParquetStart) -> ParquetLane:
+            return ParquetLane(context, order, at, start, footers.of_position, self.files, requests, self.batch_rows)
+
+        return open_lane
+
+    async def count_samples(self, context: SourceContext) -> list[int]:
+        """The rows of all files, by their footers. A file that cannot be read counts for its error."""
+        requests = self._requests.begin_for_threads(context)
+        threads = context.threads(min(COUNTING_THREADS, len(self._files)))
+        try:
+            return list(await gather(*(threads.call(_rows_of, file, requests) for file in self._files)))
+        finally:
+            requests.close()
+
+    def samples_of(self, counts: Sequence[int]) -> int:
+        rows = sum(counts)
+        return rows if self.batch_rows is None else -(-rows // self.batch_rows)
 
 
 def _require_pyarrow() -> None:
@@ -162,125 +185,114 @@ def _check_columns(columns: Any) -> tuple[str, ...]:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """Where to resume: a cursor."""
+class _Batches(Ahead):
+    """Batches of rows, cut from pieces in a thread."""
 
-    index: int
-    group: int
-    row: int
-    checksum: int | None = None  # of a file that was begun
-
-
-class _FilesReader(Ahead):
-    """One epoch: spans of row groups are read ahead in order, and cut into batches if these are asked for."""
-
-    def __init__(self, source: ParquetRows, context: SourceContext, place: _Start, requests: Requests) -> None:
-        self._source = source
-        self._context = context
-        self._place = place
-        self._requests = requests
-        self._footer_thread = context.threads(1)
-        self._known: tuple[str, Any] | None = None  # a file, and the columns that it and all others have
-        self._first_open_file = 0  # those before it have ended, some of them with an error
+    def __init__(self, context: SourceContext, pieces: EntryReader, batch_rows: int, *, in_turn: bool) -> None:
+        self._pieces = pieces
+        self._thread = context.threads(1)
         self._memory = BatchMemory()
+        self._cutter = BatchCutter(batch_rows, self._memory, in_turn=in_turn)
         super().__init__(context, self._entries, lists=2)
 
     async def aclose(self) -> None:
         self._memory.close()
-        self._requests.close()
+        await self._pieces.aclose()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
-        reader = InOrder(
-            self._context, self._spans(), self._read_span, open_ahead=SPANS_AHEAD, lists_ahead=PIECES_AHEAD
-        )
-        batches = None if self._source.batch_rows is None else BatchCutter(self._source.batch_rows, self._memory)
-        async with aclosing(reader):
-            while pieces := await reader.read(PIECES_AHEAD * PIECE_ROWS):
-                index, _ = reader.part
-                if index < self._first_open_file:  # an error has ended its file
-                    continue
-                if pieces[-1].error is not None:
-                    self._first_open_file = pieces[-1].cursor[0]
-                if batches is None:
-                    yield pieces
-                elif entries := await self._footer_thread.call(batches.feed, pieces):
-                    yield entries
-        if batches is not None and (entries := await self._footer_thread.call(batches.flush)):
+        while pieces := await self._pieces.read(PIECES_AT_ONCE):
+            if entries := await self._thread.call(self._cutter.feed, pieces):
+                yield entries
+        if entries := await self._thread.call(self._cutter.flush):
             yield entries
 
-    async def _spans(self) -> AsyncGenerator[tuple[int, Span | Entry]]:
-        """What to read, in order: spans with the numbers of their files, or the error of a file that cannot be read."""
-        place = self._place
-        call = self._footer_thread.call
-        for index in range(place.index):  # after a resume too, the columns must be those of the files before
-            if self._knows_all():
-                break
-            try:
-                await call(self._read_footer, index)
-            except Exception:  # it was raised before the resume
-                continue
-        for index in range(place.index, len(self._source.paths)):
-            try:
-                footer: Footer = await call(self._read_footer, index)
-                start = _start(footer, place)
-            except Exception as error:
-                yield index, failed(error, (index + 1, 0, 0), self._source.paths[index])
-            else:
-                for span in spans_of(footer, start):
-                    if index < self._first_open_file:
-                        break
-                    yield index, span
-            place = _Start(index + 1, 0, 0)
 
-    async def _read_span(
-        self, numbered: tuple[int, Span | Entry], thread: SourceThreads
-    ) -> AsyncGenerator[list[Entry]]:
-        _, span = numbered
-        if isinstance(span, Entry):
-            yield [span]
-            return
-        reading = SpanReader(span, self._source.store, self._requests, as_pieces=self._source.batch_rows is not None)
-        try:
-            while entries := await thread.call(reading.next):
-                yield entries
-        finally:
-            await thread.call(reading.close)
+_Known = tuple[str, Any] | None  # a file, and the columns that it and all before it have
 
-    def _knows_all(self) -> bool:
-        """Whether the types of all columns are known, so that later files cannot add to them."""
-        if self._known is None:
-            return False
-        from aioloader.sources.arrow_types import has_unknown_parts
+_Loaded = tuple[bytes, Any, Any, Any, int]  # the end, metadata, columns, version and size of a file
 
-        return not any(map(has_unknown_parts, self._known[1].types))
 
-    def _read_footer(self, index: int) -> Footer:
-        """Read and check the footer of a file; runs in a thread.
+class _Footers:
+    """The footers of the files of one rank, each checked against those before it in the order of the epoch.
+
+    All files must have the columns of the first; where its types say little (nulls), those of the next ones count. So
+    footers are read at once, but compared in order, whichever lane asks first, and after a resume too. As soon as all
+    types are known, later files cannot add to them, and no file is looked at before its turn.
+    """
+
+    def __init__(self, source: ParquetRows, order: FileOrder, requests: Requests, context: SourceContext) -> None:
+        self._source = source
+        self._order = order
+        self._requests = requests
+        self._threads = context.threads(order.lanes)
+        self._known: list[_Known] = [None]  # before the first file, after it, after the second one, ...
+        self._lock = Lock()
+        self._loading: dict[int, Future[_Loaded]] = {}
+
+    async def of_position(self, at: int) -> Footer:
+        """The footer of the file at that position.
 
         Raises:
             Exception: The file cannot be read, or does not have the expected columns.
         """
-        source = self._source
-        path = source.paths[index]
-        file = open_input(path, source.store, self._requests)
         try:
-            end, metadata, schema = read_end(path, file)
+            loaded = await self._load(at)
         finally:
-            file.close()
+            self._loading.pop(at, None)
+        async with self._lock:
+            while len(self._known) <= at and not self._knows_all():
+                try:
+                    await self._learn(await self._load(len(self._known) - 1), len(self._known) - 1)
+                except Exception:  # it is raised in its place, or was before the resume
+                    self._known.append(self._known[-1])
+            try:
+                return await self._learn(loaded, at)
+            except Exception:
+                if len(self._known) == at + 1:
+                    self._known.append(self._known[-1])
+                raise
+
+    def _load(self, at: int) -> "Future[_Loaded]":
+        if at not in self._loading:
+            self._loading[at] = self._threads.call(_load, self._file(at), self._requests)
+        return self._loading[at]
+
+    def _file(self, at: int) -> StoredFile:
+        return self._source.files[self._order.numbers[at]]
+
+    def _knows_all(self) -> bool:
+        """Whether the types of all columns are known, so that later files cannot add to them."""
+        known = self._known[-1]
+        if known is None:
+            return False
+        from aioloader.sources.arrow_types import has_unknown_parts
+
+        return not any(map(has_unknown_parts, known[1].types))
+
+    async def _learn(self, loaded: _Loaded, at: int) -> Footer:
+        return await self._threads.call(self._checked, loaded, at)
+
+    def _checked(self, loaded: _Loaded, at: int) -> Footer:
+        """Compare the columns of the file at `at`; runs in a thread, one at a time."""
+        end, metadata, schema, version, size = loaded
+        source, file = self._source, self._file(at)
+        path = file.name
         schema = selected(path, schema, source.columns)
-        numbers = Numbers(path, end, metadata, schema, file.size - len(end))
-        if self._known is None:
-            self._known = path, schema
+        numbers = Numbers(path, end, metadata, schema, size - len(end))
+        known = self._known[min(at, len(self._known) - 1)]
+        if known is not None:
+            found = same_columns(path, schema, *known, tensors=source.batch_rows is not None)
+            known, schema = (known if found is known[1] else (path, found)), found
         else:
-            schema = same_columns(path, schema, *self._known, tensors=source.batch_rows is not None)
-            if schema is not self._known[1]:
-                self._known = path, schema
+            known = path, schema
+        if len(self._known) == at + 1:
+            self._known.append(known)
         return Footer(
-            index,
-            path,
-            file.version,
-            crc32(end, file.size & 0xFFFFFFFF),
+            at,
+            at + self._order.lanes,
+            file,
+            version,
+            crc32(end, size & 0xFFFFFFFF),
             metadata,
             schema,
             numbers.starts,
@@ -298,21 +310,31 @@ class _FilesReader(Ahead):
         return max(1, rows // batch_rows) * batch_rows if rows >= batch_rows else rows
 
 
-def _start(footer: Footer, place: _Start) -> int:
-    """The number of the first row to read.
+def _load(stored: StoredFile, requests: Requests) -> _Loaded:
+    """Read a footer; runs in a thread.
 
     Raises:
-        BrokenDataError: The file is not the one that the cursor was taken from.
+        Exception: The file cannot be read.
     """
-    starts = footer.starts
-    if place.checksum is not None and place.checksum != footer.checksum:
-        change = "its footer differs"
-    elif place.group >= max(1, len(starts) - 1) or starts[place.group] + place.row > starts[-1]:
-        change = f"it has {len(starts) - 1} row groups and {starts[-1]} rows"
-    else:
-        return starts[place.group] + place.row
-    raise BrokenDataError(
-        f"{footer.path}: reading resumes in row group {place.group} after row {place.row}, but {change}: it was "
-        f"changed after the state was made, so the rest of its rows are left out; restore the old file, or begin the "
-        f"epoch again without the state"
-    )
+    file = open_input(stored, requests)
+    try:
+        return *read_end(stored.name, file), file.version, file.size
+    finally:
+        file.close()
+
+
+def _rows_of(stored: StoredFile, requests: Requests) -> int:
+    """The rows of a file; 1 for what is broken or not there, since its error comes in place of them. In a thread.
+
+    Raises:
+        Exception: It may be there, but nobody answers: another rank may have an answer, and count otherwise.
+    """
+    try:
+        file = open_input(stored, requests)
+        try:
+            _, metadata, _ = read_end(stored.name, file, exact=True)
+        finally:
+            file.close()
+    except (BrokenDataError, FileNotFoundError, IsADirectoryError, PermissionError):
+        return 1
+    return int(metadata.num_rows)

@@ -1,5 +1,6 @@
 """Cuts batches with a given number of rows from pieces of Parquet files."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aioloader.core.entry import Entry
@@ -15,9 +16,16 @@ __all__ = ["BatchCutter"]
 
 
 class BatchCutter:
-    """Cuts pieces into batches of `batch_rows` rows. Not thread-safe."""
+    """Cuts pieces into batches of `batch_rows` rows. Not thread-safe.
 
-    def __init__(self, batch_rows: int, memory: BatchMemory) -> None:
+    Args:
+        batch_rows: Of each batch, but for the last one and those before an error.
+        memory: Where batches go.
+        in_turn: The pieces are of files that are read side by side, and their entries have the cursors.
+    """
+
+    def __init__(self, batch_rows: int, memory: BatchMemory, *, in_turn: bool = False) -> None:
+        self._in_turn = in_turn
         self._batch_rows = batch_rows
         self._memory = memory
         self._pending: list[RowPiece] = []
@@ -33,7 +41,7 @@ class BatchCutter:
                 entries += self.flush()
                 entries.append(piece)
                 continue
-            rest: RowPiece = piece.value
+            rest: RowPiece = replace(piece.value, turn=piece.cursor) if self._in_turn else piece.value
             while self._rows + rest.rows.num_rows >= self._batch_rows:
                 head, rest = rest.take(self._batch_rows - self._rows)
                 self._pending.append(head)
@@ -55,7 +63,7 @@ class BatchCutter:
         if self._schema is not last.footer.schema:
             self._schema = last.footer.schema
             self._columns = Columns(self._schema, self._memory.alloc)
-        cursor = last.footer.cursor(last.start + last.rows.num_rows)
+        cursor = last.cursor
         key = f"{first.footer.path}:{first.start}"
         begins = f"aioloader: in a batch that begins with row {first.start} of {first.footer.path}"
         try:

@@ -8,10 +8,16 @@ from typing import Any, Final
 
 from aioloader.errors import BrokenDataError
 from aioloader.sources.parquet_input import Input, rewritten
+from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.thrift import Struct, read_struct
 
 __all__ = ["Footer", "Numbers", "read_end", "row_bytes", "same_columns", "selected"]
 
+LENGTH_BYTES: Final = 8
+"""The length of the footer and the mark after it."""
+
+END_SHARE: Final = 64
+LEAST_END_BYTES: Final = 4 << 10
 END_BYTES: Final = 64 << 10
 """How much of the end is read first; most footers are smaller."""
 
@@ -37,7 +43,9 @@ class Footer:
     """The footer of a file.
 
     Attributes:
-        index: The number of the file.
+        index: The position of the file in the order of the epoch.
+        after: That of the file which is read after it.
+        file: Where it is.
         version: The version of the input that it was read from, see `Input`.
         checksum: For states: the same in all copies of the file, and most likely another one after a change.
         metadata: pyarrow's, to save parsing it again.
@@ -49,7 +57,8 @@ class Footer:
     """
 
     index: int
-    path: str
+    after: int
+    file: StoredFile
     version: Any
     checksum: int
     metadata: Any
@@ -60,9 +69,14 @@ class Footer:
     piece_rows: int
 
     @property
+    def path(self) -> str:
+        """What the file is called, for keys and errors."""
+        return self.file.name
+
+    @property
     def end(self) -> tuple[int, int, int]:
         """The cursor after the file."""
-        return self.index + 1, 0, 0
+        return self.after, 0, 0
 
     def group_of(self, row: int) -> int:
         """The row group that contains row number `row`."""
@@ -76,17 +90,22 @@ class Footer:
         return self.index, group, row - self.starts[group], self.checksum
 
 
-def read_end(path: str, file: Input) -> tuple[bytes, Any, Any]:
+def read_end(path: str, file: Input, *, exact: bool = False) -> tuple[bytes, Any, Any]:
     """The end of a file from its footer on, and pyarrow's metadata and Arrow schema.
 
     The footer is not located by pyarrow, which would read any length that the file claims.
+
+    Args:
+        path: For errors.
+        file: The open file.
+        exact: Read no byte before the footer, for one request more.
 
     Raises:
         OSError: The system's, or the store's.
         BrokenDataError: It is not a Parquet file, or only a part of one, or it was rewritten while it was read.
     """
     try:
-        end = _end(file)
+        end = _end(file, LENGTH_BYTES if exact or not file.far else max(file.size // END_SHARE, LEAST_END_BYTES))
         metadata, schema = _parsed(end)
     except BrokenDataError as error:
         broken: BrokenDataError | None = error
@@ -103,12 +122,17 @@ def read_end(path: str, file: Input) -> tuple[bytes, Any, Any]:
     return end, metadata, schema
 
 
-def _end(file: Input) -> bytes:
-    """The end of the file: the footer, its length, and the mark."""
+def _end(file: Input, guess: int) -> bytes:
+    """The end of the file: the footer, its length, and the mark.
+
+    Args:
+        file: The open file.
+        guess: How much of the end to read at first, so that a footer which is no longer costs no second read.
+    """
     size = file.size
     if size < SHORTEST:
         raise BrokenDataError(f"it has {size} bytes")
-    end = bytes(file.range(max(0, size - END_BYTES), size))
+    end = bytes(file.range(max(0, size - min(guess, END_BYTES)), size))
     mark = end[-4:]
     if mark not in (b"PAR1", b"PARE"):  # the latter is encrypted; pyarrow has a better error for it
         raise BrokenDataError("there is no Parquet mark at its end")

@@ -17,11 +17,12 @@ from functools import cached_property
 from io import FileIO
 from operator import itemgetter
 from stat import S_ISDIR, S_ISREG
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.sources.requests import CutShortError, Requests
+from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.stores import Version
 
 __all__ = ["Input", "open_input", "rewritten"]
@@ -55,6 +56,7 @@ class Input(ABC):
     version: Any
     size: int
     file: Any
+    far: ClassVar[bool] = False  # each read costs a request
 
     @abstractmethod
     def range(self, start: int, stop: int) -> Any:
@@ -81,19 +83,18 @@ class Input(ABC):
         """Close it."""
 
 
-def open_input(path: str, store: Any, requests: Requests, version: Any = None) -> Input:
-    """Open a file, or an object of a `store` of obstore.
+def open_input(file: StoredFile, requests: Requests, version: Any = None) -> Input:
+    """Open a file, or an object of a store of obstore.
 
     Args:
-        path: Its name, or its key.
-        store: None for a file.
+        file: Where it is.
         requests: What asks the store.
         version: Which version of an object to read; None means the one that is there.
 
     Raises:
         OSError: The system's, or the store's.
     """
-    return _LocalFile(path) if store is None else _Object(store, path, version, requests)
+    return _LocalFile(file.key) if file.store is None else _Object(file.store, file.key, version, requests)
 
 
 class _LocalFile(Input):
@@ -157,6 +158,8 @@ def _masking() -> Iterator[None]:
 
 
 class _Object(Input):
+    far = True
+
     def __init__(self, store: Any, key: str, version: Version | None, requests: Requests) -> None:
         self._store = store
         self._requests = requests

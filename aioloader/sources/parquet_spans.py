@@ -1,11 +1,13 @@
 """Spans of row groups of a Parquet file: how a file is divided into them, and how one is read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.errors import BrokenDataError
+from aioloader.sources.interleave import TurnCursor, within_turn
 from aioloader.sources.parquet_footer import Footer
 from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.read_ahead import failed
@@ -53,8 +55,7 @@ class SpanReader:
     next row group, and pairs them with the wrong rows.
     """
 
-    def __init__(self, span: Span, store: Any, requests: Requests, *, as_pieces: bool) -> None:
-        self._store = store
+    def __init__(self, span: Span, requests: Requests, *, as_pieces: bool) -> None:
         self._requests = requests
         self._as_pieces = as_pieces
         self._footer = span.footer
@@ -83,7 +84,7 @@ class SpanReader:
             try:
                 if self._input is None:
                     footer = self._footer
-                    self._input = open_input(footer.path, self._store, self._requests, footer.version)
+                    self._input = open_input(footer.file, self._requests, footer.version)
                 piece = self._next_piece()
             except Exception as error:
                 if self._input is None:
@@ -136,7 +137,7 @@ class SpanReader:
         footer, start = self._footer, self._row
         self._row = stop = start + piece.num_rows
         if self._as_pieces:
-            return [Entry(RowPiece(piece, footer, start), None, None, 0)]
+            return [Entry(RowPiece(piece, footer, start, stop), footer.cursor(stop), None, 0)]
         from aioloader.sources.arrow_columns import rows_and_failures, rows_of
 
         failures: dict[int, tuple[str, Exception]] = {}
@@ -185,13 +186,47 @@ def unreadable(footer: Footer, row: int, column: str, error: Exception) -> Broke
 
 @dataclass(frozen=True, slots=True)
 class RowPiece:
-    """Rows of a record batch that are not used yet, and the number of the first of them in the file."""
+    """Rows of a record batch that are not used yet.
+
+    Attributes:
+        rows: The rows.
+        footer: Of their file.
+        start: The number of the first of them in the file.
+        end: The number after the last row that was read with them.
+        turn: Where files are read side by side: the cursor after `end`.
+    """
 
     rows: Any
     footer: Footer
     start: int
+    end: int
+    turn: TurnCursor | None = None
+
+    @property
+    def stop(self) -> int:
+        """The number after the last of them."""
+        return self.start + int(self.rows.num_rows)
+
+    @property
+    def cursor(self) -> Any:
+        """The cursor after the last of them."""
+        if self.turn is None:
+            return self.footer.cursor(self.stop)
+        if self.stop == self.end:
+            return self.turn
+        _, lanes = self.turn
+        return within_turn(self.turn, self.footer.index % len(lanes), self.footer.cursor(self.stop))
 
     def take(self, count: int) -> "tuple[RowPiece, RowPiece]":
         """The first `count` rows, and the rest."""
-        head = RowPiece(self.rows.slice(0, count), self.footer, self.start)
-        return head, RowPiece(self.rows.slice(count), self.footer, self.start + count)
+        rows, start = self.rows, self.start
+        head = RowPiece(rows.slice(0, count), self.footer, start, self.end, self.turn)
+        return head, RowPiece(rows.slice(count), self.footer, start + count, self.end, self.turn)
+
+    def cut(self, multiple: int) -> "Iterator[RowPiece]":
+        """Pieces that end where the number of rows of the file is a multiple of that."""
+        start = self.start
+        while start < self.stop:
+            end = min(self.stop, start - start % multiple + multiple)
+            yield RowPiece(self.rows.slice(start - self.start, end - start), self.footer, start, end)
+            start = end

@@ -9,15 +9,23 @@ from typing import Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
+from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, file_chunks, object_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
 from aioloader.sources.read_ahead import Quota, failed
+from aioloader.sources.requests import Requests
+from aioloader.sources.stored_files import StoredFile
+from aioloader.sources.stores import Version
 
-__all__ = ["Parser", "parsed"]
+__all__ = ["Parser", "parsed", "stored_chunks"]
 
 PARSE_SECONDS: Final = 0.001
 """How long one hop into the thread may parse: some hundred rows of JSON, or one slow sample. With five times that, a
 row cost a microsecond more: entries that live longer make Python's garbage collector go through all objects."""
+
+LEAST_READ_BYTES: Final = 64 << 10
+LEAST_RANGE_BYTES: Final = 1 << 20
+"""However many files are read side by side: a request has to be long compared with its latency."""
 
 
 class Parser(ABC):
@@ -117,6 +125,37 @@ class Parser(ABC):
     @abstractmethod
     def _finish(self) -> list[Entry]:
         """The entries that the end of the content completes."""
+
+
+def stored_chunks(
+    file: StoredFile,
+    version: Version,
+    parser: Parser,
+    thread: SourceThreads,
+    requests: Requests | None,
+    *,
+    lanes: int = 1,
+    follow: bool = False,
+) -> AsyncGenerator[Any]:
+    """The bytes of a file that `parser` has to be fed, in reads that are smaller where several files are read at once.
+
+    Args:
+        file: Here, or in a store.
+        version: Of an object: known with the first bytes.
+        parser: Says where to begin.
+        thread: Reads a local file.
+        requests: Make those for an object; None: each is made as it is.
+        lanes: How many files are read side by side.
+        follow: See `file_chunks`.
+    """
+    place: dict[str, int] = {"start": parser.start, "needed": parser.needed}
+    local = file.store is None
+    if lanes > 1:
+        most, least = (READ_BYTES, LEAST_READ_BYTES) if local else (RANGE_BYTES, LEAST_RANGE_BYTES)
+        place["size"] = max(most // lanes, least)
+    if local:
+        return file_chunks(file.key, thread, follow=follow, **place)
+    return object_chunks(file.store, file.key, version, requests, **place)
 
 
 async def parsed(

@@ -30,7 +30,7 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
     Raises:
         TypeError: Something is not a path.
         FileNotFoundError: A glob matches no file, or a folder has none.
-        ValueError: There is no path, or a URL.
+        ValueError: There is no path.
     """
     if folders and isinstance(paths, str | os.PathLike) and Path(paths).is_dir():
         inside = sorted(files_in(os.fspath(paths)))
@@ -42,7 +42,6 @@ def find_files(paths: Paths, *, source: str, folders: bool = False) -> tuple[str
         return tuple(inside)
     found: list[str] = []
     for path in each_path(paths, source=source):
-        refuse_url(path, source=source)
         if not glob.has_magic(path) or os.path.lexists(path):
             found.append(path)
             continue
@@ -61,17 +60,13 @@ def refuse_url(path: str, *, source: str) -> None:
     """Refuse URLs, unless a file has exactly that name.
 
     Raises:
-        ValueError: `path` is a URL; the message says what reads it.
+        ValueError: `path` is a URL.
     """
-    if _URL.match(path) is None or os.path.lexists(path):
-        return
-    if path.startswith("file:"):
-        raise ValueError(f"{source} takes paths, got the URL {safe_repr(path)}; pass the path in it, without file://")
-    raise ValueError(
-        f"{source} reads files of this machine, got the URL {safe_repr(path)}; with store = obstore.store.from_url("
-        f"'s3://bucket'), Objects(store, keys) reads whole objects (their lines: .flat_map(bytes.splitlines)) and "
-        f"ParquetRows(keys, store=store) Parquet files; TarShards takes the URLs of archives"
-    )
+    if _URL.match(path) is not None and not os.path.lexists(path):
+        raise ValueError(
+            f"{source} takes a folder or glob of this machine, got the URL {safe_repr(path)}; pass a path (of a URL "
+            f"file://... what is after that), or for stores the URLs of files, without watch"
+        )
 
 
 def names_of(paths: Sequence[str]) -> dict[str, Any]:
@@ -148,8 +143,8 @@ def each_path(paths: Any, *, source: str) -> list[str]:
     return found
 
 
-_URL: Final = re.compile(r"[a-z][a-z0-9+.-]+://|(?:s3|gs|gcs|az|abfss?|https?|hf|file):/", re.IGNORECASE)
-"""The second form is what `pathlib` makes of a URL."""
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""With one slash where `pathlib` has made it a path."""
 
 _BRACES: Final = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 

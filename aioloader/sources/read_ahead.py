@@ -7,7 +7,8 @@ from typing import Any
 
 from aioloader.core.entry import Entry
 from aioloader.core.sizes import MeanBytes
-from aioloader.core.source import EntryReader, SourceContext
+from aioloader.core.source import SourceContext
+from aioloader.sources.interleave import Lane
 
 __all__ = ["Ahead", "Quota", "failed"]
 
@@ -46,7 +47,7 @@ class Quota:
                 self._bytes.saw(entry.value)
 
 
-class Ahead(EntryReader):
+class Ahead(Lane):
     """Reads the lists of entries that `make()` yields, in a task of its own.
 
     The task iterates the generator and closes it, also when it is cancelled at the end of the epoch.
@@ -98,10 +99,14 @@ class Ahead(EntryReader):
             self._room = asyncio.get_running_loop().create_future()
             await self._room
 
-    @property
-    def ready(self) -> bool:
-        """Whether `read` returns without waiting."""
-        return self._next < len(self._current) or not self._lists.empty()
+    def take(self) -> Entry | None:
+        if self._next == len(self._current):
+            if not self._waiting or self._lists.empty():  # what is there may be the end
+                return None
+            self._current, self._next = self._lists.get_nowait() or [], 0
+        entry = self._current[self._next]
+        self._took(1)
+        return entry
 
     async def read(self, limit: int) -> list[Entry]:
         if self._ended:
@@ -119,11 +124,14 @@ class Ahead(EntryReader):
             self._current = entries
             del entries
         start = self._next
-        self._next = min(start + limit, len(self._current))
-        self._waiting -= self._next - start
+        self._took(min(limit, len(self._current) - start))
+        return self._current[start : self._next]
+
+    def _took(self, count: int) -> None:
+        self._next += count
+        self._waiting -= count
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
-        return self._current[start : self._next]
 
 
 def failed(error: BaseException, cursor: Any, key: Any) -> Entry:

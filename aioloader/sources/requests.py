@@ -88,6 +88,11 @@ class RequestPolicies:
         self._name = name
 
     @property
+    def policies(self) -> Policies | None:
+        """What is done; None: nothing."""
+        return self._policies
+
+    @property
     def rate(self) -> Rate | None:
         """How many requests begin in a second; others may share it."""
         return None if self._policies is None else self._policies.rate

@@ -1,39 +1,28 @@
 """`TarShards`: samples in tar archives, in the layout of WebDataset."""
 
 import re
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from os import PathLike
 from time import perf_counter
 from typing import Any, Final
-from urllib.parse import unquote, urlsplit
 
 from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
-from aioloader.core.safe_text import safe_repr
-from aioloader.core.source import CursorSource, EntryReader, SourceContext, SourceThreads
+from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.masking import masked
-from aioloader.sources.chunks import file_chunks, object_chunks
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
+from aioloader.sources.file_order import FileOrder
+from aioloader.sources.file_source import FileSource
 from aioloader.sources.in_order import InOrder
 from aioloader.sources.marks import read_mark
-from aioloader.sources.parsing import Parser, parsed
-from aioloader.sources.paths import each_path, expand_braces, find_files, names_of
+from aioloader.sources.parsing import Parser, parsed, stored_chunks
 from aioloader.sources.read_ahead import Quota, failed
-from aioloader.sources.requests import RequestPolicies, Requests, store_policies
-from aioloader.sources.stores import (
-    Options,
-    Version,
-    check_no_options,
-    open_store,
-    read_version,
-    request_options,
-    with_options,
-)
+from aioloader.sources.requests import Requests
+from aioloader.sources.stored_files import StoredFile, find_stored_files
+from aioloader.sources.stores import Version, read_version
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
@@ -58,27 +47,10 @@ class _Limits:
     window_bytes: int = MAX_WINDOW_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class _Archive:
-    """Where an archive is.
-
-    Attributes:
-        url: The path or URL that the user passed.
-        store: A store of obstore; None for a local file.
-        key: The key in the store, or the path of the file.
-    """
-
-    url: str
-    store: Any
-    key: str
-
-    @property
-    def name(self) -> str:
-        """The URL without its password, for keys and errors."""
-        return masked(self.url)
+_Archive = StoredFile
 
 
-class TarShards(CursorSource):
+class TarShards(FileSource[_Start]):
     """Samples from tar archives, in the layout of WebDataset: neighbouring members with the same key are one sample.
 
     The key of a member is its folders and its name up to the first dot, the rest is the extension, in lower case. A
@@ -102,7 +74,14 @@ class TarShards(CursorSource):
         store: A store of obstore (`aioloader[objects]`).
         decode: See `DecodeSample`; with False, members stay bytes. It runs in the thread that reads the archive; leave
             images to `.map(DecodeSample("torchrgb8"))`, which uses all cores.
-        open_ahead: How many archives after the current one are open, and have their first samples ready.
+        shuffle: The archives come in another order in each epoch, and in each round of a `repeat`: a permutation that
+            depends on these and `seed` alone, so all ranks have the same.
+        seed: See `shuffle`.
+        interleave: How many archives are read side by side, at least 1: one sample of each in turn. The first reader
+            has those at 0, `interleave`, 2 `interleave`, ... of the order, the second 1, `interleave` + 1, ..., however
+            many samples are in them.
+        open_ahead: How many archives after those that are read are open, and have their first samples ready; with
+            `interleave` rounded up to a multiple of that.
         ahead: Samples, of all open archives, that have been read and not taken, at most; at least 1. It is shared out
             among them, so no more than that are open. Default: some milliseconds of reading, for each.
         ahead_bytes: The same in bytes, by the running mean of what came; there is always room for one sample of each.
@@ -123,12 +102,17 @@ class TarShards(CursorSource):
         ValueError: An argument is invalid.
     """
 
+    _words = ("archive", "they")
+
     def __init__(
         self,
         shards: str | PathLike[str] | Sequence[str | PathLike[str]],
         *,
         store: Any = None,
         decode: Decoding = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        interleave: int = 1,
         open_ahead: int = 2,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
@@ -142,35 +126,26 @@ class TarShards(CursorSource):
         max_sample_bytes: int = MAX_SAMPLE_BYTES,
         max_window_bytes: int = MAX_WINDOW_BYTES,
     ) -> None:
-        stores: dict[str, Any] = {}
-        self._requests = RequestPolicies(store_policies(retry, timeout, hedge, rate), "TarShards")
-        options = request_options(client_options, retry_config, retry, source="TarShards")
-        if store is not None:
-            store = with_options(store, options, source="TarShards")
-        self._shards: list[_Archive] = []
-        for name in each_path(shards, source="TarShards"):
-            for url in expand_braces(name):
-                if store is not None:
-                    self._shards.append(_Archive(url, store, url))
-                elif url.startswith("pipe:"):
-                    raise ValueError(
-                        f"TarShards runs no commands, got {safe_repr(url)}; pass the URL, or a store of obstore"
-                    )
-                elif "://" in url:
-                    self._shards.append(_remote(url, stores, options))
-                else:
-                    self._shards += [_Archive(path, None, path) for path in find_files(url, source="TarShards")]
-        if store is None and not stores:
-            policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
-            given = {"client_options": client_options, "retry_config": retry_config, **policies}
-            check_no_options(given, source="TarShards")
-        for shard in self._shards:
-            decompressor_for(shard.key)  # raises if the package for it is not installed
+        options = {"client_options": client_options, "retry_config": retry_config}
+        policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
+        self._files, self._requests = find_stored_files(shards, store, options, policies, source="TarShards")
+        for file in self._files:
+            decompressor_for(file.key)  # raises if the package for it is not installed
+        self._set_order(shuffle, seed, interleave)
         self._decode = DecodeSample(decode)
-        self._open_ahead = check_count("open_ahead", open_ahead, least=0)
+        open_ahead = check_count("open_ahead", open_ahead, least=0)
         self.ahead, self._ahead_bytes = check_ahead(ahead, ahead_bytes, None)
         if self.ahead is not None:
-            self._open_ahead = min(self._open_ahead, self.ahead - 1)
+            if self.ahead < self.interleave:
+                raise ValueError(
+                    f"ahead must be at least interleave, since each open archive has a sample ready, got {ahead=} and "
+                    f"interleave={self.interleave}; raise ahead, or lower interleave"
+                )
+            open_ahead = min(open_ahead, self.ahead - self.interleave)
+        # Of each lane: shared out, so that one is open ahead for each of many, and none where none shall be.
+        self._open_ahead = -(-open_ahead // self.interleave)
+        if self.ahead is not None and self.interleave * (1 + self._open_ahead) > self.ahead:
+            self._open_ahead -= 1
         self._limits = _Limits(
             check_count("max_member_bytes", max_member_bytes, least=1),
             check_count("max_sample_bytes", max_sample_bytes, least=1),
@@ -178,58 +153,47 @@ class TarShards(CursorSource):
         )
 
     @property
-    def rate(self) -> Rate | None:
-        """How many of its requests begin in a second, which others may share."""
-        return self._requests.rate
-
-    @property
     def urls(self) -> tuple[str, ...]:
         """The paths and URLs of the archives, in order."""
-        return tuple(shard.url for shard in self._shards)
+        return tuple(file.url for file in self._files)
 
-    @cached_property
-    def _names(self) -> dict[str, Any]:
-        return names_of(self.urls)
-
-    def identity(self) -> dict[str, Any]:
-        return self._names
-
-    def check_cursor(self, cursor: Any) -> None:
-        self._place(cursor)
-
-    def _place(self, cursor: Any) -> tuple[int, _Start]:
-        """The archive and the place in it where reading resumes."""
+    def _parse(self, cursor: Any) -> tuple[Any, _Start]:
         if cursor is None:
             return 0, _BEGINNING
         index, offset, mark, version = cursor_parts(cursor, 4)
-        start = as_count(offset), read_mark(mark), read_version(version)
-        if as_count(index) > len(self._shards):
-            raise ValueError(f"the cursor is in archive {index}, but there are {len(self._shards)}: they have changed")
-        return index, start
+        return index, (as_count(offset), read_mark(mark), read_version(version))
 
-    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
-        return InOrder(
-            context,
-            self._parsers(*self._place(cursor), self._requests.begin(context)),
-            _Samples.read,
-            open_ahead=self._open_ahead,
-            lists_ahead=LISTS_AHEAD,
-            quota_of=self._quota,
-        )
+    def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder["_Samples"]]:
+        requests = self._requests.begin(context)
+
+        def open_lane(at: int, start: _Start) -> InOrder[_Samples]:
+            return InOrder(
+                context,
+                self._parsers(order, at, start, requests),
+                _Samples.read,
+                open_ahead=self._open_ahead,
+                lists_ahead=LISTS_AHEAD,
+                quota_of=self._quota,
+            )
+
+        return open_lane
 
     def _quota(self, samples: "_Samples") -> Quota | None:
         """How many samples of an archive may be ready; None: for the number of lists to say."""
         if self.ahead is None and self._ahead_bytes is None:
             return None
-        archives = self._open_ahead + 1
+        archives = self.interleave * (self._open_ahead + 1)
         most = None if self.ahead is None else self.ahead // archives
         samples.quota = Quota(most, None if self._ahead_bytes is None else self._ahead_bytes / archives)
         return samples.quota
 
-    async def _parsers(self, index: int, start: _Start, requests: Requests | None) -> AsyncGenerator["_Samples"]:
-        """A parser for each archive from number `index` on; the first begins at `start`."""
-        for at in range(index, len(self._shards)):
-            yield _Samples(self._shards[at], at, start, self._decode, self._limits, requests)
+    async def _parsers(
+        self, order: FileOrder, at: int, start: _Start, requests: Requests | None
+    ) -> AsyncGenerator["_Samples"]:
+        """A parser for each archive of a lane from position `at` on; the first begins at `start`."""
+        for position, number in order.places(at):
+            file = self._files[number]
+            yield _Samples(file, position, start, self._decode, self._limits, requests, lanes=order.lanes)
             start = _BEGINNING
 
 
@@ -242,12 +206,14 @@ class _Samples(Parser):
 
     def __init__(
         self,
-        shard: _Archive,
+        shard: StoredFile,
         index: int,
         start: _Start,
         decode: DecodeSample,
         limits: _Limits = _Limits(),
         requests: Requests | None = None,
+        *,
+        lanes: int = 1,
     ) -> None:
         offset, mark, version = start
         super().__init__(shard.name, offset, mark, limits.window_bytes)
@@ -256,6 +222,7 @@ class _Samples(Parser):
         self.version = Version(shard.store, shard.key, version)
         self._limits = limits
         self._index = index
+        self._lanes = lanes
         self._decode = decode
         self._members = TarMembers(offset)
         self._sample: dict[str, Any] | None = None  # the current one, whose members are still coming
@@ -266,14 +233,8 @@ class _Samples(Parser):
 
     def read(self, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
         """The entries of the archive, read in `thread`."""
-        shard = self._shard
-        if shard.store is None:
-            chunks = file_chunks(shard.key, thread, start=self.start, needed=self.needed)
-        else:
-            chunks = object_chunks(
-                shard.store, shard.key, self.version, self._requests, start=self.start, needed=self.needed
-            )
-        return parsed(chunks, self, thread, after=(self._index + 1, *_BEGINNING))
+        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, lanes=self._lanes)
+        return parsed(chunks, self, thread, after=(self._index + self._lanes, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:
         self._members.feed(piece)
@@ -424,18 +385,3 @@ def _split_name(name: str) -> tuple[str, str] | None:
     if not dot or not stem or _META.match(name):
         return None
     return f"{folder}{slash}{stem}", extension.lower()
-
-
-def _remote(url: str, stores: dict[str, Any], options: Options) -> _Archive:
-    """The archive of a URL; those of one bucket or host share a store."""
-    parts = urlsplit(url)
-    if parts.scheme == "file":
-        return _Archive(url, None, unquote(parts.path))
-    if parts.query:
-        raise ValueError(
-            f"TarShards takes URLs without a query, got {safe_repr(url)}; make a store of obstore and pass store="
-        )
-    base = f"{parts.scheme}://{parts.netloc}"
-    if base not in stores:
-        stores[base] = open_store(base, options, source="TarShards")
-    return _Archive(url, stores[base], unquote(parts.path).lstrip("/"))

@@ -215,6 +215,14 @@ class Stage(ABC):
         """The same with rank and world size as they are now: looked up once, so that an epoch is of one rank."""
         return self
 
+    def deal(self, source: Any) -> Any:
+        """What this rank reads of the stream that the samples come from; with rank and world size as they are now.
+
+        Raises:
+            ValueError: It cannot be dealt.
+        """
+        return source
+
     def without_report(self) -> "Stage":
         """The same, but it writes nothing down: for samples that are made a second time."""
         return self

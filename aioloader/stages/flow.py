@@ -40,12 +40,14 @@ class Ranks:
         world_size: How many there are.
         shared: Who may go on from a state.
         because: The stage that allows no more than that.
+        by_file: What they have been dealt are files.
     """
 
     rank: int
     world_size: int
     shared: Shared = Shared.ANY_WORLD
     because: str = ""
+    by_file: bool = False
 
     def limited(self, shared: Shared, because: str) -> "Ranks":
         """The same after a stage that allows no more than `shared`."""

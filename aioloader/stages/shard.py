@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import LAST, ONE_LOST, Entry, begun_each_of, places_of
 from aioloader.engine.node import Fold, FoldNode, Kick, Node
 from aioloader.engine.resumable import beginning
-from aioloader.stages.base import Builder, FoldStage, Pass
+from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.flow import Again, Flow, Ranks, Shared
 from aioloader.stages.key_order import KeyOrder
 from aioloader.stages.rank import (
@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 
     from aioloader.engine.run import Run
 
-__all__ = ["Shard", "ShardFold"]
+__all__ = ["By", "Shard", "ShardFold"]
+
+By = Literal["sample", "file"]
+"""What `shard` deals to ranks."""
 
 _EVEN: Final = get_args(Even)
+_BY: Final = get_args(By)
 
 AGAIN_AT_ONCE: Final = 4096  # samples that come once more are asked for in such runs, however many there are
 
@@ -50,14 +54,17 @@ class Shard(FoldStage):
         group: The ranks are those of this process group.
         mesh: The ranks are those along one dimension of a mesh, see `check_mesh`.
         even: What becomes of a last round with fewer samples than ranks: it is filled from the beginning, as torch's
-            DistributedSampler does, or dropped, or an error.
+            DistributedSampler does, or dropped, or an error. None: each rank gives what is in its files.
+        by: What is dealt. `file`: the source reads the files of this rank alone, and no stage is left of this one when
+            it runs, see `deal`.
     """
 
     rank: int | None = None
     world_size: int | None = None
     group: "ProcessGroup | None" = None
     mesh: "DeviceMesh | tuple[DeviceMesh, Any] | None" = None
-    even: Even = "pad"
+    even: Even | None = "pad"
+    by: By = "sample"
 
     exact_in_any_order = True  # which it refuses, see `ranks.check_one_order`
     keeps_samples = True
@@ -83,7 +90,9 @@ class Shard(FoldStage):
             check_group(self.group)
         if self.mesh is not None:
             check_mesh(self.mesh)
-        if self.even not in _EVEN:
+        if self.by not in _BY:
+            raise ValueError(f"by must be 'sample' or 'file', got {self.by!r}")
+        if self.even not in _EVEN and not (self.even is None and self.by == "file"):
             raise ValueError(f"even must be one of {', '.join(map(repr, _EVEN))}, got {self.even!r}")
 
     @property
@@ -95,14 +104,21 @@ class Shard(FoldStage):
             given = ["group=..."]
         elif self.mesh is not None:
             given = ["mesh=..."]
-        if self.even != "pad":
+        if self.by != "sample":
+            given.append(f"by={self.by!r}")
+        if self.even not in ("pad", None):
             given.append(f"even={self.even!r}")
         return f"shard({', '.join(given)})"
 
     @property
     def cache_label(self) -> str:
         rank, world_size = self.place()
-        return f"shard({rank}, {world_size})"
+        return f"shard({rank}, {world_size}{'' if self.by == 'sample' else f', by={self.by!r}'})"
+
+    @property
+    def said(self) -> bool:
+        """Whether the user has said by numbers which rank of how many this is."""
+        return self.rank is not None
 
     def place(self) -> tuple[int, int]:
         """Rank and world size, now. Never a collective call."""
@@ -119,7 +135,15 @@ class Shard(FoldStage):
         rank, world_size = self.place()
         return replace(self, rank=rank, world_size=world_size, group=None, mesh=None)
 
+    def deal(self, source: Any) -> Any:
+        if self.by != "file":
+            return source
+        rank, world_size = self.place()
+        return source.dealt(rank, world_size, self.even)
+
     def length(self, upstream: int) -> int:
+        if self.by == "file":
+            raise UnknownLengthError(f"{self.label} has no length: it depends on which files this rank gets")
         _, world_size = self.place()
         rounds, rest = divmod(upstream, world_size)
         if rest and self.even == "error":
@@ -127,11 +151,14 @@ class Shard(FoldStage):
         return rounds + 1 if rest and self.even == "pad" else rounds
 
     def shape(self) -> dict[str, Any]:
-        return {"stage": "shard", "even": self.even}  # the state itself says of how many ranks it is
+        return {"stage": "shard", "even": self.even, "by": self.by}  # the state itself says of how many ranks it is
 
     def flow(self, before: Flow) -> Flow:
         after = replace(before.before_shard().cut(), steady=before.steady and self.even != "drop")
         rank, world_size = self.rank or 0, self.world_size or 1  # before it is `with_ranks`, one of one
+        if self.by == "file":
+            its = Ranks(rank, world_size, Shared.SAME_RANK, "shard(by='file')", by_file=True)
+            return replace(before.cut(), ranks=its, steady=False)
         ranks = before.ranks
         if ranks is None:
             return replace(after, ranks=Ranks(rank, world_size))
@@ -139,13 +166,18 @@ class Shard(FoldStage):
         return replace(after, ranks=both.limited(Shared.SAME_WORLD, f"a second {self.label}"))
 
     def fold(self, this_pass: Pass) -> Fold:
+        assert self.even is not None
         return ShardFold(*self.place(), self.even)
 
     def reorder(self, order: KeyOrder, this_pass: Pass, *, permute: bool) -> KeyOrder:
+        assert self.even is not None
         return order.dealt(*self.place(), self.even)
 
     def build(self, builder: Builder) -> None:
         """A map gives one sample for one, so maps before this run on this rank's samples alone."""
+        if self.by == "file":
+            return  # the source gives this rank's part already
+        assert self.even is not None
         if builder.flow.by_key:
             builder.key_stages.append(self)
             return

@@ -1,0 +1,172 @@
+"""Parquet files one after the other, in spans of row groups that are read ahead: what is read side by side."""
+
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final
+
+from aioloader.core.entry import Entry
+from aioloader.core.source import SourceContext, SourceThreads
+from aioloader.errors import BrokenDataError
+from aioloader.sources.file_order import FileOrder
+from aioloader.sources.in_order import InOrder
+from aioloader.sources.parquet_footer import Footer
+from aioloader.sources.parquet_spans import Span, SpanReader, spans_of
+from aioloader.sources.read_ahead import Ahead, failed
+from aioloader.sources.requests import Requests
+from aioloader.sources.stored_files import StoredFile
+
+__all__ = ["ParquetLane", "ParquetStart", "ends_within"]
+
+SPANS_AHEAD: Final = 2
+"""Spans that are open after the one being handed out; of each of several lanes one."""
+
+PIECES_AHEAD: Final = 4
+"""Decoded pieces that wait per span."""
+
+ROWS_AT_ONCE: Final = 1024
+"""Entries that are handed on together, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetStart:
+    """Where reading begins in a file: row group, row in it, and the footer's checksum if the file was begun."""
+
+    group: int = 0
+    row: int = 0
+    checksum: int | None = None
+
+
+_Part = tuple[int, Span | Entry]
+"""The position of a file, and a span of it, or the error of a file that cannot be read."""
+
+
+class ParquetLane(Ahead):
+    """Every `order.lanes`-th file of an order. What of a file is behind an error that ended it is left out.
+
+    Args:
+        context: The source's.
+        order: The files.
+        at: The position of the first one.
+        start: Where to begin in that.
+        footer_of: Reads and checks the footer of the file at a position.
+        files: All of the source.
+        requests: Make those for objects.
+        batch_rows: Entries are pieces of rows for batches of so many; None: rows.
+    """
+
+    def __init__(
+        self,
+        context: SourceContext,
+        order: FileOrder,
+        at: int,
+        start: ParquetStart,
+        footer_of: Callable[[int], Coroutine[Any, Any, Footer]],
+        files: tuple[StoredFile, ...],
+        requests: Requests,
+        batch_rows: int | None,
+    ) -> None:
+        self._order = order
+        self._footer_of = footer_of
+        self._files = files
+        self._requests = requests
+        self._batch_rows = batch_rows
+        self._first_open = 0  # files before this position have ended, some of them with an error
+        several = order.lanes > 1
+        self._cuts = batch_rows if several else None
+        self._reader: InOrder[_Part] = InOrder(
+            context,
+            self._spans(at, start),
+            self._read_span,
+            open_ahead=1 if several else SPANS_AHEAD,
+            lists_ahead=PIECES_AHEAD,
+        )
+
+        super().__init__(context, self._entries, lists=1 if several else 2)
+
+    async def aclose(self) -> None:
+        self._requests.close()  # those of all lanes: threads that wait for an answer wait no longer
+
+    async def _entries(self) -> AsyncGenerator[list[Entry]]:
+        async with aclosing(self._reader):
+            while entries := await self._reader.read(ROWS_AT_ONCE):
+                if self._goes_on(entries):
+                    yield entries
+
+    def _goes_on(self, entries: list[Entry]) -> bool:
+        """Whether the file that these are of had not ended before them."""
+        at, _ = self._reader.part
+        if at < self._first_open:
+            return False
+        if entries[-1].error is not None:
+            self._first_open = entries[-1].cursor[0]
+        return True
+
+    async def _spans(self, first: int, start: ParquetStart) -> AsyncGenerator[_Part]:
+        """What to read, in order."""
+        for at, number in self._order.places(first):
+            try:
+                footer = await self._footer_of(at)
+                row = _first_row(footer, start)
+            except Exception as error:
+                yield at, failed(error, (at + self._order.lanes, 0, 0), self._files[number].name)
+            else:
+                for span in spans_of(footer, row):
+                    if at < self._first_open:
+                        break
+                    yield at, span
+            start = ParquetStart()
+
+    async def _read_span(self, part: _Part, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+        _, span = part
+        if isinstance(span, Entry):
+            yield [span]
+            return
+        reading = SpanReader(span, self._requests, as_pieces=self._batch_rows is not None)
+        try:
+            while entries := await thread.call(reading.next):
+                yield entries if self._cuts is None else _cut(entries, self._cuts)
+        finally:
+            await thread.call(reading.close)
+
+
+def _cut(entries: list[Entry], batch_rows: int) -> list[Entry]:
+    """The same in pieces that end where others may have their turn, see `ends_within`."""
+    pieces: list[Entry] = []
+    for entry in entries:
+        if entry.error is not None:
+            pieces.append(entry)
+        else:
+            pieces += [Entry(piece, piece.footer.cursor(piece.stop), None, 0) for piece in entry.value.cut(batch_rows)]
+    return pieces
+
+
+def ends_within(batch_rows: int, entry: Entry) -> bool:
+    """Whether a piece ends in the middle of `batch_rows` rows of its file, which are given in one turn.
+
+    Where that is depends on the number of the row alone, so it is the same after a resume.
+    """
+    if entry.error is not None:
+        return False
+    piece = entry.value
+    return bool(piece.stop % batch_rows and piece.stop < piece.footer.starts[-1])
+
+
+def _first_row(footer: Footer, start: ParquetStart) -> int:
+    """The number of the first row to read.
+
+    Raises:
+        BrokenDataError: The file is not the one that the cursor was taken from.
+    """
+    starts = footer.starts
+    if start.checksum is not None and start.checksum != footer.checksum:
+        change = "its footer differs"
+    elif start.group >= max(1, len(starts) - 1) or starts[start.group] + start.row > starts[-1]:
+        change = f"it has {len(starts) - 1} row groups and {starts[-1]} rows"
+    else:
+        return starts[start.group] + start.row
+    raise BrokenDataError(
+        f"{footer.path}: reading resumes in row group {start.group} after row {start.row}, but {change}: it was "
+        f"changed after the state was made, so the rest of its rows are left out; restore the old file, or begin the "
+        f"epoch again without the state"
+    )
