@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser(
         "index",
         help="write indexes beside tar archives, for TarShards(index=True)",
-        description="Reads each tar archive once, checks it as TarShards does, and writes where its samples are to a file "
-        "beside it: train-000.tar.index for train-000.tar. An index belongs to one version of its archive.",
+        description="Reads each tar archive once, checks it as TarShards does, and writes where its samples are to a "
+        "file beside it: train-000.tar.index for train-000.tar. An index belongs to one version of its archive.",
     )
     index.add_argument(
         "archives", nargs="+", metavar="ARCHIVE", help="a path, a glob or a URL; 's3://bucket/*.tar' is looked up there"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Final, TextIO
 from urllib.parse import quote
 
 from aioloader.core.safe_text import safe_repr
@@ -149,8 +149,8 @@ def _check(archive: _Archive) -> None:
     now, _ = _scanned(archive, index)
     if (now.starts, now.key_ends, now.keys) != (index.starts, index.key_ends, index.keys):
         raise BrokenDataError(
-            f"{archive.name} is not what its index says: {len(index)} samples were indexed, and {len(now)} are there, or "
-            f"others; write it again: python -m aioloader index {archive.name}"
+            f"{archive.name} is not what its index says: {len(index)} samples were indexed, and {len(now)} are there, "
+            f"or others; write it again: python -m aioloader index {archive.name}"
         )
     print(f"{archive.name}{SUFFIX}: fits, {len(index)} samples")
 
@@ -249,7 +249,11 @@ def _progress(name: str, total: int, stream: TextIO | None = None) -> Iterator[C
         return
     tqdm.monitor_interval = 0  # or it starts a thread
     with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, file=stream) as bar:
-        yield bar.update
+
+        def add(count: int) -> None:
+            bar.update(count)
+
+        yield add
 
 
 def _line(name: str, total: int, stream: TextIO) -> Iterator[Callable[[int], None]]:

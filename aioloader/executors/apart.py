@@ -1,8 +1,9 @@
-"""Awaits something where nothing can be awaited: on a loop of its own, in a thread of its own, while the caller waits."""
+"""Awaits where nothing can be awaited: on a loop of its own, in a thread of its own, while the caller waits."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -47,10 +48,8 @@ def run_apart(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return outcome.result()
     except BaseException:
         if not outcome.done():  # the caller was interrupted
-            try:
+            with suppress(RuntimeError):  # it is closed by now
                 loop.call_soon_threadsafe(cancel)
-            except RuntimeError:  # it is closed by now
-                pass
         raise
     finally:
         thread.join()

@@ -50,9 +50,7 @@ class Window(NamedTuple):
     ranges: list[Planned]
 
 
-def plan_window(
-    keys: Sequence[int], place_of: Callable[[int], Place], *, most_bytes: float, more: bool
-) -> Window:
+def plan_window(keys: Sequence[int], place_of: Callable[[int], Place], *, most_bytes: float, more: bool) -> Window:
     """The ranges that hold the samples of `keys`, at least of the first one.
 
     Args:

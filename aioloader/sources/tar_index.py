@@ -68,9 +68,7 @@ class TarIndex:
         return self.keys[self.key_ends[number] : self.key_ends[number + 1]].decode("utf-8", "surrogateescape")
 
     @classmethod
-    def of(
-        cls, archive: str, size: int, mark: str | None, starts: Iterable[int], keys: Iterable[str]
-    ) -> "TarIndex":
+    def of(cls, archive: str, size: int, mark: str | None, starts: Iterable[int], keys: Iterable[str]) -> "TarIndex":
         """The index of samples that begin at `starts`, which has the end of the last one as well."""
         encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
         ends = array("Q", [0, *accumulate(map(len, encoded))])
@@ -102,7 +100,9 @@ def other_version(expected: str | None, mark: str | None) -> bool:
 def encode_index(index: TarIndex) -> bytes:
     """What an index file holds."""
     lengths = array("Q", (stop - start for start, stop in zip(index.starts[:-1], index.starts[1:], strict=True)))
-    key_lengths = array("I", (stop - start for start, stop in zip(index.key_ends[:-1], index.key_ends[1:], strict=True)))
+    key_lengths = array(
+        "I", (stop - start for start, stop in zip(index.key_ends[:-1], index.key_ends[1:], strict=True))
+    )
     body = zlib.compress(_little(lengths) + _little(key_lengths) + index.keys)
     header = {
         "archive": index.archive,

@@ -110,8 +110,7 @@ class TarSamples:
 
     def _misfit(self, archive: int, name: str, start: int, why: str) -> str:
         return (
-            f"{name} is not at byte {start}, where the index says: {why}; "
-            f"{_write_again(self.archives[archive].name)}"
+            f"{name} is not at byte {start}, where the index says: {why}; {_write_again(self.archives[archive].name)}"
         )
 
     def check_file(self, number: int, status: os.stat_result) -> None:
