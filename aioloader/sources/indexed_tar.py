@@ -1,9 +1,9 @@
 """`TarShards(index=True)`: samples of archives by number, so that their order is free.
 
-Of files (`IndexedTarFiles`) it is a map-style dataset, whose samples are read in threads. Of stores (`IndexedTarObjects`)
-keys are planned, so that neighbours share a request. The samples are those of `TarShards`, made by its own parser, of
-the bytes that the index says: so each of them is checked, and an index that does not fit is an error and never another
-sample.
+Of files (`IndexedTarFiles`) it is a map-style dataset, whose samples are read in threads. Of stores
+(`IndexedTarObjects`) keys are planned, so that neighbours share a request. The samples are those of `TarShards`, made
+by its own parser, of the bytes that the index says: so each of them is checked, and an index that does not fit is an
+error and never another sample.
 """
 
 from collections.abc import Callable, Sequence

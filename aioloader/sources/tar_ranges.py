@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from aioloader.core.safe_text import add_note
 from aioloader.core.source import SourceContext

@@ -1,4 +1,4 @@
-"""Reads an archive from front to back to make its index: with the reader of `TarShards`, and so with all of its checks."""
+"""Reads an archive from front to back to make its index: with the reader of `TarShards`, and so with its checks."""
 
 from collections.abc import Iterable
 from typing import Any
