@@ -115,7 +115,7 @@ class PlannedRanges:
         wanted: list[Any] = [None] * len(places)
         for place, positions in ranges:
             shared = _Shared(place, len(positions))
-            if shared.left > 1:
+            if shared.comes:
                 self._to_come.append(shared)
             for position in positions:
                 wanted[position] = Wanted(keys[position], places[position], shared, self)
@@ -137,30 +137,27 @@ class PlannedRanges:
         pending = self._asked(shared)
         if not pending.task.done():
             await asyncio.wait({pending.task})
+        if shared.failed:  # another one has its error
+            return await self._ranges.read(place)
         if pending.won:
             pieces = cut(pending.value, place.start - shared.place.start, place.stop - shared.place.start)
             if not shared.left:
                 shared.pending = None  # all have theirs
             return pieces
-        error, pending.error = pending.error, None
-        shared.failed = True
-        if error is None and pending.task.cancelled():
-            raise asyncio.CancelledError
-        if error is None:
-            return await self._ranges.read(place)
+        shared.failed, shared.pending = True, None
         try:
-            raise error
+            return await pending.result()  # raises
         finally:
-            del error, pending  # its traceback has this frame
+            del pending  # the traceback of its error has this frame
 
     def _asked(self, shared: "_Shared") -> Pending[list[Any]]:
         """The request of a range, and of those after it."""
         if not shared.used:
             shared.used = self._used = True
             self._begin(shared)
-            # Those before it are not wanted any more, or soon will be: their samples were in a cache.
-            while self._to_come and self._to_come.popleft() is not shared:
-                pass
+            # Those before it are not wanted, or not any more: their samples were in a cache.
+            while shared.comes:
+                self._to_come.popleft().comes = False
             self._begin_ahead()
         assert shared.pending is not None
         return shared.pending
@@ -183,15 +180,17 @@ class _Shared:
         place: Where it is.
         left: How many of its samples have not been asked for.
         pending: The request; None: not begun, or all samples have what they need of it.
+        comes: It is among the ranges to come: those with several samples, since the others are read one by one.
         used: A sample has asked for it.
         failed: Its request has; the samples that come now ask for themselves.
     """
 
-    __slots__ = ("failed", "left", "pending", "place", "used")
+    __slots__ = ("comes", "failed", "left", "pending", "place", "used")
 
     def __init__(self, place: Place, left: int) -> None:
         self.place = place
         self.left = left
+        self.comes = left > 1
         self.pending: Pending[list[Any]] | None = None
         self.used = False
         self.failed = False
