@@ -23,8 +23,11 @@ def run_apart(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     outcome: Future[T] = Future()
     loop = asyncio.new_event_loop()
     tasks: list[asyncio.Task[Any] | None] = []
+    interrupted = False
 
     async def run() -> T:
+        if interrupted:
+            raise asyncio.CancelledError
         tasks.append(asyncio.current_task())
         return await main()
 
@@ -43,16 +46,18 @@ def run_apart(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
                 task.cancel()
 
     thread = Thread(target=work, name="aioloader-apart", daemon=True)
-    thread.start()
     try:
+        thread.start()  # which waits, too
         return outcome.result()
     except BaseException:
         if not outcome.done():  # the caller was interrupted
+            interrupted = True
             with suppress(RuntimeError):  # it is closed by now
                 loop.call_soon_threadsafe(cancel)
         raise
     finally:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 async def in_thread(fn: Callable[..., T], *args: Any) -> T:

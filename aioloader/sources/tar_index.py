@@ -1,11 +1,13 @@
 """The index of a tar archive: where each sample is, and which archive it is of.
 
-`python -m aioloader index` writes it beside the archive. The format, version 1: a line that names it, a line of JSON,
-then zlib-compressed, little-endian
+`python -m aioloader index` writes it beside the archive. The format, version 1: a line that names it; a line of JSON;
+zlib-compressed, little-endian
 
     n times 8 bytes      the bytes from the beginning of a sample to that of the next one
     n times 4 bytes      the bytes of its key
     the keys             UTF-8; bytes that are none stay what they are
+
+and the CRC-32 of all that, in four bytes.
 
 A sample begins with the headers of its first member. What is left out (folders, links) belongs to the sample before it,
 so the samples share out all of the archive up to its end mark.
@@ -35,6 +37,7 @@ SUFFIX: Final = ".index"
 
 FORMAT: Final = b"aioloader tar index "
 VERSION: Final = b"1"
+CRC_BYTES: Final = 4
 
 MAX_BYTES: Final = 1 << 30
 """The most that an index may have once it is decompressed: that of 30 million samples."""
@@ -110,9 +113,9 @@ def encode_index(index: TarIndex) -> bytes:
         "mark": index.mark,
         "start": index.starts[0],
         "samples": len(index),
-        "crc32": zlib.crc32(body),
     }
-    return b"\n".join((FORMAT + VERSION, json.dumps(header).encode(), body))
+    content = b"\n".join((FORMAT + VERSION, json.dumps(header).encode(), body))
+    return content + zlib.crc32(content).to_bytes(CRC_BYTES, "little")
 
 
 def decode_index(content: bytes, where: str) -> TarIndex:
@@ -134,8 +137,10 @@ def decode_index(content: bytes, where: str) -> TarIndex:
             f"{where} is an index of version {safe_repr(version[:20])}, and this release reads version {VERSION!r}; "
             f"{_again(where)}"
         )
-    header, _, body = rest.partition(b"\n")
+    header, _, body = rest[:-CRC_BYTES].partition(b"\n")
     try:
+        if zlib.crc32(content[:-CRC_BYTES]) != int.from_bytes(content[-CRC_BYTES:], "little"):
+            raise ValueError("its checksum is wrong: it was cut off, or changed")
         return _decoded(_fields(header), body)
     except ValueError as error:
         raise BrokenDataError(f"{where} is broken: {error}; {_again(where)}") from None
@@ -157,14 +162,14 @@ def _fields(header: bytes) -> dict[str, Any]:
         raise ValueError(f"its header is no JSON: {header[:60]!r}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"its header is no object: {header[:60]!r}")
-    for name in ("size", "start", "samples", "crc32"):
+    for name in ("size", "start", "samples"):
         value = fields.get(name)
         if type(value) is not int or not 0 <= value < 1 << 63:
             raise ValueError(f"{name!r} must be an integer of at least 0, got {safe_repr(value, 60)}")
     if not isinstance(fields.get("archive"), str):
         raise ValueError(f"'archive' must be a name, got {safe_repr(fields.get('archive'), 60)}")
-    if not isinstance(fields.get("mark"), str | None):
-        raise ValueError(f"'mark' must be text, got {safe_repr(fields.get('mark'), 60)}")
+    if not isinstance(fields.setdefault("mark", None), str | None):
+        raise ValueError(f"'mark' must be text, got {safe_repr(fields['mark'], 60)}")
     return fields
 
 
@@ -175,8 +180,6 @@ def _decoded(fields: dict[str, Any], body: bytes) -> TarIndex:
         ValueError: The body does not fit its header.
     """
     size, count = fields["size"], fields["samples"]
-    if zlib.crc32(body) != fields["crc32"]:
-        raise ValueError("its checksum is wrong: it was cut off, or changed")
     if count > size // BLOCK:
         raise ValueError(f"{count} samples in an archive of {size} bytes")
     numbers = 12 * count
