@@ -132,7 +132,10 @@ def test_samples_keys_and_order_are_those_without_an_index(
     with Steps(plain, face) as expected, Steps(indexed, face) as found:
         for _ in range(-(-len(ALL) // 5)):
             assert found.next() == expected.next()
-            assert indexed.last_batch_info().keys == plain.last_batch_info().keys
+            infos = indexed.last_batch_info(), plain.last_batch_info()
+            assert infos[0] is not None
+            assert infos[1] is not None
+            assert infos[0].keys == infos[1].keys
     assert len(make(folder, server)) == len(ALL)
     assert len(indexed) == -(-len(ALL) // 5)
 

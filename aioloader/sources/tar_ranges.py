@@ -131,13 +131,13 @@ class PlannedRanges:
         not last, costs one sample.
         """
         shared, place = wanted.shared, wanted.place
-        if shared.left <= 0 or shared.failed or shared.place == place:
+        if not shared.left or shared.has_failed() or shared.place == place:
             return await self._ranges.read(place)
         shared.left -= 1
         pending = self._asked(shared)
         if not pending.task.done():
             await asyncio.wait({pending.task})
-        if shared.failed:  # another one has its error
+        if shared.has_failed():  # another sample has its error
             return await self._ranges.read(place)
         if pending.won:
             pieces = cut(pending.value, place.start - shared.place.start, place.stop - shared.place.start)
@@ -194,6 +194,10 @@ class _Shared:
         self.pending: Pending[list[Any]] | None = None
         self.used = False
         self.failed = False
+
+    def has_failed(self) -> bool:
+        """No attribute: that changes while somebody waits, which type checkers do not know."""
+        return self.failed
 
 
 class Wanted:
