@@ -16,7 +16,7 @@ from obstore.store import MemoryStore
 from torch.utils.data import RandomSampler
 
 import aioloader.__main__ as command_line
-from aioloader import BrokenDataError, DataLoader, Hedge, Pipeline, Rate, Retry
+from aioloader import BrokenDataError, DataLoader, Hedge, Pipeline, Rate, Retry, StateError
 from aioloader.sources import TarShards
 from aioloader.sources.tar_index import SUFFIX
 from aioloader.testing import Gate, assert_resumes_exactly
@@ -326,6 +326,60 @@ def test_a_sampler_gives_the_numbers_of_samples(folder: Path, server: HttpServer
     assert sorted(keys(collect(Pipeline(source, sampler=RandomSampler(range(48))), face))) == ALL
 
 
+@on_both_faces
+@of_both
+def test_samples_with_the_same_key_are_told_apart(
+    tmp_path: Path, http_server: HttpServer, make: Make, face: Face
+) -> None:
+    """In one archive a cache would give the first of them for the second."""
+    for name in NAMES:
+        content = [("a.txt", b"1"), ("b.txt", b"2"), ("a.txt", b"3"), ("b.cls", b"4"), ("a.txt", b"5")]
+        (tmp_path / name).write_bytes(archive(content))
+    write_index(*(tmp_path / name for name in NAMES))
+    serve(http_server, tmp_path)
+    loader = Pipeline(make(tmp_path, http_server)).cache(memory_bytes=1 << 20)
+    plain = collect(Pipeline(TarShards(make(tmp_path, http_server).urls)), face)
+    assert collect(loader, face) == collect(loader, face) == plain
+    info = loader.last_batch_info()
+    assert info is not None
+    assert repr(info.keys[0]).endswith("3.tar:a' (2)")
+
+
+@of_both
+def test_a_state_of_other_archives_is_refused(folder: Path, server: HttpServer, make: Make) -> None:
+    """Of as many samples: in another order, of other names, or written anew. A copy elsewhere is the same."""
+    loader = Pipeline(make(folder, server)).shuffle(seed=1)
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.close()
+    for other in (from_files, from_store):
+        Pipeline(other(folder, server)).shuffle(seed=1).load_state_dict(state)
+    reversed_order = Pipeline(TarShards([folder / name for name in reversed(NAMES)], index=True)).shuffle(seed=1)
+    with pytest.raises(StateError, match="of other names, or in another order"):
+        reversed_order.load_state_dict(state)
+    (folder / "0.tar").write_bytes(archive(members(0, SAMPLES, size=SIZE + 512)))
+    write_index(folder / "0.tar")
+    with pytest.raises(StateError, match="its archives were written anew"):
+        Pipeline(from_files(folder, server)).shuffle(seed=1).load_state_dict(state)
+
+
+@of_both
+def test_what_asks_for_samples_again_gets_them(folder: Path, server: HttpServer, make: Make) -> None:
+    """`repeat`, `replay`, and a sample that is begun again after its range was let go of."""
+    source = make(folder, server)
+    assert keys(Pipeline(source).take(5).repeat(3)) == ALL[:5] * 3
+    loader = Pipeline(source).shuffle(seed=1).batch(8, collate_fn=keys)
+    whole = list(loader)
+    assert list(loader.replay(3)) == whole[3]
+    looks: Counter[str] = Counter()
+
+    def stale(sample: dict[str, Any]) -> bool:
+        looks[sample["__key__"]] += 1
+        return looks[sample["__key__"]] == 1 and sample["__key__"] in ("0003", "0030")
+
+    assert keys(Pipeline(source).map(dict).drop_if(stale, requeue=True)) == ALL
+
+
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +430,29 @@ def test_a_true_shuffle_joins_neighbours_where_a_window_has_them(server: HttpSer
     server.requests.clear()
     assert sorted(keys(Pipeline(source).shuffle(seed=1))) == ALL
     assert sorted(path for path, _ in asked(server)) == NAMES
+
+
+@on_both_faces
+def test_a_true_shuffle_of_many_small_samples(http_server: HttpServer, tmp_path: Path, face: Face) -> None:
+    """Eight archives of 200: the first 300 are of all of them, for at most twice the requests of a plain reader."""
+    paths = [tmp_path / f"{number}.tar" for number in range(8)]
+    for number, path in enumerate(paths):
+        path.write_bytes(archive([(f"{number * 200 + at:04}.txt", b"x") for at in range(200)]))
+    write_index(*paths)
+    serve(http_server, tmp_path)
+    collect(Pipeline(TarShards(f"{http_server.url}/{{0..7}}.tar")), face)
+    plain = len(http_server.requests)
+    http_server.requests.clear()
+    loader = Pipeline(TarShards(f"{http_server.url}/{{0..7}}.tar", index=True)).shuffle(seed=0)
+    epochs = [[int(key) for key in keys(collect(loader, face))]]
+    assert len(http_server.requests) <= 2 * plain
+    epochs.append([int(key) for key in keys(collect(loader, face))])
+    assert epochs[0] != epochs[1]
+    for numbers in epochs:
+        assert sorted(numbers) == list(range(1600))
+        assert len({number // 200 for number in numbers[:300]}) == 8
+        displacement = sum(abs(number - at) for at, number in enumerate(numbers)) / 1600
+        assert displacement >= 0.95 * 1600 / 3
 
 
 def test_a_true_shuffle_over_more_than_a_window_reads_each_sample_by_itself(

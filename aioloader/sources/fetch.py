@@ -24,6 +24,10 @@ class NamedSamples(Sequence[Any]):
     ahead: int | None
     ahead_bytes: int | None
 
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What numbers of samples depend on, see `CursorSource.identity`."""
+
 
 class PlannedKeys(Sequence[int]):
     """Keys `0` to `n - 1` of samples whose requests are planned from the order in which they will be wanted.
@@ -35,6 +39,10 @@ class PlannedKeys(Sequence[int]):
 
     names: Sequence[Any]
     rate: Rate | None = None
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What keys depend on, see `CursorSource.identity`."""
 
     def __getitem__(self, key: Any) -> Any:
         """The key itself, which is what `fetch` gets where a sampler gives the keys and nothing is planned."""

@@ -74,6 +74,10 @@ def open_indexed(
     return IndexedTarFiles(samples, tar)
 
 
+def _identity(samples: TarSamples, tar: TarShards) -> dict[str, Any]:
+    return {**tar.identity(), "samples": samples.checksum}
+
+
 class IndexedTarFiles(NamedSamples):
     """The samples of archives in files, by number: a map-style dataset.
 
@@ -85,8 +89,12 @@ class IndexedTarFiles(NamedSamples):
     def __init__(self, samples: TarSamples, tar: TarShards) -> None:
         self.samples = samples
         self.names = _Names(samples)
+        self._identity = _identity(samples, tar)
         self.ahead, self.ahead_bytes = tar.ahead, tar._ahead_bytes
         self.urls = tar.urls
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -191,11 +199,15 @@ class _Keys(PlannedKeys):
     def __init__(self, samples: TarSamples, tar: TarShards) -> None:
         self._samples = samples
         self.names = _Names(samples)
+        self._identity = _identity(samples, tar)
         self._requests: RequestPolicies = tar._requests
         # What waits besides the window that is being used is the beginning of the next one: so half for each.
         self._most_keys = None if tar.ahead is None else max(1, tar.ahead // 2)
         self._most_bytes = WINDOW_BYTES if tar._ahead_bytes is None else tar._ahead_bytes / 2
         self._ranges_ahead = tar._open_ahead
+
+    def identity(self) -> dict[str, Any]:
+        return self._identity
 
     @property
     def rate(self) -> Rate | None:  # type: ignore[override]  # a plain attribute where there is none
@@ -214,7 +226,7 @@ class _Keys(PlannedKeys):
         ).plan
 
 
-class _Names(Sequence[str]):
+class _Names(Sequence[Any]):
     """What the samples are called: as the entries of `TarShards`."""
 
     def __init__(self, samples: TarSamples) -> None:

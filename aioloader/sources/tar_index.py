@@ -20,6 +20,7 @@ import json
 import sys
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -54,6 +55,7 @@ class TarIndex:
         starts: Where each sample begins, and where the last one ends.
         key_ends: Where each key ends in `keys`, after a 0.
         keys: All keys.
+        unique: No two samples have the same key.
     """
 
     archive: str
@@ -62,6 +64,7 @@ class TarIndex:
     starts: "array[int]"
     key_ends: "array[int]"
     keys: bytes
+    unique: bool
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -70,12 +73,31 @@ class TarIndex:
         """The key of a sample."""
         return self.keys[self.key_ends[number] : self.key_ends[number + 1]].decode("utf-8", "surrogateescape")
 
+    def repeats(self) -> dict[int, int]:
+        """Samples whose key one before them has: the how manieth repetition each of them is, by its number."""
+        if self.unique:
+            return {}
+        seen: Counter[str] = Counter()
+        found = {}
+        for number in range(len(self)):
+            key = self.key(number)
+            if seen[key]:
+                found[number] = seen[key]
+            seen[key] += 1
+        return found
+
+    @property
+    def checksum(self) -> int:
+        """Of which samples there are, and where."""
+        return zlib.crc32(self.keys, zlib.crc32(_little(self.key_ends), zlib.crc32(_little(self.starts))))
+
     @classmethod
     def of(cls, archive: str, size: int, mark: str | None, starts: Iterable[int], keys: Iterable[str]) -> "TarIndex":
         """The index of samples that begin at `starts`, which has the end of the last one as well."""
         encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
         ends = array("Q", [0, *accumulate(map(len, encoded))])
-        return cls(archive, size, mark, array("Q", starts), ends, b"".join(encoded))
+        unique = len(set(encoded)) == len(encoded)
+        return cls(archive, size, mark, array("Q", starts), ends, b"".join(encoded), unique)
 
 
 def name_of(path: str) -> str:
@@ -113,6 +135,7 @@ def encode_index(index: TarIndex) -> bytes:
         "mark": index.mark,
         "start": index.starts[0],
         "samples": len(index),
+        "unique": index.unique,
     }
     content = b"\n".join((FORMAT + VERSION, json.dumps(header).encode(), body))
     return content + zlib.crc32(content).to_bytes(CRC_BYTES, "little")
@@ -168,6 +191,8 @@ def _fields(header: bytes) -> dict[str, Any]:
             raise ValueError(f"{name!r} must be an integer of at least 0, got {safe_repr(value, 60)}")
     if not isinstance(fields.get("archive"), str):
         raise ValueError(f"'archive' must be a name, got {safe_repr(fields.get('archive'), 60)}")
+    if not isinstance(fields.get("unique"), bool):
+        raise ValueError(f"'unique' must be true or false, got {safe_repr(fields.get('unique'), 60)}")
     if not isinstance(fields.setdefault("mark", None), str | None):
         raise ValueError(f"'mark' must be text, got {safe_repr(fields['mark'], 60)}")
     return fields
@@ -196,7 +221,7 @@ def _decoded(fields: dict[str, Any], body: bytes) -> TarIndex:
     ends = array("Q", accumulate(key_lengths, initial=0))
     if ends[-1] != len(keys):
         raise ValueError(f"keys of {ends[-1]} bytes were promised, and {len(keys)} are there")
-    return TarIndex(fields["archive"], size, fields["mark"], array("Q", starts), ends, keys)
+    return TarIndex(fields["archive"], size, fields["mark"], array("Q", starts), ends, keys, fields["unique"])
 
 
 def _inflated(body: bytes) -> bytes:

@@ -3,11 +3,14 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import accumulate
 from operator import index as as_index
 from typing import Any, Final
+from zlib import crc32
 
 from aioloader.core.entry import Entry
+from aioloader.core.keys import PartKey
 from aioloader.errors import BrokenDataError
 from aioloader.sources.joined import Place
 from aioloader.sources.tar import _BEGINNING, _Archive, _Limits, _Samples
@@ -42,8 +45,14 @@ class TarSamples:
         self.indexes = tuple(index for index, _ in indexes)
         self._seen = tuple(seen for _, seen in indexes)
         self._firsts = list(accumulate(map(len, self.indexes), initial=0))
+        self._repeats = tuple(index.repeats() for index in self.indexes)
         self._decode = decode
         self._limits = limits
+
+    @cached_property
+    def checksum(self) -> int:
+        """Of which samples there are, in which order."""
+        return crc32(repr([index.checksum for index in self.indexes]).encode())
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -70,9 +79,17 @@ class TarSamples:
         starts = self.indexes[archive].starts
         return Place(archive, starts[at], starts[at + 1])
 
-    def name(self, number: int) -> str:
-        """What a sample is called: its archive and its key."""
+    def name(self, number: int) -> str | PartKey:
+        """What a sample is called: its archive and its key.
+
+        Where an archive has a key twice, the second one says so: by names, caches tell samples apart.
+        """
         archive, at = self._find(number)
+        name = self._name(archive, at)
+        repeat = self._repeats[archive].get(at)
+        return name if repeat is None else PartKey(name, repeat)
+
+    def _name(self, archive: int, at: int) -> str:
         return f"{self.archives[archive].name}:{self.indexes[archive].key(at)}"
 
     def sample(self, number: int, pieces: Iterable[Any]) -> dict[str, Any]:
@@ -85,7 +102,7 @@ class TarSamples:
         archive, at = self._find(number)
         index = self.indexes[archive]
         start, stop = index.starts[at : at + 2]
-        name = self.name(number)
+        name = self._name(archive, at)
         try:
             entries = self._parsed(archive, start, pieces)
         except BrokenDataError as error:
