@@ -8,7 +8,6 @@ error and never another sample.
 
 from collections.abc import Callable, Sequence
 from io import FileIO
-from operator import index as as_index
 from os import fstat
 from typing import Any, Final, NamedTuple
 
@@ -236,4 +235,4 @@ class _Names(Sequence[Any]):
         return len(self._samples)
 
     def __getitem__(self, number: Any) -> Any:
-        return self._samples.name(as_index(number))
+        return self._samples.name(number)

@@ -43,6 +43,7 @@ class TarSamples:
     ) -> None:
         self.archives = tuple(archives)
         self.indexes = tuple(index for index, _ in indexes)
+        self._names = tuple(archive.name for archive in archives)
         self._seen = tuple(seen for _, seen in indexes)
         self._firsts = list(accumulate(map(len, self.indexes), initial=0))
         self._repeats = tuple(index.repeats() for index in self.indexes)
@@ -90,7 +91,7 @@ class TarSamples:
         return name if repeat is None else PartKey(name, repeat)
 
     def _name(self, archive: int, at: int) -> str:
-        return f"{self.archives[archive].name}:{self.indexes[archive].key(at)}"
+        return f"{self._names[archive]}:{self.indexes[archive].key(at)}"
 
     def sample(self, number: int, pieces: Iterable[Any]) -> dict[str, Any]:
         """The sample that these bytes are.
@@ -127,7 +128,7 @@ class TarSamples:
 
     def _misfit(self, archive: int, name: str, start: int, why: str) -> str:
         return (
-            f"{name} is not at byte {start}, where the index says: {why}; {_write_again(self.archives[archive].name)}"
+            f"{name} is not at byte {start}, where the index says: {why}; {_write_again(self._names[archive])}"
         )
 
     def check_file(self, number: int, status: os.stat_result) -> None:
@@ -138,7 +139,7 @@ class TarSamples:
         """
         archive, _ = self._find(number)
         if (status.st_size, status.st_mtime_ns) != self._seen[archive]:
-            raise BrokenDataError(changed(self.archives[archive].name, self.indexes[archive].size, status.st_size))
+            raise BrokenDataError(changed(self._names[archive], self.indexes[archive].size, status.st_size))
 
 
 def changed(name: str, before: int, now: int) -> str:
