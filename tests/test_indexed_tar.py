@@ -1,5 +1,6 @@
 """`TarShards(index=True)`: samples of archives in any order, from files and from a store that counts requests."""
 
+import asyncio
 import io
 import os
 import pickle
@@ -7,6 +8,7 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,12 +18,12 @@ from obstore.store import MemoryStore
 from torch.utils.data import RandomSampler
 
 import aioloader.__main__ as command_line
-from aioloader import BrokenDataError, DataLoader, Hedge, Pipeline, Rate, Retry, StateError
+from aioloader import BrokenDataError, DataLoader, Hedge, LoaderClosedError, Pipeline, Rate, Retry, StateError
 from aioloader.sources import TarShards
 from aioloader.sources.tar_index import SUFFIX
-from aioloader.testing import Gate, assert_resumes_exactly
+from aioloader.testing import FaultPlan, Gate, assert_resumes_exactly
 from tests._servers import HttpServer
-from tests._support import Face, Started, Steps, collect, notes, on_both_faces
+from tests._support import Face, Started, Steps, collect, notes, on_both_faces, until
 from tests._work import key_of
 
 ARCHIVES: Final = 4
@@ -536,6 +538,104 @@ def test_a_second_call_and_a_rate_are_for_requests_not_for_samples(
     with pytest.raises(ValueError, match="rate"):
         loader.in_process()
     del loader
+
+
+class CountingRate(Rate):
+    """Counts who takes a turn."""
+
+    taken = 0
+
+    def _took(self, now: float, count: int, *, waits: bool = False) -> None:
+        super()._took(now, count, waits=waits)
+        self.taken += count
+
+
+@on_both_faces
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_wire_that_fails_often_costs_no_sample(
+    server: HttpServer, folder: Path, small_ranges: int, face: Face, shuffled: bool
+) -> None:
+    """429, 503, resets, bodies that are cut off or short: each attempt is a request, and takes a turn at the rate."""
+    rate = CountingRate(5000.0)
+    source = from_store(folder, server, retry=Retry(attempts=20, **QUICK), rate=rate)
+    loader = Pipeline(source).shuffle(seed=1) if shuffled else Pipeline(source)
+    server.requests.clear()
+    clean = len(collect(loader, face)) and len(asked(server))
+    server.requests.clear()
+    rate.taken = 0
+    server.plan = FaultPlan(
+        5, throttled=0.1, unavailable=0.1, reset=0.1, truncated=0.1, wrong_length=0.1, retry_after=0.0
+    )
+    assert sorted(keys(collect(loader, face))) == ALL
+    retries = sum(stage.retries for stage in loader.stats().stages)
+    assert retries > 2
+    assert rate.taken == len(server.requests) >= clean
+    del loader, source
+
+
+@on_both_faces
+def test_requests_that_hang_are_given_up_or_overtaken(
+    server: HttpServer, folder: Path, small_ranges: int, face: Face
+) -> None:
+    """By `timeout` and `retry`, and by `hedge`."""
+    patient = from_store(folder, server, retry=Retry(attempts=20, **QUICK), timeout=0.25)
+    hasty = from_store(folder, server, hedge=Hedge(after=0.1, budget=1.0))
+    server.plan = FaultPlan(2, hang=0.15)
+    loader = Pipeline(patient)
+    assert keys(collect(loader, face)) == ALL
+    stages = loader.stats().stages
+    assert sum(stage.retries for stage in stages) == sum(stage.timeouts for stage in stages) > 0
+    server.plan = FaultPlan(0, hang=1.0, attempts=1)  # the first request for each archive
+    loader = Pipeline(hasty)
+    assert keys(collect(loader, face)) == ALL
+    assert sum(stage.hedges for stage in loader.stats().stages) > 0
+    del loader, patient, hasty
+
+
+@on_both_faces
+@pytest.mark.parametrize("waits_for", ["its next attempt", "an answer", "the rate", "a hedge"])
+def test_closing_while_a_request_waits(server: HttpServer, folder: Path, face: Face, waits_for: str) -> None:
+    """Nobody waits to the end, and the fixtures find nothing that is left."""
+    rate = CountingRate(0.001, ARCHIVES)  # its turns are for the indexes
+    all_policies: dict[str, dict[str, Any]] = {
+        "its next attempt": {"retry": Retry(attempts=3, wait_initial=1000.0, wait_max=1000.0)},
+        "an answer": {"timeout": 1000.0},
+        "the rate": {"rate": rate},
+        "a hedge": {"hedge": Hedge(after=0.0, budget=1.0)},
+    }
+    source = from_store(folder, server, **all_policies[waits_for])
+    server.gate = gate = Gate()
+    if waits_for == "its next attempt":
+        gate.open_all()
+        server.faults |= {name: repeat(503) for name in server.files}
+    loader = Pipeline(source)
+    server.requests.clear()
+
+    async def waits() -> None:
+        await until(lambda: rate.taken > ARCHIVES if waits_for == "the rate" else len(server.requests) > 0)
+
+    with Steps(loader, face) as steps:
+        asking = steps.ask()
+        asyncio.run(waits()) if face == "for" else steps.do(waits)
+        loader.close() if face == "for" else steps.do(loader.aclose)
+        with pytest.raises(LoaderClosedError):
+            asking()
+    gate.open_all()
+    del loader, source
+
+
+@on_both_faces
+def test_a_state_fits_with_and_without_policies(server: HttpServer, folder: Path, face: Face) -> None:
+    loader = Pipeline(from_store(folder, server)).shuffle(seed=1)
+    with Steps(loader, face) as steps:
+        whole = keys(steps.rest(10))
+        state = loader.state_dict()
+        whole += keys(steps.rest())
+    resumed = Pipeline(from_store(folder, server, retry=Retry(attempts=9, **QUICK), concurrency=3)).shuffle(seed=1)
+    resumed.load_state_dict(state)
+    server.plan = FaultPlan(5, throttled=0.1, reset=0.1, truncated=0.1, retry_after=0.0)
+    assert keys(collect(resumed, face)) == whole[10:]
+    del loader, resumed
 
 
 def test_indexes_are_asked_for_again_too(server: HttpServer, folder: Path) -> None:
