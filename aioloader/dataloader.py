@@ -36,6 +36,7 @@ from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
 from aioloader.insight.meters import StageMeter
+from aioloader.insight.policies import PolicyMeter
 from aioloader.loader import Loader
 from aioloader.plan.build import build
 from aioloader.plan.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
@@ -393,6 +394,7 @@ class DataLoader(Loader, Generic[T_co]):
         alloc = self._alloc(transfer)
         source: Node
         before: SkipRule | None = None
+        log: PolicyMeter | None = None
         if self._iterable:
             self._keys.draw_base_seed(progress)
             source = inline_source = InlineSource(self.dataset, "source", epoch)
@@ -407,7 +409,8 @@ class DataLoader(Loader, Generic[T_co]):
             seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
             data = self.dataset
             if self.policies is not None:
-                data = TriedInPlace(data, self.policies, lambda attempt: inline_map.retried(attempt))
+                log = PolicyMeter(self.policies)
+                data = TriedInPlace(data, self.policies, lambda attempt: inline_map.retried(attempt), log)
             calls = [Call(self._fetch(alloc, data), False, "fetch", seed)]
         if transfer is not None and self.device is not None:
             calls.append(Call(over_partial(transfer.send), False, f"to({self.device})"))
@@ -416,6 +419,7 @@ class DataLoader(Loader, Generic[T_co]):
             calls.append(Call(over_partial(lambda batch: pin_batch(batch, backend)), False, "pin_memory()"))
         output: Node
         output = inline_map = InlineMap(source, calls, epoch, ordered=self._ordered)
+        inline_map.meter.policies = log
         meters = [inline_source.meter, inline_map.meter]
         if before is not None:
             meters.insert(1, before.meter)

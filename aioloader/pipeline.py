@@ -57,7 +57,7 @@ from aioloader.plan.plan import (
     length_of,
     without_reports,
 )
-from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, shard_state
+from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.unsplit import gives_all
@@ -76,6 +76,7 @@ from aioloader.stages.rank import Even
 from aioloader.stages.repeat import Repeat
 from aioloader.stages.select import Enumerate, SkipFirst, Take
 from aioloader.stages.shard import Shard
+from aioloader.stages.share import Share
 from aioloader.stages.shuffle import Shuffle
 from aioloader.stages.skip_errors import SkipErrors
 
@@ -503,6 +504,8 @@ class Pipeline(Loader):
                 would see alike.
         """
         check_one_order(self._plan)
+        if any(stage.for_several_ranks for stage in self._plan.stages):
+            raise ValueError("shard() comes before share(), which gives several ranks the same, got it after that")
         return self._then(Shard(rank, world_size, group, mesh, even))
 
     def in_process(self) -> "Pipeline":
@@ -544,6 +547,33 @@ class Pipeline(Loader):
                     f"one; use shuffle(seed=...) instead of it"
                 )
         return self._then(OwnProcess())
+
+    def share(self, group: Any, *, timeout: float = 600.0) -> "Pipeline":
+        """Let one of several ranks on a host read for all of them, which are to get the same.
+
+        For tensor parallelism and the like: `.share(mesh["tp"])`. On each host the first rank of the group runs what is
+        before this; the others get what it gives, in shared memory, in the same order and with the same state. A batch
+        is there once for all, and copied page by page for who changes it. It pays where reading or making a batch is
+        dear; for a cheap one it changes nothing. It uses no collective call, and no process group for data.
+
+        All ranks make the loader in the same place of the program, and iterate it in the same epochs, as often. The
+        first batch comes when all have asked for it. A rank that ends early is not waited for any more; if the one that
+        reads ends or dies, the others get a `WorkerDiedError` after what it had given.
+
+        Args:
+            group: A torch.distributed.ProcessGroup, a DeviceMesh of one dimension or a pair `(mesh, "tp")`, or the
+                global ranks as a list. Which of them are on this host is found by torchrun's LOCAL_RANK and
+                LOCAL_WORLD_SIZE; without these, all are.
+            timeout: In seconds; so long the ranks wait for each other when an epoch begins.
+
+        Raises:
+            TypeError, ValueError: The group is none, or this does not run on Linux, or something before or after this
+                does not fit.
+        """
+        for stage in self._plan.stages:
+            if stage.on_device or stage.for_several_ranks:
+                raise ValueError(f"share() lends batches in host memory, once, got it after {stage.label}")
+        return self._then(Share(group, timeout))
 
     def pin_memory(self) -> "Pipeline":
         """Put batches into page-locked memory, for copies to a device that you make yourself; `to` does both.
@@ -606,7 +636,7 @@ class Pipeline(Loader):
     def with_seed(self, seed: int | None) -> "Pipeline":
         """Let `sample_rng()` in this pipeline's functions depend on `seed`; None: draw one, and keep it in the state.
 
-        With `shard`, None is 0, since all ranks need the same.
+        With `shard` or `share`, None is 0, since all ranks need the same.
 
         It is not the seed of `shuffle` and `mix`, which have their own.
         """
@@ -623,7 +653,8 @@ class Pipeline(Loader):
         With `shard` it is 0 unless told: ranks cannot agree on a drawn one without talking, and with one each, a
         sample would get other random numbers on another rank.
         """
-        return 0 if self._plan.seed is None and is_sharded(self._plan) else self._plan.seed
+        of_several = is_sharded(self._plan) or is_shared(self._plan)
+        return 0 if self._plan.seed is None and of_several else self._plan.seed
 
     # -- several sources ---------------------------------------------------------------------------------------------
 

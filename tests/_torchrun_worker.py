@@ -90,6 +90,16 @@ def warned(make: Callable[[], Any]) -> list[int]:
     return counts
 
 
+def noting(calls: list[int]) -> Callable[[int], int]:
+    """Note what is loaded."""
+
+    def load(n: int) -> int:
+        calls.append(n)
+        return n
+
+    return load
+
+
 def main() -> None:
     found: dict[str, Any] = {}
     found["environment"] = list(Pipeline(range(N)).shard())  # before torch.distributed is there
@@ -111,6 +121,11 @@ def main() -> None:
     found["mesh"] = list(Pipeline(range(N)).shard(mesh=mesh["data"]))
     found["pair"] = list(Pipeline(range(N)).shard(mesh=(mesh, "data")))
     found["stream"] = list(Pipeline(lambda: iter(range(N))).map(abs).shard(even="drop"))
+    found["shared"] = {}
+    for name, tensor in (("mesh", mesh["tensor"]), ("pair", (mesh, "tensor")), ("group", mesh.get_group("tensor"))):
+        calls: list[int] = []
+        dealt = Pipeline(range(N)).shard(mesh=mesh["data"]).map(noting(calls))
+        found["shared"][name] = [list(dealt.batch(4, collate_fn=list).share(tensor)), len(calls)]
     sampler: Any = DistributedSampler(range(N), shuffle=True, seed=2)  # type: ignore[arg-type]
     loader: Any = DataLoader(range(N), batch_size=4, sampler=sampler, num_workers=2)
     found["sampler"] = []

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -302,6 +303,42 @@ def test_samples_that_wait_for_a_rate_are_told(face: Face, threads: bool) -> Non
     assert policies_of(loader, name).waiting_for_rate == 0
 
 
+@pytest.mark.parametrize(
+    ("retried", "said"),
+    [
+        (True, "1 sample waits for its next attempt in fetch, in 3"),
+        (False, "1 sample waits for the rate of fetch, which is 0.00028 a second"),
+    ],
+)
+def test_waits_of_a_loader_without_workers_are_told(retried: bool, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its consumer waits itself, so another thread asks."""
+    data = Loads(sync(first_fails(1 if retried else 0)))
+    retry, rate = (LATER, None) if retried else (None, Rate(1 / HOUR, burst=4))
+    loader: DataLoader[Any] = DataLoader(data, batch_size=2, retry=retry, rate=rate)
+    woken = threading.Event()
+    monkeypatch.setattr("aioloader.stages.load_one.sleep", lambda _: woken.wait(DEADLINE))
+    outcome = Started(lambda: collect(loader, "for"))
+    wait_until(lambda: said in loader.explain())
+    woken.set()
+    outcome.join(DEADLINE)
+    told = policies_of(loader, "fetch")
+    assert (told.waiting_for_attempt, told.waiting_for_rate) == (0, 0)
+    assert (told.retry_wait_seconds > 0, told.rate_wait_seconds > 0) == (retried, not retried)
+
+
+class Loads:
+    """Twelve samples."""
+
+    def __init__(self, load: Callable[[int], Any]) -> None:
+        self._load = load
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, key: int) -> Any:
+        return self._load(key)
+
+
 @on_both_faces
 def test_places_that_are_taken_are_not_the_fault_of_the_rate(face: Face) -> None:
     gate = Gate()
@@ -398,18 +435,8 @@ def test_an_adaptive_rate_says_what_keeps_it(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_samples_of_a_drop_in_are_counted_once(workers: int) -> None:
     """However often they are tried."""
-
-    class Images:
-        def __init__(self) -> None:
-            self.load = sync(first_fails(5))
-
-        def __len__(self) -> int:
-            return 12
-
-        def __getitem__(self, key: int) -> Any:
-            return self.load(key)
-
-    loader: DataLoader[Any] = DataLoader(Images(), batch_size=4, num_workers=workers, retry=AT_ONCE)
+    images = Loads(sync(first_fails(5)))
+    loader: DataLoader[Any] = DataLoader(images, batch_size=4, num_workers=workers, retry=AT_ONCE)
     assert [batch.tolist() for batch in loader] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     stages = [one for one in loader.stats().stages if one.retries]
     assert [one.retries for one in stages] == [5]

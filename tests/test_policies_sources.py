@@ -514,7 +514,7 @@ def test_a_state_fits_with_and_without_retries(
 
 @on_both_faces
 @of_each_source
-@pytest.mark.parametrize("waits_for", ["its next attempt", "an answer", "the rate", "a hedge"])
+@pytest.mark.parametrize("waits_for", ["its next attempt", "an answer", "the rate", "a hedge", "nothing of ours"])
 def test_closing_while_a_request_waits(server: HttpServer, make: Make, face: Face, waits_for: str) -> None:
     """Nobody waits to the end, and the fixtures find nothing that is left."""
     rate = CountingRate(0.001, 1)
@@ -523,6 +523,7 @@ def test_closing_while_a_request_waits(server: HttpServer, make: Make, face: Fac
         "an answer": {"timeout": 1000.0},
         "the rate": {"rate": rate},
         "a hedge": {"hedge": Hedge(after=0.0, budget=1.0)},
+        "nothing of ours": {},
     }
     policies = all_policies[waits_for]
     server.gate = gate = Gate()
@@ -535,7 +536,7 @@ def test_closing_while_a_request_waits(server: HttpServer, make: Make, face: Fac
     loader = make(store, **policies)
     with Steps(loader, face) as steps:
         asked = steps.ask()
-        if waits_for in ("an answer", "a hedge"):
+        if waits_for in ("an answer", "a hedge", "nothing of ours"):
             steps.until_arrived(gate, 2 if waits_for == "a hedge" else 1)
         else:
 
@@ -543,6 +544,13 @@ def test_closing_while_a_request_waits(server: HttpServer, make: Make, face: Fac
                 return until(lambda: rate.taken > 1 if waits_for == "the rate" else counts(loader)[0] > 0)
 
             asyncio.run(waits()) if face == "for" else steps.do(waits)
+            told = next(stage.policies for stage in loader.stats().stages if stage.policies is not None)
+            if waits_for == "the rate":
+                assert told.waiting_for_rate > 0
+                assert "for the rate of " in loader.explain()
+            else:
+                assert (told.waiting_for_attempt > 0, told.retried_after) == (True, "GenericError")
+                assert " for its next attempt in " in (said := loader.explain()) or " wait for their next" in said
         loader.close() if face == "for" else steps.do(loader.aclose)
         with pytest.raises(LoaderClosedError):
             asked()

@@ -98,6 +98,16 @@ def test_ranks_of_groups_and_meshes(four_ranks: list[dict[str, Any]]) -> None:
         assert [found[key] for found in four_ranks] == [[*range(place, 26, 2)] for place in (0, 0, 1, 1)]
 
 
+def test_one_of_the_ranks_that_get_the_same_reads(four_ranks: list[dict[str, Any]]) -> None:
+    """By a dimension of a mesh, or by its group; nothing communicates through the group."""
+    for rank, found in enumerate(four_ranks):
+        mine = list(range(rank // 2, 26, 2))
+        batches = [mine[at : at + 4] for at in range(0, 13, 4)]
+        assert found["shared"] == {name: [batches, 0 if rank % 2 else 13] for name in ("mesh", "pair", "group")}, (
+            f"rank {rank}"
+        )
+
+
 def test_a_loader_that_nobody_splits_warns_once(four_ranks: list[dict[str, Any]]) -> None:
     """Each rank would train on everything, as under trainers that make ranks and no sampler. Nothing communicates."""
     for found in four_ranks:

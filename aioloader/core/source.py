@@ -20,6 +20,8 @@ from concurrent.futures import Executor
 from typing import Any, ClassVar, TypeVar
 
 from aioloader.core.entry import Entry
+from aioloader.core.policies import Policies
+from aioloader.core.policy_log import PolicyLog
 
 __all__ = ["CursorSource", "EntryReader", "RunListener", "SourceContext", "SourceThreads"]
 
@@ -198,6 +200,10 @@ class SourceContext(ABC):
     @abstractmethod
     def count_requests(self, *, retries: int = 0, timeouts: int = 0, hedges: int = 0) -> None:
         """Let `stats()` count what became of the source's requests: that many more were made again, and so on."""
+
+    def policy_log(self, policies: Policies) -> PolicyLog:
+        """What is to be told of requests that fail, are late or wait, for `stats()` and `explain()`."""
+        return PolicyLog()
 
 
 class SourceThreads(Executor):

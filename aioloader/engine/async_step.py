@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
+from aioloader.core.policy_log import Waiting
 from aioloader.core.safe_text import add_note, safe_str
 from aioloader.engine.guard import Guard, GuardedCall
 from aioloader.engine.node import cheap_samples
@@ -16,7 +17,6 @@ from aioloader.engine.steps import Forward, Step
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
-from aioloader.insight.policies import Waiting
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run

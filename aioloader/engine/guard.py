@@ -63,7 +63,7 @@ class GuardedCall:
     def begin(self, value: Any) -> Awaitable[Any]:
         """Begin a call; returns what is to be awaited."""
         self.began = began = perf_counter()
-        if began > self.guard.watched:
+        if not self.guard.watched:
             self.guard.watch(began)
         return self.fn(value)
 
@@ -108,7 +108,7 @@ class Guard:
     Attributes:
         crowded: There are second calls, or some are wanted, so that not each worker may begin a first one.
         measured: Of so many calls of a worker, it is to be known how long one took; 0: of none.
-        watched: A call that begins later than that is late before the timer rings.
+        watched: The timer rings before a call is late that begins now.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Guard:
         self.measured = 0 if self._percentile is None else 1
         self._unmeasured = 0  # calls, before one is measured
         self.crowded = False
-        self.watched = -inf
+        self.watched = False
         self._soonest = min(self._timeout, self._after)  # so long may a call take before anybody looks
         self._rings_at = inf  # when the timer rings; never, if there is none
         self._timer: TimerHandle | None = None
@@ -335,9 +335,9 @@ class Guard:
             policies.hedge_after = self._after
 
     def watch(self, began: float) -> None:
-        """Look when a call that began then may be late."""
+        """Look when a call that began then may be late; those after it cannot be late before that."""
         self._ring(began + self._soonest)
-        self.watched = inf if self._soonest == inf else self._rings_at - self._soonest
+        self.watched = True
 
     def _ring(self, at: float) -> None:
         """Look at that time, or before."""
@@ -382,7 +382,7 @@ class Guard:
                 again = min(again, now + self._after)  # by then those that are only a little late will have ended
             following = min(following, again)
         self._ring(following)
-        self.watched = -inf
+        self.watched = False
 
     def _cancel(self, call: GuardedCall) -> None:
         call.touched = call.cancelled = True

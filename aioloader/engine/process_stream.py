@@ -30,14 +30,15 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
+from aioloader.core.entry import Entry
 from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.pausing import Pauses, Told
 from aioloader.engine.run import Run
+from aioloader.engine.travel import Parcel, unpacked
 from aioloader.errors import WorkerDiedError
-from aioloader.executors.processes.failures import cannot_travel, portable
+from aioloader.executors.processes.failures import portable
 from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.stream_worker import (
     Arrived,
@@ -48,7 +49,7 @@ from aioloader.executors.processes.stream_worker import (
     StreamWorker,
     StreamWorkerDied,
 )
-from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
+from aioloader.executors.processes.wire import decode
 from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
 from aioloader.insight.meters import StageMeter
@@ -233,21 +234,11 @@ class OwnProcessNode(Node):
             self._count(meters)
         else:
             values = keys = [None] * len(heard.places)
-        for (cursor, position, places, attempts, begun, begun_each, state, failed), value, key in zip(
-            heard.places, values, keys, strict=True
-        ):
-            entry = Entry(None if failed else value, cursor, key, position, begun)
-            if places is not None:
-                entry.places = places
-            if begun_each is not None:
-                entry.begun_each = begun_each
-            if attempts > 1:
-                entry.attempts = attempts
-            entry.state = state
-            entry.error = value if failed else heard.error
+        for entry in unpacked(heard.places, values, keys):
+            entry.error = entry.error or heard.error
             self._failed = self._failed or entry.error is not None
             self._ready.append(entry)
-            self._cursor = cursor
+            self._cursor = entry.cursor
             self._received += self._size
         if self._admission is not None:
             self.wake()
@@ -514,36 +505,14 @@ class _BatchSender:
         self._thread.join()
 
     def _send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
-        failed = [entry.error is not None for entry in taken]
-        values = [entry.value if entry.error is None else portable(entry.error, where) for entry in taken]
-        keys = [entry.key for entry in taken]
+        parcel = Parcel.of(taken, where)
         try:
-            self._channel.send(self._head(number, taken, failed), (values, keys, meters))
+            self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
         except OSError:
             raise
         except BaseException:
-            refusals = [_refusal(value, where) for value in values]
-            failed = [bad or refusal is not None for bad, refusal in zip(failed, refusals, strict=True)]
-            values = [value if refusal is None else refusal for value, refusal in zip(values, refusals, strict=True)]
-            keys = [key if _refusal(key, where) is None else repr(key)[:200] for key in keys]
-            self._channel.send(self._head(number, taken, failed), (values, keys, meters))
-
-    @staticmethod
-    def _head(number: int, taken: list[Entry], failed: list[bool]) -> tuple[Any, ...]:
-        places = [
-            (
-                entry.cursor,
-                entry.position,
-                places_of(entry),
-                1 if entry.rare is None else entry.attempts,
-                entry.begun,
-                begun_each_of(entry),
-                entry.state or DONE,
-                bad,
-            )
-            for entry, bad in zip(taken, failed, strict=True)
-        ]
-        return "entries", number, places
+            parcel.refuse()
+            self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
 
     def _main(self) -> None:
         try:
@@ -557,12 +526,3 @@ class _BatchSender:
         except BaseException:
             traceback.print_exc()
             os._exit(1)  # or the user's process would wait for ever
-
-
-def _refusal(value: Any, where: str) -> BaseException | None:
-    """Why `value` cannot travel; None: it can."""
-    try:
-        encode(value)
-    except BaseException as error:
-        return portable(cannot_travel("a batch", error, by_value=can_pickle_by_value()), where)
-    return None

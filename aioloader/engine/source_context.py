@@ -6,9 +6,12 @@ from concurrent.futures import Future as ConcurrentFuture
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from aioloader.core.checks import check_count
+from aioloader.core.policies import Policies
+from aioloader.core.policy_log import PolicyLog
 from aioloader.core.source import RunListener, SourceContext, SourceThreads
 from aioloader.executors.threads import Threads
 from aioloader.insight.meters import StageMeter
+from aioloader.insight.policies import PolicyMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -73,6 +76,13 @@ class RunSourceContext(SourceContext):
             self._meter.retries += retries
             self._meter.timeouts += timeouts
             self._meter.hedges += hedges
+
+    def policy_log(self, policies: Policies) -> PolicyLog:
+        if self._meter is None:
+            return super().policy_log(policies)
+        if self._meter.policies is None:  # the next round of a `repeat` goes on counting
+            self._meter.policies = PolicyMeter(policies)
+        return self._meter.policies
 
     async def _guarded(self, fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
 from aioloader.core.limit import Limit, Slots, width_of
 from aioloader.core.policies import Policies
+from aioloader.core.policy_log import Waiting
 from aioloader.engine.retrying import Retrying, Tap
 from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
-from aioloader.insight.policies import PolicyMeter, Waiting
+from aioloader.insight.policies import PolicyMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run

@@ -3,33 +3,17 @@
 Counted where a call has failed, is late or has to wait, and nowhere else: calls that succeed at once pass none of it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final
 
 from aioloader.core.policies import Policies
+from aioloader.core.policy_log import PolicyLog, Waiting
 from aioloader.core.rate import Bound
 
-__all__ = ["PolicyMeter", "PolicyStats", "Waiting"]
+__all__ = ["PolicyMeter", "PolicyStats"]
 
 MOST_KINDS: Final = 16  # of errors that are told apart: types may be made at run time, without end
-
-
-class Waiting(NamedTuple):
-    """What waits in a stage now.
-
-    Attributes:
-        for_attempt: Samples that have failed and are to be tried again.
-        next_attempt_at: When the first of them is (`perf_counter`); None: there is none.
-        for_rate: Samples that could begin, if the rate let them.
-        for_second_call: Late calls that are to have a second one, for which there is no place.
-    """
-
-    for_attempt: int = 0
-    next_attempt_at: float | None = None
-    for_rate: int = 0
-    for_second_call: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,34 +65,23 @@ class PolicyStats:
     waiting_for_second_call: int = 0
 
 
-class PolicyMeter:
-    """Counters of one stage that has policies. Written on the engine's loop, read from any thread.
+class PolicyMeter(PolicyLog):
+    """Counters of one stage that has policies. Written by one thread at a time, read from any.
 
     Args:
         policies: They.
-
-    Attributes:
-        refused_retries: See `PolicyStats`.
-        refused_hedges: See there.
-        retry_wait_seconds: See there.
-        hedge_after: See there.
-        waiting: Asks the stage at work; None: it does not work any more.
     """
 
     def __init__(self, policies: Policies) -> None:
+        super().__init__()
         self._policies = policies
         self._kinds: dict[str, int] = {}
         self._throttled: tuple[float, float | None] = (0.0, None)  # seconds, and since; one object, for other threads
         self._asked_waits = 0
-        self.refused_retries = 0
-        self.refused_hedges = 0
-        self.retry_wait_seconds = 0.0
         hedge = policies.hedge
         self.hedge_after = None if hedge is None or isinstance(hedge.after, str) else float(hedge.after)
-        self.waiting: Callable[[], Waiting] | None = None
 
     def tried_again(self, error: BaseException, seconds: float) -> None:
-        """A sample is to be tried again after `error`, in so many seconds."""
         if self._policies.retry is not None and seconds > self._policies.retry.wait_max:
             self._asked_waits += 1
         kind = type(error).__name__
@@ -116,7 +89,6 @@ class PolicyMeter:
             self._kinds[kind] = self._kinds.get(kind, 0) + 1
 
     def throttled(self, *, on: bool) -> None:
-        """From now on calls could begin if the rate let them; or, not `on`, they do not wait for it any more."""
         seconds, since = self._throttled
         if on is (since is not None):
             return

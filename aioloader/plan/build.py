@@ -157,6 +157,10 @@ class _PlanBuilder:
     def prefetch(self) -> int:
         return DEFAULT_PREFETCH if self.plan.prefetch is None else self.plan.prefetch
 
+    @property
+    def described(self) -> str:
+        return ".".join(stage.label for part in walk(self._before) for stage in part.stages) or "the source"
+
     def fuse(self, op: Op) -> None:
         self.functions += 1
         address = (*self.path, self.functions)

@@ -11,17 +11,22 @@ from typing import Any
 
 from aioloader.core.safe_text import safe_repr
 from aioloader.errors import StateError
-from aioloader.plan.plan import Combined, Plan, flow_of, flows_of, with_ranks
+from aioloader.plan.plan import Combined, Plan, flow_of, flows_of, walk, with_ranks
 from aioloader.sources.resolve import StreamData
 from aioloader.sources.sampler_order import chain_of
 from aioloader.stages.flow import Ranks, Shared
 
-__all__ = ["batch_of_all_ranks", "check_one_order", "check_shard_state", "is_sharded", "shard_state"]
+__all__ = ["batch_of_all_ranks", "check_one_order", "check_shard_state", "is_sharded", "is_shared", "shard_state"]
 
 
 def is_sharded(plan: Plan) -> bool:
     """Whether the samples, or those of one of several sources, are dealt to ranks."""
     return flow_of(plan).ranks is not None
+
+
+def is_shared(plan: Plan) -> bool:
+    """Whether several ranks are to get the same samples, of it or of one of several sources."""
+    return any(stage.for_several_ranks for part in walk(plan) for stage in part.stages)
 
 
 def shard_state(plan: Plan) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 from aioloader.core.source import CursorSource
 from aioloader.errors import UnsplitWarning
 from aioloader.plan.plan import Combined, Plan
-from aioloader.plan.ranks import is_sharded
+from aioloader.plan.ranks import is_sharded, is_shared
 from aioloader.sources.resolve import Indexable
 from aioloader.sources.sampler_order import chain_of
 from aioloader.stages.rank import current_rank
@@ -45,7 +45,7 @@ def warn_of_unsplit(loader: object, world_size: int, way_out: str) -> None:
 
 def gives_all(plan: Plan) -> bool:
     """Whether `plan` gives the same on each rank, as far as can be told: no `shard`, and a source that has no parts."""
-    if is_sharded(plan):
+    if is_sharded(plan) or is_shared(plan):
         return False
     source = plan.source
     if isinstance(source, Combined):

@@ -138,7 +138,7 @@ class ParquetRows(CursorSource):
         return place
 
     def open(self, context: SourceContext, cursor: Any) -> EntryReader:
-        return _FilesReader(self, context, self._place(cursor), self._requests.begin(context))
+        return _FilesReader(self, context, self._place(cursor), self._requests.begin_for_threads(context))
 
 
 def _require_pyarrow() -> None:
@@ -175,7 +175,7 @@ class _Start:
 class _FilesReader(Ahead):
     """One epoch: spans of row groups are read ahead in order, and cut into batches if these are asked for."""
 
-    def __init__(self, source: ParquetRows, context: SourceContext, place: _Start, requests: Requests | None) -> None:
+    def __init__(self, source: ParquetRows, context: SourceContext, place: _Start, requests: Requests) -> None:
         self._source = source
         self._context = context
         self._place = place
@@ -188,8 +188,7 @@ class _FilesReader(Ahead):
 
     async def aclose(self) -> None:
         self._memory.close()
-        if self._requests is not None:
-            self._requests.close()
+        self._requests.close()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
         reader = InOrder(
@@ -264,7 +263,7 @@ class _FilesReader(Ahead):
         """
         source = self._source
         path = source.paths[index]
-        file = open_input(path, source.store, requests=self._requests)
+        file = open_input(path, source.store, self._requests)
         try:
             end, metadata, schema = read_end(path, file)
         finally:

@@ -81,14 +81,14 @@ class Input(ABC):
         """Close it."""
 
 
-def open_input(path: str, store: Any, version: Any = None, requests: Requests | None = None) -> Input:
+def open_input(path: str, store: Any, requests: Requests, version: Any = None) -> Input:
     """Open a file, or an object of a `store` of obstore.
 
     Args:
         path: Its name, or its key.
         store: None for a file.
+        requests: What asks the store.
         version: Which version of an object to read; None means the one that is there.
-        requests: What asks the store; None: each request is made as it is.
 
     Raises:
         OSError: The system's, or the store's.
@@ -157,7 +157,7 @@ def _masking() -> Iterator[None]:
 
 
 class _Object(Input):
-    def __init__(self, store: Any, key: str, version: Version | None, requests: Requests | None) -> None:
+    def __init__(self, store: Any, key: str, version: Version | None, requests: Requests) -> None:
         self._store = store
         self._requests = requests
         self._key = key
@@ -179,7 +179,7 @@ class _Object(Input):
         options: Any = {"range": (start, stop), **self.version.condition}
         try:
             with _masking():
-                meta, data = self._get(options, stop - start)
+                meta, data = self._requests.call(lambda: self._get(options, stop - start))
         except PreconditionError:
             self._change = "the store has another version of it now"
         except FileNotFoundError:
@@ -194,26 +194,14 @@ class _Object(Input):
         """What the store says of the object."""
         import obstore
 
-        if self._requests is None:
-            return obstore.head(self._store, self._key)
         return self._requests.call(lambda: obstore.head_async(self._store, self._key))
 
-    def _get(self, options: Any, length: int) -> tuple[Any, Any]:
+    async def _get(self, options: Any, length: int) -> tuple[Any, Any]:
         """What the store says of the object, and a range of it; none if it is of another version.
 
         Raises:
             CutShortError: It is not `length` bytes.
         """
-        import obstore
-
-        if self._requests is not None:
-            return self._requests.call(lambda: self._get_async(options, length))
-        answer = obstore.get(self._store, self._key, options=options)
-        if self.version.difference(answer.meta) is not None:
-            return answer.meta, None
-        return answer.meta, _of_length(answer.bytes(), length, options["range"][0])
-
-    async def _get_async(self, options: Any, length: int) -> tuple[Any, Any]:
         import obstore
 
         answer = await obstore.get_async(self._store, self._key, options=options)

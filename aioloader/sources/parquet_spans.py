@@ -53,7 +53,7 @@ class SpanReader:
     next row group, and pairs them with the wrong rows.
     """
 
-    def __init__(self, span: Span, store: Any, requests: Requests | None, *, as_pieces: bool) -> None:
+    def __init__(self, span: Span, store: Any, requests: Requests, *, as_pieces: bool) -> None:
         self._store = store
         self._requests = requests
         self._as_pieces = as_pieces
@@ -83,7 +83,7 @@ class SpanReader:
             try:
                 if self._input is None:
                     footer = self._footer
-                    self._input = open_input(footer.path, self._store, footer.version, self._requests)
+                    self._input = open_input(footer.path, self._store, self._requests, footer.version)
                 piece = self._next_piece()
             except Exception as error:
                 if self._input is None:

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
 from aioloader.core.policies import Attempts, Budget, Policies, Rate, Retry, check_policies
+from aioloader.core.policy_log import PolicyLog, Waiting
 from aioloader.core.source import SourceContext
 from aioloader.errors import BrokenDataError
 
@@ -95,6 +96,10 @@ class RequestPolicies:
         """For one epoch; None: the requests are made as they are."""
         return None if self._policies is None else Requests(self._policies, self._name, context)
 
+    def begin_for_threads(self, context: SourceContext) -> "Requests":
+        """For one epoch of a reader whose threads ask (`Requests.call`), with policies or without."""
+        return Requests(self._policies or Policies(), self._name, context)
+
 
 class Pending(Generic[T]):
     """A call in a task of its own, whose outcome waits until it is asked for.
@@ -166,6 +171,8 @@ class Requests:
     def __init__(self, policies: Policies, name: str, context: SourceContext) -> None:
         self._name = name
         self._context = context
+        self._log = context.policy_log(policies) if policies != Policies() else PolicyLog()
+        self._log.waiting = self._waiting
         self._attempts = None if policies.retry is None else Attempts(policies.retry)
         self._timeout = inf if policies.timeout is None else policies.timeout
         self._rate = policies.rate
@@ -175,6 +182,8 @@ class Requests:
         self._durations = None if percentile is None else Durations(percentile)
         self._hedges = None if hedge is None else Budget(hedge.budget)
         self._calls = 0
+        self._for_rate = 0
+        self._next_attempts: dict[object, float] = {}  # when each of those is made that wait
         self._lock = threading.Lock()
         self._closed = False
         self._threads_wait: set[ThreadFuture[Any]] = set()
@@ -206,7 +215,7 @@ class Requests:
                 if seconds is None:
                     raise
             self._context.count_requests(retries=1)
-            await asyncio.sleep(seconds)
+            await self._wait_for_attempt(seconds)
 
     def begin(self, request: Callable[[], Awaitable[T]]) -> Pending[T]:
         """`run(request)` in a task of its own, for what is asked for ahead."""
@@ -217,17 +226,42 @@ class Requests:
             self._rate.failed(error)
         if self._attempts is None:
             return None
-        return self._attempts.wait_after(done, error, perf_counter() - began, self._calls)
+        refused = self._attempts.refused
+        seconds = self._attempts.wait_after(done, error, perf_counter() - began, self._calls)
+        if seconds is None:
+            self._log.refused_retries += self._attempts.refused - refused
+        else:
+            self._log.tried_again(error, seconds)
+        return seconds
+
+    async def _wait_for_attempt(self, seconds: float) -> None:
+        began, one = perf_counter(), object()
+        self._next_attempts[one] = began + seconds
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            del self._next_attempts[one]
+            self._log.retry_wait_seconds += perf_counter() - began
 
     async def turn(self) -> None:
         """Wait until the rate allows another request."""
         if self._rate is None or not (seconds := self._rate.take()):
             return
+        self._for_rate += 1
+        self._log.throttled(on=True)
         try:
             await asyncio.sleep(seconds)
         except CancelledError:
             self._rate.give_back()
             raise
+        finally:
+            self._for_rate -= 1
+            self._log.throttled(on=self._for_rate > 0)
+
+    def _waiting(self) -> Waiting:
+        """What waits now; asked in any thread."""
+        times = self._next_attempts.copy()  # in one step
+        return Waiting(len(times), min(times.values(), default=None), self._for_rate)
 
     async def _watched(self, request: Callable[[], Awaitable[T]], *, hedged: bool) -> T:
         """One attempt: one call, or two, within the time limit."""
@@ -240,7 +274,7 @@ class Requests:
                 calls.append(Pending(self._context, request))
             result = await self._first_result(calls, until)
             if self._durations is not None:
-                self._durations.append(perf_counter() - began)
+                self._took(perf_counter() - began)
             return result
         finally:
             for call in calls:
@@ -255,10 +289,18 @@ class Requests:
     def _hedge_after(self) -> float:
         return self._after if self._durations is None else self._durations.percentile()
 
+    def _took(self, seconds: float) -> None:
+        """An attempt has taken that long, where the time of a second call follows from that."""
+        assert self._durations is not None
+        self._durations.append(seconds)
+        if self._durations.enough:
+            self._log.hedge_after = self._durations.percentile()
+
     def _may_hedge(self) -> bool:
         """Whether there may be a second call, which is counted then. It waits for no turn: it would come too late."""
         assert self._hedges is not None
         if not self._hedges.take(self._calls):
+            self._log.refused_hedges += 1
             return False
         if self._rate is not None and not self._rate.take_ready(1):
             self._hedges.give_back()
@@ -281,7 +323,7 @@ class Requests:
                 return await calls[0].result()
             if not await _one_done(under_way, until):
                 if self._durations is not None:
-                    self._durations.append(self._timeout)
+                    self._took(self._timeout)
                 self._context.count_requests(timeouts=1)
                 raise TimeoutError(f"{self._name}: a request took longer than timeout={self._timeout:g} s")
 

@@ -80,6 +80,10 @@ class Builder(Protocol):
     @property
     def prefetch(self) -> int: ...
 
+    @property
+    def described(self) -> str:
+        """The stages so far, in words: the same for all ranks that read the same."""
+
     def admitting(self, window: Window) -> Window:
         """`window`, which knows who decides when samples may begin."""
 
@@ -139,6 +143,7 @@ class Stage(ABC):
         batches: It gives batches of samples.
         gathers: Entries that it takes for one that it gives.
         here_only: In a process of its own nothing could come of it.
+        for_several_ranks: Several ranks are to get the same.
         on_device: Its output may be in the memory of a device.
         must_be_last: Nothing can be done to its output here.
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
@@ -161,6 +166,7 @@ class Stage(ABC):
     batches: ClassVar[bool] = False
     gathers: int = 1
     here_only: ClassVar[bool] = False
+    for_several_ranks: ClassVar[bool] = False
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, Subset
 
 from aioloader.core.checks import is_async_callable
 from aioloader.core.policies import Attempts, Policies, Words, check_policies
+from aioloader.core.policy_log import PolicyLog, Waiting
 from aioloader.core.safe_text import safe_repr
 from aioloader.executors.current_sample import current_sample
 from aioloader.executors.epochs import Holds
@@ -113,14 +114,18 @@ class TriedInPlace:
         dataset: It.
         policies: `retry` and `rate` of them.
         retried: Called before each attempt but the first one, with its number.
+        log: Is told of waits.
 
     Attributes:
         attempts: For the sample that was loaded last.
         began: When the last one of them did (`perf_counter`).
     """
 
-    def __init__(self, dataset: Any, policies: Policies, retried: Callable[[int], None]) -> None:
+    def __init__(self, dataset: Any, policies: Policies, retried: Callable[[int], None], log: PolicyLog) -> None:
         self._fetch = FetchSample(dataset)
+        self._log = log
+        self._now = now = [Waiting()]
+        log.waiting = lambda: now[0]  # not `self`: statistics outlive the loader's nodes
         self._attempts = None if policies.retry is None else Attempts(policies.retry)
         self._rate = policies.rate
         self._retried = retried
@@ -144,10 +149,14 @@ class TriedInPlace:
                     self._rate.failed(error)
                 if self._attempts is None:
                     raise
+                refused = self._attempts.refused
                 seconds = self._attempts.wait_after(self.attempts, error, now - first, self._calls)
                 if seconds is None:
+                    self._log.refused_retries += self._attempts.refused - refused
                     raise
-            sleep(seconds)
+                self._log.tried_again(error, seconds)
+            self._sleep(seconds, Waiting(for_attempt=1, next_attempt_at=now + seconds))
+            self._log.retry_wait_seconds += perf_counter() - now
             self.attempts += 1
             self._retried(self.attempts)
             if (sample := current_sample.get()) is not None:
@@ -156,11 +165,21 @@ class TriedInPlace:
     def _wait(self, seconds: float) -> None:
         """Until the turn comes that was taken."""
         assert self._rate is not None
+        self._log.throttled(on=True)
         try:
-            sleep(seconds)
+            self._sleep(seconds, Waiting(for_rate=1))
         except BaseException:  # Ctrl-C: there is no call
             self._rate.give_back()
             raise
+        finally:
+            self._log.throttled(on=False)
+
+    def _sleep(self, seconds: float, waiting: Waiting) -> None:
+        self._now[0] = waiting
+        try:
+            sleep(seconds)
+        finally:
+            self._now[0] = Waiting()
 
 
 def one_of(loaded: Any) -> Any:

@@ -44,6 +44,7 @@ def _libc() -> Any:
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_longlong)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return libc
 
 
@@ -67,6 +68,15 @@ class Mapping:
     def __del__(self) -> None:
         if hasattr(self, "_unmap"):  # the constructor has succeeded
             self._unmap(self.address, self.size)
+
+    def forget_changes(self) -> None:
+        """Of a private mapping: what this process has written is gone, and it shows what is in the segment. On Linux.
+
+        Raises:
+            OSError: The system refuses.
+        """
+        if _libc().madvise(self.address, self.size, mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), f"cannot refresh {self.size} bytes of shared memory")
 
     def memory(self) -> memoryview:
         """All of it; stays mapped as long as the view, or anything made over it, lives."""

@@ -1,0 +1,439 @@
+"""One process reads, and others of its host get the same entries: the node of the one, and that of each other.
+
+    the host                              a guest
+    LendingNode ◀──"hello": who, what─────  BorrowingNode; its own nodes are never started
+                ──"welcome"──────────────▶  all have come
+                ──"entries"──────────────▶  with cursors; values are in shared memory, see `Lender`
+                ◀──"took": how many, and segments that are free
+                ──"end", "closed"────────▶  there is nothing more
+
+All get the same entries in the same order, each with its cursor, so the state of each is as if it had read by itself.
+The bound: what is under way and finished before the host's node, as without it, and `room` entries between that and
+the slowest of them. Nobody gets anything before all have come: who is not there yet need not be told later.
+
+The death of a process is heard by its end, whoever holds its sockets (`Peer`). A guest that is gone is not waited for
+any more; when the host is gone, the others end with an error after what it had sent.
+"""
+
+import json
+import os
+import socket
+from asyncio import Future, TimerHandle
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from aioloader.core.entry import Entry
+from aioloader.engine.meeting import Bell, Door, Peer, try_door
+from aioloader.engine.node import Kick, Node
+from aioloader.engine.travel import Parcel, unpacked
+from aioloader.errors import WorkerDiedError
+from aioloader.executors.processes.lending import Borrower, Lender, Loan
+from aioloader.executors.processes.wire import Message
+from aioloader.executors.threads import Threads
+from aioloader.insight.meters import StageMeter
+
+if TYPE_CHECKING:
+    from aioloader.engine.run import Run
+
+__all__ = ["BorrowingNode", "LendingNode", "ShareTerms"]
+
+
+@dataclass(frozen=True)
+class ShareTerms:
+    """What all of them have in common.
+
+    Attributes:
+        label: Of the stage, for errors.
+        name: Of their meeting.
+        what: The pipeline before it, in words: if theirs differ, that is an error.
+        ranks: Of all of them; the first one is the host.
+        rank: Of this one.
+        room: Entries between the host and the slowest.
+        batches: The entries are batches, each of which travels alone.
+        timeout: So many seconds may pass until all have come.
+    """
+
+    label: str
+    name: tuple[Any, ...]
+    what: str
+    ranks: tuple[int, ...]
+    rank: int
+    room: int
+    batches: bool
+    timeout: float
+
+    def meeting(self, epoch: int) -> tuple[Any, ...]:
+        """The name of the meeting of an epoch."""
+        return (*self.name, self.ranks, epoch)
+
+    def late(self, missing: str) -> TimeoutError:
+        """The error when some have not come."""
+        return TimeoutError(
+            f"{self.label}: {missing} did not come within timeout={self.timeout:g} s; each rank of the group must "
+            f"iterate the same loader in the same epoch"
+        )
+
+
+def _plan_of(what: str, cursor: Any) -> str:
+    """What a rank is about to read, to be compared."""
+    return f"{what}, from {'the beginning' if cursor is None else json.dumps(cursor, default=repr)} on"
+
+
+# -- the host ----------------------------------------------------------------------------------------------------------
+
+
+class _Guest:
+    """One of the others.
+
+    Attributes:
+        peer: Its connection.
+        rank: None: it has not said it yet.
+        ahead: Entries that it was sent and has not taken.
+        borrowed: Segments that it has not given back.
+    """
+
+    def __init__(self) -> None:
+        self.peer: Peer
+        self.rank: int | None = None
+        self.ahead = 0
+        self.borrowed: set[int] = set()
+
+
+class LendingNode(Node):
+    """Gives the entries of `upstream`, and lends them to the guests.
+
+    Args:
+        upstream: Gives them.
+        terms: They.
+    """
+
+    def __init__(self, upstream: Node, terms: ShareTerms) -> None:
+        self._upstream = upstream
+        self._terms = terms
+        self._cursor: Any = None
+        self._lender = Lender()
+        self._borrower = Borrower()
+        self._holders: Counter[int] = Counter()  # of each segment: how many have not given it back
+        self._free: list[int] = []
+        self._guests: list[_Guest] = []
+        self._ready: deque[Entry] = deque()
+        self._door: Door | None = None
+        self._timer: TimerHandle | None = None
+        self._welcomed = self._lending = self._over = self._closed = False
+        self._threads: Threads
+
+    @property
+    def extra_room(self) -> int:
+        return self._upstream.extra_room
+
+    @property
+    def gaps(self) -> bool:
+        return self._upstream.gaps
+
+    @property
+    def live(self) -> bool:
+        return self._upstream.live
+
+    def resume(self, cursor: Any) -> None:
+        self._upstream.resume(cursor)
+        self._cursor = cursor
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        terms = self._terms
+        self._threads = run.threads(1, "aioloader-share")
+        self._upstream.start(run, self._pump)
+        self._timer = run.loop.call_later(terms.timeout, run.guarded, self._late)
+        came = partial(run.guarded, self._came)
+        self._door = Door(run.loop, terms.meeting(run.epoch), terms.ranks[1:], came)
+
+    def poll(self, limit: int) -> list[Entry]:
+        ready = self._ready
+        taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
+        if taken:
+            self._run.soon(self._pump)
+        self.ended = self._over and not ready
+        return taken
+
+    # -- who comes ---------------------------------------------------------------------------------------------------
+
+    def _came(self, sock: socket.socket) -> None:
+        guest = _Guest()
+        run = self._run
+        received, gone = partial(run.guarded, self._heard, guest), partial(run.guarded, self._gone, guest)
+        guest.peer = Peer(run.loop, sock, received, gone)
+        self._guests.append(guest)
+
+    def _heard(self, guest: _Guest, message: Message) -> None:
+        if self._closed:
+            return
+        match message.head:
+            case ("hello", rank, what):
+                mine = _plan_of(self._terms.what, self._cursor)
+                if what != mine:
+                    refused = (
+                        f"{self._terms.label}: all ranks must read the same, but rank {self._terms.rank} reads {mine}, "
+                        f"and rank {rank} reads {what}"
+                    )
+                    guest.peer.send(("refused", refused))
+                    self._run.fail(ValueError(refused))
+                    return
+                guest.rank = rank
+                self._welcome()
+            case ("took", count, numbers):
+                guest.ahead -= count
+                guest.borrowed.difference_update(numbers)
+                self._given_back(numbers)
+                self._pump()
+
+    def _welcome(self) -> None:
+        """If all have come, say so."""
+        if self._missing():
+            return
+        self._welcomed = True
+        self._stop_waiting()
+        for guest in self._guests:
+            guest.peer.send(("welcome",))
+        self._pump()
+
+    def _missing(self) -> list[int]:
+        there = {guest.rank for guest in self._guests}
+        return [rank for rank in self._terms.ranks[1:] if rank not in there]
+
+    def _late(self) -> None:
+        self._run.fail(self._terms.late("rank " + ", ".join(map(str, self._missing()))))
+
+    def _stop_waiting(self) -> None:
+        if self._door is not None:
+            self._door.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _gone(self, guest: _Guest) -> None:
+        self._guests.remove(guest)
+        self._given_back(guest.borrowed)
+        self._pump()
+
+    # -- what they get -----------------------------------------------------------------------------------------------
+
+    def _given_back(self, numbers: Sequence[int] | set[int]) -> None:
+        """Somebody has no use for these segments any more."""
+        for number in numbers:
+            self._holders[number] -= 1
+            if not self._holders[number]:
+                del self._holders[number]
+                self._free.append(number)
+
+    def _pump(self) -> None:
+        """Lend what comes, as far as the slowest has room, one list after the other."""
+        if not self._welcomed or self._lending or self._over or self._closed:
+            return
+        room = self._terms.room - max([len(self._ready), *(guest.ahead for guest in self._guests)])
+        if room <= 0:
+            return
+        taken = self._upstream.poll(1 if self._terms.batches else room)
+        if taken:
+            self._lending = True
+            self._given_back(self._borrower.given_back())
+            free, self._free = self._free, []
+            where = f"rank {self._terms.rank} (pid {os.getpid()})"
+            future = self._run.submit(self._threads, self._lend, Parcel.of(taken, where), free)
+            future.add_done_callback(lambda future: self._run.guarded(self._lent, future))
+        elif self._upstream.ended:
+            self._over = True
+            for guest in self._guests:
+                guest.peer.send(("end",))
+            self._kick()
+
+    def _lend(self, parcel: Parcel, free: list[int]) -> tuple[Parcel, Loan]:
+        """In a thread, which alone uses the lender."""
+        try:
+            return parcel, self._lender.lend((parcel.values, parcel.keys), free)
+        except OSError:
+            raise
+        except Exception:
+            parcel.refuse()
+            return parcel, self._lender.lend((parcel.values, parcel.keys), ())
+
+    def _lent(self, future: "Future[tuple[Parcel, Loan]]") -> None:
+        self._lending = False
+        if future.cancelled():
+            return
+        parcel, loan = future.result()
+        try:
+            if self._closed:
+                return
+            places = parcel.places
+            self._holders.update(dict.fromkeys(loan.numbers, 1 + len(self._guests)))
+            for guest in self._guests:
+                guest.ahead += len(places)
+                guest.borrowed.update(loan.numbers)
+                guest.peer.send(("entries", places, *loan.head), loan.body, loan.fds)
+            values, keys = self._borrower.borrow(loan.head, loan.body, loan.fds)
+        finally:
+            loan.close()
+        for entry, own in zip(unpacked(places, values, keys), parcel.taken, strict=True):
+            if own.error is not None:  # which has a traceback
+                entry.error = own.error
+            self._ready.append(entry)
+        del values, parcel, future
+        self._kick()
+        self._pump()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._stop_waiting()
+            for guest in self._guests:
+                if not self._over:
+                    guest.peer.send(("closed",))
+                guest.peer.close()
+            self._guests.clear()
+        self._upstream.close()
+
+
+# -- a guest -----------------------------------------------------------------------------------------------------------
+
+
+class BorrowingNode(Node):
+    """Gives the entries that the host lends.
+
+    Args:
+        inner: What would run here. It is never started, but knows which cursors fit.
+        terms: They.
+    """
+
+    def __init__(self, inner: Node, terms: ShareTerms) -> None:
+        self._inner = inner
+        self._terms = terms
+        self._cursor: Any = None
+        self._resumed = False
+        self._borrower = Borrower()
+        self._ready: deque[Entry] = deque()
+        self._bell: Bell | None = None
+        self._peer: Peer | None = None
+        self._timer: TimerHandle | None = None
+        self._failed = False
+        self._welcomed = self._over = self._closed = False
+        self.meter = StageMeter(terms.label, "source")
+
+    @property
+    def gaps(self) -> bool:
+        return self._failed or self._inner.gaps
+
+    @property
+    def live(self) -> bool:
+        return self._inner.live
+
+    def resume(self, cursor: Any) -> None:
+        self._inner.resume(cursor)
+        self._cursor = self._from = cursor
+
+    _from: Any = None
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        self._run = run
+        self._kick = kick
+        self.meter = run.adopt(self.meter)
+        self._meeting = self._terms.meeting(run.epoch)
+        self._timer = run.loop.call_later(self._terms.timeout, run.guarded, self._late)
+        self._bell = Bell(run.loop, self._meeting, self._terms.rank, partial(run.guarded, self._knock))
+        self._knock()
+
+    def poll(self, limit: int) -> list[Entry]:
+        ready = self._ready
+        taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
+        if self._peer is not None and self._welcomed:
+            free = self._borrower.given_back()
+            if taken or free:
+                self._peer.send(("took", len(taken), free))
+        self.ended = self._over and not ready
+        return taken
+
+    def _knock(self) -> None:
+        if self._closed or self._peer is not None or (sock := try_door(self._meeting)) is None:
+            return
+        run = self._run
+        self._peer = Peer(run.loop, sock, partial(run.guarded, self._heard), partial(run.guarded, self._gone))
+        self._peer.send(("hello", self._terms.rank, _plan_of(self._terms.what, self._from)))
+
+    def _late(self) -> None:
+        self._run.fail(self._terms.late("others" if self._peer is not None else f"rank {self._terms.ranks[0]}"))
+
+    def _heard(self, message: Message) -> None:
+        if self._closed:
+            for fd in message.fds:
+                os.close(fd)
+            return
+        match message.head:
+            case ("welcome",):
+                self._welcomed = True
+                self._stop_waiting()
+            case ("refused", why):
+                self._run.fail(ValueError(why))
+            case ("entries", places, *loan):
+                self._arrived(places, tuple(loan), message)
+            case ("end",):
+                self._over = True
+            case ("closed",) if self._welcomed:
+                self._lost("has ended its iterator")
+            case ("closed",):  # it may begin this epoch again
+                assert self._peer is not None
+                self._peer.close()
+                self._peer = None
+                self._knock()
+        self._kick()
+
+    def _arrived(self, places: list[tuple[Any, ...]], loan: tuple[Any, ...], message: Message) -> None:
+        try:
+            values, keys = self._borrower.borrow(loan, message.body, message.fds)
+        except Exception as error:
+            entries = [_unreadable(place, error) for place in places]
+        else:
+            entries = unpacked(places, values, keys)
+        finally:
+            for fd in message.fds:
+                os.close(fd)
+        for entry in entries:
+            self._failed = self._failed or entry.error is not None
+            self.meter.samples += 1
+            self._cursor = entry.cursor
+            self._ready.append(entry)
+
+    def _gone(self) -> None:
+        """The host is, without a word: its process has ended."""
+        if not self._over:
+            self._lost("has died")
+        self._peer = None
+        self._kick()
+
+    def _lost(self, why: str) -> None:
+        host = f"rank {self._terms.ranks[0]}" + ("" if self._peer is None else f" (pid {self._peer.pid})")
+        error = WorkerDiedError(f"{self._terms.label}: {host}, which reads for rank {self._terms.rank}, {why}")
+        self._ready.append(Entry.last(error, self._cursor, None))
+        self._failed = self._over = True
+
+    def _stop_waiting(self) -> None:
+        if self._bell is not None:
+            self._bell.close()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = self._over = True
+            self.meter.retired = True
+            self._stop_waiting()
+            if self._peer is not None:
+                self._peer.close()
+                self._peer = None
+
+
+def _unreadable(place: tuple[Any, ...], error: Exception) -> Entry:
+    entry = unpacked([place], [error], [None])[0]
+    entry.value, entry.error = None, error
+    return entry

@@ -1,0 +1,87 @@
+"""Entries on their way to another process: what goes with their values, and what becomes of those that cannot go."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
+from aioloader.executors.processes.failures import cannot_travel, portable
+from aioloader.executors.processes.wire import can_pickle_by_value, encode
+
+__all__ = ["Parcel", "unpacked"]
+
+
+@dataclass
+class Parcel:
+    """Entries without what must be pickled apart.
+
+    Attributes:
+        values: Of each, or what it failed with.
+        keys: Of each.
+        where: Names the process that they are in, for errors.
+    """
+
+    taken: Sequence[Entry]
+    values: list[Any]
+    keys: list[Any]
+    where: str
+    failed: list[bool]
+
+    @classmethod
+    def of(cls, taken: Sequence[Entry], where: str) -> "Parcel":
+        """These entries."""
+        values = [entry.value if entry.error is None else portable(entry.error, where) for entry in taken]
+        failed = [entry.error is not None for entry in taken]
+        return cls(taken, values, [entry.key for entry in taken], where, failed)
+
+    def refuse(self) -> None:
+        """After something could not be pickled: put errors in the places of such values, and words for such keys."""
+        refusals = [_refusal(value, self.where) for value in self.values]
+        self.failed = [bad or refusal is not None for bad, refusal in zip(self.failed, refusals, strict=True)]
+        self.values = [value if no is None else no for value, no in zip(self.values, refusals, strict=True)]
+        self.keys = [key if _refusal(key, self.where) is None else repr(key)[:200] for key in self.keys]
+
+    @property
+    def places(self) -> list[tuple[Any, ...]]:
+        """What is known of each, but for its value and its key."""
+        return [
+            (
+                entry.cursor,
+                entry.position,
+                places_of(entry),
+                1 if entry.rare is None else entry.attempts,
+                entry.begun,
+                begun_each_of(entry),
+                entry.state or DONE,
+                bad,
+            )
+            for entry, bad in zip(self.taken, self.failed, strict=True)
+        ]
+
+
+def unpacked(places: Sequence[tuple[Any, ...]], values: Sequence[Any], keys: Sequence[Any]) -> list[Entry]:
+    """The entries of a `Parcel`."""
+    entries = []
+    for (cursor, position, where, attempts, begun, begun_each, state, failed), value, key in zip(
+        places, values, keys, strict=True
+    ):
+        entry = Entry(None if failed else value, cursor, key, position, begun)
+        if where is not None:
+            entry.places = where
+        if begun_each is not None:
+            entry.begun_each = begun_each
+        if attempts > 1:
+            entry.attempts = attempts
+        entry.state = state
+        entry.error = value if failed else None
+        entries.append(entry)
+    return entries
+
+
+def _refusal(value: Any, where: str) -> BaseException | None:
+    """Why `value` cannot travel; None: it can."""
+    try:
+        encode(value)
+    except BaseException as error:
+        return portable(cannot_travel("a batch", error, by_value=can_pickle_by_value()), where)
+    return None
