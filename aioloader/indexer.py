@@ -16,6 +16,7 @@ from aioloader.errors import BrokenDataError
 from aioloader.executors.apart import run_apart
 from aioloader.masking import mask_message, masked
 from aioloader.sources.chunks import READ_BYTES, object_chunks
+from aioloader.sources.indexed_tar import archives_of
 from aioloader.sources.paths import expand_braces
 from aioloader.sources.stores import Version, open_store
 from aioloader.sources.tar import TarShards, _Archive
@@ -64,7 +65,7 @@ def _tell(error: Exception) -> int:
 # -- which archives ----------------------------------------------------------------------------------------------------
 
 
-def _find(urls: Sequence[str]) -> list[_Archive]:
+def _find(urls: Sequence[str]) -> tuple[_Archive, ...]:
     found: list[str] = []
     for url in urls:
         for one in expand_braces(url):
@@ -72,7 +73,7 @@ def _find(urls: Sequence[str]) -> list[_Archive]:
     for name in found:
         if name.endswith(SUFFIX):
             raise ValueError(f"{masked(name)} is an index; pass the archives: {masked(name.removesuffix(SUFFIX))}")
-    return list(TarShards(found)._shards)
+    return archives_of(TarShards(found))
 
 
 def _is_pattern(url: str) -> bool:

@@ -16,13 +16,14 @@ from aioloader.core.policies import Policies, Rate
 from aioloader.core.source import SourceContext
 from aioloader.executors.apart import in_thread
 from aioloader.sources.fetch import FetchSource, NamedSamples, PlannedKeys
+from aioloader.sources.paths import names_of
 from aioloader.sources.requests import RequestPolicies, store_policies
-from aioloader.sources.tar import TarShards
+from aioloader.sources.tar import TarShards, _Archive
 from aioloader.sources.tar_index_files import read_indexes
 from aioloader.sources.tar_ranges import ArchiveRanges, PlannedRanges, Wanted
 from aioloader.sources.tar_samples import TarSamples
 
-__all__ = ["IndexedTarFiles", "IndexedTarObjects", "open_indexed"]
+__all__ = ["IndexedTarFiles", "IndexedTarObjects", "archives_of", "open_indexed"]
 
 CONCURRENCY: Final = 64
 
@@ -45,14 +46,14 @@ def open_indexed(
         FileNotFoundError: There is no archive, or it has no index.
         ValueError: An argument does not fit, or an index does not.
     """
-    for name in ("shuffle", "interleave"):
-        if others.get(name):
+    for name, nothing in (("shuffle", False), ("interleave", 1)):
+        if others.get(name, nothing) != nothing:
             raise ValueError(
                 f"TarShards(index=True) has its samples in any order: Pipeline(...).shuffle() is the true shuffle, and "
                 f"{name}={others[name]!r} is for archives without an index; leave it out"
             )
     tar = kind(*arguments, **others)
-    archives = tuple(tar._shards)
+    archives = archives_of(tar)
     stored = [archive for archive in archives if archive.store is not None]
     if stored and len(stored) < len(archives):
         local = next(archive.name for archive in archives if archive.store is None)
@@ -73,8 +74,13 @@ def open_indexed(
     return IndexedTarFiles(samples, tar)
 
 
+def archives_of(tar: TarShards) -> tuple[_Archive, ...]:
+    """The archives of a source without an index."""
+    return tuple(tar._shards)
+
+
 def _identity(samples: TarSamples, tar: TarShards) -> dict[str, Any]:
-    return {**tar.identity(), "samples": samples.checksum}
+    return {**names_of(tar.urls), "samples": samples.checksum}
 
 
 class IndexedTarFiles(NamedSamples):

@@ -127,9 +127,7 @@ class TarSamples:
         return entries
 
     def _misfit(self, archive: int, name: str, start: int, why: str) -> str:
-        return (
-            f"{name} is not at byte {start}, where the index says: {why}; {_write_again(self._names[archive])}"
-        )
+        return f"{name} is not at byte {start}, where the index says: {why}; {_write_again(self._names[archive])}"
 
     def check_file(self, number: int, status: os.stat_result) -> None:
         """Refuse an archive in a file that was changed since its index was compared with it.
