@@ -20,7 +20,7 @@ from aioloader.sources.indexed_tar import archives_of
 from aioloader.sources.paths import expand_braces
 from aioloader.sources.stores import Version, open_store
 from aioloader.sources.tar import TarShards, _Archive
-from aioloader.sources.tar_index import SUFFIX, TarIndex, encode_index
+from aioloader.sources.tar_index import SUFFIX, TarIndex, encode_index, other_version
 from aioloader.sources.tar_index_files import check_indexable, file_mark, read_index
 from aioloader.sources.tar_samples import changed
 from aioloader.sources.tar_scan import Scan
@@ -58,8 +58,13 @@ def index_archives(urls: Sequence[str], *, check: bool = False) -> int:
 def _tell(error: Exception) -> int:
     mask_message(error)
     text = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
-    print(f"aioloader: {masked(text)}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    _say(f"aioloader: {masked(text)}", sys.stderr)
     return 1
+
+
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Print; names that are no text are escaped."""
+    print(text.encode("utf-8", "backslashreplace").decode(), file=stream)
 
 
 # -- which archives ----------------------------------------------------------------------------------------------------
@@ -70,10 +75,11 @@ def _find(urls: Sequence[str]) -> tuple[_Archive, ...]:
     for url in urls:
         for one in expand_braces(url):
             found += _listed(one) if _is_pattern(one) else [one]
-    for name in found:
-        if name.endswith(SUFFIX):
-            raise ValueError(f"{masked(name)} is an index; pass the archives: {masked(name.removesuffix(SUFFIX))}")
-    return archives_of(TarShards(found))
+    archives = archives_of(TarShards(found))
+    for archive in archives:
+        if archive.key.endswith(SUFFIX):
+            raise ValueError(f"{archive.name} is an index; pass the archive: {archive.name.removesuffix(SUFFIX)}")
+    return archives
 
 
 def _is_pattern(url: str) -> bool:
@@ -137,11 +143,11 @@ def _write(archive: _Archive) -> None:
         _warn(text)
     if len(broken) > SHOWN:
         _warn(f"{archive.name}: {len(broken) - SHOWN} more samples cannot be read")
-    print(f"{archive.name}{SUFFIX}: {len(index)} samples, {len(content)} bytes")
+    _say(f"{archive.name}{SUFFIX}: {len(index)} samples, {len(content)} bytes")
 
 
 def _warn(text: str) -> None:
-    print(f"aioloader: warning: {masked(text)} (it raises in its place, as it does without an index)", file=sys.stderr)
+    _say(f"aioloader: warning: {masked(text)} (it raises in its place, as it does without an index)", sys.stderr)
 
 
 def _check(archive: _Archive) -> None:
@@ -153,7 +159,7 @@ def _check(archive: _Archive) -> None:
             f"{archive.name} is not what its index says: {len(index)} samples were indexed, and {len(now)} are there, "
             f"or others; write it again: python -m aioloader index {archive.name}"
         )
-    print(f"{archive.name}{SUFFIX}: fits, {len(index)} samples")
+    _say(f"{archive.name}{SUFFIX}: fits, {len(index)} samples")
 
 
 def _scanned(archive: _Archive, index: TarIndex | None) -> tuple[TarIndex, list[str]]:
@@ -178,7 +184,7 @@ def _scanned(archive: _Archive, index: TarIndex | None) -> tuple[TarIndex, list[
         if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
             raise BrokenDataError(f"{archive.name} was changed while it was read; begin again when it is complete")
         return scan.finish(file_mark(archive.key, after)), scan.broken
-    version = Version(archive.store, archive.key, None if index is None else index.mark)
+    version = Version(archive.store, archive.key)
 
     async def scan_object() -> None:
         progress: AbstractContextManager[Callable[[int], None]] | None = None
@@ -195,7 +201,7 @@ def _scanned(archive: _Archive, index: TarIndex | None) -> tuple[TarIndex, list[
                 progress.__exit__(None, None, None)
 
     run_apart(scan_object)
-    if index is not None and scan.read != index.size:
+    if index is not None and (scan.read != index.size or other_version(index.mark, version.mark)):
         raise BrokenDataError(changed(archive.name, index.size, scan.read))
     return scan.finish(version.mark), scan.broken
 
@@ -248,8 +254,11 @@ def _progress(name: str, total: int, stream: TextIO | None = None) -> Iterator[C
     except ImportError:
         yield from _line(name, total, stream)
         return
-    tqdm.monitor_interval = 0  # or it starts a thread
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False, file=stream) as bar:
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        monitor_interval = 0  # no thread
+
+    with Bar(total=total, unit="B", unit_scale=True, desc=name, leave=False, file=stream) as bar:
 
         def add(count: int) -> None:
             bar.update(count)

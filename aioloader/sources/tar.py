@@ -37,6 +37,7 @@ from aioloader.sources.stores import (
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
+from aioloader.sources.tar_index import without_indexes
 
 __all__ = ["TarShards"]
 
@@ -183,6 +184,7 @@ class TarShards(CursorSource):
             policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
             given = {"client_options": client_options, "retry_config": retry_config, **policies}
             check_no_options(given, source="TarShards")
+        self._shards = without_indexes(self._shards)
         for shard in self._shards:
             decompressor_for(shard.key)  # raises if the package for it is not installed
         self._decode = DecodeSample(decode)

@@ -25,13 +25,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 from aioloader.core.safe_text import safe_repr
 from aioloader.errors import BrokenDataError
 from aioloader.sources.tar_blocks import BLOCK
 
-__all__ = ["SUFFIX", "TarIndex", "decode_index", "encode_index", "mark_of", "name_of", "other_version"]
+__all__ = [
+    "SUFFIX",
+    "TarIndex",
+    "decode_index",
+    "encode_index",
+    "mark_of",
+    "name_of",
+    "other_version",
+    "without_indexes",
+]
+
+
+class _Stored(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+F = TypeVar("F", bound=_Stored)
 
 SUFFIX: Final = ".index"
 """What is added to the name of an archive for that of its index."""
@@ -98,6 +115,13 @@ class TarIndex:
         ends = array("Q", [0, *accumulate(map(len, encoded))])
         unique = len(set(encoded)) == len(encoded)
         return cls(archive, size, mark, array("Q", starts), ends, b"".join(encoded), unique)
+
+
+def without_indexes(archives: Iterable[F]) -> list[F]:
+    """What a pattern found, without the indexes of archives that it found as well."""
+    found = list(archives)
+    keys = {archive.key for archive in found}
+    return [each for each in found if not (each.key.endswith(SUFFIX) and each.key.removesuffix(SUFFIX) in keys)]
 
 
 def name_of(path: str) -> str:
