@@ -35,6 +35,7 @@ from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
+from aioloader.plan.fetching import fetching
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
@@ -115,9 +116,7 @@ class Pipeline(Loader):
             concurrency = check_concurrency(concurrency)
         self._plan: Plan
         if isinstance(source, FetchSource):
-            data, keys = _resolve(source.keys, sampler)
-            planned = isinstance(data, Indexable) and data.begin is not None and keys is None
-            self._plan = Plan(Single(data, keys, name=type(source).__name__), _fetching(source, planned=planned))
+            self._plan = fetching(source, *_resolve(source.keys, sampler))
             _check_loads(concurrency, None, source)
         elif not isinstance(source, Pipeline):
             data, keys = _resolve(source, sampler)
@@ -816,21 +815,6 @@ def _resolve(source: Any, sampler: Any) -> tuple[Indexable | StreamData, StreamD
     if isinstance(keys, Indexable):
         keys = StreamData(sampler, call=False, single_use=False)
     return data, keys
-
-
-def _fetching(source: FetchSource, *, planned: bool) -> tuple[Map, ...]:
-    """What makes samples of the keys of `source`; `planned`: its requests are no calls of `fetch`."""
-    kind = type(source).__name__
-    fetch = Map(
-        source.fetch,
-        True,
-        source.concurrency,
-        name=f"{kind}.fetch",
-        ahead=source.ahead,
-        ahead_bytes=source.ahead_bytes,
-        policies=None if planned else source.policies,
-    )
-    return (fetch, Map(source.finish, False, name=f"{kind}.finish")) if source.finishes else (fetch,)
 
 
 def _check_loads(concurrency: int | Limit | None, data: Indexable | StreamData | None, source: Any) -> None:

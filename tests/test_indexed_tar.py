@@ -214,7 +214,7 @@ def test_a_shuffle_is_a_permutation_over_all_archives_and_another_in_each_epoch(
 
 @on_both_faces
 @of_both
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_ranks_get_equal_parts_that_are_exactly_all(
     folder: Path, server: HttpServer, make: Make, face: Face, world_size: int
 ) -> None:
@@ -222,8 +222,10 @@ def test_ranks_get_equal_parts_that_are_exactly_all(
     parts = [
         keys(collect(Pipeline(source).shuffle(seed=2).shard(rank, world_size), face)) for rank in range(world_size)
     ]
-    assert Counter(key for part in parts for key in part) == Counter(ALL)
-    assert {len(part) for part in parts} == {len(ALL) // world_size}
+    assert {key for part in parts for key in part} == set(ALL)
+    assert {len(part) for part in parts} == {-(-len(ALL) // world_size)}
+    numbers = Pipeline(range(len(ALL))).shuffle(seed=2)
+    assert parts == [[ALL[number] for number in numbers.shard(rank, world_size)] for rank in range(world_size)]
 
 
 @of_both
@@ -728,6 +730,9 @@ def test_an_object_that_was_changed_since_is_an_error_of_its_samples(
         assert isinstance(outcome, FileNotFoundError)
     assert "2.tar:0030" in notes(found[30])
     assert len({id(outcome) for outcome in found}) == len(found)
+    loader = Pipeline(source).skip_errors().batch(5, collate_fn=keys)
+    assert [key for batch in collect(loader, face) for key in batch] == ALL[:SAMPLES] + ALL[3 * SAMPLES :]
+    del loader
 
 
 @on_both_faces
