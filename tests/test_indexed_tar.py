@@ -153,7 +153,7 @@ def test_archives_of_every_kind_give_the_same_by_their_index(
         (f"{long}.txt", b"x" * 1000),
         ("grüße.txt", b"2"),
         ("a/1.cls", b"again"),
-        ("v.0/1.cls", b""),
+        ("v.0/1.cls", b"x" * 100_000),
     ]
     (tmp_path / "0.tar").write_bytes(archive(ordinary))
     (tmp_path / "1.tar").write_bytes(
@@ -468,6 +468,24 @@ def test_a_true_shuffle_over_more_than_a_window_reads_each_sample_by_itself(
     assert sorted(keys(Pipeline(source).shuffle(seed=1))) == ALL
     assert len(ALL) // 2 < len(asked(server)) <= len(ALL)
     assert total(server) <= bytes_of(server)
+
+
+@on_both_faces
+def test_a_long_sample_is_read_in_several_requests(
+    server: HttpServer, folder: Path, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of which may fail, and has to be done in time, by itself."""
+    for module in ("joined", "tar_ranges"):
+        monkeypatch.setattr(f"aioloader.sources.{module}.JOINED_BYTES", 2000)
+    monkeypatch.setattr("aioloader.sources.tar_ranges.RANGE_BYTES", 1000)
+    source = from_store(folder, server, retry=Retry(attempts=2, **QUICK))
+    server.faults = {"1.tar": iter([None, 503])}
+    server.requests.clear()
+    found = collect(Pipeline(source), face)
+    assert found == list(Pipeline(TarShards(source.urls)))
+    asked_for = asked(server)[: 4 * len(ALL) + 1]
+    assert sorted({size for _, size in asked_for}) == [72, 1000]
+    assert len(asked_for) == 4 * len(ALL) + 1
 
 
 @on_both_faces

@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from operator import index as as_index
@@ -19,6 +19,8 @@ from aioloader.sources.tar_decode import DecodeSample
 from aioloader.sources.tar_index import TarIndex
 
 __all__ = ["TarSamples", "changed"]
+
+SMALL_BYTES: Final = 64 << 10
 
 _END: Final = bytes(BLOCK)
 """An end mark: what comes before it is whole."""
@@ -93,7 +95,7 @@ class TarSamples:
     def _name(self, archive: int, at: int) -> str:
         return f"{self._names[archive]}:{self.indexes[archive].key(at)}"
 
-    def sample(self, number: int, pieces: Iterable[Any]) -> dict[str, Any]:
+    def sample(self, number: int, pieces: Sequence[Any]) -> dict[str, Any]:
         """The sample that these bytes are.
 
         Raises:
@@ -116,11 +118,11 @@ class TarSamples:
         sample: dict[str, Any] = entries[0].value
         return sample
 
-    def _parsed(self, archive: int, start: int, pieces: Iterable[Any]) -> list[Entry]:
+    def _parsed(self, archive: int, start: int, pieces: Sequence[Any]) -> list[Entry]:
         _, mark, version = _BEGINNING
         parser = _Samples(self.archives[archive], archive, (start, mark, version), self._decode, self._limits)
         entries: list[Entry] = []
-        for piece in (*pieces, _END):
+        for piece in _with_end(pieces):
             entries += parser.parse(piece)
             while parser.has_more:
                 entries += parser.parse(b"")
@@ -138,6 +140,12 @@ class TarSamples:
         archive, _ = self._find(number)
         if (status.st_size, status.st_mtime_ns) != self._seen[archive]:
             raise BrokenDataError(changed(self._names[archive], self.indexes[archive].size, status.st_size))
+
+
+def _with_end(pieces: Sequence[Any]) -> Sequence[Any]:
+    """The bytes of a sample and an end mark after it: as one where that is cheaper than another call of the parser."""
+    pieces = (*pieces, _END)
+    return (b"".join(pieces),) if sum(map(len, pieces)) <= SMALL_BYTES else pieces
 
 
 def changed(name: str, before: int, now: int) -> str:
