@@ -36,6 +36,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "state": ["--quick"],
     "flow": ["--quick"],
     "failures": ["--quick"],
+    "share": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

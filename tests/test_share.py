@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from aioloader import Pipeline, WorkerDiedError
-from aioloader.engine.share_nodes import LendingNode
-from aioloader.executors.processes.lending import Borrower, Lender
+from aioloader.engine.node import Node
+from aioloader.engine.share_nodes import LendingNode, ShareTerms
+from aioloader.executors.processes.lending import MOST_FREE, Borrower, Lender
 from aioloader.stages.share import BATCHES_AHEAD, Share
 from tests._support import DEADLINE, Face, Started, Steps, collect, notes, on_both_faces, wait_until
 
@@ -233,22 +234,57 @@ def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     lenders: list[Lender] = []
     made = LendingNode.__init__
 
-    def init(node: LendingNode, *args: Any) -> None:
-        made(node, *args)
-        lenders.append(node._lender)
+    def init(node: LendingNode, upstream: Node, terms: ShareTerms, lender: Lender) -> None:
+        made(node, upstream, terms, lender)
+        lenders.append(lender)
 
     monkeypatch.setattr(LendingNode, "__init__", init)
     calls = Calls()
     loaders = shared(lambda rank: Pipeline(range(200)).map(calls.rows(rank)).batch(2), 3)
     together(loaders, lambda loader: [first(batch) for batch in loader])
     (lender,) = lenders
-    assert 0 < lender._arena._made <= 10
+    assert 0 < lender.made <= 10
+
+
+def test_what_is_collated_is_not_copied_again() -> None:
+    lender, borrower = Lender(), Borrower()
+    batch = lender((2, WIDE), torch.int64)
+    batch.copy_(torch.arange(WIDE).expand(2, WIDE))
+    loan = lender.lend({"x": batch, "y": batch[1]}, 1)
+    assert (lender.made, loan.numbers) == (1, (1,))
+    value = borrower.borrow(loan.head, loan.body, loan.fds)
+    loan.close()
+    assert torch.equal(value["x"], batch)
+    again = lender.lend(batch, 1)
+    assert again.numbers == (2,), "as long as it is lent, it is lent again as a copy: each has its own changes"
+    again.close()
+    del batch, value
+    assert borrower.given_back() == [1]
+    lender.less([1])
+    assert lender((2, WIDE), torch.int64).shape == (2, WIDE)
+    assert lender.made == 2
+    lender.close()
+
+
+def test_free_segments_are_given_up_and_forgotten() -> None:
+    lender, borrower = Lender(), Borrower()
+    loans = [lender.lend(torch.zeros(WIDE), 1) for _ in range(12)]
+    values = [borrower.borrow(loan.head, loan.body, loan.fds) for loan in loans]
+    for loan in loans:
+        loan.close()
+    values.clear()
+    lender.less(borrower.given_back())
+    last = lender.lend(torch.zeros(WIDE), 1)
+    assert len(last.gone) == 12 - MOST_FREE
+    borrower.borrow(last.head, last.body, last.fds)
+    assert len(borrower._mappings) == MOST_FREE
+    lender.close()
 
 
 def test_a_segment_is_free_when_all_have_given_it_back() -> None:
     lender, borrowers = Lender(), [Borrower(), Borrower()]
     value = torch.arange(WIDE)
-    loan = lender.lend(value, ())
+    loan = lender.lend(value, 2)
     copies = [borrower.borrow(loan.head, loan.body, loan.fds) for borrower in borrowers]
     loan.close()
     copies[0] += 1
@@ -261,7 +297,8 @@ def test_a_segment_is_free_when_all_have_given_it_back() -> None:
     assert view[0] == 5
     del view
     assert [borrower.given_back() for borrower in borrowers] == [[], [1]]
-    second = lender.lend(value * 2, [1])
+    lender.less([1], 2)
+    second = lender.lend(value * 2, 2)
     assert (second.numbers, second.new) == ((1,), ())
     for borrower in borrowers:
         assert torch.equal(borrower.borrow(second.head, second.body, ()), value * 2)
@@ -269,7 +306,7 @@ def test_a_segment_is_free_when_all_have_given_it_back() -> None:
 
 def test_small_values_travel_without_shared_memory() -> None:
     lender, borrower = Lender(), Borrower()
-    loan = lender.lend(({"key": 3}, [torch.tensor(4)]), ())
+    loan = lender.lend(({"key": 3}, [torch.tensor(4)]), 1)
     assert (loan.numbers, loan.fds) == ((), ())
     value, (tensor,) = borrower.borrow(loan.head, loan.body, ())
     assert (value, int(tensor)) == ({"key": 3}, 4)

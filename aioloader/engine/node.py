@@ -49,11 +49,13 @@ class Node(ABC):
 
     Attributes:
         ended: True once `poll` can never give an entry again.
+        holds_ahead: It holds itself what is made ahead for the consumer, who needs no more than the next one at hand.
         beginnings: What may fail when an epoch of this node and those before it begins. Called before `start`, in the
             consumer's thread, where a failure leaves the loader as it was; what is made later calls it in `start`.
     """
 
     ended: bool = False
+    holds_ahead: bool = False
     beginnings: Sequence[Callable[[], None]] = ()
 
     @property

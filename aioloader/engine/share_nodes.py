@@ -19,8 +19,7 @@ import json
 import os
 import socket
 from asyncio import Future, TimerHandle
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -108,16 +107,17 @@ class LendingNode(Node):
     Args:
         upstream: Gives them.
         terms: They.
+        lender: Has the memory that batches come in, or may.
     """
 
-    def __init__(self, upstream: Node, terms: ShareTerms) -> None:
+    holds_ahead = True
+
+    def __init__(self, upstream: Node, terms: ShareTerms, lender: Lender) -> None:
         self._upstream = upstream
         self._terms = terms
         self._cursor: Any = None
-        self._lender = Lender()
+        self._lender = lender
         self._borrower = Borrower()
-        self._holders: Counter[int] = Counter()  # of each segment: how many have not given it back
-        self._free: list[int] = []
         self._guests: list[_Guest] = []
         self._ready: deque[Entry] = deque()
         self._door: Door | None = None
@@ -187,7 +187,7 @@ class LendingNode(Node):
             case ("took", count, numbers):
                 guest.ahead -= count
                 guest.borrowed.difference_update(numbers)
-                self._given_back(numbers)
+                self._lender.less(numbers)
                 self._pump()
 
     def _welcome(self) -> None:
@@ -215,18 +215,10 @@ class LendingNode(Node):
 
     def _gone(self, guest: _Guest) -> None:
         self._guests.remove(guest)
-        self._given_back(guest.borrowed)
+        self._lender.less(guest.borrowed)
         self._pump()
 
     # -- what they get -----------------------------------------------------------------------------------------------
-
-    def _given_back(self, numbers: Sequence[int] | set[int]) -> None:
-        """Somebody has no use for these segments any more."""
-        for number in numbers:
-            self._holders[number] -= 1
-            if not self._holders[number]:
-                del self._holders[number]
-                self._free.append(number)
 
     def _pump(self) -> None:
         """Lend what comes, as far as the slowest has room, one list after the other."""
@@ -238,10 +230,9 @@ class LendingNode(Node):
         taken = self._upstream.poll(1 if self._terms.batches else room)
         if taken:
             self._lending = True
-            self._given_back(self._borrower.given_back())
-            free, self._free = self._free, []
+            self._lender.less(self._borrower.given_back())
             where = f"rank {self._terms.rank} (pid {os.getpid()})"
-            future = self._run.submit(self._threads, self._lend, Parcel.of(taken, where), free)
+            future = self._run.submit(self._threads, self._lend, Parcel.of(taken, where))
             future.add_done_callback(lambda future: self._run.guarded(self._lent, future))
         elif self._upstream.ended:
             self._over = True
@@ -249,15 +240,20 @@ class LendingNode(Node):
                 guest.peer.send(("end",))
             self._kick()
 
-    def _lend(self, parcel: Parcel, free: list[int]) -> tuple[Parcel, Loan]:
-        """In a thread, which alone uses the lender."""
+    def _lend(self, parcel: Parcel) -> tuple[Parcel, Loan]:
+        """In a thread: to everybody who may be there, this process too; who is gone by then gives it back at once."""
+        borrowers = len(self._terms.ranks)
         try:
-            return parcel, self._lender.lend((parcel.values, parcel.keys), free)
+            loan = self._lender.lend((parcel.values, parcel.keys), borrowers)
         except OSError:
             raise
         except Exception:
             parcel.refuse()
-            return parcel, self._lender.lend((parcel.values, parcel.keys), ())
+            loan = self._lender.lend((parcel.values, parcel.keys), borrowers)
+        parcel.values = []  # this process has its own over the same memory
+        for entry in parcel.taken:
+            entry.value = None
+        return parcel, loan
 
     def _lent(self, future: "Future[tuple[Parcel, Loan]]") -> None:
         self._lending = False
@@ -268,7 +264,7 @@ class LendingNode(Node):
             if self._closed:
                 return
             places = parcel.places
-            self._holders.update(dict.fromkeys(loan.numbers, 1 + len(self._guests)))
+            self._lender.less(loan.numbers, len(self._terms.ranks) - 1 - len(self._guests))
             for guest in self._guests:
                 guest.ahead += len(places)
                 guest.borrowed.update(loan.numbers)
@@ -293,6 +289,7 @@ class LendingNode(Node):
                     guest.peer.send(("closed",))
                 guest.peer.close()
             self._guests.clear()
+            self._lender.close()
         self._upstream.close()
 
 
@@ -306,6 +303,8 @@ class BorrowingNode(Node):
         inner: What would run here. It is never started, but knows which cursors fit.
         terms: They.
     """
+
+    holds_ahead = True
 
     def __init__(self, inner: Node, terms: ShareTerms) -> None:
         self._inner = inner

@@ -89,7 +89,8 @@ def _output(builder: "_PlanBuilder") -> Window:
         # What is made ahead may be held by the window before it, or by this one already.
         if isinstance(node, Window) and (not node.holds or (fused.batches and node.rule is not None)):
             return node
-        return builder.admitting(Window(node, (), room=exactly(builder.prefetch)))
+        room = 1 if node.holds_ahead else builder.prefetch
+        return builder.admitting(Window(node, (), room=exactly(room)))
     window = partial(
         fused.window,
         node,
@@ -139,6 +140,7 @@ class _PlanBuilder:
     def __post_init__(self) -> None:
         stages = self.plan.stages
         flows = flows_of(self.plan)  # before each stage
+        self.alloc = next((memory for stage in stages if (memory := stage.memory()) is not None), self.alloc)
         first = max((at for at, stage in enumerate(stages) if stage.encloses), default=None)
         if first is None:
             self._source(self.plan.source)

@@ -227,6 +227,10 @@ class Stage(ABC):
         """The way to the device that its output goes to; None: to none."""
         return None
 
+    def memory(self) -> Alloc | None:
+        """Where batches that come to it are best collated, in a new epoch; None: anywhere."""
+        return None
+
     @abstractmethod
     def build(self, builder: Builder) -> None:
         """Add what runs it. Pure: nothing is started, and no user code is called."""

@@ -10,9 +10,11 @@ from typing import Any, Final
 import torch
 
 from aioloader.core.checks import check_count, check_positive
+from aioloader.core.memory import Alloc
 from aioloader.engine.fuse import FusedOps
 from aioloader.engine.meeting import job_name
 from aioloader.engine.share_nodes import BorrowingNode, LendingNode, ShareTerms
+from aioloader.executors.processes.lending import Lender
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
 from aioloader.stages.rank import check_group, check_mesh, current_rank
@@ -20,7 +22,7 @@ from aioloader.stages.rank import check_group, check_mesh, current_rank
 __all__ = ["Share"]
 
 SAMPLES_AHEAD: Final = 32  # so that what is sent is never more than a socket holds
-BATCHES_AHEAD: Final = 2
+BATCHES_AHEAD: Final = 1
 
 _numbers = count()  # all ranks make their pipelines in the same order, as they do with process groups
 
@@ -90,9 +92,13 @@ class Share(Stage):
             ranks = tuple(one for one in ranks if first <= one < first + int(local_size))
         return rank, ranks
 
+    def memory(self) -> Alloc | None:
+        rank, ranks = self.ranks()
+        return Lender() if len(ranks) > 1 and rank == ranks[0] else None
+
     def build(self, builder: Builder) -> None:
         batches = builder.fused.batches
-        node = builder.close()
+        node = builder.close(room=max(1, builder.prefetch - 1)) if batches else builder.close()
         rank, ranks = self.ranks()
         terms = ShareTerms(
             self.label,
@@ -105,7 +111,8 @@ class Share(Stage):
             self.timeout,
         )
         if len(ranks) > 1:
-            builder.node = (LendingNode if rank == ranks[0] else BorrowingNode)(node, terms)
+            lender = builder.alloc if isinstance(builder.alloc, Lender) else Lender()
+            builder.node = LendingNode(node, terms, lender) if rank == ranks[0] else BorrowingNode(node, terms)
         builder.fused = FusedOps(batches)
 
 
