@@ -1,4 +1,4 @@
-"""The command line: `python -m aioloader demo`, `doctor` and `skipped`."""
+"""The command line: `python -m aioloader demo`, `doctor`, `index` and `skipped`."""
 
 import argparse
 import math
@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "skipped":
             return _skipped(options.files)
+        if options.command == "index":
+            return _index(options.archives, check=options.check)
         return _doctor() if options.command == "doctor" else _demo(options)
     except KeyboardInterrupt:
         print("aioloader: interrupted", file=sys.stderr)
@@ -38,6 +40,16 @@ def _parser() -> argparse.ArgumentParser:
         "errors of which kinds there were, the first and the last one, and the keys that failed most often.",
     )
     skipped.add_argument("files", nargs="+", metavar="FILE", type=Path, help="a report, one line of JSON per error")
+    index = commands.add_parser(
+        "index",
+        help="write indexes beside tar archives, for TarShards(index=True)",
+        description="Reads each tar archive once, checks it as TarShards does, and writes where its samples are to a "
+        "file beside it: train-000.tar.index for train-000.tar. An index belongs to one version of its archive.",
+    )
+    index.add_argument(
+        "archives", nargs="+", metavar="ARCHIVE", help="a path, a glob or a URL; 's3://bucket/*.tar' is looked up there"
+    )
+    index.add_argument("--check", action="store_true", help="write nothing: compare each index with its archive")
     demo = commands.add_parser(
         "demo",
         help="train on images behind a slow server, beside torch's DataLoader",
@@ -85,6 +97,12 @@ def _skipped(files: list[Path]) -> int:
         print(f"aioloader: cannot read {str(error.filename)!r}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+def _index(archives: list[str], *, check: bool) -> int:
+    from aioloader.indexer import index_archives
+
+    return index_archives(archives, check=check)
 
 
 def _at_least_one(text: str) -> int:

@@ -36,6 +36,7 @@ from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
 from aioloader.plan.by_file import check_by_file, cost_of_samples, uneven_files
+from aioloader.plan.fetching import fetching
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
@@ -121,17 +122,7 @@ class Pipeline(Loader):
             concurrency = check_concurrency(concurrency)
         self._plan: Plan
         if isinstance(source, FetchSource):
-            kind = type(source).__name__
-            fetch = Map(
-                source.fetch,
-                True,
-                source.concurrency,
-                name=f"{kind}.fetch",
-                ahead=source.ahead,
-                ahead_bytes=source.ahead_bytes,
-                policies=source.policies,
-            )
-            self._plan = Plan(Single(*_resolve(source.keys, sampler), name=kind), (fetch,))
+            self._plan = fetching(source, *_resolve(source.keys, sampler))
             _check_loads(concurrency, None, source)
         elif not isinstance(source, Pipeline):
             data, keys = _resolve(source, sampler)

@@ -302,3 +302,7 @@ class AsyncManyHoles(Holes):
 
     async def __getitems__(self, keys: list[int]) -> list[int]:
         return [self[key] for key in keys]
+
+
+def key_of(sample: dict[str, Any]) -> str:
+    return str(sample["__key__"])

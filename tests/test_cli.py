@@ -26,6 +26,7 @@ def test_it_runs_as_a_module() -> None:
     assert "demo" in done.stdout
     assert "doctor" in done.stdout
     assert "skipped" in done.stdout
+    assert "index" in done.stdout
 
 
 @pytest.mark.parametrize(

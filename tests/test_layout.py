@@ -42,7 +42,8 @@ IMPORTS: dict[str, set[str]] = {
     "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine"},
     "demo": {"dataloader", "pipeline"},
-    "__main__": {"demo", "doctor", "insight"},
+    "indexer": {"core", "errors", "executors", "masking", "sources"},
+    "__main__": {"demo", "doctor", "indexer", "insight"},
     "__init__": {"core", "dataloader", "errors", "insight", "pipeline", "rng", "stages"},
 }  # fmt: skip
 """What the files of each folder, or a single file, may import of the others."""

@@ -330,7 +330,7 @@ class _PlanBuilder:
         node: KeySource | StreamSource
         if source.sampler is None:
             name = source.name or f"source({source_name(data.data)})"
-            node = KeySource(partial(self._order, data.length), values, name, data.names)
+            node = KeySource(partial(self._order, data.length), values, name, data.names, data.begin)
         else:
             node = self._sampler(source.sampler)
             if values is not None:

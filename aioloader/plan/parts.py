@@ -6,6 +6,7 @@ from typing import Any
 from aioloader.core.limit import Limit
 from aioloader.core.rate import Rate
 from aioloader.plan.plan import Combined, Plan, Single, walk
+from aioloader.sources.fetch import PlannedKeys
 from aioloader.sources.resolve import Indexable, StreamData
 
 __all__ = [
@@ -45,7 +46,9 @@ def limits_of(plan: Plan) -> list[tuple[str, Limit]]:
 
 def rates_of(plan: Plan) -> list[tuple[str, Rate]]:
     """The rates that sources and stages of a plan may share with others, with the names of these."""
-    sources = [("its source", getattr(stream.make, "rate", None)) for stream in streams_of(plan)]
+    planned = [data for data in datasets_of(plan) if isinstance(data, PlannedKeys)]
+    reading = [*(stream.make for stream in streams_of(plan)), *planned]
+    sources = [("its source", getattr(source, "rate", None)) for source in reading]
     stages = [(stage.label, stage.rate) for part in walk(plan) for stage in part.stages]
     return [(label, rate) for label, rate in (*sources, *stages) if isinstance(rate, Rate)]
 

@@ -14,6 +14,7 @@ from aioloader.core.source import CursorSource
 from aioloader.errors import StateError
 from aioloader.plan.plan import Combined, Plan, Single
 from aioloader.plan.ranks import batch_of_all_ranks
+from aioloader.sources.fetch import NamedSamples, PlannedKeys
 from aioloader.sources.resolve import Indexable, source_name
 from aioloader.sources.sampler_order import arguments_of, kind_of
 from aioloader.stages.flow import STRENGTH, Guarantee
@@ -297,7 +298,9 @@ def _source(source: Single | Combined) -> dict[str, Any]:
     described: dict[str, Any] = {"stage": "source", "kind": kind, "name": name, "length": _length(source)}
     if source.sampler is not None:
         described |= {"sampler": kind_of(source.sampler.make), "arguments": arguments_of(source.sampler.make)}
-    return described if isinstance(data, Indexable) else described | identity_of(data.make)
+    if isinstance(data, Indexable):
+        return described | data.data.identity() if isinstance(data.data, NamedSamples | PlannedKeys) else described
+    return described | identity_of(data.make)
 
 
 _OURS: Final = {"arguments", "kind", "length", "name", "sampler", "sources", "stage"}
@@ -394,6 +397,8 @@ def _source_difference(mine: dict[str, Any], its: dict[str, Any], key: str, wher
     what = f"{where}the source ({mine['name']})"
     if key == "names":
         return f"{what} has as many files as it had, but of other names, or in another order"
+    if key == "samples":
+        return f"{what} has as many samples as it had, but others, or in other places: its archives were written anew"
     return f"{what} has {key}={mine[key]!r}, and had {its.get(key)!r}"[:300]
 
 

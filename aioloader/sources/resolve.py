@@ -17,9 +17,10 @@ from torch.utils.data import Dataset, IterableDataset
 
 from aioloader.core.checks import is_async_callable
 from aioloader.core.safe_text import safe_repr
-from aioloader.core.source import CursorSource
+from aioloader.core.source import CursorSource, SourceContext
 from aioloader.errors import SourceUsedUpError
 from aioloader.masking import masked
+from aioloader.sources.fetch import NamedSamples, PlannedKeys
 from aioloader.sources.files import Files
 
 __all__ = [
@@ -39,6 +40,7 @@ TAKEN: Final = (
     "or a function of no arguments that returns one of these"
 )
 
+_BOUNDED = (Files, NamedSamples)
 _BUILT_IN = (list, tuple, range, array)  # reading one of these runs no user code
 
 
@@ -51,12 +53,14 @@ class Indexable:
         load: Its `__getitem__` if that may run user code; None if it is read on the loop.
         is_async: Whether `load` is awaited.
         names: The names of samples in notes of errors, instead of their indices.
+        begin: Plans how the samples of an epoch are fetched, see `PlannedKeys`; None: by their indices.
     """
 
     data: Any
     load: Callable[[int], Any] | None
     is_async: bool
     names: Sequence[Any] | None = None
+    begin: Callable[[SourceContext], Callable[[Sequence[int], bool], Sequence[Any]]] | None = None
 
     @property
     def loads_many(self) -> bool:
@@ -67,7 +71,7 @@ class Indexable:
     @property
     def bounds(self) -> tuple[int | None, int | None]:
         """How far ahead it may be loaded, in samples and in bytes; None: for the engine to decide."""
-        return (self.data.ahead, self.data.ahead_bytes) if isinstance(self.data, Files) else (None, None)
+        return (self.data.ahead, self.data.ahead_bytes) if isinstance(self.data, _BOUNDED) else (None, None)
 
     @property
     def length(self) -> int:
@@ -241,6 +245,10 @@ def _indexable(source: Any) -> Indexable | None:
     kind = type(source)
     if isinstance(source, Files) and source.read is not None:
         return Indexable(source, source.__getitem__, is_async=False, names=source.paths)
+    if isinstance(source, NamedSamples):
+        return Indexable(source, source.__getitem__, is_async=False, names=source.names)
+    if isinstance(source, PlannedKeys):
+        return Indexable(source, None, is_async=False, names=source.names, begin=source.begin)
     if _is_in_memory(source):
         return Indexable(source, None, is_async=False)
     if not hasattr(kind, "__len__") and not hasattr(source, "__len__"):

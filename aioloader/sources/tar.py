@@ -26,6 +26,7 @@ from aioloader.sources.stores import Version, read_version
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample, Decoding
 from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
+from aioloader.sources.tar_index import without_indexes
 
 __all__ = ["TarShards"]
 
@@ -93,16 +94,28 @@ class TarShards(FileSource[_Start]):
         max_member_bytes: A sample with a larger member is an error. The member is skipped without being buffered, so
             that neither a broken header nor a small `.tar.gz` with much in it takes all memory.
         max_sample_bytes: The same for all members of a sample together, headers included.
+        index: Read by the indexes that `python -m aioloader index` has written beside the archives, see
+            `docs/sources/tar.md`. The source then has a length and indices: `shuffle()` is a full permutation, and
+            `shard`, `take` and `skip` choose samples before anything is read.
+        concurrency: With an index, and archives in a store: how many samples are fetched at once; 64 by default.
         max_window_bytes: A `.zst` file that needs a larger window is refused (`zstd --long=31` writes 2 GiB): that much
             of the output is kept while it is read. A file that is broken on purpose can ask for any size.
 
     Raises:
-        FileNotFoundError: A glob matches nothing.
+        FileNotFoundError: A glob matches nothing, or with `index` there is none.
         ImportError: What a store, a `.zst` or an image needs is not installed.
         ValueError: An argument is invalid.
     """
 
     _words = ("archive", "they")
+
+    def __new__(cls, *arguments: Any, index: bool = False, **others: Any) -> Any:
+        if not index:
+            return super().__new__(cls)
+        # What has a length and indices is another kind of source.
+        from aioloader.sources.indexed_tar import open_indexed
+
+        return open_indexed(cls, *arguments, **others)
 
     def __init__(
         self,
@@ -125,10 +138,18 @@ class TarShards(FileSource[_Start]):
         max_member_bytes: int = MAX_MEMBER_BYTES,
         max_sample_bytes: int = MAX_SAMPLE_BYTES,
         max_window_bytes: int = MAX_WINDOW_BYTES,
+        index: bool = False,
+        concurrency: int | None = None,
     ) -> None:
+        if concurrency is not None:
+            raise ValueError(
+                f"concurrency says how many samples are fetched at once by an index, got {concurrency=}; without one "
+                f"leave it out, or pass index=True"
+            )
         options = {"client_options": client_options, "retry_config": retry_config}
         policies = {"retry": retry, "timeout": timeout, "hedge": hedge, "rate": rate}
         self._files, self._requests = find_stored_files(shards, store, options, policies, source="TarShards")
+        self._files = tuple(without_indexes(self._files))
         for file in self._files:
             decompressor_for(file.key)  # raises if the package for it is not installed
         self._set_order(shuffle, seed, interleave)
