@@ -1,6 +1,7 @@
 """An asyncio-native data loader for PyTorch: hundreds of samples under way in one process, by `for` or `async for`."""
 
 from aioloader.core.limit import Limit
+from aioloader.core.mixture import Schedule
 from aioloader.core.policies import Hedge, Retry
 from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
@@ -52,6 +53,7 @@ __all__ = [
     "Retry",
     "SampleCancelledError",
     "SampleRng",
+    "Schedule",
     "Skip",
     "SourceUsedUpError",
     "StageStats",

@@ -42,7 +42,9 @@ from aioloader.stages.flow import Guarantee
 
 __all__ = ["Loader"]
 
-_RANDOM: Final = frozenset({"base_seed", "drawn", "draws_once", "epochs", "generators", "sample_seed", "set_epoch"})
+_RANDOM: Final = frozenset(
+    {"base_seed", "drawn", "draws_once", "epochs", "generators", "sample_seed", "set_epoch", "weights"}
+)
 
 
 class Loader(LoaderHooks):

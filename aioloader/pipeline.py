@@ -23,6 +23,7 @@ from aioloader.core.checks import (
 )
 from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.memory import Alloc
+from aioloader.core.mixture import Mixes, Mixture, Schedule, check_changes, check_weights
 from aioloader.core.policies import Hedge, Retry, check_policies
 from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
@@ -37,6 +38,7 @@ from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
 from aioloader.plan.by_file import check_by_file, cost_of_samples, uneven_files
 from aioloader.plan.fetching import fetching
+from aioloader.plan.mixing import mixture_named, mixtures_of
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
@@ -57,6 +59,7 @@ from aioloader.plan.plan import (
     flows_of,
     forgets_numbers,
     length_of,
+    with_ranks,
     without_reports,
 )
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, is_shared, shard_state
@@ -118,6 +121,8 @@ class Pipeline(Loader):
 
     def __init__(self, source: Any, *, sampler: Any = None, concurrency: int | Limit | None = None) -> None:
         super().__init__()
+        self._weights: dict[str, tuple[float, ...]] = {}  # that were set, by the addresses of their mixes
+        self._weights_next: dict[str, tuple[tuple[float, ...], int | None]] = {}  # for an epoch that has not begun
         if concurrency is not None:
             concurrency = check_concurrency(concurrency)
         self._plan: Plan
@@ -138,6 +143,8 @@ class Pipeline(Loader):
     def _of(cls, plan: Plan) -> "Pipeline":
         pipeline = cls.__new__(cls)
         Loader.__init__(pipeline)
+        pipeline._weights = {}
+        pipeline._weights_next = {}
         pipeline._plan = plan
         return pipeline
 
@@ -794,16 +801,27 @@ class Pipeline(Loader):
         return Pipeline._of(Plan(Combined("interleave", _plans("interleave", sources))))
 
     @staticmethod
-    def mix(sources: Sequence[Any], weights: Sequence[float], *, seed: int = 0) -> "Pipeline":
+    def mix(
+        sources: Sequence[Any] | Mapping[str, Any],
+        weights: Sequence[float] | Mapping[str, float] | Schedule,
+        *,
+        seed: int = 0,
+    ) -> "Pipeline":
         """Give samples of several sources, each drawn by weight; goes on with the others when one ends.
 
         When a source fails, its error is raised where it is drawn, and the others go on; a resume tries it again.
 
         Args:
-            sources: Anything that `Pipeline` takes.
-            weights: One positive number for each; they need not add up to 1.
+            sources: Anything that `Pipeline` takes; or a dict of such by names, whose weights may change.
+            weights: One positive number for each; they need not add up to 1. Of named sources a dict, in which some may
+                be 0, or a `Schedule`; see also `set_weights`.
             seed: The draws depend on it and on the epoch.
+
+        Raises:
+            TypeError, ValueError: The weights do not fit the sources.
         """
+        if isinstance(sources, Mapping):
+            return _mix_by_names(sources, weights, check_integer("seed", seed))
         if is_one_source(sources) or isinstance(sources, range) or is_one_source(weights):
             raise TypeError(
                 f"mix takes a list of sources and a list of weights, got {describe(sources)} and {describe(weights)}; "
@@ -855,7 +873,7 @@ class Pipeline(Loader):
     def _nodes(self, progress: Progress, transfer: Transfer | None = None, alloc: Alloc | None = None) -> Window:
         this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._seed))
         draws = draws_of(progress, sole=self._draws_alone)
-        return build(self._plan, this_pass, transfer, alloc, self._open_processes, draws=draws)
+        return build(self._plan, this_pass, transfer, alloc, self._open_processes, draws=draws, mixes=progress.mixes)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -907,7 +925,66 @@ class Pipeline(Loader):
         return again
 
     def _random_state(self) -> dict[str, Any]:
-        return self._seed_state(self._seed)
+        state = self._seed_state(self._seed)
+        if self._weights:
+            state["weights"] = {address: [[[], 0, list(weights)]] for address, weights in self._weights.items()}
+        return state
+
+    def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
+        super()._check_random_state(state, begun=begun)
+        check_changes(state.get("weights", {}), mixtures_of(self._plan))
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        super()._set_random_state(state)
+        self._weights = {
+            address: tuple(changes[-1][2]) for address, changes in state.get("weights", {}).items() if changes
+        }
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def set_weights(self, weights: Mapping[str, float], *, at: int | None = None) -> int | None:
+        """Mix named sources by other weights from now on, in later epochs too. Safe in any thread.
+
+        Draws are made ahead of what is handed out; those that are made stay. What was set is in the state, with the
+        number of the draw from which it holds: a resume goes on exactly. Several ranks that must draw alike say `at`,
+        since one has made more draws ahead than another.
+
+        ```python
+        loader.set_weights({"web": 1, "code": 1})
+        ```
+
+        Args:
+            weights: One for each of the sources that one `Pipeline.mix` has named; 0 for one that is not drawn.
+            at: The number of the draw, counted from 0 in this epoch; None: the next one that is not made yet.
+
+        Returns:
+            The draw from which they hold; None: no draw has been made, and they hold from the first one.
+
+        Raises:
+            TypeError, ValueError: There is no such mix, or more than one, or the weights are none, or that draw has
+                been made; or it is not said, and there are several ranks that must agree.
+        """
+        address, mixture = mixture_named(self._plan, weights)
+        checked = check_weights(mixture.names, weights)
+        if is_shared(self._plan):
+            raise ValueError("set_weights does not reach the rank that reads for others; put share() before the mix")
+        if at is not None:
+            at = check_count("at", at, least=0)
+        elif (ranks := flow_of(with_ranks(self._plan)).ranks) is not None and ranks.world_size > 1:
+            raise ValueError(
+                "set_weights needs at=, the same on all ranks: each has made another number of draws ahead, and ranks "
+                "that draw differently would deal samples twice; pass for instance the number of samples that all "
+                "ranks have had so far, and some thousands more"
+            )
+        with self._lock:
+            progress = self._progress
+            running = self._loaded is None and progress is not None and not progress.over
+            mixes = progress.mixes if running and progress is not None else None
+            found = at if mixes is None else mixes.control(address, mixture).set(checked, at)
+            if mixes is None:
+                self._weights_next[address] = checked, at
+            self._weights[address] = checked
+        return found
 
     def _generators(self) -> list[Generator]:
         return generators_of(*(stream.make for stream in streams_of(self._plan)))
@@ -921,6 +998,10 @@ class Pipeline(Loader):
         return sum(map(draws_globally, drawing_samplers_of(self._plan))) == 1
 
     def _begins(self, progress: Progress) -> None:
+        if mixtures_of(self._plan):
+            with self._lock:
+                progress.mixes = Mixes(progress.loader_state.setdefault("weights", {}), self._weights_next)
+                self._weights_next = {}
         if self._draws_globally() and not self._draws_alone and not progress.begun_before:
             empty((), dtype=int64, device="cpu").random_()  # for all of them, or the next epoch would be the same
 
@@ -999,7 +1080,16 @@ def _holds_pipelines(source: Any) -> bool:
     return isinstance(source, list | tuple) and any(isinstance(sample, Loader) for sample in source)
 
 
-def _weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+def _mix_by_names(sources: Mapping[str, Any], weights: Any, seed: int) -> Pipeline:
+    for name in sources:
+        if not isinstance(name, str):
+            raise TypeError(f"the names of sources must be str, got {name!r}")
+    names = tuple(sources)
+    plans = _plans("mix", tuple(sources.values()))
+    return Pipeline._of(Plan(Combined("mix", plans, (), seed, Mixture.of(names, weights))))
+
+
+def _weights(weights: Any, count: int) -> tuple[float, ...]:
     try:
         values = tuple(weights)
     except TypeError:

@@ -1,5 +1,6 @@
 """Nodes with several upstreams: `merge`, `interleave`, `mix`, `zip`."""
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -10,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.entry import LAST, ONE_LOST, Entry, earliest
 from aioloader.core.keys import SourceKey, each_key
+from aioloader.core.mixture import MixControl
+from aioloader.core.safe_text import add_note
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Kick, Node
+from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -163,14 +167,33 @@ class MixNode(_InputsNode):
     """Draws the upstream of each entry by weight, and goes on with the others when one ends.
 
     Cursor: that of each upstream, the number of draws, who has ended, and, if there are any, who has failed. Which
-    upstream is drawn depends on the seed, the number of the draw and on these, not on who is fast. After a resume those
-    that had failed are tried first: so the rest is drawn alike where they fail again.
+    upstream is drawn depends on the seed, the number of the draw, the weights at that draw and on these, not on who is
+    fast. After a resume those that had failed are tried first: so the rest is drawn alike where they fail again.
+
+    It ends when no source that has not ended has a weight, nor will have one by its schedule.
+
+    Args:
+        upstreams: The sources.
+        weights: Of each; or who says what they are at each draw.
+        seed: For the draws.
+        repetitions: Which of the enclosing `repeat` stages it is in.
     """
 
-    def __init__(self, upstreams: Sequence[Node], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        upstreams: Sequence[Node],
+        weights: "Sequence[float] | MixControl",
+        seed: int,
+        repetitions: tuple[int, ...] = (),
+    ) -> None:
         super().__init__(upstreams)
-        self._weights = list(weights)  # 0 for those that have ended or failed
-        self._weights_given = tuple(weights)
+        self._control = weights if isinstance(weights, MixControl) else None
+        self._repetitions = repetitions
+        self._until: int | None = None  # the draw before which the weights do not change; None: they do not
+        self._version = -1  # of the control's weights
+        self._given = (1.0,) * len(upstreams) if isinstance(weights, MixControl) else tuple(weights)
+        self._bounds: list[float] = []  # sums of the weights; 0 is added for those that have ended or failed
+        self._meters: list[StageMeter] = []
         self._seed = seed
         self._random = Random()
         self._draws = 0
@@ -178,45 +201,73 @@ class MixNode(_InputsNode):
         self._over: list[int] = []
         self._to_try: list[int] = []  # those that had failed before a resume
         self._tried: dict[int, Entry] = {}  # what they gave
+        if self._control is None:
+            self._weigh()
 
     def resume(self, cursor: Any) -> None:
         cursors, draws, over, *lost = cursor_parts(cursor, 4 if len(cursor_sequence(cursor)) == 4 else 3)
         super().resume(cursors)
         self._draws = as_count(draws)
-        last = len(self._weights) - 1
+        last = len(self._upstreams) - 1
         self._over = _distinct(over, last)
         self._to_try = _distinct([*self._over, *cursor_sequence(lost[0])], last)[len(self._over) :] if lost else []
         self._lost.update(self._to_try)
-        for index in (*self._over, *self._to_try):
-            self._weights[index] = 0.0
-        self.ended = not any(self._weights) and not self._to_try
-        block, before = divmod(self._draws, BLOCK)
-        self._random = random_of_block(self._seed, block)
-        self._random.getrandbits(64 * before)  # what those before it in the block have taken
+        if self._control is not None:
+            self._control.begin((self._repetitions, self._draws))
+        self._weigh()
+        self._draw_from_here()
+
+    def start(self, run: "Run", kick: Kick) -> None:
+        if self._control is not None:
+            if self._control.place is None:
+                self._control.begin((self._repetitions, 0))
+            self._meters = [run.adopt(StageMeter(f"mix: {name}", "fold")) for name in self._control.mixture.names]
+        self._weigh()
+        super().start(run, kick)
 
     def poll(self, limit: int) -> list[Entry]:
+        if self._control is None:
+            return self._poll(limit)
+        with self._control.lock:  # so that a change is of one draw
+            return self._poll(limit)
+
+    def _poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
         while self._to_try:
             if len(taken) == limit or not self._try(self._to_try[0], taken):
                 return taken
             del self._to_try[0]
-        while len(taken) < limit and not self.ended:
+            self._weigh()
+        while len(taken) < limit:
+            if self._next_input is None and self._control is not None:
+                self._control.place = (self._repetitions, self._draws + 1)  # before: who sets weights now is too late
+                if self._is_changed(self._control):
+                    self._weigh()
+                if not (self.ended or self._bounds[-1]) and self._until is not None:
+                    self._skip_to(self._until)
+                    continue
+            if self.ended:
+                break
             index = self._draw()
             upstream = self._upstreams[index]
             run = [self._tried.pop(index)] if index in self._tried else upstream.poll(1)
             if run:
                 entry = self._emit(run[0], index)
+                if entry.error is not None and self._control is not None:
+                    add_note(entry.error, f"aioloader: source {self._control.mixture.names[index]!r} of the mix")
                 failed = entry.state == ONE_LOST  # which is no sample: it is drawn again, after a resume at least
                 entry.cursor = self._cursor(entry, self._draws - failed, self._lost - {index})
                 taken.append(entry)
                 if index in self._lost:
-                    self._leave_out(index)
+                    self._weigh()
+                elif self._meters:
+                    self._meters[index].samples += 1
                 if index in self._lost or not failed:
                     self._next_input = None
             elif upstream.ended:
                 self._next_input = None
                 self._over.append(index)
-                self._leave_out(index)
+                self._weigh()
             else:
                 break
         return taken
@@ -225,9 +276,17 @@ class MixNode(_InputsNode):
         cursor = (entry.cursor, draws, tuple(self._over))
         return (*cursor, tuple(sorted(lost))) if lost else cursor
 
-    def _leave_out(self, index: int) -> None:
-        self._weights[index] = 0.0
-        self.ended = not any(self._weights)
+    def _is_changed(self, control: MixControl) -> bool:
+        return control.version != self._version or (self._until is not None and self._draws >= self._until)
+
+    def _weigh(self) -> None:
+        """Work out where each source's part of the draws ends; nothing is left where none has a weight."""
+        if self._control is not None:
+            self._given, self._until = self._control.weights((self._repetitions, self._draws))
+            self._version = self._control.version
+        out = {*self._over, *self._lost}
+        self._bounds = list(accumulate(0.0 if index in out else weight for index, weight in enumerate(self._given)))
+        self.ended = not self._bounds[-1] and not self._to_try and (self._until is None or len(out) == len(self._given))
 
     def _try(self, index: int, taken: list[Entry]) -> bool:
         """Ask a source that had failed before a resume; False: it does not know yet."""
@@ -243,22 +302,31 @@ class MixNode(_InputsNode):
             self._lost.remove(index)
             if run:
                 self._tried[index] = run[0]
-                self._weights[index] = self._weights_given[index]
             else:
                 self._over.append(index)
-        self.ended = not any(self._weights)
         return True
 
     def _draw(self) -> int:
         if self._next_input is None:
             if not self._draws % BLOCK:
                 self._random = random_of_block(self._seed, self._draws // BLOCK)
-            bounds = list(accumulate(self._weights))
+            bounds = self._bounds
             point = self._random.random() * bounds[-1]
-            alive = max(i for i, weight in enumerate(self._weights) if weight)  # where rounding up may put the point
-            self._next_input = next((i for i, bound in enumerate(bounds) if point < bound), alive)
+            index = bisect_right(bounds, point)
+            self._next_input = index if index < len(bounds) else bisect_left(bounds, bounds[-1])  # it was rounded up
             self._draws += 1
         return self._next_input
+
+    def _skip_to(self, draws: int) -> None:
+        """None of the sources that are left has a weight before that draw, though one may have later."""
+        self._draws = draws
+        self._draw_from_here()
+        self._weigh()
+
+    def _draw_from_here(self) -> None:
+        block, before = divmod(self._draws, BLOCK)
+        self._random = random_of_block(self._seed, block)
+        self._random.getrandbits(64 * before)  # what those before it in the block have taken
 
 
 class ZipNode(_InputsNode):

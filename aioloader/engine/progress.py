@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from aioloader.core.entry import NOT_READ, ONE_LOST, Entry, begun_each_of, places_of, read_after
+from aioloader.core.mixture import Mixes
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
 
@@ -33,6 +34,7 @@ class Progress:
         loader_state: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         skipped_steps: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
+        mixes: The weights of sources that are mixed by names; None: nothing was built yet.
         batch_size: Of a sampler that gives whole batches, all of this size but the last; None: of any size.
     """
 
@@ -52,6 +54,7 @@ class Progress:
         "lengths",
         "loader_state",
         "meter",
+        "mixes",
         "over",
         "resumed",
         "skipped_steps",
@@ -75,6 +78,7 @@ class Progress:
         self.history: deque[Any] = deque(maxlen=HISTORY)
         self._left_out = 0
         self.batch_size: int | None = None
+        self.mixes: Mixes | None = None
         self._last: tuple[Any, int | None, Sequence[int | None] | None, int] = (None, None, None, 1)  # as of an Entry
         self._begun: tuple[int, int, Sequence[int] | None] = (0, NOT_READ, None)  # batches before it; as of an Entry
         self._step = 0

@@ -10,6 +10,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
+from aioloader.core.mixture import MixControl, Mixes
 from aioloader.device import Transfer
 from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
@@ -60,6 +61,7 @@ def build(
     processes: Callable[[], WorkerThread] = WorkerThread,
     *,
     draws: Draws = _NONE,
+    mixes: Mixes | None = None,
 ) -> Window:
     """The nodes of one epoch; the last is always a window, which holds what is made ahead.
 
@@ -70,11 +72,22 @@ def build(
         alloc: Where the default collate puts batches; None: into fresh memory.
         processes: Gives the loader's worker processes; called when something runs there.
         draws: What samplers draw their order from.
+        mixes: The weights of sources that are mixed by names; None: those of the plan.
     """
     plan = with_ranks(plan)
     live = bool(flow_of(plan).timed)
     admission = admission_of(plan)
-    builder = _PlanBuilder(plan, this_pass, transfer, alloc, processes, live=live, draws=draws, admission=admission)
+    builder = _PlanBuilder(
+        plan,
+        this_pass,
+        transfer,
+        alloc,
+        processes,
+        live=live,
+        draws=draws,
+        admission=admission,
+        mixes=Mixes({}) if mixes is None else mixes,
+    )
     window = _output(builder)
     window.beginnings = builder.beginnings
     if admission is not None:
@@ -116,6 +129,7 @@ class _PlanBuilder:
         beginnings: See `Node`.
         admission: Who decides when samples may begin.
         begun: They have, in what is built so far.
+        mixes: The weights of sources that are mixed by names.
     """
 
     plan: Plan
@@ -131,6 +145,7 @@ class _PlanBuilder:
     beginnings: list[Callable[[], None]] = field(default_factory=list)
     admission: Admission | None = None
     begun: bool = False
+    mixes: Mixes = field(default_factory=lambda: Mixes({}))
     flow: Flow = field(default_factory=Flow)
     following: Sequence[Stage] = ()
     key_stages: list[FoldStage] = field(default_factory=list)
@@ -260,6 +275,7 @@ class _PlanBuilder:
             path,
             warns,
             admission=self.admission,
+            mixes=self.mixes.again() if draws is _AGAIN else self.mixes,
         )
 
     def _source(self, source: Single | Combined) -> None:
@@ -285,7 +301,11 @@ class _PlanBuilder:
             case "zip":
                 return ZipNode(nodes)
             case "mix":
-                return MixNode(nodes, source.weights, self.this_pass.seed(source.seed, "mix"))
+                weights: tuple[float, ...] | MixControl = source.weights
+                if source.mixture is not None:
+                    weights = self.mixes.control(".".join(map(str, self.path)), source.mixture)
+                this_pass = self.this_pass
+                return MixNode(nodes, weights, this_pass.seed(source.seed, "mix"), this_pass.repetitions)
 
     def _stream(self, source: Single, data: StreamData) -> None:
         # After a cache it is no surprise: what is not kept is read again in every epoch.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from aioloader.core.limit import Limit
+from aioloader.core.mixture import Mixture
 from aioloader.core.source import CursorSource
 from aioloader.engine.resumable import tells_state
 from aioloader.sources.files import Files
@@ -70,12 +71,21 @@ class Single:
 
 @dataclass(frozen=True)
 class Combined:
-    """Several pipelines as one source."""
+    """Several pipelines as one source.
+
+    Attributes:
+        how: In which way.
+        plans: They.
+        weights: Of a `mix`.
+        seed: Likewise.
+        mixture: Of a `mix` by names, in place of `weights`.
+    """
 
     how: Literal["interleave", "merge", "mix", "zip"]
     plans: tuple["Plan", ...]
     weights: tuple[float, ...] = ()
     seed: int = 0
+    mixture: Mixture | None = None
 
     indexable = False
 

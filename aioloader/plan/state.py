@@ -286,7 +286,8 @@ def _source(source: Single | Combined) -> dict[str, Any]:
     if isinstance(source, Combined):
         combined: dict[str, Any] = {"stage": source.how, "sources": [shape_of(plan) for plan in source.plans]}
         if source.how == "mix":
-            combined |= {"weights": list(source.weights), "seed": source.seed}
+            weights = list(source.weights) if source.mixture is None else repr(source.mixture.schedule)
+            combined |= {"weights": weights, "seed": source.seed}
         return combined
     data = source.data
     if isinstance(data, Indexable):
