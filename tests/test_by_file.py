@@ -28,6 +28,23 @@ def ranks(source: Any, world_size: int, **more: Any) -> list[Pipeline]:
     return [Pipeline(source).shard(rank, world_size, by="file", **more) for rank in range(world_size)]
 
 
+@in_every_format
+@on_both_faces
+@pytest.mark.filterwarnings("error")
+def test_keep_gives_each_rank_what_is_in_its_files(kind: Format, face: Face, tmp_path: Path) -> None:
+    """Without a word, and also to a rank that has no file: a training that bears it has said so."""
+    names = names_of((7, 3, 5))
+    paths = []
+    for number, its in enumerate(names):
+        paths.append(tmp_path / f"{number}.{kind.suffix}")
+        paths[-1].write_bytes(kind.write(its))
+    for world_size in (2, 4):
+        found = [collect(loader.map(kind.name), face) for loader in ranks(kind.source(paths), world_size, even="keep")]
+        assert found == [list(chain(*names[rank::world_size])) for rank in range(world_size)]
+    with pytest.raises(ValueError, match="by='file'"):
+        Pipeline(kind.source(paths)).shard(0, 2, even="keep")
+
+
 # -- what is read ------------------------------------------------------------------------------------------------------
 
 
@@ -316,7 +333,7 @@ def test_what_nobody_has_counted_cannot_be_evened_out(tmp_path: Path, kind: Form
     paths = kind.files(tmp_path, (3, 1, 2))
     assert [len(list(loader)) for loader in ranks(kind.source(paths), 2)] == [5, 1]
     for even in ("pad", "drop", "error"):
-        with pytest.raises(ValueError, match=rf"even='{even}'\) must know how many .*; pass even='agree', with a gloo"):
+        with pytest.raises(ValueError, match=rf"even='{even}'\) must know how many .*; pass even='keep' if"):
             Pipeline(kind.source(paths)).shard(0, 2, by="file", even=even)
     for loader in ranks(kind.source(paths), 4):  # on all of them, so that none waits for the others
         with pytest.raises(
@@ -381,6 +398,6 @@ def test_ranks_that_are_looked_up_are_told_when_iteration_begins(
     assert len(told) == 1
     assert collect(loader, face) == ["a1", "c0"]
     by_file = Pipeline(Lines(paths)).shard(by="file")
-    with pytest.warns(UnevenWarning, match=r"nobody has counted that: where ranks get different .* pass even='agree'"):
+    with pytest.warns(UnevenWarning, match=r"nobody has counted that: where ranks get different .* pass even='keep'"):
         assert collect(by_file, face) == ["b0", "b1"]
     assert collect(by_file, face) == ["b0", "b1"]

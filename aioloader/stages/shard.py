@@ -54,7 +54,7 @@ class Shard(FoldStage):
         group: The ranks are those of this process group.
         mesh: The ranks are those along one dimension of a mesh, see `check_mesh`.
         even: What becomes of a last round with fewer samples than ranks: it is filled from the beginning, as torch's
-            DistributedSampler does, or dropped, or an error. None: each rank gives what is in its files.
+            DistributedSampler does, or dropped, or an error. None, `keep`: each rank gives what is in its files.
         by: What is dealt. `file`: the source reads the files of this rank alone, and no stage is left of this one when
             it runs, see `deal`.
     """
@@ -94,6 +94,11 @@ class Shard(FoldStage):
             raise ValueError(f"by must be 'sample' or 'file', got {self.by!r}")
         if self.even not in _EVEN and not (self.even is None and self.by == "file"):
             raise ValueError(f"even must be one of {', '.join(map(repr, _EVEN))}, got {self.even!r}")
+        if self.even == "keep" and self.by == "sample":
+            raise ValueError(
+                "even='keep' is for shard(by='file'), where ranks may have different numbers of samples; with "
+                "by='sample' all have as many: leave it out"
+            )
 
     @property
     def label(self) -> str:
