@@ -65,6 +65,7 @@ from aioloader.plan.plan import (
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
+from aioloader.plan.uneven import uneven_stage
 from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_uneven
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
@@ -154,7 +155,7 @@ class Pipeline(Loader):
     def _tell_of_ranks(self, world_size: int) -> None:
         if cost := cost_of_samples(self._plan, lambda shard: not shard.said):
             warn_of_cost(cost)
-        if world_size and (why := uneven_files(self._plan)):
+        if world_size and (why := uneven_files(self._plan) or uneven_stage(self._plan)):
             warn_of_uneven(why)
 
     def _then(self, stage: Stage) -> "Pipeline":

@@ -92,13 +92,14 @@ class Shard(FoldStage):
             check_mesh(self.mesh)
         if self.by not in _BY:
             raise ValueError(f"by must be 'sample' or 'file', got {self.by!r}")
-        if self.even not in _EVEN and not (self.even is None and self.by == "file"):
-            raise ValueError(f"even must be one of {', '.join(map(repr, _EVEN))}, got {self.even!r}")
         if self.even == "keep" and self.by == "sample":
             raise ValueError(
                 "even='keep' is for shard(by='file'), where ranks may have different numbers of samples; with "
                 "by='sample' all have as many: leave it out"
             )
+        if self.even not in _EVEN and not (self.even is None and self.by == "file"):
+            known = [one for one in _EVEN if self.by == "file" or one != "keep"]
+            raise ValueError(f"even must be one of {', '.join(map(repr, known))}, got {self.even!r}")
 
     @property
     def label(self) -> str:
