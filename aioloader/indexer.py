@@ -90,7 +90,7 @@ def _is_pattern(url: str) -> bool:
 
 
 def _listed(url: str) -> list[str]:
-    """The URLs that a pattern stands for, sorted.
+    """The URLs that match a pattern, sorted.
 
     Raises:
         FileNotFoundError: There are none.

@@ -929,6 +929,9 @@ class Pipeline(Loader):
         state = self._seed_state(self._seed)
         if self._weights:
             state["weights"] = {address: [[[], 0, list(weights)]] for address, weights in self._weights.items()}
+        for address, (weights, at) in self._weights_next.items():
+            changes = state.setdefault("weights", {}).setdefault(address, [])
+            changes[:] = [*(changes if at else []), [[], at or 0, list(weights)]]
         return state
 
     def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
@@ -940,6 +943,13 @@ class Pipeline(Loader):
         self._weights = {
             address: tuple(changes[-1][2]) for address, changes in state.get("weights", {}).items() if changes
         }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        with self._lock:
+            self._weights_next = {}  # what was set before is not in the state
+
+    load_state_dict.__doc__ = Loader.load_state_dict.__doc__
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -968,7 +978,10 @@ class Pipeline(Loader):
         address, mixture = mixture_named(self._plan, weights)
         checked = check_weights(mixture.names, weights)
         if is_shared(self._plan):
-            raise ValueError("set_weights does not reach the rank that reads for others; put share() before the mix")
+            raise ValueError(
+                "set_weights does not reach the rank that reads for the others of share(); say the change beforehand, "
+                "by a Schedule"
+            )
         if at is not None:
             at = check_count("at", at, least=0)
         elif (ranks := flow_of(with_ranks(self._plan)).ranks) is not None and ranks.world_size > 1:
@@ -984,7 +997,8 @@ class Pipeline(Loader):
             found = at if mixes is None else mixes.control(address, mixture).set(checked, at)
             if mixes is None:
                 self._weights_next[address] = checked, at
-            self._weights[address] = checked
+            else:
+                self._weights[address] = checked
         return found
 
     def _generators(self) -> list[Generator]:
@@ -1002,6 +1016,7 @@ class Pipeline(Loader):
         if mixtures_of(self._plan):
             with self._lock:
                 progress.mixes = Mixes(progress.loader_state.setdefault("weights", {}), self._weights_next)
+                self._weights |= {address: weights for address, (weights, _) in self._weights_next.items()}
                 self._weights_next = {}
         if self._draws_globally() and not self._draws_alone and not progress.begun_before:
             empty((), dtype=int64, device="cpu").random_()  # for all of them, or the next epoch would be the same

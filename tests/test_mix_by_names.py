@@ -167,6 +167,26 @@ def test_weights_set_between_a_state_and_its_first_batch(face: Face) -> None:
     assert head + rest == model({0: (1, 1), 40: (0, 1)}, 80)
 
 
+@on_both_faces
+def test_a_draw_can_be_said_before_the_first(face: Face) -> None:
+    """Also of a later epoch, and in a state that is taken before it."""
+    loader = batched(named({"web": 1, "code": 1}, 100))
+    assert loader.set_weights({"web": 0, "code": 1}, at=40) == 40
+    again = batched(named({"web": 1, "code": 1}, 100))
+    again.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    for one in (loader, again):
+        assert [x for batch in collect(one, face, limit=20) for x in batch] == model({0: (1, 1), 40: (0, 1)}, 80)
+
+
+@on_both_faces
+def test_a_state_counts_more_than_what_was_set_before_it_was_loaded(face: Face) -> None:
+    state = batched(named({"web": 1, "code": 1})).state_dict()
+    loader = batched(named({"web": 1, "code": 1}))
+    loader.set_weights({"web": 0, "code": 1})
+    loader.load_state_dict(state)
+    assert [x for batch in collect(loader, face, limit=20) for x in batch] == model({0: (1, 1)}, 80)
+
+
 def test_resume_at_every_batch() -> None:
     schedule = Schedule.linear({0: {"web": 1, "code": 0}, 40: {"web": 0, "code": 1}})
     assert_resumes_exactly(lambda: batched(named(schedule, 30)))

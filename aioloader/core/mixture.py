@@ -277,6 +277,7 @@ class Mixes:
         self._state = state
         self._set_before = dict(set_before)
         self._controls: dict[str, MixControl] = {}
+        self._lock = threading.RLock()
 
     def again(self) -> "Mixes":
         """For nodes that give the same once more."""
@@ -284,11 +285,12 @@ class Mixes:
 
     def control(self, address: str, mixture: Mixture) -> MixControl:
         """That of one mix."""
-        if address not in self._controls:
-            control = self._controls[address] = MixControl(mixture, self._state.setdefault(address, []))
-            if address in self._set_before:
-                control.set(*self._set_before[address])
-        return self._controls[address]
+        with self._lock:  # weights may be set while the nodes are built
+            if address not in self._controls:
+                control = self._controls[address] = MixControl(mixture, self._state.setdefault(address, []))
+                if address in self._set_before:
+                    control.set(*self._set_before[address])
+            return self._controls[address]
 
 
 def check_changes(state: Any, mixtures: Mapping[str, Mixture]) -> None:

@@ -1,4 +1,4 @@
-"""What is told of calls that fail, are late or have to wait, by whoever makes them."""
+"""What is told of calls that fail, are late or have to wait, by the code that makes them."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -11,7 +11,7 @@ All get the same entries in the same order, each with its cursor, so the state o
 The bound: what is under way and finished before the host's node, as without it, and `room` entries between that and
 the slowest of them. Nobody gets anything before all have come: who is not there yet need not be told later.
 
-The death of a process is heard by its end, whoever holds its sockets (`Peer`). A guest that is gone is not waited for
+The end of a process is noticed even if a child of it holds its sockets (`Peer`). A guest that is gone is not waited for
 any more; when the host is gone, the others end with an error after what it had sent.
 """
 

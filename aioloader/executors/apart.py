@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def run_apart(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The result of `main()`. The caller may be on a loop itself, which stands still meanwhile.
+    """The result of `main()`. The caller may be on a loop itself, which is blocked meanwhile.
 
     Nothing is left: when the caller is interrupted, `main` is cancelled, and the thread waited for.
 

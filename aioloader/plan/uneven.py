@@ -1,7 +1,8 @@
 """Stages that leave ranks with different numbers of batches. Pure."""
 
-from aioloader.plan.plan import Plan, walk
+from aioloader.plan.plan import Combined, Plan
 from aioloader.stages.base import Stage, UnknownLengthError
+from aioloader.stages.batch import Unbatch
 from aioloader.stages.select import Take
 from aioloader.stages.shard import Shard
 from aioloader.stages.skip_errors import SkipErrors
@@ -11,25 +12,36 @@ __all__ = ["uneven_stage"]
 
 def uneven_stage(plan: Plan) -> str:
     """Why ranks may get different numbers of batches out of as many samples; empty: they do not."""
-    for part in walk(plan):
-        dealt = max((at for at, stage in enumerate(part.stages) if isinstance(stage, Shard)), default=None)
-        if dealt is None:
-            continue
-        after = part.stages[dealt + 1 :]
-        if any(isinstance(stage, Take) or (stage.encloses and not _counted(stage)) for stage in after):
-            continue  # so many, or without end
-        for stage in after:
-            if not (_counted(stage) or isinstance(stage, SkipErrors)):  # which is for what should not happen
-                return (
-                    f"{stage.label} after shard() gives each rank as many samples as it turns out to: where ranks get "
-                    f"different numbers of batches, DistributedDataParallel waits for ever. Put shard() after it, or "
-                    f"take(n) after it, or train with torch's Join. Where it is meant, ignore aioloader.UnevenWarning"
-                )
-    return ""
+    _, label = _look(plan)
+    if not label:
+        return ""
+    return (
+        f"{label} after shard() gives each rank as many samples as it turns out to: where ranks get different numbers "
+        f"of batches, DistributedDataParallel waits for ever. Put shard() after it, or take(n) after it, or train with "
+        f"torch's Join. Where it is meant, ignore aioloader.UnevenWarning"
+    )
+
+
+def _look(plan: Plan) -> tuple[bool, str]:
+    """Whether samples were dealt to ranks, and the stage after that which makes their numbers differ."""
+    dealt, label = False, ""
+    if isinstance(plan.source, Combined):
+        inner = [_look(each) for each in plan.source.plans]
+        dealt, label = any(each[0] for each in inner), next((each[1] for each in inner if each[1]), "")
+    for stage in plan.stages:
+        if isinstance(stage, Shard):
+            dealt, label = True, ""
+        elif isinstance(stage, Take) or (stage.encloses and not _counted(stage)):
+            label = ""  # so many, or without end
+        elif dealt and not label and not _counted(stage):
+            label = stage.label
+    return dealt, label
 
 
 def _counted(stage: Stage) -> bool:
-    """Whether it is known how many entries it gives of so many."""
+    """Whether ranks that give it as many samples get as many; what `skip_errors` leaves out should not happen."""
+    if isinstance(stage, SkipErrors) or (isinstance(stage, Unbatch) and stage.collated):
+        return True
     try:
         stage.length(1)
     except UnknownLengthError:

@@ -24,8 +24,8 @@ def check_enough_files(files: int, world_size: int, even: str | None, source: st
     some = f"rank {files} has none" if files + 1 == world_size else f"ranks {files} to {world_size - 1} have none"
     raise ValueError(
         f"shard(by='file') deals files, and {source} has {files} of them for {world_size} ranks, so that {some} and "
-        f"would end at once; write more files, pass by='sample', or even='keep' if your training bears ranks without "
-        f"samples"
+        f"would end at once; write more files, pass by='sample', or even='keep' if your training can handle ranks "
+        f"without samples"
     )
 
 

@@ -42,7 +42,7 @@ _Part = tuple[int, Span | Entry]
 
 
 class ParquetLane(Ahead):
-    """Every `order.lanes`-th file of an order. What of a file is behind an error that ended it is left out.
+    """Every `order.lanes`-th file of an order. After an error that ended a file, its rest is left out.
 
     Args:
         context: The source's.

@@ -37,7 +37,7 @@ class BatchByLength(Stage):
     Samples are measured in a step of the window before, in the user's threads; the rest is arithmetic on the lengths.
 
     Without a window the order is kept, and the cursor of a batch is that of its last sample. A sample that failed
-    closes the open batch, so that it stands between those before it and those after it.
+    closes the open batch, so that it comes between those before it and those after it.
 
     With a window see `_WindowFold`.
 

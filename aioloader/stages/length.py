@@ -28,7 +28,7 @@ class Length:
 
     @property
     def only_reads(self) -> bool:
-        """Whether it is no function of the user's, which might change the sample."""
+        """Whether it is built in: a user's function might change the sample."""
         return isinstance(self.of, str) or self.of is len
 
     def __call__(self, sample: Any) -> int:

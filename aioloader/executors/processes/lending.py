@@ -23,7 +23,7 @@ import torch
 
 from aioloader.core.memory import tensor_over
 from aioloader.executors.processes.layout import aligned, lay_out, open_buffers
-from aioloader.executors.processes.segments import BufferPlace, Mapping, create_file
+from aioloader.executors.processes.segments import BufferPlace, Mapping, SharedSegment
 from aioloader.executors.processes.wire import SMALL_BYTES, decode, encode
 
 __all__ = ["Borrower", "Lender", "Loan"]
@@ -41,7 +41,7 @@ class Loan:
         body: What is not in segments.
         numbers: The segments that it lies in.
         new: Segments that nobody has seen yet: numbers and sizes.
-        fds: Their descriptors, which whoever makes the loan closes.
+        fds: Their descriptors, to be closed once they are sent.
         gone: Segments that are to be forgotten.
     """
 
@@ -63,32 +63,18 @@ class Loan:
             os.close(fd)
 
 
-class _Segment:
-    """A piece of shared memory.
+class _Segment(SharedSegment):
+    """One that is lent.
 
     Attributes:
-        fd: Its descriptor, until it has been lent for the first time; then -1.
-        holders: How many have it: who writes into it counts as one, and each borrower.
+        holders: How many have it: what is written into it counts as one, and so does each borrower.
     """
 
-    __slots__ = ("fd", "holders", "mapping", "number", "size")
+    __slots__ = ("holders",)
 
     def __init__(self, number: int, size: int) -> None:
-        self.number = number
-        self.size = size
+        super().__init__(number, size)
         self.holders = 0
-        self.fd = create_file(size)
-        try:
-            self.mapping = Mapping(self.fd, size)
-        except OSError:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Close its descriptor."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 class Lender:
@@ -235,7 +221,7 @@ class Borrower:
 
     def __init__(self) -> None:
         self._mappings: dict[int, Mapping] = {}
-        self._returned: deque[int] = deque()  # appended to by whoever drops the last view
+        self._returned: deque[int] = deque()  # appended to by the thread that drops the last view
 
     def borrow(self, head: tuple[Any, ...], body: Any, fds: Sequence[int]) -> Any:
         """The value of a loan; tells by `given_back` when the last part of it has died.

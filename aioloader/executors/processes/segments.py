@@ -22,7 +22,7 @@ from aioloader.executors.processes.layout import aligned
 from aioloader.executors.processes.wire import SMALL_BYTES
 from aioloader.memory.lease import lease
 
-__all__ = ["Arena", "BufferPlace", "Mapping", "create_file", "shared_memory", "use_arena"]
+__all__ = ["Arena", "BufferPlace", "Mapping", "SharedSegment", "create_file", "shared_memory", "use_arena"]
 
 MAX_FREE: Final = 8  # free segments that a worker keeps; only a consumer that keeps its batches needs more
 
@@ -95,7 +95,14 @@ class BufferPlace(NamedTuple):
     size: int
 
 
-class _SharedSegment:
+class SharedSegment:
+    """A piece of shared memory that this process made.
+
+    Attributes:
+        fd: Its descriptor, until it has been sent; then -1.
+        filled: Bytes that are in use, from its start.
+    """
+
     __slots__ = ("fd", "filled", "mapping", "number", "size", "view")
 
     def __init__(self, number: int, size: int) -> None:
@@ -105,10 +112,16 @@ class _SharedSegment:
         try:
             self.mapping = Mapping(self.fd, size)
         except OSError:
-            os.close(self.fd)
+            self.close()
             raise
         self.view = self.mapping.memory()
         self.filled = 0
+
+    def close(self) -> None:
+        """Close its descriptor."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Arena:
@@ -119,9 +132,9 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._free: list[_SharedSegment] = []
-        self._current: list[_SharedSegment] = []
-        self._lent: dict[int, _SharedSegment] = {}
+        self._free: list[SharedSegment] = []
+        self._current: list[SharedSegment] = []
+        self._lent: dict[int, SharedSegment] = {}
         self._made = 0
         self._last_bytes = 0  # the size of the last result
 
@@ -188,9 +201,7 @@ class Arena:
         gone = self._free[: max(0, len(self._free) - MAX_FREE)]
         del self._free[: len(gone)]
         for segment in gone:
-            if segment.fd >= 0:
-                os.close(segment.fd)
-                segment.fd = -1
+            segment.close()
         return [segment.number for segment in gone]
 
     def _find(self, buffer: memoryview) -> BufferPlace | None:
@@ -203,7 +214,7 @@ class Arena:
                 return BufferPlace(segment.number, offset, buffer.nbytes)
         return None
 
-    def _reserve(self, size: int) -> tuple[_SharedSegment, int]:
+    def _reserve(self, size: int) -> tuple[SharedSegment, int]:
         """Space for `size` bytes in a current segment, and its offset."""
         for segment in self._current:
             if segment.size - segment.filled >= size:
@@ -214,7 +225,7 @@ class Arena:
         segment.filled += aligned(size)
         return segment, offset
 
-    def _open(self, size: int) -> _SharedSegment:
+    def _open(self, size: int) -> SharedSegment:
         if not self._current:
             size = max(size, self._last_bytes)  # so that a result like the last one fits into one segment
         fitting = [segment for segment in self._free if segment.size >= size]
@@ -223,7 +234,7 @@ class Arena:
             self._free.remove(segment)
         else:
             self._made += 1
-            segment = _SharedSegment(self._made, _rounded(size))
+            segment = SharedSegment(self._made, _rounded(size))
         segment.filled = 0
         self._current.append(segment)
         return segment
