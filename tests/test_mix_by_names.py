@@ -168,6 +168,17 @@ def test_weights_set_between_a_state_and_its_first_batch(face: Face) -> None:
 
 
 @on_both_faces
+def test_what_is_set_takes_the_place_of_what_was_to_come_later(face: Face) -> None:
+    loader = batched(named({"web": 1, "code": 1}))
+    with Steps(loader, face) as steps:
+        found = [one for batch in steps.rest(5) for one in batch]
+        loader.set_weights({"web": 1, "code": 0}, at=200)
+        loader.set_weights({"web": 0, "code": 1}, at=100)
+        found += [one for batch in steps.rest(70) for one in batch]
+    assert found == model({0: (1, 1), 100: (0, 1)}, 300)
+
+
+@on_both_faces
 def test_a_draw_can_be_said_before_the_first(face: Face) -> None:
     """Also of a later epoch, and in a state that is taken before it."""
     loader = batched(named({"web": 1, "code": 1}, 100))

@@ -3,6 +3,7 @@
 Most ranks here are threads of one process, which talk over the same sockets and map the same memory as processes do.
 """
 
+import asyncio
 import itertools
 import json
 import os
@@ -18,11 +19,13 @@ import pytest
 import torch
 
 from aioloader import Pipeline, WorkerDiedError
+from aioloader.engine import meeting
+from aioloader.engine.inline import InlineSource
 from aioloader.engine.node import Node
-from aioloader.engine.share_nodes import LendingNode, ShareTerms
+from aioloader.engine.share_nodes import LendingNode, ShareTerms, _Guest
 from aioloader.executors.processes.lending import MOST_FREE, Borrower, Lender
 from aioloader.stages.share import BATCHES_AHEAD, Share
-from tests._support import DEADLINE, Face, Started, Steps, collect, notes, on_both_faces, wait_until
+from tests._support import DEADLINE, Face, Started, Steps, collect, notes, on_both_faces, turns, wait_until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="share needs Linux")
 
@@ -210,22 +213,27 @@ def test_several_pipelines_share_at_the_same_time() -> None:
 
 @on_both_faces
 def test_nobody_runs_ahead_of_the_slowest(face: Face) -> None:
-    calls = Calls()
-    loaders = shared(lambda rank: Pipeline(range(40)).map(calls.rows(rank), concurrency=1).batch(1).prefetch(0), 2)
-    three, more = threading.Event(), threading.Event()
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def row(key: int) -> torch.Tensor:
+        loops.append(asyncio.get_running_loop())
+        return torch.full((WIDE,), key)
+
+    loaders = shared(lambda _: Pipeline(range(40)).map(row, concurrency=1).batch(1).prefetch(0), 2)
+    more = threading.Event()
 
     def guest() -> list[list[int]]:
         with Steps(loaders[1], face) as steps:
             seen = [first(batch) for batch in steps.rest(3)]
-            three.set()
             more.wait(DEADLINE)
             return seen + [first(batch) for batch in steps.rest()]
 
     reading = Started(lambda: [first(batch) for batch in collect(loaders[0], face)])
     waiting = Started(guest)
-    three.wait(DEADLINE)
     wait_until(lambda: loaders[0].stats().batches >= 3 + BATCHES_AHEAD)
-    assert loaders[0].stats().batches <= 3 + BATCHES_AHEAD + 1, "the guest may have asked for a fourth one"
+    for _ in range(20):  # it has all the time that it could use
+        asyncio.run_coroutine_threadsafe(turns(), loops[0]).result(DEADLINE)
+    assert loaders[0].stats().batches <= 3 + BATCHES_AHEAD + 1, "the guest may hold one more at hand"
     more.set()
     assert reading.outcome() == waiting.outcome() == [[n] for n in range(40)]
 
@@ -324,6 +332,38 @@ def test_a_guest_that_ends_early_is_not_waited_for(face: Face) -> None:
         return len(collect(loader, face, limit=2 if loader is loaders[1] else None))
 
     assert together(loaders, program) == [40, 2, 40]
+
+
+def test_what_a_guest_had_is_free_when_it_is_gone() -> None:
+    lender = Lender()
+    terms = ShareTerms("share", (), "", (0, 1), 0, 1, True, 1.0)
+    node = LendingNode(InlineSource([], "source", 0), terms, lender)
+    guest = _Guest()
+    loan = lender.lend(torch.zeros(WIDE), 1)
+    loan.close()
+    guest.borrowed.update(loan.numbers)
+    node._guests.append(guest)
+    node._gone(guest)
+    assert lender.lend(torch.zeros(WIDE), 1).numbers == loan.numbers
+    lender.close()
+
+
+@pytest.mark.asyncio
+async def test_another_user_is_neither_let_in_nor_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes is unpickled."""
+    came: list[Any] = []
+    name = ("users", os.getpid())
+    loop = asyncio.get_running_loop()
+    door = meeting.Door(loop, name, [], came.append)
+    other = meeting._other
+    monkeypatch.setattr(meeting, "_other", lambda sock: (other(sock)[0], os.getuid() + 1))
+    assert meeting.try_door(name) is None
+    visitor = meeting._connect(meeting._address(name, "host"))
+    assert visitor is not None
+    assert await loop.sock_recv(visitor, 1) == b"", "it is shown out"
+    visitor.close()
+    door.close()
+    assert not came
 
 
 @on_both_faces

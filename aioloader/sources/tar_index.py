@@ -12,8 +12,8 @@ and the CRC-32 of all that, in four bytes.
 A sample begins with the headers of its first member. What is left out (folders, links) belongs to the sample before it,
 so the samples share out all of the archive up to its end mark.
 
-It may come from strangers: it runs nothing, numbers are bounded before memory is taken for them, and what reads a sample
-by it checks that there is exactly this sample.
+It may come from strangers: it runs nothing, numbers are bounded before memory is taken for them, and what reads a
+sample by it checks that there is exactly this sample.
 """
 
 import json
