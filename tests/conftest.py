@@ -164,8 +164,10 @@ def nothing_left(never_hangs: None) -> Iterator[None]:
     yield
     gc.collect()
     deadline = time.monotonic() + GONE_SECONDS
-    for thread in _ours(threads):
-        thread.join(max(0.0, deadline - time.monotonic()))
+    # A thread that was ending during that collection may have kept a loader, which only the next one finds.
+    while (running := _ours(threads)) and time.monotonic() < deadline:
+        next(iter(running)).join(0.05)
+        gc.collect()
     left_threads = sorted(thread.name for thread in _ours(threads))
     left_children = _children_left(children, deadline)
     # Threads of libraries, not to be joined, let go of theirs a little later: that of watchfiles of what it watches
