@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import randbits
+from textwrap import fill
 from time import perf_counter
 from typing import Any, Final, Self
 from weakref import WeakSet, finalize
@@ -34,6 +35,7 @@ from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.stats import Stats, snapshot
+from aioloader.insight.stats_table import WIDTH
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
@@ -712,5 +714,5 @@ class Loader(LoaderHooks):
         return snapshot(self._epoch, self._meters, self._consumer, paused=bool(self._pauses))
 
     def explain(self) -> str:
-        """One sentence that names what limits the loader, and the numbers it is drawn from."""
-        return explain(self.stats(), self._knob)
+        """What limits the loader, and the numbers that says it: a sentence or two, in lines of at most 100 columns."""
+        return fill(explain(self.stats(), self._knob), WIDTH, break_long_words=False, break_on_hyphens=False)
