@@ -7,6 +7,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from aioloader.version import __version__
+
 DEMO_NEEDS = {"aiohttp": "aiohttp", "numpy": "numpy", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
 """Modules that the demo imports, with the names under which they are installed."""
 
@@ -29,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m aioloader", description="An asyncio-native data loader for PyTorch."
     )
+    parser.add_argument("--version", action="version", version=f"aioloader {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser(
         "doctor", help="show versions, event loop, accelerator and limits, and what is missing for what"

@@ -34,6 +34,7 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.insight.progress_bar import ProgressLoader, Style
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.insight.stats_table import WIDTH
 from aioloader.memory.pool import BatchMemory
@@ -708,6 +709,27 @@ class Loader(LoaderHooks):
         self.__dict__.update(state)
 
     # -- insight -----------------------------------------------------------------------------------------------------
+
+    @property
+    def first_step(self) -> int:
+        """The number of the batch that the next epoch begins with: 0, unless a state was loaded."""
+        loaded = self._loaded
+        return 0 if loaded is None else int(loaded["batches"])
+
+    def progress(self, description: str | None = None, *, style: Style | None = None) -> ProgressLoader:
+        """This loader with a progress bar: iterate what it returns, by `for` or by `async for`.
+
+        The bar begins where a resumed epoch begins and ends at its end, whether or not its length was known. Batches
+        that raise are steps, too.
+
+        Args:
+            description: What is written before the bar.
+            style: `"tqdm"` or `"rich"`. Default: tqdm, or rich where tqdm is not installed.
+
+        Raises:
+            ModuleNotFoundError: Neither is installed; the extra `progress` brings tqdm.
+        """
+        return ProgressLoader(self, style, description)
 
     def stats(self) -> Stats:
         """A frozen snapshot of the newest epoch, running or over; zeros before the first."""

@@ -64,11 +64,12 @@ from aioloader.plan.plan import (
 )
 from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.requeue import check_requeue
+from aioloader.plan.shown import shown
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.uneven import uneven_stage
 from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_uneven
 from aioloader.sources.fetch import FetchSource
-from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
+from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
@@ -854,7 +855,7 @@ class Pipeline(Loader):
         return self._plan.gives_info
 
     def __repr__(self) -> str:
-        return ".".join((_describe_source(self._plan), *(stage.label for stage in self._plan.stages)))
+        return shown(self._plan)
 
     def __iter__(self) -> Any:
         """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
@@ -1118,14 +1119,6 @@ def _weights(weights: Any, count: int) -> tuple[float, ...]:
         if not (isfinite(value) and value > 0):
             raise ValueError(f"weights must be positive and finite, got {list(values)}; leave out a source of weight 0")
     return tuple(float(value) for value in values)
-
-
-def _describe_source(plan: Plan) -> str:
-    source = plan.source
-    if isinstance(source, Combined):
-        return f"Pipeline.{source.how}({', '.join(_describe_source(inner) for inner in source.plans)})"
-    data = source.data.data if isinstance(source.data, Indexable) else source.data.make
-    return f"Pipeline({source.name or source_name(data)})"
 
 
 def _open_transfer(plan: Plan) -> Transfer | None:

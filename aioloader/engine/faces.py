@@ -17,6 +17,7 @@ from aioloader.engine.delivery import AsyncDelivery, Delivery, InlineDelivery, R
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import Run
+from aioloader.engine.starving import sync_delivery
 
 __all__ = ["AsyncBatches", "Batches", "LoaderHooks"]
 
@@ -37,7 +38,7 @@ class LoaderHooks(ABC):
     def _open_delivery(self) -> SyncDelivery | InlineDelivery:
         """Begin the next epoch for `for`; called at the first `next()`."""
         run = self._open_run()
-        return SyncDelivery(run, self._receiver(), self._shared_loop())
+        return sync_delivery(run, self._receiver(), self._shared_loop())
 
     @abstractmethod
     def _receiver(self) -> Receive | None:
@@ -70,9 +71,24 @@ class EpochIterator:
         """Where to go on after the last batch that was handed out; None before the first."""
         return None if self._delivery is None else self._delivery.progress.cursor
 
+    @property
+    def batches(self) -> int:
+        """Steps of its epoch that are done, those before a resume and those that raised included."""
+        return 0 if self._delivery is None else self._delivery.progress.batches
+
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
         return self._loader._state_of(None if self._delivery is None else self._delivery.progress)
+
+    def __repr__(self) -> str:
+        how = "for" if isinstance(self, Batches) else "async for"
+        if self._delivery is None:
+            where = "closed before its epoch began" if self._closed else "its epoch has not begun"
+        else:
+            progress = self._delivery.progress
+            over = ", over" if progress.over else ", closed" if self._closed else ""
+            where = f"epoch {progress.epoch}, {progress.batches} batches handed out{over}"
+        return f"<iterator of `{how}` over {self._loader!r}: {where}>"
 
     def _begin(self, delivery: Delivery) -> None:
         self._delivery = delivery
