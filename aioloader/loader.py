@@ -4,7 +4,7 @@ import asyncio
 import threading
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import randbits
 from textwrap import fill
@@ -70,6 +70,7 @@ class Loader(LoaderHooks):
         self._meters: list[StageMeter] = []
         self._consumer: ConsumerMeter | None = None
         self._epoch: int | None = None  # of the newest run
+        self._before_epochs: list[Callable[[Stats], None]] = []
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
@@ -329,6 +330,8 @@ class Loader(LoaderHooks):
 
     def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
         """`stats` is about this epoch from now on."""
+        for call in self._before_epochs:
+            call(self.stats())
         self._epoch, self._meters, self._consumer = progress.epoch, meters, progress.meter
         progress.meter.began = perf_counter()
 
@@ -709,6 +712,15 @@ class Loader(LoaderHooks):
         self.__dict__.update(state)
 
     # -- insight -----------------------------------------------------------------------------------------------------
+
+    @property
+    def newest_epoch(self) -> object:
+        """Identifies the epoch that `stats` is about; None before the first."""
+        return self._consumer
+
+    def before_epochs(self, call: Callable[[Stats], None]) -> None:
+        """Call this when the next epochs begin, with the statistics of the one before. It must return at once."""
+        self._before_epochs.append(call)
 
     @property
     def first_step(self) -> int:

@@ -25,6 +25,7 @@ IMPORTS: dict[str, set[str]] = {
     "torch_shims": set(),
     "version": set(),
     "insight": {"core", "masking"},
+    "metrics": {"insight", "masking", "version"},
     "memory": {"core"},
     "executors": {"core", "errors", "memory"},
     "cache": {"core", "errors", "executors"},

@@ -39,7 +39,7 @@ def a_function_with_quite_a_long_name_that_says_all_it_does(sample: int) -> int:
 @on_both_faces
 def test_statistics_are_a_table_of_at_most_100_columns(face: Face) -> None:
     long = a_function_with_quite_a_long_name_that_says_all_it_does
-    loader = Pipeline(range(40)).map(load, concurrency=4).map(long).map(long).batch(2, collate_fn=long)
+    loader = Pipeline(range(40)).map(load, concurrency=4).map(long).map(long).batch(2)
     assert "no batch yet" in str(loader.stats())
     with Steps(loader, face) as steps:
         steps.outcomes()
@@ -119,7 +119,10 @@ def test_the_repr_of_a_pipeline_has_its_seeds() -> None:
 def test_the_repr_of_an_iterator_says_where_it_is(face: Face) -> None:
     loader = Pipeline(range(4)).batch(2)
     with Steps(loader, face) as steps:
-        shown = lambda: repr(steps._iterator)  # noqa: E731
+
+        def shown() -> str:
+            return repr(steps._iterator)
+
         assert shown() == f"<iterator of `{face}` over Pipeline(range).batch(2): its epoch has not begun>"
         steps.next()
         assert shown().endswith("epoch 0, 1 batches handed out>")

@@ -61,6 +61,14 @@ class ProgressLoader:
             total = len(self._loader)
         return _OPEN[self._style](total, self._loader.first_step, self._description)
 
+    def close(self) -> None:
+        """Close the loader."""
+        self._loader.close()
+
+    async def aclose(self) -> None:
+        """Close the loader."""
+        await self._loader.aclose()
+
     def __iter__(self) -> "Batches":
         return Batches(iter(self._loader), self._open())
 
