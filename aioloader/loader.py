@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from os import PathLike
 from secrets import randbits
 from textwrap import fill
 from time import perf_counter
@@ -28,6 +29,8 @@ from aioloader.engine.pausing import Paused, Pauses
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
+from aioloader.engine.trace import Trace
+from aioloader.engine.tracing import Tracer
 from aioloader.engine.window import Window
 from aioloader.errors import SourceUsedUpError, StateError
 from aioloader.executors.processes.worker_thread import WorkerThread
@@ -37,6 +40,7 @@ from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.progress_bar import ProgressLoader, Style
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.insight.stats_table import WIDTH
+from aioloader.insight.trace_file import MAX_BYTES
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
@@ -71,6 +75,8 @@ class Loader(LoaderHooks):
         self._consumer: ConsumerMeter | None = None
         self._epoch: int | None = None  # of the newest run
         self._before_epochs: list[Callable[[Stats], None]] = []
+        self._tracer: Tracer | None = None  # of epochs that begin from now on
+        self._trace: Trace | None = None  # its file
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
@@ -93,6 +99,7 @@ class Loader(LoaderHooks):
         self._loop_thread = None
         self._transfer = None
         self._processes = None
+        self._tracer = self._trace = None
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -267,6 +274,8 @@ class Loader(LoaderHooks):
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
                 progress.loader_state = dict(loaded["random"] or {})
                 progress.epoch_pinned = epoch_pinned
+            if self._tracer is not None:
+                progress.meter = self._tracer.consumer(epoch)
             progress.begun_before |= self._draws_again
             progress.skipped_steps = self._leave_out.get(epoch, [])
             others = {number: steps for number, steps in self._leave_out.items() if steps}
@@ -325,6 +334,7 @@ class Loader(LoaderHooks):
             for begin in window.beginnings:  # here, where a failure leaves everything as it was
                 begin()
             run = Run(window, progress.epoch, progress, self._pauses)
+            run.tracer = self._tracer
         self._watch(progress, run.meters)
         return run
 
@@ -686,6 +696,8 @@ class Loader(LoaderHooks):
 
     def _close_kept(self) -> None:
         """Let go of what is kept from one epoch to the next."""
+        if self._trace is not None:
+            self._trace.close()
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
@@ -712,6 +724,31 @@ class Loader(LoaderHooks):
         self.__dict__.update(state)
 
     # -- insight -----------------------------------------------------------------------------------------------------
+
+    def trace(self, path: str | PathLike[str], *, every: int = 100, max_bytes: int = MAX_BYTES) -> Trace:
+        """Write what happens to one sample in `every` to a file for Perfetto, in epochs that begin from now on.
+
+        Stages are tracks and samples slices; there are the waits of the consumer, and all retries, second calls and
+        errors. Use it as a `with` (or `async with`) block, or close it; closing the loader closes it, too. The file is
+        written as it goes, and complete JSON whenever it has been written. Open it at https://ui.perfetto.dev.
+
+        Args:
+            path: The file, which is replaced.
+            every: 1: all samples.
+            max_bytes: When the file is that large, the trace ends, with a warning.
+
+        Raises:
+            OSError: The file cannot be written.
+            ValueError: `every` is less than 1.
+        """
+        hint = "trace(path, every=100) traces one sample in a hundred"
+        tracing = Trace(self, path, check_count("every", every, least=1, hint=hint), max_bytes)
+        with self._lock:
+            before, self._trace = self._trace, tracing
+            self._tracer = tracing.tracer
+        if before is not None:
+            before.close()
+        return tracing
 
     @property
     def newest_epoch(self) -> object:
