@@ -38,6 +38,7 @@ from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.progress_bar import ProgressLoader, Style
+from aioloader.insight.report import write_report
 from aioloader.insight.stats import Stats, snapshot
 from aioloader.insight.stats_table import WIDTH
 from aioloader.insight.trace_file import MAX_BYTES
@@ -749,6 +750,23 @@ class Loader(LoaderHooks):
         if before is not None:
             before.close()
         return tracing
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write a page on the newest epoch, running or over: HTML that opens without a network.
+
+        It shows the pipeline with its rooms and rates, how long your loop waited for each of the latest batches, where
+        the time of a sample goes, what limits and what to change, errors and what was left out.
+
+        Args:
+            path: The file, which is replaced.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        stats, consumer = self.stats(), self._consumer
+        began = 0.0 if consumer is None or consumer.began is None else consumer.began
+        waits = [] if consumer is None else [(asked - began, waited) for asked, waited in consumer.latest.copy()]
+        write_report(path, repr(self), stats, explain(stats, self._knob), waits)
 
     @property
     def newest_epoch(self) -> object:

@@ -44,8 +44,9 @@ IMPORTS: dict[str, set[str]] = {
     "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine"},
     "demo": {"dataloader", "pipeline"},
+    "top": {"insight", "masking"},
     "indexer": {"core", "errors", "executors", "masking", "sources"},
-    "__main__": {"demo", "doctor", "indexer", "insight", "version"},
+    "__main__": {"demo", "doctor", "indexer", "insight", "top", "version"},
     "__init__": {"core", "dataloader", "errors", "insight", "pipeline", "rng", "stages", "version"},
 }  # fmt: skip
 """What the files of each folder, or a single file, may import of the others."""
