@@ -35,6 +35,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
+from aioloader.plan.agreeing import agreeing_group, check_agreeing
 from aioloader.plan.build import build
 from aioloader.plan.by_file import check_by_file, cost_of_samples, uneven_files
 from aioloader.plan.fetching import fetching
@@ -149,13 +150,16 @@ class Pipeline(Loader):
         pipeline._plan = plan
         return pipeline
 
+    def _agreeing(self) -> Any:
+        return agreeing_group(self._plan) if self._agrees else None
+
     def _gives_all(self) -> bool:
         return gives_all(self._plan)
 
     def _tell_of_ranks(self, world_size: int) -> None:
         if cost := cost_of_samples(self._plan, lambda shard: not shard.said):
             warn_of_cost(cost)
-        if world_size and (why := uneven_files(self._plan) or uneven_stage(self._plan)):
+        if world_size and self._agreeing() is None and (why := uneven_files(self._plan) or uneven_stage(self._plan)):
             warn_of_uneven(why)
 
     def _then(self, stage: Stage) -> "Pipeline":
@@ -602,7 +606,7 @@ class Pipeline(Loader):
 
         Without arguments, rank and world size are those of torch.distributed when it is initialised, else of the
         environment's RANK and WORLD_SIZE, else there is one rank. They are looked up when iteration begins; nothing
-        here ever communicates.
+        here communicates, but for `even="agree"`.
 
         Args:
             rank: In [0, world_size).
@@ -614,7 +618,12 @@ class Pipeline(Loader):
                 beginning, as torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start
                 when the length is known, else at the end. By files, these three need a source that has counted its
                 samples (ParquetRows): a rank with fewer reads its own files again, or all end after as many as the
-                shortest has. Without a count the default is to give what is in the rank's files.
+                shortest has. Without a count the default is to give what is in the rank's files. `"keep"`: each rank
+                gives what it has, for training that can bear that, as with torch's Join. `"agree"`: likewise, but
+                before a batch is handed out, all ranks have agreed that each of them has one, and all end together,
+                for what cannot be counted, such as a filter or packing after this. Inside `next()` ranks then ask each
+                other on `group`, which is of gloo; so all ranks iterate alike, and break at the same step. Where one
+                fails, the others raise `RankError` at the same batch.
             by: `"file"`: deal the files of `TarShards`, `Lines` or `ParquetRows`, every `world_size`-th in the order of
                 the epoch, so that a rank opens its own alone. It comes right after the source, or maps. A state is then
                 that of one rank, of as many. `"sample"`: every rank reads all files, and a `ReadAllWarning` says so.
@@ -628,6 +637,8 @@ class Pipeline(Loader):
         shard = Shard(rank, world_size, group, mesh, "pad" if even is None else even, by)
         if by != "sample":
             shard = check_by_file(self._plan, shard, even)
+        if even == "agree":
+            check_agreeing(shard)
         if shard.by == "sample":
             check_one_order(self._plan)
         pipeline = self._then(shard)
@@ -862,6 +873,7 @@ class Pipeline(Loader):
         return super().__iter__()
 
     def _check_usable(self) -> None:
+        self._agreeing()
         for stream in streams_of(self._plan):
             if stream.single_use:
                 stream.check_unused()
