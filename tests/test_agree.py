@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch.futures import Future
 
-from aioloader import LoaderClosedError, Pipeline, RankError, pipeline
+from aioloader import LoaderClosedError, Pipeline, RankError
+from aioloader.engine.delivery import SyncDelivery
+from aioloader.engine.faces import Batches
+from aioloader.pipeline import described
 from aioloader.plan.plan import Plan
 from aioloader.stages.shard import Shard
 from tests._support import DEADLINE, Face, collect, on_both_faces, until, wait_until
@@ -87,7 +90,7 @@ def threads_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def member_of(plan: Plan) -> Member | None:
         return next((stage.member for stage in plan.stages if hasattr(stage, "member")), None)
 
-    monkeypatch.setattr(pipeline, "agreeing_group", member_of)
+    monkeypatch.setattr(described, "agreeing_group", member_of)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank)
 
@@ -261,7 +264,9 @@ def test_a_ready_batch_waits_for_no_question_of_its_own(face: Face) -> None:
             return asyncio.run(by_async_for())
         batches = iter(loader)
         next(batches)
+        assert isinstance(batches, Batches)
         delivery = batches._delivery
+        assert isinstance(delivery, SyncDelivery)
         wait_until(lambda: delivery._queued() + delivery._in_hand == 15)
         return len(list(batches))
 

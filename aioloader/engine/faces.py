@@ -10,9 +10,10 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 from aioloader.core.forks import tell_of_fork
+from aioloader.core.typevars import T_co
 from aioloader.engine.agreement import AgreedAsyncDelivery, AgreedSyncDelivery
 from aioloader.engine.delivery import AsyncDelivery, Delivery, InlineDelivery, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
@@ -20,8 +21,6 @@ from aioloader.engine.progress import Progress
 from aioloader.engine.run import Run
 
 __all__ = ["AsyncBatches", "Batches", "LoaderHooks"]
-
-T_co = TypeVar("T_co", covariant=True)
 
 
 class LoaderHooks(ABC):
