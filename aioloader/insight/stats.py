@@ -58,8 +58,8 @@ class StageStats:
             window, until the batch was handed out. Stages of one window share it.
         live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
             is nobody's limit.
-        epochs: For a source of a `mix` by names: how often it has been gone through, 1.5 for one and a half times, where
-            its length is known; else None.
+        epochs: For a source of a `mix` by names: how often it has been gone through, 1.5 for one and a half times,
+            where its length is known; else None.
         policies: What its retries, timeouts, second calls and rate are, and have done; None: it has none of these.
     """
 
