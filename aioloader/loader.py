@@ -445,7 +445,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         """Where the batch comes from that the newest epoch gave last; None before its first."""
         return None if self._progress is None else self._progress.info
 
-    def replay(self, step: int) -> Any:
+    def replay(self, step: int) -> T_co:
         """Make batch number `step` of the newest epoch once more, exactly. If it was an error, that is raised again.
 
         The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables with
@@ -464,7 +464,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         with self._replaying(step) as again, torch.random.fork_rng(devices=()), again:
             return next(iter(again))
 
-    async def areplay(self, step: int) -> Any:
+    async def areplay(self, step: int) -> T_co:
         """`replay` for async code: on the caller's event loop, where its clients and sessions work.
 
         What your functions draw from torch's global generator meanwhile stays drawn.
