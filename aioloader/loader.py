@@ -700,7 +700,8 @@ class Loader(LoaderHooks, Generic[T_co]):
         """The description, without anything that is running."""
         alive = Loader.__new__(type(self))
         Loader.__init__(alive)
-        return {name: value for name, value in self.__dict__.items() if name not in alive.__dict__}
+        left_out = {*alive.__dict__, "__orig_class__"}  # the T of `Pipeline[T](...)`, which may be a class of anywhere
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Loader.__init__(self)
