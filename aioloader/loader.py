@@ -81,6 +81,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         self._random_seed: int | None = None
         self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
         self._looked_for_ranks = False
+        self._agrees = True  # with other ranks, where it is told to
         tell_of_fork(self)
 
     def _forked(self) -> None:
@@ -524,6 +525,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         again.__setstate__(self.__getstate__())
         again._random_seed = self._random_seed
         again._looked_for_ranks = True
+        again._agrees = False
         return again
 
     def _never_again(self) -> str | None:

@@ -1,6 +1,6 @@
 """Several sources as one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -84,7 +84,7 @@ class Combining(Described[T_co]):
     def mix(
         cls,
         sources: Sequence[Any] | Mapping[str, Any],
-        weights: Sequence[float] | Mapping[str, float] | Schedule,
+        weights: Sequence[float] | Mapping[str, float] | Schedule | Callable[[int], Mapping[str, float]],
         *,
         seed: int = 0,
     ) -> "Pipeline[Any]":
@@ -95,7 +95,9 @@ class Combining(Described[T_co]):
         Args:
             sources: Anything that `Pipeline` takes; or a dict of such by names, whose weights may change.
             weights: One positive number for each; they need not add up to 1. Of named sources a dict, in which some may
-                be 0, or a `Schedule`; see also `set_weights`.
+                be 0, a `Schedule`, or a function from the step, which is the number of the draw in this epoch, to such
+                a dict; see also `set_weights`. The function is called in a thread, some hundred steps ahead, and what
+                it gives must depend on the step alone. The mix ends where it gives 0 to all sources that have not.
             seed: The draws depend on it and on the epoch.
 
         Raises:

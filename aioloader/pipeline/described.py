@@ -14,6 +14,7 @@ from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
+from aioloader.plan.agreeing import agreeing_group
 from aioloader.plan.build import build
 from aioloader.plan.by_file import cost_of_samples, uneven_files
 from aioloader.plan.parts import (
@@ -69,13 +70,16 @@ class Described(Loader[T_co]):
         check_admission(plan)
         return self._of(plan)
 
+    def _agreeing(self) -> Any:
+        return agreeing_group(self._plan) if self._agrees else None
+
     def _gives_all(self) -> bool:
         return gives_all(self._plan)
 
     def _tell_of_ranks(self, world_size: int) -> None:
         if cost := cost_of_samples(self._plan, lambda shard: not shard.said):
             warn_of_cost(cost)
-        if world_size and (why := uneven_files(self._plan) or uneven_stage(self._plan)):
+        if world_size and self._agreeing() is None and (why := uneven_files(self._plan) or uneven_stage(self._plan)):
             warn_of_uneven(why)
 
     @property
@@ -112,6 +116,7 @@ class Described(Loader[T_co]):
         return super().__iter__()
 
     def _check_usable(self) -> None:
+        self._agreeing()
         for stream in streams_of(self._plan):
             if stream.single_use:
                 stream.check_unused()

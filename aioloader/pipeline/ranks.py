@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.core.typevars import T_co
 from aioloader.pipeline.described import Described
+from aioloader.plan.agreeing import check_agreeing
 from aioloader.plan.by_file import check_by_file, cost_of_samples
 from aioloader.plan.ranks import check_one_order
 from aioloader.plan.unsplit import warn_of_cost
@@ -34,7 +35,7 @@ class Ranks(Described[T_co]):
 
         Without arguments, rank and world size are those of torch.distributed when it is initialised, else of the
         environment's RANK and WORLD_SIZE, else there is one rank. They are looked up when iteration begins; nothing
-        here ever communicates.
+        here communicates, but for `even="agree"`.
 
         Args:
             rank: In [0, world_size).
@@ -46,7 +47,12 @@ class Ranks(Described[T_co]):
                 beginning, as torch's DistributedSampler does, `"drop"` leaves it out, `"error"` raises: at the start
                 when the length is known, else at the end. By files, these three need a source that has counted its
                 samples (ParquetRows): a rank with fewer reads its own files again, or all end after as many as the
-                shortest has. Without a count the default is to give what is in the rank's files.
+                shortest has. Without a count the default is to give what is in the rank's files. `"keep"`: each rank
+                gives what it has, for training that can bear that, as with torch's Join. `"agree"`: likewise, but
+                before a batch is handed out, all ranks have agreed that each of them has one, and all end together,
+                for what cannot be counted, such as a filter or packing after this. Inside `next()` ranks then ask each
+                other on `group`, which is of gloo; so all ranks iterate alike, and break at the same step. Where one
+                fails, the others raise `RankError` at the same batch.
             by: `"file"`: deal the files of `TarShards`, `Lines` or `ParquetRows`, every `world_size`-th in the order of
                 the epoch, so that a rank opens its own alone. It comes right after the source, or maps. A state is then
                 that of one rank, of as many. `"sample"`: every rank reads all files, and a `ReadAllWarning` says so.
@@ -60,6 +66,8 @@ class Ranks(Described[T_co]):
         shard = Shard(rank, world_size, group, mesh, "pad" if even is None else even, by)
         if by != "sample":
             shard = check_by_file(self._plan, shard, even)
+        if even == "agree":
+            check_agreeing(shard)
         if shard.by == "sample":
             check_one_order(self._plan)
         pipeline = self._then(shard)
