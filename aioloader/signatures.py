@@ -1,12 +1,13 @@
 """The types of what pipelines take, and of what the default collate makes of samples; see `docs/types.md`."""
 
-from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, final
 
 import numpy as np
 from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
+from aioloader.core.mixture import Schedule
 from aioloader.core.policies import Hedge, Retry
 from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
@@ -22,6 +23,7 @@ __all__ = [
     "Indexed",
     "ListOfStackables",
     "Many",
+    "NamedWeights",
     "OwnOptions",
     "Source",
     "Stackable",
@@ -65,6 +67,9 @@ Source: TypeAlias = Stream[T] | Dataset[T]
 
 Data: TypeAlias = Iterated[T] | Dataset[T] | AsyncIndexed[T] | Indexed[T] | Many[T]
 """What a `DataLoader` takes."""
+
+NamedWeights: TypeAlias = Mapping[str, float] | Schedule | Callable[[int], Mapping[str, float]]
+"""Of named sources; the function is called with the number of the draw."""
 
 Stackable: TypeAlias = Tensor | np.ndarray[Any, Any] | np.generic | float
 """The default collate makes one tensor of several."""

@@ -230,7 +230,7 @@ def test_what_each_source_has_given_is_told(face: Face) -> None:
 @on_both_faces
 def test_epochs_of_each_source_are_told(face: Face) -> None:
     """How often it has been gone through, in a mix that ends after so many samples."""
-    sources = {
+    sources: dict[str, Any] = {
         "small": Pipeline(range(10)).map(str).repeat(),
         "large": Pipeline(range(1000)),
         "stream": lambda: iter(range(1000)),

@@ -1,17 +1,17 @@
 """Several sources as one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aioloader.core.checks import check_integer
-from aioloader.core.mixture import Mixture, Schedule
+from aioloader.core.mixture import Mixture
 from aioloader.core.typevars import T_co
 from aioloader.loader import Loader
 from aioloader.pipeline.described import Described
 from aioloader.pipeline.start import plan_of
 from aioloader.plan.plan import Combined, Plan
-from aioloader.signatures import Source
+from aioloader.signatures import NamedWeights, Source
 from aioloader.sources.resolve import describe, is_one_source
 
 if TYPE_CHECKING:
@@ -66,9 +66,7 @@ class Combining(Described[T_co]):
 
     @overload
     @classmethod
-    def mix(
-        cls, sources: Mapping[str, Source[A]], weights: Mapping[str, float] | Schedule, *, seed: int = 0
-    ) -> "Pipeline[A]": ...
+    def mix(cls, sources: Mapping[str, Source[A]], weights: NamedWeights, *, seed: int = 0) -> "Pipeline[A]": ...
 
     @overload
     @classmethod
@@ -76,15 +74,13 @@ class Combining(Described[T_co]):
 
     @overload
     @classmethod
-    def mix(
-        cls, sources: Mapping[str, Source[Any]], weights: Mapping[str, float] | Schedule, *, seed: int = 0
-    ) -> "Pipeline[Any]": ...
+    def mix(cls, sources: Mapping[str, Source[Any]], weights: NamedWeights, *, seed: int = 0) -> "Pipeline[Any]": ...
 
     @classmethod
     def mix(
         cls,
         sources: Sequence[Any] | Mapping[str, Any],
-        weights: Sequence[float] | Mapping[str, float] | Schedule | Callable[[int], Mapping[str, float]],
+        weights: Sequence[float] | NamedWeights,
         *,
         seed: int = 0,
     ) -> "Pipeline[Any]":
