@@ -213,7 +213,7 @@ def check_possible(case: Case, outcomes: list[Outcome], reported: set[int] | Non
     ends: list[tuple[str, int]] = []
     for outcome in outcomes:
         ends += [outcome] if isinstance(outcome, tuple) else [("given", key) for key in outcome]
-    found = dict((key, how) for how, key in ends)
+    found = {key: how for how, key in ends}
     assert len(found) == len(ends), "a sample comes twice"
     if case.ordered:
         assert [key for _, key in ends if key >= 0] == sorted(key for _, key in ends if key >= 0)
