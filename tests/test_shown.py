@@ -331,7 +331,7 @@ def test_a_loop_in_which_nobody_starves_is_left_alone(how: str, monkeypatch: pyt
         iterator = iter(loader)
         for _ in iterator:
             if how == "gives way":
-                delivery = iterator._delivery
+                delivery: Any = iterator._delivery
                 assert delivery._waited > 0
                 await asyncio.sleep(0)
                 assert delivery._waited == 0
