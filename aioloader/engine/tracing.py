@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StepTrace", "TracedConsumer", "TracedEntry", "TracedJob", "Tracer"]
 
-NOTICEABLE_SECONDS: Final = 1e-4  # of waits that take less, one in n is written
+NOTICEABLE_SECONDS: Final = 1e-3  # of waits that take less, one in n is written
+OF_BATCHES: Final = 10  # times as many batches are traced as samples
 
 
 class Tracer:
@@ -63,31 +64,29 @@ class Tracer:
 
 
 class _Chosen:
-    """Chooses one of `every` samples: of batches, those in which such a sample is."""
+    """Chooses one of `every` samples; of batches, which are fewer and take longer, ten times as many."""
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._samples = 0  # until the next one
+        self._left = 0  # until the next one
         self._inherits: bool | None = None  # an earlier window has chosen; None: nothing has come yet
 
     def choose(self, run: list[Entry]) -> None:
         if self._inherits is None:
-            self._inherits = type(run[0]) is TracedEntry
+            self._begin(run[0])
         if self._inherits:
             return
-        if self._samples >= len(run) and type(run[0].key) is not list:
-            self._samples -= len(run)
+        if self._left >= len(run):
+            self._left -= len(run)
             return
-        if type(run[0].key) is not list:
-            for entry in run[self._samples :: self._every]:
-                _mark(entry)
-            self._samples = (self._samples - len(run)) % self._every
-            return
-        for entry in run:
-            if self._samples <= 0:
-                _mark(entry)
-                self._samples += self._every
-            self._samples -= len(entry.key) if type(entry.key) is list else 1
+        for entry in run[self._left :: self._every]:
+            _mark(entry)
+        self._left = (self._left - len(run)) % self._every
+
+    def _begin(self, first: Entry) -> None:
+        self._inherits = type(first) is TracedEntry
+        if type(first.key) is list:
+            self._every = max(1, self._every // OF_BATCHES)
 
 
 def _mark(entry: Entry) -> None:

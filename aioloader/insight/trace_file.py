@@ -132,16 +132,17 @@ class TraceFile:
 
     def _format(self, event: Event) -> None:
         track, key, began, ended, position, attempts, about = event
-        if (place := track.lane(began, None if ended is None else max(began, ended))) is None:
+        if (place := track.lane(began, ended)) is None:
             self.dropped += 1
             return
         tid, is_new = place
         if is_new:
             self._introduce(track, tid)
         if type(key) is int and ended is not None and attempts == 1 and position is not None:  # most of them
+            at, took = int((began - self._began) * 1e7), int((ended - began) * 1e7)  # floats take long to write
             self._lines.append(
-                f',\n{{"name":"{key}","ph":"X","dur":{(ended - began) * 1e6:.1f},"pid":{self._pid},"tid":{tid},'
-                f'"ts":{(began - self._began) * 1e6:.1f},"args":{{"position":{position}}}}}'
+                f',\n{{"name":"{key}","ph":"X","dur":{took // 10}.{took % 10},"pid":{self._pid},"tid":{tid},'
+                f'"ts":{at // 10}.{at % 10},"args":{{"position":{position}}}}}'
             )
             return
         what = '"ph":"i","s":"t"' if ended is None else f'"ph":"X","dur":{max(0.0, ended - began) * 1e6:.1f}'
