@@ -123,9 +123,7 @@ class StepTrace:
 
     def context(self, seed: int | None) -> "TracedContext":
         """For a worker of an async step."""
-        context = TracedContext(seed)
-        context.trace = self
-        return context
+        return TracedContext(seed, self)
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
@@ -167,15 +165,28 @@ class StepTrace:
 
 
 class TracedContext(SampleContext):
-    """Of a worker of an async step that is traced."""
+    """Of a worker of an async step that is traced.
 
-    __slots__ = ("began", "trace")
-    trace: StepTrace
-    began: float
+    Attributes:
+        trace: Of the step.
+        began: When the call for a traced sample began.
+        open: It is under way.
+    """
+
+    __slots__ = ("began", "open", "trace")
+
+    def __init__(self, seed: int | None, trace: StepTrace) -> None:
+        super().__init__(seed)
+        self.trace = trace
+        self.began = 0.0
+        self.open = False
 
 
 class TracedEntry(Entry):
-    """An entry that is traced. It has no attributes of its own, so that any entry can become one."""
+    """An entry that is traced. It has no attributes of its own, so that any entry can become one.
+
+    What is known of the call under way is in the context of its worker: a batch looks closely at entries with `rare`.
+    """
 
     __slots__ = ()
 
@@ -184,9 +195,7 @@ class TracedEntry(Entry):
         context = current_sample.get()
         if type(context) is TracedContext and context.name is self:  # a call begins, and not somebody weighs it
             context.began = perf_counter()
-            if self.rare is None:
-                self.rare = {}
-            self.rare["traced"] = context
+            context.open = True
         return _VALUE.__get__(self)
 
     @value.setter
@@ -205,7 +214,9 @@ class TracedEntry(Entry):
 
     def tell(self) -> None:
         """The call under way has ended, if there is one."""
-        if self.rare is not None and (context := self.rare.pop("traced", None)) is not None:
+        context = current_sample.get()
+        if type(context) is TracedContext and context.name is self and context.open:
+            context.open = False
             context.trace.track.sample(self.key, context.began, perf_counter(), self.position, self.attempts)
 
 
