@@ -4,13 +4,10 @@ import asyncio
 import threading
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from os import PathLike
 from secrets import randbits
-from textwrap import fill
-from time import perf_counter
-from typing import Any, Final, Generic, Self
+from typing import Any, Final, Self
 from weakref import WeakSet, finalize
 
 import torch
@@ -24,25 +21,17 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
-from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
+from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.loop_thread import LoopThread
-from aioloader.engine.pausing import Paused, Pauses
+from aioloader.engine.pausing import Paused
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
-from aioloader.engine.trace import Trace
-from aioloader.engine.tracing import Tracer
+from aioloader.engine.watched import Watched
 from aioloader.engine.window import Window
 from aioloader.errors import SourceUsedUpError, StateError
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.insight.batch_info import BatchInfo
-from aioloader.insight.explain import explain
-from aioloader.insight.meters import ConsumerMeter, StageMeter
-from aioloader.insight.progress_bar import ProgressLoader, Style
-from aioloader.insight.report import write_report
-from aioloader.insight.stats import Stats, snapshot
-from aioloader.insight.stats_table import WIDTH
-from aioloader.insight.trace_file import MAX_BYTES
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
@@ -56,7 +45,7 @@ _RANDOM: Final = frozenset(
 )
 
 
-class Loader(LoaderHooks, Generic[T_co]):
+class Loader(Watched[T_co]):
     """An object whose every `iter()` or `aiter()` is one epoch of batches.
 
     Making an iterator is cheap and starts nothing; work starts, and the epoch is counted, at its first `next()`.
@@ -66,19 +55,11 @@ class Loader(LoaderHooks, Generic[T_co]):
 
     _kind = "Pipeline"
     _split_by = "add .shard(), or .shard(0, 1) if this is a rank's part already"  # what to do
-    _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
 
     def __init__(self) -> None:
+        super().__init__()
         self._next_epoch = 0
-        self._lock = threading.RLock()  # a signal handler may ask for the state, in the thread that it has stopped
         self._deliveries: WeakSet[Delivery] = WeakSet()
-        self._pauses = Pauses()
-        self._meters: list[StageMeter] = []
-        self._consumer: ConsumerMeter | None = None
-        self._epoch: int | None = None  # of the newest run
-        self._before_epochs: list[Callable[[Stats], None]] = []
-        self._tracer: Tracer | None = None  # of epochs that begin from now on
-        self._trace: Trace | None = None  # its file
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
@@ -102,7 +83,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         self._loop_thread = None
         self._transfer = None
         self._processes = None
-        self._tracer = self._trace = None
+        self._forget_trace()
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -341,13 +322,6 @@ class Loader(LoaderHooks, Generic[T_co]):
         self._watch(progress, run.meters)
         return run
 
-    def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
-        """`stats` is about this epoch from now on."""
-        for call in self._before_epochs:
-            call(self.stats())
-        self._epoch, self._meters, self._consumer = progress.epoch, meters, progress.meter
-        progress.meter.began = perf_counter()
-
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -456,6 +430,12 @@ class Loader(LoaderHooks, Generic[T_co]):
             random=random,
             left_out=self._leave_out,
         )
+
+    @property
+    def first_step(self) -> int:
+        """The number of the batch that the next epoch begins with: 0, unless a state was loaded."""
+        loaded = self._loaded
+        return 0 if loaded is None else int(loaded["batches"])
 
     # -- provenance --------------------------------------------------------------------------------------------------
 
@@ -700,8 +680,7 @@ class Loader(LoaderHooks, Generic[T_co]):
 
     def _close_kept(self) -> None:
         """Let go of what is kept from one epoch to the next."""
-        if self._trace is not None:
-            self._trace.close()
+        self._close_trace()
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
@@ -727,85 +706,3 @@ class Loader(LoaderHooks, Generic[T_co]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Loader.__init__(self)
         self.__dict__.update(state)
-
-    # -- insight -----------------------------------------------------------------------------------------------------
-
-    def trace(self, path: str | PathLike[str], *, every: int = 100, max_bytes: int = MAX_BYTES) -> Trace:
-        """Write what happens to one sample in `every` to a file for Perfetto, in epochs that begin from now on.
-
-        Stages are tracks and samples slices; there are the waits of the consumer, and all retries, second calls and
-        errors. Use it as a `with` (or `async with`) block, or close it; closing the loader closes it, too. The file is
-        written as it goes, and complete JSON whenever it has been written. Open it at https://ui.perfetto.dev.
-
-        Args:
-            path: The file, which is replaced.
-            every: 1: all samples.
-            max_bytes: When the file is that large, the trace ends, with a warning.
-
-        Raises:
-            OSError: The file cannot be written.
-            ValueError: `every` is less than 1.
-        """
-        hint = "trace(path, every=100) traces one sample in a hundred"
-        tracing = Trace(self, path, check_count("every", every, least=1, hint=hint), max_bytes)
-        with self._lock:
-            before, self._trace = self._trace, tracing
-            self._tracer = tracing.tracer
-        if before is not None:
-            before.close()
-        return tracing
-
-    def report(self, path: str | PathLike[str]) -> None:
-        """Write a page on the newest epoch, running or over: HTML that opens without a network.
-
-        It shows the pipeline with its rooms and rates, how long your loop waited for each of the latest batches, where
-        the time of a sample goes, what limits and what to change, errors and what was left out.
-
-        Args:
-            path: The file, which is replaced.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        stats, consumer = self.stats(), self._consumer
-        began = 0.0 if consumer is None or consumer.began is None else consumer.began
-        waits = [] if consumer is None else [(asked - began, waited) for asked, waited in consumer.latest.copy()]
-        write_report(path, repr(self), stats, explain(stats, self._knob), waits)
-
-    @property
-    def newest_epoch(self) -> object:
-        """Identifies the epoch that `stats` is about; None before the first."""
-        return self._consumer
-
-    def before_epochs(self, call: Callable[[Stats], None]) -> None:
-        """Call this when the next epochs begin, with the statistics of the one before. It must return at once."""
-        self._before_epochs.append(call)
-
-    @property
-    def first_step(self) -> int:
-        """The number of the batch that the next epoch begins with: 0, unless a state was loaded."""
-        loaded = self._loaded
-        return 0 if loaded is None else int(loaded["batches"])
-
-    def progress(self, description: str | None = None, *, style: Style | None = None) -> ProgressLoader:
-        """This loader with a progress bar: iterate what it returns, by `for` or by `async for`.
-
-        The bar begins where a resumed epoch begins and ends at its end, whether or not its length was known. Batches
-        that raise are steps, too.
-
-        Args:
-            description: What is written before the bar.
-            style: `"tqdm"` or `"rich"`. Default: tqdm, or rich where tqdm is not installed.
-
-        Raises:
-            ModuleNotFoundError: Neither is installed; the extra `progress` brings tqdm.
-        """
-        return ProgressLoader(self, style, description)
-
-    def stats(self) -> Stats:
-        """A frozen snapshot of the newest epoch, running or over; zeros before the first."""
-        return snapshot(self._epoch, self._meters, self._consumer, paused=bool(self._pauses))
-
-    def explain(self) -> str:
-        """What limits the loader, and the numbers that says it: a sentence or two, in lines of at most 100 columns."""
-        return fill(explain(self.stats(), self._knob), WIDTH, break_long_words=False, break_on_hyphens=False)

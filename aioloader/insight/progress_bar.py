@@ -4,7 +4,9 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol
+
+from aioloader.core.typevars import T_co
 
 __all__ = ["Bar", "Countable", "ProgressLoader", "Style"]
 
@@ -29,7 +31,7 @@ class Countable(Protocol):
         """Steps of the epoch that are done, those before a resume included."""
 
 
-class ProgressLoader:
+class ProgressLoader(Generic[T_co]):
     """A loader whose iterators draw a bar; made by `loader.progress()`.
 
     Args:
@@ -69,10 +71,10 @@ class ProgressLoader:
         """Close the loader."""
         await self._loader.aclose()
 
-    def __iter__(self) -> "Batches":
+    def __iter__(self) -> "Batches[T_co]":
         return Batches(iter(self._loader), self._open())
 
-    def __aiter__(self) -> "AsyncBatches":
+    def __aiter__(self) -> "AsyncBatches[T_co]":
         return AsyncBatches(self._loader.__aiter__(), self._open())
 
 
@@ -101,12 +103,12 @@ class _Shown:
             self._finish()
 
 
-class Batches(_Shown, Iterator[Any]):
+class Batches(_Shown, Iterator[T_co]):
     """The iterator of `for`."""
 
-    def __next__(self) -> Any:
+    def __next__(self) -> T_co:
         try:
-            batch = next(self._batches)
+            batch: T_co = next(self._batches)
         except StopIteration:
             self._finish(complete=True)
             raise
@@ -122,12 +124,12 @@ class Batches(_Shown, Iterator[Any]):
         self._finish()
 
 
-class AsyncBatches(_Shown, AsyncIterator[Any]):
+class AsyncBatches(_Shown, AsyncIterator[T_co]):
     """The iterator of `async for`."""
 
-    async def __anext__(self) -> Any:
+    async def __anext__(self) -> T_co:
         try:
-            batch = await self._batches.__anext__()
+            batch: T_co = await self._batches.__anext__()
         except StopAsyncIteration:
             self._finish(complete=True)
             raise
