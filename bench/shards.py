@@ -77,15 +77,20 @@ def share_read(source: Any, world_size: int, total: int, by: Any) -> float:
     return (bytes_read() - before) / total
 
 
-def read_once(report: Report, folder: Path, samples: int) -> None:
+def write_all(folder: Path, samples: int) -> None:
+    """The files of each format, of so many samples."""
+    for suffix, (_, write) in FORMATS.items():
+        for number in range(FILES):
+            write(folder / f"{number:02}.{suffix}", number * samples, samples, 8000)
+
+
+def read_once(report: Report, folder: Path) -> None:
     """All ranks together, for 1 to 8 of them."""
     if not Path("/proc/self/io").exists():
         report.note("left out: bytes read, for want of /proc/self/io")
         return
-    for suffix, (kind, write) in FORMATS.items():
-        paths = [folder / f"{number:02}.{suffix}" for number in range(FILES)]
-        for number, path in enumerate(paths):
-            write(path, number * samples, samples, 8000)
+    for suffix, (kind, _) in FORMATS.items():
+        paths = sorted(folder.glob(f"*.{suffix}"))
         total = sum(path.stat().st_size for path in paths)
         source = kind(paths, shuffle=True, interleave=2)
         list(Pipeline(source).take(1))  # what is imported is read, too
@@ -112,14 +117,16 @@ def from_server(report: Report, folder: Path, samples: int) -> None:
         return
     with FileServer(folder) as server:
         for suffix, (kind, _) in FORMATS.items():
-            paths = sorted(folder.glob(f"??.{suffix}"))
+            paths = sorted(folder.glob(f"*.{suffix}"))
             total = sum(path.stat().st_size for path in paths)
             source = kind([path.name for path in paths], store=server.store(), shuffle=True, interleave=2)
             rows = {}
             for world_size, stops in (*((each, False) for each in BY_FILE), (4, True)):
                 before = server.counts()
-                for rank in range(world_size):
-                    read_part(source, rank, world_size, samples * FILES if stops else None)
+                halves = samples * FILES // world_size // BATCH // 2 if stops else 0
+                given = sum(read_part(source, rank, world_size, halves) for rank in range(world_size))
+                if given != samples * FILES:
+                    raise RuntimeError(f"{suffix}: all ranks must give {samples * FILES} samples, got {given}")
                 sent, gets = (now - then for now, then in zip(server.counts(), before, strict=True))
                 name = BY_FILE[world_size] + (", each stopped once" if stops else "")
                 rows[name] = {"read": sent / total, "GETs": float(gets), "files again": 0.0}
@@ -130,15 +137,14 @@ def from_server(report: Report, folder: Path, samples: int) -> None:
             judge(report, rows, title)
 
 
-def read_part(source: Any, rank: int, world_size: int, samples: int | None) -> None:
-    """An epoch of one rank; with the number of `samples` of all it is stopped in its middle, and resumed elsewhere."""
+def read_part(source: Any, rank: int, world_size: int, batches: int) -> int:
+    """The samples in an epoch of one rank, which is stopped after so many batches, if any, and resumed elsewhere."""
     part = Pipeline(source).shard(rank, world_size, by="file", even="keep").batch(BATCH, collate_fn=len)
-    if samples is not None:
-        state = state_at(part, samples // world_size // BATCH // 2)
+    if batches:
+        state = state_at(part, batches)
         part = Pipeline(source).shard(rank, world_size, by="file", even="keep").batch(BATCH, collate_fn=len)
         part.load_state_dict(state)
-    for _ in part:
-        pass
+    return batches * BATCH + sum(part)
 
 
 def mixed(report: Report, folder: Path) -> None:
@@ -224,10 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser_for(__doc__).parse_args(arguments)
     report = Report("shards", options)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, files = Path(name), Path(name, "files")
+        files.mkdir()
         samples = pick(options, full=800, quick=200, smallest=20)
-        read_once(report, folder, samples)
-        from_server(report, folder, samples)
+        write_all(files, samples)
+        read_once(report, files)
+        from_server(report, files, samples)
         mixed(report, folder)
         resumed(report, folder, pick(options, full=4000, quick=2000, smallest=200))
     return report.finish()
