@@ -94,18 +94,22 @@ def killed(bucket: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     arguments = [str(folder), "--web", web, "--code", code, "--steps", "9", "--save-every", "4"]
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*launcher, str(WORKER), str(notes), *arguments],
         env=environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=DEADLINE,
-        check=False,
     )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "(exitcode: -9) local_rank: 0" in done.stderr  # SIGKILL
-    assert not re.search("(ReadAll|Uneven|Unsplit)Warning", done.stderr)
-    return Run(folder, done.stdout.splitlines(), notes)
+    with process:
+        try:
+            said, errors = process.communicate(timeout=DEADLINE)
+        finally:
+            process.terminate()  # torchrun ends its processes then
+    assert process.returncode == 0, f"{said}\n{errors}"
+    assert "(exitcode: -9) local_rank: 0" in errors  # SIGKILL
+    assert not re.search("(ReadAll|Uneven|Unsplit)Warning", errors)
+    return Run(folder, said.splitlines(), notes)
 
 
 def test_steps_after_the_checkpoint_are_made_again_bit_for_bit(killed: Run) -> None:
