@@ -60,7 +60,7 @@ class GuardedCall:
         self.touched = self.cancelled = False
         self.twin: SecondCall | None = None
 
-    def begin(self, value: Any) -> Awaitable[Any]:
+    def begin(self, value: object) -> Awaitable[Any]:
         """Begin a call; returns what is to be awaited."""
         self.began = began = perf_counter()
         if not self.guard.watched:
@@ -176,7 +176,7 @@ class Guard:
             del failed
         return None
 
-    async def outcome(self, call: GuardedCall, result: Any, failed: BaseException | None) -> Any:
+    async def outcome(self, call: GuardedCall, result: object, failed: BaseException | None) -> Any:
         """What a touched call comes to: its time was up, or it had a second one."""
         began, call.began = call.began, inf
         twin, call.twin = call.twin, None
@@ -290,7 +290,7 @@ class Guard:
         began = call.began
         call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, began, twin))
 
-    async def _call(self, value: Any) -> tuple[Any, BaseException | None]:
+    async def _call(self, value: object) -> tuple[Any, BaseException | None]:
         try:
             return await self.fn(value), None
         except (CancelledError, GeneratorExit):
