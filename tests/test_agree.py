@@ -17,10 +17,12 @@ import torch
 from torch.futures import Future
 
 from aioloader import LoaderClosedError, Pipeline, RankError
+from aioloader.core.entry import Entry
 from aioloader.engine import agreement
-from aioloader.engine.agreement import Have, Question
+from aioloader.engine.agreement import Agreement, Have, Question, _newest
 from aioloader.engine.delivery import SyncDelivery
 from aioloader.engine.faces import Batches
+from aioloader.engine.progress import Progress
 from aioloader.pipeline import described
 from aioloader.plan.plan import Plan
 from aioloader.stages.shard import Shard
@@ -358,16 +360,47 @@ def test_a_rank_that_is_gone_is_an_error_and_the_end(face: Face) -> None:
 
 
 @on_both_faces
-def test_a_break_at_another_step_is_told_to_all_in_the_next_epoch(face: Face) -> None:
-    """The rank that has left later, too, though only the other one's new question met one of its own that it left."""
+def test_a_break_at_another_step_is_told_to_all(face: Face) -> None:
+    """By the first rank's next epoch; to the last one in its own, or before, if it still waits for the first one."""
     loaders, group = agreeing(lambda rank: Pipeline(range(20)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
-    together([partial(outcomes, loader, face, most=2 + rank) for rank, loader in enumerate(loaders)])
-    seen = together([partial(outcomes, loader, face) for loader in loaders])
-    for rank, place in enumerate(("batch 0 of epoch 1", "batch 3 of epoch 0")):
-        (said,) = seen[rank]
-        assert f"this one is at {place}, others elsewhere: they are in epochs 0 to 1" in said
+
+    def program(rank: int) -> Outcome:
+        seen = outcomes(loaders[rank], face, most=2 + rank)
+        return seen[-1] if isinstance(seen[-1], str) else outcomes(loaders[rank], face)[-1]
+
+    for said in together([partial(program, rank) for rank in range(2)]):
+        assert "others elsewhere: they are in epochs 0 to 1" in str(said)
     assert group.asked[0] == group.asked[1]
-    assert [len(each) for each in together([partial(outcomes, loader, face) for loader in loaders])] == [5, 5]
+
+
+def test_the_answer_to_a_question_that_was_left_is_looked_at() -> None:
+    """It alone says that another rank has left one step before, and nobody will ask for more."""
+    group = Group(2)
+    members: list[Any] = [Member(group, rank) for rank in range(2)]
+    epochs = [Agreement(member, Progress(0)) for member in members]
+
+    def agreed(epoch: Agreement) -> None:
+        steps, mine = epoch.step(), None
+        try:
+            while True:
+                question = steps.send(mine)
+                assert question is None or question.answered
+                mine = Entry("a batch", None, None, 0) if question is None else None
+        except StopIteration as done:
+            epoch._progress.hand_out(done.value, 0.0)
+
+    for epoch in epochs:
+        epoch.look_ahead(Entry("batch 0", None, None, 0))
+    for epoch in epochs:
+        agreed(epoch)
+        epoch.look_ahead(Entry("batch 1", None, None, 0))
+    agreed(epochs[1])
+    epochs[1].look_ahead(Entry("batch 2", None, None, 0))
+    for rank, place in enumerate(("batch 0 of epoch 1", "batch 2 of epoch 0")):
+        with pytest.raises(RankError, match=f"this one is at {place}, others elsewhere: they are in epochs 0 to 1"):
+            agreed(Agreement(members[rank], Progress(1)))
+    assert group.asked[0] == group.asked[1]
+    assert not any(member in _newest for member in members), "what was looked at is forgotten"
 
 
 @on_both_faces
