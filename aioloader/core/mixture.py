@@ -310,13 +310,12 @@ class MixControl:
         """Those of a draw, and the number of the draw, in these repetitions, before which they do not change."""
         found: tuple[float, ...] | None = None
         until: int | None = None
-        for change in self._changes:
+        for change in reversed(self._changes):  # there may be one for each step so far, and few are to come
             its = _place(change)
             if its <= place:
                 found = tuple(change[2])
-            else:
-                until = its[1] if its[0] == place[0] else None
                 break
+            until = its[1] if its[0] == place[0] else None
         if found is not None:
             return found, until
         weights, ends = self._by_step(place[1])
