@@ -325,6 +325,20 @@ async def test_close_wakes_a_call_that_waits_for_other_ranks(face: Face) -> None
 
 
 @on_both_faces
+def test_who_waits_for_other_ranks_is_told_so(face: Face) -> None:
+    loaders, _ = agreeing(lambda rank: Pipeline(range(8)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+    with Steps(loaders[0], face) as steps:
+        first = Started(steps.next)
+        wait_until(lambda: loaders[0].stats().waiting_for_ranks)
+        assert "No batch has come yet: this rank waits for the others" in loaders[0].explain()
+        other = Started(partial(outcomes, loaders[1], face))
+        assert first.outcome() == [0, 2]
+        assert not loaders[0].stats().waiting_for_ranks
+        assert steps.rest() == [[4, 6]]
+    assert other.outcome() == [[1, 3], [5, 7]]
+
+
+@on_both_faces
 def test_ranks_at_different_places_are_told(face: Face) -> None:
     """One has loaded a state that another has not; both hear of it, once, and the epoch is over."""
 

@@ -325,9 +325,11 @@ class AgreedAsyncDelivery(AsyncDelivery):
         loop = self.run.loop
         self._waiter = waiter = loop.create_future()
         question.when_answered(lambda: call_loop(loop, _settle, waiter))
+        self.progress.meter.asks_ranks = True
         try:
             await waiter
         finally:
+            self.progress.meter.asks_ranks = False
             self._waiter = None
         if not question.answered:
             raise self._cut_short()
@@ -403,9 +405,13 @@ class AgreedSyncDelivery(SyncDelivery):
         """An event can be interrupted by Ctrl-C, as torch's own `wait` cannot."""
         self._wake = wake = threading.Event()
         question.when_answered(wake.set)
-        if not self.closed:  # else `close` may have found no event to set
-            wake.wait()
-        self._wake = None
+        self.progress.meter.asks_ranks = True
+        try:
+            if not self.closed:  # else `close` may have found no event to set
+                wake.wait()
+        finally:
+            self.progress.meter.asks_ranks = False
+            self._wake = None
         if not question.answered:
             raise self._cut_short()
 
