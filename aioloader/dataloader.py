@@ -1,13 +1,14 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
 
 import torch
 import torch.utils.data
+from torch import Tensor
 from torch.utils.data import IterableDataset, default_convert
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
@@ -42,6 +43,18 @@ from aioloader.plan.build import build
 from aioloader.plan.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
 from aioloader.plan.state import Shape, identity_of
 from aioloader.plan.unsplit import dataset_gives_all, keys_of_all
+from aioloader.signatures import (
+    AsyncIndexed,
+    Data,
+    DataLoaderOptions,
+    DictOfStackables,
+    Indexed,
+    Iterated,
+    OwnOptions,
+    Stackable,
+    TupleWithNames,
+    Unknown,
+)
 from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
@@ -59,6 +72,9 @@ from aioloader.stages.split_join import JoinBatches, SplitBatches
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
+
+K = TypeVar("K")
+S = TypeVar("S")
 
 KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
@@ -134,6 +150,222 @@ class DataLoader(Loader[T_co]):
     batch_size: int | None
     drop_last: bool
     num_workers: int
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Unknown | Data[Unknown],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Tensor]",
+        dataset: Data[Stackable],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[str]]",
+        dataset: Data[str],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[bytes]]",
+        dataset: Data[bytes],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Unknown]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Tensor]]",
+        dataset: Data[DictOfStackables[K]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Any]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[TupleWithNames],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Tensor]]",
+        dataset: Data[tuple[Stackable, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Any]]",
+        dataset: Data[tuple[Any, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: None,
+        *,
+        collate_fn: Callable[[Any], Any],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload  # as torch: all of them by position
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None,
+        shuffle: bool | None,
+        sampler: Any,
+        batch_sampler: Any = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Unpack[OwnOptions],
+    ) -> None: ...
 
     def __init__(
         self,

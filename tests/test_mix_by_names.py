@@ -230,7 +230,7 @@ def test_what_each_source_has_given_is_told(face: Face) -> None:
 @on_both_faces
 def test_epochs_of_each_source_are_told(face: Face) -> None:
     """How often it has been gone through, in a mix that ends after so many samples."""
-    sources = {
+    sources: dict[str, Any] = {
         "small": Pipeline(range(10)).map(str).repeat(),
         "large": Pipeline(range(1000)),
         "stream": lambda: iter(range(1000)),
@@ -245,7 +245,7 @@ def test_epochs_of_each_source_are_told(face: Face) -> None:
 
 @on_both_faces
 def test_an_endless_source_in_a_mix(face: Face) -> None:
-    sources = {"small": Pipeline(["s0", "s1"]).repeat(), "large": [f"l{n}" for n in range(10_000)]}
+    sources: dict[str, Any] = {"small": Pipeline(["s0", "s1"]).repeat(), "large": [f"l{n}" for n in range(10_000)]}
     with Steps(batched(Pipeline.mix(sources, {"small": 1, "large": 1})), face) as steps:
         found = [one for batch in steps.rest(50) for one in batch]
     small = [one for one in found if one[0] == "s"]

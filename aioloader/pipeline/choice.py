@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
+
+from typing_extensions import TypeIs
 
 from aioloader.core.checks import check_callable, check_count, check_gives_one, is_async_callable
 from aioloader.core.limit import Limit, check_concurrency
@@ -20,9 +22,38 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice"]
 
+U = TypeVar("U")
+
 
 class Choice(Described[T_co]):
     """By a function of the user's, or since they have failed."""
+
+    @overload
+    def filter(
+        self,
+        fn: Callable[[T_co], TypeGuard[U]],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+    ) -> "Pipeline[U]": ...
+
+    @overload
+    def filter(
+        self,
+        fn: Callable[[T_co], TypeIs[U]],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+    ) -> "Pipeline[U]": ...
+
+    @overload
+    def filter(
+        self,
+        fn: Callable[[T_co], object],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+    ) -> "Pipeline[T_co]": ...
 
     def filter(
         self,
@@ -30,7 +61,7 @@ class Choice(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
-    ) -> "Pipeline[T_co]":
+    ) -> "Pipeline[Any]":
         """Keep the samples for which `fn`, sync or async, returns true.
 
         Args:
@@ -63,7 +94,7 @@ class Choice(Described[T_co]):
             )
         )
 
-    def drop_if(self, fn: Callable[[Any], Any], *, requeue: bool = False) -> "Pipeline[T_co]":
+    def drop_if(self, fn: Callable[[T_co], object], *, requeue: bool = False) -> "Pipeline[T_co]":
         """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
 
         `filter` looks at a sample as soon as it is there; `drop_if` looks when the next stage takes it. Before `batch`

@@ -1,16 +1,17 @@
 """Several sources as one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aioloader.core.checks import check_integer
-from aioloader.core.mixture import Mixture, Schedule
+from aioloader.core.mixture import Mixture
 from aioloader.core.typevars import T_co
 from aioloader.loader import Loader
 from aioloader.pipeline.described import Described
 from aioloader.pipeline.start import plan_of
 from aioloader.plan.plan import Combined, Plan
+from aioloader.signatures import NamedWeights, Source
 from aioloader.sources.resolve import describe, is_one_source
 
 if TYPE_CHECKING:
@@ -18,9 +19,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Combining"]
 
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+
 
 class Combining(Described[T_co]):
     """Each makes a pipeline."""
+
+    @overload
+    @classmethod
+    def merge(cls, *sources: Source[A]) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def merge(cls, *sources: Source[Any]) -> "Pipeline[Any]": ...
 
     @classmethod
     def merge(cls, *sources: Any) -> "Pipeline[Any]":
@@ -30,6 +44,14 @@ class Combining(Described[T_co]):
         """
         return cls._of(Plan(Combined("merge", _plans("merge", sources))))
 
+    @overload
+    @classmethod
+    def interleave(cls, *sources: Source[A]) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def interleave(cls, *sources: Source[Any]) -> "Pipeline[Any]": ...
+
     @classmethod
     def interleave(cls, *sources: Any) -> "Pipeline[Any]":
         """Give one sample of each source in turn, the first source's first; goes on with the others when one ends.
@@ -38,11 +60,27 @@ class Combining(Described[T_co]):
         """
         return cls._of(Plan(Combined("interleave", _plans("interleave", sources))))
 
+    @overload
+    @classmethod
+    def mix(cls, sources: Sequence[Source[A]], weights: Sequence[float], *, seed: int = 0) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def mix(cls, sources: Mapping[str, Source[A]], weights: NamedWeights, *, seed: int = 0) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def mix(cls, sources: Sequence[Source[Any]], weights: Sequence[float], *, seed: int = 0) -> "Pipeline[Any]": ...
+
+    @overload
+    @classmethod
+    def mix(cls, sources: Mapping[str, Source[Any]], weights: NamedWeights, *, seed: int = 0) -> "Pipeline[Any]": ...
+
     @classmethod
     def mix(
         cls,
         sources: Sequence[Any] | Mapping[str, Any],
-        weights: Sequence[float] | Mapping[str, float] | Schedule | Callable[[int], Mapping[str, float]],
+        weights: Sequence[float] | NamedWeights,
         *,
         seed: int = 0,
     ) -> "Pipeline[Any]":
@@ -70,6 +108,26 @@ class Combining(Described[T_co]):
             )
         plans = _plans("mix", sources)
         return cls._of(Plan(Combined("mix", plans, _weights(weights, len(plans)), check_integer("seed", seed))))
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], /) -> "Pipeline[tuple[A]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], b: Source[B], /) -> "Pipeline[tuple[A, B]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], b: Source[B], c: Source[C], /) -> "Pipeline[tuple[A, B, C]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], b: Source[B], c: Source[C], d: Source[D], /) -> "Pipeline[tuple[A, B, C, D]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, *sources: Source[Any]) -> "Pipeline[tuple[Any, ...]]": ...
 
     @classmethod
     def zip(cls, *sources: Any) -> "Pipeline[Any]":

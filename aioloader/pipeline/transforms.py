@@ -1,10 +1,10 @@
 """The stages that make other samples: functions of the user's."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from concurrent.futures import Executor
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from aioloader.core.checks import check_ahead, check_callable, check_count, check_gives_one, is_async_callable
 from aioloader.core.limit import Limit, check_concurrency, width_of
@@ -22,9 +22,47 @@ if TYPE_CHECKING:
 
 __all__ = ["Transforms"]
 
+U = TypeVar("U")
+
 
 class Transforms(Described[T_co]):
     """`map`, and `flat_map`."""
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[T_co], Coroutine[Any, Any, U]],
+        *,
+        concurrency: int | Limit | None = None,
+        ordered: bool = True,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
+        max_overtaken: int | None = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        hedge: Hedge | None = None,
+        rate: Rate | None = None,
+        record_order: str | PathLike[str] | None = None,
+        replay_order: str | PathLike[str] | None = None,
+    ) -> "Pipeline[U]": ...
+
+    @overload
+    def map(
+        self,
+        fn: Callable[[T_co], U],
+        *,
+        concurrency: int | Limit | None = None,
+        ordered: bool = True,
+        executor: Executor | Literal["thread", "process"] | None = None,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
+        max_overtaken: int | None = None,
+        retry: int | Retry | None = None,
+        timeout: float | None = None,
+        rate: Rate | None = None,
+        record_order: str | PathLike[str] | None = None,
+        replay_order: str | PathLike[str] | None = None,
+    ) -> "Pipeline[U]": ...
 
     def map(
         self,
@@ -111,6 +149,12 @@ class Transforms(Described[T_co]):
                 policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=executor),
             )
         )
+
+    @overload
+    def flat_map(self, fn: Callable[[T_co], Coroutine[Any, Any, Iterable[U] | AsyncIterable[U]]]) -> "Pipeline[U]": ...
+
+    @overload
+    def flat_map(self, fn: Callable[[T_co], Iterable[U] | AsyncIterable[U]]) -> "Pipeline[U]": ...
 
     def flat_map(self, fn: Callable[[Any], Any]) -> "Pipeline[Any]":
         """Give all items of `fn(sample)`, an iterable or async iterable, one sample after the other.
