@@ -158,6 +158,7 @@ class ConsumerMeter:
         end_seen: Whether the consumer knows that the epoch is over.
         last_waited_seconds: How long the newest batch took.
         asking: When each `next()` was called that has not returned, by the thread or call.
+        asks_ranks: Whether it waits for other ranks, with `even="agree"`, now.
         latest: Of the latest batches, when each was asked for and how long it took.
         longest_seconds: The longest wait after the first batch.
     """
@@ -171,6 +172,7 @@ class ConsumerMeter:
     end_seen: bool = False
     last_waited_seconds: float = 0.0
     asking: dict[object, float] = field(default_factory=dict)
+    asks_ranks: bool = False
     latest: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATEST))
     longest_seconds: float = 0.0
 
