@@ -593,7 +593,7 @@ class DataLoader(Loader, Generic[T_co]):
         why = super()._never_again()
         return "samples come in another order each time" if why is None and not self._ordered else why
 
-    def _sure_length(self) -> int | None:
+    def _sure_length(self, *, resumed: bool) -> int | None:
         if self.skip_errors is not None:
             return None  # nobody knows whether a batch is left of them
         if self._iterable or not self._keys.repeatable or self._keys.generators:

@@ -131,8 +131,12 @@ class Loader(LoaderHooks):
         """The same after one of several sources has failed in this epoch."""
         return self._guarantee()
 
-    def _sure_length(self) -> int | None:
-        """Batches of an epoch, if that is known and no matter of trust."""
+    def _sure_length(self, *, resumed: bool) -> int | None:
+        """Batches of an epoch, if that is known; no matter of trust but in what the user has said here.
+
+        Args:
+            resumed: It is resumed in its middle.
+        """
         return None
 
     def _random_state(self) -> dict[str, Any]:
@@ -279,7 +283,7 @@ class Loader(LoaderHooks):
                 self._set_random_state(progress.loader_state)
             self._begins(progress)
             with suppress(Exception):
-                progress.length = self._sure_length()
+                progress.length = self._sure_length(resumed=progress.resumed)
             yield progress
         except BaseException:
             with self._lock:
@@ -562,6 +566,9 @@ class Loader(LoaderHooks):
     def _alive(self) -> list[Delivery]:
         with self._lock:  # another thread may begin an epoch meanwhile
             return list(self._deliveries)
+
+    def _ended(self, progress: Progress) -> None:
+        """See `LoaderHooks`."""
 
     def _receiver(self) -> Receive | None:
         transfer = self._transfer

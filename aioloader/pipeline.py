@@ -38,12 +38,11 @@ from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
 from aioloader.plan.by_file import check_by_file, cost_of_samples, uneven_files
 from aioloader.plan.fetching import fetching
+from aioloader.plan.lengths import batch_size_of, sure_length, with_told_length
 from aioloader.plan.mixing import mixture_named, mixtures_of
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
-    is_indexable,
-    keeping_last,
     limits_of,
     rates_of,
     samplers_of,
@@ -66,7 +65,7 @@ from aioloader.plan.ranks import check_one_order, check_shard_state, is_sharded,
 from aioloader.plan.requeue import check_requeue
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.uneven import uneven_stage
-from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_uneven
+from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_length, warn_of_uneven
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData, describe, is_one_source, resolve, source_name, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
@@ -773,6 +772,23 @@ class Pipeline(Loader):
         """Give pairs `(batch, info)`: a `BatchInfo` says which samples are in the batch. The last stage."""
         return self._of(replace(self._plan, gives_info=True))
 
+    def with_length(self, n: int) -> "Pipeline":
+        """Say how many batches (samples, without `batch`) an epoch has, for `len()`, where nobody can count them.
+
+        Lightning and torchtnt read one batch ahead of a loader without a length, and a checkpoint of theirs loses that
+        one. With it the state after batch `n` is the beginning of the next epoch. It changes nothing of what comes: an
+        epoch that turns out to have another number of batches warns at its end; `take(n)` would end it. Stages after
+        it count on from there, so `.with_length(1000).batch(10)` has 100.
+
+        Args:
+            n: At least 0. After `shard`, what this rank gets.
+
+        Raises:
+            TypeError: Not an integer.
+            ValueError: It is negative, or the pipeline is known to give another number.
+        """
+        return self._of(with_told_length(self._plan, check_count("n", n, least=0)))
+
     @property
     def _seed(self) -> int | None:
         """Of `sample_rng`; None: to be drawn.
@@ -846,6 +862,11 @@ class Pipeline(Loader):
         """
         return length_of(self._plan)
 
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a batch, a short last one aside, on this rank; None: not batched, or of no fixed number."""
+        return batch_size_of(self._plan)
+
     def __bool__(self) -> bool:
         return True  # `if loader:` does not ask for the length
 
@@ -903,15 +924,13 @@ class Pipeline(Loader):
             why = "which samples a batch holds depends on time"
         return why
 
-    def _sure_length(self) -> int | None:
-        if not is_indexable(self._plan):
-            return None
-        try:
-            length = length_of(self._plan)
-            # A short last batch in which a sample failed is not dropped: its error is one more.
-            return length if length == length_of(keeping_last(self._plan)) else None
-        except TypeError:
-            return None
+    def _sure_length(self, *, resumed: bool) -> int | None:
+        return sure_length(self._plan, resumed=resumed)
+
+    def _ended(self, progress: Progress) -> None:
+        if self._plan.told_length is not None and progress.length is not None and progress.length != progress.batches:
+            warn_of_length(self, progress.length, progress.batches)
+            progress.length = None  # said once
 
     def _detached(self) -> Self:
         again = super()._detached()
