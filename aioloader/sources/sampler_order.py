@@ -70,16 +70,23 @@ class Draws:
             generator each that is derived from `state`, because they draw in no fixed order; the loader has drawn once
             for all of them.
         resumed: The epoch began before a resume: nothing more may be drawn from the global generator.
+        progress: Of the epoch: it is told when its order is drawn.
     """
 
     state: str | None = None
     sole: bool = True
     resumed: bool = False
+    progress: Progress | None = None
+
+    def drawn(self) -> None:
+        """Note in which state the global generator is left, so that it shows whether others draw from it."""
+        if self.state is not None and self.progress is not None and self.progress.left_global is None:
+            self.progress.left_global = torch.get_rng_state()
 
 
 def draws_of(progress: Progress, *, sole: bool = True) -> Draws:
     """The draws of the epoch that `progress` is about."""
-    return Draws(progress.loader_state.get("drawn"), sole, progress.begun_before)
+    return Draws(progress.loader_state.get("drawn"), sole, progress.begun_before, progress)
 
 
 class ReplayableOrder(KnowsOrigin):
@@ -136,6 +143,7 @@ class ReplayableOrder(KnowsOrigin):
         with self._alone, self._drawing():
             keys = self._open()
             first = list(islice(keys, 1))
+            self._draws.drawn()
         yield from first
         yield from keys
 
@@ -235,7 +243,9 @@ def check_draws(state: Mapping[str, Any]) -> None:
     """
     if "drawn" not in state:
         raise ValueError("'drawn', the state of the global generator that the order is drawn from, is missing")
-    _check_generator(state["drawn"], torch.device("cpu"))
+    for name in ("drawn", "next"):
+        if name in state:
+            _check_generator(state[name], torch.device("cpu"))
 
 
 def _check_generator(state: Any, device: torch.device) -> None:
