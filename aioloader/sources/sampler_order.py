@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from aioloader.core.forks import after_fork_in_child
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
 from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import KnowsOrigin, Origin, is_stateful, tells_state
+from aioloader.engine.resumable import KnowsOrigin, Origin, ask_initial, is_stateful, tells_state
 
 __all__ = [
     "Draws",
@@ -49,6 +49,9 @@ __all__ = [
 
 _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _FIXED: Final = (SequentialSampler, DistributedSampler)
+
+
+_NO_KEY: Final = object()
 
 
 _drawing = threading.Lock()
@@ -142,10 +145,13 @@ class ReplayableOrder(KnowsOrigin):
             self.origin = {"at": 0, "generators": [packed(generator.get_state()) for generator in self._generators]}
         with self._alone, self._drawing():
             keys = self._open()
-            first = list(islice(keys, 1))
+            first = next(keys, _NO_KEY)
             self._draws.drawn()
-        yield from first
-        yield from keys
+        if first is _NO_KEY:
+            return
+        yield first
+        # `yield from` would call `__iter__` of a sampler that is its own iterator, and so begin it anew.
+        yield from keys if type(keys).__module__ == "builtins" else iter(keys.__next__, _NO_KEY)
 
     def _drawing(self) -> AbstractContextManager[Any]:
         """The context in which to ask for the first key."""
@@ -408,9 +414,19 @@ def replayable_keys(
         draws = replace(draws, state=None)
     for part in chain_of(sampler):
         if is_stateful(part):
-            return _Stateful(part, ReplayableOrder(open_keys, draws, **how))
+            return _Stateful(part, ReplayableOrder(partial(_opened, part, open_keys), draws, **how))
     generators = generators_of(sampler) if in_cursor else ()
     return ReplayableOrder(open_keys, draws, generators, alone=is_repeatable(sampler), **how)
+
+
+def _opened(sampler: Any, open_keys: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """The keys of a sampler with a state, which is asked for it once it has been iterated.
+
+    One in a batch sampler is asked before: that iterates it at its first key.
+    """
+    keys = open_keys()
+    ask_initial(sampler)
+    return keys
 
 
 class _Stateful:

@@ -14,7 +14,7 @@ BLOCK: Final = 624
 """Numbers that a Mersenne twister makes at once."""
 
 MOST_BLOCKS: Final = 1 << 13
-"""Five million numbers: to find out whether so many were drawn takes a tenth of a second."""
+"""Five million numbers: to find out whether so many were drawn takes 0.2 s."""
 
 _NUMBERS: Final = slice(24, 24 + 8 * BLOCK)  # in a state of torch's
 
