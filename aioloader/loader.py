@@ -274,7 +274,7 @@ class Loader(LoaderHooks):
                 progress.loader_state = self._random_state() | (self._order_source() if fixed is None else fixed)
             else:
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
-                progress.loader_state = dict(loaded["random"] or {})
+                progress.loader_state = self._random_of(loaded)
                 progress.epoch_pinned = epoch_pinned
             progress.begun_before |= self._draws_again
             progress.skipped_steps = self._leave_out.get(epoch, [])
@@ -369,10 +369,15 @@ class Loader(LoaderHooks):
         """
         loaded = self._loaded
         if loaded is not None:
+            random = self._random_of(loaded)
             return self._make_state(
-                loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"], guarantee=loaded["guarantee"]
+                loaded["epoch"], loaded["batches"], loaded["cursor"], random, guarantee=loaded["guarantee"]
             )
         return self._state_of(self._progress)
+
+    def _random_of(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """What else the epoch of a state that was loaded depends on, with what was said since."""
+        return dict(loaded["random"] or {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next epoch continue the one that `state` was taken from, right after the last batch it had given.
