@@ -69,10 +69,8 @@ def assert_resumes_exactly(
                 point = full.points[number]
                 variant, face = next(ways)
                 way = _way(count, len(tried), len(variants) * len(faces))
-                where = (
-                    f"resumed after {point.batches} outcomes of epoch {point.epoch}, {dict(variant)!r}, by {face!r}, "
-                )
-                where += f"saved by {way}"
+                where = f"resumed after {point.batches} outcomes of epoch {point.epoch}, {dict(variant)!r}, by {face!r}"
+                where += f", saved by {way}"
                 torch.set_rng_state(point.rng)
                 loader = make_loader(**variant)
                 load_by_way(way, json.loads(point.state), loader)
