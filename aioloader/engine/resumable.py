@@ -7,7 +7,6 @@ and drops them.
 """
 
 import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from weakref import ref
 
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.safe_text import safe_repr
+from aioloader.core.user_state import decoded, encoded
 from aioloader.errors import StateError
 
 __all__ = [
@@ -72,6 +72,8 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
     if not (parts == {"at", "generators"} or (parts == {"at", "of", "state"} and origin["of"] in _OF)):
         raise ValueError(f"an origin was expected, got {safe_repr(origin)}")
     as_count(origin["at"])
+    if "state" in parts:
+        decoded(origin["state"])  # else it would be found out only when the epoch begins
     return origin, as_count(since)
 
 
@@ -162,7 +164,7 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
                 f"{type(iterable).__name__} goes on in each epoch from the state that was loaded into it, and told "
                 f"none of its beginning to send it back to; pass a function that makes a new one for each epoch"
             )
-        iterable.load_state_dict(known.initial)
+        iterable.load_state_dict(decoded(known.initial))
         iterator = iter(iterable)
     return iterator, who
 
@@ -191,7 +193,7 @@ def load_iterable(iterable: Any, origin: Origin | None) -> _Known | None:
     if origin is not None and origin.get("of") == "iterable":
         known.ask(iterable)
         known.loaded, known.after = True, None
-        iterable.load_state_dict(origin["state"])
+        iterable.load_state_dict(decoded(origin["state"]))
     return known
 
 
@@ -200,7 +202,7 @@ def begin_again(iterable: Any) -> None:
     if is_stateful(iterable) and (known := _knowledge(iterable)).loaded:
         known.loaded = False
         if known.initial is not None:
-            iterable.load_state_dict(known.initial)
+            iterable.load_state_dict(decoded(known.initial))
 
 
 def ask_initial(iterable: Any) -> None:
@@ -219,7 +221,7 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
     """
     if is_stateful(iterator):
         if origin is not None and origin.get("of") == "iterator":
-            iterator.load_state_dict(origin["state"])  # type: ignore[union-attr]  # `is_stateful` says so
+            iterator.load_state_dict(decoded(origin["state"]))  # type: ignore[union-attr]  # `is_stateful` says so
         return iterator
     if origin is not None:
         check_takes_state(iterable if origin.get("of") == "iterable" else iterator)
@@ -273,7 +275,7 @@ def note_first(thing: Any, iterator: Any) -> None:
 
 
 def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:
-    """The origin that `thing` is at now; None when it gives no state that JSON can hold.
+    """The origin that `thing` is at now; None when it gives no state that can be kept.
 
     That is no error while samples are read: the user may never ask for the loader's state. If they do, its guarantee
     says that a resume reads from the beginning (`tells_state`).
@@ -298,8 +300,8 @@ def tells_state(iterable: Any) -> bool:
 
 
 def _told(thing: Any) -> Any:
-    """A copy of the state of `thing` that shares nothing with it; None: it gives none."""
+    """A copy of the state of `thing` that shares nothing with it, see `encoded`; None: it gives none."""
     try:
-        return json.loads(json.dumps(thing.state_dict()))
+        return encoded(thing.state_dict())
     except Exception:  # some give it only while they are iterated, or not at all
         return None
