@@ -47,9 +47,9 @@ def test_a_state_comes_back_as_it_was(name: str) -> None:
 
 def test_it_shares_nothing() -> None:
     """What the object does with its state later does not change it."""
-    state = {"parts": [1], "tensor": torch.zeros(2)}
+    state: dict[str, Any] = {"parts": [1], "tensor": torch.zeros(2)}
     kept = encoded(state)
-    state["parts"].append(2)  # type: ignore[union-attr]
+    state["parts"].append(2)
     state["tensor"] += 1
     assert decoded(kept)["parts"] == [1]
     assert decoded(kept)["tensor"].tolist() == [0, 0]
