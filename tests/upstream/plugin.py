@@ -11,10 +11,8 @@ from aioloader import DataLoader
 
 __all__ = ["Plugin"]
 
-LOADERS = ("DataLoader", "StatefulDataLoader")
 
-
-class Swapped(DataLoader[Any]):
+class Stateful(DataLoader[Any]):
     """Ours, which takes the argument of torchdata's that has no meaning here."""
 
     def __init__(self, dataset: Any, *args: Any, snapshot_every_n_steps: int = 1, **kwargs: Any) -> None:
@@ -32,15 +30,17 @@ class Plugin:
     def __init__(self, worker_type: str) -> None:
         self.outcomes: dict[str, str] = {}
         self.errors: dict[str, str] = {}
-        self._loader: Any = partial(Swapped, worker_type=worker_type) if worker_type == "process" else Swapped
+        self._loaders: dict[str, Any] = {"DataLoader": DataLoader, "StatefulDataLoader": Stateful}
+        if worker_type == "process":
+            self._loaders = {name: partial(loader, worker_type=worker_type) for name, loader in self._loaders.items()}
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_pycollect_makeitem(self, collector: Any, name: str, obj: Any) -> Any:
         module = inspect.getmodule(collector.obj) if not isinstance(collector.obj, ModuleType) else collector.obj
         if module is not None:
-            for loader in LOADERS:
-                if hasattr(module, loader):
-                    setattr(module, loader, self._loader)
+            for name_there, ours in self._loaders.items():
+                if hasattr(module, name_there):
+                    setattr(module, name_there, ours)
         yield
 
     def pytest_runtest_logreport(self, report: Any) -> None:
