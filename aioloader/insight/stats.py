@@ -58,6 +58,8 @@ class StageStats:
             window, until the batch was handed out. Stages of one window share it.
         live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
             is nobody's limit.
+        epochs: For a source of a `mix` by names: how often it has been gone through, 1.5 for one and a half times,
+            where its length is known; else None.
         policies: What its retries, timeouts, second calls and rate are, and have done; None: it has none of these.
     """
 
@@ -90,6 +92,7 @@ class StageStats:
     waited_seconds: Waits = field(default_factory=Waits)
     live: bool = False
     policies: PolicyStats | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,4 +189,5 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waited_seconds=gauges.waits,
         live=meter.live,
         policies=policies,
+        epochs=meter.samples / meter.epoch_length if meter.epoch_length else None,
     )

@@ -199,11 +199,11 @@ class BatchFold:
         self._count = 0
         self._after: Any = None  # the cursor of the last group
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         self._after = cursor
         return cursor
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return self._after if self._drop_last else cursor  # what was dropped would belong to the next group
 
     def wants(self, limit: int) -> int:
@@ -300,12 +300,12 @@ class _UnbatchFold:
         self._before: Any = None
         self._skipped = 0  # samples of the first batch that were delivered before a resume
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         self._before, skipped = cursor_parts(cursor, 2)
         self._skipped = as_count(skipped)
         return self._before
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return (cursor, 0)
 
     def wants(self, limit: int) -> int:

@@ -103,7 +103,7 @@ class Document:
     names: frozenset[Any] | None = None
 
 
-def document_of(sample: Any, padding: Padding) -> Document:
+def document_of(sample: object, padding: Padding) -> Document:
     """`sample` as tensors, without a copy where there are some.
 
     Raises:
@@ -135,7 +135,7 @@ def _what(name: str | None) -> str:
     return "a document" if name is None else f"the field {safe_repr(name, 60)} of a document"
 
 
-def _tokens_of(value: Any, name: str | None) -> Tensor:
+def _tokens_of(value: object, name: str | None) -> Tensor:
     """[length], on the CPU."""
     if isinstance(value, Tensor):
         pass
