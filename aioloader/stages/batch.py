@@ -20,6 +20,7 @@ from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
 from aioloader.stages.load import CollateAny, CollateAsync, FetchBatch, FetchGroup
+from aioloader.stages.packed import Packed, unpack
 
 __all__ = ["Batch", "BatchFold", "CollateWith", "Unbatch"]
 
@@ -262,7 +263,8 @@ class Unbatch(FoldStage):
     """The samples of each batch, one by one. Cursor: that *before* the batch, and how many of its samples are out.
 
     A tensor or array gives its rows, a tuple or mapping of them gives tuples and mappings of rows, a list gives its
-    items; but after a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
+    items; but after a default collate, which makes lists of tuples, a list is taken apart as a tuple is. A batch of
+    `Packed` rows gives the rows, and a row its documents.
 
     Args:
         collated: The batches come from the default collate.
@@ -355,6 +357,8 @@ def _names_of_rows(batch: Entry, count: int) -> list[tuple[Any, int | None]]:
 
 def _rows(batch: Any, collated: bool) -> Sequence[Any]:
     """The samples of `batch`."""
+    if isinstance(batch, Packed):
+        return unpack(batch)
     if isinstance(batch, torch.Tensor):
         if batch.ndim == 0:
             raise ValueError("unbatch() needs a batch dimension, got a tensor without dimensions")
