@@ -16,6 +16,8 @@
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
     UnknownLengthError (TypeError)           `len(loader)` is only known when an epoch has run
+
+    LengthWarning (UserWarning)              an epoch had another number of batches than `with_length` says
     ReadAllWarning (UserWarning)             several ranks each read all files, and keep their share of the samples
     ReplayWarning (UserWarning)              a resumed source reads samples again and drops them
     UnevenWarning (UserWarning)              ranks may get different numbers of batches
@@ -34,6 +36,7 @@ __all__ = [
     "CutShortError",
     "DeviceError",
     "LeakedContextError",
+    "LengthWarning",
     "LoaderClosedError",
     "NothingPassesError",
     "RankError",
@@ -75,6 +78,10 @@ class UnknownLengthError(TypeError):
 
 class StateError(AioloaderError, ValueError):
     """This loader cannot load a state, or follow a recorded order. The message says what is different."""
+
+
+class LengthWarning(UserWarning):
+    """An epoch had another number of batches than `with_length` says."""
 
 
 class ReadAllWarning(UserWarning):
