@@ -30,9 +30,11 @@ from aioloader.core.skip import Skip
 from aioloader.device import Transfer, check_device
 from aioloader.engine.fuse import PROCESSES, InProcesses
 from aioloader.engine.progress import Progress
+from aioloader.engine.ray_step import OnRay
 from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
 from aioloader.executors.processes.fork_server import check_processes
+from aioloader.executors.ray.workers import RayWorkers
 from aioloader.loader import Loader
 from aioloader.plan.admission import check_admission
 from aioloader.plan.build import build
@@ -177,7 +179,7 @@ class Pipeline(Loader):
         *,
         concurrency: int | Limit | None = None,
         ordered: bool = True,
-        executor: Executor | Literal["thread", "process"] | None = None,
+        executor: Executor | Literal["thread", "process", "ray"] | RayWorkers | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         max_overtaken: int | None = None,
@@ -199,7 +201,9 @@ class Pipeline(Loader):
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
                 which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
                 Python code that holds the GIL; they stay until it is closed or collected. There are no more of them
-                than a `Limit` had places when they were started.
+                than a `Limit` had places when they were started. `"ray"`, or `aioloader.ray.RayWorkers(...)`, for sync
+                and async functions: actors of a Ray cluster, as many as `concurrency` for a sync one, and one for each
+                16 of it for an async one; see `docs/ray.md`.
             ahead: Samples that this stage has begun and the next one has not taken, at most; at least `concurrency`.
                 Default: half as many again as `concurrency`; while a slow sample holds up finished ones after it, more
                 begin, up to 16 times `concurrency` or 256 MiB of finished ones, but none of a live source.
@@ -209,8 +213,8 @@ class Pipeline(Loader):
                 0; then those after it wait for it.
             retry: How often a call that fails is made again: the number of attempts, or a `Retry`.
             timeout: Seconds for one attempt. An async call is cancelled, and awaited while it cleans up; a worker
-                process is killed and replaced. It raises `TimeoutError`, which `retry` may retry. Threads cannot be
-                stopped.
+                process, or an actor with a sync call, is killed and replaced. It raises `TimeoutError`, which `retry`
+                may retry. Threads cannot be stopped.
             hedge: For async functions: when a second call is made beside one that takes long, see `Hedge`.
             rate: How many calls begin in a second, see `Rate`; each attempt counts.
             record_order: With `ordered=False`: a folder that gets a file per epoch with the order in which the results
@@ -253,7 +257,7 @@ class Pipeline(Loader):
                 ahead=ahead,
                 ahead_bytes=ahead_bytes,
                 max_overtaken=max_overtaken,
-                policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=executor),
+                policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=_kind_of(executor)),
             )
         )
 
@@ -263,6 +267,7 @@ class Pipeline(Loader):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
+        executor: Executor | Literal["thread", "process", "ray"] | RayWorkers | None = None,
     ) -> "Pipeline":
         """Keep the samples for which `fn`, sync or async, returns true.
 
@@ -275,10 +280,11 @@ class Pipeline(Loader):
                 the count begins anew. Counted in the order in which samples come out; one that passes, or would have
                 passed but for a later stage, begins the count anew, and those that failed before the filter do not
                 count. Default: any number, so that an epoch in which nothing passes goes on until its source ends.
+            executor: Where it runs, as for `map`.
 
         Raises:
             TypeError: `fn` cannot be called with one argument, or is a generator function, or a number is none.
-            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1.
+            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1, or `executor` does not fit.
         """
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
@@ -287,12 +293,14 @@ class Pipeline(Loader):
         if max_dropped_in_a_row is not None:
             hint = "leave it out for any number"
             max_dropped_in_a_row = check_count("max_dropped_in_a_row", max_dropped_in_a_row, least=1, hint=hint)
+        is_async = is_async_callable(fn)
         return self._then(
             Filter(
                 fn,
-                is_async_callable(fn),
+                is_async,
                 concurrency=concurrency,
                 max_dropped_in_a_row=max_dropped_in_a_row,
+                executor=_executor(executor, fn, is_async),
             )
         )
 
@@ -1053,19 +1061,25 @@ def _check_loads(concurrency: int | Limit | None, data: Indexable | StreamData |
     )
 
 
-def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | InProcesses | None:
+def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | InProcesses | OnRay | None:
     if executor is None or executor == "thread":
         return None
+    if executor == "ray" or isinstance(executor, RayWorkers):
+        return OnRay(RayWorkers() if executor == "ray" else executor)
     if executor == "process":
         check_processes("executor='process'")
     elif not callable(getattr(executor, "submit", None)):
         kind = ValueError if isinstance(executor, str) else TypeError
-        raise kind(f"executor must be a concurrent.futures.Executor, 'thread' or 'process', got {executor!r}")
+        raise kind(f"executor must be a concurrent.futures.Executor, 'thread', 'process' or 'ray', got {executor!r}")
     if is_async:
         raise ValueError(
             f"executor runs sync functions, but {describe(fn)} is async and awaited on the loop; leave it out"
         )
     return PROCESSES if executor == "process" else executor
+
+
+def _kind_of(executor: Any) -> Any:
+    return "ray" if isinstance(executor, RayWorkers) else executor
 
 
 def _plans(how: str, sources: Sequence[Any]) -> tuple[Plan, ...]:

@@ -18,6 +18,7 @@ __all__ = [
     "end_actors",
     "is_loss",
     "kill_actor",
+    "result_is_lost",
     "words_of",
 ]
 
@@ -144,6 +145,13 @@ def is_loss(error: BaseException) -> bool:
         | exceptions.RaySystemError
         | exceptions.GetTimeoutError,
     )
+
+
+def result_is_lost(error: BaseException) -> bool:
+    """Whether a call was made and only its result is lost, with the node that had it."""
+    from ray import exceptions
+
+    return isinstance(error, exceptions.ObjectLostError)
 
 
 def words_of(error: BaseException) -> str:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Final
+from typing import Any
 
 from aioloader.core.checks import check_count
 from aioloader.executors.ray.cluster import check_ray
 
-__all__ = ["RAY_WORKERS", "RayWorkers"]
+__all__ = ["RayWorkers"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,3 @@ def _check_amount(name: str, amount: Any) -> None:
         raise TypeError(f"{name} must be a number, got {amount!r}")
     if not (isfinite(amount) and amount >= 0):
         raise ValueError(f"{name} must be at least 0 and finite, got {amount!r}")
-
-
-RAY_WORKERS: Final = "ray"
-"""What `executor=` takes for `RayWorkers()`."""
