@@ -20,7 +20,7 @@ from tests._support import Face, Steps, collect, on_both_faces, run
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-class Odd(Exception):
+class OddError(Exception):
     """Its constructor takes other arguments than `args` has."""
 
     def __init__(self, key: int, *, why: str) -> None:
@@ -31,7 +31,7 @@ class Odd(Exception):
 def square(key: int) -> tuple[int, float]:
     """With random numbers of the sample, and errors."""
     if key % 17 == 5:
-        raise Odd(key, why="five")
+        raise OddError(key, why="five")
     return key * key, sample_rng().random().random()
 
 
@@ -66,7 +66,7 @@ def test_values_errors_and_random_numbers_are_those_of_threads(fn: Callable[[int
         for _ in range(2):
             found = outcomes(there, face)
             assert shown(found) == shown(outcomes(here))
-        error = next(outcome for outcome in found if isinstance(outcome, Odd))
+        error = next(outcome for outcome in found if isinstance(outcome, OddError))
     notes = "\n".join(error.__notes__)
     assert "in square" in notes
     assert "aioloader: in Ray worker" in notes
@@ -136,9 +136,9 @@ def die_once(marks: str) -> Callable[[int], int]:
 
 def test_a_sample_that_kills_its_actor_once_is_made_again(tmp_path: Path) -> None:
     """In order, nothing lost or repeated; `attempts` says so."""
-    with Pipeline(range(60)).map(die_once(str(tmp_path)), executor="ray", concurrency=2).batch(
-        10
-    ).with_info() as loader:
+    with (
+        Pipeline(range(60)).map(die_once(str(tmp_path)), executor="ray", concurrency=2).batch(10).with_info() as loader
+    ):
         batches, infos = zip(*loader, strict=True)
         assert torch.cat(batches).tolist() == list(range(60))
         assert max(info.attempts for info in infos) == 2
@@ -220,9 +220,11 @@ def test_what_cannot_travel_fails_at_its_place() -> None:
     assert (found[0], found[2]) == (1, 3)
     assert "returned cannot cross to another process" in str(found[1])
     unpicklable = Unpicklable()
-    with Pipeline([1]).map(lambda key: (key, unpicklable), executor="ray", concurrency=1) as loader:
-        with pytest.raises(TypeError, match="this stays where it is"):
-            list(loader)
+    with (
+        Pipeline([1]).map(lambda key: (key, unpicklable), executor="ray", concurrency=1) as loader,
+        pytest.raises(TypeError, match="this stays where it is"),
+    ):
+        list(loader)
 
 
 @pytest.mark.ray
@@ -263,7 +265,7 @@ def test_a_state_goes_on_with_any_number_of_actors_and_elsewhere() -> None:
         loaders = [two, four, one, pipeline()]
         for first in range(len(whole) + 1):
             state = None
-            found = []
+            found: list[list[float]] = []
             for number, loader in enumerate(loaders):
                 if state is not None:
                     loader.load_state_dict(json.loads(state))

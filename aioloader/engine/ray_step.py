@@ -42,11 +42,14 @@ class OnRay:
         workers: What the actors need.
         prepare: See `InProcesses`.
         epochs: See there.
+        seeds_each: The global generators are seeded for each call, so that what is drawn from them does not depend on
+            who makes it.
     """
 
     workers: RayWorkers
     prepare: Callable[[], Callable[[int], None] | None] | None = None
     epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
+    seeds_each: bool = False
 
 
 class RayStep(ProcessStep):
@@ -207,6 +210,7 @@ def ray_step(
             str(torch.get_default_dtype()).removeprefix("torch."),
             None if policies is None or not awaits else policies.timeout,
             "timeout" if policies is None else policies.timeout_name,
+            seeds_each=place.seeds_each,
         )
 
     def pool() -> ActorPool:

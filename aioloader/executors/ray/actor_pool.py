@@ -19,6 +19,7 @@ from aioloader.executors.ray.actors import (
     Place,
     Shortage,
     begin_actor,
+    cancel_call,
     end_actors,
     is_loss,
     kill_actor,
@@ -98,6 +99,7 @@ class ActorPool:
         self._looks = False
         self._told = False
         self._closed = False
+        self._broken: BaseException | None = None
         self._store_bytes = 0
         self.sample_bytes = 0.0
         """The mean size of what comes back for a sample; read in any thread."""
@@ -157,27 +159,46 @@ class ActorPool:
     # -- in the thread: actors ---------------------------------------------------------------------------------------
 
     def _begin_anew(self) -> None:
-        """A run begins: what had been given up is tried again."""
-        self._told = False
-        for seat in self._seats:
-            seat.start_failures = 0
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Connect, and ask for the actors that are missing. What fails fails the tasks."""
+        """A run begins: connect, and try again what had been given up. What fails fails the tasks of the run."""
         if self._closed:
             return
+        self._told = False
+        self._broken = None
+        for seat in self._seats:
+            seat.start_failures = 0
         try:
             membership = self._thread.join_cluster(self._workers.address)
             if membership is not self._membership:  # another connection: actors of an old one are gone with it
                 self._start_over()
                 self._membership = membership
                 self._store_bytes = _smallest_store()
-            for seat in self._seats:
-                if seat.handle is None and seat.start_failures <= MOST_START_FAILURES:
-                    self._begin(seat)
         except BaseException as error:
             self._break(error)
+        else:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Ask for the actors that are missing."""
+        missing = [seat for seat in self._seats if seat.handle is None and seat.start_failures <= MOST_START_FAILURES]
+        if not missing or self._closed or self._has_gone():
+            return
+        self._watch()
+        try:
+            for seat in missing:
+                self._begin(seat)
+        except BaseException as error:
+            self._break(error)
+
+    def _has_gone(self) -> bool:
+        """Whether the connection has ended. Asked before each use: Ray would join any cluster that it finds instead."""
+        if self._broken is not None:
+            return True
+        if self._membership is not None and self._membership.alive:
+            return False
+        self._break(
+            WorkerDiedError("the connection to Ray has ended, and with it all Ray workers; call ray.init again")
+        )
+        return True
 
     def _start_over(self) -> None:
         self._requeue([task for seat in self._seats for _, task in seat.vacate()])
@@ -242,8 +263,10 @@ class ActorPool:
         kill_actor(handle)
         seat.restarts += 1
         seat.start_failures += 1
+        if self._has_gone():
+            return
         if seat.start_failures <= MOST_START_FAILURES:
-            self._prepare()
+            self._fill()
         elif all(seat.start_failures > MOST_START_FAILURES or seat.handle is None for seat in self._seats):
             died = WorkerDiedError(
                 f"Ray workers die before they run, {seat.start_failures} in a row; the last one: {words_of(error)}; is "
@@ -254,7 +277,7 @@ class ActorPool:
 
     def _is_late(self, seat: Seat, handle: Any, why: Shortage) -> None:
         """It does not run yet: say so once, or give up where it never will."""
-        if self._closed or seat.handle is not handle:
+        if self._closed or seat.handle is not handle or self._has_gone():
             return
         running = sum(seat.place is not None for seat in self._seats)
         if why.hopeless and not running:
@@ -274,6 +297,9 @@ class ActorPool:
         if self._closed or self._thread.closed:
             done(Broken(LoaderClosedError("the loader was closed while its Ray workers had something to do")))
             return
+        if self._broken is not None:
+            done(Broken(self._broken))
+            return
         try:
             packed = pack(parcel.payload)
         except BaseException as error:
@@ -284,10 +310,10 @@ class ActorPool:
 
     def _assign(self) -> None:
         """Send waiting chunks to actors."""
-        if self._closed or self._held or not self._waiting:
+        if self._closed or self._held or not self._waiting or self._has_gone():
             return
-        if self._membership is None or any(seat.handle is None for seat in self._seats):
-            self._prepare()
+        self._watch()
+        self._fill()
         while self._waiting:
             task = self._waiting[0]
             fitting = [seat for seat in self._seats if seat.has_room(task)]
@@ -310,9 +336,6 @@ class ActorPool:
         task.since = perf_counter()
         seat.load[ref] = task
         ref.future().add_done_callback(partial(self._thread.call, self._answered, seat, handle, ref))
-        if not self._looks:
-            self._looks = True
-            self._thread.later(LOOK_SECONDS, self._look)
 
     def _fits_store(self, task: Task) -> bool:
         """Whether one more chunk, and what comes of it, leaves room in the object store: nothing of ours is spilled."""
@@ -380,6 +403,8 @@ class ActorPool:
                 self._requeue([task])
                 return
             seat.load[ref] = task
+        if self._has_gone():
+            return
         name, pid = seat.name, None if seat.place is None else seat.place.pid
         tasks = seat.vacate()
         seat.restarts += 1
@@ -402,7 +427,7 @@ class ActorPool:
                 if not task.forgotten:
                     task.done(died)
         self._requeue(again)
-        self._prepare()
+        self._fill()
         self._check_held()
 
     def _expire(self, owner: Hashable, seconds: float) -> None:
@@ -428,8 +453,6 @@ class ActorPool:
         self._waiting.extendleft(task for task in reversed(tasks) if not task.forgotten)
 
     def _forget(self, owner: Hashable) -> None:
-        import ray
-
         self._let_go(owner)
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
         for task in self._late.values():
@@ -439,23 +462,28 @@ class ActorPool:
                 if task.owner == owner:
                     task.forgotten = True
                     if number >= seat.side_by_side:  # not begun
-                        with suppress(Exception):
-                            ray.cancel(ref)
+                        cancel_call(ref)
         self._assign()
 
-    def _look(self) -> None:
-        """Whether Ray is there: after a `ray.shutdown()` of the user's no call of before is ever answered."""
-        self._looks = False
-        if self._closed or not any(seat.load for seat in self._seats):
-            return
-        if self._thread.connected:
+    def _watch(self) -> None:
+        """Look now and then whether Ray is there, while somebody waits for it.
+
+        After a `ray.shutdown()` of the user's no call of before is ever answered, and nobody is told.
+        """
+        if not self._looks:
             self._looks = True
             self._thread.later(LOOK_SECONDS, self._look)
-            return
-        self._break(WorkerDiedError("the connection to Ray has ended, and with it all Ray workers; ray.init() again"))
+
+    def _look(self) -> None:
+        self._looks = False
+        waits = self._waiting or self._late or any(seat.load for seat in self._seats)
+        if waits and not (self._closed or self._has_gone()):
+            self._watch()
 
     def _break(self, error: BaseException) -> None:
-        """No actor can run any task, for now."""
+        """No actor can run any task, until the next run begins."""
+        self._broken = error
+        connected = self._membership is not None and self._membership.alive
         failed = [*self._waiting, *self._late.values()]
         self._waiting.clear()
         self._late.clear()
@@ -463,7 +491,7 @@ class ActorPool:
             handle = seat.handle
             failed += [task for _, task in seat.vacate()]
             seat.start_failures = 0
-            if handle is not None:
+            if handle is not None and connected:
                 kill_actor(handle)
         self._membership = self._program = None
         for task in failed:

@@ -15,6 +15,7 @@ __all__ = [
     "Place",
     "Shortage",
     "begin_actor",
+    "cancel_call",
     "end_actors",
     "is_loss",
     "kill_actor",
@@ -101,7 +102,7 @@ def begin_actor(
         ready(handle, future.result() if error is None else error)
 
     def look() -> None:
-        if waits:
+        if waits and ray.is_initialized():
             late(handle, shortage(workers))
 
     handle.place.remote().future().add_done_callback(began)
@@ -186,5 +187,15 @@ def kill_actor(handle: Any) -> None:
     """Kill it now, whatever it is at."""
     import ray
 
-    with suppress(Exception):  # it has died, or Ray has gone
-        ray.kill(handle, no_restart=True)
+    if ray.is_initialized():  # else Ray would join any cluster that it finds
+        with suppress(Exception):  # it has died
+            ray.kill(handle, no_restart=True)
+
+
+def cancel_call(ref: Any) -> None:
+    """Let an actor not begin a call; one that has begun goes on."""
+    import ray
+
+    if ray.is_initialized():
+        with suppress(Exception):
+            ray.cancel(ref)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from aioloader.core.keys import key_text
+from aioloader.core.seeds import derive_seed
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.chunk import DROP, NOTHING, Call, Failed, Refusal, apply_chunk
 from aioloader.executors.current_sample import KeyOnly, SampleContext, current_sample
@@ -66,7 +68,7 @@ class ChunkRunner:
             return pack(portable(error, f"{self.where}, which loads its functions"))
         torch.set_num_threads(program.threads)
         torch.set_default_dtype(getattr(torch, program.dtype))
-        _seed_differently()
+        _seed(int.from_bytes(os.urandom(8), "little"))
         self._program = program
         self._copies = Copies([call.fn for call in program.calls], program.epochs)
         if program.prepare is not None:
@@ -85,7 +87,9 @@ class ChunkRunner:
         if self._broken is not None:
             return self._all_broken()
         sample = SampleContext()
-        result = apply_chunk(calls, _named(keys, values, sample), self._program.budget_seconds, sample=sample)
+        seed = calls[0].seed if self._program.seeds_each else None
+        named = _named(keys, values, sample, seed)
+        result = apply_chunk(calls, named, self._program.budget_seconds, sample=sample)
         return "done", self._packed(result.outcomes), result.busy_seconds, result.cpu_seconds, 0
 
     def _open(self, payload: Packed) -> tuple[list[Call], Sequence[Any], Sequence[Any]]:
@@ -193,16 +197,17 @@ class AsyncChunkRunner(ChunkRunner):
             raise TimeoutError(text) from error
 
 
-def _named(keys: Sequence[Any], values: Sequence[Any], sample: SampleContext) -> Iterator[Any]:
-    """`values`; each is named in `sample` when it is taken."""
+def _named(keys: Sequence[Any], values: Sequence[Any], sample: SampleContext, seed: int | None) -> Iterator[Any]:
+    """`values`; each is named in `sample` when it is taken. With a `seed`, the global generators follow from it."""
     for key, value in zip(keys, values, strict=True):
         sample.name = KeyOnly(key)
+        if seed is not None:
+            _seed(derive_seed(seed, "global", key_text(key)))
         yield value
 
 
-def _seed_differently() -> None:
-    """Random numbers are the actor's own."""
-    seed = int.from_bytes(os.urandom(8), "little")
+def _seed(seed: int) -> None:
+    """Seed the global generators."""
     torch.manual_seed(seed & (1 << 63) - 1)
     random.seed(seed)
     if "numpy" in sys.modules:

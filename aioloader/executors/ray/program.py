@@ -23,6 +23,7 @@ class RayProgram:
         dtype: torch's default one in the driver, by name.
         timeout: Seconds for one attempt of an async call; None: no limit.
         timeout_name: How the user calls that.
+        seeds_each: See `OnRay`.
     """
 
     calls: tuple[Call, ...]
@@ -33,6 +34,7 @@ class RayProgram:
     dtype: str
     timeout: float | None = None
     timeout_name: str = "timeout"
+    seeds_each: bool = False
 
 
 class Parcel(NamedTuple):

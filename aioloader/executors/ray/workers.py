@@ -8,7 +8,7 @@ from typing import Any
 from aioloader.core.checks import check_count
 from aioloader.executors.ray.cluster import check_ray
 
-__all__ = ["RayWorkers"]
+__all__ = ["RayWorkers", "actors_for"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,21 @@ class RayWorkers:
         if self.runtime_env:
             found["runtime_env"] = dict(self.runtime_env)
         return found
+
+
+def actors_for(worker_type: Any) -> RayWorkers | None:
+    """What a `DataLoader` asks for by its `worker_type`; None: its workers are no actors.
+
+    Raises:
+        ValueError: There is no such type.
+    """
+    if isinstance(worker_type, RayWorkers):
+        return worker_type
+    if worker_type == "ray":
+        return RayWorkers()
+    if worker_type not in ("thread", "process"):
+        raise ValueError(f"worker_type must be 'thread', 'process' or 'ray', got {worker_type!r}")
+    return None
 
 
 def _check_amount(name: str, amount: Any) -> None:
