@@ -102,12 +102,28 @@ def begin_actor(
         ready(handle, future.result() if error is None else error)
 
     def look() -> None:
-        if waits and ray.is_initialized():
+        if not waits or not ray.is_initialized():
+            return
+        if _has_room(handle):  # it is being started, which may take long on a busy machine
+            thread.later(LATE_SECONDS, look)
+        else:
             late(handle, shortage(workers))
 
     handle.place.remote().future().add_done_callback(began)
     thread.later(LATE_SECONDS, look)
     return handle
+
+
+def _has_room(handle: Any) -> bool:
+    """Whether a node has been found for an actor: a process there is at work on its start.
+
+    Ray tells no other way but this private one; without it an actor that starts slowly counts as one without room.
+    """
+    with suppress(Exception):
+        from ray._private.state import actors
+
+        return bool(actors(handle._actor_id.hex())["Address"]["Port"])
+    return False
 
 
 def shortage(workers: RayWorkers) -> Shortage:
