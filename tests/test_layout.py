@@ -56,6 +56,7 @@ MAY_START_TASKS = ("engine/",)
 MAY_START_THREADS = ("engine/", "executors/")
 EXEMPT = {
     "demo/server.py": "a program of its own, in its own process",
+    "executors/ray/chunk_runner.py": "it runs in an actor, which is a process of its own",
     "testing/device.py": "a fake stream is a thread, as a real one runs beside the host",
     "loader.py": "`aclose` lends one of anyio's threads to `close`, which waits for other threads",
 }

@@ -40,6 +40,7 @@ __all__ = ["ASYNC_CALLS", "ActorPool", "RayResult"]
 
 ASYNC_CALLS: Final = 16  # side by side in one actor that awaits
 LOOK_SECONDS: Final = 2.0  # between two looks at whether Ray is still there, while something is under way
+SILENT_SECONDS: Final = 40.0  # without a head, after which an epoch ends: Ray ends the whole process after 60
 MOST_LOSSES: Final = 5  # of a result that was made, before it counts as if its actor had died
 MOST_START_FAILURES: Final = 3  # of actors in one place, in a row
 STORE_SHARE: Final = 4  # chunks under way fill at most the 1/n of a node's object store
@@ -97,6 +98,7 @@ class ActorPool:
         self._memory = BatchMemory()
         self._held: dict[Hashable, tuple[Callable[[bool], None], list[bool]]] = {}
         self._looks = False
+        self._silent_since: float | None = None
         self._told = False
         self._closed = False
         self._broken: BaseException | None = None
@@ -468,7 +470,9 @@ class ActorPool:
     def _watch(self) -> None:
         """Look now and then whether Ray is there, while somebody waits for it.
 
-        After a `ray.shutdown()` of the user's no call of before is ever answered, and nobody is told.
+        After a `ray.shutdown()` of the user's no call of before is ever answered, and nobody is told. Without a head
+        actors work on, and it may come back; if not, Ray ends this process, so the program is told while it can still
+        save its state.
         """
         if not self._looks:
             self._looks = True
@@ -477,8 +481,22 @@ class ActorPool:
     def _look(self) -> None:
         self._looks = False
         waits = self._waiting or self._late or any(seat.load for seat in self._seats)
-        if waits and not (self._closed or self._has_gone()):
-            self._watch()
+        if not waits or self._closed or self._has_gone():
+            self._silent_since = None
+            return
+        self._watch()
+        assert self._membership is not None
+        if self._membership.head_answers():
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = perf_counter()
+        elif perf_counter() - self._silent_since >= SILENT_SECONDS:
+            self._break(
+                WorkerDiedError(
+                    f"the head of the Ray cluster has not answered for {SILENT_SECONDS:.0f} s; Ray ends this process "
+                    f"soon unless ray.shutdown() is called"
+                )
+            )
 
     def _break(self, error: BaseException) -> None:
         """No actor can run any task, until the next run begins."""

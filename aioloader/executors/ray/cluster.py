@@ -101,6 +101,15 @@ class Membership:
         """Whether that connection is still there."""
         return connected() and _identity() == self._identity
 
+    def head_answers(self) -> bool:
+        """Whether the head of the cluster takes connections. May take a second."""
+        host, _, port = str(self._identity[0]).rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except (OSError, ValueError):
+            return False
+        return True
+
     def leave(self) -> None:
         """Use it no more; the last one ends what was made here. Idempotent; may take a second."""
         global _ours
