@@ -1,10 +1,12 @@
 """What dies in a Ray cluster, what becomes of its samples, and what is left when the loader ends."""
 
+import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,7 +15,7 @@ import ray
 
 from aioloader import Pipeline, WorkerDiedError
 from aioloader.ray import RayWorkers
-from tests._ray import RayCluster, actor_processes
+from tests._ray import ROOT, RayCluster, actor_processes
 from tests._support import Steps, on_both_faces
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -156,3 +158,26 @@ def test_actors_end_with_their_driver(ray_cluster: RayCluster, end: str, code: i
         assert driver.wait(30) in (code, 1 if code == -signal.SIGINT else code)
         _, alive = psutil.wait_procs(actors, timeout=30)
         assert not alive
+
+
+def test_the_example_trains_on_though_an_actor_is_killed(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Two ranks under torchrun: each image once in each epoch, and some made again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = str(ROOT / "examples" / "ray_decode.py")
+    done = subprocess.run(
+        [*command, example, "--kill-at", "3", "--trace", str(tmp_path)],
+        env={**os.environ, "RAY_ADDRESS": ray_cluster.address, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=95,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "killed an actor, pid" in done.stdout
+    seen: dict[str, list[str]] = {"0": [], "1": []}
+    for rank in ("0", "1"):
+        for line in (tmp_path / f"{rank}.txt").read_text().splitlines():
+            epoch, *names = line.split()
+            seen[epoch] += names
+    for names in seen.values():
+        assert len(names) == len(set(names)) == 160

@@ -104,7 +104,9 @@ def begin_actor(
     def look() -> None:
         if not waits or not ray.is_initialized():
             return
-        if _has_room(handle):  # it is being started, which may take long on a busy machine
+        # Without its head the cluster answers nobody, for as long as that takes. With it, an actor may be on its way:
+        # to start one takes long on a busy machine.
+        if not thread.head_answers or _has_room(handle):
             thread.later(LATE_SECONDS, look)
         else:
             late(handle, shortage(workers))
