@@ -1,15 +1,15 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Generic, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
 
 import torch
 import torch.utils.data
+from torch import Tensor
 from torch.utils.data import IterableDataset, default_convert
-from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
@@ -17,6 +17,7 @@ from aioloader.core.policies import Errors, Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
+from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
@@ -44,6 +45,18 @@ from aioloader.plan.build import build
 from aioloader.plan.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
 from aioloader.plan.state import Shape, identity_of
 from aioloader.plan.unsplit import dataset_gives_all, keys_of_all
+from aioloader.signatures import (
+    AsyncIndexed,
+    Data,
+    DataLoaderOptions,
+    DictOfStackables,
+    Indexed,
+    Iterated,
+    OwnOptions,
+    Stackable,
+    TupleWithNames,
+    Unknown,
+)
 from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
@@ -62,7 +75,8 @@ from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
 
-T_co = TypeVar("T_co", covariant=True, default=Any)
+K = TypeVar("K")
+S = TypeVar("S")
 
 KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
@@ -72,7 +86,7 @@ SAMPLE: Final = "dataset[...]"
 _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
 
 
-class DataLoader(Loader, Generic[T_co]):
+class DataLoader(Loader[T_co]):
     """A drop-in for `torch.utils.data.DataLoader`: the same arguments, the same batches for the same seed.
 
     It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different, unless
@@ -140,6 +154,222 @@ class DataLoader(Loader, Generic[T_co]):
     batch_size: int | None
     drop_last: bool
     num_workers: int
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Unknown | Data[Unknown],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Tensor]",
+        dataset: Data[Stackable],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[str]]",
+        dataset: Data[str],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[bytes]]",
+        dataset: Data[bytes],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Unknown]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Tensor]]",
+        dataset: Data[DictOfStackables[K]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Any]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[TupleWithNames],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Tensor]]",
+        dataset: Data[tuple[Stackable, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Any]]",
+        dataset: Data[tuple[Any, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: None,
+        *,
+        collate_fn: Callable[[Any], Any],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload  # as torch: all of them by position
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None,
+        shuffle: bool | None,
+        sampler: Any,
+        batch_sampler: Any = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Unpack[OwnOptions],
+    ) -> None: ...
 
     def __init__(
         self,

@@ -34,11 +34,15 @@ IMPORTS: dict[str, set[str]] = {
     "plan": {"core", "device", "engine", "errors", "executors", "memory", "sources", "stages"},
     "ray": {"executors"},
     "rng": {"core", "executors"},
+    "signatures": {"core", "executors", "sources"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
-    "pipeline": {"cache", "core", "device", "engine", "executors", "loader", "plan", "sources", "stages"},
+    "pipeline": {
+        "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "stages",
+    },
     "dataloader": {
-        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
-        "torch_shims",
+        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "stages", "torch_shims",
     },
     "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine", "executors"},

@@ -93,7 +93,7 @@ def test_what_actors_cannot_load_is_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="worker_type='ray' is for sync datasets"):
         DataLoader(Awaited(), num_workers=2, worker_type=RayWorkers(cpus=2))
     with pytest.raises(ValueError, match="must be 'thread', 'process' or 'ray', got 'dask'"):
-        DataLoader(Noisy(), num_workers=2, worker_type="dask")  # type: ignore[arg-type]
+        DataLoader(Noisy(), num_workers=2, worker_type="dask")  # type: ignore[call-overload]
 
 
 @pytest.mark.ray

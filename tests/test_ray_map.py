@@ -296,7 +296,7 @@ def test_bad_arguments_are_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="hedge makes its second calls on the loop"):
         Pipeline([1]).map(square_async, executor="ray", hedge=Hedge(after=1.0))
     with pytest.raises(ValueError, match="'thread', 'process' or 'ray', got 'dask'"):
-        Pipeline([1]).map(square, executor="dask")  # type: ignore[arg-type]
+        Pipeline([1]).map(square, executor="dask")  # type: ignore[call-overload]
 
 
 def test_without_a_cluster_the_first_batch_says_so(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
