@@ -116,7 +116,7 @@ class Schedule:
         return Schedule, (self._how, self._points())
 
 
-def _names(weights: Any) -> tuple[str, ...]:
+def _names(weights: object) -> tuple[str, ...]:
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights by names must be a dict, got {safe_repr(weights)}")
     return tuple(weights)
@@ -208,7 +208,7 @@ class Mixture:
     schedule: Schedule | WeightFunction
 
     @classmethod
-    def of(cls, names: tuple[str, ...], weights: Any) -> "Mixture":
+    def of(cls, names: tuple[str, ...], weights: object) -> "Mixture":
         """Check both.
 
         Raises:

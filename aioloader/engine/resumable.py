@@ -53,12 +53,12 @@ class KnowsOrigin(ABC):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-def is_stateful(thing: Any) -> bool:
+def is_stateful(thing: object) -> bool:
     """Whether `thing` can save and load its state, as objects of torchdata and Hugging Face can."""
     return callable(getattr(thing, "state_dict", None)) and callable(getattr(thing, "load_state_dict", None))
 
 
-def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
+def split_cursor(cursor: object) -> tuple[Origin | None, int]:
     """Split `cursor` into its origin and the count from there.
 
     Raises:
@@ -77,7 +77,7 @@ def split_cursor(cursor: Any) -> tuple[Origin | None, int]:
 _OF: Final = ("iterable", "iterator")
 
 
-def beginning(cursor: Any) -> Any:
+def beginning(cursor: object) -> Any:
     """The cursor of the beginning of the epoch that `cursor` is from: its order is drawn as it was."""
     origin = cursor[0] if isinstance(cursor, list | tuple) and len(cursor) == 2 else None
     if isinstance(origin, dict) and "generators" in origin:
@@ -102,7 +102,7 @@ class _Known:
 
     __slots__ = ("after", "initial", "loaded", "silent")
 
-    def __init__(self, iterable: Any) -> None:
+    def __init__(self, iterable: object) -> None:
         self.initial = _told(iterable)
         self.loaded = False
         self.after: Any = None
@@ -112,7 +112,7 @@ class _Known:
 _known: dict[int, tuple[ref[Any], _Known]] = {}  # by id: an object may be equal to another one, or have no hash
 
 
-def _knowledge(iterable: Any) -> _Known:
+def _knowledge(iterable: object) -> _Known:
     """What is known of `iterable`; when it is seen first, it is asked for its state."""
     owner = getattr(iterable, "__wrapped__", iterable)
     if (entry := _known.get(id(owner))) is not None:
@@ -195,7 +195,7 @@ def begin_again(iterable: Any) -> None:
             iterable.load_state_dict(known.initial)
 
 
-def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
+def asked(iterable: object, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
     """Make `iterator` begin at `origin`.
 
     Returns:
@@ -213,7 +213,7 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
     return iterable if is_stateful(iterable) else None
 
 
-def check_takes_state(thing: Any) -> None:
+def check_takes_state(thing: object) -> None:
     """Refuse a state if `thing` cannot load one.
 
     Raises:
@@ -223,7 +223,7 @@ def check_takes_state(thing: Any) -> None:
         raise StateError(f"the state holds one of the source itself, but {type(thing).__name__} has no load_state_dict")
 
 
-def check_origin(iterable: Any, origin: Origin, *, made: bool) -> None:
+def check_origin(iterable: object, origin: Origin, *, made: bool) -> None:
     """Refuse an origin that `iterable` cannot be opened at, as far as that shows before it is iterated.
 
     Args:
@@ -249,13 +249,13 @@ def is_due(at: int) -> bool:
     return at == 1 or (at > 0 and not at % SNAPSHOT_SAMPLES)
 
 
-def note_first(thing: Any, iterator: Any) -> None:
+def note_first(thing: object, iterator: object) -> None:
     """Remember the state of `thing` after its first sample, if one was loaded into it."""
     if thing is not iterator and (known := _knowledge(thing)).loaded:
         known.after = _told(thing)
 
 
-def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:
+def snapshot(thing: object, iterator: object, at: int) -> Origin | None:
     """The origin that `thing` is at now; None when it gives no state that JSON can hold.
 
     That is no error while samples are read: the user may never ask for the loader's state. If they do, its guarantee
@@ -269,13 +269,13 @@ def snapshot(thing: Any, iterator: Any, at: int) -> Origin | None:
     return {"at": at, "of": "iterator" if thing is iterator else "iterable", "state": state}
 
 
-def note_silent(iterable: Any) -> None:
+def note_silent(iterable: object) -> None:
     """A cursor counts the samples of `iterable`: so when the state was taken, the object gave none of its own."""
     if is_stateful(iterable):
         _knowledge(iterable).silent = True
 
 
-def tells_state(iterable: Any) -> bool:
+def tells_state(iterable: object) -> bool:
     """Whether `iterable` gives a state, as far as it has been asked."""
     return is_stateful(iterable) and not ((known := _known.get(id(iterable))) and known[1].silent)
 

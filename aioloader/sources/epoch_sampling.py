@@ -263,7 +263,7 @@ class EpochSampling:
                 part.set_epoch(epoch)
 
 
-def _check_int64(name: str, value: Any) -> None:
+def _check_int64(name: str, value: object) -> None:
     """Refuse what torch would not accept as a seed.
 
     Raises:

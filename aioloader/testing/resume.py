@@ -104,7 +104,7 @@ class _EpochRecord:
     states: list[list[str]] = field(default_factory=list)
     points: list[_Point] = field(default_factory=list)
 
-    def begin(self, loader: Any) -> None:
+    def begin(self, loader: object) -> None:
         self.outcomes.append([])
         self.states.append([])
         self._take_point(loader)
@@ -220,7 +220,7 @@ def _compare_states(got: list[list[str]], expected: list[list[str]], where: str)
             _same_state(json.loads(state), other, f"{where}: the state after outcome {at} of epoch {number}")
 
 
-def _is_in(outcome: Any, others: Iterable[Any]) -> bool:
+def _is_in(outcome: object, others: Iterable[Any]) -> bool:
     return any(_same(outcome, other) for other in others)
 
 
@@ -236,7 +236,7 @@ def _same_shape(state: dict[str, Any], first: dict[str, Any]) -> None:
     assert shape == expected, f"the shape of the state changes from {expected} to {shape}"
 
 
-def _shape_of(value: Any) -> Any:
+def _shape_of(value: object) -> Any:
     """The keys and the types of the values."""
     if isinstance(value, dict) and value:
         return {key: _shape_of(part) for key, part in value.items()}
