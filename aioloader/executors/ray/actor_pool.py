@@ -556,12 +556,15 @@ class ActorPool:
         """See `RayOwner`."""
         self._closed = True
         self._waiting.clear()
-        handles = [seat.handle for seat in self._seats if seat.handle is not None]
+        running = [seat.handle for seat in self._seats if seat.place is not None]
+        starting = [seat.handle for seat in self._seats if seat.handle is not None and seat.place is None]
         for seat in self._seats:
             seat.vacate()
         self._program = None
         if self._membership is not None and self._membership.alive:
-            end_actors(handles)
+            for handle in starting:  # they are at nothing of the user's
+                kill_actor(handle)
+            end_actors(running)
         self._memory.close()
 
 
