@@ -166,9 +166,7 @@ class AsyncDelivery(RunDelivery):
         """
         asked = perf_counter()
         run = self.run
-        self._check_process()
-        if asyncio.get_running_loop() is not run.loop:
-            raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
+        self._check_caller()
         mine: asyncio.Future[None] | None = None
         self._asking += 1
         if run.output.admission is not None:
@@ -205,6 +203,16 @@ class AsyncDelivery(RunDelivery):
             if mine is not None:
                 del self._waiters[mine]
                 self._kick()
+
+    def _check_caller(self) -> None:
+        """Refuse to wait for another process, or on another loop.
+
+        Raises:
+            RuntimeError: The caller is there.
+        """
+        self._check_process()
+        if asyncio.get_running_loop() is not self.run.loop:
+            raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
 
     def take_ready(self) -> Entry | None:
         """The next batch, if it is there and may be looked at. It keeps its room until `use_ready`.
