@@ -149,7 +149,8 @@ def test_actors_end_with_their_driver(ray_cluster: RayCluster, end: str, code: i
         [sys.executable, "-c", program, ray_cluster.address], stdout=subprocess.PIPE, text=True
     ) as driver:
         assert driver.stdout is not None
-        assert driver.stdout.readline() == "0 1\n"
+        # Ray prints there, too, of nodes that other tests have killed.
+        assert "0 1\n" in iter(driver.stdout.readline, "")
         actors = [psutil.Process(pid) for pid in actor_processes() if pid not in before]
         assert len(actors) >= 1 or not end
         if code:
