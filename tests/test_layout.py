@@ -27,15 +27,16 @@ IMPORTS: dict[str, set[str]] = {
     "insight": {"core", "masking"},
     "metrics": {"insight", "masking", "version"},
     "memory": {"core"},
-    "executors": {"core", "errors", "memory"},
+    "executors": {"core", "errors", "insight", "memory"},
     "cache": {"core", "errors", "executors"},
     "device": {"errors"},
     "engine": {"cache", "core", "errors", "executors", "insight"},
     "stages": {"cache", "core", "device", "engine", "errors", "executors", "insight"},
     "sources": {"core", "engine", "errors", "executors", "masking", "memory", "stages"},
     "plan": {"core", "device", "engine", "errors", "executors", "memory", "sources", "stages"},
+    "ray": {"executors"},
     "rng": {"core", "executors"},
-    "signatures": {"core", "sources"},
+    "signatures": {"core", "executors", "sources"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
     "pipeline": {
         "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
@@ -46,7 +47,7 @@ IMPORTS: dict[str, set[str]] = {
         "stages", "torch_shims",
     },
     "testing": {"core", "device", "errors"},
-    "doctor": {"core", "engine"},
+    "doctor": {"core", "engine", "executors"},
     "demo": {"dataloader", "pipeline"},
     "top": {"insight", "masking"},
     "indexer": {"core", "errors", "executors", "masking", "sources"},
@@ -62,6 +63,7 @@ MAY_START_TASKS = ("engine/",)
 MAY_START_THREADS = ("engine/", "executors/")
 EXEMPT = {
     "demo/server.py": "a program of its own, in its own process",
+    "executors/ray/chunk_runner.py": "it runs in an actor, which is a process of its own",
     "testing/device.py": "a fake stream is a thread, as a real one runs beside the host",
     "loader.py": "`aclose` lends one of anyio's threads to `close`, which waits for other threads",
 }
