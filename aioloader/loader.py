@@ -410,6 +410,12 @@ class Loader(LoaderHooks):
         random = dict(newest.loader_state) if newest.epoch == epoch else self._fixed_random_state()
         return self._make_state(epoch, 0, None, random)
 
+    def _state_at(self, progress: Progress, batches: int, cursor: Any) -> dict[str, Any]:
+        """The state of the time at which the epoch of `progress` had given `batches`, and its cursor was `cursor`."""
+        if cursor is None:
+            cursor = beginning(progress.cursor)
+        return self._make_state(progress.epoch, batches, cursor, dict(progress.loader_state), progress.lengths)
+
     def _make_state(
         self,
         epoch: int,
@@ -498,14 +504,10 @@ class Loader(LoaderHooks):
                 f"are {known}; for others take a state_dict() there, and load it into another loader"
             )
         cursor = history[step - first]
-        if cursor is None:
-            cursor = beginning(progress.cursor)
         again = self._detached()
         random = self._random_state()
         try:
-            again.load_state_dict(
-                self._make_state(progress.epoch, step, cursor, progress.loader_state, progress.lengths)
-            )
+            again.load_state_dict(self._state_at(progress, step, cursor))
             again._leave_out = {}
             again._draws_again = True
             yield again
