@@ -38,12 +38,13 @@ from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
 from aioloader.sources.sampler_order import check_draws, check_generators, packed, unpacked
-from aioloader.stages.flow import Guarantee
+from aioloader.sources.stand_in import StandIn, stand_in
+from aioloader.stages.flow import STRENGTH, Guarantee
 
 __all__ = ["Loader"]
 
 _RANDOM: Final = frozenset(
-    {"base_seed", "drawn", "draws_once", "epochs", "generators", "sample_seed", "set_epoch", "weights"}
+    {"base_seed", "drawn", "draws_once", "epochs", "generators", "next", "sample_seed", "set_epoch", "weights"}
 )
 
 
@@ -71,6 +72,7 @@ class Loader(LoaderHooks):
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
         self._fixed: dict[str, Any] | None = None  # what the next epoch draws from, since a state has told of it
+        self._stand_in: StandIn | None = None  # for torch's global generator, which is that of another process
         self._draws_again = False  # its epochs have begun before, in another loader
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
@@ -184,8 +186,15 @@ class Loader(LoaderHooks):
         if generators := self._generators():
             state["generators"] = [packed(generator.get_state()) for generator in generators]
         if self._draws_globally():
-            state["drawn"] = packed(torch.get_rng_state())
+            state["drawn"] = packed(self._global_state())
         return state
+
+    def _global_state(self) -> torch.Tensor:
+        """What the next epoch would draw from if it began now, where it draws from torch's global generator."""
+        stand_in = self._stand_in
+        if stand_in is None or (moved := stand_in.moved()) is None:
+            return torch.get_rng_state()
+        return moved.instead
 
     def _fixed_random_state(self) -> dict[str, Any]:
         """What the next epoch depends on, from now on: whatever is drawn meanwhile, it begins as a state says."""
@@ -273,6 +282,8 @@ class Loader(LoaderHooks):
             self._leave_out = {epoch: progress.skipped_steps} | others
             with suppress(Exception):  # a `__len__` of the user's, which may never be needed
                 progress.lengths = self._lengths()
+            before_stand_in = self._stand_in
+            self._stand_in = self._stands_in(progress, loaded)
             self._progress = progress
             self._loaded = self._fixed = None
             self._next_epoch = epoch + 1
@@ -289,8 +300,17 @@ class Loader(LoaderHooks):
             with self._lock:
                 if loaded is not None or self._progress is progress:  # whatever it was: the state is not lost with it
                     self._loaded, self._loaded_epoch_pinned, self._next_epoch = loaded, epoch_pinned, epoch
-                    self._progress, self._fixed = before, fixed
+                    self._progress, self._fixed, self._stand_in = before, fixed, before_stand_in
             raise
+
+    def _stands_in(self, progress: Progress, loaded: dict[str, Any] | None) -> StandIn | None:
+        """What stands in for torch's global generator when an epoch begins, `loaded` or not."""
+        if loaded is None:
+            return None if self._stand_in is None else self._stand_in.moved()
+        there = progress.loader_state.get("drawn")
+        if progress.cursor is not None:  # what it draws is drawn
+            there = progress.loader_state.get("next", there)
+        return None if there is None or not self._draws_globally() else stand_in(unpacked(there))
 
     def _look_for_ranks(self) -> None:
         """Once, when the first epoch begins: trainers make their ranks between the loader and its first batch."""
@@ -398,11 +418,7 @@ class Loader(LoaderHooks):
                 return self.state_dict()
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
-            random, lengths = dict(progress.loader_state), progress.lengths
-            guarantee = self._guarantee_without_a_source() if progress.source_failed else None
-            return self._make_state(
-                progress.epoch, progress.batches, progress.cursor, random, lengths, guarantee=guarantee
-            )
+            return self._state_at(progress, progress.batches, progress.cursor)
         newest = self._progress
         if newest is None or progress is newest:
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
@@ -411,10 +427,22 @@ class Loader(LoaderHooks):
         return self._make_state(epoch, 0, None, random)
 
     def _state_at(self, progress: Progress, batches: int, cursor: Any) -> dict[str, Any]:
-        """The state of the time at which the epoch of `progress` had given `batches`, and its cursor was `cursor`."""
-        if cursor is None:
-            cursor = beginning(progress.cursor)
-        return self._make_state(progress.epoch, batches, cursor, dict(progress.loader_state), progress.lengths)
+        """The state where the epoch of `progress` had given `batches`, and `cursor` was that of the last one."""
+        random, lengths = dict(progress.loader_state), progress.lengths
+        guarantee = self._guarantee_without_a_source() if progress.source_failed else self._guarantee()
+        if cursor is not None and "drawn" in random:
+            random["next"], others_draw = self._next_draws(progress)
+            guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
+        return self._make_state(progress.epoch, batches, cursor, random, lengths, guarantee=guarantee)
+
+    def _next_draws(self, progress: Progress) -> tuple[str, bool]:
+        """What the epoch after one that is under way draws from, and whether that depends on what the program draws."""
+        newest = self._progress
+        if newest is not None and newest.epoch == progress.epoch + 1:
+            return newest.loader_state.get("drawn", progress.loader_state["drawn"]), False
+        now = torch.get_rng_state()
+        left = progress.left_global
+        return packed(self._global_state()), left is not None and not torch.equal(left, now)
 
     def _make_state(
         self,
@@ -504,10 +532,14 @@ class Loader(LoaderHooks):
                 f"are {known}; for others take a state_dict() there, and load it into another loader"
             )
         cursor = history[step - first]
+        if cursor is None:
+            cursor = beginning(progress.cursor)
         again = self._detached()
         random = self._random_state()
         try:
-            again.load_state_dict(self._state_at(progress, step, cursor))
+            again.load_state_dict(
+                self._make_state(progress.epoch, step, cursor, progress.loader_state, progress.lengths)
+            )
             again._leave_out = {}
             again._draws_again = True
             yield again

@@ -23,6 +23,7 @@ __all__ = [
     "KnowsOrigin",
     "Origin",
     "after_origin",
+    "ask_initial",
     "begin_again",
     "beginning",
     "check_origin",
@@ -102,22 +103,27 @@ class _Known:
 
     __slots__ = ("after", "initial", "loaded", "silent")
 
-    def __init__(self, iterable: Any) -> None:
-        self.initial = _told(iterable)
+    def __init__(self) -> None:
+        self.initial: Any = None
         self.loaded = False
         self.after: Any = None
         self.silent = False
+
+    def ask(self, iterable: Any) -> None:
+        """Ask for the initial state, unless it is known, or another one has been loaded."""
+        if self.initial is None and not self.loaded:
+            self.initial = _told(iterable)
 
 
 _known: dict[int, tuple[ref[Any], _Known]] = {}  # by id: an object may be equal to another one, or have no hash
 
 
 def _knowledge(iterable: Any) -> _Known:
-    """What is known of `iterable`; when it is seen first, it is asked for its state."""
+    """What is known of `iterable`."""
     owner = getattr(iterable, "__wrapped__", iterable)
     if (entry := _known.get(id(owner))) is not None:
         return entry[1]
-    known = _Known(iterable)
+    known = _Known()
     key = id(owner)
     with contextlib.suppress(TypeError):  # it cannot be referred to weakly
         _known[key] = ref(owner, lambda _: _known.pop(key, None)), known
@@ -126,6 +132,9 @@ def _knowledge(iterable: Any) -> _Known:
 
 def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[Any], Any]:
     """Iterate `iterable` from `origin` on, or from its beginning; in the thread that will go on with it.
+
+    An object with a state is asked for it only once it has been iterated, as in torchdata's StatefulDataLoader: some
+    have none before. Where one is loaded before that, as there, the object is asked for its own first.
 
     After `load_state_dict`, some objects begin every later epoch at the loaded place (Hugging Face's do, until they are
     told another epoch); others begin at their start, maybe in another order than before. The first sample of the next
@@ -140,8 +149,6 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
         return iter(iterable), None
     known = load_iterable(iterable, origin)
     iterator = iter(iterable)
-    if known is not None and known.initial is None and not known.loaded:  # some give it only once they are iterated
-        known.initial = _told(iterable)
     who = asked(iterable, iterator, origin)
     if who is iterable and origin is None and known is not None and known.loaded:
         known.loaded = False
@@ -182,6 +189,7 @@ def load_iterable(iterable: Any, origin: Origin | None) -> _Known | None:
         return None
     known = _knowledge(iterable)
     if origin is not None and origin.get("of") == "iterable":
+        known.ask(iterable)
         known.loaded, known.after = True, None
         iterable.load_state_dict(origin["state"])
     return known
@@ -195,8 +203,13 @@ def begin_again(iterable: Any) -> None:
             iterable.load_state_dict(known.initial)
 
 
+def ask_initial(iterable: Any) -> None:
+    """Ask for the initial state of `iterable`, which has just been iterated and has given nothing yet."""
+    _knowledge(iterable).ask(iterable)
+
+
 def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
-    """Make `iterator` begin at `origin`.
+    """Make `iterator` begin at `origin`, right after `iterable` has given it.
 
     Returns:
         What is to be asked for its state, the iterator or the iterable; None: neither has one.
@@ -210,7 +223,11 @@ def asked(iterable: Any, iterator: Iterator[Any] | AsyncIterator[Any], origin: O
         return iterator
     if origin is not None:
         check_takes_state(iterable if origin.get("of") == "iterable" else iterator)
-    return iterable if is_stateful(iterable) else None
+    if not is_stateful(iterable):
+        return None
+    if not hasattr(iterable, "__wrapped__"):  # else it calls `ask_initial`: its iterator has not begun
+        ask_initial(iterable)
+    return iterable
 
 
 def check_takes_state(thing: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from aioloader.engine.faces import Batches
 from aioloader.engine.progress import Progress
+from aioloader.engine.resumable import beginning
 from aioloader.loader import Loader
 
 __all__ = ["Places", "ReadAhead"]
@@ -41,7 +42,7 @@ class Places:
         batches, cursor = self._latest[0]
         if batches == progress.batches:  # the end was told, so the consumer is at its last batch
             return loader.state_dict()
-        return loader._state_at(progress, batches, cursor)
+        return loader._state_at(progress, batches, beginning(progress.cursor) if cursor is None else cursor)
 
 
 class ReadAhead(Iterator[Any]):

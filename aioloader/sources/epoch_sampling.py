@@ -172,8 +172,10 @@ class EpochSampling:
             progress: The progress of the epoch.
             base: Gets the base seed.
         """
-        with drawing_from(draws_of(progress)):
+        draws = draws_of(progress)
+        with drawing_from(draws):
             self.draw(progress.epoch, base)
+        draws.drawn()
 
     def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
         """The keys of an epoch, drawn now.

@@ -23,7 +23,7 @@ class Recorder(Callback):  # type: ignore[misc]
             self.job.validate(self.learn.xb[0])
 
     def before_train(self) -> None:
-        self.job.note(length=self.learn.n_iter if hasattr(self.learn, "n_iter") else len(self.learn.dls.train))
+        self.job.note(length=len(self.learn.dls.train))
 
 
 def run(job: Job) -> None:

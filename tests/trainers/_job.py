@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import psutil
 import torch
+import torch._dynamo  # before jobs are forked: optimizers import it, which takes a second
 import torch.utils.data
 from torch.utils.data import Dataset, DistributedSampler
 
