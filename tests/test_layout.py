@@ -39,6 +39,7 @@ IMPORTS: dict[str, set[str]] = {
         "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
         "torch_shims",
     },
+    "integrations": {"core", "engine", "errors", "loader"},
     "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine"},
     "demo": {"dataloader", "pipeline"},

@@ -48,11 +48,12 @@ class Tracked(Iterator[Any]):
         self._leave: finalize[Any, Any] | None = None
 
     def __next__(self) -> Any:
-        if self._leave is None:
+        leave = self._leave
+        if leave is None:
             self._loader.end_of_dataloader = False
             self._state.dataloader_references += [self._loader]
-            self._leave = finalize(self, _leave, self._loader, self._state)  # also where a loop is left early
-            self._leave.atexit = False
+            self._leave = leave = finalize(self, _leave, self._loader, self._state)  # also where a loop is left early
+            leave.atexit = False
         held, self._held = self._held, None
         batch, error = self._ask() if held is None else held
         del held
@@ -62,8 +63,8 @@ class Tracked(Iterator[Any]):
             finally:
                 del self, error  # an exception that is kept keeps this frame: not with it the epoch
         if batch is _END:
-            self._held = batch, None
-            self._leave()
+            self._held = self._ask()  # the end once more: whoever counts what was asked for counts this, too
+            leave()
             raise StopIteration
         self._held = self._ask()
         self._loader.end_of_dataloader = self._held[0] is _END

@@ -61,8 +61,12 @@ class BatchesDataset(IterableDataset[Any]):
     def _begun(self, places: Places) -> None:
         self._places = places
 
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's, after the last batch that the trainer has trained on."""
+    def state_dict(self, *_: Any) -> dict[str, Any]:
+        """The loader's, after the last batch that the trainer has trained on.
+
+        Args:
+            _: composer says how many samples it has trained on, which the state knows better.
+        """
         return self.loader.state_dict() if self._places is None else self._places.state(self.loader)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

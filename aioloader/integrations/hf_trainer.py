@@ -20,10 +20,10 @@ KEY: Final = "aioloader"
 def transformers_callback(loader: TorchDataLoader) -> "TrainerCallback":
     """A callback for Hugging Face's `Trainer` that keeps the state of `loader` in each checkpoint, and loads it again.
 
-    The state is part of `trainer_state.json`, so a checkpoint may be moved. Gradient accumulation, `save_steps` anywhere
-    and `max_steps` over several epochs are exact. Leave `ignore_data_skip` as it is: nothing is read twice in any case,
-    and with it the Trainer does not count the batches before the resume, so that a last, incomplete accumulation of that
-    epoch would not be stepped.
+    The state is part of `trainer_state.json`, so a checkpoint may be moved. A resume is exact with gradient
+    accumulation, wherever `save_steps` are, and with `max_steps` over several epochs. Leave `ignore_data_skip` as it
+    is: nothing is read twice in any case, and with it the Trainer does not count the batches before the resume, so that
+    a last, incomplete accumulation of that epoch would not be stepped.
 
     ```python
     loader = as_torch_dataloader(pipeline)

@@ -25,9 +25,9 @@ def as_torch_dataloader(loader: Loader, *, read_ahead: int = 0) -> "TorchDataLoa
 
     Args:
         loader: A `Pipeline` or `DataLoader` of ours.
-        read_ahead: Batches that the trainer has read and not trained on whenever `state_dict()` is called: 1 for Ray's
-            `prepare_data_loader` and torchtnt's `AutoUnit`. The state is then the one before these. Accelerate's own
-            look-ahead is accounted for.
+        read_ahead: Batches that the trainer has read and not trained on whenever `state_dict()` is called, 0 or 1: 1
+            for Ray's `prepare_data_loader` and torchtnt's `AutoUnit`. The state is then the one before that batch. What
+            Accelerate reads ahead is accounted for.
 
     Returns:
         It has `state_dict`, `load_state_dict` and `set_epoch`, and `loader`, the one that was passed. Its
@@ -35,8 +35,8 @@ def as_torch_dataloader(loader: Loader, *, read_ahead: int = 0) -> "TorchDataLoa
 
     Raises:
         TypeError: `loader` is none of ours.
-        ValueError: `read_ahead` is negative. Later, if a trainer makes a new instance with workers, or with batches or
-            samplers of its own.
+        ValueError: `read_ahead` is neither 0 nor 1. Later, if a trainer makes a new instance with workers, or with
+            batches or samplers of its own.
     """
     if isinstance(loader, TorchDataLoader):
         raise TypeError(f"this is a torch DataLoader already: {loader!r}; pass the loader that it was made of")
@@ -45,11 +45,16 @@ def as_torch_dataloader(loader: Loader, *, read_ahead: int = 0) -> "TorchDataLoa
             f"as_torch_dataloader takes an aioloader.Pipeline or an aioloader.DataLoader, got {type(loader).__name__}; "
             f"wrap other things: Pipeline(source).batch(n)"
         )
-    return TorchDataLoader(dataset_of(loader, check_count("read_ahead", read_ahead, least=0)))
+    if check_count("read_ahead", read_ahead, least=0) > 1:
+        raise ValueError(
+            f"read_ahead must be 0 or 1, got {read_ahead}: at the end of an epoch nobody could tell how many of "
+            f"several batches are trained on"
+        )
+    return TorchDataLoader(dataset_of(loader, read_ahead))
 
 
 class TorchDataLoader(torch.utils.data.DataLoader[Any]):
-    """See `as_torch_dataloader`. The arguments are torch's, since trainers make new instances from old ones' attributes.
+    """See `as_torch_dataloader`. Its arguments are torch's: trainers make new instances from attributes of old ones.
 
     Attributes:
         use_stateful_dataloader: Accelerate then keeps the state in its checkpoints.
@@ -79,8 +84,8 @@ class TorchDataLoader(torch.utils.data.DataLoader[Any]):
             raise TypeError(f"dataset must be that of an instance, got {type(dataset).__name__}; as_torch_dataloader()")
         if num_workers:
             raise ValueError(
-                f"num_workers must be 0 for a loader as a torch DataLoader, since {dataset.loader!r} has workers of its "
-                f"own, got {num_workers}; pass num_workers to aioloader.DataLoader, or concurrency to the stages"
+                f"num_workers must be 0 for a loader as a torch DataLoader, since {dataset.loader!r} has workers of "
+                f"its own, got {num_workers}; pass num_workers to aioloader.DataLoader, or concurrency to the stages"
             )
         for name, value in (("batch_size", batch_size), ("sampler", sampler), ("batch_sampler", batch_sampler)):
             if value is not None and not isinstance(value, _EpochSampler):

@@ -37,8 +37,7 @@ def run(job: Job) -> None:
             rest = accelerator.skip_first_batches(loader, steps % len(loader))
     gathered = []
     for epoch in range(steps // len(loader), job.epochs):
-        if not job.kind in OURS:
-            loader.set_epoch(epoch)
+        loader.set_epoch(epoch)
         for x, y in rest:
             job.train(x)
             with accelerator.accumulate(model):

@@ -1,39 +1,42 @@
-"""composer: any iterable with a length; on its own it spins a loader forward to where it was."""
+"""composer: any iterable with a length, which it spins forward on a resume, unless its dataset has a state."""
 
+import contextlib
 import sys
 import types
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
 
 
-def stand_in(name: str) -> None:
-    """For torchvision, which composer imports and does not use here: its builds for CUDA do not load beside a CPU torch."""
-    module = types.ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)
-    module.__path__ = []
+class StandIn(MetaPathFinder, Loader):
+    """For torchvision, which composer imports and does not need here: its wheel does not load beside a CPU torch."""
 
-    def anything(attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        return type(attribute, (), {})
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
 
-    module.__getattr__ = anything  # type: ignore[method-assign]
-    sys.modules[name] = module
+    def exec_module(self, module: types.ModuleType) -> None:
+        def anything(attribute: str) -> Any:
+            if attribute.startswith("__"):
+                raise AttributeError(attribute)
+            return type(attribute, (), {})
+
+        module.__getattr__ = anything  # type: ignore[method-assign]
 
 
 try:
     import torchvision  # noqa: F401
 except (ImportError, RuntimeError):
-    for part in ("", ".transforms", ".transforms.functional", ".models", ".models._utils", ".models.segmentation",
-                 ".datasets", ".ops", ".utils"):  # fmt: skip
-        stand_in("torchvision" + part)
+    sys.meta_path.append(StandIn())
 
-import composer
-import torch
-from composer import Callback, ComposerModel, Trainer
-from composer.utils import reproducibility  # noqa: F401
+import composer  # noqa: E402
+import torch  # noqa: E402
+from composer import ComposerModel, Trainer  # noqa: E402
 
-from tests.trainers._job import Job, Net, loss_of
+from aioloader.integrations import as_torch_dataloader  # noqa: E402
+from tests.trainers._job import OURS, Job, Net, loss_of  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import transformers.modeling_utils  # noqa: F401  # before jobs are forked: composer's Trainer imports it
 
 VERSION = composer.__version__
 
@@ -76,11 +79,13 @@ def run(job: Job) -> None:
         }
     if job.resumes:
         checkpoint = {"load_path": str(job.place / f"b{job.checkpoint_at}.pt")}
-    loader = job.loader()
+    loader, validation = job.loader(), job.validation_loader()
+    if job.kind in OURS:
+        loader, validation = as_torch_dataloader(loader), as_torch_dataloader(validation)
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
-        eval_dataloader=job.validation_loader(),
+        eval_dataloader=validation,
         max_duration=f"{job.epochs}ep",
         optimizers=torch.optim.SGD(model.parameters(), lr=0.01),
         device="cpu",

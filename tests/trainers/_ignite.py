@@ -33,11 +33,14 @@ def run(job: Job) -> None:
     parts = {"trainer": trainer, "net": net, "optimizer": optimizer}
     if hasattr(loader, "state_dict"):
         parts["loader"] = loader
+    name = f"checkpoint-{job.rank}.pt"
     if job.checkpoint_at is not None and not job.resumes:
-        saver = Checkpoint(parts, DiskSaver(str(job.place), create_dir=True, require_empty=False), filename_pattern="c.pt")
+        saver = Checkpoint(
+            parts, DiskSaver(str(job.place), create_dir=True, require_empty=False), filename_pattern=name
+        )
         trainer.add_event_handler(Events.ITERATION_COMPLETED(once=job.checkpoint_at), saver)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(validation))
     if job.resumes:
-        Checkpoint.load_objects(parts, torch.load(job.place / "c.pt", weights_only=False))
+        Checkpoint.load_objects(parts, torch.load(job.place / name, weights_only=False))
     trainer.run(loader, max_epochs=job.epochs)
     job.note(length=trainer.state.epoch_length)

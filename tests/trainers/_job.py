@@ -23,9 +23,15 @@ BATCH: Final = 4
 STEPS: Final = 13
 EPOCHS: Final = 3
 
-Kind = Literal["pipeline", "dataloader", "torch", "stateful"]
-KINDS: Final[tuple[Kind, ...]] = ("pipeline", "dataloader", "torch", "stateful")
-OURS: Final = ("pipeline", "dataloader")
+Kind = Literal["pipeline", "seeded", "dataloader", "torch", "stateful"]
+KINDS: Final[dict[Kind, str]] = {
+    "pipeline": "`Pipeline`",
+    "seeded": "`DataLoader(seed=)`",
+    "dataloader": "`DataLoader`",
+    "torch": "torch's `DataLoader`",
+    "stateful": "`StatefulDataLoader`",
+}
+OURS: Final = ("pipeline", "seeded", "dataloader")
 
 
 class Numbers(Dataset[Any]):
@@ -89,6 +95,7 @@ class Job:
     seed: int = 1
     epochs: int = EPOCHS
     option: str = ""
+    fitting: bool = True
 
     def __post_init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
@@ -112,11 +119,12 @@ class Job:
             if self.world_size > 1:
                 pipeline = pipeline.shard()
             return pipeline.map(Loads(data), concurrency=8).batch(BATCH)
-        if self.kind == "dataloader":
+        if self.kind in OURS:
             if self.world_size > 1:
-                sampler = DistributedSampler(data, self.world_size, self.rank, seed=1)
+                sampler: Any = DistributedSampler(data, self.world_size, self.rank, seed=1)
                 return DataLoader(data, batch_size=BATCH, sampler=sampler, num_workers=2)
-            return DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=2)
+            seed = 1 if self.kind == "seeded" else None
+            return DataLoader(data, batch_size=BATCH, shuffle=True, num_workers=2, seed=seed)
         if self.kind == "stateful":
             from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -129,8 +137,8 @@ class Job:
         if self.kind == "pipeline":
             pipeline = Pipeline(range(len(data)))
             return (pipeline.shard() if self.world_size > 1 else pipeline).map(Loads(data)).batch(BATCH)
-        if self.kind == "dataloader":
-            sampler = None
+        if self.kind in OURS:
+            sampler: Any = None
             if self.world_size > 1:
                 sampler = DistributedSampler(data, self.world_size, self.rank, shuffle=False)
             return DataLoader(data, batch_size=BATCH, sampler=sampler)
@@ -156,7 +164,10 @@ class Job:
 
     def finish(self) -> None:
         """Say how it ended, and what is left behind."""
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("aioloader")]
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("aioloader")]
+        for thread in threads:  # that are on their way out
+            thread.join(5)
+        left = [thread.name for thread in threads if thread.is_alive()]
         left += [child.name() for child in psutil.Process().children() if "aioloader" in " ".join(child.cmdline())]
         end = {"steps": self.steps, "left": left, "validated": self.validated, "optimizer_steps": self.optimizer_steps}
         (self.place / f"{self.run}-{self.rank}.end.json").write_text(json.dumps(end | self.notes))

@@ -55,7 +55,7 @@ def run(job: Job) -> None:
     if job.kind in OURS:
         loader, validation = as_torch_dataloader(loader), as_torch_dataloader(validation)
     Layer.job = job
-    job.fitting = False  # type: ignore[attr-defined]
+    job.fitting = False
     keras.utils.set_random_seed(job.seed)
     model = keras.Sequential([keras.Input((1,)), Layer(1)])
     model.compile(optimizer="sgd", loss="mse")

@@ -36,7 +36,9 @@ def run(job: Job) -> None:
     callbacks = []
     if job.checkpoint_at is not None:
         callbacks.append(
-            ModelCheckpoint(job.place, "checkpoint", every_n_train_steps=job.checkpoint_at, save_on_train_epoch_end=False)
+            ModelCheckpoint(
+                job.place, "checkpoint", every_n_train_steps=job.checkpoint_at, save_on_train_epoch_end=False
+            )
         )
     trainer = lightning.Trainer(
         max_epochs=job.epochs,

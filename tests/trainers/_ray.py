@@ -1,16 +1,14 @@
 """Ray Train: `prepare_data_loader` in each of its workers; it reads one batch ahead."""
 
-import json
 import os
-import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, RunConfig, ScalingConfig
+from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_data_loader, prepare_model
 
 from aioloader.integrations import as_torch_dataloader
@@ -31,9 +29,10 @@ def train(settings: dict[str, Any]) -> None:
     loader: Any = prepare_data_loader(plain)
     model = prepare_model(Net())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    checkpoint = job.place / f"checkpoint-{job.rank}.pt"
     steps = 0
     if job.resumes:
-        saved = torch.load(job.place / "checkpoint.pt")
+        saved = torch.load(checkpoint)
         steps = saved["steps"]
         model.load_state_dict(saved["model"])
         if hasattr(plain, "load_state_dict"):
@@ -49,7 +48,7 @@ def train(settings: dict[str, Any]) -> None:
             steps += 1
             if job.steps == job.checkpoint_at and not job.resumes:
                 state = plain.state_dict() if hasattr(plain, "state_dict") else None
-                torch.save({"steps": steps, "model": model.state_dict(), "loader": state}, job.place / "checkpoint.pt")
+                torch.save({"steps": steps, "model": model.state_dict(), "loader": state}, checkpoint)
     for x, _ in prepare_data_loader(validation):
         job.validate(x)
     job.note(length=len(loader))
@@ -57,16 +56,20 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def run(job: Job) -> None:
-    settings = {name: value for name, value in asdict(job).items()}
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.getcwd()}})
+    environment = {"env_vars": {"PYTHONPATH": str(Path.cwd())}}
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         trainer = TorchTrainer(
             train,
-            train_loop_config=settings,
+            train_loop_config=asdict(job),
             scaling_config=ScalingConfig(num_workers=int(job.option or 1), use_gpu=False),
             run_config=RunConfig(storage_path=str(job.place / "ray")),
         )
         trainer.fit()
+    except Exception:
+        if job.dies:
+            os._exit(9)
+        raise
     finally:
         ray.shutdown()

@@ -1,5 +1,6 @@
 """skorch: `iterator_train` is called as torch's DataLoader is; it has no way to resume in an epoch."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,14 @@ def pipeline(dataset: Any, batch_size: int, shuffle: bool = False) -> Any:
 def run(job: Job) -> None:
     iterator: Any = {
         "pipeline": pipeline,
+        "seeded": partial(aioloader.DataLoader, seed=1),
         "dataloader": aioloader.DataLoader,
         "torch": TorchDataLoader,
     }.get(job.kind)
     if iterator is None:
-        from torchdata.stateful_dataloader import StatefulDataLoader as iterator  # noqa: N813
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        iterator = StatefulDataLoader
     x = torch.arange(float(N)).reshape(-1, 1)
 
     def split(dataset: Any, *_: Any) -> Any:
