@@ -69,11 +69,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
 
-# Those that ask for another torch, or for a torchvision that does not load beside a CPU torch, come without what they ask for.
+# composer and torchtnt ask for packages older than the torch that is tested here, so they come without what they ask for;
+# fastai asks for torchvision, which does not load beside a CPU torch, and runs without.
 $(TRAINERS)/.installed: pyproject.toml constraints.txt tests/trainers/requirements.txt
 	$(PYTHON) -m venv $(TRAINERS) || { \
 		$(PYTHON) -m venv --clear --without-pip $(TRAINERS) && $(PYTHON) -m pip --python $(TRAINERS)/bin/python install --quiet pip; }
-	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trainers,process]' psutil
-	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r tests/trainers/requirements.txt
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trainers]'
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/trainers/requirements.txt
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'mosaicml>=0.32' 'torchtnt>=0.2.4'
 	$(TRAINERS)/bin/python -m pip uninstall --quiet --yes torchvision
 	@touch $@

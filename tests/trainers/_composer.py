@@ -33,10 +33,10 @@ import torch  # noqa: E402
 from composer import ComposerModel, Trainer  # noqa: E402
 
 from aioloader.integrations import as_torch_dataloader  # noqa: E402
-from tests.trainers._job import OURS, Job, Net, loss_of  # noqa: E402
+from tests.trainers._job import BATCH, OURS, Job, Net, loss_of  # noqa: E402
 
 with contextlib.suppress(ImportError):
-    import transformers.modeling_utils  # noqa: F401  # before jobs are forked: composer's Trainer imports it
+    import accelerate  # noqa: F401  # before jobs are forked: composer's Trainer imports it
 
 VERSION = composer.__version__
 
@@ -81,7 +81,7 @@ def run(job: Job) -> None:
         checkpoint = {"load_path": str(job.place / f"b{job.checkpoint_at}.pt")}
     loader, validation = job.loader(), job.validation_loader()
     if job.kind in OURS:
-        loader, validation = as_torch_dataloader(loader), as_torch_dataloader(validation)
+        loader = as_torch_dataloader(loader)
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
@@ -91,6 +91,7 @@ def run(job: Job) -> None:
         device="cpu",
         seed=1,
         progress_bar=False,
+        device_train_microbatch_size=BATCH,
         **checkpoint,
     )
     trainer.fit()

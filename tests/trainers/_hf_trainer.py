@@ -36,7 +36,7 @@ class Optimizer(torch.optim.SGD):
 
 def run(job: Job) -> None:
     loader, validation = job.loader(Dicts()), job.validation_loader(Dicts(10))
-    callbacks = []
+    callbacks: list[Any] = []
     if job.kind in OURS:
         loader, validation = as_torch_dataloader(loader), as_torch_dataloader(validation)
         callbacks.append(transformers_callback(loader))

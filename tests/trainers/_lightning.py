@@ -33,7 +33,7 @@ class Module(lightning.LightningModule):
 
 
 def run(job: Job) -> None:
-    callbacks = []
+    callbacks: list[Any] = []
     if job.checkpoint_at is not None:
         callbacks.append(
             ModelCheckpoint(

@@ -41,7 +41,7 @@ def run(job: Job) -> None:
     if job.kind in OURS:
         loader = as_torch_dataloader(loader, read_ahead=1)
     unit = Unit(job)
-    callbacks = []
+    callbacks: list[Any] = []
     if job.checkpoint_at is not None and not job.resumes:
         callbacks.append(DistributedCheckpointSaver(job.folder, save_every_n_train_steps=job.checkpoint_at))
     if job.resumes:
