@@ -1,4 +1,4 @@
-"""composer: any iterable with a length, which it spins forward on a resume, unless its dataset has a state."""
+"""composer: any iterable with a length and a `batch_size`, which it spins forward on a resume."""
 
 import contextlib
 import sys
@@ -32,8 +32,7 @@ import composer  # noqa: E402
 import torch  # noqa: E402
 from composer import ComposerModel, Trainer  # noqa: E402
 
-from aioloader.integrations import as_torch_dataloader  # noqa: E402
-from tests.trainers._job import BATCH, OURS, Job, Net, loss_of  # noqa: E402
+from tests.trainers._job import Job, Net, loss_of  # noqa: E402
 
 with contextlib.suppress(ImportError):
     import accelerate  # noqa: F401  # before jobs are forked: composer's Trainer imports it
@@ -80,8 +79,6 @@ def run(job: Job) -> None:
     if job.resumes:
         checkpoint = {"load_path": str(job.place / f"b{job.checkpoint_at}.pt")}
     loader, validation = job.loader(), job.validation_loader()
-    if job.kind in OURS:
-        loader = as_torch_dataloader(loader)
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
@@ -91,7 +88,6 @@ def run(job: Job) -> None:
         device="cpu",
         seed=1,
         progress_bar=False,
-        device_train_microbatch_size=BATCH,
         **checkpoint,
     )
     trainer.fit()

@@ -82,6 +82,7 @@ def go(script: Any, job: dict[str, Any], ranks: int = 1) -> list[int]:
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "GROUP_RANK": "0",
+                "NODE_RANK": "0",
                 "WORLD_SIZE": str(ranks),
                 "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",

@@ -25,7 +25,7 @@ TRAINERS: Final = {
     "hf_trainer": ("Hugging Face `Trainer`", "`as_torch_dataloader`, callback"),
     "accelerate": ("Accelerate", "`as_torch_dataloader`"),
     "ignite": ("ignite", "the loader, in `to_save`"),
-    "composer": ("composer", "`as_torch_dataloader`"),
+    "composer": ("composer", "the loader"),
     "keras": ("Keras 3", "`as_torch_dataloader`, callback"),
     "torchtnt": ("torchtnt", "`as_torch_dataloader(read_ahead=1)`"),
     "ray": ("Ray Train", "`as_torch_dataloader(read_ahead=1)`"),
