@@ -1,15 +1,15 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Generic, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
 
 import torch
 import torch.utils.data
+from torch import Tensor
 from torch.utils.data import IterableDataset, default_convert
-from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
@@ -17,6 +17,7 @@ from aioloader.core.policies import Errors, Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
+from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
@@ -42,8 +43,21 @@ from aioloader.plan.build import build
 from aioloader.plan.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
 from aioloader.plan.state import Shape, identity_of
 from aioloader.plan.unsplit import dataset_gives_all, keys_of_all
+from aioloader.signatures import (
+    AsyncIndexed,
+    Data,
+    DataLoaderOptions,
+    DictOfStackables,
+    Indexed,
+    Iterated,
+    OwnOptions,
+    Stackable,
+    TupleWithNames,
+    Unknown,
+)
 from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.rank_sampler import RankSampler, check_shards
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith
@@ -60,17 +74,18 @@ from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
 
-T_co = TypeVar("T_co", covariant=True, default=Any)
+K = TypeVar("K")
+S = TypeVar("S")
 
 KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
 
 SAMPLE: Final = "dataset[...]"
 
-_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
+_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
 
 
-class DataLoader(Loader, Generic[T_co]):
+class DataLoader(Loader[T_co]):
     """A drop-in for `torch.utils.data.DataLoader`: the same arguments, the same batches for the same seed.
 
     It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different, unless
@@ -122,6 +137,9 @@ class DataLoader(Loader, Generic[T_co]):
         sample_timeout: Seconds for one attempt at one sample; for async datasets and worker processes.
         hedge: A second call for a sample that takes long; for async datasets.
         rate: How many samples are begun in a second; may be shared with other loaders.
+        shard: Give this rank's part, the same as `sampler=DistributedSampler(dataset, shuffle=shuffle, seed=seed or 0)`
+            which is told each epoch. The ranks are those of `torch.distributed` when an epoch begins, else those of
+            RANK and WORLD_SIZE; without any, all samples come. For datasets with a length.
 
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
@@ -129,13 +147,234 @@ class DataLoader(Loader, Generic[T_co]):
 
     _knob = "num_workers"
     _kind = "DataLoader"
-    _split_by = "pass sampler=DistributedSampler(dataset), or use Pipeline(dataset).shard()"
+
+    @property
+    def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
+        if self._iterable:
+            return "use Pipeline(dataset).shard(), whose map and batch do the rest"
+        return "pass sampler=DistributedSampler(dataset), or shard=True, which deals the same keys"
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
     batch_size: int | None
     drop_last: bool
     num_workers: int
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Unknown | Data[Unknown],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Tensor]",
+        dataset: Data[Stackable],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[str]]",
+        dataset: Data[str],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[bytes]]",
+        dataset: Data[bytes],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Unknown]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Tensor]]",
+        dataset: Data[DictOfStackables[K]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Any]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[TupleWithNames],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Tensor]]",
+        dataset: Data[tuple[Stackable, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Any]]",
+        dataset: Data[tuple[Any, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: None,
+        *,
+        collate_fn: Callable[[Any], Any],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload  # as torch: all of them by position
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None,
+        shuffle: bool | None,
+        sampler: Any,
+        batch_sampler: Any = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Unpack[OwnOptions],
+    ) -> None: ...
 
     def __init__(
         self,
@@ -168,10 +407,16 @@ class DataLoader(Loader, Generic[T_co]):
         sample_timeout: float | None = None,
         hedge: Hedge | None = None,
         rate: Rate | None = None,
+        shard: bool = False,
     ) -> None:
         super().__init__()
         check_dataset(dataset)
         is_async_iterable = isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
+        self.shard = bool(shard)
+        if self.shard:
+            check_shards(dataset, sampler, batch_sampler)
+            seed = None if seed is None else check_integer("seed", seed)
+            shuffle, sampler = None, RankSampler(dataset, shuffle=bool(shuffle), seed=seed or 0)
         # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
         # most, since it warns of more processes than cores.
         self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
@@ -406,7 +651,8 @@ class DataLoader(Loader, Generic[T_co]):
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
             source = inline_source = InlineSource(self._keys.of(progress), "sampler", epoch, keys=True)
-            seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
+            rng_seed = self._sample_seed(self._rng_seed)
+            seed = self._pass(progress).seed(rng_seed, "sample 1")  # as `plan.build` numbers it
             data = self.dataset
             if self.policies is not None:
                 log = PolicyMeter(self.policies)
@@ -549,7 +795,12 @@ class DataLoader(Loader, Generic[T_co]):
         return Single(source, name="sampler", keys=True, ahead=ahead, check=self._keys.check_place)
 
     def _pass(self, progress: Progress) -> Pass:
-        return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))
+        return Pass(progress.epoch, sample_seed=self._sample_seed(self._rng_seed))
+
+    @property
+    def _rng_seed(self) -> int | None:
+        """Of `sample_rng`, as in `Pipeline`: ranks that share samples need the same one."""
+        return 0 if self.shard and self.seed is None else self.seed
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -604,7 +855,7 @@ class DataLoader(Loader, Generic[T_co]):
             return None
 
     def _random_state(self) -> dict[str, Any]:
-        return self._seed_state(self.seed) | self._keys.state()
+        return self._seed_state(self._rng_seed) | self._keys.state()
 
     def _generators(self) -> list[torch.Generator]:
         return self._keys.generators

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import randbits
 from time import perf_counter
-from typing import Any, Final, Self
+from typing import Any, Final, Generic, Self
 from weakref import WeakSet, finalize
 
 import torch
@@ -19,6 +19,7 @@ from aioloader.core.cursors import as_count
 from aioloader.core.forks import tell_of_fork
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
+from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
@@ -48,7 +49,7 @@ _RANDOM: Final = frozenset(
 )
 
 
-class Loader(LoaderHooks):
+class Loader(LoaderHooks, Generic[T_co]):
     """An object whose every `iter()` or `aiter()` is one epoch of batches.
 
     Making an iterator is cheap and starts nothing; work starts, and the epoch is counted, at its first `next()`.
@@ -82,6 +83,7 @@ class Loader(LoaderHooks):
         self._random_seed: int | None = None
         self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
         self._looked_for_ranks = False
+        self._agrees = True  # with other ranks, where it is told to
         tell_of_fork(self)
 
     def _forked(self) -> None:
@@ -219,12 +221,12 @@ class Loader(LoaderHooks):
 
     # -- iteration ---------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Batches[T_co]:
         """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
         self._check_usable()
         return Batches(self)
 
-    def __aiter__(self) -> AsyncBatches[Any]:
+    def __aiter__(self) -> AsyncBatches[T_co]:
         """An iterator for `async for`: the loader runs on the caller's event loop."""
         self._check_usable()
         return AsyncBatches(self)
@@ -274,7 +276,7 @@ class Loader(LoaderHooks):
                 progress.loader_state = self._random_state() | (self._order_source() if fixed is None else fixed)
             else:
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
-                progress.loader_state = dict(loaded["random"] or {})
+                progress.loader_state = self._random_of(loaded)
                 progress.epoch_pinned = epoch_pinned
             progress.begun_before |= self._draws_again
             progress.skipped_steps = self._leave_out.get(epoch, [])
@@ -369,10 +371,15 @@ class Loader(LoaderHooks):
         """
         loaded = self._loaded
         if loaded is not None:
+            random = self._random_of(loaded)
             return self._make_state(
-                loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"], guarantee=loaded["guarantee"]
+                loaded["epoch"], loaded["batches"], loaded["cursor"], random, guarantee=loaded["guarantee"]
             )
         return self._state_of(self._progress)
+
+    def _random_of(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """What else the epoch of a state that was loaded depends on, with what was said since."""
+        return dict(loaded["random"] or {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next epoch continue the one that `state` was taken from, right after the last batch it had given.
@@ -482,7 +489,7 @@ class Loader(LoaderHooks):
         """Where the batch comes from that the newest epoch gave last; None before its first."""
         return None if self._progress is None else self._progress.info
 
-    def replay(self, step: int) -> Any:
+    def replay(self, step: int) -> T_co:
         """Make batch number `step` of the newest epoch once more, exactly. If it was an error, that is raised again.
 
         The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables with
@@ -501,7 +508,7 @@ class Loader(LoaderHooks):
         with self._replaying(step) as again, torch.random.fork_rng(devices=()), again:
             return next(iter(again))
 
-    async def areplay(self, step: int) -> Any:
+    async def areplay(self, step: int) -> T_co:
         """`replay` for async code: on the caller's event loop, where its clients and sessions work.
 
         What your functions draw from torch's global generator meanwhile stays drawn.
@@ -561,6 +568,7 @@ class Loader(LoaderHooks):
         again.__setstate__(self.__getstate__())
         again._random_seed = self._random_seed
         again._looked_for_ranks = True
+        again._agrees = False
         return again
 
     def _never_again(self) -> str | None:
@@ -740,7 +748,8 @@ class Loader(LoaderHooks):
         """The description, without anything that is running."""
         alive = Loader.__new__(type(self))
         Loader.__init__(alive)
-        return {name: value for name, value in self.__dict__.items() if name not in alive.__dict__}
+        left_out = {*alive.__dict__, "__orig_class__"}  # the T of `Pipeline[T](...)`, which may be a class of anywhere
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Loader.__init__(self)

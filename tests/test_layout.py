@@ -33,11 +33,15 @@ IMPORTS: dict[str, set[str]] = {
     "sources": {"core", "engine", "errors", "executors", "masking", "memory", "stages"},
     "plan": {"core", "device", "engine", "errors", "executors", "memory", "sources", "stages"},
     "rng": {"core", "executors"},
+    "signatures": {"core", "sources"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
-    "pipeline": {"cache", "core", "device", "engine", "executors", "loader", "plan", "sources", "stages"},
+    "pipeline": {
+        "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "stages",
+    },
     "dataloader": {
-        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
-        "torch_shims",
+        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "stages", "torch_shims",
     },
     "integrations": {"core", "engine", "errors", "loader"},
     "testing": {"core", "device", "errors"},

@@ -58,6 +58,8 @@ class StageStats:
             window, until the batch was handed out. Stages of one window share it.
         live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
             is nobody's limit.
+        epochs: For a source of a `mix` by names: how often it has been gone through, 1.5 for one and a half times,
+            where its length is known; else None.
         policies: What its retries, timeouts, second calls and rate are, and have done; None: it has none of these.
     """
 
@@ -90,6 +92,7 @@ class StageStats:
     waited_seconds: Waits = field(default_factory=Waits)
     live: bool = False
     policies: PolicyStats | None = None
+    epochs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Stats:
         stages: In the order of the pipeline.
         waiting_seconds: How long the consumer has been waiting for a batch, now; 0.0 if it does not wait.
         paused: Whether no sample begins now, see `paused()`.
+        waiting_for_ranks: Whether it waits for other ranks now, with `shard(even="agree")`.
     """
 
     epoch: int | None
@@ -120,6 +124,7 @@ class Stats:
     stages: tuple[StageStats, ...]
     waiting_seconds: float = 0.0
     paused: bool = False
+    waiting_for_ranks: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain dictionaries, lists and numbers."""
@@ -145,6 +150,7 @@ def snapshot(
         loop_cpu_fraction=min(1.0, consumer.loop.seconds() / seconds) if consumer.loop is not None and seconds else 0.0,
         stages=tuple(_stage(meter, seconds) for meter in list(meters)),
         waiting_seconds=consumer.waiting_seconds,
+        waiting_for_ranks=consumer.asks_ranks,
         paused=paused,
     )
 
@@ -186,4 +192,5 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waited_seconds=gauges.waits,
         live=meter.live,
         policies=policies,
+        epochs=meter.samples / meter.epoch_length if meter.epoch_length else None,
     )

@@ -18,8 +18,8 @@ __all__ = ["check_by_file", "cost_of_samples", "uneven_files"]
 _FETCHED: Final = ("FetchedFiles", "Objects")  # a sample is a file, and keys are dealt before they are fetched
 
 _UNCOUNTED: Final = (
-    "pass even='keep' if your training can handle ranks of different length, as with torch's Join, or deal samples "
-    "instead (by='sample')"
+    "pass even='agree' and a gloo group, so that all ranks end together; or even='keep' if your training can handle "
+    "ranks of different length, as with torch's Join; or deal samples instead (by='sample')"
 )
 
 
@@ -102,7 +102,7 @@ def uneven_files(plan: Plan) -> str:
     return ""
 
 
-def _reading_all(plan: Plan, wanted: Callable[[Shard], bool]) -> Iterator[tuple[Shard, FileSource[Any]]]:
+def _reading_all(plan: Plan, wanted: Callable[[Shard], bool]) -> Iterator[tuple[Shard, FileSource[Any, Any]]]:
     for part in walk(plan):
         shards = [stage for stage in part.stages if isinstance(stage, Shard)]
         if any(shard.by == "file" for shard in shards):

@@ -104,7 +104,7 @@ class IndexedTarFiles(NamedSamples):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> Any:
         """The sample with number `key`; for a slice, a list of samples.
 
         Raises:
@@ -143,7 +143,7 @@ class Fetched(NamedTuple):
     pieces: list[Any]
 
 
-class IndexedTarObjects(FetchSource):
+class IndexedTarObjects(FetchSource[dict[str, Any]]):
     """The samples of archives in stores, by number.
 
     Args:

@@ -25,6 +25,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import KnowsOrigin, Origin, ask_initial, is_stateful, tells_state
+from aioloader.sources.rank_sampler import RankSampler
 
 __all__ = [
     "Draws",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_FIXED: Final = (SequentialSampler, DistributedSampler)
+_FIXED: Final = (SequentialSampler, DistributedSampler, RankSampler)
 
 
 _NO_KEY: Final = object()
@@ -361,6 +362,7 @@ _ARGUMENTS: Final[dict[type, tuple[tuple[str, str], ...]]] = {
     SubsetRandomSampler: (("indices", "indices"),),
     WeightedRandomSampler: (("weights", "weights"), ("num_samples", "num_samples"), ("replacement", "replacement")),
     DistributedSampler: tuple((name, name) for name in ("num_replicas", "shuffle", "seed", "drop_last")),
+    RankSampler: tuple((name, name) for name in ("num_replicas", "shuffle", "seed")),
 }
 """Names and attributes of torch's samplers that decide their order; long ones count by their length. Not the rank,
 because a state is that of all ranks."""
