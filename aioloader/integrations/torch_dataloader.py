@@ -38,11 +38,12 @@ def as_torch_dataloader(loader: Loader, *, read_ahead: int = 0) -> "TorchDataLoa
         ValueError: `read_ahead` is neither 0 nor 1. Later, if a trainer makes a new instance with workers, or with
             batches or samplers of its own.
     """
-    if isinstance(loader, TorchDataLoader):
-        raise TypeError(f"this is a torch DataLoader already: {loader!r}; pass the loader that it was made of")
-    if not isinstance(loader, Loader):
+    given: Any = loader
+    if isinstance(given, TorchDataLoader):
+        raise TypeError(f"this is a torch DataLoader already: {given!r}; pass the loader that it was made of")
+    if not isinstance(given, Loader):
         raise TypeError(
-            f"as_torch_dataloader takes an aioloader.Pipeline or an aioloader.DataLoader, got {type(loader).__name__}; "
+            f"as_torch_dataloader takes an aioloader.Pipeline or an aioloader.DataLoader, got {type(given).__name__}; "
             f"wrap other things: Pipeline(source).batch(n)"
         )
     if check_count("read_ahead", read_ahead, least=0) > 1:
