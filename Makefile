@@ -43,15 +43,20 @@ clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) $(TRAINERS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
+# The word that is nearest, where one is near: `make tests`, `make chekc`.
+MEANT = $(PYTHON) -c 'import difflib, sys; print(*(f"did you mean: make {word}" for word in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)))' $@ demo test check bench bench-quick clean >&2
+
 # Else make finds the folder, and says that there is nothing to do.
 $(FOLDERS):
 	@echo "'$@' is a folder and not a word of this Makefile; the words are:" >&2
+	@$(MEANT)
 	@$(MAKE) --no-print-directory help >&2
 	@exit 1
 
 # A word that is mistyped.
 .DEFAULT:
 	@echo "'$@' is not a word of this Makefile; the words are:" >&2
+	@$(MEANT)
 	@$(MAKE) --no-print-directory help >&2
 	@exit 1
 

@@ -583,8 +583,10 @@ class DataLoader(Loader[T_co]):
         return True
 
     def __repr__(self) -> str:
+        seed = "" if self.seed is None else f", seed={self.seed}"
         return (
-            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers})"
+            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers}"
+            f"{seed})"
         )
 
     def __aiter__(self) -> AsyncBatches[T_co]:

@@ -17,6 +17,7 @@ from bench._script import run_script
 
 SCRIPTS: Final[dict[str, list[str]]] = {
     "overhead": ["--quick"],
+    "insight": ["--quick"],
     "in_memory": ["--quick"],
     "latency": ["--quick"],
     "files": ["--quick"],

@@ -12,6 +12,7 @@ from aioloader.insight.explain_policies import (
 )
 from aioloader.insight.now import now, stands_still
 from aioloader.insight.stats import StageStats, Stats
+from aioloader.insight.units import duration
 
 __all__ = ["explain"]
 
@@ -159,9 +160,9 @@ def _is_full(stage: StageStats, stats: Stats) -> bool:
 
 def _use(stage: StageStats) -> str:
     each = stage.busy_seconds / stage.samples
-    cost = f"{each * 1e3:.3g} ms each" if each >= 1e-5 else f"{each * 1e6:.2g} µs each"
+    cost = f"{each * 1e3:.3g} ms" if 1e-5 <= each < 0.9995 else duration(each)
     places = f" in its {stage.concurrency} places" if stage.concurrency > 1 else ""
-    return f"busy {stage.utilization:.0%} of the time{places}, {cost}"
+    return f"busy {stage.utilization:.0%} of the time{places}, {cost} each"
 
 
 def _is_drop_in(knob: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from aioloader.insight.gauges import Waits
 from aioloader.insight.meters import ConsumerMeter, Kind, StageMeter
 from aioloader.insight.policies import PolicyStats
+from aioloader.insight.stats_table import table
 
 __all__ = ["StageStats", "Stats", "snapshot"]
 
@@ -112,6 +113,8 @@ class Stats:
         waiting_seconds: How long the consumer has been waiting for a batch, now; 0.0 if it does not wait.
         paused: Whether no sample begins now, see `paused()`.
         waiting_for_ranks: Whether it waits for other ranks now, with `shard(even="agree")`.
+        waits: How long the consumer waited for each batch after the first one: of this epoch their sum and maximum, of
+            the latest ones, about four thousand, p50, p95 and p99.
     """
 
     epoch: int | None
@@ -125,6 +128,11 @@ class Stats:
     waiting_seconds: float = 0.0
     paused: bool = False
     waiting_for_ranks: bool = False
+    waits: Waits = field(default_factory=Waits)
+
+    def __str__(self) -> str:
+        """A table for a terminal, within 100 columns."""
+        return table(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain dictionaries, lists and numbers."""
@@ -152,6 +160,7 @@ def snapshot(
         waiting_seconds=consumer.waiting_seconds,
         waiting_for_ranks=consumer.asks_ranks,
         paused=paused,
+        waits=consumer.waits,
     )
 
 

@@ -13,15 +13,12 @@ from aioloader.device import Transfer
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, Node
 from aioloader.engine.window import Window
+from aioloader.errors import UnknownLengthError
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
 
 __all__ = ["Builder", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
-
-
-class UnknownLengthError(TypeError):
-    """How many samples a stage gives is known only when it has run; `len()` raises it, as trainers expect."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,12 @@ class Stage(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """The stage as the user wrote it, `map(decode)`."""
+        """The stage as the user wrote it, `map(decode)`: its name in statistics and errors."""
+
+    @property
+    def shown(self) -> str:
+        """The same in the repr of a pipeline, where its seed is to be seen."""
+        return self.label
 
     @abstractmethod
     def length(self, upstream: int) -> int:
