@@ -416,20 +416,22 @@ class Loader(Watched[T_co]):
                 return self.state_dict()
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
-            random, lengths = dict(progress.loader_state), progress.lengths
-            guarantee = self._guarantee_without_a_source() if progress.source_failed else self._guarantee()
-            if progress.cursor is not None and "drawn" in random:
-                random["next"], others_draw = self._next_draws(progress)
-                guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
-            return self._make_state(
-                progress.epoch, progress.batches, progress.cursor, random, lengths, guarantee=guarantee
-            )
+            return self._state_at(progress, progress.batches, progress.cursor)
         newest = self._progress
         if newest is None or progress is newest:
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         epoch = progress.epoch + 1
         random = dict(newest.loader_state) if newest.epoch == epoch else self._fixed_random_state()
         return self._make_state(epoch, 0, None, random)
+
+    def _state_at(self, progress: Progress, batches: int, cursor: Any) -> dict[str, Any]:
+        """The state where the epoch of `progress` had given `batches`, and `cursor` was that of the last one."""
+        random, lengths = dict(progress.loader_state), progress.lengths
+        guarantee = self._guarantee_without_a_source() if progress.source_failed else self._guarantee()
+        if cursor is not None and "drawn" in random:
+            random["next"], others_draw = self._next_draws(progress)
+            guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
+        return self._make_state(progress.epoch, batches, cursor, random, lengths, guarantee=guarantee)
 
     def _next_draws(self, progress: Progress) -> tuple[str, bool]:
         """What the epoch after one that is under way draws from, and whether that depends on what the program draws."""

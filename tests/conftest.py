@@ -54,14 +54,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave soak tests, and those of a Ray cluster, out unless `-m` names them."""
-    for name in ("soak", "ray"):
-        if name in config.getoption("markexpr"):
-            continue
-        left_out = [item for item in items if item.get_closest_marker(name) is not None]
-        if left_out:
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if item.get_closest_marker(name) is None]
+    """Leave soak tests, those of a Ray cluster and whole trainers out unless `-m` names them."""
+    asked = config.getoption("markexpr")
+    unasked = [marker for marker in ("soak", "ray", "trainers") if marker not in asked]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unasked)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)

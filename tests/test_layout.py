@@ -46,6 +46,7 @@ IMPORTS: dict[str, set[str]] = {
         "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "signatures", "sources",
         "stages", "torch_shims",
     },
+    "integrations": {"core", "engine", "errors", "loader"},
     "testing": {"core", "device", "errors"},
     "doctor": {"core", "engine", "executors"},
     "demo": {"dataloader", "pipeline"},

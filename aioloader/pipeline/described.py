@@ -38,6 +38,7 @@ from aioloader.stages.flow import Guarantee
 
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
+from aioloader.stages.device import To
 
 __all__ = ["Described"]
 
@@ -104,6 +105,11 @@ class Described(Loader[T_co]):
     def batch_size(self) -> int | None:
         """Samples in a batch, a short last one aside, on this rank; None: not batched, or of no fixed number."""
         return batch_size_of(self._plan)
+
+    @property
+    def device(self) -> Any:
+        """What `to` was told; None: batches stay where they are made."""
+        return next((stage.device for stage in self._plan.stages if isinstance(stage, To)), None)
 
     def __bool__(self) -> bool:
         return True  # `if loader:` does not ask for the length
