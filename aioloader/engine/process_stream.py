@@ -283,7 +283,7 @@ class _EngineServer:
     def __init__(self, channel: WorkerLink, build: Callable[[Any, bool], "Window"]) -> None:
         self._channel = channel
         self._build = build
-        self._streams: dict[int, _EpochStream] = {}
+        self._streams: dict[int, EpochStream] = {}
         self._sender = _BatchSender(channel)
         self.where = f"the process of its own (pid {os.getpid()})"
 
@@ -348,7 +348,7 @@ class _EngineServer:
         pauses = Pauses()
         run = Run(window, epoch, pauses=pauses)
         block = pauses.enter()[0] if paused else None
-        self._streams[number] = _EpochStream(self, number, run, room, pauses, block, batches=batches)
+        self._streams[number] = EpochStream(self, number, run, room, pauses, block, batches=batches)
 
     def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
         """Send what has been granted."""
@@ -358,7 +358,7 @@ class _EngineServer:
         """No sample begins any more, or none is under way either."""
         self._sender.put(("paused", number), (pause, still))
 
-    def ended(self, stream: "_EpochStream") -> None:
+    def ended(self, stream: "EpochStream") -> None:
         """A run is over, in whatever way."""
         del self._streams[stream.number]
         run = stream.run
@@ -368,7 +368,7 @@ class _EngineServer:
             self._sender.put(("ended", stream.number), [meter.to_tell() for meter in run.meters])
 
 
-class _EpochStream:
+class EpochStream:
     """One epoch."""
 
     def __init__(
