@@ -32,6 +32,7 @@ IMPORTS: dict[str, set[str]] = {
     "stages": {"cache", "core", "device", "engine", "executors", "insight"},
     "sources": {"core", "engine", "errors", "executors", "masking", "memory", "stages"},
     "plan": {"core", "device", "engine", "errors", "executors", "memory", "sources", "stages"},
+    "ray": {"executors"},
     "rng": {"core", "executors"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
     "pipeline": {"cache", "core", "device", "engine", "executors", "loader", "plan", "sources", "stages"},

@@ -11,12 +11,13 @@ from time import perf_counter
 from typing import Literal
 
 from aioloader.core.address import Address
+from aioloader.insight.actors import ActorStats
 from aioloader.insight.gauges import Gauge, Gauges, WaitMeter
 from aioloader.insight.policies import PolicyMeter
 
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
-Kind = Literal["source", "async", "sync", "process", "fold"]
+Kind = Literal["source", "async", "sync", "process", "ray", "fold"]
 Why = Literal["input", "room"]
 
 
@@ -58,6 +59,7 @@ class StageMeter:
         waits: How long entries of its window waited to be taken; stages of one window share it.
         policies: Counts what its policies do; None: it has none.
         told: What it answered in another process, when its counters came from there.
+        actors: Gives what is known of its actors, from any thread; None: it has none.
     """
 
     name: str
@@ -92,6 +94,7 @@ class StageMeter:
     waits: WaitMeter | None = None
     policies: PolicyMeter | None = None
     told: Gauges | None = None
+    actors: Callable[[], tuple[ActorStats, ...]] | None = None
 
     @property
     def gauges(self) -> Gauges:
@@ -109,7 +112,7 @@ class StageMeter:
 
     def to_tell(self) -> "StageMeter":
         """The same for another process, as it is now."""
-        return replace(self, gauge=None, queued=None, waits=None, policies=None, told=self.gauges)
+        return replace(self, gauge=None, queued=None, waits=None, policies=None, told=self.gauges, actors=None)
 
 
 class IdleClock:

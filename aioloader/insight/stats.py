@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
+from aioloader.insight.actors import ActorStats
 from aioloader.insight.gauges import Waits
 from aioloader.insight.meters import ConsumerMeter, Kind, StageMeter
 from aioloader.insight.policies import PolicyStats
@@ -19,8 +20,8 @@ class StageStats:
     Attributes:
         name: The stage as written in the pipeline, `map(fetch)`. Adjacent sync stages that run in one hop are one.
         kind: `"source"` (read by one task; `flat_map` too), `"async"` (awaited on the loop), `"sync"` (in threads or
-            an executor), `"process"` (in worker processes) or `"fold"` (on the loop, without user code; only `batch`
-            with `max_wait` is shown).
+            an executor), `"process"` (in worker processes), `"ray"` (in actors of a cluster) or `"fold"` (on the loop,
+            without user code; only `batch` with `max_wait` is shown).
         concurrency: How many samples may be under way at once.
         samples: Samples, or batches, that it has finished.
         errors: How many of them failed.
@@ -59,6 +60,7 @@ class StageStats:
         live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
             is nobody's limit.
         policies: What its retries, timeouts, second calls and rate are, and have done; None: it has none of these.
+        actors: What is known of its actors in a cluster; empty where it has none.
     """
 
     name: str
@@ -90,6 +92,7 @@ class StageStats:
     waited_seconds: Waits = field(default_factory=Waits)
     live: bool = False
     policies: PolicyStats | None = None
+    actors: tuple[ActorStats, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,4 +189,5 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         waited_seconds=gauges.waits,
         live=meter.live,
         policies=policies,
+        actors=() if meter.actors is None else meter.actors(),
     )
