@@ -15,22 +15,9 @@ from aioloader.core.address import Address
 from aioloader.engine.fuse import Op
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.current_sample import current_sample
+from aioloader.executors.ray.suspects import Suspects
 
-__all__ = ["Asked", "CallGate", "Suspects"]
-
-
-@dataclass(frozen=True)
-class Suspects:
-    """What is known of calls that end their process.
-
-    Attributes:
-        one_by_one: Calls are to begin one by one.
-        guilty: For calls that are not made any more, the address of the stage, the key of the sample, and what is
-            raised instead.
-    """
-
-    one_by_one: bool
-    guilty: tuple[tuple[Address, Any, str], ...] = ()
+__all__ = ["Asked", "CallGate"]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import Any, Final
 from aioloader.core.address import Address
 from aioloader.core.memory import Alloc
 from aioloader.core.source import CursorSource
+from aioloader.engine.call_gate import CallGate
 from aioloader.engine.node import Node
 from aioloader.engine.parts_node import PartsNode
-from aioloader.engine.ray_node import RayPartNode, RayTerms
+from aioloader.engine.ray_node import RayPartNode, RayParts
 from aioloader.engine.ray_server import RayServing
 from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
@@ -50,14 +51,21 @@ class PartProgram:
     build: Callable[..., Window]
     epochs: Epochs = ()
 
-    def __call__(self, request: tuple[int, Pass, Epochs], resumed: bool) -> Window:
+    def __call__(self, request: tuple[int, Pass, Epochs], resumed: bool, gate: CallGate | None) -> Window:
         """In an actor: the nodes of a part."""
         number, this_pass, epochs = request
         self._copies.tell(epochs)
-        return self.part(number, this_pass, alloc=self._memory.alloc, draws=Draws(resumed=resumed), warns=True)
+        return self.part(number, this_pass, self._memory.alloc, Draws(resumed=resumed), gate)
 
     def part(
-        self, number: int, this_pass: Pass, *, alloc: Alloc | None = None, draws: Draws | None = None, warns: bool
+        self,
+        number: int,
+        this_pass: Pass,
+        alloc: Alloc | None = None,
+        draws: Draws | None = None,
+        gate: CallGate | None = None,
+        *,
+        warns: bool = True,
     ) -> Window:
         """The nodes of a part."""
         return self.build(
@@ -67,6 +75,7 @@ class PartProgram:
             draws=Draws() if draws is None else draws,
             path=self.path,
             live=self.live,
+            gate=gate,
             warns=warns,
         )
 
@@ -92,7 +101,7 @@ class PartProgram:
 
 def parts_here(program: PartProgram, this_pass: Pass, alloc: Alloc | None) -> Node:
     """The parts in this process, without Ray."""
-    return PartsNode([program.part(number, this_pass, alloc=alloc, warns=True) for number in range(program.parts)])
+    return PartsNode([program.part(number, this_pass, alloc) for number in range(program.parts)])
 
 
 def parts_in_actors(
@@ -115,16 +124,16 @@ def parts_in_actors(
         batches: Whether the entries are batches.
     """
     plan = program.plan
-    workers = RayWorkers() if stage.workers is None else stage.workers
     ranks = [flow.ranks for part in walk(plan) for flow in flows_of(part)]
+    workers = RayWorkers() if stage.workers is None else stage.workers
     terms = ReadersTerms(stage.actors, workers, stage.pool, _first_seat(ranks), program.is_shared)
-    key = ("in_ray", program.path, program.live, program.parts, repr(ranks), stage.pool)
-    make_program = partial(_serving, program)
-    readers = partial(_readers, processes, key, terms, make_program)
+    key = ("in_ray", program.path, program.live, program.parts, stage.pool, repr(ranks))
+    readers = partial(_readers, processes, key, terms, partial(_serving, program))
+    room = stage.ahead if batches else SAMPLES_AHEAD
+    parts = RayParts(readers, program.parts, room, batches, stage.label, alloc)
     epochs = epochs_of(with_set_epoch(functions_of(plan)))
-    node_terms = RayTerms(readers, stage.ahead if batches else SAMPLES_AHEAD, batches, stage.label)
     nodes = [
-        RayPartNode(node_terms, (number, this_pass, epochs), program.part(number, this_pass, warns=False), alloc)
+        RayPartNode(parts, number, (number, this_pass, epochs), program.part(number, this_pass, warns=False))
         for number in range(program.parts)
     ]
     return PartsNode(nodes)
@@ -144,5 +153,5 @@ def _readers(
 ) -> Readers:
     """Those of the epoch before, if there were any."""
     host = processes()
-    readers: Readers = host.beside(key, partial(Readers, host, terms, make_program))
+    readers: Readers = host.get_or_create(key, partial(Readers, host, terms, make_program))
     return readers
