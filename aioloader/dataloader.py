@@ -4,12 +4,11 @@ import warnings
 from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Generic, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import torch
 import torch.utils.data
 from torch.utils.data import IterableDataset, default_convert
-from typing_extensions import TypeVar  # which torch needs, too; the standard one has no defaults before 3.13
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
 from aioloader.core.memory import Alloc
@@ -17,6 +16,7 @@ from aioloader.core.policies import Errors, Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
+from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
@@ -60,8 +60,6 @@ from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
 
-T_co = TypeVar("T_co", covariant=True, default=Any)
-
 KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
 
@@ -70,7 +68,7 @@ SAMPLE: Final = "dataset[...]"
 _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
 
 
-class DataLoader(Loader, Generic[T_co]):
+class DataLoader(Loader[T_co]):
     """A drop-in for `torch.utils.data.DataLoader`: the same arguments, the same batches for the same seed.
 
     It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different, unless

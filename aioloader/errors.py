@@ -10,6 +10,7 @@
     ├── ChannelClosedError (RuntimeError)    a sample was sent to a closed channel
     ├── NothingPassesError (RuntimeError)    a filter has refused more samples in a row than it may
     ├── TooManySkippedError (RuntimeError)   more errors than `skip_errors` may leave out; `__cause__` is the newest
+    ├── RankError (RuntimeError)             ranks that agree on their batches cannot: one failed, or is elsewhere
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
@@ -32,6 +33,7 @@ __all__ = [
     "LeakedContextError",
     "LoaderClosedError",
     "NothingPassesError",
+    "RankError",
     "ReadAllWarning",
     "ReplayWarning",
     "SampleCancelledError",
@@ -105,6 +107,10 @@ class NothingPassesError(AioloaderError, RuntimeError):
 
 class TooManySkippedError(AioloaderError, RuntimeError):
     """Past a limit of `skip_errors`, an error is raised after all; `__cause__` is the error of the sample."""
+
+
+class RankError(AioloaderError, RuntimeError):
+    """`shard(even="agree")`: another rank has failed at this batch, is at another one, or is gone."""
 
 
 class WorkerDiedError(AioloaderError, RuntimeError):

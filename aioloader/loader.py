@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import randbits
 from time import perf_counter
-from typing import Any, Final, Self
+from typing import Any, Final, Generic, Self
 from weakref import WeakSet, finalize
 
 import torch
@@ -19,6 +19,7 @@ from aioloader.core.cursors import as_count
 from aioloader.core.forks import tell_of_fork
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
+from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
@@ -47,7 +48,7 @@ _RANDOM: Final = frozenset(
 )
 
 
-class Loader(LoaderHooks):
+class Loader(LoaderHooks, Generic[T_co]):
     """An object whose every `iter()` or `aiter()` is one epoch of batches.
 
     Making an iterator is cheap and starts nothing; work starts, and the epoch is counted, at its first `next()`.
@@ -80,6 +81,7 @@ class Loader(LoaderHooks):
         self._random_seed: int | None = None
         self._leave_out: dict[int, list[range]] = {}  # steps, by epoch
         self._looked_for_ranks = False
+        self._agrees = True  # with other ranks, where it is told to
         tell_of_fork(self)
 
     def _forked(self) -> None:
@@ -206,12 +208,12 @@ class Loader(LoaderHooks):
 
     # -- iteration ---------------------------------------------------------------------------------------------------
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Batches[T_co]:
         """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
         self._check_usable()
         return Batches(self)
 
-    def __aiter__(self) -> AsyncBatches[Any]:
+    def __aiter__(self) -> AsyncBatches[T_co]:
         """An iterator for `async for`: the loader runs on the caller's event loop."""
         self._check_usable()
         return AsyncBatches(self)
@@ -523,6 +525,7 @@ class Loader(LoaderHooks):
         again.__setstate__(self.__getstate__())
         again._random_seed = self._random_seed
         again._looked_for_ranks = True
+        again._agrees = False
         return again
 
     def _never_again(self) -> str | None:

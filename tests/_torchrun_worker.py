@@ -100,6 +100,44 @@ def noting(calls: list[int]) -> Callable[[int], int]:
     return load
 
 
+def agreed(group: Any, face: str) -> list[int]:
+    """How many steps this rank does in each of two epochs, where a filter leaves it more or fewer samples than others.
+
+    Each step has a collective call of its own on the group of the whole job, as that of a trainer has.
+    """
+    rank = dist.get_rank()
+    loader = Pipeline(range(120)).shard(group=group, even="agree").filter(lambda n: n // 4 % 5 <= rank).batch(3)
+
+    def train(batch: Any) -> None:
+        total = batch.sum()
+        dist.all_reduce(total)
+        steps.append(int(total))
+
+    async def train_async() -> None:
+        async for batch in loader:
+            train(batch)
+
+    counts = []
+    for _ in range(2):
+        steps: list[int] = []
+        if face == "for":
+            for batch in loader:
+                train(batch)
+        else:
+            asyncio.run(train_async())
+        counts.append(len(steps))
+    return counts
+
+
+def refused(group: Any) -> str:
+    """Why ranks cannot agree on `group`."""
+    try:
+        Pipeline(range(9)).shard(group=group, even="agree")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     found: dict[str, Any] = {}
     found["environment"] = list(Pipeline(range(N)).shard())  # before torch.distributed is there
@@ -145,6 +183,10 @@ def main() -> None:
     for name, function in kept.items():
         setattr(dist, name, function)
     dist.barrier()
+    everybody = dist.new_group(backend="gloo")
+    found["agreed"] = [agreed(everybody, face) for face in ("for", "async for")]
+    found["agreed on the trainer's own group"] = agreed(dist.group.WORLD, "for")
+    found["refused"] = refused(None)
     dist.destroy_process_group()
     Path(sys.argv[1], f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 

@@ -41,8 +41,6 @@ def test_keep_gives_each_rank_what_is_in_its_files(kind: Format, face: Face, tmp
     for world_size in (2, 4):
         found = [collect(loader.map(kind.name), face) for loader in ranks(kind.source(paths), world_size, even="keep")]
         assert found == [list(chain(*names[rank::world_size])) for rank in range(world_size)]
-    with pytest.raises(ValueError, match="by='file'"):
-        Pipeline(kind.source(paths)).shard(0, 2, even="keep")
 
 
 # -- what is read ------------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def test_what_nobody_has_counted_cannot_be_evened_out(tmp_path: Path, kind: Form
     paths = kind.files(tmp_path, (3, 1, 2))
     assert [len(list(loader)) for loader in ranks(kind.source(paths), 2)] == [5, 1]
     for even in ("pad", "drop", "error"):
-        with pytest.raises(ValueError, match=rf"even='{even}'\) must know how many .*; pass even='keep' if"):
+        with pytest.raises(ValueError, match=rf"even='{even}'\) must know how many .*; pass even='agree' and"):
             Pipeline(kind.source(paths)).shard(0, 2, by="file", even=even)
     for loader in ranks(kind.source(paths), 4):  # on all of them, so that none waits for the others
         with pytest.raises(
@@ -398,6 +396,6 @@ def test_ranks_that_are_looked_up_are_told_when_iteration_begins(
     assert len(told) == 1
     assert collect(loader, face) == ["a1", "c0"]
     by_file = Pipeline(Lines(paths)).shard(by="file")
-    with pytest.warns(UnevenWarning, match=r"nobody has counted that: where ranks get different .* pass even='keep'"):
+    with pytest.warns(UnevenWarning, match=r"nobody has counted that: where ranks get different .* pass even='agree'"):
         assert collect(by_file, face) == ["b0", "b1"]
     assert collect(by_file, face) == ["b0", "b1"]

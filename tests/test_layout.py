@@ -35,7 +35,7 @@ IMPORTS: dict[str, set[str]] = {
     "ray": {"executors"},
     "rng": {"core", "executors"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
-    "pipeline": {"cache", "core", "device", "engine", "executors", "loader", "plan", "sources", "stages"},
+    "pipeline": {"cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "sources", "stages"},
     "dataloader": {
         "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
         "torch_shims",

@@ -623,7 +623,7 @@ def test_a_group_or_mesh_without_this_process_is_refused(rank_3_of_8: DeviceMesh
         pytest.param(
             lambda mesh: {"mesh": (mesh, 0), "rank": 0, "world_size": 1}, ValueError, "one of rank and", id="both"
         ),
-        pytest.param(lambda _: {"even": "cut"}, ValueError, "'pad', 'drop', 'error', got 'cut'", id="even"),
+        pytest.param(lambda _: {"even": "cut"}, ValueError, "'error', 'keep', 'agree', got 'cut'", id="even"),
     ],
 )
 def test_bad_arguments_are_refused(rank_3_of_8: DeviceMesh, argument: Any, kind: type[Exception], said: str) -> None:

@@ -108,6 +108,14 @@ def test_one_of_the_ranks_that_get_the_same_reads(four_ranks: list[dict[str, Any
         )
 
 
+def test_ranks_agree_on_their_batches(four_ranks: list[dict[str, Any]]) -> None:
+    """Of 6, 12, 18 and 24 samples in batches of 3 all ranks give 2, whatever the trainer calls in between."""
+    for found in four_ranks:
+        assert found["agreed"] == [[2, 2], [2, 2]]
+        assert found["agreed on the trainer's own group"] == [2, 2]
+        assert "without a process group; pass shard(group=torch.distributed.new_group" in found["refused"]
+
+
 def test_a_loader_that_nobody_splits_warns_once(four_ranks: list[dict[str, Any]]) -> None:
     """Each rank would train on everything, as under trainers that make ranks and no sampler. Nothing communicates."""
     for found in four_ranks:

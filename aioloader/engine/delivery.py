@@ -37,6 +37,7 @@ class Delivery:
         self.progress = progress
         self._receive = receive
         self._output: Window | None = None  # where entries wait until they are handed out
+        self._in_hand = 0  # batches that `take_ready` took, and nobody has used yet
 
     def ends_with(self, iterator: object) -> None:
         """Leave nothing behind when `iterator`, which holds this delivery, is dropped without `close`."""
@@ -205,6 +206,28 @@ class AsyncDelivery(RunDelivery):
                 del self._waiters[mine]
                 self._kick()
 
+    def take_ready(self) -> Entry | None:
+        """The next batch, if it is there and may be looked at. It keeps its room until `use_ready`.
+
+        While nobody is in `next`. With an admission it may not: what is taken counts as asked for.
+        """
+        run = self.run
+        idle = self.closed or run.given_back or not run.started or run.failure is not None
+        if idle or self.progress.skipped_steps or run.output.admission is not None or not run.output.room:
+            return None
+        taken = run.output.poll(1)
+        if not taken:
+            return None
+        run.output.lend(1)
+        self._in_hand = 1
+        return taken[0]
+
+    def use_ready(self) -> None:
+        """What `take_ready` took is the consumer's, if it took any."""
+        if self._in_hand:
+            self._in_hand = 0
+            self.run.output.give_back(1)
+
     async def aclose(self) -> None:
         self.closed = True
         if self.run.foreign:
@@ -335,6 +358,27 @@ class SyncDelivery(RunDelivery):
             if not (self.progress.skipped_steps and self.progress.is_skipped(item)):
                 return self._hand_out(item, asked)
 
+    def take_ready(self) -> Entry | None:
+        """See `AsyncDelivery`."""
+        idle = self.closed or self.run.given_back or self.progress.skipped_steps or self._admission is not None
+        if idle or self._queue.empty():
+            return None
+        self._in_hand = 1  # before it leaves the queue: the loop must not take its room for free
+        item = self._queue.get_nowait()
+        if isinstance(item, _Ended):
+            self._queue.put(item)
+            self._in_hand = 0
+            return None
+        return item
+
+    def use_ready(self) -> None:
+        """See `AsyncDelivery`."""
+        if self._in_hand:
+            self._in_hand = 0
+            self._unreported += 1
+            if self._unreported >= self._report_at:
+                self._report(waits=False)
+
     def _end(self, asked: float) -> NoReturn:
         if self.progress.batches - self.progress.batches_before >= self._put:  # else another thread has one in hand
             self.run.drained()
@@ -369,7 +413,7 @@ class SyncDelivery(RunDelivery):
         call_loop(self.run.loop, self.run.guarded, self._reported, waits)
 
     def _reported(self, waits: bool) -> None:
-        free = self._put - self._queue.qsize() - self._given
+        free = self._put - self._queue.qsize() - self._given - self._in_hand
         if free > 0:
             self._given += free
             self.run.output.give_back(free)

@@ -10,17 +10,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 from aioloader.core.forks import tell_of_fork
+from aioloader.core.typevars import T_co
+from aioloader.engine.agreement import AgreedAsyncDelivery, AgreedSyncDelivery
 from aioloader.engine.delivery import AsyncDelivery, Delivery, InlineDelivery, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import Run
 
 __all__ = ["AsyncBatches", "Batches", "LoaderHooks"]
-
-T_co = TypeVar("T_co", covariant=True)
 
 
 class LoaderHooks(ABC):
@@ -37,7 +37,20 @@ class LoaderHooks(ABC):
     def _open_delivery(self) -> SyncDelivery | InlineDelivery:
         """Begin the next epoch for `for`; called at the first `next()`."""
         run = self._open_run()
+        if (group := self._agreeing()) is not None:
+            return AgreedSyncDelivery(run, self._receiver(), self._shared_loop(), group)
         return SyncDelivery(run, self._receiver(), self._shared_loop())
+
+    def _open_async_delivery(self) -> AsyncDelivery:
+        """The same for `async for`."""
+        run = self._open_run()
+        if (group := self._agreeing()) is not None:
+            return AgreedAsyncDelivery(run, self._receiver(), group)
+        return AsyncDelivery(run, self._receiver())
+
+    def _agreeing(self) -> Any:
+        """The process group of the ranks that agree on each batch; None: they do not."""
+        return None
 
     @abstractmethod
     def _receiver(self) -> Receive | None:
@@ -165,8 +178,7 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
         loader = self._loader
         delivery = self._delivery
         if delivery is None:
-            run = loader._open_run()
-            self._begin(delivery := AsyncDelivery(run, loader._receiver()))
+            self._begin(delivery := loader._open_async_delivery())
         asking, me = delivery.progress.meter.asking, object()
         asking[me] = perf_counter()
         try:

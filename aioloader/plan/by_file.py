@@ -18,8 +18,8 @@ __all__ = ["check_by_file", "cost_of_samples", "uneven_files"]
 _FETCHED: Final = ("FetchedFiles", "Objects")  # a sample is a file, and keys are dealt before they are fetched
 
 _UNCOUNTED: Final = (
-    "pass even='keep' if your training can handle ranks of different length, as with torch's Join, or deal samples "
-    "instead (by='sample')"
+    "pass even='agree' and a gloo group, so that all ranks end together; or even='keep' if your training can handle "
+    "ranks of different length, as with torch's Join; or deal samples instead (by='sample')"
 )
 
 

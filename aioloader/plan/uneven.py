@@ -4,7 +4,7 @@ from aioloader.plan.plan import Combined, Plan
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.batch import Unbatch
 from aioloader.stages.select import Take
-from aioloader.stages.shard import Shard
+from aioloader.stages.shard import UNCOUNTED, Shard
 from aioloader.stages.skip_errors import SkipErrors
 
 __all__ = ["uneven_stage"]
@@ -17,8 +17,9 @@ def uneven_stage(plan: Plan) -> str:
         return ""
     return (
         f"{label} after shard() gives each rank as many samples as it turns out to: where ranks get different numbers "
-        f"of batches, DistributedDataParallel waits for ever. Put shard() after it, or take(n) after it, or train with "
-        f"torch's Join. Where it is meant, ignore aioloader.UnevenWarning"
+        f"of batches, DistributedDataParallel waits for ever. Put shard() after it, or take(n) after it, or pass "
+        f"even='agree' and a gloo group to shard(), or train with torch's Join. Where it is meant, ignore "
+        f"aioloader.UnevenWarning"
     )
 
 
@@ -30,7 +31,8 @@ def _look(plan: Plan) -> tuple[bool, str]:
         dealt, label = any(each[0] for each in inner), next((each[1] for each in inner if each[1]), "")
     for stage in plan.stages:
         if isinstance(stage, Shard):
-            dealt, label = True, ""
+            # who has said "keep" knows, and with "agree" all end together
+            dealt, label = stage.even not in UNCOUNTED, ""
         elif isinstance(stage, Take) or (stage.encloses and not _counted(stage)):
             label = ""  # so many, or without end
         elif dealt and not label and not _counted(stage):

@@ -137,7 +137,7 @@ class _Deal:
         filler: Sequence[int] = ()
         if rest and self.even == "drop":
             mine = mine[:rounds]
-        elif rest and len(mine) == rounds:
+        elif rest and len(mine) == rounds and self.even in ("pad", "error"):
             # Fill the last round from the beginning, several times if there are fewer samples than ranks.
             at = (done + self.rank + rounds * self.world_size) % total
             key = self.keys[at]

@@ -27,7 +27,7 @@ __all__ = [
     "uneven",
 ]
 
-Even = Literal["pad", "drop", "error", "keep"]
+Even = Literal["pad", "drop", "error", "keep", "agree"]
 """What becomes of a last round with fewer samples than ranks, see `Shard`."""
 
 MeshDims = tuple["DeviceMesh", tuple[int, ...]]

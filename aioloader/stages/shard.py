@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 
     from aioloader.engine.run import Run
 
-__all__ = ["By", "Shard", "ShardFold"]
+__all__ = ["UNCOUNTED", "By", "Shard", "ShardFold"]
 
 By = Literal["sample", "file"]
 """What `shard` deals to ranks."""
 
 _EVEN: Final = get_args(Even)
 _BY: Final = get_args(By)
+
+UNCOUNTED: Final = ("keep", "agree")
+"""Values of `even` with which a rank gives what it has."""
 
 AGAIN_AT_ONCE: Final = 4096  # samples that come once more are asked for in such runs, however many there are
 
@@ -54,7 +57,9 @@ class Shard(FoldStage):
         group: The ranks are those of this process group.
         mesh: The ranks are those along one dimension of a mesh, see `check_mesh`.
         even: What becomes of a last round with fewer samples than ranks: it is filled from the beginning, as torch's
-            DistributedSampler does, or dropped, or an error. None, `keep`: each rank gives what is in its files.
+            DistributedSampler does, or dropped, or an error. `keep`: each rank gives what it has, also what is in its
+            files; None, by file alone: likewise, and nobody has said so. `agree`: likewise, and iterators of all ranks
+            end together, see `engine/agreement.py`.
         by: What is dealt. `file`: the source reads the files of this rank alone, and no stage is left of this one when
             it runs, see `deal`.
     """
@@ -92,14 +97,8 @@ class Shard(FoldStage):
             check_mesh(self.mesh)
         if self.by not in _BY:
             raise ValueError(f"by must be 'sample' or 'file', got {self.by!r}")
-        if self.even == "keep" and self.by == "sample":
-            raise ValueError(
-                "even='keep' is for shard(by='file'), where ranks may have different numbers of samples; with "
-                "by='sample' all have as many: leave it out"
-            )
         if self.even not in _EVEN and not (self.even is None and self.by == "file"):
-            known = [one for one in _EVEN if self.by == "file" or one != "keep"]
-            raise ValueError(f"even must be one of {', '.join(map(repr, known))}, got {self.even!r}")
+            raise ValueError(f"even must be one of {', '.join(map(repr, _EVEN))}, got {self.even!r}")
 
     @property
     def label(self) -> str:
@@ -150,8 +149,12 @@ class Shard(FoldStage):
     def length(self, upstream: int) -> int:
         if self.by == "file":
             raise UnknownLengthError(f"{self.label} has no length: it depends on which files this rank gets")
-        _, world_size = self.place()
+        rank, world_size = self.place()
         rounds, rest = divmod(upstream, world_size)
+        if self.even == "agree":
+            raise UnknownLengthError(f"{self.label} has no length: it turns out how many batches all ranks have")
+        if self.even == "keep":
+            return rounds + (rank < rest)
         if rest and self.even == "error":
             raise uneven(upstream, world_size)
         return rounds + 1 if rest and self.even == "pad" else rounds
@@ -160,14 +163,19 @@ class Shard(FoldStage):
         return {"stage": "shard", "even": self.even, "by": self.by}  # the state itself says of how many ranks it is
 
     def flow(self, before: Flow) -> Flow:
-        after = replace(before.before_shard().cut(), steady=before.steady and self.even != "drop")
+        after = replace(before.before_shard().cut(), steady=before.steady and self.even in ("pad", "error"))
         rank, world_size = self.rank or 0, self.world_size or 1  # before it is `with_ranks`, one of one
         if self.by == "file":
             its = Ranks(rank, world_size, Shared.SAME_RANK, "shard(by='file')", by_file=True)
             return replace(before.cut(), ranks=its, steady=False)
         ranks = before.ranks
         if ranks is None:
-            return replace(after, ranks=Ranks(rank, world_size))
+            ranks = Ranks(rank, world_size)
+            if self.even == "keep":
+                ranks = ranks.limited(Shared.SAME_RANK, self.label)
+            elif self.even == "agree":
+                ranks = ranks.limited(Shared.SAME_WORLD, self.label)
+            return replace(after, ranks=ranks)
         both = replace(ranks, rank=ranks.rank + ranks.world_size * rank, world_size=ranks.world_size * world_size)
         return replace(after, ranks=both.limited(Shared.SAME_WORLD, f"a second {self.label}"))
 
@@ -276,6 +284,8 @@ class ShardFold:
     def flush(self) -> list[Entry]:
         if not self._in_round or self._even == "drop":
             return []
+        if self._even in UNCOUNTED:
+            return [] if self._mine is None else [self._end_round()]
         if self._even == "error":
             complete = self._seen - self._in_round
             error = uneven(self._seen, self._world_size, self._resumed_at)

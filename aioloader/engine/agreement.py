@@ -1,0 +1,370 @@
+"""Ranks that agree, before each batch, that all of them have it: `shard(even="agree")`.
+
+Where nobody can count the batches of a rank, since a filter or packing decides, ranks ask each other. The rules:
+
+- Only `next()` asks, in the thread or task that calls it: on every rank a question stands at the same place among the
+  collective calls of the training loop. No thread of the loader ever takes part in one.
+- How many questions there are depends on nothing but their answers, which are the same on all ranks. So two ranks never
+  ask different ones, and none waits for a question that another does not ask.
+- They are one step ahead. While a batch is handed out, ranks ask whether all have the next one in their hands already;
+  this question waits for nothing. At the next call its answer is there, and if it is yes, the batch is handed out at
+  once. If not, each rank waits until it knows what it has, a batch, an error or the end, and asks again with that.
+- A rank that fails raises its own error. The others raise `RankError` at the same place instead of giving a batch that
+  their loop would train on alone. A rank that ends ends all.
+- Each question says where its rank is, epoch and step, so that ranks that are at different places (another state was
+  loaded, one loop has ended early) find out, and do not train on what does not belong together.
+
+A question is one all-reduce of a few numbers on a gloo group. Its end is heard by a callback, and so a caller can be
+interrupted, cancelled or closed meanwhile; whoever calls `next()` then goes on with the same question.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator
+from enum import IntEnum
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from aioloader.core.entry import Entry
+from aioloader.engine.delivery import AsyncDelivery, Receive, SyncDelivery
+from aioloader.engine.loop_thread import LoopThread
+from aioloader.engine.progress import Progress
+from aioloader.engine.run import Run
+from aioloader.errors import RankError
+from aioloader.executors.threads import call_loop
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["AgreedAsyncDelivery", "AgreedSyncDelivery", "Agreement"]
+
+
+class Have(IntEnum):
+    """What a rank has for the step in question; the least of all ranks decides."""
+
+    ERROR = 0
+    ENDED = 1
+    NOT_YET = 2
+    BATCH = 3
+
+
+EVERY: Final = 1 << 62
+"""Where a rank says nothing: more than any number that another one says."""
+
+
+class Question:
+    """One all-reduce under way.
+
+    Args:
+        group: Of gloo.
+        have: What this rank has.
+        rank: Of this process in the group.
+        epoch: Where this rank is.
+        step: Likewise; None: a rank that has ended is at none.
+        early: It is asked while the batch before is handed out.
+    """
+
+    def __init__(
+        self, group: "ProcessGroup", have: Have, rank: int, epoch: int, step: int | None, *, early: bool
+    ) -> None:
+        self._step = step
+        self._epoch = epoch
+        self._early = early
+        place = None if step is None else 2 * step + early
+        self._numbers = torch.tensor(
+            [
+                have,
+                rank if have is Have.ERROR else EVERY,
+                epoch,
+                -epoch,
+                EVERY if place is None else place,
+                EVERY if place is None else -place,
+            ],
+            dtype=torch.int64,
+            device="cpu",
+        )
+        least = torch.distributed.ReduceOp.MIN
+        work = torch.distributed.all_reduce(self._numbers, op=least, group=group, async_op=True)
+        assert work is not None  # this process is in the group
+        self._future = work.get_future()
+
+    @property
+    def answered(self) -> bool:
+        return bool(self._future.done())
+
+    def when_answered(self, call: Callable[[], object]) -> None:
+        """Call `call`, which never fails, in some thread, once it is answered."""
+        self._future.add_done_callback(lambda _: call())
+
+    def answer(self) -> tuple[Have, int]:
+        """The least that a rank has, and the first rank that failed, if one did.
+
+        Raises:
+            RankError: A rank is gone, or at another place.
+        """
+        here = f"epoch {self._epoch}" if self._step is None else f"batch {self._step} of epoch {self._epoch}"
+        try:
+            self._future.value()
+        except RuntimeError as error:
+            raise RankError(
+                f"the ranks could not agree on {here}: one of them is gone, or has not asked for it within the "
+                f"time-out of the group"
+            ) from error
+        have, rank, epoch, minus_epoch, place, minus_place = self._numbers.tolist()
+        if epoch != -minus_epoch or (place != EVERY and place != -minus_place):
+            epochs = f"epoch {epoch}" if epoch == -minus_epoch else f"epochs {epoch} to {-minus_epoch}"
+            raise RankError(
+                f"the ranks must ask for their batches in step, and this one is at {here}, others elsewhere: they are "
+                f"in {epochs}, at batches {place // 2} to {-minus_place // 2}; load states that were saved at the same "
+                f"step, and end each epoch on all ranks at the same step"
+            )
+        return Have(have), rank
+
+
+Steps = Generator[Question | None, Entry | None, Entry | None]
+"""Yields a question that is to be answered before it goes on, or None, to be sent this rank's next batch, None at its
+end; returns what is handed out, None if all end."""
+
+
+class Agreement:
+    """What one epoch has asked, and what this rank holds meanwhile.
+
+    Whoever drives `step` may stop in the middle, and begin another one later: all that counts is kept here.
+
+    Args:
+        group: Of gloo.
+        progress: Of the epoch on this rank.
+    """
+
+    def __init__(self, group: "ProcessGroup", progress: Progress) -> None:
+        self._group = group
+        self._rank = torch.distributed.get_rank(group)
+        self._progress = progress
+        self._early: Question | None = None
+        self._full: Question | None = None
+        self._ended = False
+        self.held: Entry | None = None
+        self.over = False
+
+    def step(self) -> Steps:
+        """Agree on the next batch.
+
+        Raises:
+            RankError: The ranks cannot.
+        """
+        if (early := self._early) is not None:
+            yield early
+            self._early = None
+            if self._answer(early)[0] is Have.BATCH:
+                return self._take()
+        if self._full is None:
+            if self.held is None and not self._ended:
+                self.held = yield None
+                self._ended = self.held is None
+            self._full = self._ask(early=False)
+        full = self._full
+        yield full
+        self._full = None
+        have, rank = self._answer(full)
+        if have is Have.ENDED:
+            self.over = True
+            self.held = None
+            return None
+        entry = self._take()
+        if have is Have.ERROR and (entry is None or entry.error is None):
+            error = RankError(
+                f"rank {rank} of the group failed at batch {self._progress.batches} of epoch {self._progress.epoch}; "
+                f"the cause is in its own error. This rank's batch is left out, so that all stay in step"
+            )
+            if entry is None:  # this one has ended, and says so once more at the next step
+                return Entry.last(error, self._progress.cursor, None)
+            entry.value, entry.error = None, error
+        return entry
+
+    def look_ahead(self, held: Entry | None) -> None:
+        """Ask for the batch after the one that is handed out; `held`: this rank's, if it is ready."""
+        self.held = held
+        self._early = self._ask(early=True)
+
+    def _take(self) -> Entry | None:
+        entry, self.held = self.held, None
+        return entry
+
+    def _ask(self, *, early: bool) -> Question:
+        progress = self._progress
+        if self.held is not None and not (early and self.held.error is not None):
+            have = Have.BATCH if self.held.error is None else Have.ERROR
+        else:
+            have = Have.NOT_YET if early else Have.ENDED
+        step = None if have is Have.ENDED else progress.batches
+        return Question(self._group, have, self._rank, progress.epoch, step, early=early)
+
+    def _answer(self, question: Question) -> tuple[Have, int]:
+        try:
+            return question.answer()
+        except RankError:
+            self.over = True  # there is no way to go on together
+            self.held = None
+            raise
+
+
+class AgreedAsyncDelivery(AsyncDelivery):
+    """`AsyncDelivery` on ranks that agree."""
+
+    def __init__(self, run: Run, receive: Receive | None, group: "ProcessGroup") -> None:
+        super().__init__(run, receive)
+        self._agreement = Agreement(group, self.progress)
+        self._turn = asyncio.Lock()  # first come, first served
+        self._waiter: asyncio.Future[None] | None = None  # for an answer
+
+    def _hand_out(self, entry: Entry, asked: float) -> Any:
+        return entry  # not before all ranks have theirs
+
+    def _kick(self, _: object = None) -> None:
+        super()._kick()
+        if (self.closed or self.run.given_back) and self._waiter is not None:
+            _settle(self._waiter)
+
+    async def next(self) -> Any:
+        self._check_process()
+        async with self._turn:
+            if self._agreement.over:
+                raise StopAsyncIteration
+            asked = perf_counter()
+            try:
+                entry = await self._agreed()
+            except RankError:
+                await self._finish()
+                raise
+            self.use_ready()
+            if entry is None:
+                await self._finish()
+                self.run.consumer.waited_for_end(asked)
+                self.progress.over = True
+                raise StopAsyncIteration
+            if self.closed or self.run.given_back:  # the source has it again
+                raise self._cut_short()
+            try:
+                return super()._hand_out(entry, asked)
+            finally:
+                self._agreement.look_ahead(self.take_ready())
+
+    async def _agreed(self) -> Entry | None:
+        steps, mine = self._agreement.step(), None
+        while True:
+            try:
+                question = steps.send(mine)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]  # see `Steps`
+            mine = None
+            if question is None:
+                mine = await self._mine()
+            elif not question.answered:
+                await self._wait(question)
+
+    async def _mine(self) -> Entry | None:
+        """This rank's next batch; None at its end."""
+        try:
+            return await super().next()  # type: ignore[no-any-return]  # see `_hand_out`
+        except StopAsyncIteration:
+            self.progress.over = False  # until all end
+            return None
+        except Exception as error:
+            if error is not self.run.failure:
+                raise
+            return Entry.last(error, self.progress.cursor, None)
+
+    async def _wait(self, question: Question) -> None:
+        loop = self.run.loop
+        self._waiter = waiter = loop.create_future()
+        question.when_answered(lambda: call_loop(loop, _settle, waiter))
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+        if not question.answered:
+            raise self._cut_short()
+
+
+def _settle(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+class AgreedSyncDelivery(SyncDelivery):
+    """`SyncDelivery` on ranks that agree."""
+
+    def __init__(self, run: Run, receive: Receive | None, shared: LoopThread | None, group: "ProcessGroup") -> None:
+        super().__init__(run, receive, shared)
+        self._agreement = Agreement(group, self.progress)
+        self._turn = threading.Lock()
+        self._wake: threading.Event | None = None  # of who waits for an answer
+
+    def _hand_out(self, entry: Entry, asked: float) -> Any:
+        return entry  # not before all ranks have theirs
+
+    def next(self, timeout: float | None, timeout_message: str) -> Any:
+        self._check_process()
+        with self._turn:
+            if self._agreement.over:
+                raise StopIteration
+            asked = perf_counter()
+            try:
+                entry = self._agreed(timeout, timeout_message)
+            except RankError:
+                super().close()
+                raise
+            self.use_ready()
+            if entry is None:
+                super().close()
+                self.run.consumer.waited_for_end(asked)
+                self.progress.over = True
+                raise StopIteration
+            if self.run.given_back:  # the source has it again
+                raise self._cut_short()
+            try:
+                return super()._hand_out(entry, asked)
+            finally:
+                self._agreement.look_ahead(self.take_ready())
+
+    def _agreed(self, timeout: float | None, timeout_message: str) -> Entry | None:
+        steps, mine = self._agreement.step(), None
+        while True:
+            try:
+                question = steps.send(mine)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]  # see `Steps`
+            mine = None
+            if question is None:
+                mine = self._mine(timeout, timeout_message)
+            elif not question.answered:
+                self._wait(question)
+
+    def _mine(self, timeout: float | None, timeout_message: str) -> Entry | None:
+        """This rank's next batch; None at its end."""
+        try:
+            return super().next(timeout, timeout_message)  # type: ignore[no-any-return]  # see `_hand_out`
+        except StopIteration:
+            self.progress.over = False  # until all end
+            return None
+        except Exception as error:
+            if error is not self.run.failure:
+                raise
+            return Entry.last(error, self.progress.cursor, None)
+
+    def _wait(self, question: Question) -> None:
+        """An event can be interrupted by Ctrl-C, as torch's own `wait` cannot."""
+        self._wake = wake = threading.Event()
+        question.when_answered(wake.set)
+        if not self.closed:  # else `close` may have found no event to set
+            wake.wait()
+        self._wake = None
+        if not question.answered:
+            raise self._cut_short()
+
+    def close(self) -> None:
+        super().close()
+        if (wake := self._wake) is not None:
+            wake.set()

@@ -1,0 +1,392 @@
+"""`shard(even="agree")`: ranks agree before each batch that all of them have it.
+
+Most ranks here are threads of one process, whose all-reduce is a fake that answers with torch's own futures. Real
+processes and a real gloo group are in `test_torchrun`.
+"""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.futures import Future
+
+from aioloader import LoaderClosedError, Pipeline, RankError
+from aioloader.engine.delivery import SyncDelivery
+from aioloader.engine.faces import Batches
+from aioloader.pipeline import described
+from aioloader.plan.plan import Plan
+from aioloader.stages.shard import Shard
+from tests._support import DEADLINE, Face, collect, on_both_faces, until, wait_until
+
+Build = Callable[[int], Pipeline]
+Outcome = list[Any] | str
+"""What one `next()` gave: the batch, or the first words of its error."""
+
+
+class Group:
+    """As many ranks as there are threads; each question is answered when the last rank has asked it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.asked = [0] * size
+        self.answered = 0
+        self._lock = threading.Lock()
+        self._open: list[dict[int, tuple[torch.Tensor, Future[Any]]]] = []
+        self.gone: BaseException | None = None  # what questions fail with from now on
+
+    def ask(self, rank: int, numbers: torch.Tensor) -> "Future[Any]":
+        future: Future[Any] = Future()
+        with self._lock:
+            number = self.asked[rank]
+            self.asked[rank] += 1
+            if number == len(self._open):
+                self._open.append({})
+            asking = self._open[number]
+            asking[rank] = numbers, future
+            if self.gone is not None:
+                future.set_exception(self.gone)
+            elif len(asking) == self.size:
+                self.answered += 1
+                least = torch.stack([each for each, _ in asking.values()]).amin(0)
+                for each, its in asking.values():
+                    each.copy_(least)
+                    its.set_result(None)
+        return future
+
+    def fail(self, error: BaseException) -> None:
+        """What has been asked and not answered is never answered."""
+        with self._lock:
+            self.gone = error
+            for asking in self._open:
+                for _, future in asking.values():
+                    if not future.done():
+                        future.set_exception(error)
+
+
+class Member:
+    """The group, as one rank sees it."""
+
+    def __init__(self, group: Group, rank: int) -> None:
+        self.group, self.rank = group, rank
+
+
+class Work:
+    def __init__(self, future: "Future[Any]") -> None:
+        self.get_future = lambda: future
+
+
+@pytest.fixture(autouse=True)
+def threads_as_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(numbers: torch.Tensor, *, op: Any, group: Member, async_op: bool) -> Work:
+        assert op == torch.distributed.ReduceOp.MIN
+        assert async_op
+        return Work(group.group.ask(group.rank, numbers))
+
+    def member_of(plan: Plan) -> Member | None:
+        return next((stage.member for stage in plan.stages if hasattr(stage, "member")), None)
+
+    monkeypatch.setattr(described, "agreeing_group", member_of)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: group.rank)
+
+
+def agreeing(build: Build, size: int) -> tuple[list[Pipeline], Group]:
+    group = Group(size)
+    loaders = []
+    for rank in range(size):
+        loader = build(rank)
+        (shard,) = [stage for stage in loader._plan.stages if isinstance(stage, Shard)]
+        object.__setattr__(shard, "member", Member(group, rank))
+        loaders.append(loader)
+    return loaders, group
+
+
+def together(programs: list[Callable[[], Any]]) -> list[Any]:
+    """What each returns, all at the same time."""
+    results: list[Any] = [None] * len(programs)
+
+    def run(number: int) -> None:
+        try:
+            results[number] = programs[number]()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(programs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE)
+        assert not thread.is_alive(), results
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def outcomes(loader: Pipeline, face: Face, *, most: int = 1 << 30) -> list[Outcome]:
+    """What `next()` gives until the end, or for `most` calls."""
+    if face == "async for":
+        return asyncio.run(_outcomes(loader, most))
+    seen: list[Outcome] = []
+    batches = iter(loader)
+    while len(seen) < most:
+        try:
+            seen.append(next(batches))
+        except StopIteration:
+            assert next(batches, None) is None
+            break
+        except (ValueError, RankError) as error:
+            seen.append(str(error).split(";")[0])
+    batches.close()
+    return seen
+
+
+async def _outcomes(loader: Pipeline, most: int) -> list[Outcome]:
+    seen: list[Outcome] = []
+    batches = aiter(loader)
+    while len(seen) < most:
+        try:
+            seen.append(await anext(batches))
+        except StopAsyncIteration:
+            assert await anext(batches, None) is None
+            break
+        except (ValueError, RankError) as error:
+            seen.append(str(error).split(";")[0])
+    await batches.aclose()
+    return seen
+
+
+class World:
+    """Samples that a filter leaves out, and samples that fail, by a seed; and what ranks should get of them."""
+
+    def __init__(self, seed: int, *, fails: float) -> None:
+        self.draw = random.Random(seed)
+        self.size = self.draw.choice([2, 2, 3])
+        count = self.draw.randrange(40)
+        self.keys = range(count)
+        self.kept = {key for key in self.keys if self.draw.random() < 0.6}
+        self.failing = {key for key in self.kept if self.draw.random() < fails}
+        self.batch = self.draw.choice([1, 2, 3])
+        self.drop_last = self.draw.random() < 0.5
+        self.concurrency = self.draw.choice([1, 3])
+        self.prefetch = self.draw.choice([0, 1, 2, 5])
+        self.by_async = self.draw.random() < 0.5
+
+    def load(self, key: int) -> int:
+        if key in self.failing:
+            raise ValueError(f"bad {key}")
+        return key
+
+    async def load_async(self, key: int) -> int:
+        return self.load(key)
+
+    def build(self, rank: int) -> Pipeline:
+        return (
+            Pipeline(self.keys)
+            .shuffle(seed=3)
+            .shard(rank, self.size, even="keep")
+            .filter(lambda key: key in self.kept)
+            .map(self.load_async if self.by_async else self.load, concurrency=self.concurrency)
+            .batch(self.batch, drop_last=self.drop_last, collate_fn=list)
+            .prefetch(self.prefetch)
+        )
+
+    def expected(self) -> list[list[Outcome]]:
+        alone = [outcomes(self.build(rank), "for") for rank in range(self.size)]
+        steps = min(len(each) for each in alone)
+        expected: list[list[Outcome]] = [[] for _ in alone]
+        for step in range(max(len(each) for each in alone)):
+            now = [each[step] if step < len(each) else None for each in alone]
+            failed = [rank for rank, one in enumerate(now) if isinstance(one, str)]
+            if not failed and step >= steps:
+                break
+            for rank, one in enumerate(now):
+                if not failed or isinstance(one, str):
+                    assert one is not None
+                    expected[rank].append(one)
+                else:
+                    expected[rank].append(f"rank {failed[0]} of the group failed at batch {step} of epoch 0")
+        return expected
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_all_ranks_end_together_and_errors_are_seen_by_all(seed: int) -> None:
+    """Against a plain model: random filters, failures, faces and prefetch."""
+    world = World(seed, fails=0.1 if seed % 2 else 0.0)
+    loaders, group = agreeing(world.build, world.size)
+    faces: list[Face] = [world.draw.choice(["for", "async for"]) for _ in loaders]
+    seen = together([partial(outcomes, loader, face) for loader, face in zip(loaders, faces, strict=True)])
+    assert seen == world.expected()
+    assert len(set(group.asked)) == 1, "each rank asks the same questions"
+    assert group.answered == group.asked[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_resume_at_every_step_gives_what_was_to_come(seed: int) -> None:
+    world = World(seed, fails=0.05)
+    expected = world.expected()
+    for step in range(len(expected[0]) + 1):
+        loaders, _ = agreeing(world.build, world.size)
+        together([partial(outcomes, loader, "for", most=step) for loader in loaders])
+        states = [loader.state_dict() for loader in loaders]
+        again, _ = agreeing(world.build, world.size)
+        for loader, state in zip(again, states, strict=True):
+            loader.load_state_dict(state)
+        # After the last batch nobody knows yet that it was: a resume there finds that all end, and begins an epoch.
+        rest = together([partial(outcomes, loader, "async for") for loader in again])
+        if step and step < len(expected[0]):
+            assert rest == [each[step:] for each in expected], step
+        assert len({len(each) for each in rest}) == 1
+
+
+@on_both_faces
+def test_a_ready_batch_waits_for_no_question_of_its_own(face: Face) -> None:
+    """Where batches are ready in time, one question for each, asked while the one before is handed out."""
+    loaders, group = agreeing(lambda rank: Pipeline(range(64)).shard(rank, 2, even="keep").batch(2).prefetch(32), 2)
+
+    def first_then_all(loader: Pipeline) -> int:
+        """All batches after the first one are ready when the second one is asked for."""
+
+        async def by_async_for() -> int:
+            batches = aiter(loader)
+            await anext(batches)
+            assert batches._delivery is not None
+            delivery = batches._delivery
+            await until(lambda: delivery.run.output.held + delivery._in_hand == 15)
+            return len([batch async for batch in batches])
+
+        if face == "async for":
+            return asyncio.run(by_async_for())
+        batches = iter(loader)
+        next(batches)
+        assert isinstance(batches, Batches)
+        delivery = batches._delivery
+        assert isinstance(delivery, SyncDelivery)
+        wait_until(lambda: delivery._queued() + delivery._in_hand == 15)
+        return len(list(batches))
+
+    assert together([partial(first_then_all, loader) for loader in loaders]) == [15, 15]
+    # An early question for each batch after the first and for the end; a full one for the first, for the end, and for
+    # the second, which may not have been there when the first was handed out.
+    assert group.asked[0] == group.asked[1]
+    assert 16 + 2 <= group.asked[0] <= 16 + 3
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_call_loses_nothing_and_asks_nothing_twice() -> None:
+    """Whatever it waited for: its batch, or the answer of the others."""
+    (mine, other), group = agreeing(
+        lambda rank: Pipeline(range(12)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2
+    )
+    batches = aiter(mine)
+    for _ in range(5):
+        call = asyncio.ensure_future(anext(batches))
+        await until(lambda: group.asked[0] > 0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert group.asked == [1, 0]
+    seen: list[Outcome] = []
+    thread = threading.Thread(target=lambda: seen.extend(outcomes(other, "for")))
+    thread.start()
+    assert [batch async for batch in batches] == [[0, 2], [4, 6], [8, 10]]
+    await asyncio.to_thread(thread.join)
+    assert seen == [[1, 3], [5, 7], [9, 11]]
+    assert group.asked[0] == group.asked[1]
+
+
+@pytest.mark.asyncio
+@on_both_faces
+async def test_close_wakes_a_call_that_waits_for_other_ranks(face: Face) -> None:
+    (mine, _), group = agreeing(lambda rank: Pipeline(range(12)).shard(rank, 2, even="keep").batch(2), 2)
+    if face == "async for":
+        call = asyncio.ensure_future(anext(aiter(mine)))
+        await until(lambda: group.asked[0] > 0)
+        await mine.aclose()
+        with pytest.raises(LoaderClosedError):
+            await call
+    else:
+        batches = iter(mine)
+        future = asyncio.get_running_loop().run_in_executor(None, next, batches)
+        await until(lambda: group.asked[0] > 0)
+        await asyncio.to_thread(mine.close)
+        with pytest.raises(LoaderClosedError):
+            await future
+
+
+@on_both_faces
+def test_ranks_at_different_places_are_told(face: Face) -> None:
+    """One has loaded a state that another has not; both hear of it, once, and the epoch is over."""
+
+    def build(rank: int) -> Pipeline:
+        return Pipeline(range(12)).shard(rank, 2, even="keep").batch(2, collate_fn=list)
+
+    ahead, _ = agreeing(build, 2)
+    together([partial(outcomes, loader, face, most=1) for loader in ahead])
+    loaders, _ = agreeing(build, 2)
+    loaders[1].load_state_dict(ahead[1].state_dict())
+    seen = together([partial(outcomes, loader, face) for loader in loaders])
+    for rank, place in enumerate(("batch 0", "batch 1")):
+        (said,) = seen[rank]
+        assert f"this one is at {place} of epoch 0" in said
+        assert "in epoch 0, at batches 0 to 1" in said
+
+
+@on_both_faces
+def test_a_rank_that_is_gone_is_an_error_and_the_end(face: Face) -> None:
+    loaders, group = agreeing(lambda rank: Pipeline(range(12)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+
+    def dies() -> list[Outcome]:
+        seen = outcomes(loaders[1], face, most=2)
+        group.fail(RuntimeError("Connection closed by peer"))
+        return seen
+
+    seen, others = together([lambda: outcomes(loaders[0], face), dies])
+    assert others == [[1, 3], [5, 7]]
+    *given, said = seen
+    # The third batch had been agreed on already if both had it in time.
+    assert given in ([[0, 2], [4, 6]], [[0, 2], [4, 6], [8, 10]])
+    assert f"could not agree on batch {len(given)} of epoch 0: one of them is gone" in str(said)
+
+
+@on_both_faces
+def test_a_replay_asks_nobody(face: Face) -> None:
+    loaders, group = agreeing(lambda rank: Pipeline(range(12)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+    together([partial(outcomes, loader, face, most=2) for loader in loaders])
+    asked = list(group.asked)
+    assert loaders[0].replay(1) == [4, 6]
+    assert group.asked == asked
+
+
+# -- keep, and what is refused -------------------------------------------------------------------------------------
+
+
+@on_both_faces
+def test_keep_gives_each_rank_what_it_has(face: Face) -> None:
+    """By keys, and of a stream."""
+    for source in (range(10), lambda: iter(range(10))):
+        parts = [collect(Pipeline(source).shard(rank, 4, even="keep"), face) for rank in range(4)]
+        assert parts == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
+        assert len(Pipeline(range(10)).shard(1, 4, even="keep")) == 3
+        assert len(Pipeline(range(10)).shard(2, 4, even="keep")) == 2
+
+
+@pytest.mark.parametrize("given", [{"rank": 0, "world_size": 2}, {}])
+def test_several_ranks_need_a_group(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without a process group"):
+        Pipeline(range(10)).shard(**given, even="agree")
+
+
+@on_both_faces
+def test_one_rank_agrees_with_itself(face: Face) -> None:
+    loader = Pipeline(range(5)).shard(0, 1, even="agree").batch(2, collate_fn=list)
+    assert collect(loader, face) == [[0, 1], [2, 3], [4]]
+    with pytest.raises(TypeError, match="it turns out how many batches all ranks have"):
+        len(loader)
