@@ -17,6 +17,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.readers import Readers, ReadersTerms
+from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.parts import streams_of
@@ -153,5 +154,6 @@ def _readers(
 ) -> Readers:
     """Those of the epoch before, if there were any."""
     host = processes()
-    readers: Readers = host.get_or_create(key, partial(Readers, host, terms, make_program))
+    thread = ray_thread_of(host)
+    readers: Readers = host.get_or_create(key, partial(Readers, thread, terms, make_program))
     return readers

@@ -29,11 +29,10 @@ from aioloader.executors.processes.stream_worker import (
     StreamWorkerDied,
 )
 from aioloader.executors.processes.wire import can_pickle_by_value
-from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.actors import is_loss, words_of
 from aioloader.executors.ray.seats import Seat, Seats
 from aioloader.executors.ray.suspects import Suspects
-from aioloader.executors.ray.thread import ray_thread_of
+from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.values import nbytes_of, pack, unpack
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.insight.actors import ActorStats
@@ -131,13 +130,13 @@ class Readers:
     """The actors of one `in_ray`, and the streams in them; kept from one epoch to the next.
 
     Args:
-        host: The worker processes of the loader, with which it ends.
+        thread: Of the loader, with which it ends.
         terms: What is wanted.
         make_program: Gives what the actors run; called in the thread, where it is pickled.
     """
 
-    def __init__(self, host: WorkerThread, terms: ReadersTerms, make_program: Callable[[], Any]) -> None:
-        self._thread = ray_thread_of(host)
+    def __init__(self, thread: RayThread, terms: ReadersTerms, make_program: Callable[[], Any]) -> None:
+        self._thread = thread
         self._terms = terms
         self._make_program = make_program
         self._numbers = count(1)

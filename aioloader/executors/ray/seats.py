@@ -202,9 +202,20 @@ class Seats(Generic[S]):
         text = f"no actor of in_ray(actors={self.wanted}) runs yet: {shortage.words}"
         if shortage.hopeless:
             raise ValueError(f"{text}; ask for less, or add nodes to the cluster")
-        if not self._warned:
+        if not self._warned and self._held_by_others():
             self._warned = True
             warnings.warn(f"{text}; ask for less, or end what holds it", RuntimeWarning, stacklevel=2)
+
+    def _held_by_others(self) -> bool:
+        """Whether others hold what our actors need; else these are about to run, and take their time to import."""
+        import ray
+
+        free, total = ray.available_resources(), ray.cluster_resources()
+        starting = sum(seat.actor is not None for seat in self._seats)
+        return any(
+            total.get(name, 0.0) - free.get(name, 0.0) > starting * amount
+            for name, amount in self._workers.asked().items()
+        )
 
     def lose(self, seat: Seat[S], actor: Any, error: BaseException) -> None:
         """An actor is lost, or cannot be reached, as it shows first when its node is gone: it may live on."""
