@@ -552,7 +552,7 @@ def test_a_connection_that_has_gone_is_told_once(ray_cluster: RayCluster) -> Non
 @pytest.mark.ray
 def test_few_entries_are_in_a_small_object_store(ray_cluster: RayCluster) -> None:
     """No more than a share of it, so that it never spills."""
-    from aioloader.executors.ray.seats import Seats
+    from aioloader.executors.ray.reader_seats import Seats
 
     asked: list[int | None] = []
     real = Seats.room

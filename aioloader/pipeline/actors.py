@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.checks import check_count
 from aioloader.core.typevars import T_co
 from aioloader.executors.ray.readers import Readers
+from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.loader import Loader
 from aioloader.pipeline.described import Described
 from aioloader.plan.for_ray import check_in_ray, check_pool, scaled, with_parts_of, workers_for
@@ -103,9 +104,9 @@ class Actors(Described[T_co]):
         self._plan = scaled(self._plan, check_count("actors", actors, least=1))
         with self._lock:
             processes = self._processes
-        for owner in () if processes is None else processes.kept:
-            if isinstance(owner, Readers):
-                owner.scale(actors)
+        if processes is not None:
+            for readers in ray_thread_of(processes).kept(Readers):
+                readers.scale(actors)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         before, self._plan = self._plan, with_parts_of(self._plan, state)

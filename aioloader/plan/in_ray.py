@@ -13,6 +13,7 @@ from aioloader.engine.node import Node
 from aioloader.engine.parts_node import PartsNode
 from aioloader.engine.ray_node import RayPartNode, RayParts
 from aioloader.engine.ray_server import RayServing
+from aioloader.engine.resumable import is_stateful
 from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.worker_thread import WorkerThread
@@ -20,9 +21,9 @@ from aioloader.executors.ray.readers import Readers, ReadersTerms
 from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.memory.pool import BatchMemory
-from aioloader.plan.parts import streams_of
+from aioloader.plan.parts import datasets_of, streams_of, with_streams
 from aioloader.plan.plan import Plan, flows_of, functions_of, part_of, walk
-from aioloader.sources.sampler_order import Draws
+from aioloader.sources.sampler_order import Draws, detached_copies
 from aioloader.stages.base import Pass
 from aioloader.stages.in_ray import InRay
 
@@ -101,8 +102,14 @@ class PartProgram:
 
 
 def parts_here(program: PartProgram, this_pass: Pass, alloc: Alloc | None) -> Node:
-    """The parts in this process, without Ray."""
-    return PartsNode([program.part(number, this_pass, alloc) for number in range(program.parts)])
+    """The parts in this process, without Ray. What keeps its place in itself is copied for each of them."""
+    nodes = []
+    for number in range(program.parts):
+        its = [stream.make for stream in streams_of(program.plan) if not stream.call and is_stateful(stream.make)]
+        copies = detached_copies(its, shared=datasets_of(program.plan))
+        plan = with_streams(program.plan, dict(zip(map(id, its), copies, strict=True)))
+        nodes.append(replace(program, plan=plan).part(number, this_pass, alloc))
+    return PartsNode(nodes)
 
 
 def parts_in_actors(
@@ -153,7 +160,6 @@ def _readers(
     processes: Callable[[], WorkerThread], key: object, terms: ReadersTerms, make_program: Callable[[], RayServing]
 ) -> Readers:
     """Those of the epoch before, if there were any."""
-    host = processes()
-    thread = ray_thread_of(host)
-    readers: Readers = host.get_or_create(key, partial(Readers, thread, terms, make_program))
+    thread = ray_thread_of(processes())
+    readers: Readers = thread.get_or_create(key, partial(Readers, thread, terms, make_program))
     return readers

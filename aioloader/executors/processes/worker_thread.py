@@ -152,12 +152,6 @@ class WorkerThread:
                 self._owners[key] = make()
             return self._owners[key]
 
-    @property
-    def kept(self) -> tuple[Any, ...]:
-        """All that is kept until `close`."""
-        with self._lock:
-            return tuple(self._owners.values())
-
     def beside(self, key: str, make: Callable[[], Any]) -> Any:
         """What ends with this, and has nothing to do with processes; made if there is none under `key`."""
         with self._lock:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from aioloader.executors.ray.cluster import check_ray
-from aioloader.executors.ray.seats import NAMESPACE, seat_name
+from aioloader.executors.ray.reader_seats import NAMESPACE, seat_name
 
 __all__ = ["RayPool"]
 

@@ -213,7 +213,7 @@ class Seats(Generic[S]):
         free, total = ray.available_resources(), ray.cluster_resources()
         starting = sum(seat.actor is not None for seat in self._seats)
         return any(
-            total.get(name, 0.0) - free.get(name, 0.0) > starting * amount
+            free.get(name, 0.0) < amount and total.get(name, 0.0) - free.get(name, 0.0) > starting * amount
             for name, amount in self._workers.asked().items()
         )
 

@@ -30,7 +30,7 @@ from aioloader.executors.processes.stream_worker import (
 )
 from aioloader.executors.processes.wire import can_pickle_by_value
 from aioloader.executors.ray.actors import is_loss, words_of
-from aioloader.executors.ray.seats import Seat, Seats
+from aioloader.executors.ray.reader_seats import Seat, Seats
 from aioloader.executors.ray.suspects import Suspects
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.values import nbytes_of, pack, unpack
@@ -143,15 +143,7 @@ class Readers:
         self._wires = count(1)
         self._name = uuid.uuid4().hex
         self._program: Any = None  # its ref
-        self._seats: Seats[_Stream] = Seats(
-            self._thread,
-            terms.workers,
-            terms.pool,
-            guarded=self._guarded,
-            runs=self._actor_runs,
-            late=self._settle,
-            lost=self._actor_lost,
-        )
+        self._seats = self._new_seats()
         self._wanted = terms.actors
         self._streams: dict[int, _Stream] = {}
         self._trial: _Trial | None = None
@@ -159,6 +151,17 @@ class Readers:
         self._settling = False
         self._entry_bytes = 0.0  # the running mean
         self._ended = False
+
+    def _new_seats(self) -> "Seats[_Stream]":
+        return Seats(
+            self._thread,
+            self._terms.workers,
+            self._terms.pool,
+            guarded=self._guarded,
+            runs=self._actor_runs,
+            late=self._settle,
+            lost=self._actor_lost,
+        )
 
     # -- in any thread -----------------------------------------------------------------------------------------------
 
@@ -192,9 +195,6 @@ class Readers:
         """Have so many actors from now on."""
         self._thread.call(self._guarded, self._scale, actors)
 
-    def close(self) -> None:
-        """See `WorkerOwner`. What is to be done when the loader ends is done in the thread, by `end`."""
-
     def stats(self) -> tuple[ActorStats, ...]:
         """What is known of the actors."""
         return self._seats.stats()
@@ -203,17 +203,29 @@ class Readers:
 
     def _guarded(self, fn: Callable[..., None], *args: Any) -> None:
         """Call `fn`; what it raises ends all streams: nobody would hear of them otherwise."""
+        if self._program is not None and not self._thread.connected:
+            self._disconnected()
         try:
-            if self._program is not None and not self._thread.connected:
-                raise ConnectionError(
-                    "this process is not connected to its Ray cluster any more, so that what ran in actors there is "
-                    "lost; call ray.shutdown() after the loader is closed"
-                )
             fn(*args)
         except BaseException as error:
-            streams, self._streams = list(self._streams.values()), {}
-            for stream in streams:
-                stream.listener(Failure(error))
+            self._fail_all(error)
+
+    def _disconnected(self) -> None:
+        """The connection was ended by the user: all that was there is lost. The next epoch begins with the next one."""
+        self._fail_all(
+            ConnectionError(
+                "this process is not connected to its Ray cluster any more, so that what ran in actors there is lost; "
+                "call ray.shutdown() after the loader is closed"
+            )
+        )
+        self._program = self._trial = None
+        self._settled = self._settling = False
+        self._seats = self._new_seats()
+
+    def _fail_all(self, error: BaseException) -> None:
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.listener(Failure(error))
 
     def _then(self, ref: Any, fn: Callable[..., None], *args: Any) -> None:
         """Call `fn(*args, future)` in the thread when a call has been answered."""
@@ -239,7 +251,6 @@ class Readers:
         except BaseException as error:
             raise cannot_travel("what is before in_ray()", error, by_value=can_pickle_by_value()) from error
         self._program = ray.put(program)
-        self._thread.own(self)
         self._seats.scale(self._wanted)
 
     def _end_part(self, number: int) -> None:
