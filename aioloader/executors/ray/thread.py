@@ -7,13 +7,15 @@ from heapq import heappop, heappush
 from itertools import count
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.cluster import Membership, join_cluster
 
 __all__ = ["RayOwner", "RayThread", "end_all_ray", "forget_all_ray", "ray_thread_of"]
+
+K = TypeVar("K")
 
 
 class RayOwner(Protocol):
@@ -45,7 +47,7 @@ class RayThread:
         self._numbers = count()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._owners: list[RayOwner] = []
+        self._owners: dict[Any, RayOwner] = {}
         self._membership: Membership | None = None
         self._closing = False
         self._ended = False
@@ -56,6 +58,18 @@ class RayThread:
     def closed(self) -> bool:
         """Whether `close` has been called."""
         return self._closing
+
+    def get_or_create(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The owner of actors that is kept under `key` until `close`; made if there is none."""
+        with self._lock:
+            if key not in self._owners:
+                self._owners[key] = make()
+            return self._owners[key]
+
+    def kept(self, kind: type[K]) -> list[K]:
+        """The owners of a kind."""
+        with self._lock:
+            return [owner for owner in self._owners.values() if isinstance(owner, kind)]
 
     def call(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in the thread, soon. Safe in any thread, and in the middle of a garbage collection.
@@ -91,28 +105,23 @@ class RayThread:
 
     # -- in the thread -----------------------------------------------------------------------------------------------
 
-    def join_cluster(self, address: str | None) -> None:
-        """Connect, if that has not been done.
+    def join_cluster(self, address: str | None) -> Membership:
+        """Connect, if that has not been done, or the connection has ended; another one is another object.
 
         Raises:
             ValueError, ConnectionError: See `cluster.join_cluster`.
         """
+        if self._membership is not None and not self._membership.alive:
+            self._membership.leave()
+            self._membership = None
         if self._membership is None:
             self._membership = join_cluster(address)
+        return self._membership
 
     @property
     def connected(self) -> bool:
         """Whether the connection that it has made is still there: the user may have ended it."""
         return self._membership is not None and self._membership.alive
-
-    def own(self, owner: RayOwner) -> None:
-        """End `owner` when the thread ends."""
-        self._owners.append(owner)
-
-    def disown(self, owner: RayOwner) -> None:
-        """`owner` has ended."""
-        if owner in self._owners:
-            self._owners.remove(owner)
 
     def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in so many seconds, unless the thread has ended by then."""
@@ -137,7 +146,7 @@ class RayThread:
 
     def _end(self) -> None:
         self._closing = True
-        for owner in self._owners:
+        for owner in list(self._owners.values()):
             _call(owner.end)
         self._owners.clear()
         self._later.clear()
