@@ -146,7 +146,7 @@ def test_files_of_a_rank_are_dealt_among_its_parts(files: list[Path]) -> None:
         list(Pipeline(Lines(files)).shard(rank, 2, by="file", even="keep").in_ray(actors=0, parts=3))
         for rank in range(2)
     ]
-    assert sorted(sum(ranks, [])) == sorted(Pipeline(Lines(files)))
+    assert sorted([*ranks[0], *ranks[1]]) == sorted(Pipeline(Lines(files)))
     for rank in range(2):
         assert sorted(ranks[rank]) == sorted(Pipeline(Lines(files)).shard(rank, 2, by="file", even="keep"))
 
@@ -203,10 +203,10 @@ def test_ranks_have_one_state_and_each_sample_once() -> None:
 def test_a_state_says_how_many_parts_there_are_unless_the_user_does() -> None:
     """So that another number of actors can go on from it."""
 
-    def make(**parts: int) -> Pipeline[Any]:
-        return Pipeline(range(40)).batch(4).in_ray(actors=0, **parts)
+    def make(parts: int | None = None) -> Pipeline[Any]:
+        return Pipeline(range(40)).batch(4).in_ray(actors=0, parts=parts)
 
-    with make(parts=6) as loader:
+    with make(6) as loader:
         batches = iter(loader)
         next(batches)
         state, rest = loader.state_dict(), plain(list(batches))
@@ -215,7 +215,7 @@ def test_a_state_says_how_many_parts_there_are_unless_the_user_does() -> None:
     assert repr(other).endswith(".in_ray(actors=0, parts=6)")
     assert plain(list(other)) == rest
     with pytest.raises(StateError, match=r"stage 2 is in_ray\(parts=5\), and was in_ray\(parts=6\)"):
-        make(parts=5).load_state_dict(state)
+        make(5).load_state_dict(state)
     with pytest.raises(StateError):
         other.load_state_dict({})
     assert repr(other).endswith("parts=6)")
@@ -262,7 +262,11 @@ def test_one_part_that_fails_raises_once_and_the_others_go_on() -> None:
         (lambda: Pipeline(range(9)).batch(2).take(2).in_ray(), ValueError, r"take\(2\) would count in each of them"),
         (lambda: Pipeline(numbers).cache(memory_bytes=1 << 20).in_ray(), ValueError, "by their positions in it"),
         (lambda: Pipeline(range(4)).in_ray(actors=-1), ValueError, "actors must be at least 0"),
-        (lambda: Pipeline(range(4)).in_ray(actors=4, parts=3), ValueError, "at least as many, got actors=4 and parts=3"),
+        (
+            lambda: Pipeline(range(4)).in_ray(actors=4, parts=3),
+            ValueError,
+            "at least as many, got actors=4 and parts=3",
+        ),
         (lambda: Pipeline(range(4)).in_ray(parts=0), ValueError, "parts must be at least 1"),
         (lambda: Pipeline(range(4)).in_ray(ahead=0), ValueError, "ahead must be at least 1"),
         (lambda: Pipeline(range(4)).in_ray(num_cpus=-1), ValueError, "cpus must be at least 0"),

@@ -108,13 +108,14 @@ class CallGate:
         self._tell()
 
     def _tell(self) -> None:
-        if self._waiting and not self._begun and (watching := self._watching.pop(self._number, None)) is not None:
-            if not watching.done():
-                watching.set_result(self._waiting[0])
+        watching = self._watching.get(self._number)
+        if self._waiting and not self._begun and watching is not None and not watching.done():
+            watching.set_result(self._waiting[0])
 
     def _ended(self) -> None:
         if not self._open:
             self._begun = False
+            self._watching.pop(self._number, None)
             self._number += 1
             self._tell()
 
@@ -122,7 +123,8 @@ class CallGate:
         """The call number `number`, from 0, as soon as it waits for leave; None: there is no more need to look."""
         if self._open or number < self._number:
             return None
-        self._watching[number] = watching = asyncio.get_running_loop().create_future()
+        watching: asyncio.Future[Asked | None] = asyncio.get_running_loop().create_future()
+        self._watching[number] = watching
         self._tell()
         return await watching
 

@@ -125,9 +125,7 @@ class RayPartNode(OwnProcessNode):
     """
 
     def __init__(self, parts: RayParts, number: int, request: Any, inner: Node) -> None:
-        super().__init__(
-            partial(_PartRemote, parts, number), request, inner, room=parts.room, batches=parts.batches
-        )
+        super().__init__(partial(_PartRemote, parts, number), request, inner, room=parts.room, batches=parts.batches)
         self._parts = parts
         self._part = number
 

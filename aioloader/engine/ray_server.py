@@ -89,6 +89,14 @@ class PartServer:
         if (part := self._parts.pop(wire, None)) is not None:
             part.end()
 
+    async def close(self) -> None:
+        parts, self._parts = list(self._parts.values()), {}
+        for part in parts:
+            part.end()
+        tasks = [part.stream.task for part in parts]
+        if tasks:
+            await asyncio.wait(tasks)
+
 
 class _Part:
     """One part, from `open` to `end`: what it has made waits here for reads, which are answered in their order."""

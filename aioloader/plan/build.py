@@ -110,7 +110,9 @@ def _part_window(
     warns: bool,
 ) -> Window:
     """The nodes of a plan with a window at their end, wherever that is."""
-    return _output(_PlanBuilder(plan, this_pass, None, alloc, live=live, draws=draws, path=path, warns=warns, gate=gate))
+    return _output(
+        _PlanBuilder(plan, this_pass, None, alloc, live=live, draws=draws, path=path, warns=warns, gate=gate)
+    )
 
 
 def _output(builder: "_PlanBuilder") -> Window:

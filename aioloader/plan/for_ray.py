@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from aioloader.core.source import CursorSource
 from aioloader.errors import StateError
@@ -19,6 +19,10 @@ from aioloader.stages.in_ray import InRay
 from aioloader.stages.select import Enumerate, SkipFirst, Take
 
 __all__ = ["check_in_ray", "check_pool", "scaled", "with_parts_of", "workers_for"]
+
+
+MOST_PARTS: Final = 1 << 20
+"""In a state: more are none."""
 
 
 def check_in_ray(plan: Plan, shown: str) -> None:
@@ -127,7 +131,9 @@ def scaled(plan: Plan, actors: int) -> Plan:
 
 def _scaled(stage: InRay, actors: int) -> InRay:
     if not stage.actors:
-        raise ValueError(f"scale() changes how many actors there are, and {stage.label} has none; pass in_ray(actors=1)")
+        raise ValueError(
+            f"scale() changes how many actors there are, and {stage.label} has none; pass in_ray(actors=1)"
+        )
     if actors > stage.parts:
         raise ValueError(f"each actor runs whole parts, so there are at least as many, got {actors=} for {stage.label}")
     return replace(stage, actors=actors)
@@ -142,16 +148,13 @@ def with_parts_of(plan: Plan, state: Any) -> Plan:
         shape = contents_of(state)["pipeline"]
     except StateError:
         return plan  # it is said later
-    for part in shape:
-        parts = part.get("parts") if isinstance(part, dict) and part.get("stage") == "in_ray" else None
-        if type(parts) is int and 1 <= parts <= 1 << 20:
-            return _with(plan, lambda stage: stage.with_parts(parts), "")
+    found = [part.get("parts") for part in shape if isinstance(part, dict) and part.get("stage") == "in_ray"]
+    if len(found) == 1 and type(found[0]) is int and 1 <= found[0] <= MOST_PARTS:
+        return _with(plan, lambda stage: stage.with_parts(found[0]), "")
     return plan
 
 
 def _with(plan: Plan, change: Any, what: str) -> Plan:
     if not any(isinstance(stage, InRay) for stage in plan.stages):
         raise ValueError(f"{what}, and this pipeline has none")
-    return replace(
-        plan, stages=tuple(change(stage) if isinstance(stage, InRay) else stage for stage in plan.stages)
-    )
+    return replace(plan, stages=tuple(change(stage) if isinstance(stage, InRay) else stage for stage in plan.stages))

@@ -38,6 +38,9 @@ class ServesParts(Protocol):
     def end(self, wire: str) -> None:
         """Stop a part."""
 
+    async def close(self) -> None:
+        """Stop all of them; returns when they have let go of what they had open."""
+
 
 class ReaderActor(ActorBase):
     """Parts run on its event loop. Its calls begin in any order, so each says which one it is.
@@ -117,3 +120,9 @@ class ReaderActor(ActorBase):
         """See `ServesParts`."""
         if (serves := self._serves.pop(wire, None)) is not None:
             serves.end(wire)
+
+    async def close(self) -> None:
+        """Let go of what is open: the actor is about to be killed."""
+        for serves in {id(serves): serves for serves in self._serves.values()}.values():
+            await serves.close()
+        self._serves.clear()

@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, Generic, TypeVar
 
-from aioloader.executors.ray.actors import Place, Shortage, begin_actor, end_actors, is_loss, kill_actor, words_of
+from aioloader.executors.ray.actors import (
+    GRACE_SECONDS,
+    Place,
+    Shortage,
+    begin_actor,
+    is_loss,
+    kill_actor,
+    words_of,
+)
 from aioloader.executors.ray.reader import ReaderActor
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.workers import RayWorkers
@@ -131,16 +139,17 @@ class Seats(Generic[S]):
         """End the actor of a seat, if it is ours."""
         actor, seat.actor, seat.place = seat.actor, None, None
         if actor is not None and self._pool is None:
-            end_actors([actor], 0)
+            kill_actor(actor)
 
     def end(self) -> None:
         """End all actors that are ours, in bounded time; what those of a pool do for us has been ended before."""
         self._ended = True
         actors = [seat.actor for seat in self._seats if seat.actor is not None]
+        running = [seat.actor for seat in self._seats if seat.place is not None]
         for seat in self._seats:
             seat.actor = seat.place = None
         if self._pool is None:
-            end_actors(actors)
+            _end_actors(actors, running)
 
     def room(self, seat: Seat[S], entry_bytes: float) -> int | None:
         """How many entries of each stream may be in the object store of a seat's node; None: as many as it likes.
@@ -237,3 +246,20 @@ class Seats(Generic[S]):
 
         for node in ray.nodes():
             self._stores[node["NodeID"]] = node["Resources"].get("object_store_memory", 0.0)
+
+
+def _end_actors(actors: list[Any], running: list[Any]) -> None:
+    """Let `running` ones close what is open there, for a moment, and then kill all.
+
+    Not by `__ray_terminate__`: that waits for the calls of an actor, and one of an async actor that nobody answers any
+    more would keep it from being killed, too.
+    """
+    import ray
+
+    try:
+        closing = [actor.close.remote() for actor in running]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=GRACE_SECONDS, fetch_local=False)
+    finally:
+        for actor in actors:
+            kill_actor(actor)

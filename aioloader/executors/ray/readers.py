@@ -274,7 +274,7 @@ class Readers:
         self._ended = True
         streams, self._streams = list(self._streams.values()), {}
         if self._thread.connected:
-            for stream in streams:
+            for stream in streams if self._terms.pool is not None else ():
                 self._leave(stream)
             self._seats.end()
         self._program = None
@@ -445,9 +445,7 @@ class Readers:
         ref = seat.actor.open.remote(stream.wire, self._name, self._program, self._terms.shared, pack(request))
         self._then(ref, self._opened, stream, seat, seat.actor, stream.wire, stream.pause)
 
-    def _opened(
-        self, stream: _Stream, seat: _Seat, actor: Any, wire: str, pause: int, future: Any
-    ) -> None:
+    def _opened(self, stream: _Stream, seat: _Seat, actor: Any, wire: str, pause: int, future: Any) -> None:
         error = future.exception()
         if stream.wire != wire:
             if error is None:  # it has been given up meanwhile, but could not be ended before it was there
