@@ -72,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report("ray_readers", options)
     with cluster():
         for words, fn, batches in (
-            (f"{STEPS} steps of Python per sample, batches of {BATCH} numbers", work, pick(options, full=80, quick=16, smallest=4)),
+            (
+                f"{STEPS} steps of Python per sample, batches of {BATCH} numbers",
+                work,
+                pick(options, full=80, quick=16, smallest=4),
+            ),
             (f"batches of {BATCH} images, 38 MB", image, pick(options, full=64, quick=12, smallest=2)),
         ):
             samples = batches * BATCH

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from aioloader.stages.base import Builder, Stage, UnknownLengthError
+from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow, Shared
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class InRay(Stage):
         return replace(self, parts=parts)
 
     def length(self, upstream: int) -> int:
-        raise UnknownLengthError(f"{self.label} has no length")  # see `plan.length_of`, which asks each part
+        return upstream  # of one part; `plan.length_of` adds up all of them
 
     def shape(self) -> dict[str, Any]:
         return {"stage": "in_ray", "parts": self.parts}

@@ -121,6 +121,10 @@ class ReaderActor(ActorBase):
         if (serves := self._serves.pop(wire, None)) is not None:
             serves.end(wire)
 
+    async def forget(self, name: str) -> None:
+        """Nobody runs this program any more."""
+        self._programs.pop(name, None)
+
     async def close(self) -> None:
         """Let go of what is open: the actor is about to be killed."""
         for serves in {id(serves): serves for serves in self._serves.values()}.values():

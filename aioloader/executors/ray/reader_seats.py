@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, Generic, TypeVar
 
+from aioloader.errors import WorkerDiedError
 from aioloader.executors.ray.actors import (
     GRACE_SECONDS,
     Place,
@@ -141,8 +142,12 @@ class Seats(Generic[S]):
         if actor is not None and self._pool is None:
             kill_actor(actor)
 
-    def end(self) -> None:
-        """End all actors that are ours, in bounded time; what those of a pool do for us has been ended before."""
+    def end(self, program: str) -> None:
+        """End all actors that are ours, in bounded time; what those of a pool do for us has been ended before.
+
+        Args:
+            program: Its name; actors of a pool need not keep it.
+        """
         self._ended = True
         actors = [seat.actor for seat in self._seats if seat.actor is not None]
         running = [seat.actor for seat in self._seats if seat.place is not None]
@@ -150,6 +155,9 @@ class Seats(Generic[S]):
             seat.actor = seat.place = None
         if self._pool is None:
             _end_actors(actors, running)
+        else:
+            for actor in running:
+                actor.forget.remote(program)
 
     def room(self, seat: Seat[S], entry_bytes: float) -> int | None:
         """How many entries of each stream may be in the object store of a seat's node; None: as many as it likes.
@@ -197,9 +205,13 @@ class Seats(Generic[S]):
             return
         seat.actor = None
         seat.failures += 1
-        if not is_loss(told) or (seat.failures > self._workers.retries and not self.running()):
-            told.add_note(f"aioloader: {seat} did not start, {seat.failures} times in a row")
+        if not is_loss(told):
             raise told
+        if seat.failures > self._workers.retries and not self.running():
+            raise WorkerDiedError(
+                f"Ray readers die before they run, {seat.failures} in a row; the last one: {words_of(told)}; is aioloader "
+                f"installed on all nodes, or in runtime_env?"
+            ) from told
         self._thread.later(AGAIN_SECONDS * seat.failures, self._guarded, self._start, seat)
 
     def _late(self, seat: Seat[S], actor: Any, shortage: Shortage) -> None:
@@ -210,6 +222,8 @@ class Seats(Generic[S]):
             return
         text = f"no actor of in_ray(actors={self.wanted}) runs yet: {shortage.words}"
         if shortage.hopeless:
+            for one in self._seats:  # the next epoch asks again
+                self.dismiss(one)
             raise ValueError(f"{text}; ask for less, or add nodes to the cluster")
         if not self._warned and self._held_by_others():
             self._warned = True

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
-from aioloader.errors import LoaderClosedError
+from aioloader.errors import LoaderClosedError, WorkerDiedError
 from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.stream_worker import (
     Arrived,
@@ -213,10 +213,7 @@ class Readers:
     def _disconnected(self) -> None:
         """The connection was ended by the user: all that was there is lost. The next epoch begins with the next one."""
         self._fail_all(
-            ConnectionError(
-                "this process is not connected to its Ray cluster any more, so that what ran in actors there is lost; "
-                "call ray.shutdown() after the loader is closed"
-            )
+            WorkerDiedError("the connection to Ray has ended, and with it all Ray readers; call ray.init again")
         )
         self._program = self._trial = None
         self._settled = self._settling = False
@@ -239,6 +236,7 @@ class Readers:
         self._streams[stream.number] = stream
         if self._program is None:
             self._begin()
+        self._seats.scale(self._wanted)
         self._place()
 
     def _begin(self) -> None:
@@ -251,7 +249,6 @@ class Readers:
         except BaseException as error:
             raise cannot_travel("what is before in_ray()", error, by_value=can_pickle_by_value()) from error
         self._program = ray.put(program)
-        self._seats.scale(self._wanted)
 
     def _end_part(self, number: int) -> None:
         if (stream := self._streams.get(number)) is not None:
@@ -276,7 +273,7 @@ class Readers:
         if self._thread.connected:
             for stream in streams if self._terms.pool is not None else ():
                 self._leave(stream)
-            self._seats.end()
+            self._seats.end(self._name)
         self._program = None
 
     # -- what is read ------------------------------------------------------------------------------------------------
