@@ -1,8 +1,8 @@
 """Whole pipelines in Ray actors, beside workers of this machine: `python -m bench.ray_readers`.
 
-Ray runs on the same machine, so nothing is said about a network: what is measured is what actors cost. Work of 0.4 ms in
-Python for each sample, in small batches; and samples that are cheap, in batches of 38 MB. The limit is `map(fn,
-executor="process")` with as many workers. First epochs are left out: an actor takes seconds to begin.
+Ray runs on the same machine, so nothing is said about a network: what is measured is what actors cost. Work of 0.4 ms
+in Python for each sample, in small batches; and samples that are cheap, in batches of 38 MB. The measure is `map(fn,
+executor="process")` with as many workers. First batches are left out: an actor takes seconds to begin.
 """
 
 import sys

@@ -60,6 +60,7 @@ __all__ = ["EpochStream", "OwnProcessNode", "Serving"]
 
 METER_SECONDS: Final = 0.2  # how often the counters of the other side come along
 
+
 class Remote(Protocol):
     """Where the other side is: see `StreamWorker`."""
 

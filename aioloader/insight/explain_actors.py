@@ -30,8 +30,8 @@ def limit_of_actors(stats: Stats, waited: str) -> str | None:
     computing = sum(one.cpu_seconds for one in inside) / stats.seconds
     if computing >= SATURATED * len(running):
         return (
-            f"The actors are the limit: {waited}; {where}, and compute, {computing:.1f} cores' worth; more of them help: "
-            f"loader.scale(actors={2 * len(stage.actors)}), if the cluster has CPUs for them"
+            f"The actors are the limit: {waited}; {where}, and compute, {computing:.1f} cores' worth; more of them "
+            f"help: loader.scale(actors={2 * len(stage.actors)}), if the cluster has CPUs for them"
         )
     busiest = max((one for one in inside if one.concurrency), key=_utilization, default=None)
     if busiest is not None and busiest.utilization >= SATURATED:

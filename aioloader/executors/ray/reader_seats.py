@@ -209,8 +209,8 @@ class Seats(Generic[S]):
             raise told
         if seat.failures > self._workers.retries and not self.running():
             raise WorkerDiedError(
-                f"Ray readers die before they run, {seat.failures} in a row; the last one: {words_of(told)}; is aioloader "
-                f"installed on all nodes, or in runtime_env?"
+                f"Ray readers die before they run, {seat.failures} in a row; the last one: {words_of(told)}; is "
+                f"aioloader installed on all nodes, or in runtime_env?"
             ) from told
         self._thread.later(AGAIN_SECONDS * seat.failures, self._guarded, self._start, seat)
 
