@@ -27,6 +27,7 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-dev ## measure against the rivals, in full, with plots in build/bench
 	$(BIN)/python -m bench --plot build/bench

@@ -1,13 +1,14 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import AsyncIterable, Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
 
 import torch
 import torch.utils.data
+from torch import Tensor
 from torch.utils.data import IterableDataset, default_convert
 
 from aioloader.core.checks import check_ahead, check_count, check_integer, is_async_callable
@@ -24,6 +25,7 @@ from aioloader.engine.fuse import InProcesses
 from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
+from aioloader.engine.ray_step import OnRay
 from aioloader.engine.skipping import SkipNode, SkipRule, SkipSamplesRule
 from aioloader.engine.stream_source import warn_of_replay
 from aioloader.engine.turns import Turns
@@ -35,6 +37,7 @@ from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
+from aioloader.executors.ray.workers import RayWorkers, actors_for
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
 from aioloader.loader import Loader
@@ -42,6 +45,18 @@ from aioloader.plan.build import build
 from aioloader.plan.plan import DEFAULT_PREFETCH, Plan, Single, guarantee_of_stream
 from aioloader.plan.state import Shape, identity_of
 from aioloader.plan.unsplit import dataset_gives_all, keys_of_all
+from aioloader.signatures import (
+    AsyncIndexed,
+    Data,
+    DataLoaderOptions,
+    DictOfStackables,
+    Indexed,
+    Iterated,
+    OwnOptions,
+    Stackable,
+    TupleWithNames,
+    Unknown,
+)
 from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
@@ -59,6 +74,9 @@ from aioloader.stages.split_join import JoinBatches, SplitBatches
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
+
+K = TypeVar("K")
+S = TypeVar("S")
 
 KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
@@ -110,6 +128,8 @@ class DataLoader(Loader[T_co]):
         ahead_bytes: The same in bytes, by the running mean of what came; there is always room for `num_workers`.
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
+            `"ray"`, or `aioloader.ray.RayWorkers(...)`: `num_workers` actors of a Ray cluster, each with a copy of the
+            dataset, which has keys; they stay until the loader is closed. See `docs/ray.md`.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
         skip_errors: A `Skip`, or True for its defaults: samples that cannot be loaded are left out of their batches,
             which are shorter then, and a batch without any is left out. A batch that fails as a whole (its samples do
@@ -135,6 +155,222 @@ class DataLoader(Loader[T_co]):
     drop_last: bool
     num_workers: int
 
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], Coroutine[Any, Any, T_co]],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Iterated[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: AsyncIndexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        dataset: Indexed[S],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: Callable[[list[S]], T_co],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Unknown | Data[Unknown],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Tensor]",
+        dataset: Data[Stackable],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[str]]",
+        dataset: Data[str],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[bytes]]",
+        dataset: Data[bytes],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Unknown]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Tensor]]",
+        dataset: Data[DictOfStackables[K]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[dict[K, Any]]",
+        dataset: Data[dict[K, Any]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[TupleWithNames],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Tensor]]",
+        dataset: Data[tuple[Stackable, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[list[Any]]",
+        dataset: Data[tuple[Any, ...]],
+        batch_size: int = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        *,
+        collate_fn: None = None,
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: None,
+        *,
+        collate_fn: Callable[[Any], Any],
+        **options: Unpack[DataLoaderOptions],
+    ) -> None: ...
+
+    @overload  # as torch: all of them by position
+    def __init__(
+        self: "DataLoader[Any]",
+        dataset: Data[Any],
+        batch_size: int | None,
+        shuffle: bool | None,
+        sampler: Any,
+        batch_sampler: Any = None,
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Unpack[OwnOptions],
+    ) -> None: ...
+
     def __init__(
         self,
         dataset: Any,
@@ -159,7 +395,7 @@ class DataLoader(Loader[T_co]):
         concurrency: int | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
-        worker_type: Literal["thread", "process"] = "thread",
+        worker_type: Literal["thread", "process", "ray"] | RayWorkers = "thread",
         seed: int | None = None,
         skip_errors: Skip | bool | None = None,
         retry: Retry | int | None = None,
@@ -192,8 +428,7 @@ class DataLoader(Loader[T_co]):
         )
         if prefetch_factor == 0:
             raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
-        if worker_type not in ("thread", "process"):
-            raise ValueError(f"worker_type must be 'thread' or 'process', got {worker_type!r}")
+        self._actors = actors_for(worker_type)
         if worker_type == "process":
             check_processes("worker_type='process'")
         if seed is not None and generator is not None:
@@ -224,12 +459,9 @@ class DataLoader(Loader[T_co]):
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._collates_async = collate_fn is not None and is_async_callable(collate_fn)
-        self._in_processes = worker_type == "process" and num_workers > 0
-        if self._in_processes and self._awaited:
-            raise ValueError(
-                "worker_type='process' is for sync datasets, got one that is async and awaited on the event loop; "
-                "leave worker_type out"
-            )
+        self._in_processes = worker_type != "thread" and num_workers > 0
+        if self._in_processes:
+            check_loaded_elsewhere(self._actors, iterable=self._iterable, awaited=self._awaited)
         self.skip_errors = as_skip(skip_errors)
         if self.skip_errors is not None and self._workers_read:
             raise ValueError(
@@ -488,13 +720,19 @@ class DataLoader(Loader[T_co]):
     def _in_workers(self, progress: Progress, base: BaseSeed) -> tuple[StreamData, list[Stage]]:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
         turns = Turns(self.num_workers) if self._iterable else None
-        place = InProcesses(
-            kept=self.persistent_workers,
-            in_turn=(self.in_order and not self._loads_samples) or self._iterable,
-            prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
-            turns=turns,
-            epochs=partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch),
-        )
+        prepare = partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn)
+        epochs = partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch)
+        place: InProcesses | OnRay
+        if self._actors is not None:
+            place = OnRay(self._actors, prepare, epochs, seeds_each=True)
+        else:
+            place = InProcesses(
+                kept=self.persistent_workers,
+                in_turn=(self.in_order and not self._loads_samples) or self._iterable,
+                prepare=prepare,
+                turns=turns,
+                epochs=epochs,
+            )
         fetch: Callable[[Any], Any]
         if turns is not None:
             source = StreamData(turns, call=False, single_use=False)
@@ -827,6 +1065,25 @@ def _readers(workers: int) -> str:
 def _is_async(dataset: Any, method: str) -> bool:
     fn = getattr(dataset, method, None)
     return fn is not None and is_async_callable(fn)
+
+
+def check_loaded_elsewhere(actors: RayWorkers | None, *, iterable: bool, awaited: bool) -> None:
+    """Refuse datasets whose samples cannot be loaded by processes, or by actors.
+
+    Raises:
+        ValueError: Why.
+    """
+    worker_type = "process" if actors is None else "ray"
+    if awaited:
+        raise ValueError(
+            f"worker_type={worker_type!r} is for sync datasets, got one that is async and awaited on the event loop; "
+            f"leave worker_type out"
+        )
+    if iterable and actors is not None:
+        raise ValueError(
+            "worker_type='ray' is for datasets whose samples are loaded by key, got one that is iterated: its iterator "
+            "would die with its actor; use Pipeline(dataset).map(fn, executor='ray'), or worker_type='process'"
+        )
 
 
 def _torch_worker(

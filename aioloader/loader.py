@@ -446,7 +446,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         """Where the batch comes from that the newest epoch gave last; None before its first."""
         return None if self._progress is None else self._progress.info
 
-    def replay(self, step: int) -> Any:
+    def replay(self, step: int) -> T_co:
         """Make batch number `step` of the newest epoch once more, exactly. If it was an error, that is raised again.
 
         The epoch goes on undisturbed, and no random generator is left changed: samplers, generators and iterables with
@@ -465,7 +465,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         with self._replaying(step) as again, torch.random.fork_rng(devices=()), again:
             return next(iter(again))
 
-    async def areplay(self, step: int) -> Any:
+    async def areplay(self, step: int) -> T_co:
         """`replay` for async code: on the caller's event loop, where its clients and sessions work.
 
         What your functions draw from torch's global generator meanwhile stays drawn.
@@ -702,7 +702,8 @@ class Loader(LoaderHooks, Generic[T_co]):
         """The description, without anything that is running."""
         alive = Loader.__new__(type(self))
         Loader.__init__(alive)
-        return {name: value for name, value in self.__dict__.items() if name not in alive.__dict__}
+        left_out = {*alive.__dict__, "__orig_class__"}  # the T of `Pipeline[T](...)`, which may be a class of anywhere
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Loader.__init__(self)

@@ -39,6 +39,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "failures": ["--quick"],
     "packing": ["--quick"],
     "share": ["--quick"],
+    "ray": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

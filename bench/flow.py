@@ -112,8 +112,8 @@ async def lead_of(width: int, batches: int) -> tuple[int, int]:
 
     lead = handed_out = 0
     loader = Pipeline(range(1 << 40)).map(fetch, concurrency=FETCHES).map(decode, concurrency=width)
-    async with loader.batch(BATCH) as loader:
-        async for batch in loader:
+    async with loader.batch(BATCH) as batched:
+        async for batch in batched:
             handed_out += len(batch)
             await asyncio.sleep(0.03)  # a slow consumer; a slower one would see no more
             lead = max(lead, begun - handed_out)

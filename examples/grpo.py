@@ -57,7 +57,7 @@ class Policy(nn.Module):
 # -- the core ----------------------------------------------------------------------------------------------------------
 
 
-def make_loader(engine: "Engine", *, ordered: bool) -> Pipeline:
+def make_loader(engine: "Engine", *, ordered: bool) -> Pipeline[list[Group]]:
     """Batches of groups, each of which has variance and is fresh."""
     prompts = Pipeline(range(PROMPTS)).shuffle(seed=0).repeat(EPOCHS).enumerate().with_seed(0)
     groups = prompts.map(engine.rollout_group, concurrency=32, ordered=ordered).filter(has_variance)

@@ -8,6 +8,7 @@ The rows are made here, so that nothing is downloaded; `datasets.load_dataset(..
 import argparse
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import torch
@@ -28,12 +29,12 @@ def rings(rows: int) -> datasets.Dataset:
     )
 
 
-def decode(row: dict[str, object]) -> tuple[Tensor, object]:
+def decode(row: dict[str, Any]) -> tuple[Tensor, int]:
     """A row of the dataset to a sample; runs in threads, and once per row thanks to the cache."""
-    return torch.tensor([float(number) for number in str(row["point"]).split()]), row["label"]
+    return torch.tensor([float(number) for number in row["point"].split()]), row["label"]
 
 
-def augment(sample: tuple[Tensor, object]) -> tuple[Tensor, object]:
+def augment(sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
     """Behind the cache: another one in each epoch. The tensor is a copy, which may be changed in place."""
     point, label = sample
     return point.add_(torch.randn(2) * 0.1), label
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 2))
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    decoded = Pipeline(rings(options.rows)).shuffle(seed=0).map(decode).cache(memory_bytes=1 << 30)
+    rows = Pipeline[dict[str, Any]](rings(options.rows))
+    decoded = rows.shuffle(seed=0).map(decode).cache(memory_bytes=1 << 30)
     loader = decoded.map(augment).batch(100)
     for _ in range(options.epochs):
         for points, labels in loader:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from aioloader import ChannelClosedError, Pipeline
 from aioloader.sources import Channel
 
+Sample = dict[str, Tensor | float]
+
 PLACES = 64
 BATCH_SIZE = 16
 
@@ -38,7 +40,7 @@ class Service:
     """
 
     def __init__(self) -> None:
-        self.channel = Channel(maxsize=PLACES)
+        self.channel = Channel[Sample](maxsize=PLACES)
         self.loader = Pipeline(self.channel).batch(BATCH_SIZE, max_wait=0.05)
         self.model = nn.Linear(2, 1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
@@ -55,7 +57,7 @@ class Service:
         with slot:  # gives the place back where the post is none
             try:
                 post = await request.json()
-                sample = {"id": int(post["id"]), "x": torch.tensor(post["x"]).reshape(2), "y": float(post["y"])}
+                sample: Sample = {"id": int(post["id"]), "x": torch.tensor(post["x"]).reshape(2), "y": float(post["y"])}
             except (KeyError, RuntimeError, TypeError, ValueError) as error:
                 return web.Response(status=400, text=f"not a sample: {error!r}\n")
             slot.send(sample)

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,9 @@ from aioloader.sources import Channel
 
 ACTIONS = 4
 FEATURES = 8
+Step = dict[str, Tensor | float]
+Batches = Pipeline[dict[str, Tensor]]
+
 CONCURRENCY = 32
 BATCH_SIZE = 32
 STALENESS = 2  # batches
@@ -48,7 +50,7 @@ class Environment:
         self.policy = policy
         self.truth = torch.randn(ACTIONS, FEATURES)
 
-    async def rollout(self, prompt: int) -> dict[str, Any]:
+    async def rollout(self, prompt: int) -> Step:
         """What the policy did, what it got for it, and which version of it that was."""
         generator = torch.Generator().manual_seed(prompt)
         observation = torch.randn(FEATURES, generator=generator)
@@ -60,7 +62,7 @@ class Environment:
 
 
 @asynccontextmanager
-async def as_map(environment: Environment) -> AsyncIterator[Pipeline]:
+async def as_map(environment: Environment) -> AsyncIterator[Batches]:
     """Prompts, and a rollout of each; the loader begins as many as will be trained on."""
     prompts = range(1_000_000)
     rollouts = Pipeline(prompts).map(
@@ -70,9 +72,9 @@ async def as_map(environment: Environment) -> AsyncIterator[Pipeline]:
 
 
 @asynccontextmanager
-async def live(environment: Environment) -> AsyncIterator[Pipeline]:
+async def live(environment: Environment) -> AsyncIterator[Batches]:
     """Environments that live on their own, and send."""
-    channel = Channel(maxsize=BATCH_SIZE)
+    channel = Channel[Step](maxsize=BATCH_SIZE)
 
     async def act(first: int) -> None:
         prompt = first
@@ -90,7 +92,7 @@ async def live(environment: Environment) -> AsyncIterator[Pipeline]:
     await asyncio.gather(*tasks)
 
 
-Rollouts = Callable[[Environment], AbstractAsyncContextManager[Pipeline]]
+Rollouts = Callable[[Environment], AbstractAsyncContextManager[Batches]]
 
 
 async def train(rollouts: Rollouts, updates: int) -> tuple[float, float, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aioloader import Pipeline
 from aioloader.sources import CursorSource, Entry, EntryReader, SourceContext
@@ -25,7 +25,7 @@ from aioloader.sources import CursorSource, Entry, EntryReader, SourceContext
 Row = tuple[int, str, float]
 
 
-class Rows(CursorSource):
+class Rows(CursorSource[tuple[Tensor, Tensor]]):
     """The rows of the table, in the order of their ids; at its end it waits for more.
 
     Cursor: the id.
@@ -91,7 +91,7 @@ def _entry(row: Row) -> Entry:
     return Entry(pair, cursor=row_id, key=row_id)
 
 
-async def train(loader: Pipeline, steps: int) -> None:
+async def train(loader: Pipeline[list[Tensor]], steps: int) -> None:
     """Train a linear model for so many steps."""
     model: nn.Linear | None = None
     step = 0

@@ -41,7 +41,8 @@ class Work:
         retries_timeouts: They are in its `on`.
         timeout: It is given.
         hedge: Its `after`; None: it is not given. Then all calls for a sample come to the same.
-        rate: Calls a second; None: it is not given.
+        rate: Calls a second, or "adaptive"; None: it is not given.
+        budget: Of `retry`; 1.0 refuses none.
         refuses: A filter follows.
     """
 
@@ -51,11 +52,12 @@ class Work:
     retries_timeouts: bool
     timeout: bool
     hedge: float | str | None
-    rate: float | None
+    rate: float | str | None
+    budget: float
     refuses: bool
 
     @classmethod
-    def of(cls, draw: random.Random) -> "Work":
+    def of(cls, draw: random.Random, *, budget: float) -> "Work":
         asynchronous = draw.random() < 0.75
         return cls(
             asynchronous,
@@ -64,7 +66,8 @@ class Work:
             draw.random() < 0.6,
             asynchronous and draw.random() < 0.5,
             draw.choice((None, None, 0.5, "p90")) if asynchronous else None,
-            draw.choice((None, None, 2.0, 1000.0)),
+            draw.choice((None, None, 2.0, 1000.0, "adaptive")),
+            budget,
             draw.random() < 0.3,
         )
 
@@ -77,10 +80,14 @@ class Work:
     def policies(self) -> dict[str, Any]:
         on = (Busy, TimeoutError) if self.retries_timeouts else Busy
         return {
-            "retry": None if self.attempts is None else Retry(self.attempts, on, wait_initial=0.5, wait_max=3.0),
+            "retry": None
+            if self.attempts is None
+            else Retry(self.attempts, on, wait_initial=0.5, wait_max=3.0, budget=self.budget),
             "timeout": TIMEOUT if self.timeout else None,
             "hedge": None if self.hedge is None else Hedge(self.hedge, budget=1.0),
-            "rate": None if self.rate is None else Rate(self.rate),
+            "rate": Rate.adaptive(Busy, start=5.0, least=0.5)
+            if isinstance(self.rate, str)
+            else self.rate and Rate(self.rate),
         }
 
 
@@ -110,6 +117,8 @@ class Case:
         samples: Of the source.
         source: A list, a generator, an async one, or two in turn, of which one may fail in its middle.
         works: The maps.
+        exact: It is known what becomes of each sample. Not with a budget of retries: which of them it refuses is a
+            matter of time.
         ordered: Whether results come in the order of the input.
         requeue: Samples are sent back.
         cache: Samples are kept for the second epoch.
@@ -125,6 +134,7 @@ class Case:
     samples: int
     source: str
     works: tuple[Work, ...]
+    exact: bool
     ordered: bool
     requeue: bool
     cache: bool
@@ -141,20 +151,23 @@ class Case:
         ordered = draw.random() < 0.6
         skip = draw.choice((None, (Exception,), (Exception,), (Busy, TimeoutError), (Broken,)))
         all_skipped = skip == (Exception,)
-        requeue = draw.random() < 0.25
-        cached = ordered and not requeue and draw.random() < 0.3
+        budget = draw.choice((1.0, 1.0, 1.0, 0.1)) if skip is None or all_skipped else 1.0
+        exact = budget == 1.0
+        requeue = exact and draw.random() < 0.25
+        cached = ordered and exact and not requeue and draw.random() < 0.3
         return cls(
             seed=seed,
-            samples=draw.randrange(0, 30),
+            samples=draw.randrange(0, 30) if exact else draw.randrange(20, 60),
             source="list" if cached else draw.choice(SOURCES),
-            works=tuple(Work.of(draw) for _ in range(draw.choice((1, 1, 2)))),
+            works=tuple(Work.of(draw, budget=budget) for _ in range(draw.choice((1, 1, 2)))),
+            exact=exact,
             ordered=ordered,
             requeue=requeue,
             cache=cached,
             skip=skip,
-            max_errors=draw.choice((None, None, 0, 2)) if ordered else None,
-            size=draw.choice((1, 2, 3, 5)) if ordered or all_skipped else 1,
-            drop_last=ordered and draw.random() < 0.3,
+            max_errors=draw.choice((None, None, 0, 2)) if ordered and exact else None,
+            size=draw.choice((1, 2, 3, 5)) if (ordered and exact) or all_skipped else 1,
+            drop_last=ordered and exact and draw.random() < 0.3,
             prefetch=draw.choice((0, 1, 2)),
             staleness=None if cached else draw.choice((None, None, 0, 1, 3)),
         )
@@ -167,6 +180,8 @@ class Case:
         if work.hedge is not None:
             attempt = 0
         chance = random.Random(f"{self.seed} {number} {key} {attempt}").random()
+        if chance < 0.45 and not self.exact:
+            return "busy"  # an outage, which budgets are for
         if chance < 0.7:
             return "fast"
         if chance < 0.8:
@@ -198,6 +213,20 @@ class Case:
             if self.refuses(number, key):
                 return Fate(None, False, retries, timeouts)
         return Fate(None, True, retries, timeouts)
+
+    def possible(self, key: int) -> set[str]:
+        """What may become of a sample where budgets may refuse each of its retries: "given", "refused", or an error."""
+        found: set[str] = set()
+        for number, work in enumerate(self.works):
+            attempt = 1
+            while (fault := self.fault(number, key, attempt)) not in ("fast", "slow"):
+                found.add({"busy": "Busy", "broken": "Broken", "hang": "TimeoutError"}[fault])
+                if not work.may_try_again(fault, attempt):
+                    return found
+                attempt += 1
+            if self.refuses(number, key):
+                return found | {"refused"}
+        return found | {"given"}
 
     def is_skipped(self, fate: Fate) -> bool:
         names = [] if self.skip is None else [kind.__name__ for kind in self.skip]

@@ -162,7 +162,7 @@ def test_the_next_window_comes_in_while_one_is_given(face: Face) -> None:
         begun.append(document[0])
         return document
 
-    loader = Pipeline(DOCUMENTS).map(load, concurrency=2, ahead=2)
+    loader: Pipeline = Pipeline(DOCUMENTS).map(load, concurrency=2, ahead=2)
     loader = loader.batch_by_length(64, len, window=20, collate_fn=list).prefetch(1)
     with Steps(loader, face) as steps:
         given = 0
@@ -184,7 +184,7 @@ def test_the_next_window_comes_in_while_nobody_asks(face: Face) -> None:
         begun.append(document[0])
         return document
 
-    loader = Pipeline(DOCUMENTS * 5).map(load, concurrency=2, ahead=2)
+    loader: Pipeline = Pipeline(DOCUMENTS * 5).map(load, concurrency=2, ahead=2)
     loader = loader.batch_by_length(300, len, window=30, collate_fn=list).prefetch(1)
     with Steps(loader, face) as steps:
         given = len(steps.next())
@@ -279,7 +279,7 @@ def test_a_batch_knows_its_samples() -> None:
 def test_samples_that_went_stale_in_the_window_are_left_out() -> None:
     """By a `drop_if` right before, just before collate."""
     stale: set[int] = set()
-    loader = Pipeline(DOCUMENTS).drop_if(lambda document: document[0] in stale)
+    loader: Pipeline = Pipeline(DOCUMENTS).drop_if(lambda document: document[0] in stale)
     loader = loader.batch_by_length(64, len, window=20, collate_fn=list).prefetch(0)
     with Steps(loader, "for") as steps:
         first = steps.next()

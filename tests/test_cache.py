@@ -1227,7 +1227,7 @@ def test_a_directory_of_another_pipeline_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another version, 'v1', and this one is 'v2'; pass a directory for each"):
         Pipeline(["a"]).map(str.upper).cache(disk=folder, version="v2")
     with pytest.raises(ValueError, match=r"index of ndarray\(3\)"):
-        Pipeline(np.zeros(3)).map(str.upper).cache(disk=folder, version="v1")
+        Pipeline(np.zeros(3)).map(str.upper).cache(disk=folder, version="v1")  # type: ignore[arg-type]
 
 
 def test_what_a_source_of_ours_reads_is_part_of_the_pipeline(tmp_path: Path) -> None:

@@ -415,7 +415,7 @@ def test_a_repeat_goes_on_counting(face: Face) -> None:
             raise ConnectionResetError
         return key
 
-    loader = Pipeline(range(4)).map(fetch, retry=Retry(attempts=2, wait_initial=0.0, jitter=0.0, budget=0.0))
+    loader: Pipeline = Pipeline(range(4)).map(fetch, retry=Retry(attempts=2, wait_initial=0.0, jitter=0.0, budget=0.0))
     loader = loader.skip_errors().repeat(4).batch(1)
     assert len(collect(loader, face)) == 4
     one = look(loader, "map(fetch)")

@@ -202,7 +202,39 @@ class Epochs:
         return sum(getattr(stage, name) for stage in self.loader.stats().stages)
 
 
-def check_outcomes(case: Case, outcomes: list[Outcome]) -> None:
+def check_possible(case: Case, outcomes: list[Outcome], reported: set[int] | None) -> None:
+    """Each sample ends once, in a way that is possible where a budget may refuse retries.
+
+    Args:
+        case: The case.
+        outcomes: Of one epoch.
+        reported: Those that were skipped; None: nobody has counted.
+    """
+    ends: list[tuple[str, int]] = []
+    for outcome in outcomes:
+        ends += [outcome] if isinstance(outcome, tuple) else [("given", key) for key in outcome]
+    found = {key: how for how, key in ends}
+    assert len(found) == len(ends), "a sample comes twice"
+    if case.ordered:
+        assert [key for _, key in ends if key >= 0] == sorted(key for _, key in ends if key >= 0)
+    for key in case.given():
+        if key < 0:
+            assert found[key] == "Lost"
+            continue
+        possible = case.possible(key)
+        if key in found:
+            assert found[key] in possible
+            assert reported is None or key not in reported
+        elif reported is not None and key in reported:
+            assert possible - {"given", "refused"}
+        else:
+            assert "refused" in possible or (reported is None and case.skip is not None and possible != {"given"})
+
+
+def check_outcomes(case: Case, outcomes: list[Outcome], reported: set[int] | None = None) -> None:
+    if not case.exact:
+        check_possible(case, outcomes, reported)
+        return
     if case.ordered:
         assert outcomes == case.outcomes()
         return
@@ -215,8 +247,18 @@ def key_of(key: Any) -> Any:
     return int(key.split()[0]) if isinstance(key, str) else key
 
 
+def reported_in(report: Path) -> set[int]:
+    """The samples that were left out."""
+    lines = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
+    keys = [key_of(line["key"]) for line in lines]
+    assert len(keys) == len(set(keys)), "a sample is reported twice"
+    return set(keys)
+
+
 def check_counts(case: Case, epochs: Epochs, report: Path) -> None:
     """Of a whole first epoch."""
+    if not case.exact:
+        return
     if case.requeue or any(work.hedge is not None for work in case.works):
         return  # more calls than the model makes
     fates = [case.fate_of(key) for key in case.given() if key >= 0]
@@ -236,7 +278,7 @@ def check(seed: int, face: Face, folder: Path) -> None:
     with virtual_time() as clock:
         whole = Epochs(case, clock, report=report)
         outcomes, _ = whole.run(face)
-        check_outcomes(case, outcomes)
+        check_outcomes(case, outcomes, reported_in(report))
         check_counts(case, whole, report)
         if case.cache:
             again, _ = whole.run(face)

@@ -270,7 +270,7 @@ def test_it_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_arguments_that_cannot_work_are_refused(tmp_path: Path) -> None:
     paths = FORMATS[1].files(tmp_path)
     with pytest.raises(TypeError, match=r"seed must be an integer, got 1\.5"):
-        Lines(paths, shuffle=True, seed=1.5)  # type: ignore[arg-type]
+        Lines(paths, shuffle=True, seed=1.5)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="follow=True waits at the end of the last file, got shuffle=True"):
         Lines(paths, shuffle=True, follow=True)
 

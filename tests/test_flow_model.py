@@ -368,7 +368,7 @@ class Functions:
 def pipeline_of(case: Case, functions: Functions) -> Pipeline:
     """The pipeline of `case`."""
     keys = range(case.samples)
-    pipeline = Pipeline((lambda: iter(keys)) if case.stream else keys)
+    pipeline: Pipeline = Pipeline((lambda: iter(keys)) if case.stream else keys)
     if case.filters[0]:
         pipeline = pipeline.filter(functions.filter(0))
     for number, width in enumerate(case.widths):

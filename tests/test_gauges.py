@@ -172,7 +172,7 @@ def test_all_executors_tell_what_is_under_way(tmp_path: Path, where: str) -> Non
             executor = pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
         case _:
             executor = pool = ThreadPoolExecutor(2)
-    loader = Pipeline(range(8)).map(held, concurrency=2, executor=executor)
+    loader: Pipeline = Pipeline(range(8)).map(held, concurrency=2, executor=executor)
     if where == "in_process":
         loader = loader.in_process()
     loader = loader.batch(2)
@@ -648,7 +648,7 @@ def test_errors_count_as_batches_and_steps_left_out_do_not() -> None:
 
 @pytest.mark.parametrize("last", [True, False])
 def test_ages_cross_into_a_process_of_its_own(last: bool) -> None:
-    loader = Pipeline(range(32)).map(str)
+    loader: Pipeline = Pipeline(range(32)).map(str)
     loader = loader.batch(4, collate_fn=list).in_process() if last else loader.in_process().batch(4, collate_fn=list)
     with loader:
         infos = [info for _, info in collect(loader.with_info(), "for")]

@@ -111,8 +111,8 @@ def test_everything_before_it_runs_in_one_other_process() -> None:
         samples = set(loader)
     ((first, second, third),) = samples
     assert first == second != third == os.getpid()
-    with Pipeline(range(5)).map(where).in_process() as loader:
-        ((pid, thread),) = set(loader)
+    with Pipeline(range(5)).map(where).in_process() as other:
+        ((pid, thread),) = set(other)
     assert pid not in (first, os.getpid())
     assert thread == "MainThread"
 

@@ -25,7 +25,7 @@ IMPORTS: dict[str, set[str]] = {
     "torch_shims": set(),
     "insight": {"core", "masking"},
     "memory": {"core"},
-    "executors": {"core", "errors", "memory"},
+    "executors": {"core", "errors", "insight", "memory"},
     "cache": {"core", "errors", "executors"},
     "device": {"errors"},
     "engine": {"cache", "core", "errors", "executors", "insight"},
@@ -34,14 +34,18 @@ IMPORTS: dict[str, set[str]] = {
     "plan": {"core", "device", "engine", "errors", "executors", "memory", "sources", "stages"},
     "ray": {"executors"},
     "rng": {"core", "executors"},
+    "signatures": {"core", "executors", "sources"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
-    "pipeline": {"cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "sources", "stages"},
+    "pipeline": {
+        "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "stages",
+    },
     "dataloader": {
-        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
-        "torch_shims",
+        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "stages", "torch_shims",
     },
     "testing": {"core", "device", "errors"},
-    "doctor": {"core", "engine"},
+    "doctor": {"core", "engine", "executors"},
     "demo": {"dataloader", "pipeline"},
     "indexer": {"core", "errors", "executors", "masking", "sources"},
     "__main__": {"demo", "doctor", "indexer", "insight"},
@@ -56,6 +60,7 @@ MAY_START_TASKS = ("engine/",)
 MAY_START_THREADS = ("engine/", "executors/")
 EXEMPT = {
     "demo/server.py": "a program of its own, in its own process",
+    "executors/ray/chunk_runner.py": "it runs in an actor, which is a process of its own",
     "testing/device.py": "a fake stream is a thread, as a real one runs beside the host",
     "loader.py": "`aclose` lends one of anyio's threads to `close`, which waits for other threads",
 }

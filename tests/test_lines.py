@@ -377,13 +377,13 @@ def test_arguments_that_cannot_work_are_refused_where_they_are_written(write: Wr
     with pytest.raises(ValueError, match="Lines needs at least one path, got none"):
         Lines([])
     with pytest.raises(TypeError, match="Lines takes a path, a glob, or a sequence of them; got 3"):
-        Lines(3)  # type: ignore[arg-type]
+        Lines(3)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"Lines takes paths as str or os\.PathLike; got b'a' of type bytes"):
         Lines([b"a"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"decode must be None, 'json' or a function of bytes, got 'yaml'"):
-        Lines(path, decode="yaml")  # type: ignore[arg-type]
+        Lines(path, decode="yaml")  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="decode must be a function"):
-        Lines(path, decode=3)  # type: ignore[arg-type]
+        Lines(path, decode=3)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="encoding must write a line end as the single byte 10, got 'utf-16'"):
         Lines(path, encoding="utf-16")
     with pytest.raises(LookupError, match="klingon"):

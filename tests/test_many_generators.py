@@ -117,7 +117,7 @@ def test_interleave_of_sources_of_all_kinds(face: Face, size: int) -> None:
             await asyncio.sleep(0)
             yield letter
 
-    sources = [range(3), letters, Pipeline(range(4)).map(str), (n * 10 for n in range(2)), []]
+    sources: list[Any] = [range(3), letters, Pipeline(range(4)).map(str), (n * 10 for n in range(2)), []]
     expected = model([[0, 1, 2], list("abcde"), list("0123"), [0, 10], []])
     loader = Pipeline.interleave(*sources).batch(size, collate_fn=list)
     assert list(itertools.chain.from_iterable(collect(loader, face))) == expected

@@ -225,5 +225,5 @@ def test_it_is_refused_where_nothing_overtakes() -> None:
     with pytest.raises(ValueError, match="max_overtaken"):
         Pipeline(range(4)).map(same, ordered=False, max_overtaken=-1)
     with pytest.raises(TypeError):
-        Pipeline(range(4)).map(same, ordered=False, max_overtaken=1.5)  # type: ignore[arg-type]
+        Pipeline(range(4)).map(same, ordered=False, max_overtaken=1.5)  # type: ignore[call-overload]
     assert collect(Pipeline(range(4)).map(same, ordered=False, max_overtaken=0), "for") == [0, 1, 2, 3]

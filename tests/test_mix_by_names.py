@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import threading
 from collections import Counter
 from itertools import islice
 from typing import Any
@@ -227,8 +228,24 @@ def test_what_each_source_has_given_is_told(face: Face) -> None:
 
 
 @on_both_faces
+def test_epochs_of_each_source_are_told(face: Face) -> None:
+    """How often it has been gone through, in a mix that ends after so many samples."""
+    sources: dict[str, Any] = {
+        "small": Pipeline(range(10)).map(str).repeat(),
+        "large": Pipeline(range(1000)),
+        "stream": lambda: iter(range(1000)),
+    }
+    loader = Pipeline.mix(sources, {"small": 1, "large": 1, "stream": 1}).take(300).batch(10, collate_fn=list)
+    assert len(collect(loader, face)) == 30
+    told = {stage.name: stage for stage in loader.stats().stages if stage.name.startswith("mix: ")}
+    assert told["mix: small"].epochs == told["mix: small"].samples / 10 > 8
+    assert told["mix: large"].epochs == told["mix: large"].samples / 1000
+    assert told["mix: stream"].epochs is None
+
+
+@on_both_faces
 def test_an_endless_source_in_a_mix(face: Face) -> None:
-    sources = {"small": Pipeline(["s0", "s1"]).repeat(), "large": [f"l{n}" for n in range(10_000)]}
+    sources: dict[str, Any] = {"small": Pipeline(["s0", "s1"]).repeat(), "large": [f"l{n}" for n in range(10_000)]}
     with Steps(batched(Pipeline.mix(sources, {"small": 1, "large": 1})), face) as steps:
         found = [one for batch in steps.rest(50) for one in batch]
     small = [one for one in found if one[0] == "s"]
@@ -267,10 +284,78 @@ def test_ranks_say_the_draw() -> None:
     assert dealt == model({0: (1, 1), 2000: (1, 0)}, 4000)
 
 
+def by_step(step: int) -> dict[str, float]:
+    """More and more of the code, with a jump."""
+    assert not threading.current_thread().name.startswith("aioloader-loop")
+    return {"web": 1000.0 - step % 500, "code": step % 500 + (500.0 if step > 300 else 0.0)}
+
+
+@on_both_faces
+def test_a_function_of_the_step_gives_the_weights(face: Face) -> None:
+    """As a plain loop that calls it at each draw."""
+    loader = batched(named(by_step))
+    with Steps(loader, face) as steps:
+        found = [one for batch in steps.rest(250) for one in batch]
+    weights = {step: (by_step(step)["web"], by_step(step)["code"]) for step in range(1000)}
+    assert found == model(weights, 1000)
+
+
+def test_a_function_is_asked_again_after_a_resume() -> None:
+    assert_resumes_exactly(lambda: named(by_step, 400).batch(40, collate_fn=list))
+    loader = named(by_step, 400).batch(40, collate_fn=list)
+    assert list(loader.in_process()) == list(loader)
+
+
+@on_both_faces
+def test_weights_set_take_the_place_of_a_function(face: Face) -> None:
+    """It is not asked for what they hold for."""
+    asked: list[int] = []
+
+    def weights(step: int) -> dict[str, float]:
+        asked.append(step)
+        return {"web": 1, "code": 0}
+
+    loader = batched(named(weights))
+    loader.set_weights({"web": 0, "code": 1}, at=10)
+    with Steps(loader, face) as steps:
+        found = [one for batch in steps.rest(200) for one in batch]
+    assert [one[0] for one in found] == ["w"] * 10 + ["c"] * 790
+    assert max(asked) < 256
+
+
+@on_both_faces
+def test_a_function_that_leaves_nothing_ends_the_mix(face: Face) -> None:
+    """Nobody knows what it would say later."""
+    loader = batched(Pipeline.mix({"a": range(3), "b": range(100)}, lambda _: {"a": 1, "b": 0}))
+    assert collect(loader, face) == [[0, 1, 2]]
+    with pytest.raises(TypeError, match="no length"):
+        len(loader)
+
+
+@on_both_faces
+def test_a_function_that_fails_is_an_error_at_its_step(face: Face) -> None:
+    def weights(step: int) -> dict[str, float]:
+        return {"web": 1.0 / (300 - step), "code": 1}
+
+    loader = batched(named(weights), 16)
+    with Steps(loader, face) as steps:
+        outcomes = steps.outcomes()
+    assert [type(one) for one in outcomes] == [list] * 16 + [ZeroDivisionError]
+    assert "weights of the mix at step 300, by <function" in notes(outcomes[-1])
+
+    async def later(step: int) -> dict[str, float]:
+        return weights(step)
+
+    with pytest.raises(TypeError, match="a plain one"):
+        named(later)
+    with pytest.raises(ValueError, match="'code' has no weight"):
+        named(lambda _: {"web": 1})
+
+
 @pytest.mark.parametrize(
     ("weights", "error", "said"),
     [
-        ([1, 1], TypeError, "must be a dict or a Schedule"),
+        ([1, 1], TypeError, "must be a dict, a Schedule or a function of the step"),
         ({"web": 1}, ValueError, "'code' has no weight"),
         ({"web": 1, "books": 1, "code": 1}, ValueError, "'books' is no source"),
         ({"web": 0, "code": 0}, ValueError, "more than 0"),

@@ -185,7 +185,7 @@ def test_ranges_as_one_pair_a_mapping_and_a_sequence() -> None:
         b"12",
         b"b123456789",
     ]
-    assert list(Pipeline(Objects(store, ["a"], ranges=[[0, 10]]))) == [b"a123456789"]  # type: ignore[list-item]
+    assert list(Pipeline(Objects(store, ["a"], ranges=[[0, 10]]))) == [b"a123456789"]
     assert list(Pipeline(Objects(store, prefix="", ranges=(0, 2)))) == [b"a1", b"b1"]
     assert list(Pipeline(Objects(store, prefix="", ranges={"a": (0, 2)}))) == [b"a1", b"b123456789"]
 

@@ -513,6 +513,6 @@ def test_an_identity_is_checked_when_a_state_is_made(told: Any, said: str) -> No
 
 def test_a_class_is_no_source() -> None:
     with pytest.raises(TypeError, match="got the class Table: pass an instance of it"):
-        Pipeline(Table)
+        Pipeline(Table)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="abstract"):
         CursorSource()  # type: ignore[abstract]

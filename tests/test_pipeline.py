@@ -330,7 +330,7 @@ def test_a_long_run_of_refused_samples(face: Face) -> None:
 @on_both_faces
 def test_flat_map_takes_every_kind_of_iterable(face: Face) -> None:
     """Lists, generators, async generators, empty ones."""
-    kinds = [[1, 2], (3,), iter([4]), later([5, 6]), [], later([]), range(7, 9)]
+    kinds: list[Any] = [[1, 2], (3,), iter([4]), later([5, 6]), [], later([]), range(7, 9)]
     assert collect(Pipeline(kinds).flat_map(lambda parts: parts), face) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 

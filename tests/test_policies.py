@@ -163,7 +163,7 @@ def test_threads_cannot_be_stopped() -> None:
     with pytest.raises(ValueError, match="cannot stop a thread"):
         Pipeline(range(3)).map(Flaky().sync, timeout=1.0)
     with pytest.raises(ValueError, match="hedge is for async"):
-        Pipeline(range(3)).map(Flaky().sync, hedge=Hedge())
+        Pipeline(range(3)).map(Flaky().sync, hedge=Hedge())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -463,8 +463,9 @@ def test_a_live_source_is_read_no_further(face: Face) -> None:
         channel.send_nowait(number)
     begun = Begun()
 
-    async def see(key: int) -> int:
-        return await begun.at_once(key)
+    async def see(keys: list[int]) -> list[int]:
+        await begun.at_once(keys[0])
+        return keys
 
     loader = Pipeline(channel).map(decode, concurrency=64).batch(8, collate_fn=list).map(see, concurrency=1)
     with Steps(loader, face) as steps:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch.utils.data import Dataset, IterableDataset
@@ -238,7 +238,7 @@ IN_PROCESSES: dict[str, Make] = {
     "in_process, async map": lambda kind: Pipeline(range(6)).map(Raise(kind).later).in_process(),
     "in_process, collate": lambda kind: Pipeline(range(6)).batch(1, collate_fn=Raise(kind).all).in_process().unbatch(),
     "pickled on the way there": lambda kind: (
-        Pipeline(range(6)).map(lambda key: Sample(key, kind)).map(int, executor="process", concurrency=1)
+        Pipeline(range(6)).map(lambda key: cast(Any, Sample(key, kind))).map(int, executor="process", concurrency=1)
     ),
     "pickled on the way back": lambda kind: Pipeline(range(6)).map(
         lambda key: Sample(key, kind), executor="process", concurrency=1

@@ -723,7 +723,7 @@ def test_maps_that_commute_with_shard_may_be_unordered() -> None:
 # -- who may go on from a state ----------------------------------------------------------------------------------------
 
 
-def ones(number: int) -> list[int]:
+def ones(number: float) -> list[float]:
     return [number]
 
 
@@ -865,7 +865,9 @@ def test_a_state_tells_other_ranks_from_another_pipeline() -> None:
     """The size of batches may change with the number of ranks, the rest of the description may not."""
 
     def state_of(batches: int, rank: int, world_size: int, size: int, *, seed: int = 3, even: Even = "drop") -> Any:
-        loader = Pipeline(range(960)).shuffle(seed=seed).shard(rank, world_size, even=even).batch(size, collate_fn=list)
+        loader: Pipeline = (
+            Pipeline(range(960)).shuffle(seed=seed).shard(rank, world_size, even=even).batch(size, collate_fn=list)
+        )
         loader = loader.batch(4, collate_fn=list)
         collect(loader, "for", limit=batches)
         return loader, loader.state_dict()
@@ -958,7 +960,7 @@ def test_nested_shards_deal_what_was_dealt() -> None:
 # -- with all the rest -------------------------------------------------------------------------------------------------
 
 
-def noisy(number: int) -> float:
+def noisy(number: float) -> float:
     return number + float(aioloader.sample_rng().numpy().random())
 
 
@@ -970,7 +972,7 @@ def test_random_numbers_of_a_sample_are_the_same_on_any_rank(stream: bool, befor
     def samples(world_size: int) -> set[float]:
         found: set[float] = set()
         for rank in range(world_size):
-            loader = Pipeline((lambda: iter(range(30))) if stream else range(30))
+            loader: Pipeline = Pipeline((lambda: iter(range(30))) if stream else range(30))
             loader = loader.map(noisy).shard(rank, world_size) if before else loader.shard(rank, world_size).map(noisy)
             found |= set(loader)
         return found
@@ -1070,7 +1072,7 @@ def test_any_pipeline_goes_on_with_other_ranks(
     before, after = worlds
 
     def make(rank: int, world_size: int) -> Pipeline:
-        loader = Pipeline(iter_of(50) if stream else range(50))
+        loader: Pipeline = Pipeline(iter_of(50) if stream else range(50))
         for name in front:
             loader = FRONT[name](loader)
         loader = loader.shard(rank, world_size, even=even).batch(6 // world_size, collate_fn=list)

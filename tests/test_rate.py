@@ -64,7 +64,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         (lambda: Rate.adaptive(OSError, least=0), ValueError, "least"),
         (lambda: Rate.adaptive(OSError, start=5, least=6), ValueError, "between least and most"),
         (lambda: Rate.adaptive(OSError, start=5, most=4), ValueError, "between least and most"),
-        (lambda: Pipeline(range(3)).map(abs, rate=100), TypeError, r"Rate\(100\)"),  # type: ignore[arg-type]
+        (lambda: Pipeline(range(3)).map(abs, rate=100), TypeError, r"Rate\(100\)"),  # type: ignore[call-overload]
     ],
 )
 def test_bad_arguments(make: Callable[[], Any], kind: type[Exception], words: str) -> None:

@@ -54,7 +54,7 @@ class Rollouts:
 def test_samples_come_when_they_pass(face: Face, ordered: bool, place: str) -> None:
     """Each once, in order if there is one, and as often begun as it took; the batch knows how often."""
     rollouts = Rollouts()
-    fn = rollouts.rollout if place == "on the loop" else rollouts.in_a_thread
+    fn: Any = rollouts.rollout if place == "on the loop" else rollouts.in_a_thread
     loader = Pipeline(range(41)).map(fn, ordered=ordered).drop_if(rollouts.stale, requeue=True)
     batches = collect(loader.batch(4, collate_fn=list).with_info(), face)
     found = [key for batch, _ in batches for key in batch]

@@ -656,7 +656,7 @@ def simulate(seed: int, face: Face) -> None:
     ordered = draw.random() < 0.6
     size = draw.choice((None, 1, 3))
     calls: list[Counter[int]] = [Counter() for _ in range(stages)]
-    loader = Pipeline(range(count))
+    loader: Pipeline = Pipeline(range(count))
     for at in range(stages):
 
         def call(sample: int, at: int = at) -> int:

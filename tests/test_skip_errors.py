@@ -91,7 +91,7 @@ def test_after_batch_a_batch_is_left_out(face: Face) -> None:
 @pytest.mark.parametrize("before", [True, False])
 def test_without_prefetch_the_next_one_is_begun_in_its_place(face: Face, before: bool) -> None:
     """Nothing is held ahead, and whoever asked is not left waiting when what came was left out."""
-    loader = Pipeline(range(40)).map(fetch)
+    loader: Pipeline = Pipeline(range(40)).map(fetch)
     loader = loader.skip_errors().batch(4) if before else loader.batch(4).skip_errors()
     whole = [keys for keys in cut(list(range(40)), 4) if not set(keys) & set(BAD)]
     batches = [batch.tolist() for batch in collect(loader.prefetch(0), face)]
@@ -683,12 +683,13 @@ def test_a_report_from_wherever_functions_run(executor: str, tmp_path: Path) -> 
     """The stage that failed is named, also when only the error has come from another process."""
     report = tmp_path / "skipped.jsonl"
     keys = Pipeline(range(20))
-    loader = {
+    makers: dict[str, Callable[[], Pipeline]] = {
         "process": lambda: keys.map(fails_by_seven, executor="process").skip_errors(report=report),
         "in_process": lambda: keys.map(fails_by_seven).skip_errors(report=report).in_process(),
         "after in_process": lambda: keys.map(fails_by_seven).in_process().skip_errors(report=report),
         "batched in_process": lambda: keys.map(fails_by_seven).batch(1).in_process().skip_errors(report=report),
-    }[executor]()
+    }
+    loader = makers[executor]()
     with loader:
         collect(loader, "for")
     lines = lines_of(report)
@@ -701,7 +702,7 @@ def test_a_report_shows_no_secrets(tmp_path: Path) -> None:
     report = tmp_path / "skipped.jsonl"
     url = "s3://user:secret@host/key?token=secret&part=1"
 
-    def fail(key: str) -> str:
+    def fail(key: object) -> str:
         raise OSError(f"cannot read {key}")
 
     collect(Pipeline([url, ("a", url)]).map(fail).skip_errors(report=report), "for")

@@ -227,7 +227,7 @@ def test_what_does_not_matter() -> None:
         return bool(text)
 
     state = state_of(pipeline())
-    other = Pipeline(list(range(10))).shuffle(seed=3).map(str, concurrency=1).map(str.strip).filter(keep)
+    other: Pipeline = Pipeline(list(range(10))).shuffle(seed=3).map(str, concurrency=1).map(str.strip).filter(keep)
     other = other.batch(3, collate_fn=list).prefetch(7)
     other.load_state_dict(state)
     assert len(list(other)) == 3

@@ -6,8 +6,9 @@ the number of the draw from which it holds, and a state has all of them.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import iscoroutinefunction
 from itertools import pairwise
 from math import inf, isfinite
 from types import MappingProxyType
@@ -15,11 +16,14 @@ from typing import Any, Final, Literal
 
 from aioloader.core.checks import check_count
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
-from aioloader.core.safe_text import safe_repr
+from aioloader.core.safe_text import add_note, safe_repr
 
-__all__ = ["MixControl", "Mixes", "Mixture", "Place", "Schedule", "check_changes", "check_weights"]
+__all__ = ["MixControl", "Mixes", "Mixture", "Place", "Schedule", "WeightFunction", "check_changes", "check_weights"]
 
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
+STEPS_AT_ONCE: Final = 256
+"""For so many steps the user's function is asked at once: a way into a thread and back costs what many calls do."""
 
 Place = tuple[tuple[int, ...], int]
 """Where in an epoch a draw is: the numbers of the repetitions that it is in, and its own number in these."""
@@ -151,6 +155,47 @@ def _finite(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class WeightFunction:
+    """The user's function from a step to weights. It is the user's code: it runs in a thread, some steps ahead.
+
+    Attributes:
+        names: Of the sources, in order.
+        fn: From the number of a draw to the weights there, of nothing else.
+    """
+
+    names: tuple[str, ...]
+    fn: Callable[[int], Mapping[str, float]]
+
+    def block(self, number: int) -> list[tuple[float, ...]]:
+        """The weights of all steps of a block.
+
+        Raises:
+            Exception: What `fn` raises, and what is wrong with its weights.
+        """
+        return [self._at_step(step) for step in range(number * STEPS_AT_ONCE, (number + 1) * STEPS_AT_ONCE)]
+
+    def _at_step(self, step: int) -> tuple[float, ...]:
+        try:
+            return check_weights(self.names, self.fn(step))
+        except Exception as error:
+            add_note(error, f"aioloader: weights of the mix at step {step}, by {safe_repr(self.fn)}")
+            raise
+
+    def check(self) -> None:
+        """Refuse what gives no weights, as far as its first ones tell.
+
+        Raises:
+            TypeError, ValueError: Why.
+        """
+        if iscoroutinefunction(self.fn):
+            raise TypeError(f"weights by a function must be a plain one, got the async function {safe_repr(self.fn)}")
+        self._at_step(0)
+
+    def __repr__(self) -> str:
+        return "a function"
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The sources of a mix by name, and what their weights are if nobody sets others.
 
@@ -160,7 +205,7 @@ class Mixture:
     """
 
     names: tuple[str, ...]
-    schedule: Schedule
+    schedule: Schedule | WeightFunction
 
     @classmethod
     def of(cls, names: tuple[str, ...], weights: Any) -> "Mixture":
@@ -169,17 +214,22 @@ class Mixture:
         Raises:
             TypeError, ValueError: They do not fit.
         """
+        if callable(weights) and not isinstance(weights, Schedule):
+            by_function = WeightFunction(names, weights)
+            by_function.check()
+            return cls(names, by_function)
         if not isinstance(weights, Schedule | Mapping):
             raise TypeError(
-                f"weights of named sources must be a dict or a Schedule, got {safe_repr(weights)}; write for instance "
-                f"{{{', '.join(f'{name!r}: 1' for name in names)}}}"
+                f"weights of named sources must be a dict, a Schedule or a function of the step, got "
+                f"{safe_repr(weights)}; write for instance {{{', '.join(f'{name!r}: 1' for name in names)}}}"
             )
         schedule = weights if isinstance(weights, Schedule) else Schedule.steps({0: weights})
         return cls(names, schedule.of(names))
 
-    def weights(self, step: int) -> tuple[float, ...]:
-        """At a step."""
-        return self.schedule._at_step(step)
+    @property
+    def by_function(self) -> WeightFunction | None:
+        """What is asked for the weights, in a thread; None: a schedule has them."""
+        return self.schedule if isinstance(self.schedule, WeightFunction) else None
 
 
 class MixControl:
@@ -202,6 +252,20 @@ class MixControl:
         self.mixture = mixture
         self._changes = changes
         self._pending: tuple[tuple[float, ...], int | None] | None = None
+        self._block: tuple[int, list[tuple[float, ...]]] | None = None  # of weights by a function: its number, and they
+
+    def missing(self, place: Place) -> int | None:
+        """The block of weights that the user's function is to be asked for before that draw; None: none is."""
+        if self.mixture.by_function is None or any(_place(change) <= place for change in self._changes):
+            return None
+        number = place[1] // STEPS_AT_ONCE
+        return None if self._block is not None and self._block[0] == number else number
+
+    def found(self, number: int, weights: list[tuple[float, ...]]) -> None:
+        """What the user's function gave for a block."""
+        with self.lock:
+            self._block = number, weights
+            self.version += 1
 
     def begin(self, place: Place) -> None:
         """The next draw is that of `place`."""
@@ -255,8 +319,17 @@ class MixControl:
                 break
         if found is not None:
             return found, until
-        ends = self.mixture.schedule.until(place[1])
-        return self.mixture.weights(place[1]), min((end for end in (until, ends) if end is not None), default=None)
+        weights, ends = self._by_step(place[1])
+        return weights, min((end for end in (until, ends) if end is not None), default=None)
+
+    def _by_step(self, step: int) -> tuple[tuple[float, ...], int | None]:
+        schedule = self.mixture.schedule
+        if isinstance(schedule, Schedule):
+            return schedule._at_step(step), schedule.until(step)
+        number, at = divmod(step, STEPS_AT_ONCE)
+        if self._block is None or self._block[0] != number:
+            return (1.0,) * len(self.mixture.names), step  # not known yet, and nothing is drawn before it is
+        return self._block[1][at], step + 1
 
 
 def _place(change: Any) -> Place:

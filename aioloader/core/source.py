@@ -17,12 +17,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from aioloader.core.entry import Entry
 from aioloader.core.policies import Policies
 from aioloader.core.policy_log import PolicyLog
 from aioloader.core.seeds import derive_seed
+from aioloader.core.typevars import T_co
 
 __all__ = ["CursorSource", "EntryReader", "RunListener", "SourceContext", "SourceThreads"]
 
@@ -71,7 +72,7 @@ class EntryReader(ABC):
         """
 
 
-class CursorSource(ABC):
+class CursorSource(ABC, Generic[T_co]):
     """A source that gives each sample with a cursor, and opens at one: a resume reads nothing again.
 
     Pass it to `Pipeline` or `DataLoader`. Each epoch opens it anew, and several may be open at a time. What is open
@@ -120,7 +121,7 @@ class CursorSource(ABC):
         """
         return {}
 
-    def check_cursor(self, cursor: Any) -> None:  # noqa: B027 - what there is to check is the source's own matter
+    def check_cursor(self, cursor: Any) -> None:
         """Refuse what is no cursor of this source, so that a broken state is told where it is loaded.
 
         Called with the cursor of a state, never with None. It has been through JSON, which makes tuples lists, and may

@@ -51,7 +51,7 @@ async def train_with_async_for(task: Assignment, samples: list[Sample], learner:
 def train_with_for(task: Assignment, samples: list[Sample], learner: Learner, meter: Meter) -> str:
     """Train with a plain `for` loop over the drop-in `DataLoader`; coroutines run on the loader's private loop."""
     dataset = AsyncDigits(task.url, samples, task.connections)
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=task.batch_size,
         shuffle=True,

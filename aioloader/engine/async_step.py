@@ -88,8 +88,11 @@ class AsyncStep(Step):
     def accept(self, entry: Entry) -> None:
         if self.closed:
             return
-        if self.tap is not None:
-            self.tap.add((entry,))
+        if (tap := self.tap) is not None:
+            if self.inbox and not (self.paused or tap.throttled):  # there is no place free: nothing more is to be done
+                tap.waiting.append(entry)
+            else:
+                tap.add((entry,))
             return
         self.inbox.append(entry)
         self.dispatch()
@@ -206,7 +209,6 @@ class AsyncStep(Step):
         guard, call = self._guard, None
         if guard is not None:
             call = guard.for_worker(me, sample)
-            fn = call.begin
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
@@ -254,6 +256,10 @@ class AsyncStep(Step):
             if fresh or (stamps and entry.begun < 0):
                 entry.begun = consumer.batches  # in another thread that may have got more since the last sample
             sample.name = entry
+            if call is not None:
+                call.began = now = perf_counter()
+                if not call.guard.watched:
+                    call.guard.watch(now)
             try:
                 result = await fn(entry.value)
                 if call is not None and call.touched:

@@ -1,8 +1,9 @@
 """Nodes with several upstreams: `merge`, `interleave`, `mix`, `zip`."""
 
+import asyncio
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from random import Random
@@ -170,13 +171,15 @@ class MixNode(_InputsNode):
     upstream is drawn depends on the seed, the number of the draw, the weights at that draw and on these, not on who is
     fast. After a resume those that had failed are tried first: so the rest is drawn alike where they fail again.
 
-    It ends when no source that has not ended has a weight, nor will have one by its schedule.
+    It ends when no source that has not ended has a weight, nor will have one by its schedule. What a function of the
+    user's will say nobody knows: there it ends at the first draw that has no weight.
 
     Args:
         upstreams: The sources.
         weights: Of each; or who says what they are at each draw.
         seed: For the draws.
         repetitions: Which of the enclosing `repeat` stages it is in.
+        lengths: Gives the samples that each source has in an epoch of its own, as far as that is known.
     """
 
     def __init__(
@@ -185,8 +188,10 @@ class MixNode(_InputsNode):
         weights: "Sequence[float] | MixControl",
         seed: int,
         repetitions: tuple[int, ...] = (),
+        lengths: Callable[[], Sequence[int | None]] = tuple,
     ) -> None:
         super().__init__(upstreams)
+        self._lengths = lengths
         self._control = weights if isinstance(weights, MixControl) else None
         self._repetitions = repetitions
         self._until: int | None = None  # the draw before which the weights do not change; None: they do not
@@ -201,6 +206,7 @@ class MixNode(_InputsNode):
         self._over: list[int] = []
         self._to_try: list[int] = []  # those that had failed before a resume
         self._tried: dict[int, Entry] = {}  # what they gave
+        self._asking: asyncio.Future[list[tuple[float, ...]]] | None = None  # the user's function, for weights
         if self._control is None:
             self._weigh()
 
@@ -222,6 +228,11 @@ class MixNode(_InputsNode):
             if self._control.place is None:
                 self._control.begin((self._repetitions, 0))
             self._meters = [run.adopt(StageMeter(f"mix: {name}", "fold")) for name in self._control.mixture.names]
+            for meter, length in zip(self._meters, self._lengths(), strict=False):
+                meter.epoch_length = length
+            if self._control.mixture.by_function is not None:
+                self._run, self._kick = run, kick
+                self._threads = run.threads(1, "weights")
         self._weigh()
         super().start(run, kick)
 
@@ -240,10 +251,17 @@ class MixNode(_InputsNode):
             self._weigh()
         while len(taken) < limit:
             if self._next_input is None and self._control is not None:
+                if (number := self._control.missing((self._repetitions, self._draws))) is not None:
+                    if not self._has_weights(self._control, number, taken):
+                        break
+                    continue
                 self._control.place = (self._repetitions, self._draws + 1)  # before: who sets weights now is too late
                 if self._is_changed(self._control):
                     self._weigh()
                 if not (self.ended or self._bounds[-1]) and self._until is not None:
+                    if self._control.mixture.by_function is not None:
+                        self._end()
+                        break
                     self._skip_to(self._until)
                     continue
             if self.ended:
@@ -271,6 +289,28 @@ class MixNode(_InputsNode):
             else:
                 break
         return taken
+
+    def _has_weights(self, control: MixControl, number: int, taken: list[Entry]) -> bool:
+        """Whether the user's function has said its weights for block `number`; it is asked if it was not."""
+        function = control.mixture.by_function
+        assert function is not None
+        if self._asking is None:
+            if self.ended:  # all have
+                return False
+            self._asking = self._run.submit(self._threads, function.block, number)
+            self._asking.add_done_callback(lambda _: self._kick())
+            return False
+        if not self._asking.done():
+            return False
+        asked, self._asking = self._asking, None
+        if (error := asked.exception()) is not None:
+            cursor = (tuple(self._cursors), self._draws, tuple(self._over))
+            taken.append(Entry.last(error, (*cursor, tuple(sorted(self._lost))) if self._lost else cursor, None))
+            self._end()
+            return False
+        control.found(number, asked.result())
+        self._weigh()
+        return True
 
     def _cursor(self, entry: Entry, draws: int, lost: set[int]) -> tuple[Any, ...]:
         cursor = (entry.cursor, draws, tuple(self._over))

@@ -32,10 +32,11 @@ SecondCall: TypeAlias = "Task[tuple[Any, BaseException | None]]"
 
 
 class GuardedCall:
-    """The calls of one worker, one after the other. `begin` is called like the user's function.
+    """The calls of one worker, one after the other.
 
-    So a call costs no more than a note of when it began. The worker says when it has none (`rest`); and if the call was
-    `touched`, it comes to what `Guard.outcome` says.
+    A call costs no more than a note of when it began, which the worker writes, since a method for it would cost half as
+    much again. The worker says when it has none (`rest`); and if the call was `touched`, it comes to what
+    `Guard.outcome` says.
 
     Attributes:
         began: When the call under way began; `inf` if there is none. Until the worker begins the next one, or rests,
@@ -48,24 +49,16 @@ class GuardedCall:
         sample: Of the worker; tells what is called with.
     """
 
-    __slots__ = ("began", "cancelled", "fn", "guard", "hedged", "refused", "sample", "task", "touched", "twin")
+    __slots__ = ("began", "cancelled", "guard", "hedged", "refused", "sample", "task", "touched", "twin")
 
     def __init__(self, guard: "Guard", task: "Task[Any]", sample: SampleContext) -> None:
         self.guard = guard
-        self.fn = guard.fn
         self.task = task
         self.sample = sample
         self.began = inf
         self.hedged = self.refused = -inf
         self.touched = self.cancelled = False
         self.twin: SecondCall | None = None
-
-    def begin(self, value: Any) -> Awaitable[Any]:
-        """Begin a call; returns what is to be awaited."""
-        self.began = began = perf_counter()
-        if not self.guard.watched:
-            self.guard.watch(began)
-        return self.fn(value)
 
     def rest(self) -> None:
         """None is under way."""

@@ -176,14 +176,15 @@ class Tap:
 
     Attributes:
         waiting: They have not been let in.
+        throttled: How many could begin, if the rate let them.
     """
 
     def __init__(self, rate: Rate, step: "Step") -> None:
         self.rate = rate
-        self._throttled = 0  # how many could have begun, when nothing but the rate was in their way
         self._step = step
         self._turn = Turn(rate, step, self.pump)
         self.waiting: deque[Entry] = deque()
+        self.throttled = 0
         self._pumping = False
 
     def add(self, entries: Sequence[Entry], *, first: bool = False) -> None:
@@ -225,17 +226,12 @@ class Tap:
                 step.dispatch()
         finally:
             self._pumping = False
-            if throttled or self._throttled:
+            if throttled or self.throttled:
                 self._tell(throttled)
-
-    @property
-    def throttled(self) -> int:
-        """How many could begin, if the rate let them."""
-        return self._throttled
 
     def _tell(self, throttled: int) -> None:
         """So many wait for the rate from now on, though there are places for them."""
-        self._throttled = throttled
+        self.throttled = throttled
         if (policies := self._step.meter.policies) is not None:
             policies.throttled(on=throttled > 0)
 

@@ -11,6 +11,7 @@ from aioloader.insight.explain_policies import (
     way_out_of_rate,
     way_out_of_waits,
 )
+from aioloader.insight.explain_ray import actors_advice, way_is_limit, words_of_way
 from aioloader.insight.now import now, stands_still
 from aioloader.insight.stats import StageStats, Stats
 
@@ -94,7 +95,7 @@ def _limit(stats: Stats, knob: str) -> tuple[str, StageStats | None]:
 def _limiting_stage(
     stats: Stats, knob: str, busiest: StageStats, blocking: StageStats | None, waited: str
 ) -> tuple[str, StageStats]:
-    threads = [stage for stage in stats.stages if stage.kind != "process"]  # each process has its own GIL
+    threads = [stage for stage in stats.stages if stage.kind not in ("process", "ray")]  # these have their own GILs
     computing = sum(stage.cpu_seconds for stage in threads) / stats.seconds
     if computing >= COMPUTING:
         most = max(threads, key=lambda stage: stage.cpu_seconds)
@@ -121,6 +122,8 @@ def _limiting_stage(
             f"{held_up.finished_slots:.0f} finished samples on average, of the {held_up.room} it has room for, waited "
             f"for a slower one before them: {_order_advice(held_up, knob)}"
         ), held_up
+    if way_is_limit(busiest, stats.seconds):
+        return f"{words_of_way(busiest, stats.seconds)}; {waited}", busiest
     return (
         f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
         f"{_no_limit_advice(stats, busiest, knob)}"
@@ -247,6 +250,8 @@ def _advice(stage: StageStats, knob: str) -> str:
             f"; if its server and network can bear more, raise {limit}, or look for a limit in your client (its "
             f"connections, a semaphore) or for code that blocks"
         )
+    if stage.kind == "ray":
+        return actors_advice(stage, knob)
     if stage.kind == "process" or not stage.cpu_seconds:  # it runs in another process
         return f"; raise {knob}, if there are cores for it"
     computing = stage.cpu_seconds / stage.busy_seconds

@@ -56,6 +56,7 @@ class StageMeter:
         live: For a source: its samples are still being produced.
         gauge: The stage at work, which can be asked how things are; None: it does not work any more.
         queued: Gives how many entries of its window are on their way to a consumer in another thread, and wait.
+        epoch_length: Of a source of a mix: how many samples it has, as far as that is known.
         waits: How long entries of its window waited to be taken; stages of one window share it.
         policies: Counts what its policies do; None: it has none.
         told: What it answered in another process, when its counters came from there.
@@ -83,6 +84,7 @@ class StageMeter:
     handovers: int = 0
     gaps: bool = False
     address: Address = ()
+    epoch_length: int | None = None
     retired: bool = False
     skipped: int = 0
     hits: int = 0

@@ -59,6 +59,8 @@ class StageStats:
             window, until the batch was handed out. Stages of one window share it.
         live: For a source: its samples are still being produced (`Channel`, watched files), so that waiting for them
             is nobody's limit.
+        epochs: For a source of a `mix` by names: how often it has been gone through, 1.5 for one and a half times,
+            where its length is known; else None.
         policies: What its retries, timeouts, second calls and rate are, and have done; None: it has none of these.
         actors: What is known of its actors in a cluster; empty where it has none.
     """
@@ -93,6 +95,7 @@ class StageStats:
     live: bool = False
     policies: PolicyStats | None = None
     actors: tuple[ActorStats, ...] = ()
+    epochs: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,4 +193,5 @@ def _stage(meter: StageMeter, seconds: float) -> StageStats:
         live=meter.live,
         policies=policies,
         actors=() if meter.actors is None else meter.actors(),
+        epochs=meter.samples / meter.epoch_length if meter.epoch_length else None,
     )

@@ -1,27 +1,194 @@
 """The stages that make batches of samples, or rows, and samples of batches."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from torch import Tensor
 
 from aioloader.core.checks import check_callable, check_count, check_seconds
 from aioloader.core.typevars import T_co
 from aioloader.pipeline.described import Described
 from aioloader.plan.plan import flows_of
+from aioloader.signatures import DictOfStackables, ListOfStackables, Stackable, TupleWithNames, Unknown
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
 from aioloader.stages.batch_by_length import BatchByLength, TooLong
 from aioloader.stages.length import check_length
 from aioloader.stages.length_plan import Budget
 from aioloader.stages.pack import OverRow, Pack
 from aioloader.stages.pack_plan import Strategy
+from aioloader.stages.packed import Packed
 
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
 
 __all__ = ["Batching"]
 
+B = TypeVar("B")
+K = TypeVar("K")
+
 
 class Batching(Described[T_co]):
     """By count, by length, packed; and undone."""
+
+    @overload
+    def batch(
+        self,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[T_co]], Coroutine[Any, Any, B]],
+        max_wait: float | None = None,
+    ) -> "Pipeline[B]": ...
+
+    @overload
+    def batch(
+        self,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[T_co]], B],
+        max_wait: float | None = None,
+    ) -> "Pipeline[B]": ...
+
+    @overload
+    def batch(
+        self: "Described[Unknown]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[Any]": ...
+
+    @overload
+    def batch(  # type: ignore[overload-overlap]  # a tuple of its own kind
+        self: "Described[Packed]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[Packed]": ...
+
+    @overload
+    def batch(
+        self: "Described[Stackable]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[Tensor]": ...
+
+    @overload
+    def batch(
+        self: "Described[str]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[list[str]]": ...
+
+    @overload
+    def batch(
+        self: "Described[bytes]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[list[bytes]]": ...
+
+    @overload
+    def batch(
+        self: "Described[dict[K, Unknown]]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[dict[K, Any]]": ...
+
+    @overload
+    def batch(
+        self: "Described[DictOfStackables[K]]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[dict[K, Tensor]]": ...
+
+    @overload
+    def batch(
+        self: "Described[dict[K, Any]]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[dict[K, Any]]": ...
+
+    @overload
+    def batch(
+        self: "Described[TupleWithNames]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[Any]": ...
+
+    @overload
+    def batch(
+        self: "Described[tuple[Stackable, ...]]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[list[Tensor]]": ...
+
+    @overload
+    def batch(
+        self: "Described[list[Unknown]]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[list[Any]]": ...
+
+    @overload
+    def batch(
+        self: "Described[ListOfStackables]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[list[Tensor]]": ...
+
+    @overload
+    def batch(
+        self: "Described[tuple[Any, ...]]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[list[Any]]": ...
+
+    @overload
+    def batch(
+        self: "Described[Any]",
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        collate_fn: None = None,
+        max_wait: float | None = None,
+    ) -> "Pipeline[Any]": ...
 
     def batch(
         self,
@@ -48,6 +215,48 @@ class Batching(Described[T_co]):
         if max_wait is not None:
             max_wait = check_seconds("max_wait", max_wait)
         return self._then(Batch(size, bool(drop_last), CollateWith(collate_fn), max_wait))
+
+    @overload
+    def batch_by_length(
+        self,
+        max_tokens: int,
+        length: Callable[[T_co], int] | str,
+        *,
+        padded: bool = True,
+        max_samples: int | None = None,
+        window: int | None = 2048,
+        seed: int = 0,
+        too_long: TooLong = "alone",
+        collate_fn: Callable[[list[T_co]], Coroutine[Any, Any, B]],
+    ) -> "Pipeline[B]": ...
+
+    @overload
+    def batch_by_length(
+        self,
+        max_tokens: int,
+        length: Callable[[T_co], int] | str,
+        *,
+        padded: bool = True,
+        max_samples: int | None = None,
+        window: int | None = 2048,
+        seed: int = 0,
+        too_long: TooLong = "alone",
+        collate_fn: Callable[[list[T_co]], B],
+    ) -> "Pipeline[B]": ...
+
+    @overload
+    def batch_by_length(
+        self,
+        max_tokens: int,
+        length: Callable[[T_co], int] | str,
+        *,
+        padded: bool = True,
+        max_samples: int | None = None,
+        window: int | None = 2048,
+        seed: int = 0,
+        too_long: TooLong = "alone",
+        collate_fn: None = None,
+    ) -> "Pipeline[Any]": ...
 
     def batch_by_length(
         self,
@@ -103,14 +312,14 @@ class Batching(Described[T_co]):
         self,
         seq_len: int,
         *,
-        length: Callable[[Any], int] | str | None = None,
+        length: Callable[[T_co], int] | str | None = None,
         strategy: Strategy = "best_fit",
         open_rows: int = 64,
         max_documents: int | None = None,
         too_long: OverRow = "split",
         pad_value: float | Mapping[str, float] = 0,
         pad_to: int = 1,
-    ) -> "Pipeline[Any]":
+    ) -> "Pipeline[Packed]":
         """Pack documents into rows of `seq_len` tokens; gives `Packed`.
 
         A document is a tensor, array or list of numbers, or a mapping of names to these, all of one length: each field
@@ -143,6 +352,18 @@ class Batching(Described[T_co]):
         """
         of = None if length is None else check_length(length, "pack(4096, length=len)")
         return self._then(Pack(seq_len, of, strategy, open_rows, max_documents, too_long, pad_value, pad_to))
+
+    @overload
+    def unbatch(self: "Described[Unknown]") -> "Pipeline[Any]": ...
+
+    @overload
+    def unbatch(self: "Described[Tensor]") -> "Pipeline[Tensor]": ...
+
+    @overload
+    def unbatch(self: "Described[dict[K, Tensor]]") -> "Pipeline[dict[K, Tensor]]": ...
+
+    @overload
+    def unbatch(self: "Described[Any]") -> "Pipeline[Any]": ...
 
     def unbatch(self) -> "Pipeline[Any]":
         """Give the samples of each batch, rows of tensors and items of lists: the inverse of the default `batch`."""

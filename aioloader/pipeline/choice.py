@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, overload
+
+from typing_extensions import TypeIs
 
 from aioloader.core.checks import check_callable, check_count, check_gives_one, is_async_callable
 from aioloader.core.limit import Limit, check_concurrency
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
 from aioloader.pipeline.described import Described
+from aioloader.pipeline.executors import AnyExecutor, check_executor
 from aioloader.plan.requeue import check_requeue
 from aioloader.sources.resolve import describe
 from aioloader.stages.drop_if import DropIf
@@ -20,9 +23,41 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice"]
 
+U = TypeVar("U")
+
 
 class Choice(Described[T_co]):
     """By a function of the user's, or since they have failed."""
+
+    @overload
+    def filter(
+        self,
+        fn: Callable[[T_co], TypeGuard[U]],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
+    ) -> "Pipeline[U]": ...
+
+    @overload
+    def filter(
+        self,
+        fn: Callable[[T_co], TypeIs[U]],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
+    ) -> "Pipeline[U]": ...
+
+    @overload
+    def filter(
+        self,
+        fn: Callable[[T_co], object],
+        *,
+        concurrency: int | Limit | None = None,
+        max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
+    ) -> "Pipeline[T_co]": ...
 
     def filter(
         self,
@@ -30,7 +65,8 @@ class Choice(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
-    ) -> "Pipeline[T_co]":
+        executor: AnyExecutor | None = None,
+    ) -> "Pipeline[Any]":
         """Keep the samples for which `fn`, sync or async, returns true.
 
         Args:
@@ -42,10 +78,11 @@ class Choice(Described[T_co]):
                 the count begins anew. Counted in the order in which samples come out; one that passes, or would have
                 passed but for a later stage, begins the count anew, and those that failed before the filter do not
                 count. Default: any number, so that an epoch in which nothing passes goes on until its source ends.
+            executor: Where it runs, as for `map`.
 
         Raises:
             TypeError: `fn` cannot be called with one argument, or is a generator function, or a number is none.
-            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1.
+            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1, or `executor` does not fit.
         """
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
@@ -54,16 +91,18 @@ class Choice(Described[T_co]):
         if max_dropped_in_a_row is not None:
             hint = "leave it out for any number"
             max_dropped_in_a_row = check_count("max_dropped_in_a_row", max_dropped_in_a_row, least=1, hint=hint)
+        is_async = is_async_callable(fn)
         return self._then(
             Filter(
                 fn,
-                is_async_callable(fn),
+                is_async,
                 concurrency=concurrency,
                 max_dropped_in_a_row=max_dropped_in_a_row,
+                executor=check_executor(executor, fn, is_async),
             )
         )
 
-    def drop_if(self, fn: Callable[[Any], Any], *, requeue: bool = False) -> "Pipeline[T_co]":
+    def drop_if(self, fn: Callable[[T_co], object], *, requeue: bool = False) -> "Pipeline[T_co]":
         """Leave out the samples for which `fn` is true when their turn comes, however long ago they were made.
 
         `filter` looks at a sample as soon as it is there; `drop_if` looks when the next stage takes it. Before `batch`

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aioloader.core.checks import check_integer
-from aioloader.core.mixture import Mixture, Schedule
+from aioloader.core.mixture import Mixture
 from aioloader.core.typevars import T_co
 from aioloader.loader import Loader
 from aioloader.pipeline.described import Described
 from aioloader.pipeline.start import plan_of
 from aioloader.plan.plan import Combined, Plan
+from aioloader.signatures import NamedWeights, Source
 from aioloader.sources.resolve import describe, is_one_source
 
 if TYPE_CHECKING:
@@ -18,9 +19,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Combining"]
 
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+
 
 class Combining(Described[T_co]):
     """Each makes a pipeline."""
+
+    @overload
+    @classmethod
+    def merge(cls, *sources: Source[A]) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def merge(cls, *sources: Source[Any]) -> "Pipeline[Any]": ...
 
     @classmethod
     def merge(cls, *sources: Any) -> "Pipeline[Any]":
@@ -30,6 +44,14 @@ class Combining(Described[T_co]):
         """
         return cls._of(Plan(Combined("merge", _plans("merge", sources))))
 
+    @overload
+    @classmethod
+    def interleave(cls, *sources: Source[A]) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def interleave(cls, *sources: Source[Any]) -> "Pipeline[Any]": ...
+
     @classmethod
     def interleave(cls, *sources: Any) -> "Pipeline[Any]":
         """Give one sample of each source in turn, the first source's first; goes on with the others when one ends.
@@ -38,11 +60,27 @@ class Combining(Described[T_co]):
         """
         return cls._of(Plan(Combined("interleave", _plans("interleave", sources))))
 
+    @overload
+    @classmethod
+    def mix(cls, sources: Sequence[Source[A]], weights: Sequence[float], *, seed: int = 0) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def mix(cls, sources: Mapping[str, Source[A]], weights: NamedWeights, *, seed: int = 0) -> "Pipeline[A]": ...
+
+    @overload
+    @classmethod
+    def mix(cls, sources: Sequence[Source[Any]], weights: Sequence[float], *, seed: int = 0) -> "Pipeline[Any]": ...
+
+    @overload
+    @classmethod
+    def mix(cls, sources: Mapping[str, Source[Any]], weights: NamedWeights, *, seed: int = 0) -> "Pipeline[Any]": ...
+
     @classmethod
     def mix(
         cls,
         sources: Sequence[Any] | Mapping[str, Any],
-        weights: Sequence[float] | Mapping[str, float] | Schedule,
+        weights: Sequence[float] | NamedWeights,
         *,
         seed: int = 0,
     ) -> "Pipeline[Any]":
@@ -53,7 +91,9 @@ class Combining(Described[T_co]):
         Args:
             sources: Anything that `Pipeline` takes; or a dict of such by names, whose weights may change.
             weights: One positive number for each; they need not add up to 1. Of named sources a dict, in which some may
-                be 0, or a `Schedule`; see also `set_weights`.
+                be 0, a `Schedule`, or a function from the step, which is the number of the draw in this epoch, to such
+                a dict; see also `set_weights`. The function is called in a thread, some hundred steps ahead, and what
+                it gives must depend on the step alone. The mix ends where it gives 0 to all sources that have not.
             seed: The draws depend on it and on the epoch.
 
         Raises:
@@ -68,6 +108,26 @@ class Combining(Described[T_co]):
             )
         plans = _plans("mix", sources)
         return cls._of(Plan(Combined("mix", plans, _weights(weights, len(plans)), check_integer("seed", seed))))
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], /) -> "Pipeline[tuple[A]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], b: Source[B], /) -> "Pipeline[tuple[A, B]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], b: Source[B], c: Source[C], /) -> "Pipeline[tuple[A, B, C]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, a: Source[A], b: Source[B], c: Source[C], d: Source[D], /) -> "Pipeline[tuple[A, B, C, D]]": ...
+
+    @overload
+    @classmethod
+    def zip(cls, *sources: Source[Any]) -> "Pipeline[tuple[Any, ...]]": ...
 
     @classmethod
     def zip(cls, *sources: Any) -> "Pipeline[Any]":

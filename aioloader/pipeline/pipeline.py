@@ -1,6 +1,8 @@
 """`Pipeline`: the description of how samples become batches."""
 
-from typing import Any
+from typing import Any, overload
+
+from torch import Tensor
 
 from aioloader.core.limit import Limit
 from aioloader.core.typevars import T_co
@@ -15,6 +17,7 @@ from aioloader.pipeline.ranks import Ranks
 from aioloader.pipeline.start import plan_of
 from aioloader.pipeline.transforms import Transforms
 from aioloader.pipeline.weights import Weights
+from aioloader.signatures import AsyncIndexed, Indexed, Many, Stream, Unknown
 
 __all__ = ["Pipeline"]
 
@@ -55,6 +58,31 @@ class Pipeline(
         TypeError: `source` is none of these, or `sampler` or `concurrency` is for other sources.
         ValueError: `concurrency` is less than 1.
     """
+
+    @overload
+    def __init__(
+        self: "Pipeline[Any]", source: Unknown, *, sampler: Any = None, concurrency: int | Limit | None = None
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Pipeline[Tensor]", source: Tensor, *, sampler: Any = None, concurrency: int | Limit | None = None
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, source: Stream[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, source: AsyncIndexed[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, source: Indexed[T_co] | Many[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
+    ) -> None: ...
 
     def __init__(self, source: Any, *, sampler: Any = None, concurrency: int | Limit | None = None) -> None:
         self._begin_with(plan_of(source, sampler, concurrency))

@@ -27,6 +27,7 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.admission import admission_of, size_of_entries
 from aioloader.plan.in_ray import PartProgram, parts_here, parts_in_actors
+from aioloader.plan.mixing import epoch_lengths
 from aioloader.plan.plan import (
     DEFAULT_PREFETCH,
     Combined,
@@ -342,7 +343,8 @@ class _PlanBuilder:
                 if source.mixture is not None:
                     weights = self.mixes.control(".".join(map(str, self.path)), source.mixture)
                 this_pass = self.this_pass
-                return MixNode(nodes, weights, this_pass.seed(source.seed, "mix"), this_pass.repetitions)
+                seed = this_pass.seed(source.seed, "mix")
+                return MixNode(nodes, weights, seed, this_pass.repetitions, partial(epoch_lengths, source))
 
     def _stream(self, source: Single, data: StreamData) -> None:
         # After a cache it is no surprise: what is not kept is read again in every epoch.

@@ -102,7 +102,7 @@ def uneven_files(plan: Plan) -> str:
     return ""
 
 
-def _reading_all(plan: Plan, wanted: Callable[[Shard], bool]) -> Iterator[tuple[Shard, FileSource[Any]]]:
+def _reading_all(plan: Plan, wanted: Callable[[Shard], bool]) -> Iterator[tuple[Shard, FileSource[Any, Any]]]:
     for part in walk(plan):
         shards = [stage for stage in part.stages if isinstance(stage, Shard)]
         if any(shard.by == "file" for shard in shards):

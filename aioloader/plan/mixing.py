@@ -1,14 +1,16 @@
 """The mixes by names in a plan: where they are, and which one somebody means."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from aioloader.core.address import Address
 from aioloader.core.mixture import Mixture
 from aioloader.core.safe_text import safe_repr
-from aioloader.plan.plan import Combined, Plan
+from aioloader.plan.plan import Combined, Plan, length_of
+from aioloader.stages.repeat import Repeat
 
-__all__ = ["mixture_named", "mixtures_of"]
+__all__ = ["epoch_lengths", "mixture_named", "mixtures_of"]
 
 
 def mixtures_of(plan: Plan, path: Address = ()) -> dict[str, Mixture]:
@@ -20,6 +22,19 @@ def mixtures_of(plan: Plan, path: Address = ()) -> dict[str, Mixture]:
     for number, inner in enumerate(source.plans):
         found |= mixtures_of(inner, (*path, number))
     return found
+
+
+def epoch_lengths(source: Combined) -> tuple[int | None, ...]:
+    """How many samples each of the sources has in an epoch of its own, without `repeat`; None: nobody knows."""
+    return tuple(map(_epoch_length, source.plans))
+
+
+def _epoch_length(plan: Plan) -> int | None:
+    once = replace(plan, stages=tuple(stage for stage in plan.stages if not isinstance(stage, Repeat)))
+    try:
+        return length_of(once)
+    except Exception:  # unknown, or the user's `__len__` fails, which is no reason for a mix to fail
+        return None
 
 
 def mixture_named(plan: Plan, weights: Any) -> tuple[str, Mixture]:

@@ -94,6 +94,8 @@ class Combined:
 
     def length(self) -> int:
         """Samples per epoch; TypeError when unknown."""
+        if self.mixture is not None and self.mixture.by_function is not None:
+            raise UnknownLengthError("mix has no length: it ends where the function of its weights says 0 for all")
         lengths = [length_of(plan) for plan in self.plans]
         return min(lengths) if self.how == "zip" else sum(lengths)
 

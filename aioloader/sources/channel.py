@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, TypeVar, get_args
 
 from aioloader.core.checks import check_count
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
+from aioloader.core.typevars import T
 from aioloader.errors import ChannelClosedError
 from aioloader.sources.channel_ledger import ChannelLedger
 from aioloader.sources.channel_reader import ChannelReader
@@ -24,7 +25,7 @@ WhenFull = Literal["wait", "drop_oldest"]
 W = TypeVar("W", bound=WaitingSender)
 
 
-class Channel(CursorSource):
+class Channel(CursorSource[T]):
     """A live source: samples that other tasks or threads send, in the order in which they were sent.
 
     Tasks of any event loop send with `await send(sample)`, threads with `sender_sync().send(sample)`; both wait while
@@ -72,7 +73,7 @@ class Channel(CursorSource):
         self._dropped = 0
         # Reentrant: a signal handler or a finalizer may close the channel while its thread is in here.
         self._lock = threading.RLock()
-        self._samples: deque[Any] = deque()
+        self._samples: deque[T] = deque()
         self._senders: OrderedDict[WaitingSender, None] = OrderedDict()  # in order; only while there is no room
         self._promised = 0  # places of slots, and of senders that were woken and have not put their sample there yet
         self._promising = False
@@ -85,7 +86,7 @@ class Channel(CursorSource):
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
-    async def send(self, sample: Any) -> None:
+    async def send(self, sample: T) -> None:
         """Put `sample` into the channel; wait for room, first come, first served.
 
         A call that is cancelled, also by a timeout around it, has not sent the sample and never will; one that returns
@@ -108,7 +109,7 @@ class Channel(CursorSource):
             self._withdraw(waiting)
             raise
 
-    def send_nowait(self, sample: Any) -> None:
+    def send_nowait(self, sample: T) -> None:
         """Put `sample` into the channel if there is room.
 
         Raises:
@@ -123,7 +124,7 @@ class Channel(CursorSource):
             f"the channel is full: {self._taken()}; await send(), which waits for room, or leave the sample out"
         )
 
-    async def reserve(self) -> Slot:
+    async def reserve(self) -> Slot[T]:
         """Take a place for a sample that is yet to be made; wait for one, in turn with those who send.
 
         A call that is cancelled has taken nothing. With `when_full="drop_oldest"` it waits, too: what is in the channel
@@ -137,7 +138,7 @@ class Channel(CursorSource):
         """
         return await self._reserve(None)
 
-    def reserve_nowait(self) -> Slot:
+    def reserve_nowait(self) -> Slot[T]:
         """Take a place if one is free; from any thread.
 
         Raises:
@@ -146,7 +147,7 @@ class Channel(CursorSource):
         """
         return self._reserve_nowait(None)
 
-    def sender(self) -> "Sender":
+    def sender(self) -> "Sender[T]":
         """A handle for one of several senders: the channel is closed when all its handles are closed.
 
         Make all of them before the first one is closed, and use each in a `with` or `async with` block:
@@ -162,7 +163,7 @@ class Channel(CursorSource):
         """
         return Sender(self)
 
-    def sender_sync(self) -> "SyncSender":
+    def sender_sync(self) -> "SyncSender[T]":
         """A handle for a thread: its `send` blocks. Close it, or call `channel.close()` in the end."""
         return SyncSender(self)
 
@@ -243,7 +244,7 @@ class Channel(CursorSource):
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _put(self, sample: Any) -> bool:
+    def _put(self, sample: T) -> bool:
         """Append `sample` if there is room, or if room may be made, and wake a reader. Call it under the lock.
 
         With `drop_oldest` the channel holds the newest samples that there are places for. What went back to it came
@@ -275,17 +276,17 @@ class Channel(CursorSource):
             return f"it holds {len(self._samples)} samples, its maxsize"
         return f"it holds {len(self._samples)} samples, {self._promised} of its {self._maxsize} places are reserved"
 
-    def _append(self, sample: Any) -> None:
+    def _append(self, sample: T) -> None:
         self._samples.append(sample)
         if self._readers:
             wake_all(self._take_readers())
 
-    def _fill(self, sample: Any) -> None:
+    def _fill(self, sample: T) -> None:
         """Put `sample` into a place that was promised. Call it under the lock."""
         self._promised -= 1
         self._append(sample)
 
-    async def _reserve(self, sender: Handle | None) -> Slot:
+    async def _reserve(self, sender: Handle[T] | None) -> Slot[T]:
         self._check_process()
         with self._lock:
             if self._take_place():
@@ -300,7 +301,7 @@ class Channel(CursorSource):
             self._withdraw(waiting)
             raise
 
-    def _reserve_nowait(self, sender: Handle | None) -> Slot:
+    def _reserve_nowait(self, sender: Handle[T] | None) -> Slot[T]:
         self._check_process()
         with self._lock:
             if self._take_place():
@@ -316,7 +317,7 @@ class Channel(CursorSource):
         self._promised += 1
         return True
 
-    def _slot(self, sender: Handle | None) -> Slot:
+    def _slot(self, sender: Handle[T] | None) -> Slot[T]:
         """Of a place that was taken or promised. Call it under the lock."""
         if sender is not None and not sender._open:  # closed while it waited
             self._give_back()

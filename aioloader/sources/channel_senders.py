@@ -2,9 +2,10 @@
 
 import asyncio
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Generic, Self
 from weakref import WeakSet
 
+from aioloader.core.typevars import T
 from aioloader.errors import ChannelClosedError
 from aioloader.sources.channel_slot import Slot
 from aioloader.sources.channel_waiting import WaitingThread
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Handle", "Sender", "SyncSender"]
 
 
-class Handle:
+class Handle(Generic[T]):
     """One of several senders; leaving its `with` block closes it.
 
     If the block ends with an exception, the others go on, and the consumer gets the first such exception at the end,
@@ -25,18 +26,18 @@ class Handle:
     consumer; with its place, others would wait for ever.
     """
 
-    def __init__(self, channel: "Channel") -> None:
+    def __init__(self, channel: "Channel[T]") -> None:
         self._channel = channel
         self._open = True
-        self._slots: WeakSet[Slot] = WeakSet()
+        self._slots: WeakSet[Slot[T]] = WeakSet()
         channel._count_handle(1)
 
-    def send_nowait(self, sample: Any) -> None:
+    def send_nowait(self, sample: T) -> None:
         """See `Channel.send_nowait`."""
         self._check_open()
         self._channel.send_nowait(sample)
 
-    def reserve_nowait(self) -> Slot:
+    def reserve_nowait(self) -> Slot[T]:
         """See `Channel.reserve_nowait`."""
         self._check_open()
         return self._channel._reserve_nowait(self)
@@ -71,15 +72,15 @@ class Handle:
         self._close(error if failed else None)  # type: ignore[arg-type]  # checked in the line above
 
 
-class Sender(Handle):
+class Sender(Handle[T]):
     """Made by `Channel.sender()`, for a task."""
 
-    async def send(self, sample: Any) -> None:
+    async def send(self, sample: T) -> None:
         """See `Channel.send`."""
         self._check_open()
         await self._channel.send(sample)
 
-    async def reserve(self) -> Slot:
+    async def reserve(self) -> Slot[T]:
         """See `Channel.reserve`."""
         self._check_open()
         return await self._channel._reserve(self)
@@ -93,14 +94,14 @@ class Sender(Handle):
         self.__exit__(kind, error, traceback)
 
 
-class SyncSender(Handle):
+class SyncSender(Handle[T]):
     """Made by `Channel.sender_sync()`, for threads without an event loop."""
 
-    def send(self, sample: Any, timeout: float | None = None) -> None:
+    def send(self, sample: T, timeout: float | None = None) -> None:
         """Put `sample` into the channel; block until there is room.
 
         Args:
-            sample: Anything.
+            sample: Tthing.
             timeout: The most seconds to wait; None means no limit.
 
         Raises:
@@ -126,7 +127,7 @@ class SyncSender(Handle):
         if not sent:
             raise TimeoutError(f"the channel had no room for {timeout:g} s; the sample was not sent")
 
-    def reserve(self, timeout: float | None = None) -> Slot:
+    def reserve(self, timeout: float | None = None) -> Slot[T]:
         """Take a place for a sample that is yet to be made; block until there is one. See `Channel.reserve`.
 
         Args:

@@ -2,7 +2,9 @@
 
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Generic, Self
+
+from aioloader.core.typevars import T
 
 if TYPE_CHECKING:
     from aioloader.sources.channel import Channel
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["Slot"]
 
 
-class Slot:
+class Slot(Generic[T]):
     """A place in a channel, made by `Channel.reserve()` and its kin.
 
     It is for one sample, and may be used from any thread: `send` never waits. An unused place is given back by
@@ -26,14 +28,14 @@ class Slot:
     `ResourceWarning`.
     """
 
-    def __init__(self, channel: "Channel", sender: "Handle | None" = None) -> None:
+    def __init__(self, channel: "Channel[T]", sender: "Handle[T] | None" = None) -> None:
         self._channel = channel
         self._sender = sender
         self._held = True  # guarded by the channel's lock
         if sender is not None:
             sender._slots.add(self)
 
-    def send(self, sample: Any) -> None:
+    def send(self, sample: T) -> None:
         """Put `sample` into the channel, at once.
 
         Raises:

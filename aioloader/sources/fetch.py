@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic
 
 from aioloader.core.policies import Policies
 from aioloader.core.rate import Rate
 from aioloader.core.source import SourceContext
+from aioloader.core.typevars import T_co
 
 __all__ = ["FetchSource", "NamedSamples", "PlannedKeys"]
 
@@ -58,7 +59,7 @@ class PlannedKeys(Sequence[int]):
         """
 
 
-class FetchSource(ABC):
+class FetchSource(ABC, Generic[T_co]):
     """A source whose samples are fetched by key, many at once.
 
     `Pipeline(source)` is `Pipeline(source.keys).map(source.fetch, concurrency=source.concurrency)`: if the keys are a

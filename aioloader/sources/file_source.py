@@ -12,6 +12,7 @@ from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.rate import Rate
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
+from aioloader.core.typevars import T_co
 from aioloader.sources.even_files import COUNTED, EvenReader, check_enough_files
 from aioloader.sources.file_order import Dealt, FileOrder, file_order
 from aioloader.sources.interleave import InTurn, Lane, turn_cursor
@@ -24,7 +25,7 @@ __all__ = ["FileSource"]
 S = TypeVar("S")
 
 
-class FileSource(CursorSource, Generic[S]):
+class FileSource(CursorSource[T_co], Generic[S, T_co]):
     """Samples out of files: in which order, how many files at a time, and by which rank, is the same for all formats.
 
     Cursor: that in a file, with the position of the file in the order of the pass; with `interleave`, that of each

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any, Final
+from typing import Any, Final, Literal, Self, Unpack, overload
+
+from torch import Tensor
 
 from aioloader.core.checks import check_ahead
 from aioloader.core.memory import Alloc
 from aioloader.core.policies import Hedge, Rate, Retry
+from aioloader.core.typevars import T_co
 from aioloader.sources.fetched_files import FetchedFiles
+from aioloader.sources.options import FilesOptions
 from aioloader.sources.paths import Paths
 from aioloader.sources.read_file import Read, check_read, load, read_bytes, read_stacked
 from aioloader.sources.stored_files import find_stored_files, names_urls
@@ -23,7 +27,7 @@ _NOT_WATCHED: Final = ("ahead", "ahead_bytes", "store", "concurrency", *_NO_OPTI
 """What `Files(watch=True)` does not take."""
 
 
-class Files(Sequence[Any], LoadsBatches):
+class Files(Sequence[T_co], LoadsBatches):
     """Whole files, in a stable order; a map-style dataset, so that `shuffle()` is a full permutation.
 
     A file that cannot be read raises in its position: the system's OSError with the path; what comes after it goes on.
@@ -70,7 +74,7 @@ class Files(Sequence[Any], LoadsBatches):
 
     paths: tuple[str, ...]
 
-    def __new__(cls, *arguments: Any, watch: bool = False, **others: Any) -> Any:
+    def __new__(cls, *arguments: Any, watch: bool = False, **others: Any) -> Self:
         # A stream is another kind of source: it has no length and no indices. And what is in stores is awaited.
         if watch:
             if wrong := [name for name in _NOT_WATCHED if others.get(name) is not None]:
@@ -78,11 +82,68 @@ class Files(Sequence[Any], LoadsBatches):
                     f"Files(watch=True) watches a folder of this machine, and reads no file before it is needed; leave "
                     f"{' and '.join(wrong)} out"
                 )
-            return WatchedFiles(*arguments, **others)
+            watched: Any = WatchedFiles(*arguments, **others)
+            return watched  # type: ignore[no-any-return]  # of the same samples
         paths = arguments[0] if arguments else others.get("paths", ())
         if others.get("store") is not None or names_urls(paths, source="Files"):
-            return FetchedFiles(*arguments, **others)
+            fetched: Any = FetchedFiles(*arguments, **others)
+            return fetched  # type: ignore[no-any-return]
         return super().__new__(cls)
+
+    @overload
+    def __init__(
+        self: "Files[bytes]",
+        paths: Paths,
+        *,
+        read: Literal["bytes"] = "bytes",
+        with_path: Literal[False] = False,
+        **options: Unpack[FilesOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Files[Tensor]",
+        paths: Paths,
+        *,
+        read: Literal["tensor"],
+        with_path: Literal[False] = False,
+        **options: Unpack[FilesOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Files[str]",
+        paths: Paths,
+        *,
+        read: None,
+        with_path: Literal[False] = False,
+        **options: Unpack[FilesOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Files[tuple[str, bytes]]",
+        paths: Paths,
+        *,
+        read: Literal["bytes"] = "bytes",
+        with_path: Literal[True],
+        **options: Unpack[FilesOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Files[tuple[str, Tensor]]",
+        paths: Paths,
+        *,
+        read: Literal["tensor"],
+        with_path: Literal[True],
+        **options: Unpack[FilesOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self, paths: Paths, *, read: Read | None = "bytes", with_path: bool = False, **options: Unpack[FilesOptions]
+    ) -> None: ...
 
     def __init__(
         self,

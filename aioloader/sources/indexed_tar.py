@@ -143,7 +143,7 @@ class Fetched(NamedTuple):
     pieces: list[Any]
 
 
-class IndexedTarObjects(FetchSource):
+class IndexedTarObjects(FetchSource[dict[str, Any]]):
     """The samples of archives in stores, by number.
 
     Args:

@@ -1,7 +1,7 @@
 """`Lines`: the lines of text files, or the JSON values in them."""
 
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Unpack, overload
 
 from aioloader.core.checks import check_callable, check_count
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
@@ -9,6 +9,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import SourceContext, SourceThreads
+from aioloader.core.typevars import T_co
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.file_events import require_watchfiles
 from aioloader.sources.file_order import FileOrder
@@ -16,6 +17,7 @@ from aioloader.sources.file_source import FileSource
 from aioloader.sources.in_order import InOrder
 from aioloader.sources.line_parser import Decode, LineParser, LineStart
 from aioloader.sources.marks import read_mark
+from aioloader.sources.options import LinesOptions
 from aioloader.sources.parsing import parsed, stored_chunks
 from aioloader.sources.paths import Paths
 from aioloader.sources.requests import Requests
@@ -29,7 +31,7 @@ _Part = tuple[int, int, _Start]  # position in the order, number, and where to b
 _BEGINNING: Final[_Start] = ((0, 0, None), None)
 
 
-class Lines(FileSource[_Start]):
+class Lines(FileSource[_Start, T_co]):
     """The lines of files, in order: text, or JSON values.
 
     Files that end in `.gz` or `.zst` are decompressed. They are read in large pieces in a thread, which decodes too. A
@@ -71,6 +73,17 @@ class Lines(FileSource[_Start]):
     loader = Pipeline(Lines("data/*.jsonl.gz", decode="json", interleave=4)).shuffle(buffer_size=10_000).batch(64)
     ```
     """
+
+    @overload
+    def __init__(self: "Lines[str]", paths: Paths, *, decode: None = None, **options: Unpack[LinesOptions]) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Lines[Any]", paths: Paths, *, decode: Literal["json"], **options: Unpack[LinesOptions]
+    ) -> None: ...
+
+    @overload
+    def __init__(self, paths: Paths, *, decode: Callable[[bytes], T_co], **options: Unpack[LinesOptions]) -> None: ...
 
     def __init__(
         self,
@@ -139,7 +152,7 @@ class Lines(FileSource[_Start]):
     def may_be_dealt(self) -> bool:
         return super().may_be_dealt and not self.follow
 
-    def dealt(self, rank: int, world_size: int, even: str | None) -> "Lines":
+    def dealt(self, rank: int, world_size: int, even: str | None) -> "Lines[T_co]":
         if self.follow:
             raise ValueError(
                 "shard(by='file') deals files that end, and with follow=True the last one does not; pass by='sample'"

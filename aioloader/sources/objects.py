@@ -4,7 +4,9 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from operator import index
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Unpack, overload
+
+from torch import Tensor
 
 from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.entry import Entry
@@ -12,9 +14,11 @@ from aioloader.core.memory import tensor_over_bytes
 from aioloader.core.policies import Hedge, Policies, Rate, Retry
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
+from aioloader.core.typevars import T_co
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.options import ObjectsOptions
 from aioloader.sources.read_ahead import Ahead
 from aioloader.sources.requests import CutShortError, RequestPolicies, Requests, store_policies
 from aioloader.sources.stores import Version, request_options, with_options
@@ -31,7 +35,7 @@ PAGE_KEYS: Final = 1000
 PAGES_AHEAD: Final = 2
 
 
-class Objects(FetchSource):
+class Objects(FetchSource[T_co]):
     """The objects of a store, or ranges of them: with `keys` indexable, with `prefix` a stream of all that is there.
 
     With `keys`, `Pipeline(Objects(...)).shuffle()` is a full permutation, `len` is known, and `DataLoader` takes it as
@@ -76,6 +80,61 @@ class Objects(FetchSource):
     loader = Pipeline(Objects(store, keys, concurrency=256)).shuffle().map(decode).batch(64)
     ```
     """
+
+    @overload
+    def __init__(
+        self: "Objects[bytes]",
+        store: Any,
+        keys: Sequence[str] | None = None,
+        *,
+        read: Literal["bytes"] = "bytes",
+        with_key: Literal[False] = False,
+        **options: Unpack[ObjectsOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Objects[Tensor]",
+        store: Any,
+        keys: Sequence[str] | None = None,
+        *,
+        read: Literal["tensor"],
+        with_key: Literal[False] = False,
+        **options: Unpack[ObjectsOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Objects[tuple[str, bytes]]",
+        store: Any,
+        keys: Sequence[str] | None = None,
+        *,
+        read: Literal["bytes"] = "bytes",
+        with_key: Literal[True],
+        **options: Unpack[ObjectsOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: "Objects[tuple[str, Tensor]]",
+        store: Any,
+        keys: Sequence[str] | None = None,
+        *,
+        read: Literal["tensor"],
+        with_key: Literal[True],
+        **options: Unpack[ObjectsOptions],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        store: Any,
+        keys: Sequence[str] | None = None,
+        *,
+        read: Literal["bytes", "tensor", "buffer"] = "bytes",
+        with_key: bool = False,
+        **options: Unpack[ObjectsOptions],
+    ) -> None: ...
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ COUNTING_THREADS: Final = 32
 """How many footers are asked for at once when rows are counted."""
 
 
-class ParquetRows(FileSource[ParquetStart]):
+class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
     """The rows of Parquet files, in order, as dictionaries; or batches of columns, most of them tensors.
 
     Row groups are read ahead in threads. A file that cannot be read, a broken row group, or a row with a value that

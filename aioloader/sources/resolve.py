@@ -312,7 +312,8 @@ def describe_content(source: Indexable | StreamData) -> str:
     data = source.data if isinstance(source, Indexable) else source.make
     name = source_name(data)
     if isinstance(data, CursorSource):
-        attributes = sorted(getattr(data, "__dict__", {}).items())
+        there = getattr(data, "__dict__", {}).items()
+        attributes = sorted(item for item in there if item[0] != "__orig_class__")  # of `Source[T](...)`
         name += f"({', '.join(f'{key}={_plain(value)}' for key, value in attributes)})"
     elif isinstance(data, _BUILT_IN) and all(isinstance(value, str | int | float) for value in data):
         name += f"({_plain(data if isinstance(data, range) else list(data))})"

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from aioloader.core.checks import check_ahead, check_count
 from aioloader.core.cursors import as_count, cursor_parts
@@ -51,7 +51,7 @@ class _Limits:
 _Archive = StoredFile
 
 
-class TarShards(FileSource[_Start]):
+class TarShards(FileSource[_Start, dict[str, Any]]):
     """Samples from tar archives, in the layout of WebDataset: neighbouring members with the same key are one sample.
 
     The key of a member is its folders and its name up to the first dot, the rest is the extension, in lower case. A
@@ -109,13 +109,14 @@ class TarShards(FileSource[_Start]):
 
     _words = ("archive", "they")
 
-    def __new__(cls, *arguments: Any, index: bool = False, **others: Any) -> Any:
+    def __new__(cls, *arguments: Any, index: bool = False, **others: Any) -> Self:
         if not index:
             return super().__new__(cls)
         # What has a length and indices is another kind of source.
         from aioloader.sources.indexed_tar import open_indexed
 
-        return open_indexed(cls, *arguments, **others)
+        indexed: Any = open_indexed(cls, *arguments, **others)
+        return indexed  # type: ignore[no-any-return]  # of the same samples
 
     def __init__(
         self,

@@ -15,9 +15,11 @@ __all__ = [
     "Place",
     "Shortage",
     "begin_actor",
+    "cancel_call",
     "end_actors",
     "is_loss",
     "kill_actor",
+    "result_is_lost",
     "words_of",
 ]
 
@@ -100,12 +102,30 @@ def begin_actor(
         ready(handle, future.result() if error is None else error)
 
     def look() -> None:
-        if waits:
+        if not waits or not ray.is_initialized():
+            return
+        # Without its head the cluster answers nobody, for as long as that takes. With it, an actor may be on its way:
+        # to start one takes long on a busy machine.
+        if not thread.head_answers or _has_room(handle):
+            thread.later(LATE_SECONDS, look)
+        else:
             late(handle, shortage(workers))
 
     handle.place.remote().future().add_done_callback(began)
     thread.later(LATE_SECONDS, look)
     return handle
+
+
+def _has_room(handle: Any) -> bool:
+    """Whether a node has been found for an actor: a process there is at work on its start.
+
+    Ray tells no other way but this private one; without it an actor that starts slowly counts as one without room.
+    """
+    with suppress(Exception):
+        from ray._private.state import actors
+
+        return bool(actors(handle._actor_id.hex())["Address"]["Port"])
+    return False
 
 
 def shortage(workers: RayWorkers) -> Shortage:
@@ -146,6 +166,13 @@ def is_loss(error: BaseException) -> bool:
     )
 
 
+def result_is_lost(error: BaseException) -> bool:
+    """Whether a call was made and only its result is lost, with the node that had it."""
+    from ray import exceptions
+
+    return isinstance(error, exceptions.ObjectLostError)
+
+
 def words_of(error: BaseException) -> str:
     """How an actor was lost, for a sentence: the first line of what Ray says that has words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -178,5 +205,15 @@ def kill_actor(handle: Any) -> None:
     """Kill it now, whatever it is at."""
     import ray
 
-    with suppress(Exception):  # it has died, or Ray has gone
-        ray.kill(handle, no_restart=True)
+    if ray.is_initialized():  # else Ray would join any cluster that it finds
+        with suppress(Exception):  # it has died
+            ray.kill(handle, no_restart=True)
+
+
+def cancel_call(ref: Any) -> None:
+    """Let an actor not begin a call; one that has begun goes on."""
+    import ray
+
+    if ray.is_initialized():
+        with suppress(Exception):
+            ray.cancel(ref)

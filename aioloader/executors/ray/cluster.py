@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-__all__ = ["Membership", "check_named", "check_ray", "connected", "join_cluster"]
+__all__ = ["Membership", "check_named", "check_ray", "connected", "join_cluster", "words_of_named"]
 
 
 def check_ray(what: str) -> None:
@@ -42,6 +42,21 @@ def check_named(address: str | None) -> None:
             "Ray actors need a cluster, and this process is connected to none; call ray.init('local') for "
             "one on this machine or ray.init(address=...), set RAY_ADDRESS, or pass RayWorkers(address='local')"
         )
+
+
+def words_of_named() -> str:
+    """Which cluster is named, and whether somebody answers there; for people. Imports nothing, and joins nothing."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return "none named: call ray.init(...), or set RAY_ADDRESS"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return f"{address} (RAY_ADDRESS)"
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except OSError as error:
+        return f"{address} (RAY_ADDRESS) does not answer: {error}"
+    return f"{address} (RAY_ADDRESS) answers"
 
 
 def connected() -> bool:
@@ -85,6 +100,15 @@ class Membership:
     def alive(self) -> bool:
         """Whether that connection is still there."""
         return connected() and _identity() == self._identity
+
+    def head_answers(self) -> bool:
+        """Whether the head of the cluster takes connections. May take a second."""
+        host, _, port = str(self._identity[0]).rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except (OSError, ValueError):
+            return False
+        return True
 
     def leave(self) -> None:
         """Use it no more; the last one ends what was made here. Idempotent; may take a second."""

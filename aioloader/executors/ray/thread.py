@@ -123,6 +123,11 @@ class RayThread:
         """Whether the connection that it has made is still there: the user may have ended it."""
         return self._membership is not None and self._membership.alive
 
+    @property
+    def head_answers(self) -> bool:
+        """Whether the head of the cluster takes connections. What asks it hangs otherwise."""
+        return self._membership is not None and self._membership.head_answers()
+
     def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in so many seconds, unless the thread has ended by then."""
         heappush(self._later, (monotonic() + seconds, next(self._numbers), fn, args))

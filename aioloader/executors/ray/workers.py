@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Final
+from typing import Any
 
 from aioloader.core.checks import check_count
 from aioloader.executors.ray.cluster import check_ray
 
-__all__ = ["RAY_WORKERS", "RayWorkers"]
+__all__ = ["RayWorkers", "actors_for"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,23 @@ class RayWorkers:
         return found
 
 
+def actors_for(worker_type: Any) -> RayWorkers | None:
+    """What a `DataLoader` asks for by its `worker_type`; None: its workers are no actors.
+
+    Raises:
+        ValueError: There is no such type.
+    """
+    if isinstance(worker_type, RayWorkers):
+        return worker_type
+    if worker_type == "ray":
+        return RayWorkers()
+    if worker_type not in ("thread", "process"):
+        raise ValueError(f"worker_type must be 'thread', 'process' or 'ray', got {worker_type!r}")
+    return None
+
+
 def _check_amount(name: str, amount: Any) -> None:
     if isinstance(amount, bool) or not isinstance(amount, int | float):
         raise TypeError(f"{name} must be a number, got {amount!r}")
     if not (isfinite(amount) and amount >= 0):
         raise ValueError(f"{name} must be at least 0 and finite, got {amount!r}")
-
-
-RAY_WORKERS: Final = "ray"
-"""What `executor=` takes for `RayWorkers()`."""

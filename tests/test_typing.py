@@ -1,0 +1,245 @@
+"""What type checkers know: `tests/typing` is read by them in `make check`; here is what that cannot say.
+
+An editable install is seen, and the loops of all examples know what a batch is, in a project of somebody else's. What
+the signatures claim of batches is so.
+"""
+
+import ast
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from aioloader import DataLoader, Packed, Pipeline
+from aioloader.core.typevars import T_co
+from aioloader.signatures import DataLoaderOptions, OwnOptions
+from aioloader.sources import Channel, CursorSource, EntryReader, Files, Lines, Objects, SourceContext
+from aioloader.sources.options import FilesOptions, LinesOptions, ObjectsOptions
+from aioloader.sources.resolve import StreamData, describe_content
+from tests._support import Face, collect, on_both_faces
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+BATCH_LOOPS = {  # how often each example takes batches
+    "grpo": 1,
+    "huggingface": 1,
+    "jsonl_that_grows": 1,
+    "online": 1,
+    "rollouts": 1,
+    "s3_tar_training": 1,
+    "sqlite_that_grows": 1,
+    "train_torchrun": 1,
+}
+LOADERS = ("loader", "self.loader", "batches", "loader.take(updates)")
+
+
+# -- in a project that has installed it as editable --------------------------------------------------------------------
+
+
+def targets_of(tree: ast.AST) -> Iterator[tuple[ast.expr, int]]:
+    """What takes a batch, and how much further in than its line the next statement stands."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.For | ast.AsyncFor) and ast.unparse(node.iter) in LOADERS:
+            yield node.target, 4
+        if isinstance(node, ast.Assign) and ast.unparse(node.value) == "await anext(batches)":
+            yield node.targets[0], 0
+
+
+def asking(path: Path) -> tuple[str, int]:
+    """An example that reveals the types of its batches, and how often it does."""
+    text = path.read_text(encoding="utf-8")
+    lines = text.split("\n")
+    asked = 0
+    for target, further in sorted(targets_of(ast.parse(text)), key=lambda found: -found[0].lineno):
+        names = [node.id for node in ast.walk(target) if isinstance(node, ast.Name)]
+        line = lines[target.lineno - 1]
+        inside = " " * (len(line) - len(line.lstrip()) + further)
+        lines[target.lineno : target.lineno] = [f"{inside}reveal_type({name})" for name in names]
+        asked += len(names)
+    return "\n".join(lines), asked
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project of somebody's, with an environment that has aioloader as `pip install -e` leaves it."""
+    folder = tmp_path_factory.mktemp("typing")
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "aioloader"):
+        (checkout / name).symlink_to(ROOT / name)
+    build = "import setuptools.build_meta as backend; backend.build_editable('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True, timeout=120)
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    user = folder / "user"
+    user.mkdir()
+    for path in EXAMPLES:
+        text, _ = asking(path)
+        (user / path.name).write_text(text, encoding="utf-8")
+    return user
+
+
+def run(project: Path, tool: str, *arguments: str) -> str:
+    """What a type checker says in the project, of whose environment it knows no more than the interpreter."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    command = [sys.executable, "-P", "-m", tool, *arguments, *(path.name for path in EXAMPLES)]
+    done = subprocess.run(command, cwd=project, env=clean, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def asked_types() -> int:
+    assert {path.stem: len(list(targets_of(ast.parse(path.read_text("utf-8"))))) for path in EXAMPLES} == BATCH_LOOPS
+    return sum(asking(path)[1] for path in EXAMPLES)
+
+
+def test_mypy_knows_what_a_batch_is_in_every_example(project: Path) -> None:
+    """With the settings of this project, and nothing of its paths."""
+    python = str(project.parent / "env" / "bin" / "python")
+    cache = str(ROOT / ".mypy_cache" / "installed")
+    told = run(project, "mypy", f"--python-executable={python}", f"--config-file={ROOT / 'pyproject.toml'}",
+               f"--cache-dir={cache}")  # fmt: skip
+    revealed = [line for line in told.split("\n") if "Revealed type" in line]
+    assert len(revealed) == asked_types()
+    assert not [line for line in revealed if "Any" in line]
+
+
+def test_pyright_knows_what_a_batch_is_in_every_example(project: Path) -> None:
+    python = str(project.parent / "env" / "bin" / "python")
+    (project / "pyrightconfig.json").write_text(
+        json.dumps({"reportPossiblyUnbound": False, "reportPossiblyUnboundVariable": False}), encoding="utf-8"
+    )
+    found = json.loads(run(project, "pyright", f"--pythonpath={python}", "--outputjson"))["generalDiagnostics"]
+    revealed = [each["message"] for each in found if each["message"].startswith("Type of ")]
+    assert len(revealed) == asked_types()
+    assert not [message for message in revealed if "Any" in message or "Unknown" in message]
+
+
+# -- what is claimed is so ---------------------------------------------------------------------------------------------
+
+
+class Point(NamedTuple):
+    x: float
+    y: int
+
+
+ROW = Pipeline([torch.arange(4)]).pack(4)
+
+BATCHES: list[tuple[list[Any], type, type | None]] = [  # samples, what their batch is, and what is in that
+    ([torch.zeros(2)] * 3, Tensor, None),
+    ([np.zeros(2)] * 3, Tensor, None),
+    ([np.float32(2)] * 3, Tensor, None),
+    ([1, 2, 3], Tensor, None),
+    ([True, False, True], Tensor, None),
+    ([1.5, 2.0, 3.0], Tensor, None),
+    (["a", "b", "c"], list, str),
+    ([b"a", b"b", b"c"], list, bytes),
+    ([{"a": torch.zeros(1)}] * 3, dict, Tensor),
+    ([{"a": 1, "b": 2}] * 3, dict, Tensor),
+    ([(torch.zeros(1), 1, 2.0)] * 3, list, Tensor),
+    ([[1, 2]] * 3, list, Tensor),
+    ([("a", 1)] * 3, list, None),
+    ([Point(1.0, 2)] * 3, Point, Tensor),
+]
+
+
+@on_both_faces
+@pytest.mark.parametrize(("samples", "kind", "inner"), BATCHES, ids=lambda value: getattr(value, "__name__", None))
+def test_the_default_collate_gives_what_its_types_say(
+    face: Face, samples: list[Any], kind: type, inner: type | None
+) -> None:
+    """Of `batch`, and of the drop-in."""
+    loaders: list[Any] = [Pipeline(samples).batch(3), DataLoader(samples, 3)]
+    for loader in loaders:
+        (batch,) = collect(loader, face)
+        assert type(batch) is kind
+        if inner is not None:
+            parts: Any = batch.values() if isinstance(batch, dict) else batch
+            assert {type(part) for part in parts} == {inner}
+
+
+@on_both_faces
+def test_rows_stay_rows(face: Face) -> None:
+    documents = [torch.arange(4)] * 4
+    assert [type(batch) for batch in collect(Pipeline(documents).pack(4).batch(2), face)] == [Packed, Packed]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "own"),
+    [
+        pytest.param(Lines, LinesOptions, {"paths", "decode"}, id="Lines"),
+        pytest.param(Files, FilesOptions, {"paths", "read", "with_path"}, id="Files"),
+        pytest.param(Objects, ObjectsOptions, {"store", "keys", "read", "with_key"}, id="Objects"),
+        pytest.param(
+            DataLoader, DataLoaderOptions, {"dataset", "batch_size", "shuffle", "collate_fn"}, id="DataLoader"
+        ),
+    ],
+)
+def test_overloads_have_all_arguments(source: type, options: type, own: set[str]) -> None:
+    """None is forgotten, and each has the type that it has in the constructor."""
+    init: Any = source.__init__  # type: ignore[misc]
+    parameters = set(inspect.signature(init).parameters) - {"self"}
+    assert set(get_type_hints(options)) | own == parameters
+    hints = get_type_hints(init)
+    shared = {name: kind for name, kind in get_type_hints(options).items() if hints[name] is not Any}
+    assert {name: hints[name] for name in shared if name != "ranges"} == {
+        n: k for n, k in shared.items() if n != "ranges"
+    }
+
+
+def test_what_is_passed_by_name_alone_is_told_apart() -> None:
+    parameters = inspect.signature(DataLoader.__init__).parameters.values()
+    by_name = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert set(get_type_hints(OwnOptions)) == by_name
+
+
+# -- at run time -------------------------------------------------------------------------------------------------------
+
+
+class Rows(CursorSource[T_co]):
+    def __init__(self) -> None:
+        self.path = "rows"
+
+    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+        raise NotImplementedError
+
+
+@on_both_faces
+def test_a_type_may_be_said_and_changes_nothing(face: Face) -> None:
+    """Not the samples, not the class, not what is written down."""
+    loader = Pipeline[int]([1, 2])
+    assert type(loader) is Pipeline
+    assert collect(loader, face) == [1, 2]
+    assert collect(DataLoader[Tensor]([1, 2], 2), face)[0].tolist() == [1, 2]
+    assert isinstance(Channel[int](3), Channel)
+    assert repr(loader) == repr(Pipeline([1, 2]))
+    told, said = (StreamData(source, call=False, single_use=False) for source in (Rows(), Rows[int]()))
+    assert describe_content(told) == describe_content(said)
+
+
+def test_what_is_pickled_does_not_need_the_type() -> None:
+    """It may be a class that the other process cannot find."""
+
+    class Local:
+        pass
+
+    loader: Any = pickle.loads(pickle.dumps(Pipeline[Local]([1, 2])))  # type: ignore[list-item]
+    assert list(loader) == [1, 2]
