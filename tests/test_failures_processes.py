@@ -22,7 +22,7 @@ from tests.test_failures_model import named
 SEEDS = 4
 SOAK_SEEDS = 200
 SAMPLES = 16
-TIMEOUT = 1.0
+TIMEOUT = 4.0  # more than a call takes on the busiest of machines
 CALL_SECONDS = 0.005  # so that each call is sent alone: a death loses the results of those before it in one message
 
 ERRORS = {"busy": Busy, "broken": Broken, "hangs": TimeoutError, "dies": WorkerDiedError}
@@ -57,7 +57,7 @@ class Case:
 
     def fault(self, key: int, attempt: int) -> str:
         chance = random.Random(f"{self.seed} {key} {attempt}").random()
-        faults = ((0.75, "fast"), (0.83, "busy"), (0.88, "broken"), (0.92, "hangs"), (1.0, "dies"))
+        faults = ((0.75, "fast"), (0.83, "busy"), (0.88, "broken"), (0.9, "hangs"), (1.0, "dies"))
         return next(fault for most, fault in faults if chance < most)
 
     def is_last(self, key: int, attempt: int) -> bool:
