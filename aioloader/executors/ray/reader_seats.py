@@ -225,20 +225,9 @@ class Seats(Generic[S]):
             for one in self._seats:  # the next epoch asks again
                 self.dismiss(one)
             raise ValueError(f"{text}; ask for less, or add nodes to the cluster")
-        if not self._warned and self._held_by_others():
+        if not self._warned:
             self._warned = True
             warnings.warn(f"{text}; ask for less, or end what holds it", RuntimeWarning, stacklevel=2)
-
-    def _held_by_others(self) -> bool:
-        """Whether others hold what our actors need; else these are about to run, and take their time to import."""
-        import ray
-
-        free, total = ray.available_resources(), ray.cluster_resources()
-        starting = sum(seat.actor is not None for seat in self._seats)
-        return any(
-            free.get(name, 0.0) < amount and total.get(name, 0.0) - free.get(name, 0.0) > starting * amount
-            for name, amount in self._workers.asked().items()
-        )
 
     def lose(self, seat: Seat[S], actor: Any, error: BaseException) -> None:
         """An actor is lost, or cannot be reached, as it shows first when its node is gone: it may live on."""
