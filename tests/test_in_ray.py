@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from aioloader.sources import Channel, Lines
 from aioloader.testing import assert_resumes_exactly
 from tests._datasets import assert_same
 from tests._support import Face, Steps, collect, notes, on_both_faces
+
+POOL = ThreadPoolExecutor(1)  # it never begins a thread
 
 
 def plus_one(sample: int) -> int:
@@ -255,6 +258,8 @@ def test_one_part_that_fails_raises_once_and_the_others_go_on() -> None:
         (lambda: Pipeline(number for number in range(4)).in_ray(), ValueError, "the generator function itself"),
         (lambda: Pipeline(range(4)).map(plus_one, concurrency=Limit(2)).in_ray(), ValueError, "concurrency=2"),
         (lambda: Pipeline(range(4)).map(plus_one, rate=Rate(2)).in_ray(), ValueError, "cannot share its Rate"),
+        (lambda: Pipeline(range(4)).map(plus_one, executor="ray").in_ray(), ValueError, "in actors of its own"),
+        (lambda: Pipeline(range(4)).map(plus_one, executor=POOL).in_ray(), ValueError, "is one of this process"),
         (lambda: Pipeline(range(4), sampler=RandomSampler(range(4))).in_ray(), ValueError, "random generators behind"),
         (lambda: Pipeline.merge(range(4), range(4)).in_ray(), ValueError, "as they come"),
         (lambda: Pipeline(range(4)).enumerate().in_ray(), ValueError, r"enumerate\(\) would count in each"),

@@ -1,10 +1,12 @@
 """What `in_ray` may stand after, and how many parts and actors there are. Pure."""
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, Final
 
 from aioloader.core.source import CursorSource
+from aioloader.engine.ray_step import OnRay
 from aioloader.errors import StateError
 from aioloader.executors.ray.pool import RayPool
 from aioloader.executors.ray.workers import RayWorkers
@@ -16,6 +18,7 @@ from aioloader.sources.resolve import describe, source_name
 from aioloader.sources.sampler_order import draws_globally, generators_of
 from aioloader.stages.cache import Cache
 from aioloader.stages.in_ray import InRay
+from aioloader.stages.map import Filter, Map
 from aioloader.stages.select import Enumerate, SkipFirst, Take
 
 __all__ = ["check_in_ray", "check_pool", "scaled", "with_parts_of", "workers_for"]
@@ -50,6 +53,19 @@ def check_in_ray(plan: Plan, shown: str) -> None:
                 f"{source_name(stream.make)} comes here, once; put the stages that work on it into map(fn, "
                 f"executor='ray') instead"
             )
+    for part in walk(plan):
+        for stage in part.stages:
+            executor = stage.executor if isinstance(stage, Map | Filter) else None
+            if isinstance(executor, OnRay):
+                raise ValueError(
+                    f"in_ray() runs {stage.label} in actors, got one that runs in actors of its own; leave its "
+                    f"executor out, or put it after in_ray()"
+                )
+            if isinstance(executor, Executor):
+                raise ValueError(
+                    f"in_ray() sends {stage.label} to other processes, and its executor, {executor!r}, is one of this "
+                    f"process; leave it out, or put that stage after in_ray()"
+                )
     for label, limit in limits_of(plan):
         raise ValueError(
             f"in_ray() sends {label} to other processes, which cannot share its {limit!r} with this one; pass "

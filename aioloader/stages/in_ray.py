@@ -1,8 +1,10 @@
 """`in_ray`: what is before it runs in actors of a Ray cluster, part by part."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from aioloader.executors.ray.cluster import check_named
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow, Shared
 
@@ -61,4 +63,6 @@ class InRay(Stage):
         return after.limited(Shared.SAME_WORLD, "in_ray()").closed()
 
     def build(self, builder: Builder) -> None:
+        if self.actors:  # before an epoch is counted
+            builder.beginnings.append(partial(check_named, None if self.workers is None else self.workers.address))
         builder.run_in_ray(self)

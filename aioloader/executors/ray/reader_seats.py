@@ -46,6 +46,7 @@ class Seat(Generic[S]):
         actor: Its handle; None: it has been lost, or not been asked for.
         place: Where it runs; None: it does not.
         streams: That are open there.
+        used: Some have been.
         left: Wires over which nobody listens any more, and whose actor could not be told.
         failures: Actors in a row that died before they ran.
         restarts: Actors that were lost.
@@ -58,6 +59,7 @@ class Seat(Generic[S]):
     actor: Any = None
     place: Place | None = None
     streams: set[S] = field(default_factory=set)
+    used: bool = False
     left: list[str] = field(default_factory=list)
     failures: int = 0
     restarts: int = 0
@@ -136,6 +138,11 @@ class Seats(Generic[S]):
             self._start(seat)
         return self._seats[actors:]
 
+    def renew(self, seat: Seat[S]) -> None:
+        """Have an actor in this seat in which nothing has been; ours only."""
+        self.dismiss(seat)
+        self._start(seat)
+
     def dismiss(self, seat: Seat[S]) -> None:
         """End the actor of a seat, if it is ours."""
         actor, seat.actor, seat.place = seat.actor, None, None
@@ -182,6 +189,7 @@ class Seats(Generic[S]):
         if self._pool is not None:
             name = seat_name(self._pool, seat.number)
             options |= {"name": name, "namespace": NAMESPACE, "get_if_exists": True}
+        seat.used = False
         seat.actor = begin_actor(
             self._thread,
             ReaderActor,

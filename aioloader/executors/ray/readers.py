@@ -40,6 +40,7 @@ from aioloader.insight.actors import ActorStats
 __all__ = ["Readers", "ReadersTerms"]
 
 SETTLE_SECONDS: Final = 1.0  # so long the first actors that run leave parts to those that are about to
+PROBATION: Final = 8  # entries that must come of a stream on trial, and twice as many the next time
 READS: Final = 2  # under way for a stream of samples; one of batches has one for each batch
 
 
@@ -82,6 +83,8 @@ class _Stream:
         refs: Of reads under way; the object store keeps a result while somebody has its ref.
         leaving: It is to move, as soon as what it was told has come.
         deaths: Actors that it has lost before anything came of it.
+        suspect: It is to be tried.
+        probation: Entries that must come of it in its next trial.
         again: How often each of the next entries has been begun by now.
         guilty: See `Suspects`.
     """
@@ -106,6 +109,8 @@ class _Stream:
     refs: dict[int, Any] = field(default_factory=dict)
     leaving: bool = False
     deaths: int = 0
+    suspect: bool = False
+    probation: int = 0
     again: list[int] = field(default_factory=list)
     guilty: list[tuple[Any, Any, str]] = field(default_factory=list)
 
@@ -118,11 +123,13 @@ class _Trial:
     """A stream alone in its actor, where calls begin one by one.
 
     Attributes:
+        left: Entries that must come of it until it is over.
         asked: The call that has got leave last; None: none has.
     """
 
     stream: _Stream
     seat: _Seat
+    left: int
     asked: tuple[Any, ...] | None = None
 
 
@@ -346,8 +353,10 @@ class Readers:
         except BaseException as error:
             heard = Arrived(places, None, cannot_travel("a batch", error, by_value=can_pickle_by_value()))
         stream.deaths = 0
-        if self._trial is not None and self._trial.stream is stream:
-            self._acquit(self._trial)
+        if (trial := self._trial) is not None and trial.stream is stream:
+            trial.left -= len(places)
+            if trial.left <= 0:
+                self._acquit(trial)
         stream.listener(heard)
 
     # -- pauses ------------------------------------------------------------------------------------------------------
@@ -437,6 +446,7 @@ class Readers:
     def _open_at(self, stream: _Stream, seat: _Seat, *, one_by_one: bool = False) -> None:
         stream.seat, stream.wire = seat, f"{self._name}-{next(self._wires)}"
         seat.streams.add(stream)
+        seat.used = True
         suspects = Suspects(one_by_one, tuple(stream.guilty)) if one_by_one or stream.guilty else None
         request = (stream.request, stream.epoch, stream.cursor, stream.batches, stream.pause, suspects)
         ref = seat.actor.open.remote(stream.wire, self._name, self._program, self._terms.shared, pack(request))
@@ -529,20 +539,30 @@ class Readers:
                 self._blame(trial, why)
 
     def _is_suspect(self, stream: _Stream) -> bool:
-        return stream.deaths >= 2 or stream.deaths > self._terms.workers.retries
+        return stream.suspect or stream.deaths >= 2 or stream.deaths > self._terms.workers.retries
 
     def _try_one(self, running: list[_Seat]) -> None:
-        """Put a suspect into an actor alone; the streams that are there go elsewhere, or wait."""
-        if self._trial is not None:
-            return
-        suspects = (one for one in self._streams.values() if one.seat is None and self._is_suspect(one))
-        stream = next(suspects, None)
-        if stream is not None:
+        """Put a suspect into an actor alone; the streams that are there go elsewhere, or wait.
+
+        It is one in which nothing else has ever been: calls that are under way cannot be stopped, and one of another
+        stream might be its death yet. An actor of a pool is others' too, and cannot be had alone.
+        """
+        if self._trial is None:
+            suspects = (one for one in self._streams.values() if one.seat is None and self._is_suspect(one))
+            stream = next(suspects, None)
+            if stream is None:
+                return
             seat = min(running, key=self._load)
             for other in list(seat.streams):
                 self._leave(other)
-            self._trial = _Trial(stream, seat)
-            self._open_at(stream, seat, one_by_one=True)
+            # What kills may be as far ahead as its actor works: if more than that comes of it, it is tried for longer.
+            stream.suspect, stream.probation = True, 2 * stream.probation or PROBATION
+            self._trial = _Trial(stream, seat, stream.probation)
+            if seat.used and self._terms.pool is None:
+                self._seats.renew(seat)
+        trial = self._trial
+        if trial.stream.seat is None and trial.seat.place is not None:
+            self._open_at(trial.stream, trial.seat, one_by_one=True)
 
     def _watch(self, trial: _Trial, wire: str, number: int) -> None:
         ref = trial.seat.actor.watch.remote(wire, number)
@@ -558,8 +578,9 @@ class Readers:
             self._watch(trial, wire, asked[0] + 1)
 
     def _acquit(self, trial: _Trial) -> None:
-        """Something has come of the stream: it goes on as the others do."""
+        """Enough has come of the stream: it goes on as the others do."""
         self._trial = None
+        trial.stream.suspect = False
         trial.seat.actor.go.remote(trial.stream.wire, None)
         self._thread.call(self._guarded, self._place)
 
