@@ -6,15 +6,15 @@ call.
 
 Who is to blame when an actor dies? All of its streams were at work, and each of them, and each sample of them, may have
 been its death. So all are opened again at once, elsewhere. One whose actors die again and again before anything comes
-of it is put into an actor alone, where its calls begin one by one, each with leave from here (`_Trial`): what has got
+of it is put into an actor alone, where its calls begin one by one, each with leave from here (`Trial`): what has got
 leave last has been the death of that actor.
 """
 
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
@@ -30,7 +30,8 @@ from aioloader.executors.processes.stream_worker import (
 )
 from aioloader.executors.processes.wire import can_pickle_by_value
 from aioloader.executors.ray.actors import is_loss, words_of
-from aioloader.executors.ray.reader_seats import Seat, Seats
+from aioloader.executors.ray.reader_seats import Seats
+from aioloader.executors.ray.reader_streams import ReaderSeat, ReaderStream, Trial
 from aioloader.executors.ray.suspects import Suspects
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.values import nbytes_of, pack, unpack
@@ -63,76 +64,6 @@ class ReadersTerms:
     shared: bool = True
 
 
-@dataclass(eq=False)
-class _Stream:
-    """A part of an epoch.
-
-    Attributes:
-        request: See `PartServer.open`, as for the two after it.
-        granted: Entries that may come, and have not.
-        batches: Whether they are batches.
-        pause: The number of the pause that it is in; 0: it is in none.
-        handed_out: Batches that the consumer has got.
-        seat: Where it is open; None: nowhere.
-        wire: Its name there, see `ReaderActor`.
-        opened: Its actor has said so.
-        told: Of the granted entries, those that its actor knows of.
-        sent: Reads so far, over this wire.
-        came: Those of them that have been answered and taken, in order.
-        answers: Those that came before their turn.
-        refs: Of reads under way; the object store keeps a result while somebody has its ref.
-        leaving: It is to move, as soon as what it was told has come.
-        deaths: Actors that it has lost before anything came of it.
-        suspect: It is to be tried.
-        probation: Entries that must come of it in its next trial.
-        again: How often each of the next entries has been begun by now.
-        guilty: See `Suspects`.
-    """
-
-    number: int
-    request: Any
-    epoch: int
-    cursor: Any
-    granted: int
-    batches: bool
-    pause: int
-    listener: Callable[[Heard], None]
-    alloc: Alloc | None
-    handed_out: int = 0
-    seat: "_Seat | None" = None
-    wire: str = ""
-    opened: bool = False
-    told: int = 0
-    sent: int = 0
-    came: int = 0
-    answers: dict[int, Any] = field(default_factory=dict)
-    refs: dict[int, Any] = field(default_factory=dict)
-    leaving: bool = False
-    deaths: int = 0
-    suspect: bool = False
-    probation: int = 0
-    again: list[int] = field(default_factory=list)
-    guilty: list[tuple[Any, Any, str]] = field(default_factory=list)
-
-
-_Seat: TypeAlias = Seat[_Stream]
-
-
-@dataclass(eq=False)
-class _Trial:
-    """A stream alone in its actor, where calls begin one by one.
-
-    Attributes:
-        left: Entries that must come of it until it is over.
-        asked: The call that has got leave last; None: none has.
-    """
-
-    stream: _Stream
-    seat: _Seat
-    left: int
-    asked: tuple[Any, ...] | None = None
-
-
 class Readers:
     """The actors of one `in_ray`, and the streams in them; kept from one epoch to the next.
 
@@ -152,14 +83,14 @@ class Readers:
         self._program: Any = None  # its ref
         self._seats = self._new_seats()
         self._wanted = terms.actors
-        self._streams: dict[int, _Stream] = {}
-        self._trial: _Trial | None = None
+        self._streams: dict[int, ReaderStream] = {}
+        self._trial: Trial | None = None
         self._settled = False  # nobody waits for actors that are about to run
         self._settling = False
         self._entry_bytes = 0.0  # the running mean
         self._ended = False
 
-    def _new_seats(self) -> "Seats[_Stream]":
+    def _new_seats(self) -> "Seats[ReaderStream]":
         return Seats(
             self._thread,
             self._terms.workers,
@@ -176,7 +107,7 @@ class Readers:
         """Begin a part, and return its number. `listener` gets what comes of it, in the thread, until `end_part`."""
         its, epoch, cursor, room, batches, paused = request
         number = next(self._numbers)
-        stream = _Stream(number, its, epoch, cursor, room, batches, int(paused), listener, alloc)
+        stream = ReaderStream(number, its, epoch, cursor, room, batches, int(paused), listener, alloc)
         self._thread.call(self._guarded, self._open, stream)
         if self._thread.closed:
             listener(Failure(_closed()))
@@ -236,7 +167,7 @@ class Readers:
         thread, guarded = self._thread, self._guarded
         ref.future().add_done_callback(lambda future: thread.call(guarded, fn, *args, future))
 
-    def _open(self, stream: _Stream) -> None:
+    def _open(self, stream: ReaderStream) -> None:
         if self._ended or self._thread.closed:
             stream.listener(Failure(_closed()))
             return
@@ -261,12 +192,12 @@ class Readers:
         if (stream := self._streams.get(number)) is not None:
             self._forget(stream)
 
-    def _tell_last(self, stream: _Stream, heard: Heard) -> None:
+    def _tell_last(self, stream: ReaderStream, heard: Heard) -> None:
         """The last that is heard of a stream."""
         self._forget(stream)
         stream.listener(heard)
 
-    def _forget(self, stream: _Stream) -> None:
+    def _forget(self, stream: ReaderStream) -> None:
         self._streams.pop(stream.number, None)
         self._leave(stream)
         if self._trial is not None and self._trial.stream is stream:
@@ -291,7 +222,7 @@ class Readers:
             stream.handed_out = handed_out
             self._read(stream)
 
-    def _read(self, stream: _Stream) -> None:
+    def _read(self, stream: ReaderStream) -> None:
         """Ask for what may come: by a read for each batch, or by a few for samples, which come several at a time."""
         seat = stream.seat
         if not stream.opened or seat is None:
@@ -308,7 +239,7 @@ class Readers:
             self._then(ref, self._came, stream, seat, seat.actor, stream.wire, stream.sent)
             stream.sent += 1
 
-    def _came(self, stream: _Stream, seat: _Seat, actor: Any, wire: str, number: int, future: Any) -> None:
+    def _came(self, stream: ReaderStream, seat: ReaderSeat, actor: Any, wire: str, number: int, future: Any) -> None:
         """A read is answered. Over a wire that is not the stream's any more it falls on deaf ears."""
         if stream.wire != wire:
             return
@@ -326,7 +257,7 @@ class Readers:
             self._read(stream)
             self._move_if_leaving(stream)
 
-    def _take(self, stream: _Stream, seat: _Seat, answer: tuple[Any, ...]) -> None:
+    def _take(self, stream: ReaderStream, seat: ReaderSeat, answer: tuple[Any, ...]) -> None:
         """The next answer in the order of a stream."""
         match answer:
             case ("entries", places, packed):
@@ -339,7 +270,7 @@ class Readers:
                 self._begin_again(stream, "its run was stopped")
                 self._place()
 
-    def _take_entries(self, stream: _Stream, seat: _Seat, places: list[tuple[Any, ...]], packed: Any) -> None:
+    def _take_entries(self, stream: ReaderStream, seat: ReaderSeat, places: list[tuple[Any, ...]], packed: Any) -> None:
         nbytes = nbytes_of(packed)
         self._entry_bytes += (nbytes / len(places) - self._entry_bytes) * (0.1 if self._entry_bytes else 1.0)
         seat.samples += len(places)
@@ -347,7 +278,7 @@ class Readers:
         stream.granted -= len(places)
         stream.told -= min(stream.told, len(places))
         stream.cursor = places[-1][0]
-        places = [_with_attempts(stream, place) for place in places]
+        places = [stream.with_attempts(place) for place in places]
         try:
             heard = Arrived(places, unpack(packed, stream.alloc))
         except BaseException as error:
@@ -368,15 +299,15 @@ class Readers:
         if stream.opened:
             self._rest(stream)
         elif stream.seat is None:
-            _rested(stream)  # it will begin paused; one that is about to begin is told when it has
+            stream.rested()  # it will begin paused; one that is about to begin is told when it has
 
-    def _rest(self, stream: _Stream) -> None:
+    def _rest(self, stream: ReaderStream) -> None:
         assert stream.seat is not None
         for still in (False, True):
             ref = stream.seat.actor.rest.remote(stream.wire, stream.pause, still)
             self._then(ref, self._rests, stream, stream.pause, still)
 
-    def _rests(self, stream: _Stream, pause: int, still: bool, future: Any) -> None:
+    def _rests(self, stream: ReaderStream, pause: int, still: bool, future: Any) -> None:
         """Nothing begins, or nothing is under way; or its actor is lost, and it will begin paused elsewhere."""
         if stream.number in self._streams and stream.pause == pause:
             stream.listener(Rested(pause, still))
@@ -427,23 +358,23 @@ class Readers:
             self._settled = True
         return total if self._settled else -(-total // self._seats.wanted)
 
-    def _load(self, seat: _Seat) -> tuple[int, int]:
+    def _load(self, seat: ReaderSeat) -> tuple[int, int]:
         staying = sum(not stream.leaving for stream in seat.streams)
         return staying, (seat.number - self._terms.first) % max(1, self._seats.wanted)
 
-    def _move_one(self, seat: _Seat) -> None:
+    def _move_one(self, seat: ReaderSeat) -> None:
         """Let a stream leave a seat as soon as what was asked for there has come; one at a time."""
         if not any(stream.leaving for stream in seat.streams):
             stream = max(seat.streams, key=lambda one: one.number)
             stream.leaving = True
             self._move_if_leaving(stream)
 
-    def _move_if_leaving(self, stream: _Stream) -> None:
+    def _move_if_leaving(self, stream: ReaderStream) -> None:
         if stream.leaving and stream.opened and not stream.told:
             self._leave(stream)
             self._place()
 
-    def _open_at(self, stream: _Stream, seat: _Seat, *, one_by_one: bool = False) -> None:
+    def _open_at(self, stream: ReaderStream, seat: ReaderSeat, *, one_by_one: bool = False) -> None:
         stream.seat, stream.wire = seat, f"{self._name}-{next(self._wires)}"
         seat.streams.add(stream)
         seat.used = True
@@ -452,7 +383,7 @@ class Readers:
         ref = seat.actor.open.remote(stream.wire, self._name, self._program, self._terms.shared, pack(request))
         self._then(ref, self._opened, stream, seat, seat.actor, stream.wire, stream.pause)
 
-    def _opened(self, stream: _Stream, seat: _Seat, actor: Any, wire: str, pause: int, future: Any) -> None:
+    def _opened(self, stream: ReaderStream, seat: ReaderSeat, actor: Any, wire: str, pause: int, future: Any) -> None:
         error = future.exception()
         if stream.wire != wire:
             if error is None:  # it has been given up meanwhile, but could not be ended before it was there
@@ -474,7 +405,7 @@ class Readers:
         self._read(stream)
         self._move_if_leaving(stream)
 
-    def _leave(self, stream: _Stream) -> None:
+    def _leave(self, stream: ReaderStream) -> None:
         """Give up what a stream has at its seat."""
         seat, wire = stream.seat, stream.wire
         if seat is None:
@@ -484,10 +415,7 @@ class Readers:
             seat.left.append(wire)
         elif stream.opened:  # else when the actor answers that it is open
             seat.actor.end.remote(wire)
-        stream.seat, stream.wire, stream.opened, stream.leaving = None, "", False, False
-        stream.told = stream.sent = stream.came = 0
-        stream.answers.clear()
-        stream.refs.clear()
+        stream.leave()
 
     def _scale(self, actors: int) -> None:
         self._wanted = actors
@@ -503,7 +431,7 @@ class Readers:
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
-    def _call_failed(self, stream: _Stream, seat: _Seat, actor: Any, error: BaseException) -> None:
+    def _call_failed(self, stream: ReaderStream, seat: ReaderSeat, actor: Any, error: BaseException) -> None:
         """A call was not answered."""
         from ray.exceptions import RayActorError
 
@@ -515,33 +443,30 @@ class Readers:
             self._begin_again(stream, words_of(error))
             self._place()
 
-    def _actor_lost(self, seat: _Seat, why: str) -> None:
+    def _actor_lost(self, seat: ReaderSeat, why: str) -> None:
         for stream in sorted(seat.streams, key=lambda one: one.number):
             self._begin_again(stream, why)
         if self._terms.pool is None:
             seat.left.clear()
         self._place()
 
-    def _begin_again(self, stream: _Stream, why: str) -> None:
+    def _begin_again(self, stream: ReaderStream, why: str) -> None:
         """What was under way in a stream is lost: it is made again, from its cursor on."""
-        stream.deaths += 1
-        lost = stream.told
-        stream.again = [times + (at < lost) for at, times in enumerate(stream.again)]
-        stream.again += [1] * (lost - len(stream.again))
+        stream.lose()
         seat = stream.seat
         self._leave(stream)
         if stream.pause:
-            _rested(stream)
+            stream.rested()
         trial = self._trial
         if trial is not None and trial.stream is stream and trial.seat is seat:
             self._trial = None
             if stream.deaths > self._terms.workers.retries:
                 self._blame(trial, why)
 
-    def _is_suspect(self, stream: _Stream) -> bool:
+    def _is_suspect(self, stream: ReaderStream) -> bool:
         return stream.suspect or stream.deaths >= 2 or stream.deaths > self._terms.workers.retries
 
-    def _try_one(self, running: list[_Seat]) -> None:
+    def _try_one(self, running: list[ReaderSeat]) -> None:
         """Put a suspect into an actor alone; the streams that are there go elsewhere, or wait.
 
         It is one in which nothing else has ever been: calls that are under way cannot be stopped, and one of another
@@ -557,18 +482,18 @@ class Readers:
                 self._leave(other)
             # What kills may be as far ahead as its actor works: if more than that comes of it, it is tried for longer.
             stream.suspect, stream.probation = True, 2 * stream.probation or PROBATION
-            self._trial = _Trial(stream, seat, stream.probation)
+            self._trial = Trial(stream, seat, stream.probation)
             if seat.used and self._terms.pool is None:
                 self._seats.renew(seat)
         trial = self._trial
         if trial.stream.seat is None and trial.seat.place is not None:
             self._open_at(trial.stream, trial.seat, one_by_one=True)
 
-    def _watch(self, trial: _Trial, wire: str, number: int) -> None:
+    def _watch(self, trial: Trial, wire: str, number: int) -> None:
         ref = trial.seat.actor.watch.remote(wire, number)
         self._then(ref, self._asks, trial, wire)
 
-    def _asks(self, trial: _Trial, wire: str, future: Any) -> None:
+    def _asks(self, trial: Trial, wire: str, future: Any) -> None:
         """A call waits for leave: note it, then let it begin."""
         if self._trial is not trial or trial.stream.wire != wire or future.exception() is not None:
             return
@@ -577,14 +502,14 @@ class Readers:
             trial.seat.actor.go.remote(wire, asked[0])
             self._watch(trial, wire, asked[0] + 1)
 
-    def _acquit(self, trial: _Trial) -> None:
+    def _acquit(self, trial: Trial) -> None:
         """Enough has come of the stream: it goes on as the others do."""
         self._trial = None
         trial.stream.suspect = False
         trial.seat.actor.go.remote(trial.stream.wire, None)
         self._thread.call(self._guarded, self._place)
 
-    def _blame(self, trial: _Trial, why: str) -> None:
+    def _blame(self, trial: Trial, why: str) -> None:
         stream, asked = trial.stream, trial.asked
         times = "" if stream.deaths == 1 else f", {stream.deaths} times in a row"
         if asked is None:
@@ -598,19 +523,6 @@ class Readers:
         text = f"{why}{times}; the last time in {stage} with key {safe_repr(key)}"
         stream.guilty.append((address, key, text))
         stream.deaths = 0
-
-
-def _with_attempts(stream: _Stream, place: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not stream.again:
-        return place
-    times = stream.again.pop(0)
-    cursor, position, where, attempts, *rest = place
-    return (cursor, position, where, attempts + times, *rest)
-
-
-def _rested(stream: _Stream) -> None:
-    for still in (False, True):
-        stream.listener(Rested(stream.pause, still))
 
 
 def _closed() -> LoaderClosedError:
