@@ -124,6 +124,11 @@ class Seats(Generic[S]):
         """Seats that may be given work. Only those whose actor runs: one that waits for room may wait for ever."""
         return [seat for seat in self._seats[: self.wanted] if seat.place is not None]
 
+    @property
+    def starting(self) -> bool:
+        """Whether an actor is about to run, if there is room for it."""
+        return any(seat.place is None for seat in self._seats[: self.wanted])
+
     def stats(self) -> tuple[ActorStats, ...]:
         """What is known of the actors; from any thread."""
         now = monotonic()

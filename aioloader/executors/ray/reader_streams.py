@@ -97,11 +97,12 @@ class Trial:
     """A stream alone in its actor, where calls begin one by one.
 
     Attributes:
+        seat: Its actor's; None: it waits for one.
         left: Entries that must come of it until it is over.
         asked: The call that has got leave last; None: none has.
     """
 
     stream: ReaderStream
-    seat: ReaderSeat
+    seat: ReaderSeat | None
     left: int
     asked: tuple[Any, ...] | None = None

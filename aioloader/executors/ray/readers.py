@@ -42,6 +42,7 @@ __all__ = ["Readers", "ReadersTerms"]
 
 SETTLE_SECONDS: Final = 1.0  # so long the first actors that run leave parts to those that are about to
 PROBATION: Final = 8  # entries that must come of a stream on trial, and twice as many the next time
+RENEW_SECONDS: Final = 10.0  # so long a stream waits for a new actor to be tried in
 READS: Final = 2  # under way for a stream of samples; one of batches has one for each batch
 
 
@@ -422,8 +423,7 @@ class Readers:
         if self._program is None:
             return
         for seat in self._seats.scale(actors):
-            for stream in list(seat.streams):
-                self._leave(stream)
+            self._vacate(seat)
             if self._trial is not None and self._trial.seat is seat:
                 self._trial = None
             self._seats.dismiss(seat)
@@ -467,29 +467,49 @@ class Readers:
         return stream.suspect or stream.deaths >= 2 or stream.deaths > self._terms.workers.retries
 
     def _try_one(self, running: list[ReaderSeat]) -> None:
-        """Put a suspect into an actor alone; the streams that are there go elsewhere, or wait.
+        """Put a suspect into an actor alone.
 
         It is one in which nothing else has ever been: calls that are under way cannot be stopped, and one of another
-        stream might be its death yet. An actor of a pool is others' too, and cannot be had alone.
+        stream might be its death yet. Most often the replacement of the one that was lost is about to run. If none is,
+        or there is no room for it, one that runs is ended: then there is room for one of the two. An actor of a pool
+        is others' too, and cannot be had alone.
         """
         if self._trial is None:
             suspects = (one for one in self._streams.values() if one.seat is None and self._is_suspect(one))
             stream = next(suspects, None)
             if stream is None:
                 return
-            seat = min(running, key=self._load)
-            for other in list(seat.streams):
-                self._leave(other)
             # What kills may be as far ahead as its actor works: if more than that comes of it, it is tried for longer.
             stream.suspect, stream.probation = True, 2 * stream.probation or PROBATION
-            self._trial = Trial(stream, seat, stream.probation)
-            if seat.used and self._terms.pool is None:
-                self._seats.renew(seat)
+            self._trial = Trial(stream, None, stream.probation)
+            self._thread.later(RENEW_SECONDS, self._guarded, self._renew_for, self._trial)
         trial = self._trial
-        if trial.stream.seat is None and trial.seat.place is not None:
-            self._open_at(trial.stream, trial.seat, one_by_one=True)
+        if trial.seat is not None:
+            return
+        in_pool = self._terms.pool is not None
+        seat = next((one for one in running if in_pool or not one.used), None)
+        if seat is not None:
+            self._vacate(seat)
+            trial.seat = seat
+            self._open_at(trial.stream, seat, one_by_one=True)
+        elif not self._seats.starting:
+            self._renew_for(trial)
+
+    def _renew_for(self, trial: Trial) -> None:
+        """Have an actor in which nothing has been, at the cost of one that runs, if there is none yet."""
+        running = self._seats.running()
+        if self._trial is trial and trial.seat is None and running and self._terms.pool is None:
+            seat = min(running, key=self._load)
+            self._vacate(seat)
+            self._seats.renew(seat)
+            self._place()
+
+    def _vacate(self, seat: ReaderSeat) -> None:
+        for stream in list(seat.streams):
+            self._leave(stream)
 
     def _watch(self, trial: Trial, wire: str, number: int) -> None:
+        assert trial.seat is not None
         ref = trial.seat.actor.watch.remote(wire, number)
         self._then(ref, self._asks, trial, wire)
 
@@ -497,7 +517,7 @@ class Readers:
         """A call waits for leave: note it, then let it begin."""
         if self._trial is not trial or trial.stream.wire != wire or future.exception() is not None:
             return
-        if (asked := future.result()) is not None:
+        if (asked := future.result()) is not None and trial.seat is not None:
             trial.asked = asked
             trial.seat.actor.go.remote(wire, asked[0])
             self._watch(trial, wire, asked[0] + 1)
@@ -506,7 +526,8 @@ class Readers:
         """Enough has come of the stream: it goes on as the others do."""
         self._trial = None
         trial.stream.suspect = False
-        trial.seat.actor.go.remote(trial.stream.wire, None)
+        if trial.seat is not None and trial.seat.actor is not None:
+            trial.seat.actor.go.remote(trial.stream.wire, None)
         self._thread.call(self._guarded, self._place)
 
     def _blame(self, trial: Trial, why: str) -> None:
@@ -522,7 +543,8 @@ class Readers:
             return
         text = f"{why}{times}; the last time in {stage} with key {safe_repr(key)}"
         stream.guilty.append((address, key, text))
-        stream.deaths = 0
+        for one in self._streams.values():  # the others have lost the same actors
+            one.deaths, one.suspect = 0, False
 
 
 def _closed() -> LoaderClosedError:
