@@ -287,8 +287,8 @@ class Readers:
         stream.deaths = 0
         if (trial := self._trial) is not None and trial.stream is stream:
             trial.left -= len(places)
-            if trial.left <= 0:
-                self._acquit(trial)
+            if trial.left <= 0 or stream.granted <= 0:
+                self._thread.call(self._guarded, self._place)  # when the entries are on their way
         stream.listener(heard)
 
     # -- pauses ------------------------------------------------------------------------------------------------------
@@ -335,10 +335,13 @@ class Readers:
 
     def _place(self) -> None:
         """Open the streams that are open nowhere, and even out how many each actor has."""
-        running = self._seats.running()
-        if not running or self._ended:
+        if self._ended:
             return
-        self._try_one(running)
+        self._end_trial()
+        self._try_one(self._seats.running())
+        running = self._seats.running()  # one of them may have been ended for a trial
+        if not running:
+            return
         free = [seat for seat in running if self._trial is None or seat is not self._trial.seat]
         if not free:
             return
@@ -482,7 +485,7 @@ class Readers:
             # What kills may be as far ahead as its actor works: if more than that comes of it, it is tried for longer.
             stream.suspect, stream.probation = True, 2 * stream.probation or PROBATION
             self._trial = Trial(stream, None, stream.probation)
-            self._thread.later(RENEW_SECONDS, self._guarded, self._renew_for, self._trial)
+            self._thread.later(RENEW_SECONDS, self._guarded, self._late_for, self._trial)
         trial = self._trial
         if trial.seat is not None:
             return
@@ -492,8 +495,13 @@ class Readers:
             self._vacate(seat)
             trial.seat = seat
             self._open_at(trial.stream, seat, one_by_one=True)
-        elif not self._seats.starting:
+        elif running and not self._seats.starting:
             self._renew_for(trial)
+
+    def _late_for(self, trial: Trial) -> None:
+        """No new actor has come for so long."""
+        self._renew_for(trial)
+        self._place()
 
     def _renew_for(self, trial: Trial) -> None:
         """Have an actor in which nothing has been, at the cost of one that runs, if there is none yet."""
@@ -502,7 +510,6 @@ class Readers:
             seat = min(running, key=self._load)
             self._vacate(seat)
             self._seats.renew(seat)
-            self._place()
 
     def _vacate(self, seat: ReaderSeat) -> None:
         for stream in list(seat.streams):
@@ -522,13 +529,21 @@ class Readers:
             trial.seat.actor.go.remote(wire, asked[0])
             self._watch(trial, wire, asked[0] + 1)
 
-    def _acquit(self, trial: Trial) -> None:
-        """Enough has come of the stream: it goes on as the others do."""
+    def _end_trial(self) -> None:
+        """Let a stream go on as the others do when enough has come of it.
+
+        Or when no more may come before others, which wait for it to end: entries are taken from all in turn.
+        """
+        trial = self._trial
+        if trial is None or not trial.stream.opened:
+            return
+        waits = trial.stream.granted <= 0 and any(one.seat is None for one in self._streams.values())
+        if trial.left > 0 and not waits:
+            return
         self._trial = None
         trial.stream.suspect = False
         if trial.seat is not None and trial.seat.actor is not None:
             trial.seat.actor.go.remote(trial.stream.wire, None)
-        self._thread.call(self._guarded, self._place)
 
     def _blame(self, trial: Trial, why: str) -> None:
         stream, asked = trial.stream, trial.asked
