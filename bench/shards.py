@@ -1,9 +1,11 @@
 """Files dealt to ranks, shuffled, and resumed: `python -m bench.shards`.
 
-How many bytes all ranks read together, of the bytes that there are, by the counters of the process (`/proc/self/io`):
-tar, lines and Parquet, 16 files of one length, where samples and where files are dealt. How many of 8 archives the
-first 300 of 1,600 samples come from. And how long the first batch takes after a resume at 90 % of an archive, beside
-torchdata's `StatefulDataLoader` over webdataset, which reads again what is before it.
+How many bytes all ranks read together, of the bytes that there are: tar, lines and Parquet, 16 files of one length,
+where samples and where files are dealt. From files that is by the counters of the process (`/proc/self/io`), from a
+server that speaks S3 by what it was asked for; there each rank is stopped in the middle, too, and goes on in a new
+loader. How many of 8 archives the first 300 of 1,600 samples come from. And how long the first batch takes after a
+resume at 90 % of an archive, beside torchdata's `StatefulDataLoader` over webdataset, which reads again what is before
+it.
 """
 
 import io
@@ -20,10 +22,12 @@ from typing import Any, Final
 
 from aioloader import Pipeline, ReadAllWarning
 from aioloader.sources import Lines, ParquetRows, TarShards
+from bench._file_server import FileServer
 from bench._harness import Report, Target, parser_for, pick
 
 FILES: Final = 16
 BATCH: Final = 32
+BY_FILE: Final = {1: "by file, 1 rank"} | {world_size: f"by file, {world_size} ranks" for world_size in (2, 4, 8)}
 REPEATS: Final = 5
 
 
@@ -73,26 +77,74 @@ def share_read(source: Any, world_size: int, total: int, by: Any) -> float:
     return (bytes_read() - before) / total
 
 
-def read_once(report: Report, folder: Path, samples: int) -> None:
+def write_all(folder: Path, samples: int) -> None:
+    """The files of each format, of so many samples."""
+    for suffix, (_, write) in FORMATS.items():
+        for number in range(FILES):
+            write(folder / f"{number:02}.{suffix}", number * samples, samples, 8000)
+
+
+def read_once(report: Report, folder: Path) -> None:
     """All ranks together, for 1 to 8 of them."""
     if not Path("/proc/self/io").exists():
         report.note("left out: bytes read, for want of /proc/self/io")
         return
-    for suffix, (kind, write) in FORMATS.items():
-        paths = [folder / f"{number:02}.{suffix}" for number in range(FILES)]
-        for number, path in enumerate(paths):
-            write(path, number * samples, samples, 8000)
+    for suffix, (kind, _) in FORMATS.items():
+        paths = sorted(folder.glob(f"*.{suffix}"))
         total = sum(path.stat().st_size for path in paths)
         source = kind(paths, shuffle=True, interleave=2)
         list(Pipeline(source).take(1))  # what is imported is read, too
-        rows = {f"by file, {world} ranks": {"read": share_read(source, world, total, "file")} for world in (1, 2, 4, 8)}
+        rows = {name: {"read": share_read(source, world_size, total, "file")} for world_size, name in BY_FILE.items()}
         rows["by sample, 4 ranks"] = {"read": share_read(source, 4, total, "sample")}
         title = f"bytes read by all ranks, of {total / 1e6:.0f} MB in {FILES} {suffix} files"
         report.table(title, rows)
-        for name, row in rows.items():
-            if "by file" in name:
-                target = Target(name, "time", "the data", 1.05)
-                report.judge(target, row["read"], "{ours}: {value} of the bytes are read; at most {reach}", of=title)
+        judge(report, rows, title)
+
+
+def judge(report: Report, rows: dict[str, dict[str, float]], title: str) -> None:
+    """What the number of ranks that reads most has read, where files are dealt and nobody is stopped."""
+    most = max(row["read"] for name, row in rows.items() if name in BY_FILE.values())
+    target = Target("by file, 1 to 8 ranks", "time", "the data", 1.05)
+    report.judge(target, most, "{ours}: at most {value} of the bytes; at most {reach}", of=title)
+
+
+def from_server(report: Report, folder: Path, samples: int) -> None:
+    """The same files from a server, by what it was asked for."""
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        report.note(f"left out: files from a server, for want of {error.name}")
+        return
+    with FileServer(folder) as server:
+        for suffix, (kind, _) in FORMATS.items():
+            paths = sorted(folder.glob(f"*.{suffix}"))
+            total = sum(path.stat().st_size for path in paths)
+            source = kind([path.name for path in paths], store=server.store(), shuffle=True, interleave=2)
+            rows = {}
+            for world_size, stops in (*((each, False) for each in BY_FILE), (4, True)):
+                before = server.counts()
+                halves = samples * FILES // world_size // BATCH // 2 if stops else 0
+                given = sum(read_part(source, rank, world_size, halves) for rank in range(world_size))
+                if given != samples * FILES:
+                    raise RuntimeError(f"{suffix}: all ranks must give {samples * FILES} samples, got {given}")
+                sent, gets = (now - then for now, then in zip(server.counts(), before, strict=True))
+                name = BY_FILE[world_size] + (", each stopped once" if stops else "")
+                rows[name] = {"read": sent / total, "GETs": float(gets), "files again": 0.0}
+            whole, stopped = rows[BY_FILE[4]], rows[f"{BY_FILE[4]}, each stopped once"]
+            stopped["files again"] = (stopped["read"] - whole["read"]) * FILES / 4  # by each rank
+            title = f"bytes that all ranks ask a server for, of {total / 1e6:.0f} MB in {FILES} {suffix} objects"
+            report.table(title, rows)
+            judge(report, rows, title)
+
+
+def read_part(source: Any, rank: int, world_size: int, batches: int) -> int:
+    """The samples in an epoch of one rank, which is stopped after so many batches, if any, and resumed elsewhere."""
+    part = Pipeline(source).shard(rank, world_size, by="file", even="keep").batch(BATCH, collate_fn=len)
+    if batches:
+        state = state_at(part, batches)
+        part = Pipeline(source).shard(rank, world_size, by="file", even="keep").batch(BATCH, collate_fn=len)
+        part.load_state_dict(state)
+    return batches * BATCH + sum(part)
 
 
 def mixed(report: Report, folder: Path) -> None:
@@ -178,8 +230,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser_for(__doc__).parse_args(arguments)
     report = Report("shards", options)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        read_once(report, folder, pick(options, full=800, quick=200, smallest=20))
+        folder, files = Path(name), Path(name, "files")
+        files.mkdir()
+        samples = pick(options, full=800, quick=200, smallest=20)
+        write_all(files, samples)
+        read_once(report, files)
+        from_server(report, files, samples)
         mixed(report, folder)
         resumed(report, folder, pick(options, full=4000, quick=2000, smallest=200))
     return report.finish()

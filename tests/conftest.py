@@ -185,7 +185,7 @@ def nothing_left(request: pytest.FixtureRequest, never_hangs: None) -> Iterator[
     files = _open_files()
     yield
     gc.collect()
-    deadline = time.monotonic() + GONE_SECONDS
+    deadline = time.monotonic() + (3 if on_ray else 1) * GONE_SECONDS  # actors die when their raylet gets to it
     # A thread that was ending during that collection may have kept a loader, which only the next one finds.
     while (running := _ours(threads)) and time.monotonic() < deadline:
         next(iter(running)).join(0.05)

@@ -273,6 +273,69 @@ def test_rows_are_collated_once() -> None:
         assert "rows can be batched once" in str(steps.outcomes(1)[0])
 
 
+def same(row: Any, other: Any) -> bool:
+    """Bit for bit, whatever it is made of."""
+    if isinstance(row, Tensor):
+        return row.dtype == other.dtype and torch.equal(row, other)
+    if isinstance(row, dict):
+        return row.keys() == other.keys() and all(same(row[name], other[name]) for name in row)
+    if isinstance(row, Packed):
+        return isinstance(other, Packed) and all(map(same, row, other))
+    return bool(row == other)
+
+
+@on_both_faces
+@all_ways
+def test_a_batch_of_rows_gives_its_rows_again(way: str, face: Face) -> None:
+    """Whether or not padding follows the last document of a row, and with the keys of its documents in `BatchInfo`."""
+    for source in (documents(), [{"a": document, "labels": document} for document in documents()]):
+        packed = Pipeline(source).pack(SEQ_LEN, pad_value=-1, **WAYS[way])
+        rows = list(packed)
+        again = collect(packed.batch(3).unbatch().with_info(), face)
+        assert len(again) == len(rows)
+        assert all(same(row, before) for (row, _), before in zip(again, rows, strict=True))
+        assert [info.keys for _, info in again] == [row.keys for row in rows]
+    assert any(row.cu_seqlens[-1] < SEQ_LEN for row in rows) or "split" in way
+
+
+@on_both_faces
+def test_a_row_gives_its_documents_again(face: Face) -> None:
+    """Under their own keys; in pieces where they were cut, and with the padding of `pad_to`."""
+    source = documents()
+    pairs = collect(Pipeline(source).pack(SEQ_LEN).unbatch().with_info(), face)
+    assert sorted(info.keys[0] for _, info in pairs) == list(range(len(source)))
+    assert all(same(document, source[info.keys[0]]) for document, info in pairs)
+    long = [{"a": torch.arange(70), "b": torch.arange(70.0)}, {"a": torch.arange(3), "b": torch.arange(3.0)}]
+    pieces = collect(Pipeline(long).pack(SEQ_LEN, strategy="split", pad_to=2).unbatch(), face)
+    assert [(len(piece["a"]), len(piece["b"])) for piece in pieces] == [(32, 32), (32, 32), (6, 6), (4, 4)]
+
+
+def test_unpacked_rows_and_documents_resume_exactly() -> None:
+    """In the middle of a batch, and of a row."""
+    packed = Pipeline(documents(24)).pack(SEQ_LEN)
+    assert len(assert_resumes_exactly(lambda: packed.batch(3).unbatch())) > 6
+    assert len(assert_resumes_exactly(lambda: packed.unbatch())) > 24
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    "changed", [{"keys": ()}, {"keys": ((1,),)}, {"keys": ((),) * 9}, {"cu_seqlens": torch.zeros(2)}]
+)
+def test_a_batch_whose_rows_nobody_can_tell_apart_is_an_error(changed: dict[str, Any], face: Face) -> None:
+    """In its place; the next batch is taken apart."""
+
+    packed = Pipeline(documents(12)).pack(SEQ_LEN)
+    first_keys = next(iter(packed)).keys
+
+    def change(batch: Packed) -> Packed:
+        return batch._replace(**changed) if batch.keys[0] == first_keys else batch
+
+    with Steps(packed.batch(2).map(change).unbatch(), face) as steps:
+        first, second = steps.outcomes(2)
+    assert "put the map that changes them after unbatch()" in str(first)
+    assert isinstance(second, Packed)
+
+
 @on_both_faces
 @pytest.mark.parametrize("batch", [None, 3])
 def test_a_device_gets_all_tensors_of_a_row(batch: int | None, face: Face) -> None:

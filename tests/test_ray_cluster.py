@@ -85,6 +85,7 @@ def test_the_connection_of_the_user_stays(ray_cluster: RayCluster) -> None:
     assert ray.is_initialized()
 
 
+@pytest.mark.ray
 def test_the_connection_by_ray_address_ends_with_its_last_user(
     ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_the_connection_by_ray_address_ends_with_its_last_user(
         assert state == (False, False)
 
 
+@pytest.mark.ray
 def test_a_connection_that_the_user_made_meanwhile_is_not_ended(
     ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ print(len(gone) > 0, left)
 """
 
 
+@pytest.mark.ray
 def test_a_cluster_of_ones_own_ends_with_it() -> None:
     """`address="local"`: begun, and ended, with all its processes.
 
@@ -192,6 +195,7 @@ def begin(thread: RayThread, workers: RayWorkers) -> "SimpleQueue[Any]":
     return told
 
 
+@pytest.mark.ray
 def test_an_actor_says_when_it_runs_and_ends_when_it_is_told(ray_cluster: RayCluster, ray_thread: RayThread) -> None:
     """It is given work only then."""
     handle, place = begin(ray_thread, RayWorkers()).get(timeout=30)
@@ -201,6 +205,7 @@ def test_an_actor_says_when_it_runs_and_ends_when_it_is_told(ray_cluster: RayClu
     ray_thread.call(end_actors, [handle])
 
 
+@pytest.mark.ray
 def test_a_busy_actor_ends_after_a_grace(ray_cluster: RayCluster, ray_thread: RayThread) -> None:
     """Cancelling would not stop it."""
     handle, place = begin(ray_thread, RayWorkers()).get(timeout=30)
@@ -212,6 +217,7 @@ def test_a_busy_actor_ends_after_a_grace(ray_cluster: RayCluster, ray_thread: Ra
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("workers", "hopeless", "words"),
     [

@@ -45,6 +45,7 @@ def on_ray(actors: int, **more: Any) -> Any:
     return DataLoader(Noisy(), 4, shuffle=True, num_workers=actors, worker_type="ray", seed=3, **more)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @on_both_faces
 def test_batches_do_not_depend_on_who_makes_them(face: Face) -> None:

@@ -149,7 +149,8 @@ def test_actors_end_with_their_driver(ray_cluster: RayCluster, end: str, code: i
         [sys.executable, "-c", program, ray_cluster.address], stdout=subprocess.PIPE, text=True
     ) as driver:
         assert driver.stdout is not None
-        assert driver.stdout.readline() == "0 1\n"
+        # Ray prints there, too, of nodes that other tests have killed.
+        assert "0 1\n" in iter(driver.stdout.readline, "")
         actors = [psutil.Process(pid) for pid in actor_processes() if pid not in before]
         assert len(actors) >= 1 or not end
         if code:
@@ -181,3 +182,26 @@ def test_the_example_trains_on_though_an_actor_is_killed(ray_cluster: RayCluster
             seen[epoch] += names
     for names in seen.values():
         assert len(names) == len(set(names)) == 160
+
+
+def test_a_cluster_that_has_not_what_is_asked_for_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first batch, with what it has; the loader works again with a cluster that has it."""
+    monkeypatch.setattr("aioloader.executors.ray.actors.LATE_SECONDS", 0.2)
+    workers = RayWorkers(resources={"unobtainium": 1})
+    with (
+        Pipeline(range(3)).map(abs, executor=workers, concurrency=2) as loader,
+        pytest.raises(ValueError, match="needs 1 CPU and 1 unobtainium, and no node of the cluster has that"),
+    ):
+        next(iter(loader))
+
+
+def test_actors_that_find_no_room_are_told_of_and_the_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody holds the CPUs: nobody would know why it is slow."""
+    monkeypatch.setattr("aioloader.executors.ray.actors.LATE_SECONDS", 1.0)
+    with Pipeline(range(3000)).map(slowly, executor=RayWorkers(cpus=4), concurrency=3) as loader:
+        with pytest.warns(
+            RuntimeWarning, match="of 3 Ray workers run: each actor needs 4 CPU, and the cluster is busy"
+        ):
+            found = list(loader)
+        assert found == list(range(3000))
+        assert sum(actor.running for actor in loader.stats().stages[1].actors) == 2

@@ -15,7 +15,7 @@ import torch
 from aioloader import Pipeline, Retry, WorkerDiedError, sample_rng
 from aioloader.ray import RayWorkers
 from tests._ray import RayCluster
-from tests._support import Face, Steps, collect, on_both_faces, run
+from tests._support import Face, Steps, collect, run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -57,8 +57,15 @@ def shown(found: list[Any]) -> list[str]:
     return [repr(outcome) for outcome in found]
 
 
-@on_both_faces
-@pytest.mark.parametrize("fn", [square, square_async], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("fn", "face"),
+    [
+        (square, "for"),
+        pytest.param(square, "async for", marks=pytest.mark.ray),
+        pytest.param(square_async, "for", marks=pytest.mark.ray),
+        pytest.param(square_async, "async for", marks=pytest.mark.ray),
+    ],
+)
 def test_values_errors_and_random_numbers_are_those_of_threads(fn: Callable[[int], Any], face: Face) -> None:
     """In order, in two epochs, with the traceback of the actor in the notes."""
     here = Pipeline(range(60)).shuffle(seed=1).map(square).with_seed(5)
@@ -73,6 +80,7 @@ def test_values_errors_and_random_numbers_are_those_of_threads(fn: Callable[[int
     assert f"key {error.key}" in notes
 
 
+@pytest.mark.ray
 def test_a_filter_and_maps_side_by_side_cross_once() -> None:
     """They share the actors, and one chunk."""
     workers = RayWorkers(cpus=1)
@@ -112,6 +120,7 @@ def test_what_is_delivered_is_nobody_elses_memory() -> None:
             assert value.min() == value.max() == key + 1
 
 
+@pytest.mark.ray
 def test_arguments_are_the_actors_own() -> None:
     """A function may write to what it gets: the sample here stays as it was."""
     samples = [torch.zeros(1 << 18) for _ in range(4)]
@@ -207,6 +216,7 @@ class Unpicklable:
         raise TypeError("this stays where it is")
 
 
+@pytest.mark.ray
 def test_what_cannot_travel_fails_at_its_place() -> None:
     """Samples, results and functions, with the reason."""
     with Pipeline([1, Unpicklable(), 3]).map(lambda sample: sample, executor="ray", concurrency=1) as loader:
@@ -251,6 +261,7 @@ def test_what_ends_a_program_is_raised_here(kind: type[BaseException], is_async:
         assert [actor.restarts for actor in loader.stats().stages[1].actors] == [0]
 
 
+@pytest.mark.ray
 def test_a_state_goes_on_with_any_number_of_actors_and_elsewhere() -> None:
     """2 actors, then 4, then 1, then threads, at every step."""
 

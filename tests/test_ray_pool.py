@@ -100,7 +100,7 @@ class Cluster:
         actor = FakeActor()
         self.begun.append(actor)
         if self.starts:
-            seat = ready.args[0]
+            seat = ready.args[1]
             seat.handle = actor
             seat.runs(Place(len(self.begun), "node", "id"))
         return actor

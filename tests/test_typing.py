@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import sysconfig
@@ -94,13 +95,15 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in EXAMPLES:
         text, _ = asking(path)
         (user / path.name).write_text(text, encoding="utf-8")
+    page = (ROOT / "docs" / "types.md").read_text(encoding="utf-8")
+    (user / "page.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), encoding="utf-8")
     return user
 
 
 def run(project: Path, tool: str, *arguments: str) -> str:
     """What a type checker says in the project, of whose environment it knows no more than the interpreter."""
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
-    command = [sys.executable, "-P", "-m", tool, *arguments, *(path.name for path in EXAMPLES)]
+    command = [sys.executable, "-P", "-m", tool, *arguments, "."]
     done = subprocess.run(command, cwd=project, env=clean, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

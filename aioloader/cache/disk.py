@@ -133,7 +133,7 @@ class DiskStore(Store):
 
     # -- samples -----------------------------------------------------------------------------------------------------
 
-    def find(self, key: Any) -> Any:
+    def find(self, key: object) -> Any:
         if key == END:
             return MISSING if self._count is None else self._count
         return self._index.get(key, MISSING)
@@ -170,7 +170,7 @@ class DiskStore(Store):
                 self._nbytes += location.other.length
         return self._index.get(key)
 
-    def put(self, key: Any, sample: Any, place: StreamPlace | None) -> None:
+    def put(self, key: object, sample: object, place: StreamPlace | None) -> None:
         """Keep `sample`; called in a thread. When the disk refuses, warns once and keeps nothing more.
 
         Raises:
@@ -238,6 +238,6 @@ class DiskStore(Store):
         self.__init__(state["folder"], state["version"])  # type: ignore[misc]
 
 
-def _as_tuples(cursor: Any) -> Any:
+def _as_tuples(cursor: object) -> Any:
     """Undo what JSON does to the tuples of a cursor."""
     return tuple(map(_as_tuples, cursor)) if isinstance(cursor, list) else cursor

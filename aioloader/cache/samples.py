@@ -77,7 +77,7 @@ def size_of(sample: Any) -> int:
 _TENSOR_BYTES: Final = 400  # of a tensor without its elements: the Python object, the C++ object, and the storage
 
 
-def _pickled(sample: Any) -> int:
+def _pickled(sample: object) -> int:
     try:
         return len(pickle.dumps(sample, 5))
     except Exception:  # a user's object may raise anything

@@ -23,7 +23,7 @@ __all__ = [
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
-def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
+def check_count(name: str, value: object, *, least: int, hint: str = "") -> int:
     """`value` as an integer of at least `least`.
 
     Raises:
@@ -40,7 +40,7 @@ def check_count(name: str, value: Any, *, least: int, hint: str = "") -> int:
 
 
 def check_ahead(
-    ahead: Any, ahead_bytes: Any, concurrency: int | None, *, of: str = "concurrency"
+    ahead: object, ahead_bytes: object, concurrency: int | None, *, of: str = "concurrency"
 ) -> tuple[int | None, int | None]:
     """How far ahead a stage may be, in samples and in bytes.
 
@@ -66,7 +66,7 @@ def check_ahead(
     return ahead, ahead_bytes
 
 
-def check_integer(name: str, value: Any) -> int:
+def check_integer(name: str, value: object) -> int:
     """`value` as an integer of any size.
 
     Raises:
@@ -77,7 +77,7 @@ def check_integer(name: str, value: Any) -> int:
     return index(value)
 
 
-def check_seconds(name: str, value: Any) -> float:
+def check_seconds(name: str, value: object) -> float:
     """`value` as seconds, 0 or more.
 
     Raises:
@@ -92,7 +92,7 @@ def check_seconds(name: str, value: Any) -> float:
     return seconds
 
 
-def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
+def check_callable(name: str, fn: object, *, arguments: int, example: str) -> None:
     """Refuse a function that cannot be called with this number of arguments.
 
     Raises:
@@ -115,7 +115,7 @@ def check_callable(name: str, fn: Any, *, arguments: int, example: str) -> None:
         ) from None
 
 
-def check_gives_one(stage: str, fn: Any, way_out: str) -> None:
+def check_gives_one(stage: str, fn: object, way_out: str) -> None:
     """Refuse a generator function where one value per sample is needed.
 
     Raises:
@@ -130,7 +130,7 @@ def check_gives_one(stage: str, fn: Any, way_out: str) -> None:
         )
 
 
-def is_async_callable(fn: Any) -> bool:
+def is_async_callable(fn: object) -> bool:
     """Whether calling `fn` gives an awaitable or an async generator, as far as its definition tells.
 
     Looks through `functools.partial`, bound methods and objects with an `async def __call__`.
@@ -140,20 +140,20 @@ def is_async_callable(fn: Any) -> bool:
     return any(inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one) for one in (fn, call))
 
 
-def _without_partial(fn: Any) -> Any:
+def _without_partial(fn: object) -> Any:
     while hasattr(fn, "func") and hasattr(fn, "keywords"):
         fn = fn.func
     return fn
 
 
-def callable_name(fn: Any) -> str:
+def callable_name(fn: object) -> str:
     """The name of the user's function in stage names and errors, without module and `<locals>`."""
     fn = _without_partial(fn)
     name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
     return str(name).rpartition("<locals>.")[2]
 
 
-def check_number(name: str, value: Any, *, least: float, most: float = inf, hint: str = "") -> float:
+def check_number(name: str, value: object, *, least: float, most: float = inf, hint: str = "") -> float:
     """`value` as a finite number from `least` to `most`.
 
     Raises:
@@ -169,7 +169,7 @@ def check_number(name: str, value: Any, *, least: float, most: float = inf, hint
     return float(value)
 
 
-def check_positive(name: str, value: Any, hint: str) -> float:
+def check_positive(name: str, value: object, hint: str) -> float:
     """`value` as a finite number of more than 0.
 
     Raises:
@@ -182,7 +182,7 @@ def check_positive(name: str, value: Any, hint: str) -> float:
     return number
 
 
-def check_exceptions(name: str, kinds: Any) -> Errors:
+def check_exceptions(name: str, kinds: object) -> Errors:
     """`kinds` as exception types, for `except`.
 
     Raises:

@@ -11,7 +11,7 @@ MAX_COUNT: Final = (1 << 63) - 1
 """The largest count that a state may have."""
 
 
-def cursor_sequence(cursor: Any) -> list[Any]:
+def cursor_sequence(cursor: object) -> list[Any]:
     """The parts of `cursor`, a tuple that JSON may have made a list.
 
     Raises:
@@ -22,7 +22,7 @@ def cursor_sequence(cursor: Any) -> list[Any]:
     return list(cursor)
 
 
-def cursor_parts(cursor: Any, count: int) -> list[Any]:
+def cursor_parts(cursor: object, count: int) -> list[Any]:
     """The `count` parts of `cursor`.
 
     Raises:
@@ -34,7 +34,7 @@ def cursor_parts(cursor: Any, count: int) -> list[Any]:
     return parts
 
 
-def as_count(value: Any, most: int = MAX_COUNT) -> int:
+def as_count(value: object, most: int = MAX_COUNT) -> int:
     """`value`, a count.
 
     Raises:
@@ -68,7 +68,7 @@ class CompletionCursor:
         self._beyond = 0  # one bit for each entry after the front
         self._cursors: dict[int, Any] = {}  # of those delivered beyond the front
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         """Go on after the entries in `cursor`; returns the cursor for the nodes before."""
         self._front_cursor, front, beyond = cursor_parts(cursor, 3)
         # A string where one entry takes long: then the bits after it are too many for a decimal number in JSON.

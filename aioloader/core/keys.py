@@ -51,12 +51,12 @@ class _Text(str):
         return str(self)
 
 
-def each_key(key: Any, change: Callable[[Any], Any]) -> Any:
+def each_key(key: object, change: Callable[[Any], Any]) -> Any:
     """`change(key)`; for the key of a batch, a list, the change is applied to each sample's key."""
     return [each_key(part, change) for part in key] if type(key) is list else change(key)
 
 
-def source_of(key: Any) -> int | None:
+def source_of(key: object) -> int | None:
     """The number of the source of `merge`, `mix` or `interleave` that a sample is from; the outermost one."""
     while isinstance(key, PartKey):
         key = key.key
@@ -71,7 +71,7 @@ def key_text(key: Any) -> str:
         return repr(key)
 
 
-def written_key(key: Any) -> Any:
+def written_key(key: object) -> Any:
     """`key` in JSON's types, for `read_key`."""
     match key:
         case None | str() | int():
@@ -89,7 +89,7 @@ def written_key(key: Any) -> Any:
     return ["text", key_text(key)]
 
 
-def read_key(written: Any) -> Any:
+def read_key(written: object) -> Any:
     """The key that `written_key` wrote. A key without a form in JSON becomes another one with the same `key_text`."""
     if not isinstance(written, list):
         return written

@@ -94,7 +94,7 @@ class Limit:
         return f"Limit({self.value})"
 
 
-def check_concurrency(concurrency: Any, *, hint: str = "leave it out for the default") -> "int | Limit":
+def check_concurrency(concurrency: object, *, hint: str = "leave it out for the default") -> "int | Limit":
     """`concurrency` of a stage: an integer of at least 1, or a `Limit`.
 
     Raises:
@@ -111,7 +111,7 @@ def width_of(concurrency: "int | Limit") -> int:
     return concurrency.value if isinstance(concurrency, Limit) else concurrency
 
 
-def _checked(value: Any) -> int:
+def _checked(value: object) -> int:
     return check_count("the value of a Limit", value, least=1, hint="loader.paused() lets no sample begin at all")
 
 

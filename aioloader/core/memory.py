@@ -14,7 +14,7 @@ Alloc = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
 
 def tensor_over(
-    memory: Any, shape: Sequence[int], dtype: torch.dtype, *, offset: int = 0, strides: Sequence[int] | None = None
+    memory: object, shape: Sequence[int], dtype: torch.dtype, *, offset: int = 0, strides: Sequence[int] | None = None
 ) -> torch.Tensor:
     """A tensor that shares `memory`: what is written to one is read from the other.
 
@@ -41,7 +41,7 @@ def tensor_over(
     return tensor.set_(storage, 0, tuple(shape), strides)
 
 
-def tensor_over_bytes(buffer: Any) -> torch.Tensor:
+def tensor_over_bytes(buffer: object) -> torch.Tensor:
     """A uint8 tensor [len(buffer)] that shares the memory of `buffer`, any object with contiguous bytes.
 
     Lifetime: as that of `tensor_over`.

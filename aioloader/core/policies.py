@@ -119,7 +119,7 @@ class Attempts:
         return None
 
 
-def as_retry(retry: Any) -> Retry | None:
+def as_retry(retry: object) -> Retry | None:
     """`retry=` of a stage: attempts, a `Retry`, or None.
 
     Raises:
@@ -224,7 +224,14 @@ class Words:
 
 
 def check_policies(
-    retry: Any, timeout: Any, hedge: Any, rate: Any, *, is_async: bool, executor: Any = None, words: Words | None = None
+    retry: object,
+    timeout: object,
+    hedge: object,
+    rate: object,
+    *,
+    is_async: bool,
+    executor: object = None,
+    words: Words | None = None,
 ) -> Policies | None:
     """What is done about the calls of a stage; None: nothing.
 

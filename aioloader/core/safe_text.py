@@ -21,7 +21,7 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(masked(note).encode("utf-8", "backslashreplace").decode())
 
 
-def safe_repr(value: Any, most: int = 200) -> str:
+def safe_repr(value: object, most: int = 200) -> str:
     """The `repr` of `value`, at most `most` characters; works even if its `__repr__` raises."""
     try:
         text = masked(repr(value))  # before it is cut: in a URL that is cut off, a password cannot be recognised

@@ -23,7 +23,7 @@ class MeanBytes:
 
     now: float | None = None
 
-    def saw(self, sample: Any) -> None:
+    def saw(self, sample: object) -> None:
         """One more."""
         size = rough_bytes(sample)
         self.now = size if self.now is None else self.now + (size - self.now) / _RUNNING
@@ -33,7 +33,7 @@ class MeanBytes:
         return None if self.now is None else int(nbytes / max(1.0, self.now))
 
 
-def rough_bytes(sample: Any, depth: int = _DEPTH) -> int:
+def rough_bytes(sample: object, depth: int = _DEPTH) -> int:
     """Bytes of a sample, roughly: of tensors and arrays what they hold, of containers what is in them.
 
     Good enough to say how many of them fit into a budget. What is shared is counted each time; of an object of the
@@ -58,7 +58,7 @@ def rough_bytes(sample: Any, depth: int = _DEPTH) -> int:
     return _own(sample) + inside
 
 
-def _own(sample: Any) -> int:
+def _own(sample: object) -> int:
     try:
         return getsizeof(sample, 64)
     except Exception:  # a `__sizeof__` of the user's

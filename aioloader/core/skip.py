@@ -5,7 +5,6 @@ import tempfile
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from aioloader.core.checks import check_count
 from aioloader.core.policies import Errors, check_exceptions
@@ -64,7 +63,7 @@ class Skip:
         return None if self.report is None else Path(self.report)
 
 
-def as_skip(skip: Any) -> Skip | None:
+def as_skip(skip: object) -> Skip | None:
     """`skip_errors=` of a loader: a `Skip`, True for its defaults, False or None for none.
 
     Raises:
@@ -81,7 +80,7 @@ def as_skip(skip: Any) -> Skip | None:
     return skip
 
 
-def _check_share(share: Any) -> float:
+def _check_share(share: object) -> float:
     if isinstance(share, bool) or not isinstance(share, int | float):
         raise TypeError(f"max_share must be a number from 0 to 1, got {share!r}; 0.01 allows 1 error in 100 samples")
     if not (isfinite(share) and 0 <= share <= 1):
@@ -89,7 +88,7 @@ def _check_share(share: Any) -> float:
     return float(share)
 
 
-def _check_report(report: Any) -> Path:
+def _check_report(report: object) -> Path:
     """The path of a report, as one that does not depend on the working directory of whoever writes it.
 
     Raises:

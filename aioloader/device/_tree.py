@@ -34,7 +34,7 @@ ATTRIBUTE_STEPS: Final = 4
 
 
 def rebuild(
-    value: Any,
+    value: object,
     tensor: Callable[[torch.Tensor], torch.Tensor],
     is_leaf: Callable[[Any], bool],
     other: Callable[[Any], Any],
@@ -67,7 +67,7 @@ class _Rebuilding:
         self._is_leaf = is_leaf
         self._other = other
 
-    def new(self, value: Any) -> Any:
+    def new(self, value: object) -> Any:
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
         if isinstance(value, _NO_STRUCTURE):
@@ -173,12 +173,12 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
         return {}
 
 
-def tensors_in(value: Any, attribute_steps: int = ATTRIBUTE_STEPS) -> Iterator[torch.Tensor]:
+def tensors_in(value: object, attribute_steps: int = ATTRIBUTE_STEPS) -> Iterator[torch.Tensor]:
     """The tensors in `value`, each once, found through containers and the attributes of objects."""
     yield from _search(value, attribute_steps, {})
 
 
-def _search(value: Any, steps: int, seen: dict[int, Any]) -> Iterator[torch.Tensor]:
+def _search(value: object, steps: int, seen: dict[int, Any]) -> Iterator[torch.Tensor]:
     if isinstance(value, _NO_STRUCTURE) or id(value) in seen:
         return
     seen[id(value)] = value  # kept alive, since another object could get its id

@@ -105,6 +105,7 @@ class RayStep(ProcessStep):
     def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
         self.meter.actors = self._actors.actors
+        self._seconds_each = self._actors.seconds_each  # as in the epoch before: its first chunks are large enough
 
     def close(self) -> None:
         super().close()
@@ -141,6 +142,7 @@ class RayStep(ProcessStep):
         if isinstance(outcome, RayResult):
             self.meter.timeouts += outcome.timeouts
         super()._back(chunk, slot, outcome)
+        self._actors.seconds_each = self._seconds_each
 
     def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
         if death.expired:

@@ -18,7 +18,7 @@ from aioloader.core.source import CursorSource, EntryReader, SourceContext
 __all__ = ["ReadCheck", "opened"]
 
 
-def opened(source: CursorSource, context: SourceContext, cursor: Any) -> EntryReader:
+def opened(source: CursorSource, context: SourceContext, cursor: object) -> EntryReader:
     """The reader that `source` opens.
 
     Raises:
@@ -45,7 +45,7 @@ class ReadCheck:
         self._name = f"{_name(source)}: {_name(reader)}.read"
         self._is_first = True
 
-    def awaitable(self, answer: Any) -> Awaitable[Any]:
+    def awaitable(self, answer: object) -> Awaitable[Any]:
         """What `read` returned, which is to be awaited.
 
         Raises:
@@ -55,7 +55,7 @@ class ReadCheck:
             raise TypeError(f"{self._name} must be an `async def` that returns a list, got {_what(answer)} from it")
         return answer
 
-    def look_at(self, entries: Any, limit: int) -> None:
+    def look_at(self, entries: object, limit: int) -> None:
         """Refuse what is no list of new entries.
 
         Raises:
@@ -87,7 +87,7 @@ class ReadCheck:
         for entry in entries:
             self._look_closely(entry)
 
-    def _look_closely(self, entry: Any) -> None:
+    def _look_closely(self, entry: object) -> None:
         if not isinstance(entry, Entry):
             raise TypeError(
                 f"{self._name} must return a list of entries, got one with {_what(entry)}; make it "
@@ -109,7 +109,7 @@ class ReadCheck:
                 f"number, a string, a path, or a tuple of these"
             )
 
-    def _check_cursor(self, cursor: Any) -> None:
+    def _check_cursor(self, cursor: object) -> None:
         for part in _parts_of(cursor):
             if not isinstance(part, str | int | float | None):
                 way_out = "tuple(cursor)" if isinstance(part, list) else "for instance int(number)"
@@ -119,7 +119,7 @@ class ReadCheck:
                 )
 
 
-def _parts_of(cursor: Any) -> list[Any]:
+def _parts_of(cursor: object) -> list[Any]:
     """What is in a cursor, and in the tuples in it."""
     parts, inner = [], [cursor]
     while inner:
@@ -131,9 +131,9 @@ def _parts_of(cursor: Any) -> list[Any]:
     return parts
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return type(value).__qualname__.rpartition("<locals>.")[2]
 
 
-def _what(value: Any) -> str:
+def _what(value: object) -> str:
     return "None" if value is None else f"{safe_repr(value, 80)} of type {type(value).__name__}"

@@ -26,15 +26,14 @@ def actors_advice(stage: StageStats, knob: str) -> str:
 def way_is_limit(stage: StageStats, seconds: float) -> bool:
     """Whether samples are under way in actors all the time, and these compute for a part of it only."""
     idle = stage.waiting_for_input_seconds + stage.waiting_for_room_seconds
-    running = [actor for actor in stage.actors if actor.running]
-    computing = sum(actor.busy_seconds for actor in running)
-    lived = sum(actor.running_seconds for actor in running)
-    return stage.kind == "ray" and bool(running) and idle < IDLE * seconds and computing < BUSY * lived
+    all_run = bool(stage.actors) and all(actor.running for actor in stage.actors)
+    return stage.kind == "ray" and all_run and idle < IDLE * seconds and stage.utilization < BUSY
 
 
 def words_of_way(stage: StageStats, seconds: float) -> str:
     """The same in words, with what may help."""
-    rate = sum(actor.received_bytes for actor in stage.actors) / seconds / 1e6
+    each = sum(actor.received_bytes for actor in stage.actors) / max(1, sum(actor.samples for actor in stage.actors))
+    rate = each * stage.samples / seconds / 1e6  # of this epoch: the actors count all of their lives
     return (
         f"{stage.name} waits for what crosses to its actors and back ({rate:.0f} MB/s came from them): send less (keys "
         f"instead of bytes, uint8 instead of float32), do more in one function, or use executor='process' where this "

@@ -366,5 +366,9 @@ class Batching(Described[T_co]):
     def unbatch(self: "Described[Any]") -> "Pipeline[Any]": ...
 
     def unbatch(self) -> "Pipeline[Any]":
-        """Give the samples of each batch, rows of tensors and items of lists: the inverse of the default `batch`."""
+        """Give the samples of each batch, rows of tensors and items of lists: the inverse of the default `batch`.
+
+        Of a batch of `Packed` rows these are the rows as `pack` gave them. Of a single row they are its documents:
+        tensors, or dicts of them, each a piece where a document was cut, and with the padding of `pad_to`.
+        """
         return self._then(Unbatch(flows_of(self._plan)[-1].collated))

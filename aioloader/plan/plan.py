@@ -114,6 +114,7 @@ class Plan:
         staleness: Batches that samples may begin before their own is asked for; None: it is for room alone to say.
         seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
         gives_info: What is handed out are pairs of a batch and its `BatchInfo`.
+        told_length: How many entries an epoch has, as the user has said, and after how many stages; None: nothing said.
     """
 
     source: Single | Combined
@@ -125,6 +126,7 @@ class Plan:
     staleness: int | None = None
     seed: int | None = None
     gives_info: bool = False
+    told_length: tuple[int, int] | None = None
 
 
 def functions_of(plan: "Plan") -> list[Any]:
@@ -151,13 +153,16 @@ def length_of(plan: Plan) -> int:
     Raises:
         TypeError: Unknown before it has run.
     """
-    at = max((at for at, stage in enumerate(plan.stages) if stage.parts), default=None)
-    if at is None:
+    told, stages = plan.told_length, plan.stages
+    at = max((at for at, stage in enumerate(stages) if stage.parts), default=-1)
+    if told is not None and at < told[1] <= len(stages):  # else it was said of a part of the plan
+        length, stages = told[0], stages[told[1] :]
+    elif at < 0:
         length = plan.source.length()
     else:  # each part has stages of its own
-        before, parts = replace(plan, stages=plan.stages[:at]), plan.stages[at].parts
-        length = sum(length_of(part_of(before, number, parts)) for number in range(parts))
-    for stage in plan.stages[0 if at is None else at + 1 :]:
+        before, parts = replace(plan, stages=stages[:at]), stages[at].parts
+        length, stages = sum(length_of(part_of(before, number, parts)) for number in range(parts)), stages[at + 1 :]
+    for stage in stages:
         length = stage.length(length)
     return length
 
@@ -287,14 +292,15 @@ def _part_of(plan: Plan, number: int, of: int, *, may_deal_files: bool) -> Plan:
     if isinstance(source, Combined):  # by samples where these are paired up
         by_files = may_deal_files and source.how != "zip"
         parts = (_part_of(inner, number, of, may_deal_files=by_files) for inner in source.plans)
-        return replace(plan, source=replace(source, plans=tuple(parts)))
+        return replace(plan, source=replace(source, plans=tuple(parts)), told_length=None)
     at = max((at for at, flow in enumerate(flows_of(plan)) if flow.by_key), default=0)
     part = Part(number, of)
     if isinstance(source.data, StreamData) and isinstance(source.data.make, FileSource):
         files = source.data.make.part(number, of) if may_deal_files else None
         if files is not None:
             part, source = Part(number, of, by_file=True), replace(source, data=replace(source.data, make=files))
-    return replace(plan, source=source, stages=(*plan.stages[:at], part, *plan.stages[at:]))
+    stages = (*plan.stages[:at], part, *plan.stages[at:])
+    return replace(plan, source=source, stages=stages, told_length=None)  # which is that of all parts
 
 
 def without_reports(plan: Plan) -> Plan:

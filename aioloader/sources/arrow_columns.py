@@ -182,12 +182,12 @@ def rows_and_failures(batch: Any) -> tuple[list[dict[str, Any]], dict[int, tuple
     return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)], failures
 
 
-def _cells(array: Any) -> list[Any]:
+def _cells(array: object) -> list[Any]:
     """A column as Python objects, made by arrow in C++."""
     cells: list[Any] = _decoded(array).to_pylist()
     return cells
 
 
-def _decoded(array: Any) -> Any:
+def _decoded(array: object) -> Any:
     """The array without a dictionary: arrow looks up single values seventy times as slowly as all at once."""
     return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array

@@ -31,10 +31,10 @@ class FetchedFiles(FetchSource):
         ahead_bytes: int | None = None,
         client_options: Any = None,
         retry_config: Any = None,
-        retry: Any = None,
-        timeout: Any = None,
-        hedge: Any = None,
-        rate: Any = None,
+        retry: object = None,
+        timeout: object = None,
+        hedge: object = None,
+        rate: object = None,
     ) -> None:
         check_read(read, with_path)
         options = {"client_options": client_options, "retry_config": retry_config}

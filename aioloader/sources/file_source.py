@@ -47,7 +47,7 @@ class FileSource(CursorSource[T_co], Generic[S, T_co]):
     _dealt: Dealt | None = None
     _words: ClassVar[tuple[str, str]] = ("file", "the files")  # what one is called, and all of them
 
-    def _set_order(self, shuffle: Any, seed: Any, interleave: Any) -> None:
+    def _set_order(self, shuffle: object, seed: object, interleave: object) -> None:
         self.shuffle = bool(shuffle)
         self.seed = check_integer("seed", seed)
         self.interleave = min(check_count("interleave", interleave, least=1), len(self._files))
@@ -136,18 +136,18 @@ class FileSource(CursorSource[T_co], Generic[S, T_co]):
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def check_cursor(self, cursor: Any) -> None:
+    def check_cursor(self, cursor: object) -> None:
         if self._dealt is not None and self._dealt.counted:
             cursor, given = cursor_parts(cursor, 2)
             as_count(given)
         self._places(cursor)
 
-    def open(self, context: SourceContext, cursor: Any) -> EntryReader:
+    def open(self, context: SourceContext, cursor: object) -> EntryReader:
         if self._dealt is not None and self._dealt.counted:
             return EvenReader(self, self._dealt, context, cursor)
         return self.open_files(context, cursor)
 
-    def open_files(self, context: SourceContext, cursor: Any) -> EntryReader:
+    def open_files(self, context: SourceContext, cursor: object) -> EntryReader:
         """All files of this rank, once, from `cursor` on."""
         return self.side_by_side(self._opener(context, self.order_of(context)), cursor)
 
@@ -156,14 +156,14 @@ class FileSource(CursorSource[T_co], Generic[S, T_co]):
         return FileOrder(file_order(len(self._files), self._seed_of(context), self._dealt), self._lanes)
 
     def side_by_side(
-        self, open_lane: Callable[[int, S], Lane], cursor: Any, stays: Callable[[Entry], bool] | None = None
+        self, open_lane: Callable[[int, S], Lane], cursor: object, stays: Callable[[Entry], bool] | None = None
     ) -> EntryReader:
         """The lanes that `open_lane` opens, each at its place in `cursor`."""
         turn, cursors, places = self._places(cursor)
         lanes = [open_lane(*place) for place in places]
         return lanes[0] if len(lanes) == 1 else InTurn(lanes, turn, cursors, stays)
 
-    def _places(self, cursor: Any) -> tuple[int, list[Any], list[tuple[int, S]]]:
+    def _places(self, cursor: object) -> tuple[int, list[Any], list[tuple[int, S]]]:
         """Whose turn is next, the cursors of all lanes, and where each of them begins.
 
         Raises:
@@ -173,7 +173,7 @@ class FileSource(CursorSource[T_co], Generic[S, T_co]):
         turn, cursors = (0, [cursor]) if lanes == 1 else turn_cursor(cursor, lanes)
         return turn, cursors, [self._place(lane, one) for lane, one in enumerate(cursors)]
 
-    def _place(self, lane: int, cursor: Any) -> tuple[int, S]:
+    def _place(self, lane: int, cursor: object) -> tuple[int, S]:
         """The position of a file, and the place in it where `lane` begins."""
         if cursor is None:
             return lane, self._parse(None)[1]
@@ -196,7 +196,7 @@ class FileSource(CursorSource[T_co], Generic[S, T_co]):
         return context.seed(self.seed, "files") if self.shuffle else None
 
     @abstractmethod
-    def _parse(self, cursor: Any) -> tuple[Any, S]:
+    def _parse(self, cursor: object) -> tuple[Any, S]:
         """The position of a file and the place in it, of the cursor of one lane; None: the beginning.
 
         Raises:

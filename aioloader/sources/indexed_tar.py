@@ -104,7 +104,7 @@ class IndexedTarFiles(NamedSamples):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> Any:
         """The sample with number `key`; for a slice, a list of samples.
 
         Raises:

@@ -159,7 +159,7 @@ class Lines(FileSource[_Start, T_co]):
             )
         return super().dealt(rank, world_size, even)
 
-    def _parse(self, cursor: Any) -> tuple[Any, _Start]:
+    def _parse(self, cursor: object) -> tuple[Any, _Start]:
         if cursor is None:
             return 0, _BEGINNING
         parts = cursor_sequence(cursor)

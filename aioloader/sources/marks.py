@@ -27,7 +27,7 @@ BLOCK: Final = 64 << 10
 that can be measured, one per line does."""
 
 
-def read_mark(value: Any) -> int | None:
+def read_mark(value: object) -> int | None:
     """Check a mark in a cursor; None if it has no mark, and what is before it is not checked.
 
     Raises:

@@ -126,7 +126,7 @@ class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "batch_rows": self.batch_rows}
 
-    def _parse(self, cursor: Any) -> tuple[Any, ParquetStart]:
+    def _parse(self, cursor: object) -> tuple[Any, ParquetStart]:
         if cursor is None:
             return 0, ParquetStart()
         parts = list(map(as_count, cursor_sequence(cursor)))
@@ -134,7 +134,7 @@ class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
             raise ValueError(f"a list of 3 or 4 was expected, got {cursor!r}"[:200])
         return parts[0], ParquetStart(*parts[1:])
 
-    def open_files(self, context: SourceContext, cursor: Any) -> EntryReader:
+    def open_files(self, context: SourceContext, cursor: object) -> EntryReader:
         if self.batch_rows is None:
             return super().open_files(context, cursor)
         order = self.order_of(context)
@@ -171,7 +171,7 @@ def _require_pyarrow() -> None:
         raise ImportError("ParquetRows needs the package pyarrow: pip install 'aioloader[parquet]'") from error
 
 
-def _check_columns(columns: Any) -> tuple[str, ...]:
+def _check_columns(columns: object) -> tuple[str, ...]:
     if isinstance(columns, str) or not isinstance(columns, Sequence):
         raise TypeError(f"columns must be a list of names, got {columns!r}; pass [{columns!r}] for one column")
     names = tuple(columns)

@@ -159,7 +159,7 @@ def stored_chunks(
 
 
 async def parsed(
-    chunks: AsyncGenerator[Any], parser: Parser, thread: SourceThreads, *, after: Any
+    chunks: AsyncGenerator[Any], parser: Parser, thread: SourceThreads, *, after: object
 ) -> AsyncGenerator[list[Entry]]:
     """Feed `chunks` to `parser`, in `thread`; a failure is the last entry. Lists may be empty.
 

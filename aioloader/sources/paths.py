@@ -120,7 +120,7 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def each_path(paths: Any, *, source: str) -> list[str]:
+def each_path(paths: object, *, source: str) -> list[str]:
     """`paths` as a list of strings, which are not looked up.
 
     Raises:

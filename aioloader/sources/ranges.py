@@ -93,7 +93,7 @@ class RequestedRange:
         finally:
             request.cancel()
 
-    def _took_answer(self, meta: Any) -> int:
+    def _took_answer(self, meta: object) -> int:
         end = self._check(meta)
         if self._meta is None:
             self._meta = meta

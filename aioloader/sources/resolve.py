@@ -13,7 +13,7 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from aioloader.core.checks import is_async_callable
 from aioloader.core.safe_text import safe_repr
@@ -138,14 +138,14 @@ class StreamData:
 _used: WeakSet[Any] = WeakSet()  # a generator may be passed to several pipelines
 
 
-def _is_used(iterator: Any) -> bool:
+def _is_used(iterator: object) -> bool:
     try:
         return iterator in _used
     except TypeError:
         return False
 
 
-def resolve(source: Any) -> Indexable | StreamData:
+def resolve(source: object) -> Indexable | StreamData:
     """How `source` is read.
 
     Raises:
@@ -166,7 +166,8 @@ def resolve(source: Any) -> Indexable | StreamData:
     if isinstance(source, AsyncIterable):
         return StreamData(source, call=False, single_use=isinstance(source, AsyncIterator))
     if isinstance(source, Iterable):
-        return StreamData(source, call=False, single_use=isinstance(source, Iterator))
+        once = isinstance(source, Iterator) and not isinstance(source, Sampler)
+        return StreamData(source, call=False, single_use=once)
     if callable(source):
         _check_no_arguments(source)
         return StreamData(source, call=True, single_use=False)
@@ -175,7 +176,7 @@ def resolve(source: Any) -> Indexable | StreamData:
     raise TypeError(f"a source must be {TAKEN}; got {describe(source)}")
 
 
-def warn_of_live(loader: Any, *streams: Any) -> None:
+def warn_of_live(loader: object, *streams: object) -> None:
     """Warn of a `for` loop in the thread of an event loop if one of `streams` waits for others to send.
 
     The warning names the caller of the function that calls this one.
@@ -189,17 +190,17 @@ def warn_of_live(loader: Any, *streams: Any) -> None:
         )
 
 
-def _is_live(stream: Any) -> bool:
+def _is_live(stream: object) -> bool:
     """Whether its samples come when others send them, and more may come."""
     return isinstance(stream, CursorSource) and not stream.replayable and not getattr(stream, "closed", False)
 
 
-def is_one_source(value: Any) -> bool:
+def is_one_source(value: object) -> bool:
     """Whether this is a source itself, and not a list of sources or numbers."""
     return isinstance(value, (Dataset, CursorSource, AsyncIterable))
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: object) -> None:
     """Refuse what `DataLoader` can neither index nor iterate, or what looks like a mistake: a class, or a name.
 
     Raises:
@@ -227,7 +228,7 @@ def check_dataset(dataset: Any) -> None:
     raise TypeError(f"{rule}; got {describe(dataset)}{hint}")
 
 
-def _check_can_begin(source: Any) -> None:
+def _check_can_begin(source: object) -> None:
     """Refuse a generator that has ended, or is running: it would give nothing, or raise."""
     over = running = False
     if inspect.isgenerator(source):
@@ -262,7 +263,7 @@ def _indexable(source: Any) -> Indexable | None:
     return None
 
 
-def _is_in_memory(source: Any) -> bool:
+def _is_in_memory(source: object) -> bool:
     """Whether its samples are in memory, and reading one runs no user code."""
     if isinstance(source, Files):
         return source.read is None  # its samples are the paths
@@ -325,7 +326,7 @@ def describe_content(source: Indexable | StreamData) -> str:
     return name
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_plain, value))}]"
     if value is None or isinstance(value, str | int | float | bool | range):
@@ -337,13 +338,13 @@ def _plain(value: Any) -> str:
     return source_name(value)
 
 
-def source_name(source: Any) -> str:
+def source_name(source: object) -> str:
     """The name of a source in reprs and statistics: the function's, else the type's."""
     name = getattr(source, "__qualname__", None) or type(source).__qualname__
     return str(name).rpartition("<locals>.")[2]
 
 
-def describe(source: Any) -> str:
+def describe(source: object) -> str:
     """The user's object for an error message: its name or type, and little of its content."""
     name = getattr(source, "__qualname__", None)
     if name is not None:

@@ -38,7 +38,7 @@ class StoredFile:
 
 
 def find_stored_files(
-    paths: Paths, store: Any, options: Options, policies: Options, *, source: str, folders: bool = False
+    paths: Paths, store: object, options: Options, policies: Options, *, source: str, folders: bool = False
 ) -> tuple[tuple[StoredFile, ...], RequestPolicies]:
     """The files of `paths`, in order, and what is done about requests for them.
 
@@ -75,7 +75,7 @@ def find_stored_files(
     return tuple(files), RequestPolicies(checked, source)
 
 
-def names_urls(paths: Any, *, source: str) -> bool:
+def names_urls(paths: object, *, source: str) -> bool:
     """Whether something in `paths` is in a store.
 
     Raises:

@@ -23,7 +23,7 @@ ONE_ATTEMPT: Final[Any] = {"max_retries": 0}
 """The `retry_config` of a store whose requests are retried by us."""
 
 
-def request_options(client_options: Any, retry_config: Any, retry: Any, *, source: str) -> Options:
+def request_options(client_options: object, retry_config: object, retry: object, *, source: str) -> Options:
     """What a source tells its stores: with a `retry` of ours, they make no retries themselves.
 
     Raises:
@@ -105,7 +105,7 @@ def with_options(store: Any, options: Options, *, source: str) -> Any:
     return type(store)(*args, **{**kwargs, **given})
 
 
-def read_version(value: Any) -> str | None:
+def read_version(value: object) -> str | None:
     """Check a version in a cursor.
 
     Raises:
@@ -126,7 +126,7 @@ class Version:
         mark: For cursors: where the object is, and its version; None if that is not known, or not yet.
     """
 
-    def __init__(self, store: Any, key: str, expected: str | None = None) -> None:
+    def __init__(self, store: object, key: str, expected: str | None = None) -> None:
         self._store = store
         self._key = key
         self._expected = expected
@@ -144,7 +144,7 @@ class Version:
         """The object's size in bytes, once an answer has arrived."""
         return int(self._meta["size"])
 
-    def is_same(self, meta: Any) -> bool:
+    def is_same(self, meta: object) -> bool:
         """Whether an answer is of the same version as the first one. The first call sets that version.
 
         If that is not the expected one, no answer is: of several requests for a range, a later one must not be taken

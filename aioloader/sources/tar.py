@@ -179,7 +179,7 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
         """The paths and URLs of the archives, in order."""
         return tuple(file.url for file in self._files)
 
-    def _parse(self, cursor: Any) -> tuple[Any, _Start]:
+    def _parse(self, cursor: object) -> tuple[Any, _Start]:
         if cursor is None:
             return 0, _BEGINNING
         index, offset, mark, version = cursor_parts(cursor, 4)

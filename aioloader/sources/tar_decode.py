@@ -74,7 +74,7 @@ class DecodeSample:
         return decoded
 
 
-def _require_pillow(decoding: Any) -> None:
+def _require_pillow(decoding: object) -> None:
     try:
         import PIL  # noqa: F401
     except ImportError as error:

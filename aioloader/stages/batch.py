@@ -20,6 +20,7 @@ from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
 from aioloader.stages.load import CollateAny, CollateAsync, FetchBatch, FetchGroup
+from aioloader.stages.packed import Packed, unpack
 
 __all__ = ["Batch", "BatchFold", "CollateWith", "Unbatch"]
 
@@ -199,11 +200,11 @@ class BatchFold:
         self._count = 0
         self._after: Any = None  # the cursor of the last group
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         self._after = cursor
         return cursor
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return self._after if self._drop_last else cursor  # what was dropped would belong to the next group
 
     def wants(self, limit: int) -> int:
@@ -262,7 +263,8 @@ class Unbatch(FoldStage):
     """The samples of each batch, one by one. Cursor: that *before* the batch, and how many of its samples are out.
 
     A tensor or array gives its rows, a tuple or mapping of them gives tuples and mappings of rows, a list gives its
-    items; but after a default collate, which makes lists of tuples, a list is taken apart as a tuple is.
+    items; but after a default collate, which makes lists of tuples, a list is taken apart as a tuple is. A batch of
+    `Packed` rows gives the rows, and a row its documents.
 
     Args:
         collated: The batches come from the default collate.
@@ -300,12 +302,12 @@ class _UnbatchFold:
         self._before: Any = None
         self._skipped = 0  # samples of the first batch that were delivered before a resume
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         self._before, skipped = cursor_parts(cursor, 2)
         self._skipped = as_count(skipped)
         return self._before
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return (cursor, 0)
 
     def wants(self, limit: int) -> int:
@@ -355,6 +357,8 @@ def _names_of_rows(batch: Entry, count: int) -> list[tuple[Any, int | None]]:
 
 def _rows(batch: Any, collated: bool) -> Sequence[Any]:
     """The samples of `batch`."""
+    if isinstance(batch, Packed):
+        return unpack(batch)
     if isinstance(batch, torch.Tensor):
         if batch.ndim == 0:
             raise ValueError("unbatch() needs a batch dimension, got a tensor without dimensions")

@@ -138,7 +138,7 @@ class Measure:
     most: int
     too_long: TooLong
 
-    def __call__(self, sample: Any) -> Any:
+    def __call__(self, sample: object) -> Any:
         """Measure it.
 
         Raises:
@@ -173,10 +173,10 @@ class _InOrderFold(Fold):
         self._pending: list[Entry] = []
         self._typical = 1  # samples in a batch: those of the last one
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         return cursor
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return cursor  # `interrupt` and `flush` have given what was held
 
     def wants(self, limit: int) -> int:
@@ -245,7 +245,7 @@ class _WindowFold:
         self._held = 0  # samples in these
         self._given: Any = (None, 0, 0)  # the cursor after what has been given
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         upstream, number, gone = cursor_parts(cursor, 3)
         gone = int(gone, 16) if isinstance(gone, str) else gone
         if type(gone) is not int or gone < 0 or gone.bit_length() > self._size:
@@ -255,7 +255,7 @@ class _WindowFold:
         self._given = (upstream, self._number, gone)
         return upstream
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return self._given if self._pending or self._planned else (cursor, self._number, 0)
 
     def wants(self, limit: int) -> int:

@@ -116,7 +116,7 @@ DEFAULT: Final = Collate()
 
 
 def collate_samples(
-    samples: Any,
+    samples: object,
     keys: Sequence[Any] | None,
     collate_fn: Callable[[Any], Any] | None,
     default: Callable[[Any, Any], Any],
@@ -281,11 +281,11 @@ def _dtype(tensor: torch.Tensor) -> str:
     return f"has {tensor.dtype}"
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     return f"is {safe_repr(value, 30)}"
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if value is None:
         return "is None"
     if isinstance(value, torch.Tensor) and value.is_nested:

@@ -50,7 +50,7 @@ class FetchBatch(Holds):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: object,
         collate_fn: Callable[[list[Any]], Any] | None,
         collate: Collate | type[Group],
         leaves_out: Errors = (),
@@ -278,7 +278,7 @@ class FetchOne(Holds):
     def held(self) -> tuple[Any, ...]:
         return self.dataset, self.convert
 
-    def __call__(self, key: Any) -> Any:
+    def __call__(self, key: object) -> Any:
         sample = self.dataset[key]
         return sample if self.convert is None else self.convert(sample)
 

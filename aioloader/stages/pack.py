@@ -156,7 +156,7 @@ class Prepare:
     too_long: OverRow
     padding: Padding
 
-    def __call__(self, sample: Any) -> Any:
+    def __call__(self, sample: object) -> Any:
         """Convert it.
 
         Raises:
@@ -215,7 +215,7 @@ class _PackFold:
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         upstream, oldest, following, offset, begun, codes = cursor_parts(cursor, 6)
         codes = cursor_sequence(codes)
         if not following:  # also where numbers were forgotten: then all comes again from here on
@@ -229,7 +229,7 @@ class _PackFold:
         self._missing = {document: row.number for row in rows for document, _, _ in row.pieces}
         return upstream
 
-    def _again(self, number: int, entry: Entry, before: Any) -> Entry | None:
+    def _again(self, number: int, entry: Entry, before: object) -> Entry | None:
         """A document that had come before the state was taken; an error where it is not what it was."""
         row = self._missing.pop(number, None)
         failed = None
@@ -262,7 +262,7 @@ class _PackFold:
             before, oldest = self._newest, following
         return before, oldest, following, self._offset, self._plan.begun, codes
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         if self._held or self._resumed is not None:
             return self._cursor()
         return cursor, self._number, self._number, 0, self._plan.begun, ()
@@ -298,7 +298,7 @@ class _PackFold:
             out.append(entry)
         return out
 
-    def _put(self, number: int, entry: Entry, before: Any, after: Any, out: list[Entry]) -> None:
+    def _put(self, number: int, entry: Entry, before: object, after: object, out: list[Entry]) -> None:
         """Put a document into rows."""
         plan, document = self._plan, entry.value
         length, start = document.length, self._offset

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -12,7 +13,17 @@ from torch.utils.data._utils import collate as torch_collate
 
 from aioloader.core.safe_text import safe_repr
 
-__all__ = ["IGNORED", "Document", "MakeRow", "Packed", "Padding", "RowParts", "collate_packed", "document_of"]
+__all__ = [
+    "IGNORED",
+    "Document",
+    "MakeRow",
+    "Packed",
+    "Padding",
+    "RowParts",
+    "collate_packed",
+    "document_of",
+    "unpack",
+]
 
 IGNORED: Final = -100
 """What labels are padded with: torch's `cross_entropy` leaves it out."""
@@ -23,7 +34,8 @@ class Packed(NamedTuple):
 
     What follows is for a row of L tokens with n documents, a piece of one counted as one. `batch(B)` stacks rows:
     `tokens`, `positions` and `segments` are [B, L] then, and `cu_seqlens` is that of the B rows one after the other,
-    [B * L] tokens, where the padding at the end of a row is a sequence of its own.
+    [B * L] tokens, where the padding at the end of a row is a sequence of its own. `unbatch()` gives the rows of a
+    batch again, and the documents of a row.
 
     Attributes:
         tokens: [L], of the documents' dtype; for documents with fields, a dict of these.
@@ -103,7 +115,7 @@ class Document:
     names: frozenset[Any] | None = None
 
 
-def document_of(sample: Any, padding: Padding) -> Document:
+def document_of(sample: object, padding: Padding) -> Document:
     """`sample` as tensors, without a copy where there are some.
 
     Raises:
@@ -135,7 +147,7 @@ def _what(name: str | None) -> str:
     return "a document" if name is None else f"the field {safe_repr(name, 60)} of a document"
 
 
-def _tokens_of(value: Any, name: str | None) -> Tensor:
+def _tokens_of(value: object, name: str | None) -> Tensor:
     """[length], on the CPU."""
     if isinstance(value, Tensor):
         pass
@@ -262,3 +274,39 @@ def collate_packed(rows: Sequence[Packed], *, collate_fn_map: Any = None) -> Pac
             parts.append(np.array([(number + 1) * size], dtype=np.int32))
     cu_seqlens = torch.from_numpy(np.concatenate(parts).astype(np.int32, copy=False))
     return Packed(tokens, positions, segments, cu_seqlens, longest, tuple(row.keys for row in rows))
+
+
+def unpack(packed: Packed) -> list[Any]:
+    """What `packed` was made of: the rows of a batch, the documents (pieces) of a row as tensors or dicts of them.
+
+    A row has as many sequences as keys. In a batch another one may follow, the padding at the end of the row; so rows
+    are what they were before they were batched. Documents have the padding that `pad_to` gave them.
+
+    Raises:
+        ValueError: Somebody has changed the keys or `cu_seqlens`.
+    """
+    if packed.segments.ndim == 1:
+        return [_between(packed.tokens, begin, end) for begin, end in pairwise(packed.cu_seqlens.tolist())]
+    size = packed.segments.shape[1]
+    rows: list[Packed] = []
+    at = 0  # where in `cu_seqlens` the row begins
+    parts = zip(packed.keys, packed.positions, packed.segments, strict=False)
+    for number, (keys, positions, segments) in enumerate(parts):
+        ends = packed.cu_seqlens[at : at + len(keys) + 1] - number * size
+        if not 0 < len(keys) < len(ends) or ends[0] != 0 or ends[-1] > size:
+            break
+        at += len(keys) + (int(ends[-1]) < size)
+        rows.append(Packed(_between(packed.tokens, number), positions, segments, ends, int(ends.diff().max()), keys))
+    if not len(rows) == len(packed.segments) == len(packed.keys):
+        raise ValueError(
+            "unbatch() takes batches as pack() and batch() make them, got one whose keys and cu_seqlens are not those "
+            "of its rows; put the map that changes them after unbatch()"
+        )
+    return rows
+
+
+def _between(tokens: Any, begin: int, end: int | None = None) -> Any:
+    """A part of each field; without `end`, what is at `begin`."""
+    if isinstance(tokens, Mapping):
+        return {name: _between(field, begin, end) for name, field in tokens.items()}
+    return tokens[begin] if end is None else tokens[begin:end]

@@ -61,7 +61,7 @@ def current_rank() -> tuple[int, int]:
     return numbers
 
 
-def check_rank(rank: Any, world_size: Any) -> tuple[int, int]:
+def check_rank(rank: object, world_size: object) -> tuple[int, int]:
     """Rank and world size as they were passed.
 
     Raises:
@@ -93,7 +93,7 @@ def _check_range(rank: int, world_size: int, where: str) -> None:
 # -- process groups ----------------------------------------------------------------------------------------------------
 
 
-def check_group(group: Any) -> None:
+def check_group(group: object) -> None:
     """Refuse what is no process group, or one without this process.
 
     Raises:
@@ -175,7 +175,7 @@ def check_mesh(mesh: Any) -> MeshDims:
     return mesh, dims
 
 
-def _is_mesh(mesh: Any) -> bool:
+def _is_mesh(mesh: object) -> bool:
     if not torch.distributed.is_available():
         return False
     from torch.distributed.device_mesh import DeviceMesh
@@ -183,7 +183,7 @@ def _is_mesh(mesh: Any) -> bool:
     return isinstance(mesh, DeviceMesh)
 
 
-def _dimension(dim: Any, ndim: int, names: tuple[str, ...], known: str) -> int:
+def _dimension(dim: object, ndim: int, names: tuple[str, ...], known: str) -> int:
     if isinstance(dim, str):
         if dim in names:
             return names.index(dim)

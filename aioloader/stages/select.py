@@ -68,12 +68,12 @@ class _TakeFold(_EachFold):
         self._n = n
         self._count = 0
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         upstream, count = cursor_parts(cursor, 2)
         self._count = as_count(count, self._n)
         return upstream
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return (cursor, self._count)
 
     @property
@@ -128,12 +128,12 @@ class _SkipFold(_EachFold):
         self._n = n
         self._skipped = 0
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         upstream, skipped = cursor_parts(cursor, 2)
         self._skipped = as_count(skipped, self._n)
         return upstream
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return (cursor, self._skipped)
 
     def wants(self, limit: int) -> int:
@@ -178,12 +178,12 @@ class _EnumerateFold(_EachFold):
     def __init__(self) -> None:
         self._count = 0
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         upstream, count = cursor_parts(cursor, 2)
         self._count = as_count(count)
         return upstream
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return (cursor, self._count)
 
     def feed(self, run: list[Entry]) -> list[Entry]:

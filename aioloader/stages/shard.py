@@ -241,7 +241,7 @@ class ShardFold:
         """How many of the first samples are kept, to fill the last round."""
         return self._world_size - 1 if self._even == "pad" else 0
 
-    def resume(self, cursor: Any) -> Any:
+    def resume(self, cursor: object) -> Any:
         upstream, seen = cursor_parts(cursor, 2)
         self._seen = self._resumed_at = as_count(seen)
         self._after = (upstream, seen)
@@ -251,7 +251,7 @@ class ShardFold:
         self._again = self.head if self._again_from == "head" else 0
         return upstream
 
-    def failed_at(self, cursor: Any) -> Any:
+    def failed_at(self, cursor: object) -> Any:
         return (cursor, self._seen) if self._even == "pad" and not self._in_round else self._after
 
     def wants(self, limit: int) -> int:
@@ -321,7 +321,7 @@ class HeadNode(Node):
         self._left = count
         self._head: Node | None = None
 
-    def resume(self, cursor: Any) -> None:
+    def resume(self, cursor: object) -> None:
         if self._left:
             self._head = self._again()
         self._upstream.resume(cursor)

@@ -165,7 +165,7 @@ class FaultPlan:
 
     # -- what will happen --------------------------------------------------------------------------------------------
 
-    def fault(self, key: Any, attempt: int = 1) -> Fault | None:
+    def fault(self, key: object, attempt: int = 1) -> Fault | None:
         """What goes wrong with call number `attempt` (from 1) for `key`; None: nothing does."""
         if self.attempts is not None and attempt > self.attempts:
             return None
@@ -177,19 +177,19 @@ class FaultPlan:
                 return self._made(kind, key, attempt)
         return None
 
-    def next_fault(self, key: Any) -> Fault | None:
+    def next_fault(self, key: object) -> Fault | None:
         """The same for the next call for `key`, which this is: the attempts are counted here."""
         with self._lock:
             self._calls[_text(key)] += 1
             attempt = self._calls[_text(key)]
         return self.fault(key, attempt)
 
-    def calls(self, key: Any) -> int:
+    def calls(self, key: object) -> int:
         """How many calls for `key` there were, in this process."""
         with self._lock:
             return self._calls[_text(key)]
 
-    def _made(self, kind: FaultKind, key: Any, attempt: int) -> Fault:
+    def _made(self, kind: FaultKind, key: object, attempt: int) -> Fault:
         seconds = {"latency": self.latency_seconds, "drip": self.drip_seconds}.get(kind, 0.0)
         return Fault(kind, key, attempt, seconds, self.retry_after if kind == "throttled" else None)
 
@@ -237,7 +237,7 @@ class FaultPlan:
             time.sleep(fault.seconds)
 
     @staticmethod
-    def leave(fault: Fault | None, result: Any) -> Any:
+    def leave(fault: Fault | None, result: object) -> Any:
         """What becomes of a result."""
         if fault is not None and fault.kind == "truncated":
             raise FaultError(fault)
@@ -270,7 +270,7 @@ class _Flaky(Generic[F]):
         self._key = key
         self.__name__ = self.__qualname__ = callable_name(fn)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         fault = self._plan.next_fault(self._key(*args, **kwargs))
         self._plan.enter_sync(fault)
         return self._plan.leave(fault, self._fn(*args, **kwargs))
@@ -279,17 +279,17 @@ class _Flaky(Generic[F]):
 class _FlakyAsync(_Flaky[F]):
     """An async function with faults."""
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    async def __call__(self, *args: object, **kwargs: object) -> Any:
         fault = self._plan.next_fault(self._key(*args, **kwargs))
         await self._plan.enter(fault)
         return self._plan.leave(fault, await self._fn(*args, **kwargs))
 
 
-def _first(*args: Any, **kwargs: Any) -> Any:
+def _first(*args: object, **kwargs: object) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
-def _text(key: Any) -> str:
+def _text(key: object) -> str:
     """Of a key, the same in each process: `hash` is not."""
     return f"{type(key).__name__} {key!r}"
 
@@ -299,7 +299,7 @@ def _let_go(future: "asyncio.Future[None]") -> None:
         future.set_result(None)
 
 
-def _share(name: str, value: Any) -> float:
+def _share(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a share of the calls, 0 to 1, got {value!r}")
     if not (isfinite(value) and 0 <= value <= 1):
@@ -307,7 +307,7 @@ def _share(name: str, value: Any) -> float:
     return value
 
 
-def _at_least_zero(name: str, value: Any) -> None:
+def _at_least_zero(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, 0 or more, got {value!r}")
     if not (isfinite(value) and value >= 0):

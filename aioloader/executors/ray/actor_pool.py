@@ -105,6 +105,8 @@ class ActorPool:
         self._store_bytes = 0
         self.sample_bytes = 0.0
         """The mean size of what comes back for a sample; read in any thread."""
+        self.seconds_each: float | None = None
+        """What a sample costs, as its step has found out; for the step of the next epoch."""
         self.ended: Future[None] | None = None
 
     # -- in any thread -----------------------------------------------------------------------------------------------
@@ -119,23 +121,23 @@ class ActorPool:
 
     def prepare(self) -> None:
         """Ask for the actors."""
-        self._thread.call(self._begin_anew)
+        self._call(self._begin_anew)
 
     def submit(self, owner: Hashable, values: Parcel, done: Callable[[Outcome], None], slot: int | None = None) -> None:
         """See `ChunkPool`."""
-        self._thread.call(self._submit, owner, values, done)
+        self._call(self._submit, owner, values, done)
 
     def forget(self, owner: Hashable) -> None:
-        self._thread.call(self._forget, owner)
+        self._call(self._forget, owner)
 
     def expire(self, owner: Hashable, seconds: float) -> None:
-        self._thread.call(self._expire, owner, seconds)
+        self._call(self._expire, owner, seconds)
 
     def hold(self, owner: Hashable, said: Callable[[bool], None]) -> None:
-        self._thread.call(self._hold, owner, said)
+        self._call(self._hold, owner, said)
 
     def let_go(self, owner: Hashable) -> None:
-        self._thread.call(self._let_go, owner)
+        self._call(self._let_go, owner)
 
     def at_work(self, owner: Hashable) -> list[tuple[Any, int, float]]:
         found = []
@@ -158,7 +160,17 @@ class ActorPool:
     def close(self) -> None:
         """It ends with the loader."""
 
+    def _call(self, fn: Callable[..., None], *args: Any) -> None:
+        self._thread.call(self._safely, fn, *args)
+
     # -- in the thread: actors ---------------------------------------------------------------------------------------
+
+    def _safely(self, fn: Callable[..., None], *args: Any) -> None:
+        """Whatever fails here must fail tasks: who waits for them would wait for ever."""
+        try:
+            fn(*args)
+        except BaseException as error:
+            self._break(error)
 
     def _begin_anew(self) -> None:
         """A run begins: connect, and try again what had been given up. What fails fails the tasks of the run."""
@@ -220,8 +232,8 @@ class ActorPool:
             self._kind,
             (seat.number,),
             self._workers,
-            ready=partial(self._ready, seat),
-            late=partial(self._is_late, seat),
+            ready=partial(self._safely, self._ready, seat),
+            late=partial(self._safely, self._is_late, seat),
             **options,
         )
 
@@ -242,7 +254,7 @@ class ActorPool:
             self._not_started(seat, place)
         else:
             loaded = handle.load.remote(self._program).future()
-            loaded.add_done_callback(partial(self._thread.call, self._loaded, seat, handle, place))
+            loaded.add_done_callback(partial(self._call, self._loaded, seat, handle, place))
 
     def _loaded(self, seat: Seat, handle: Any, place: Place, future: Any) -> None:
         """It has its functions, or cannot have them."""
@@ -337,7 +349,7 @@ class ActorPool:
             return
         task.since = perf_counter()
         seat.load[ref] = task
-        ref.future().add_done_callback(partial(self._thread.call, self._answered, seat, handle, ref))
+        ref.future().add_done_callback(partial(self._call, self._answered, seat, handle, ref))
 
     def _fits_store(self, task: Task) -> bool:
         """Whether one more chunk, and what comes of it, leaves room in the object store: nothing of ours is spilled."""
@@ -544,12 +556,15 @@ class ActorPool:
         """See `RayOwner`."""
         self._closed = True
         self._waiting.clear()
-        handles = [seat.handle for seat in self._seats if seat.handle is not None]
+        running = [seat.handle for seat in self._seats if seat.place is not None]
+        starting = [seat.handle for seat in self._seats if seat.handle is not None and seat.place is None]
         for seat in self._seats:
             seat.vacate()
         self._program = None
         if self._membership is not None and self._membership.alive:
-            end_actors(handles)
+            for handle in starting:  # they are at nothing of the user's
+                kill_actor(handle)
+            end_actors(running)
         self._memory.close()
 
 

@@ -1,7 +1,7 @@
 """Actors: asked for, waited for, lost and ended. All of it is called in the thread of `RayThread`."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
@@ -55,10 +55,12 @@ class Shortage(NamedTuple):
     Attributes:
         words: What was asked for and what the cluster has, for a sentence.
         hopeless: No node has so much, not even an idle one.
+        free: A node has so much to spare now.
     """
 
     words: str
     hopeless: bool
+    free: bool = False
 
 
 def begin_actor(
@@ -101,25 +103,25 @@ def begin_actor(
         error = future.exception()
         ready(handle, future.result() if error is None else error)
 
-    def look() -> None:
+    def look(looks: int) -> None:
         if not waits or not ray.is_initialized():
             return
-        # Without its head the cluster answers nobody, for as long as that takes. With it, an actor may be on its way:
-        # to start one takes long on a busy machine.
-        if not thread.head_answers or _has_room(handle):
-            thread.later(LATE_SECONDS, look)
+        why = shortage(workers) if thread.head_answers else None  # without its head the cluster answers nobody
+        # It may be on its way: to start one takes long on a busy machine. Where nothing is free, nobody knows for sure.
+        if why is None or why.free or (not why.hopeless and looks == 1 and _has_room(handle)):
+            thread.later(LATE_SECONDS, look, looks + 1)
         else:
-            late(handle, shortage(workers))
+            late(handle, why)
 
     handle.place.remote().future().add_done_callback(began)
-    thread.later(LATE_SECONDS, look)
+    thread.later(LATE_SECONDS, look, 1)
     return handle
 
 
 def _has_room(handle: Any) -> bool:
-    """Whether a node has been found for an actor: a process there is at work on its start.
+    """Whether a node may have been found for an actor, so that a process there is at work on its start.
 
-    Ray tells no other way but this private one; without it an actor that starts slowly counts as one without room.
+    Ray has but this private way to tell, and it is not sure.
     """
     with suppress(Exception):
         from ray._private.state import actors
@@ -134,15 +136,24 @@ def shortage(workers: RayWorkers) -> Shortage:
 
     asked = workers.asked()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fits = any(all(node.get(name, 0.0) >= amount for name, amount in asked.items()) for node in nodes)
+
+    def fits(resources: Iterable[Mapping[str, float]]) -> bool:
+        return any(all(node.get(name, 0.0) >= amount for name, amount in asked.items()) for node in resources)
+
     free = ray.available_resources()
+    spare: Iterable[Mapping[str, float]] = (free,)
+    with suppress(Exception):  # private, and better, since it knows nodes
+        from ray._private.state import available_resources_per_node
+
+        spare = list(available_resources_per_node().values())
     names = sorted({*asked, "CPU"})
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in names}
     has = ", ".join(f"{free.get(name, 0.0):g} of {total[name]:g} {name} free" for name in names)
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in asked.items()) or "nothing"
     where = f"its {len(nodes)} nodes have {has}" if len(nodes) > 1 else f"its node has {has}"
-    if fits:
-        return Shortage(f"each actor needs {wanted}, and the cluster is busy: {where}", hopeless=False)
+    if fits(nodes):
+        words = f"each actor needs {wanted}, and the cluster is busy: {where}"
+        return Shortage(words, hopeless=False, free=fits(spare))
     return Shortage(f"each actor needs {wanted}, and no node of the cluster has that: {where}", hopeless=True)
 
 

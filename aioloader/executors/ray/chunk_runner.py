@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -31,6 +31,11 @@ from aioloader.executors.ray.values import Packed, pack, unpack
 from aioloader.memory.pool import BatchMemory
 
 __all__ = ["AsyncChunkRunner", "ChunkRunner"]
+
+NOT_THERE: Final = (
+    "the modules of a function must be there on all nodes: install them, or pass "
+    "RayWorkers(runtime_env={'py_modules': [...]}), or 'working_dir'"
+)
 
 
 class ChunkRunner:
@@ -65,6 +70,8 @@ class ChunkRunner:
         except BaseException as error:
             if not can_pickle_by_value():
                 error.add_note(f"aioloader: {BY_VALUE}")
+            if isinstance(error, ImportError):
+                error.add_note(f"aioloader: {NOT_THERE}")
             return pack(portable(error, f"{self.where}, which loads its functions"))
         torch.set_num_threads(program.threads)
         torch.set_default_dtype(getattr(torch, program.dtype))
