@@ -7,6 +7,7 @@ loader = Pipeline(keys).map(decode, executor=RayWorkers(cpus=1), concurrency=32)
 ```
 """
 
+from aioloader.executors.ray.pool import RayPool
 from aioloader.executors.ray.workers import RayWorkers
 
-__all__ = ["RayWorkers"]
+__all__ = ["RayPool", "RayWorkers"]

@@ -3,6 +3,7 @@
 from typing import Final
 
 from aioloader.core.cores import usable_cores
+from aioloader.insight.explain_actors import limit_of_actors
 from aioloader.insight.explain_policies import (
     rate_that_limits,
     retries_that_hold_up,
@@ -70,6 +71,8 @@ def _limit(stats: Stats, knob: str) -> tuple[str, StageStats | None]:
             f"The event loop is the limit: {waited}; the loop's thread computes {stats.loop_cpu_fraction:.0%} of the "
             f"time; move computing out of {whose} into sync ones (def), which run in threads {numbers}."
         ), None
+    if (words := limit_of_actors(stats, waited)) is not None:
+        return f"{words} {numbers}.", None
     if (throttled := rate_that_limits(stats.stages, stats.seconds)) is not None:
         way_out = way_out_of_rate(throttled, stats.seconds)
         return f"The rate of {throttled.name} is the limit: {waited}; {way_out} {numbers}.", throttled

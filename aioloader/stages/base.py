@@ -115,6 +115,9 @@ class Builder(Protocol):
     def run_in_process(self) -> None:
         """Let all stages before this one run in a process of their own."""
 
+    def run_in_ray(self, stage: Any) -> None:
+        """Let all stages before `stage`, an `InRay`, run in actors."""
+
 
 class Stage(ABC):
     """The description of one step of a pipeline: immutable, checked when it is made.
@@ -141,6 +144,7 @@ class Stage(ABC):
         gathers: Entries that it takes for one that it gives.
         here_only: In a process of its own nothing could come of it.
         for_several_ranks: Several ranks are to get the same.
+        parts: Into how many parts it deals what is before it, each with stages of its own; 0: it does not.
         on_device: Its output may be in the memory of a device.
         must_be_last: Nothing can be done to its output here.
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
@@ -164,6 +168,7 @@ class Stage(ABC):
     gathers: int = 1
     here_only: ClassVar[bool] = False
     for_several_ranks: ClassVar[bool] = False
+    parts: int = 0
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()

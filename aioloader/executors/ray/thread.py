@@ -7,13 +7,15 @@ from heapq import heappop, heappush
 from itertools import count
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakSet
 
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.cluster import Membership, join_cluster
 
 __all__ = ["RayOwner", "RayThread", "end_all_ray", "forget_all_ray", "ray_thread_of"]
+
+K = TypeVar("K")
 
 
 class RayOwner(Protocol):
@@ -63,6 +65,11 @@ class RayThread:
             if key not in self._owners:
                 self._owners[key] = make()
             return self._owners[key]
+
+    def kept(self, kind: type[K]) -> list[K]:
+        """The owners of a kind."""
+        with self._lock:
+            return [owner for owner in self._owners.values() if isinstance(owner, kind)]
 
     def call(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in the thread, soon. Safe in any thread, and in the middle of a garbage collection.
