@@ -30,15 +30,14 @@ GLOBAL_BATCH = 16
 SIZE = 32
 
 
-def decode(path: str) -> tuple[str, Tensor, int]:
-    """In an actor: its name, the image as uint8 [3, SIZE, SIZE] in 0..255, and the class that its name begins with."""
+def decode(path: str) -> tuple[Tensor, int]:
+    """In an actor: the image as uint8 [3, SIZE, SIZE] in 0..255, and the class that its name begins with."""
     import numpy as np
     from PIL import Image
 
     with Image.open(path) as image:
         pixels = np.array(image.convert("RGB").resize((SIZE, SIZE)))
-    name = Path(path).name
-    return name, torch.from_numpy(pixels).permute(2, 0, 1), int(name.partition("-")[0])
+    return torch.from_numpy(pixels).permute(2, 0, 1), int(Path(path).name.partition("-")[0])
 
 
 def draw(folder: Path, count: int) -> None:
@@ -81,7 +80,7 @@ def train(paths: Sequence[str], epochs: int, kill_at: int | None, trace: Path | 
     with loader:
         for epoch in range(epochs):
             right = seen = 0
-            for (names, images, labels), info in loader:
+            for (images, labels), info in loader:
                 logits = model(images.flatten(1).float() / 255 - 0.5)
                 loss = nn.functional.cross_entropy(logits, labels)
                 optimizer.zero_grad()
@@ -92,8 +91,9 @@ def train(paths: Sequence[str], epochs: int, kill_at: int | None, trace: Path | 
                 right += int((logits.argmax(1) == labels).sum())
                 seen += len(labels)
                 if trace is not None:
+                    names = " ".join(Path(str(key)).name for key in info.keys)
                     with (trace / f"{rank}.txt").open("a") as file:
-                        file.write(f"{epoch} {' '.join(names)}\n")
+                        file.write(f"{epoch} {names}\n")
                 if step == kill_at and rank == 0:
                     print(f"killed an actor, pid {kill_an_actor(loader)}", flush=True)
             if rank == 0:
