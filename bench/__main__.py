@@ -41,6 +41,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "packing": ["--quick"],
     "share": ["--quick"],
     "ray": ["--quick"],
+    "ray_readers": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

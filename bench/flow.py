@@ -119,7 +119,7 @@ async def lead_of(width: int, batches: int) -> tuple[int, int]:
             lead = max(lead, begun - handed_out)
             if handed_out == batches * BATCH:
                 break
-    rooms = {stage.name: stage.room for stage in loader.stats().stages}
+    rooms = {stage.name: stage.room for stage in batched.stats().stages}
     return lead, rooms["map(decode)"] + BATCH * rooms["collate"]  # both maps share the one window
 
 

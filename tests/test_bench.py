@@ -19,7 +19,7 @@ from bench._measure import race
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(name, marks=pytest.mark.ray) if name == "ray" else name for name in all_benches.SCRIPTS],
+    [pytest.param(name, marks=pytest.mark.ray) if name.startswith("ray") else name for name in all_benches.SCRIPTS],
 )
 def test_a_script_runs_at_its_smallest_size(script: str) -> None:
     """Each contender gives every sample, each figure is a line of JSON, and a missed target is no failure."""
