@@ -32,6 +32,7 @@ from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
 from aioloader.stages.packed import Packed
+from aioloader.version import __version__
 
 __all__ = [
     "AioloaderError",
@@ -66,5 +67,6 @@ __all__ = [
     "UnsplitWarning",
     "Waits",
     "WorkerDiedError",
+    "__version__",
     "sample_rng",
 ]

@@ -52,13 +52,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave soak tests out unless `-m` names them."""
-    if "soak" in config.getoption("markexpr"):
-        return
-    soak = [item for item in items if item.get_closest_marker("soak") is not None]
-    if soak:
-        config.hook.pytest_deselected(items=soak)
-        items[:] = [item for item in items if item.get_closest_marker("soak") is None]
+    """Leave soak tests and those of a release out unless `-m` names them."""
+    for marker in ("soak", "release"):
+        if marker in config.getoption("markexpr"):
+            continue
+        left_out = [item for item in items if item.get_closest_marker(marker) is not None]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.get_closest_marker(marker) is None]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -135,17 +136,18 @@ def http_server(running_http_server: "HttpServer") -> "HttpServer":
 
 
 @pytest.fixture(autouse=True)
-def never_hangs() -> Iterator[None]:
+def never_hangs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Raise in the main thread when the test takes too long."""
+    seconds = 3600.0 if request.node.get_closest_marker("release") else TEST_SECONDS  # installs torch
 
     def fail(signum: int, frame: FrameType | None) -> None:
-        pytest.fail(f"the test was not done after {TEST_SECONDS:g} s: it hangs")  # no `except Exception` catches this
+        pytest.fail(f"the test was not done after {seconds:g} s: it hangs")  # no `except Exception` catches this
 
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
