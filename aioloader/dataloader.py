@@ -25,6 +25,7 @@ from aioloader.engine.fuse import InProcesses
 from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
+from aioloader.engine.ray_step import OnRay
 from aioloader.engine.skipping import SkipNode, SkipRule, SkipSamplesRule
 from aioloader.engine.stream_source import warn_of_replay
 from aioloader.engine.turns import Turns
@@ -36,6 +37,7 @@ from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
+from aioloader.executors.ray.workers import RayWorkers, actors_for
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
 from aioloader.loader import Loader
@@ -57,6 +59,7 @@ from aioloader.signatures import (
 )
 from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.rank_sampler import RankSampler, check_shards
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith
@@ -81,7 +84,7 @@ KEYS_AHEAD: Final = 8
 
 SAMPLE: Final = "dataset[...]"
 
-_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
+_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
 
 
 class DataLoader(Loader[T_co]):
@@ -126,6 +129,8 @@ class DataLoader(Loader[T_co]):
         ahead_bytes: The same in bytes, by the running mean of what came; there is always room for `num_workers`.
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
+            `"ray"`, or `aioloader.ray.RayWorkers(...)`: `num_workers` actors of a Ray cluster, each with a copy of the
+            dataset, which has keys; they stay until the loader is closed. See `docs/ray.md`.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
         skip_errors: A `Skip`, or True for its defaults: samples that cannot be loaded are left out of their batches,
             which are shorter then, and a batch without any is left out. A batch that fails as a whole (its samples do
@@ -136,6 +141,9 @@ class DataLoader(Loader[T_co]):
         sample_timeout: Seconds for one attempt at one sample; for async datasets and worker processes.
         hedge: A second call for a sample that takes long; for async datasets.
         rate: How many samples are begun in a second; may be shared with other loaders.
+        shard: Give this rank's part, the same as `sampler=DistributedSampler(dataset, shuffle=shuffle, seed=seed or 0)`
+            which is told each epoch. The ranks are those of `torch.distributed` when an epoch begins, else those of
+            RANK and WORLD_SIZE; without any, all samples come. For datasets with a length.
 
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
@@ -143,7 +151,12 @@ class DataLoader(Loader[T_co]):
 
     _knob = "num_workers"
     _kind = "DataLoader"
-    _split_by = "pass sampler=DistributedSampler(dataset), or use Pipeline(dataset).shard()"
+
+    @property
+    def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
+        if self._iterable:
+            return "use Pipeline(dataset).shard(), whose map and batch do the rest"
+        return "pass sampler=DistributedSampler(dataset), or shard=True, which deals the same keys"
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
@@ -391,17 +404,23 @@ class DataLoader(Loader[T_co]):
         concurrency: int | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
-        worker_type: Literal["thread", "process"] = "thread",
+        worker_type: Literal["thread", "process", "ray"] | RayWorkers = "thread",
         seed: int | None = None,
         skip_errors: Skip | bool | None = None,
         retry: Retry | int | None = None,
         sample_timeout: float | None = None,
         hedge: Hedge | None = None,
         rate: Rate | None = None,
+        shard: bool = False,
     ) -> None:
         super().__init__()
         check_dataset(dataset)
         is_async_iterable = isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
+        self.shard = bool(shard)
+        if self.shard:
+            check_shards(dataset, sampler, batch_sampler)
+            seed = None if seed is None else check_integer("seed", seed)
+            shuffle, sampler = None, RankSampler(dataset, shuffle=bool(shuffle), seed=seed or 0)
         # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
         # most, since it warns of more processes than cores.
         self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
@@ -424,8 +443,7 @@ class DataLoader(Loader[T_co]):
         )
         if prefetch_factor == 0:
             raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
-        if worker_type not in ("thread", "process"):
-            raise ValueError(f"worker_type must be 'thread' or 'process', got {worker_type!r}")
+        self._actors = actors_for(worker_type)
         if worker_type == "process":
             check_processes("worker_type='process'")
         if seed is not None and generator is not None:
@@ -456,12 +474,9 @@ class DataLoader(Loader[T_co]):
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._collates_async = collate_fn is not None and is_async_callable(collate_fn)
-        self._in_processes = worker_type == "process" and num_workers > 0
-        if self._in_processes and self._awaited:
-            raise ValueError(
-                "worker_type='process' is for sync datasets, got one that is async and awaited on the event loop; "
-                "leave worker_type out"
-            )
+        self._in_processes = worker_type != "thread" and num_workers > 0
+        if self._in_processes:
+            check_loaded_elsewhere(self._actors, iterable=self._iterable, awaited=self._awaited)
         self.skip_errors = as_skip(skip_errors)
         if self.skip_errors is not None and self._workers_read:
             raise ValueError(
@@ -568,8 +583,10 @@ class DataLoader(Loader[T_co]):
         return True
 
     def __repr__(self) -> str:
+        seed = "" if self.seed is None else f", seed={self.seed}"
         return (
-            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers})"
+            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers}"
+            f"{seed})"
         )
 
     def __aiter__(self) -> AsyncBatches[T_co]:
@@ -636,7 +653,8 @@ class DataLoader(Loader[T_co]):
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
             source = inline_source = InlineSource(self._keys.of(progress), "sampler", epoch, keys=True)
-            seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
+            rng_seed = self._sample_seed(self._rng_seed)
+            seed = self._pass(progress).seed(rng_seed, "sample 1")  # as `plan.build` numbers it
             data = self.dataset
             if self.policies is not None:
                 log = PolicyMeter(self.policies)
@@ -720,13 +738,19 @@ class DataLoader(Loader[T_co]):
     def _in_workers(self, progress: Progress, base: BaseSeed) -> tuple[StreamData, list[Stage]]:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
         turns = Turns(self.num_workers) if self._iterable else None
-        place = InProcesses(
-            kept=self.persistent_workers,
-            in_turn=(self.in_order and not self._loads_samples) or self._iterable,
-            prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
-            turns=turns,
-            epochs=partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch),
-        )
+        prepare = partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn)
+        epochs = partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch)
+        place: InProcesses | OnRay
+        if self._actors is not None:
+            place = OnRay(self._actors, prepare, epochs, seeds_each=True)
+        else:
+            place = InProcesses(
+                kept=self.persistent_workers,
+                in_turn=(self.in_order and not self._loads_samples) or self._iterable,
+                prepare=prepare,
+                turns=turns,
+                epochs=epochs,
+            )
         fetch: Callable[[Any], Any]
         if turns is not None:
             source = StreamData(turns, call=False, single_use=False)
@@ -779,7 +803,12 @@ class DataLoader(Loader[T_co]):
         return Single(source, name="sampler", keys=True, ahead=ahead, check=self._keys.check_place)
 
     def _pass(self, progress: Progress) -> Pass:
-        return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))
+        return Pass(progress.epoch, sample_seed=self._sample_seed(self._rng_seed))
+
+    @property
+    def _rng_seed(self) -> int | None:
+        """Of `sample_rng`, as in `Pipeline`: ranks that share samples need the same one."""
+        return 0 if self.shard and self.seed is None else self.seed
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -823,7 +852,7 @@ class DataLoader(Loader[T_co]):
         why = super()._never_again()
         return "samples come in another order each time" if why is None and not self._ordered else why
 
-    def _sure_length(self) -> int | None:
+    def _sure_length(self, *, resumed: bool) -> int | None:
         if self.skip_errors is not None:
             return None  # nobody knows whether a batch is left of them
         if self._iterable or not self._keys.repeatable or self._keys.generators:
@@ -834,7 +863,7 @@ class DataLoader(Loader[T_co]):
             return None
 
     def _random_state(self) -> dict[str, Any]:
-        return self._seed_state(self.seed) | self._keys.state()
+        return self._seed_state(self._rng_seed) | self._keys.state()
 
     def _generators(self) -> list[torch.Generator]:
         return self._keys.generators
@@ -1059,6 +1088,25 @@ def _readers(workers: int) -> str:
 def _is_async(dataset: Any, method: str) -> bool:
     fn = getattr(dataset, method, None)
     return fn is not None and is_async_callable(fn)
+
+
+def check_loaded_elsewhere(actors: RayWorkers | None, *, iterable: bool, awaited: bool) -> None:
+    """Refuse datasets whose samples cannot be loaded by processes, or by actors.
+
+    Raises:
+        ValueError: Why.
+    """
+    worker_type = "process" if actors is None else "ray"
+    if awaited:
+        raise ValueError(
+            f"worker_type={worker_type!r} is for sync datasets, got one that is async and awaited on the event loop; "
+            f"leave worker_type out"
+        )
+    if iterable and actors is not None:
+        raise ValueError(
+            "worker_type='ray' is for datasets whose samples are loaded by key, got one that is iterated: its iterator "
+            "would die with its actor; use Pipeline(dataset).map(fn, executor='ray'), or worker_type='process'"
+        )
 
 
 def _torch_worker(

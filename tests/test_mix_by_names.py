@@ -14,7 +14,7 @@ from aioloader import Pipeline, Schedule
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.stages.base import Pass
 from aioloader.testing import assert_resumes_exactly
-from tests._support import Face, Steps, collect, notes, on_both_faces
+from tests._support import Face, Steps, collect, explained, notes, on_both_faces
 
 
 def named(weights: Any, length: int = 10_000, **others: Any) -> Pipeline:
@@ -169,6 +169,41 @@ def test_weights_set_between_a_state_and_its_first_batch(face: Face) -> None:
 
 
 @on_both_faces
+@pytest.mark.parametrize("at", [None, 60])
+@pytest.mark.parametrize("batches", [0, 10])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_state_between_a_state_and_its_first_batch_has_what_was_set(
+    batches: int, at: int | None, repeated: bool, face: Face
+) -> None:
+    """Whoever loads that one goes on as this one does; the state that was loaded stays what it was."""
+
+    def make() -> Pipeline:
+        loader = named({"web": 1, "code": 1})
+        return batched(loader.repeat(2) if repeated else loader)
+
+    loader = make()
+    with Steps(loader, face) as steps:
+        head = [one for batch in steps.rest(batches) for one in batch]
+        state = loader.state_dict()
+    again = make()
+    again.load_state_dict(state)
+    again.set_weights({"web": 1, "code": 3})
+    again.set_weights({"web": 0, "code": 1}, at=at)
+    between = json.loads(json.dumps(again.state_dict()))
+    assert between == again.state_dict() != state
+    for state_now, one in ((between, make()), (None, again)):
+        if state_now is not None:
+            one.load_state_dict(state_now)
+            assert one.state_dict() == between
+        found = head + [sample for batch in collect(one, face, limit=20) for sample in batch]
+        assert found == model({0: (1, 1), batches * 4 if at is None else at: (0, 1)}, len(found))
+    third = make()
+    third.load_state_dict(between)
+    third.load_state_dict(state)
+    assert third.state_dict() == state
+
+
+@on_both_faces
 def test_what_is_set_takes_the_place_of_what_was_to_come_later(face: Face) -> None:
     loader = batched(named({"web": 1, "code": 1}))
     with Steps(loader, face) as steps:
@@ -224,7 +259,7 @@ def test_what_each_source_has_given_is_told(face: Face) -> None:
     collect(loader, face)
     given = {stage.name: stage.samples for stage in loader.stats().stages if stage.name.startswith("mix: ")}
     assert given == {"mix: web": 40, "mix: code": 40}
-    assert "mix: " not in loader.explain()
+    assert "mix: " not in explained(loader)
 
 
 @on_both_faces

@@ -16,7 +16,7 @@ from docs.build_site import lay_out, pages
 ROOT = Path(__file__).parent.parent
 API = ROOT / "docs" / "api"
 
-PUBLIC = ["aioloader", "aioloader.sources", "aioloader.testing"]
+PUBLIC = ["aioloader", "aioloader.integrations", "aioloader.metrics", "aioloader.sources", "aioloader.testing"]
 """Modules whose names are documented, each in a page of `docs/api/`."""
 
 

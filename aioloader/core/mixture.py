@@ -6,7 +6,7 @@ the number of the draw from which it holds, and a state has all of them.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from itertools import pairwise
@@ -28,6 +28,7 @@ __all__ = [
     "WeightFunction",
     "check_changes",
     "check_weights",
+    "in_repetitions",
 ]
 
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
@@ -36,7 +37,17 @@ STEPS_AT_ONCE: Final = 256
 """For so many steps the user's function is asked at once: a way into a thread and back costs what many calls do."""
 
 Place = tuple[tuple[int, ...], int]
-"""Where in an epoch a draw is: the numbers of the repetitions that it is in, and its own number in these."""
+"""Where in an epoch a draw is: the numbers of the repetitions that it is in, and its own number in these.
+
+Zeros at the end of the former are left out, so that the first draws have the same place with `repeat` and without."""
+
+
+def in_repetitions(numbers: Iterable[int]) -> tuple[int, ...]:
+    """The first part of a `Place`."""
+    path = list(numbers)
+    while path and path[-1] == 0:
+        path.pop()
+    return tuple(path)
 
 
 class Schedule:
@@ -366,7 +377,7 @@ class MixControl:
 
 
 def _place(change: Any) -> Place:
-    return tuple(change[0]), change[1]
+    return in_repetitions(change[0]), change[1]
 
 
 class Mixes:
@@ -397,6 +408,12 @@ class Mixes:
                 if address in self._set_before:
                     control.set(*self._set_before[address])
             return self._controls[address]
+
+    def settle(self) -> None:
+        """Let what was set hold from the beginning of the epoch on, for mixes that have not been resumed."""
+        for control in self._controls.values():
+            if control.place is None:
+                control.begin(((), 0))
 
 
 def check_changes(state: Any, mixtures: Mapping[str, Mixture]) -> None:

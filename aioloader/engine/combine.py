@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.entry import LAST, ONE_LOST, Entry, earliest
 from aioloader.core.keys import SourceKey, each_key
-from aioloader.core.mixture import MixControl, WeightBlock
+from aioloader.core.mixture import MixControl, WeightBlock, in_repetitions
 from aioloader.core.safe_text import add_note
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Kick, Node
@@ -193,7 +193,7 @@ class MixNode(_InputsNode):
         super().__init__(upstreams)
         self._lengths = lengths
         self._control = weights if isinstance(weights, MixControl) else None
-        self._repetitions = repetitions
+        self._repetitions = in_repetitions(repetitions)
         self._until: int | None = None  # the draw before which the weights do not change; None: they do not
         self._version = -1  # of the control's weights
         self._given = (1.0,) * len(upstreams) if isinstance(weights, MixControl) else tuple(weights)

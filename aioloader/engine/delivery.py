@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, Final, NoReturn
 from weakref import WeakMethod, finalize
 
-from aioloader.core.entry import Entry, presentable
+from aioloader.core.entry import LAST, Entry, presentable
 from aioloader.engine.admission import ConsumerAdmission
 from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
@@ -54,6 +54,8 @@ class Delivery:
         entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
         if error is None:
             return value if self._receive is None else self._receive(value)
+        if entry.state == LAST:
+            self.progress.length = None  # a resume tries the source again, so this was no full epoch
         try:
             raise presentable(error)
         finally:
