@@ -1,8 +1,8 @@
 """Builds the site: `python docs/build_site.py build/site`, or `make docs`.
 
 Pages are written for two readers: on the site, and in the repository. So they link to files as these lie in the
-repository (`../examples/grpo.py`, `../README.md`). Here the pages of `docs/`, those of the root and the examples are put
-into one folder, with links that fit it, and Sphinx makes the site of them. Warnings are errors.
+repository (`../examples/grpo.py`, `../README.md`). Here the pages of `docs/`, those of the root and the examples are
+put into one folder, with links that fit it, and Sphinx makes the site of them. Warnings are errors.
 """
 
 import argparse
