@@ -4,12 +4,12 @@ PYTHON ?= python3
 VENV ?= .venv
 TRAINERS ?= build/venv-trainers
 BIN := $(VENV)/bin
-CODE := $(wildcard aioloader tests bench examples)
+CODE := $(wildcard aioloader tests bench docs examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-FOLDERS := aioloader docs examples tests
-.PHONY: help demo test check bench bench-quick trainers clean $(FOLDERS)
+FOLDERS := aioloader examples tests
+.PHONY: help demo test check docs bench bench-quick trainers release clean $(FOLDERS)
 
 ifeq ($(shell command -v $(PYTHON) 2>/dev/null),)
 $(error there is no $(PYTHON) here; install it, or name a Python from 3.11 on: make PYTHON=/path/to/python3.11 …)
@@ -30,21 +30,30 @@ check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/mypy $(CODE)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.installed-dev ## make the site of docs/ in build/site
+	$(BIN)/python docs/build_site.py build/site
+
 bench: $(VENV)/.installed-dev ## measure against the rivals, in full, with plots in build/bench
 	$(BIN)/python -m bench --plot build/bench
 
 bench-quick: $(VENV)/.installed-dev ## the same in short: two to three minutes
 	$(BIN)/python -m bench --quick
 
+release: $(VENV)/.installed-dev ## make what would be published in dist/, and try it in fresh environments
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m release tests/test_release.py
+
 trainers: $(TRAINERS)/.installed ## every trainer with every loader, in an environment of its own; writes docs/trainers.md
 	$(TRAINERS)/bin/python -m tests.trainers.table
 
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) $(TRAINERS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRAINERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
 
 # The word that is nearest, where one is near: `make tests`, `make chekc`.
-MEANT = $(PYTHON) -c 'import difflib, sys; print(*(f"did you mean: make {word}" for word in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)))' $@ demo test check bench bench-quick clean >&2
+MEANT = $(PYTHON) -c 'import difflib, sys; print(*(f"did you mean: make {word}" for word in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)))' $@ demo test check docs bench bench-quick trainers release clean >&2
 
 # Else make finds the folder, and says that there is nothing to do.
 $(FOLDERS):

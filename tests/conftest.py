@@ -54,9 +54,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave soak tests, those of a Ray cluster and whole trainers out unless `-m` names them."""
+    """Leave soak tests, those of a Ray cluster or a release and whole trainers out unless `-m` names them."""
     asked = config.getoption("markexpr")
-    unasked = [marker for marker in ("soak", "ray", "trainers") if marker not in asked]
+    unasked = [marker for marker in ("soak", "ray", "trainers", "release") if marker not in asked]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unasked)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -155,17 +155,18 @@ def http_server(running_http_server: "HttpServer") -> "HttpServer":
 
 
 @pytest.fixture(autouse=True)
-def never_hangs() -> Iterator[None]:
+def never_hangs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Raise in the main thread when the test takes too long."""
+    seconds = 3600.0 if request.node.get_closest_marker("release") else TEST_SECONDS  # installs torch
 
     def fail(signum: int, frame: FrameType | None) -> None:
-        pytest.fail(f"the test was not done after {TEST_SECONDS:g} s: it hangs")  # no `except Exception` catches this
+        pytest.fail(f"the test was not done after {seconds:g} s: it hangs")  # no `except Exception` catches this
 
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, TEST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:

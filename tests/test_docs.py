@@ -17,7 +17,7 @@ from aioloader import Pipeline
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RAY = ROOT / "docs" / "ray.md"
-LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 
 NOT_TESTED = re.compile(r"<!-- no test: .*\S.* -->")
 """On the line before a block: why it cannot run here. For what needs a GPU or the network, or begins a

@@ -29,7 +29,7 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path, there: bool) 
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("folder", ["aioloader", "docs", "examples", "tests"])
+@pytest.mark.parametrize("folder", ["aioloader", "examples", "tests"])
 def test_a_folder_is_no_word(folder: str) -> None:
     """As `make tests`, where `make test` is meant."""
     status, said = make(folder)
