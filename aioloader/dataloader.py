@@ -18,7 +18,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
 from aioloader.core.typevars import T_co
-from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
+from aioloader.device import Transfer, check_device, open_transfer, pin_batch, why_not_pinned
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.fuse import InProcesses
@@ -584,10 +584,9 @@ class DataLoader(Loader[T_co]):
         if self.timeout and self.num_workers == 0:
             # The type that torch's iterator raises.
             raise AssertionError(f"timeout needs num_workers > 0, got timeout={self.timeout} with num_workers=0")
-        if self.pin_memory and self.device is None and not can_pin():
+        if self.pin_memory and self.device is None and (reason := why_not_pinned()) is not None:
             warnings.warn(
-                "'pin_memory' argument is set as true but no accelerator is found, "
-                "then device pinned memory won't be used.",
+                f"'pin_memory' argument is set as true but {reason}, then device pinned memory won't be used.",
                 stacklevel=3,
             )
 
@@ -1019,11 +1018,8 @@ class DataLoader(Loader[T_co]):
         )
 
     def _open_transfer(self) -> Transfer | None:
-        if self._transfer is None:
-            if self.device is not None:
-                self._transfer = Transfer(open_backend(self.device))
-            elif self.pin_memory and can_pin():
-                self._transfer = Transfer(open_backend("cuda"))
+        if self._transfer is None and (self.device is not None or self.pin_memory):
+            self._transfer = open_transfer(self.device)
         return self._transfer
 
     # -- what a worker does ------------------------------------------------------------------------------------------
