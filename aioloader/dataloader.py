@@ -57,6 +57,7 @@ from aioloader.signatures import (
 )
 from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
 from aioloader.sources.fetch import FetchSource
+from aioloader.sources.rank_sampler import RankSampler, check_shards
 from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.batch import Batch, BatchFold, CollateWith
@@ -81,7 +82,7 @@ KEYS_AHEAD: Final = 8
 
 SAMPLE: Final = "dataset[...]"
 
-_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers")
+_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
 
 
 class DataLoader(Loader[T_co]):
@@ -136,6 +137,9 @@ class DataLoader(Loader[T_co]):
         sample_timeout: Seconds for one attempt at one sample; for async datasets and worker processes.
         hedge: A second call for a sample that takes long; for async datasets.
         rate: How many samples are begun in a second; may be shared with other loaders.
+        shard: Give this rank's part, the same as `sampler=DistributedSampler(dataset, shuffle=shuffle, seed=seed or 0)`
+            which is told each epoch. The ranks are those of `torch.distributed` when an epoch begins, else those of
+            RANK and WORLD_SIZE; without any, all samples come. For datasets with a length.
 
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
@@ -143,7 +147,12 @@ class DataLoader(Loader[T_co]):
 
     _knob = "num_workers"
     _kind = "DataLoader"
-    _split_by = "pass sampler=DistributedSampler(dataset), or use Pipeline(dataset).shard()"
+
+    @property
+    def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
+        if self._iterable:
+            return "use Pipeline(dataset).shard(), whose map and batch do the rest"
+        return "pass sampler=DistributedSampler(dataset), or shard=True, which deals the same keys"
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
@@ -398,10 +407,16 @@ class DataLoader(Loader[T_co]):
         sample_timeout: float | None = None,
         hedge: Hedge | None = None,
         rate: Rate | None = None,
+        shard: bool = False,
     ) -> None:
         super().__init__()
         check_dataset(dataset)
         is_async_iterable = isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
+        self.shard = bool(shard)
+        if self.shard:
+            check_shards(dataset, sampler, batch_sampler)
+            seed = None if seed is None else check_integer("seed", seed)
+            shuffle, sampler = None, RankSampler(dataset, shuffle=bool(shuffle), seed=seed or 0)
         # torch's own constructor checks the arguments, makes the samplers and knows the length. With one worker at
         # most, since it warns of more processes than cores.
         self._torch: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
@@ -635,7 +650,8 @@ class DataLoader(Loader[T_co]):
             calls = [Call(self._collate_call(alloc), False, "collate")]
         else:
             source = inline_source = InlineSource(self._keys.of(progress), "sampler", epoch, keys=True)
-            seed = self._pass(progress).seed(self._sample_seed(self.seed), "sample 1")  # as `plan.build` numbers it
+            rng_seed = self._sample_seed(self._rng_seed)
+            seed = self._pass(progress).seed(rng_seed, "sample 1")  # as `plan.build` numbers it
             data = self.dataset
             if self.policies is not None:
                 log = PolicyMeter(self.policies)
@@ -778,7 +794,12 @@ class DataLoader(Loader[T_co]):
         return Single(source, name="sampler", keys=True, ahead=ahead, check=self._keys.check_place)
 
     def _pass(self, progress: Progress) -> Pass:
-        return Pass(progress.epoch, sample_seed=self._sample_seed(self.seed))
+        return Pass(progress.epoch, sample_seed=self._sample_seed(self._rng_seed))
+
+    @property
+    def _rng_seed(self) -> int | None:
+        """Of `sample_rng`, as in `Pipeline`: ranks that share samples need the same one."""
+        return 0 if self.shard and self.seed is None else self.seed
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -822,7 +843,7 @@ class DataLoader(Loader[T_co]):
         why = super()._never_again()
         return "samples come in another order each time" if why is None and not self._ordered else why
 
-    def _sure_length(self) -> int | None:
+    def _sure_length(self, *, resumed: bool) -> int | None:
         if self.skip_errors is not None:
             return None  # nobody knows whether a batch is left of them
         if self._iterable or not self._keys.repeatable or self._keys.generators:
@@ -833,7 +854,7 @@ class DataLoader(Loader[T_co]):
             return None
 
     def _random_state(self) -> dict[str, Any]:
-        return self._seed_state(self.seed) | self._keys.state()
+        return self._seed_state(self._rng_seed) | self._keys.state()
 
     def _generators(self) -> list[torch.Generator]:
         return self._keys.generators

@@ -14,6 +14,7 @@
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
 
+    LengthWarning (UserWarning)              an epoch had another number of batches than `with_length` says
     ReadAllWarning (UserWarning)             several ranks each read all files, and keep their share of the samples
     ReplayWarning (UserWarning)              a resumed source reads samples again and drops them
     UnevenWarning (UserWarning)              ranks may get different numbers of batches
@@ -31,6 +32,7 @@ __all__ = [
     "ChannelClosedError",
     "DeviceError",
     "LeakedContextError",
+    "LengthWarning",
     "LoaderClosedError",
     "NothingPassesError",
     "RankError",
@@ -63,6 +65,10 @@ class BrokenDataError(AioloaderError, ValueError):
 
 class StateError(AioloaderError, ValueError):
     """This loader cannot load a state, or follow a recorded order. The message says what is different."""
+
+
+class LengthWarning(UserWarning):
+    """An epoch had another number of batches than `with_length` says."""
 
 
 class ReadAllWarning(UserWarning):

@@ -39,12 +39,13 @@ from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
 from aioloader.sources.sampler_order import check_draws, check_generators, packed, unpacked
-from aioloader.stages.flow import Guarantee
+from aioloader.sources.stand_in import StandIn, stand_in
+from aioloader.stages.flow import STRENGTH, Guarantee
 
 __all__ = ["Loader"]
 
 _RANDOM: Final = frozenset(
-    {"base_seed", "drawn", "draws_once", "epochs", "generators", "sample_seed", "set_epoch", "weights"}
+    {"base_seed", "drawn", "draws_once", "epochs", "generators", "next", "sample_seed", "set_epoch", "weights"}
 )
 
 
@@ -72,6 +73,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
         self._fixed: dict[str, Any] | None = None  # what the next epoch draws from, since a state has told of it
+        self._stand_in: StandIn | None = None  # for torch's global generator, which is that of another process
         self._draws_again = False  # its epochs have begun before, in another loader
         self._entered = 0  # `with` blocks
         self._loop_thread: LoopThread | None = None
@@ -133,8 +135,12 @@ class Loader(LoaderHooks, Generic[T_co]):
         """The same after one of several sources has failed in this epoch."""
         return self._guarantee()
 
-    def _sure_length(self) -> int | None:
-        """Batches of an epoch, if that is known and no matter of trust."""
+    def _sure_length(self, *, resumed: bool) -> int | None:
+        """Batches of an epoch, if that is known; no matter of trust but in what the user has said here.
+
+        Args:
+            resumed: It is resumed in its middle.
+        """
         return None
 
     def _random_state(self) -> dict[str, Any]:
@@ -182,8 +188,15 @@ class Loader(LoaderHooks, Generic[T_co]):
         if generators := self._generators():
             state["generators"] = [packed(generator.get_state()) for generator in generators]
         if self._draws_globally():
-            state["drawn"] = packed(torch.get_rng_state())
+            state["drawn"] = packed(self._global_state())
         return state
+
+    def _global_state(self) -> torch.Tensor:
+        """What the next epoch would draw from if it began now, where it draws from torch's global generator."""
+        stand_in = self._stand_in
+        if stand_in is None or (moved := stand_in.moved()) is None:
+            return torch.get_rng_state()
+        return moved.instead
 
     def _fixed_random_state(self) -> dict[str, Any]:
         """What the next epoch depends on, from now on: whatever is drawn meanwhile, it begins as a state says."""
@@ -263,7 +276,7 @@ class Loader(LoaderHooks, Generic[T_co]):
                 progress.loader_state = self._random_state() | (self._order_source() if fixed is None else fixed)
             else:
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
-                progress.loader_state = dict(loaded["random"] or {})
+                progress.loader_state = self._random_of(loaded)
                 progress.epoch_pinned = epoch_pinned
             progress.begun_before |= self._draws_again
             progress.skipped_steps = self._leave_out.get(epoch, [])
@@ -271,6 +284,8 @@ class Loader(LoaderHooks, Generic[T_co]):
             self._leave_out = {epoch: progress.skipped_steps} | others
             with suppress(Exception):  # a `__len__` of the user's, which may never be needed
                 progress.lengths = self._lengths()
+            before_stand_in = self._stand_in
+            self._stand_in = self._stands_in(progress, loaded)
             self._progress = progress
             self._loaded = self._fixed = None
             self._next_epoch = epoch + 1
@@ -281,14 +296,23 @@ class Loader(LoaderHooks, Generic[T_co]):
                 self._set_random_state(progress.loader_state)
             self._begins(progress)
             with suppress(Exception):
-                progress.length = self._sure_length()
+                progress.length = self._sure_length(resumed=progress.resumed)
             yield progress
         except BaseException:
             with self._lock:
                 if loaded is not None or self._progress is progress:  # whatever it was: the state is not lost with it
                     self._loaded, self._loaded_epoch_pinned, self._next_epoch = loaded, epoch_pinned, epoch
-                    self._progress, self._fixed = before, fixed
+                    self._progress, self._fixed, self._stand_in = before, fixed, before_stand_in
             raise
+
+    def _stands_in(self, progress: Progress, loaded: dict[str, Any] | None) -> StandIn | None:
+        """What stands in for torch's global generator when an epoch begins, `loaded` or not."""
+        if loaded is None:
+            return None if self._stand_in is None else self._stand_in.moved()
+        there = progress.loader_state.get("drawn")
+        if progress.cursor is not None:  # what it draws is drawn
+            there = progress.loader_state.get("next", there)
+        return None if there is None or not self._draws_globally() else stand_in(unpacked(there))
 
     def _look_for_ranks(self) -> None:
         """Once, when the first epoch begins: trainers make their ranks between the loader and its first batch."""
@@ -347,10 +371,15 @@ class Loader(LoaderHooks, Generic[T_co]):
         """
         loaded = self._loaded
         if loaded is not None:
+            random = self._random_of(loaded)
             return self._make_state(
-                loaded["epoch"], loaded["batches"], loaded["cursor"], loaded["random"], guarantee=loaded["guarantee"]
+                loaded["epoch"], loaded["batches"], loaded["cursor"], random, guarantee=loaded["guarantee"]
             )
         return self._state_of(self._progress)
+
+    def _random_of(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        """What else the epoch of a state that was loaded depends on, with what was said since."""
+        return dict(loaded["random"] or {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next epoch continue the one that `state` was taken from, right after the last batch it had given.
@@ -397,7 +426,10 @@ class Loader(LoaderHooks, Generic[T_co]):
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
             random, lengths = dict(progress.loader_state), progress.lengths
-            guarantee = self._guarantee_without_a_source() if progress.source_failed else None
+            guarantee = self._guarantee_without_a_source() if progress.source_failed else self._guarantee()
+            if progress.cursor is not None and "drawn" in random:
+                random["next"], others_draw = self._next_draws(progress)
+                guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
             return self._make_state(
                 progress.epoch, progress.batches, progress.cursor, random, lengths, guarantee=guarantee
             )
@@ -407,6 +439,15 @@ class Loader(LoaderHooks, Generic[T_co]):
         epoch = progress.epoch + 1
         random = dict(newest.loader_state) if newest.epoch == epoch else self._fixed_random_state()
         return self._make_state(epoch, 0, None, random)
+
+    def _next_draws(self, progress: Progress) -> tuple[str, bool]:
+        """What the epoch after one that is under way draws from, and whether that depends on what the program draws."""
+        newest = self._progress
+        if newest is not None and newest.epoch == progress.epoch + 1:
+            return newest.loader_state.get("drawn", progress.loader_state["drawn"]), False
+        now = torch.get_rng_state()
+        left = progress.left_global
+        return packed(self._global_state()), left is not None and not torch.equal(left, now)
 
     def _make_state(
         self,
@@ -565,6 +606,9 @@ class Loader(LoaderHooks, Generic[T_co]):
     def _alive(self) -> list[Delivery]:
         with self._lock:  # another thread may begin an epoch meanwhile
             return list(self._deliveries)
+
+    def _ended(self, progress: Progress) -> None:
+        """See `LoaderHooks`."""
 
     def _receiver(self) -> Receive | None:
         transfer = self._transfer

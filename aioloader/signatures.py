@@ -115,6 +115,7 @@ class OwnOptions(TypedDict, total=False):
     sample_timeout: float | None
     hedge: Hedge | None
     rate: Rate | None
+    shard: bool
 
 
 class DataLoaderOptions(OwnOptions, total=False):

@@ -56,6 +56,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
         batch_sampler=BatchSampler(distributed(), 4, drop_last=False),
     ),
     "split: a sampler of a pipeline": lambda: Pipeline(range(N), sampler=distributed()),
+    "split: shard=True": lambda: DataLoader(range(N), 4, shuffle=True, shard=True, num_workers=2),
     "split: indices": lambda: DataLoader(range(N), 4, sampler=SubsetRandomSampler([1, 2])),
     "split: somebody's stream": lambda: DataLoader(Words(), 4),
     "split: somebody's function": lambda: Pipeline(lambda: iter(range(3))),

@@ -10,18 +10,23 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch.futures import Future
 
 from aioloader import LoaderClosedError, Pipeline, RankError
+from aioloader.core.entry import Entry
+from aioloader.engine import agreement
+from aioloader.engine.agreement import Agreement, Have, Question, _newest
 from aioloader.engine.delivery import SyncDelivery
 from aioloader.engine.faces import Batches
+from aioloader.engine.progress import Progress
 from aioloader.pipeline import described
 from aioloader.plan.plan import Plan
 from aioloader.stages.shard import Shard
-from tests._support import DEADLINE, Face, collect, on_both_faces, until, wait_until
+from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, until, wait_until
 
 Build = Callable[[int], Pipeline]
 Outcome = list[Any] | str
@@ -320,6 +325,20 @@ async def test_close_wakes_a_call_that_waits_for_other_ranks(face: Face) -> None
 
 
 @on_both_faces
+def test_who_waits_for_other_ranks_is_told_so(face: Face) -> None:
+    loaders, _ = agreeing(lambda rank: Pipeline(range(8)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+    with Steps(loaders[0], face) as steps:
+        first = Started(steps.next)
+        wait_until(lambda: loaders[0].stats().waiting_for_ranks)
+        assert "No batch has come yet: this rank waits for the others" in loaders[0].explain()
+        other = Started(partial(outcomes, loaders[1], face))
+        assert first.outcome() == [0, 2]
+        assert not loaders[0].stats().waiting_for_ranks
+        assert steps.rest() == [[4, 6]]
+    assert other.outcome() == [[1, 3], [5, 7]]
+
+
+@on_both_faces
 def test_ranks_at_different_places_are_told(face: Face) -> None:
     """One has loaded a state that another has not; both hear of it, once, and the epoch is over."""
 
@@ -352,6 +371,94 @@ def test_a_rank_that_is_gone_is_an_error_and_the_end(face: Face) -> None:
     # The third batch had been agreed on already if both had it in time.
     assert given in ([[0, 2], [4, 6]], [[0, 2], [4, 6], [8, 10]])
     assert f"could not agree on batch {len(given)} of epoch 0: one of them is gone" in str(said)
+
+
+@on_both_faces
+def test_a_break_at_another_step_is_told_to_all(face: Face) -> None:
+    """By the first rank's next epoch; to the last one in its own, or before, if it still waits for the first one."""
+    loaders, group = agreeing(lambda rank: Pipeline(range(20)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+
+    def program(rank: int) -> Outcome:
+        seen = outcomes(loaders[rank], face, most=2 + rank)
+        return seen[-1] if isinstance(seen[-1], str) else outcomes(loaders[rank], face)[-1]
+
+    for said in together([partial(program, rank) for rank in range(2)]):
+        assert "others elsewhere: they are in epochs 0 to 1" in str(said)
+    assert group.asked[0] == group.asked[1]
+
+
+def test_the_answer_to_a_question_that_was_left_is_looked_at() -> None:
+    """It alone says that another rank has left one step before, and nobody will ask for more."""
+    group = Group(2)
+    members: list[Any] = [Member(group, rank) for rank in range(2)]
+    epochs = [Agreement(member, Progress(0)) for member in members]
+
+    def agreed(epoch: Agreement) -> None:
+        steps, mine = epoch.step(), None
+        try:
+            while True:
+                question = steps.send(mine)
+                assert question is None or question.answered
+                mine = Entry("a batch", None, None, 0) if question is None else None
+        except StopIteration as done:
+            epoch._progress.hand_out(done.value, 0.0)
+
+    for epoch in epochs:
+        epoch.look_ahead(Entry("batch 0", None, None, 0))
+    for epoch in epochs:
+        agreed(epoch)
+        epoch.look_ahead(Entry("batch 1", None, None, 0))
+    agreed(epochs[1])
+    epochs[1].look_ahead(Entry("batch 2", None, None, 0))
+    for rank, place in enumerate(("batch 0 of epoch 1", "batch 2 of epoch 0")):
+        with pytest.raises(RankError, match=f"this one is at {place}, others elsewhere: they are in epochs 0 to 1"):
+            agreed(Agreement(members[rank], Progress(1)))
+    assert group.asked[0] == group.asked[1]
+    assert not any(member in _newest for member in members), "what was looked at is forgotten"
+
+
+@on_both_faces
+def test_several_iterators_ask_in_turn(face: Face) -> None:
+    """What one of them has asked ahead is answered before another one begins, and counts for the first one."""
+    loaders, group = agreeing(lambda rank: Pipeline(range(20)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+
+    def in_turn(loader: Pipeline) -> list[tuple[Outcome, Outcome]]:
+        with Steps(loader, face) as one, Steps(loader, face) as other:
+            return [(one.next(), other.next()) for _ in range(5)]
+
+    for rank, pairs in enumerate(together([partial(in_turn, loader) for loader in loaders])):
+        assert pairs == [([n, n + 2], [n, n + 2]) for n in range(rank, 20, 4)]
+    assert group.asked[0] == group.asked[1]
+
+
+def test_the_process_ends_after_answers_that_torch_is_about_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread must not come into an interpreter that is torn down. But nobody waits for ever."""
+    monkeypatch.setattr(agreement, "_heard", WeakSet())
+    group, told = Group(2), threading.Event()
+    question = Question(Member(group, 0), Have.BATCH, 0, 0, 0, early=False)  # type: ignore[arg-type]
+    question.when_answered(told.set)
+    ending = Started(agreement._hear_answers)
+    group.fail(RuntimeError("Connection closed by peer"))
+    ending.outcome()
+    assert told.is_set()
+    monkeypatch.setattr(agreement, "CLOSE_SECONDS", 0.0)
+    group.gone = None
+    Question(Member(group, 0), Have.BATCH, 0, 0, 1, early=False).when_answered(told.set)  # type: ignore[arg-type]
+    agreement._hear_answers()
+    group.fail(RuntimeError("Connection closed by peer"))
+
+
+@pytest.mark.asyncio
+async def test_an_iterator_belongs_to_its_loop_when_ranks_agree() -> None:
+    loaders, _ = agreeing(lambda rank: Pipeline(range(8)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+    other = Started(partial(outcomes, loaders[1], "for"))
+    batches = aiter(loaders[0])
+    assert await anext(batches) == [0, 2]
+    with pytest.raises(RuntimeError, match="another event loop"):
+        await asyncio.to_thread(asyncio.run, anext(batches))
+    assert await anext(batches) == [4, 6]
+    assert await anext(batches, None) is None
+    assert await asyncio.to_thread(other.outcome) == [[1, 3], [5, 7]]
 
 
 @on_both_faces

@@ -661,3 +661,11 @@ def test_what_a_filter_leaves_out_is_counted(face: Face) -> None:
     loader = Pipeline(range(10)).filter(lambda sample: sample % 3 == 0)
     assert collect(loader, face) == [0, 3, 6, 9]
     assert loader.stats().stages[-1].dropped == 6
+
+
+@on_both_faces
+@pytest.mark.parametrize("before", [lambda loader: loader.in_process(), lambda loader: loader.skip_errors()])
+def test_drop_if_of_batches_that_are_ahead_already(face: Face, before: Callable[[Pipeline], Pipeline]) -> None:
+    """Nothing is left to be made in a window of its own."""
+    loader = before(Pipeline(range(12)).map(abs).batch(2, collate_fn=list)).drop_if(lambda batch: batch[0] == 4)
+    assert collect(loader, face) == [[0, 1], [2, 3], [6, 7], [8, 9], [10, 11]]

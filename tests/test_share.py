@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -19,13 +20,17 @@ import pytest
 import torch
 
 from aioloader import Pipeline, WorkerDiedError
+from aioloader.core.entry import Entry
 from aioloader.engine import meeting
+from aioloader.engine.fuse import exactly
 from aioloader.engine.inline import InlineSource
-from aioloader.engine.node import Node
+from aioloader.engine.node import Kick, Node
+from aioloader.engine.run import Run
 from aioloader.engine.share_nodes import LendingNode, ShareTerms, _Guest
+from aioloader.engine.window import Window
 from aioloader.executors.processes.lending import MOST_FREE, Borrower, Lender
 from aioloader.stages.share import BATCHES_AHEAD, Share
-from tests._support import DEADLINE, Face, Started, Steps, collect, notes, on_both_faces, turns, wait_until
+from tests._support import DEADLINE, Face, Started, Steps, collect, notes, on_both_faces, turns, until, wait_until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="share needs Linux")
 
@@ -196,6 +201,27 @@ def test_what_cannot_travel_is_an_error_for_all(face: Face) -> None:
         assert isinstance(found[1], pickle.PicklingError)
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        lambda loader: loader.in_process(),
+        lambda loader: loader.skip_errors(),
+        lambda loader: loader.take(3),
+        lambda loader: loader.repeat(2),
+        lambda loader: loader.drop_if(lambda _: False),
+        lambda loader: Pipeline.zip(loader, loader),
+    ],
+    ids=["in_process", "skip_errors", "take", "repeat", "drop_if", "zip"],
+)
+def test_batches_that_are_ahead_already_are_shared(before: Callable[[Pipeline], Pipeline]) -> None:
+    """There is nothing left to be made in a window of its own."""
+
+    def build(_: int) -> Pipeline:
+        return before(Pipeline(range(8)).map(abs).batch(2, collate_fn=list))
+
+    assert together(shared(build, 2), list) == [list(build(0))] * 2
+
+
 def test_several_pipelines_share_at_the_same_time() -> None:
     calls = Calls()
 
@@ -364,6 +390,55 @@ async def test_another_user_is_neither_let_in_nor_visited(monkeypatch: pytest.Mo
     visitor.close()
     door.close()
     assert not came
+
+
+@pytest.mark.asyncio
+async def test_who_stands_before_a_door_that_closes_is_let_in_and_told() -> None:
+    """To a guest, a connection that is shut without a word is a host that has died; this one may come again."""
+    loop = asyncio.get_running_loop()
+    name = ("knocks", os.getpid())
+    came: list[socket.socket] = []
+    door = meeting.Door(loop, name, [], came.append)
+    visitor = meeting.try_door(name)
+    assert visitor is not None
+    door.close()
+    (let_in,) = came
+    assert meeting.try_door(name) is None
+    let_in.send(b"closed")
+    assert await loop.sock_recv(visitor, 6) == b"closed"
+    visitor.close()
+    let_in.close()
+
+
+class Silent(Node):
+    """Gives nothing."""
+
+    def start(self, run: Run, kick: Kick) -> None: ...
+    def resume(self, cursor: Any) -> None: ...
+    def close(self) -> None: ...
+    def poll(self, limit: int) -> list[Entry]:
+        return []
+
+
+def test_a_guest_that_knocks_while_the_host_gives_up_waits_for_it_to_come_again() -> None:
+    """Its host has not seen it yet."""
+    terms = ShareTerms("share", ("gives up", os.getpid()), "", (0, 1), 0, 1, True, DEADLINE)
+    node = LendingNode(Silent(), terms, Lender())
+
+    async def main() -> list[Any]:
+        run = Run(Window(node, (), room=exactly(1)), 0)
+        run.attach(asyncio.get_running_loop())
+        node.start(run, lambda: None)
+        visitor = meeting.try_door(terms.meeting(0))
+        assert visitor is not None
+        node.close()
+        heard: list[Any] = []
+        peer = meeting.Peer(run.loop, visitor, lambda message: heard.append(message.head), lambda: heard.append("gone"))
+        await until(lambda: "gone" in heard)
+        peer.close()
+        return heard
+
+    assert asyncio.run(main()) == [("closed",), "gone"]
 
 
 @on_both_faces

@@ -6,7 +6,7 @@ the number of the draw from which it holds, and a state has all of them.
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import iscoroutinefunction
 from itertools import pairwise
@@ -18,7 +18,18 @@ from aioloader.core.checks import check_count
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.safe_text import add_note, safe_repr
 
-__all__ = ["MixControl", "Mixes", "Mixture", "Place", "Schedule", "WeightFunction", "check_changes", "check_weights"]
+__all__ = [
+    "MixControl",
+    "Mixes",
+    "Mixture",
+    "Place",
+    "Schedule",
+    "WeightBlock",
+    "WeightFunction",
+    "check_changes",
+    "check_weights",
+    "in_repetitions",
+]
 
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -26,7 +37,17 @@ STEPS_AT_ONCE: Final = 256
 """For so many steps the user's function is asked at once: a way into a thread and back costs what many calls do."""
 
 Place = tuple[tuple[int, ...], int]
-"""Where in an epoch a draw is: the numbers of the repetitions that it is in, and its own number in these."""
+"""Where in an epoch a draw is: the numbers of the repetitions that it is in, and its own number in these.
+
+Zeros at the end of the former are left out, so that the first draws have the same place with `repeat` and without."""
+
+
+def in_repetitions(numbers: Iterable[int]) -> tuple[int, ...]:
+    """The first part of a `Place`."""
+    path = list(numbers)
+    while path and path[-1] == 0:
+        path.pop()
+    return tuple(path)
 
 
 class Schedule:
@@ -155,6 +176,21 @@ def _finite(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class WeightBlock:
+    """What a function has said of some steps.
+
+    Attributes:
+        number: Of the block.
+        weights: From its first step on.
+        error: What the function raised at the step after these, or what is wrong with its weights there, if it is.
+    """
+
+    number: int
+    weights: list[tuple[float, ...]]
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
 class WeightFunction:
     """The user's function from a step to weights. It is the user's code: it runs in a thread, some steps ahead.
 
@@ -166,13 +202,15 @@ class WeightFunction:
     names: tuple[str, ...]
     fn: Callable[[int], Mapping[str, float]]
 
-    def block(self, number: int) -> list[tuple[float, ...]]:
-        """The weights of all steps of a block.
-
-        Raises:
-            Exception: What `fn` raises, and what is wrong with its weights.
-        """
-        return [self._at_step(step) for step in range(number * STEPS_AT_ONCE, (number + 1) * STEPS_AT_ONCE)]
+    def block(self, number: int) -> "WeightBlock":
+        """The weights of all steps of a block, or of those before the first one that fails."""
+        weights: list[tuple[float, ...]] = []
+        try:
+            for step in range(number * STEPS_AT_ONCE, (number + 1) * STEPS_AT_ONCE):
+                weights.append(self._at_step(step))
+        except BaseException as error:  # it is raised where its step is drawn
+            return WeightBlock(number, weights, error)
+        return WeightBlock(number, weights)
 
     def _at_step(self, step: int) -> tuple[float, ...]:
         try:
@@ -252,20 +290,27 @@ class MixControl:
         self.mixture = mixture
         self._changes = changes
         self._pending: tuple[tuple[float, ...], int | None] | None = None
-        self._block: tuple[int, list[tuple[float, ...]]] | None = None  # of weights by a function: its number, and they
+        self._block: WeightBlock | None = None  # of weights by a function
 
     def missing(self, place: Place) -> int | None:
         """The block of weights that the user's function is to be asked for before that draw; None: none is."""
         if self.mixture.by_function is None or any(_place(change) <= place for change in self._changes):
             return None
         number = place[1] // STEPS_AT_ONCE
-        return None if self._block is not None and self._block[0] == number else number
+        return None if self._block is not None and self._block.number == number else number
 
-    def found(self, number: int, weights: list[tuple[float, ...]]) -> None:
-        """What the user's function gave for a block."""
+    def found(self, block: WeightBlock) -> None:
+        """What the user's function gave."""
         with self.lock:
-            self._block = number, weights
+            self._block = block
             self.version += 1
+
+    def failure(self, place: Place) -> BaseException | None:
+        """What the user's function raised for that draw, once nothing is `missing` there; None: it did not."""
+        block = self._block
+        if block is None or block.error is None or any(_place(change) <= place for change in self._changes):
+            return None
+        return block.error if place[1] % STEPS_AT_ONCE >= len(block.weights) else None
 
     def begin(self, place: Place) -> None:
         """The next draw is that of `place`."""
@@ -310,13 +355,12 @@ class MixControl:
         """Those of a draw, and the number of the draw, in these repetitions, before which they do not change."""
         found: tuple[float, ...] | None = None
         until: int | None = None
-        for change in self._changes:
+        for change in reversed(self._changes):  # there may be one for each step so far, and few are to come
             its = _place(change)
             if its <= place:
                 found = tuple(change[2])
-            else:
-                until = its[1] if its[0] == place[0] else None
                 break
+            until = its[1] if its[0] == place[0] else None
         if found is not None:
             return found, until
         weights, ends = self._by_step(place[1])
@@ -327,13 +371,13 @@ class MixControl:
         if isinstance(schedule, Schedule):
             return schedule._at_step(step), schedule.until(step)
         number, at = divmod(step, STEPS_AT_ONCE)
-        if self._block is None or self._block[0] != number:
-            return (1.0,) * len(self.mixture.names), step  # not known yet, and nothing is drawn before it is
-        return self._block[1][at], step + 1
+        if self._block is None or self._block.number != number or at >= len(self._block.weights):
+            return (1.0,) * len(self.mixture.names), step  # not known, and nothing is drawn before it is
+        return self._block.weights[at], step + 1
 
 
 def _place(change: Any) -> Place:
-    return tuple(change[0]), change[1]
+    return in_repetitions(change[0]), change[1]
 
 
 class Mixes:
@@ -364,6 +408,12 @@ class Mixes:
                 if address in self._set_before:
                     control.set(*self._set_before[address])
             return self._controls[address]
+
+    def settle(self) -> None:
+        """Let what was set hold from the beginning of the epoch on, for mixes that have not been resumed."""
+        for control in self._controls.values():
+            if control.place is None:
+                control.begin(((), 0))
 
 
 def check_changes(state: Any, mixtures: Mapping[str, Mixture]) -> None:

@@ -14,24 +14,31 @@ Where nobody can count the batches of a rank, since a filter or packing decides,
 - Each question says where its rank is, epoch and step, so that ranks that are at different places (another state was
   loaded, one loop has ended early) find out, and do not train on what does not belong together.
 
+- No answer is passed over. Whoever leaves an epoch leaves a question, and its answer is looked at before the next epoch
+  asks anything on that group. So all ranks look at the same answers, and if there is one that says that they are at
+  different places, all of them hear it, and nobody asks a question more than the others and waits for them.
+
 A question is one all-reduce of a few numbers on a gloo group. Its end is heard by a callback, and so a caller can be
 interrupted, cancelled or closed meanwhile; whoever calls `next()` then goes on with the same question.
 """
 
 import asyncio
+import atexit
 import threading
 from collections.abc import Callable, Generator
 from enum import IntEnum
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from aioloader.core.entry import Entry
+from aioloader.core.forks import after_fork_in_child
 from aioloader.engine.delivery import AsyncDelivery, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
-from aioloader.engine.run import Run
+from aioloader.engine.run import CLOSE_SECONDS, Run
 from aioloader.errors import RankError
 from aioloader.executors.threads import call_loop
 
@@ -96,7 +103,14 @@ class Question:
 
     def when_answered(self, call: Callable[[], object]) -> None:
         """Call `call`, which never fails, in some thread, once it is answered."""
-        self._future.add_done_callback(lambda _: call())
+        heard = threading.Event()
+        _heard.add(heard)
+
+        def answered(_: object) -> None:
+            call()
+            heard.set()
+
+        self._future.add_done_callback(answered)
 
     def answer(self) -> tuple[Have, int]:
         """The least that a rank has, and the first rank that failed, if one did.
@@ -123,6 +137,29 @@ class Question:
         return Have(have), rank
 
 
+_heard: WeakSet[threading.Event] = WeakSet()
+"""Of callbacks that torch is to call, set once it has."""
+
+_newest: "WeakKeyDictionary[ProcessGroup, Question]" = WeakKeyDictionary()
+"""By group, the question that was asked last, as long as nobody has looked at its answer."""
+
+after_fork_in_child(_heard.clear)
+after_fork_in_child(_newest.clear)
+
+
+@atexit.register
+def _hear_answers() -> None:
+    """Wait for callbacks, `CLOSE_SECONDS` at most, before the interpreter is torn down.
+
+    Somebody was interrupted while waiting for other ranks. torch calls back in a thread of its own, and one that comes
+    into an interpreter on its way out is ended by it; C++ cannot bear that, and aborts the process. With Ctrl-C all
+    ranks end, so that an answer, or the news that a rank is gone, is not far.
+    """
+    deadline = monotonic() + CLOSE_SECONDS
+    for heard in list(_heard):
+        heard.wait(max(0.0, deadline - monotonic()))
+
+
 Steps = Generator[Question | None, Entry | None, Entry | None]
 """Yields a question that is to be answered before it goes on, or None, to be sent this rank's next batch, None at its
 end; returns what is handed out, None if all end."""
@@ -142,6 +179,7 @@ class Agreement:
         self._group = group
         self._rank = torch.distributed.get_rank(group)
         self._progress = progress
+        self._before = _newest.get(group)  # of an epoch that was left, most likely
         self._early: Question | None = None
         self._full: Question | None = None
         self._ended = False
@@ -154,6 +192,10 @@ class Agreement:
         Raises:
             RankError: The ranks cannot.
         """
+        if (before := self._before) is not None:
+            yield before
+            self._before = None
+            self._answer(before)
         if (early := self._early) is not None:
             yield early
             self._early = None
@@ -199,9 +241,12 @@ class Agreement:
         else:
             have = Have.NOT_YET if early else Have.ENDED
         step = None if have is Have.ENDED else progress.batches
-        return Question(self._group, have, self._rank, progress.epoch, step, early=early)
+        question = _newest[self._group] = Question(self._group, have, self._rank, progress.epoch, step, early=early)
+        return question
 
     def _answer(self, question: Question) -> tuple[Have, int]:
+        if _newest.get(self._group) is question:
+            del _newest[self._group]
         try:
             return question.answer()
         except RankError:
@@ -228,7 +273,7 @@ class AgreedAsyncDelivery(AsyncDelivery):
             _settle(self._waiter)
 
     async def next(self) -> Any:
-        self._check_process()
+        self._check_caller()
         async with self._turn:
             if self._agreement.over:
                 raise StopAsyncIteration
@@ -280,9 +325,11 @@ class AgreedAsyncDelivery(AsyncDelivery):
         loop = self.run.loop
         self._waiter = waiter = loop.create_future()
         question.when_answered(lambda: call_loop(loop, _settle, waiter))
+        self.progress.meter.asks_ranks = True
         try:
             await waiter
         finally:
+            self.progress.meter.asks_ranks = False
             self._waiter = None
         if not question.answered:
             raise self._cut_short()
@@ -358,9 +405,13 @@ class AgreedSyncDelivery(SyncDelivery):
         """An event can be interrupted by Ctrl-C, as torch's own `wait` cannot."""
         self._wake = wake = threading.Event()
         question.when_answered(wake.set)
-        if not self.closed:  # else `close` may have found no event to set
-            wake.wait()
-        self._wake = None
+        self.progress.meter.asks_ranks = True
+        try:
+            if not self.closed:  # else `close` may have found no event to set
+                wake.wait()
+        finally:
+            self.progress.meter.asks_ranks = False
+            self._wake = None
         if not question.answered:
             raise self._cut_short()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.entry import LAST, ONE_LOST, Entry, earliest
 from aioloader.core.keys import SourceKey, each_key
-from aioloader.core.mixture import MixControl
+from aioloader.core.mixture import MixControl, WeightBlock, in_repetitions
 from aioloader.core.safe_text import add_note
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.node import Kick, Node
@@ -193,7 +193,7 @@ class MixNode(_InputsNode):
         super().__init__(upstreams)
         self._lengths = lengths
         self._control = weights if isinstance(weights, MixControl) else None
-        self._repetitions = repetitions
+        self._repetitions = in_repetitions(repetitions)
         self._until: int | None = None  # the draw before which the weights do not change; None: they do not
         self._version = -1  # of the control's weights
         self._given = (1.0,) * len(upstreams) if isinstance(weights, MixControl) else tuple(weights)
@@ -206,7 +206,7 @@ class MixNode(_InputsNode):
         self._over: list[int] = []
         self._to_try: list[int] = []  # those that had failed before a resume
         self._tried: dict[int, Entry] = {}  # what they gave
-        self._asking: asyncio.Future[list[tuple[float, ...]]] | None = None  # the user's function, for weights
+        self._asking: asyncio.Future[WeightBlock] | None = None  # the user's function, for weights
         if self._control is None:
             self._weigh()
 
@@ -251,10 +251,17 @@ class MixNode(_InputsNode):
             self._weigh()
         while len(taken) < limit:
             if self._next_input is None and self._control is not None:
-                if (number := self._control.missing((self._repetitions, self._draws))) is not None:
-                    if not self._has_weights(self._control, number, taken):
+                place = self._repetitions, self._draws
+                if (number := self._control.missing(place)) is not None:
+                    if not self._has_weights(self._control, number):
                         break
                     continue
+                if not self.ended and (failure := self._control.failure(place)) is not None:
+                    last = Entry.last(failure, tuple(self._cursors), None)
+                    last.cursor = self._cursor(last, self._draws, self._lost)
+                    taken.append(last)
+                    self._end()
+                    break
                 self._control.place = (self._repetitions, self._draws + 1)  # before: who sets weights now is too late
                 if self._is_changed(self._control):
                     self._weigh()
@@ -290,7 +297,7 @@ class MixNode(_InputsNode):
                 break
         return taken
 
-    def _has_weights(self, control: MixControl, number: int, taken: list[Entry]) -> bool:
+    def _has_weights(self, control: MixControl, number: int) -> bool:
         """Whether the user's function has said its weights for block `number`; it is asked if it was not."""
         function = control.mixture.by_function
         assert function is not None
@@ -303,12 +310,7 @@ class MixNode(_InputsNode):
         if not self._asking.done():
             return False
         asked, self._asking = self._asking, None
-        if (error := asked.exception()) is not None:
-            cursor = (tuple(self._cursors), self._draws, tuple(self._over))
-            taken.append(Entry.last(error, (*cursor, tuple(sorted(self._lost))) if self._lost else cursor, None))
-            self._end()
-            return False
-        control.found(number, asked.result())
+        control.found(asked.result())
         self._weigh()
         return True
 

@@ -9,7 +9,7 @@ from time import perf_counter
 from typing import Any, Final, NoReturn
 from weakref import WeakMethod, finalize
 
-from aioloader.core.entry import Entry, presentable
+from aioloader.core.entry import LAST, Entry, presentable
 from aioloader.engine.admission import ConsumerAdmission
 from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
@@ -54,6 +54,8 @@ class Delivery:
         entry.error = entry.value = None  # an error keeps this frame: it must not keep the error
         if error is None:
             return value if self._receive is None else self._receive(value)
+        if entry.state == LAST:
+            self.progress.length = None  # a resume tries the source again, so this was no full epoch
         try:
             raise presentable(error)
         finally:
@@ -166,9 +168,7 @@ class AsyncDelivery(RunDelivery):
         """
         asked = perf_counter()
         run = self.run
-        self._check_process()
-        if asyncio.get_running_loop() is not run.loop:
-            raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
+        self._check_caller()
         mine: asyncio.Future[None] | None = None
         self._asking += 1
         if run.output.admission is not None:
@@ -205,6 +205,16 @@ class AsyncDelivery(RunDelivery):
             if mine is not None:
                 del self._waiters[mine]
                 self._kick()
+
+    def _check_caller(self) -> None:
+        """Refuse to wait for another process, or on another loop.
+
+        Raises:
+            RuntimeError: The caller is there.
+        """
+        self._check_process()
+        if asyncio.get_running_loop() is not self.run.loop:
+            raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
 
     def take_ready(self) -> Entry | None:
         """The next batch, if it is there and may be looked at. It keeps its room until `use_ready`.

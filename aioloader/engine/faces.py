@@ -61,6 +61,10 @@ class LoaderHooks(ABC):
         """An epoch of this loader has begun; `delivery` is to be held weakly, for `close`."""
 
     @abstractmethod
+    def _ended(self, progress: Progress) -> None:
+        """The consumer was told that an epoch is over, maybe not for the first time."""
+
+    @abstractmethod
     def _state_of(self, progress: Progress | None) -> dict[str, Any]:
         """The state of an iterator whose epoch is at `progress`, or has not begun."""
 
@@ -136,6 +140,7 @@ class Batches(EpochIterator, Iterator[T_co]):
             batch = delivery.next(loader._timeout, loader._timeout_message)
         except StopIteration:
             if not delivery.progress.resumed_at_end:
+                loader._ended(delivery.progress)
                 del self
                 raise
             del delivery
@@ -188,6 +193,7 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
                 batch = await _within(delivery, loader._timeout, loader._timeout_message)
         except StopAsyncIteration:
             if not delivery.progress.resumed_at_end:
+                loader._ended(delivery.progress)
                 raise
             if self._delivery is delivery:
                 self._delivery = None  # it was resumed after its end: the next epoch is what was to come

@@ -31,6 +31,7 @@ class Progress:
         length: Batches of the epoch; None: only its end tells.
         lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
         begun_before: The epoch has begun before: what it draws has been drawn.
+        left_global: State of torch's global generator when the order had been drawn; None: it is not drawn from.
         loader_state: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         skipped_steps: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
@@ -50,6 +51,7 @@ class Progress:
         "epoch",
         "epoch_pinned",
         "history",
+        "left_global",
         "length",
         "lengths",
         "loader_state",
@@ -70,6 +72,7 @@ class Progress:
         self.epoch_pinned = False
         self.over = False
         self.source_failed = False
+        self.left_global: Any = None
         self.length: int | None = None
         self.lengths: list[int | None] = []
         self.begun_before = cursor is not None or batches_before > 0

@@ -7,7 +7,6 @@ and drops them.
 """
 
 import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
 from itertools import islice
@@ -16,6 +15,7 @@ from weakref import ref
 
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.safe_text import safe_repr
+from aioloader.core.user_state import decoded, encoded
 from aioloader.errors import StateError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "KnowsOrigin",
     "Origin",
     "after_origin",
+    "ask_initial",
     "begin_again",
     "beginning",
     "check_origin",
@@ -71,6 +72,8 @@ def split_cursor(cursor: object) -> tuple[Origin | None, int]:
     if not (parts == {"at", "generators"} or (parts == {"at", "of", "state"} and origin["of"] in _OF)):
         raise ValueError(f"an origin was expected, got {safe_repr(origin)}")
     as_count(origin["at"])
+    if "state" in parts:
+        decoded(origin["state"])  # else it would be found out only when the epoch begins
     return origin, as_count(since)
 
 
@@ -102,22 +105,27 @@ class _Known:
 
     __slots__ = ("after", "initial", "loaded", "silent")
 
-    def __init__(self, iterable: object) -> None:
-        self.initial = _told(iterable)
+    def __init__(self) -> None:
+        self.initial: Any = None
         self.loaded = False
         self.after: Any = None
         self.silent = False
+
+    def ask(self, iterable: Any) -> None:
+        """Ask for the initial state, unless it is known, or another one has been loaded."""
+        if self.initial is None and not self.loaded:
+            self.initial = _told(iterable)
 
 
 _known: dict[int, tuple[ref[Any], _Known]] = {}  # by id: an object may be equal to another one, or have no hash
 
 
 def _knowledge(iterable: object) -> _Known:
-    """What is known of `iterable`; when it is seen first, it is asked for its state."""
+    """What is known of `iterable`."""
     owner = getattr(iterable, "__wrapped__", iterable)
     if (entry := _known.get(id(owner))) is not None:
         return entry[1]
-    known = _Known(iterable)
+    known = _Known()
     key = id(owner)
     with contextlib.suppress(TypeError):  # it cannot be referred to weakly
         _known[key] = ref(owner, lambda _: _known.pop(key, None)), known
@@ -126,6 +134,9 @@ def _knowledge(iterable: object) -> _Known:
 
 def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[Any], Any]:
     """Iterate `iterable` from `origin` on, or from its beginning; in the thread that will go on with it.
+
+    An object with a state is asked for it only once it has been iterated, as in torchdata's StatefulDataLoader: some
+    have none before. Where one is loaded before that, as there, the object is asked for its own first.
 
     After `load_state_dict`, some objects begin every later epoch at the loaded place (Hugging Face's do, until they are
     told another epoch); others begin at their start, maybe in another order than before. The first sample of the next
@@ -140,8 +151,6 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
         return iter(iterable), None
     known = load_iterable(iterable, origin)
     iterator = iter(iterable)
-    if known is not None and known.initial is None and not known.loaded:  # some give it only once they are iterated
-        known.initial = _told(iterable)
     who = asked(iterable, iterator, origin)
     if who is iterable and origin is None and known is not None and known.loaded:
         known.loaded = False
@@ -155,7 +164,7 @@ def open_at(iterable: Iterable[Any], origin: Origin | None) -> tuple[Iterator[An
                 f"{type(iterable).__name__} goes on in each epoch from the state that was loaded into it, and told "
                 f"none of its beginning to send it back to; pass a function that makes a new one for each epoch"
             )
-        iterable.load_state_dict(known.initial)
+        iterable.load_state_dict(decoded(known.initial))
         iterator = iter(iterable)
     return iterator, who
 
@@ -182,8 +191,9 @@ def load_iterable(iterable: Any, origin: Origin | None) -> _Known | None:
         return None
     known = _knowledge(iterable)
     if origin is not None and origin.get("of") == "iterable":
+        known.ask(iterable)
         known.loaded, known.after = True, None
-        iterable.load_state_dict(origin["state"])
+        iterable.load_state_dict(decoded(origin["state"]))
     return known
 
 
@@ -192,11 +202,16 @@ def begin_again(iterable: Any) -> None:
     if is_stateful(iterable) and (known := _knowledge(iterable)).loaded:
         known.loaded = False
         if known.initial is not None:
-            iterable.load_state_dict(known.initial)
+            iterable.load_state_dict(decoded(known.initial))
+
+
+def ask_initial(iterable: Any) -> None:
+    """Ask for the initial state of `iterable`, which has just been iterated and has given nothing yet."""
+    _knowledge(iterable).ask(iterable)
 
 
 def asked(iterable: object, iterator: Iterator[Any] | AsyncIterator[Any], origin: Origin | None) -> Any:
-    """Make `iterator` begin at `origin`.
+    """Make `iterator` begin at `origin`, right after `iterable` has given it.
 
     Returns:
         What is to be asked for its state, the iterator or the iterable; None: neither has one.
@@ -206,11 +221,15 @@ def asked(iterable: object, iterator: Iterator[Any] | AsyncIterator[Any], origin
     """
     if is_stateful(iterator):
         if origin is not None and origin.get("of") == "iterator":
-            iterator.load_state_dict(origin["state"])  # type: ignore[union-attr]  # `is_stateful` says so
+            iterator.load_state_dict(decoded(origin["state"]))  # type: ignore[union-attr]  # `is_stateful` says so
         return iterator
     if origin is not None:
         check_takes_state(iterable if origin.get("of") == "iterable" else iterator)
-    return iterable if is_stateful(iterable) else None
+    if not is_stateful(iterable):
+        return None
+    if not hasattr(iterable, "__wrapped__"):  # else it calls `ask_initial`: its iterator has not begun
+        ask_initial(iterable)
+    return iterable
 
 
 def check_takes_state(thing: object) -> None:
@@ -256,7 +275,7 @@ def note_first(thing: object, iterator: object) -> None:
 
 
 def snapshot(thing: object, iterator: object, at: int) -> Origin | None:
-    """The origin that `thing` is at now; None when it gives no state that JSON can hold.
+    """The origin that `thing` is at now; None when it gives no state that can be kept.
 
     That is no error while samples are read: the user may never ask for the loader's state. If they do, its guarantee
     says that a resume reads from the beginning (`tells_state`).
@@ -281,8 +300,8 @@ def tells_state(iterable: object) -> bool:
 
 
 def _told(thing: Any) -> Any:
-    """A copy of the state of `thing` that shares nothing with it; None: it gives none."""
+    """A copy of the state of `thing` that shares nothing with it, see `encoded`; None: it gives none."""
     try:
-        return json.loads(json.dumps(thing.state_dict()))
+        return encoded(thing.state_dict())
     except Exception:  # some give it only while they are iterated, or not at all
         return None

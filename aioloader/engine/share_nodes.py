@@ -162,6 +162,9 @@ class LendingNode(Node):
     # -- who comes ---------------------------------------------------------------------------------------------------
 
     def _came(self, sock: socket.socket) -> None:
+        if self._welcomed:  # all are there
+            sock.close()
+            return
         guest = _Guest()
         run = self._run
         received, gone = partial(run.guarded, self._heard, guest), partial(run.guarded, self._gone, guest)

@@ -154,6 +154,7 @@ class ConsumerMeter:
         end_seen: Whether the consumer knows that the epoch is over.
         last_waited_seconds: How long the newest batch took.
         asking: When each `next()` was called that has not returned, by the thread or call.
+        asks_ranks: Whether it waits for other ranks, with `even="agree"`, now.
     """
 
     began: float | None = None
@@ -165,6 +166,7 @@ class ConsumerMeter:
     end_seen: bool = False
     last_waited_seconds: float = 0.0
     asking: dict[object, float] = field(default_factory=dict)
+    asks_ranks: bool = False
 
     @property
     def waiting_seconds(self) -> float:

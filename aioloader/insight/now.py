@@ -30,6 +30,10 @@ def now(stats: Stats) -> str | None:
     at_work = [*_left_out(stats), *_under_way(stats), *_wait_for_policies(stats)]
     sources = [stage for stage in stats.stages if _is_source(stage) and stage.under_way]
     numbers = f"({_many(stats.batches, 'batch', 'batches')} in {stats.seconds:.2f} s)"
+    if stats.waiting_for_ranks:
+        at_work.insert(
+            0, "this rank waits for the others, one of which has not asked for its batch yet or has none ready"
+        )
     if stats.paused:
         at_work.insert(0, "the loader is paused, and no sample begins")
     if sources and not at_work and all(stage.live for stage in sources):

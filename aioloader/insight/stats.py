@@ -111,6 +111,7 @@ class Stats:
         stages: In the order of the pipeline.
         waiting_seconds: How long the consumer has been waiting for a batch, now; 0.0 if it does not wait.
         paused: Whether no sample begins now, see `paused()`.
+        waiting_for_ranks: Whether it waits for other ranks now, with `shard(even="agree")`.
     """
 
     epoch: int | None
@@ -123,6 +124,7 @@ class Stats:
     stages: tuple[StageStats, ...]
     waiting_seconds: float = 0.0
     paused: bool = False
+    waiting_for_ranks: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The statistics as plain dictionaries, lists and numbers."""
@@ -148,6 +150,7 @@ def snapshot(
         loop_cpu_fraction=min(1.0, consumer.loop.seconds() / seconds) if consumer.loop is not None and seconds else 0.0,
         stages=tuple(_stage(meter, seconds) for meter in list(meters)),
         waiting_seconds=consumer.waiting_seconds,
+        waiting_for_ranks=consumer.asks_ranks,
         paused=paused,
     )
 

@@ -8,6 +8,7 @@ from aioloader.core.typevars import T_co
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.pipeline.described import Described
 from aioloader.plan.admission import check_admission
+from aioloader.plan.lengths import with_told_length
 
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
@@ -64,6 +65,23 @@ class Delivery(Described[T_co]):
         It is not the seed of `shuffle` and `mix`, which have their own.
         """
         return self._of(replace(self._plan, seed=None if seed is None else check_integer("seed", seed)))
+
+    def with_length(self, n: int) -> "Pipeline[T_co]":
+        """Say how many batches (samples, without `batch`) an epoch has, for `len()`, where nobody can count them.
+
+        Lightning and torchtnt read one batch ahead of a loader without a length, and a checkpoint of theirs loses that
+        one. With it the state after batch `n` is the beginning of the next epoch. It changes nothing of what comes: an
+        epoch that turns out to have another number of batches warns at its end; `take(n)` would end it. Stages after
+        it count on from there, so `.with_length(1000).batch(10)` has 100.
+
+        Args:
+            n: At least 0. After `shard`, what this rank gets.
+
+        Raises:
+            TypeError: Not an integer.
+            ValueError: It is negative, or the pipeline is known to give another number.
+        """
+        return self._of(with_told_length(self._plan, check_count("n", n, least=0)))
 
     def with_info(self) -> "Pipeline[tuple[T_co, BatchInfo]]":
         """Give pairs `(batch, info)`: a `BatchInfo` says which samples are in the batch. The last stage."""

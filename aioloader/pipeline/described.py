@@ -17,11 +17,10 @@ from aioloader.plan.admission import check_admission
 from aioloader.plan.agreeing import agreeing_group
 from aioloader.plan.build import build
 from aioloader.plan.by_file import cost_of_samples, uneven_files
+from aioloader.plan.lengths import batch_size_of, sure_length
 from aioloader.plan.parts import (
     datasets_of,
     drawing_samplers_of,
-    is_indexable,
-    keeping_last,
     samplers_of,
     streams_of,
     with_streams,
@@ -30,7 +29,7 @@ from aioloader.plan.plan import Combined, Plan, flow_of, forgets_numbers, length
 from aioloader.plan.ranks import check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.uneven import uneven_stage
-from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_uneven
+from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_length, warn_of_uneven
 from aioloader.sources.resolve import Indexable, source_name, warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
 from aioloader.stages.base import Pass, Stage
@@ -100,6 +99,11 @@ class Described(Loader[T_co]):
         """
         return length_of(self._plan)
 
+    @property
+    def batch_size(self) -> int | None:
+        """Samples in a batch, a short last one aside, on this rank; None: not batched, or of no fixed number."""
+        return batch_size_of(self._plan)
+
     def __bool__(self) -> bool:
         return True  # `if loader:` does not ask for the length
 
@@ -158,15 +162,13 @@ class Described(Loader[T_co]):
             why = "which samples a batch holds depends on time"
         return why
 
-    def _sure_length(self) -> int | None:
-        if not is_indexable(self._plan):
-            return None
-        try:
-            length = length_of(self._plan)
-            # A short last batch in which a sample failed is not dropped: its error is one more.
-            return length if length == length_of(keeping_last(self._plan)) else None
-        except TypeError:
-            return None
+    def _sure_length(self, *, resumed: bool) -> int | None:
+        return sure_length(self._plan, resumed=resumed)
+
+    def _ended(self, progress: Progress) -> None:
+        if self._plan.told_length is not None and progress.length is not None and progress.length != progress.batches:
+            warn_of_length(self, progress.length, progress.batches)
+            progress.length = None  # said once
 
     def _detached(self) -> Self:
         again = super()._detached()

@@ -86,6 +86,21 @@ class Weights(Described[T_co]):
             changes[:] = [*(changes if at else []), [[], at or 0, list(weights)]]
         return state
 
+    def _random_of(self, loaded: dict[str, Any]) -> dict[str, Any]:
+        random = super()._random_of(loaded)
+        with self._lock:
+            set_since = dict(self._weights_next)
+        if not set_since:
+            return random
+        progress = Progress(loaded["epoch"], loaded["cursor"], loaded["batches"])
+        changes = {address: list(changes) for address, changes in random.get("weights", {}).items()}
+        progress.mixes = Mixes(changes, set_since)
+        nodes = self._nodes(progress)
+        if progress.cursor is not None:
+            nodes.resume(progress.cursor)  # from which draw on they hold
+        progress.mixes.settle()
+        return random | {"weights": changes}
+
     def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
         super()._check_random_state(state, begun=begun)
         check_changes(state.get("weights", {}), mixtures_of(self._plan))

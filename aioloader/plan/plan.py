@@ -111,6 +111,7 @@ class Plan:
         staleness: Batches that samples may begin before their own is asked for; None: it is for room alone to say.
         seed: Of the random numbers of samples (`sample_rng`); None: the loader draws one.
         gives_info: What is handed out are pairs of a batch and its `BatchInfo`.
+        told_length: How many entries an epoch has, as the user has said, and after how many stages; None: nothing said.
     """
 
     source: Single | Combined
@@ -122,6 +123,7 @@ class Plan:
     staleness: int | None = None
     seed: int | None = None
     gives_info: bool = False
+    told_length: tuple[int, int] | None = None
 
 
 def functions_of(plan: "Plan") -> list[Any]:
@@ -148,8 +150,12 @@ def length_of(plan: Plan) -> int:
     Raises:
         TypeError: Unknown before it has run.
     """
-    length = plan.source.length()
-    for stage in plan.stages:
+    told, stages = plan.told_length, plan.stages
+    if told is None or told[1] > len(stages):  # of a part of the plan that was said of
+        length = plan.source.length()
+    else:
+        length, stages = told[0], stages[told[1] :]
+    for stage in stages:
         length = stage.length(length)
     return length
 

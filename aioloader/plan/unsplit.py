@@ -1,4 +1,4 @@
-"""A warning for several ranks that each read all of the same data, as a trainer makes them that splits nothing."""
+"""Warnings: of several ranks that each read all of the same data, as a trainer makes them, and of wrong lengths."""
 
 import sys
 import warnings
@@ -7,7 +7,7 @@ from typing import Any, Final
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from aioloader.core.source import CursorSource
-from aioloader.errors import ReadAllWarning, UnevenWarning, UnsplitWarning
+from aioloader.errors import LengthWarning, ReadAllWarning, UnevenWarning, UnsplitWarning
 from aioloader.plan.plan import Combined, Plan
 from aioloader.plan.ranks import is_sharded, is_shared
 from aioloader.sources.resolve import Indexable
@@ -20,6 +20,7 @@ __all__ = [
     "keys_of_all",
     "several_ranks",
     "warn_of_cost",
+    "warn_of_length",
     "warn_of_uneven",
     "warn_of_unsplit",
 ]
@@ -55,6 +56,15 @@ def warn_of_cost(cost: str) -> None:
 def warn_of_uneven(why: str) -> None:
     """Say why ranks may get different numbers of batches."""
     _warn(why, UnevenWarning)
+
+
+def warn_of_length(loader: object, told: int, batches: int) -> None:
+    """Say that an epoch had another number of batches than somebody has said."""
+    _warn(
+        f"with_length says that an epoch of {loader!r} has {told} batches, and this one had {batches}; say how many "
+        f"there are, or let take({told}) end it there",
+        LengthWarning,
+    )
 
 
 def _warn(text: str, category: type[Warning]) -> None:

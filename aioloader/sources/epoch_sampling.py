@@ -14,6 +14,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import Origin, is_stateful
+from aioloader.sources.rank_sampler import RankSampler
 from aioloader.sources.sampler_order import (
     Draws,
     ReplayableOrder,
@@ -64,7 +65,9 @@ class EpochSampling:
         self.sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         self._batch_size = loader.batch_size
         self._drop_last = loader.drop_last
-        self._seeded = seed is not None and shuffled
+        inner = self.sampler if loader.batch_sampler is None else loader.sampler
+        self._ranks = inner if isinstance(inner, RankSampler) else None
+        self._seeded = seed is not None and shuffled and self._ranks is None
         self._draws_once = persistent and seed is None
         self._base_seed: int | None = None  # after it was drawn, if that happens once
         self.told_epoch: int | None = None
@@ -172,8 +175,10 @@ class EpochSampling:
             progress: The progress of the epoch.
             base: Gets the base seed.
         """
-        with drawing_from(draws_of(progress)):
+        draws = draws_of(progress)
+        with drawing_from(draws):
             self.draw(progress.epoch, base)
+        draws.drawn()
 
     def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
         """The keys of an epoch, drawn now.
@@ -191,9 +196,9 @@ class EpochSampling:
             seed = derive_seed(self.seed, "workers", epoch)
             if self._seeded:
                 generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
-                sampler = RandomSampler(self.dataset, generator=generator)
-                if self._batch_size is not None:
-                    sampler = BatchSampler(sampler, self._batch_size, self._drop_last)
+                sampler = self._batched(RandomSampler(self.dataset, generator=generator))
+        if self._ranks is not None:
+            sampler = self._batched(self._ranks.of(epoch))
         keys: Iterator[Any] = iter(sampler)
         if seed is None:
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_(generator=self.generator))
@@ -202,6 +207,10 @@ class EpochSampling:
         if base is not None:
             base.value = seed
         return keys
+
+    def _batched(self, sampler: Any) -> Any:
+        """What gives the keys of batches, where there are batches."""
+        return sampler if self._batch_size is None else BatchSampler(sampler, self._batch_size, self._drop_last)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from weakref import WeakSet
 
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from aioloader.core.checks import is_async_callable
 from aioloader.core.safe_text import safe_repr
@@ -166,7 +166,8 @@ def resolve(source: object) -> Indexable | StreamData:
     if isinstance(source, AsyncIterable):
         return StreamData(source, call=False, single_use=isinstance(source, AsyncIterator))
     if isinstance(source, Iterable):
-        return StreamData(source, call=False, single_use=isinstance(source, Iterator))
+        once = isinstance(source, Iterator) and not isinstance(source, Sampler)
+        return StreamData(source, call=False, single_use=once)
     if callable(source):
         _check_no_arguments(source)
         return StreamData(source, call=True, single_use=False)

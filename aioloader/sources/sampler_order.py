@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -24,7 +24,8 @@ from aioloader.core.forks import after_fork_in_child
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
 from aioloader.engine.progress import Progress
-from aioloader.engine.resumable import KnowsOrigin, Origin, is_stateful, tells_state
+from aioloader.engine.resumable import KnowsOrigin, Origin, ask_initial, is_stateful, tells_state
+from aioloader.sources.rank_sampler import RankSampler
 
 __all__ = [
     "Draws",
@@ -48,7 +49,10 @@ __all__ = [
 ]
 
 _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-_FIXED: Final = (SequentialSampler, DistributedSampler)
+_FIXED: Final = (SequentialSampler, DistributedSampler, RankSampler)
+
+
+_NO_KEY: Final = object()
 
 
 _drawing = threading.Lock()
@@ -70,16 +74,23 @@ class Draws:
             generator each that is derived from `state`, because they draw in no fixed order; the loader has drawn once
             for all of them.
         resumed: The epoch began before a resume: nothing more may be drawn from the global generator.
+        progress: Of the epoch: it is told when its order is drawn.
     """
 
     state: str | None = None
     sole: bool = True
     resumed: bool = False
+    progress: Progress | None = None
+
+    def drawn(self) -> None:
+        """Note in which state the global generator is left, so that it shows whether others draw from it."""
+        if self.state is not None and self.progress is not None and self.progress.left_global is None:
+            self.progress.left_global = torch.get_rng_state()
 
 
 def draws_of(progress: Progress, *, sole: bool = True) -> Draws:
     """The draws of the epoch that `progress` is about."""
-    return Draws(progress.loader_state.get("drawn"), sole, progress.begun_before)
+    return Draws(progress.loader_state.get("drawn"), sole, progress.begun_before, progress)
 
 
 class ReplayableOrder(KnowsOrigin):
@@ -135,9 +146,13 @@ class ReplayableOrder(KnowsOrigin):
             self.origin = {"at": 0, "generators": [packed(generator.get_state()) for generator in self._generators]}
         with self._alone, self._drawing():
             keys = self._open()
-            first = list(islice(keys, 1))
-        yield from first
-        yield from keys
+            first = next(keys, _NO_KEY)
+            self._draws.drawn()
+        if first is _NO_KEY:
+            return
+        yield first
+        # `yield from` would call `__iter__` of a sampler that is its own iterator, and so begin it anew.
+        yield from keys if type(keys).__module__ == "builtins" else iter(keys.__next__, _NO_KEY)
 
     def _drawing(self) -> AbstractContextManager[Any]:
         """The context in which to ask for the first key."""
@@ -235,7 +250,9 @@ def check_draws(state: Mapping[str, Any]) -> None:
     """
     if "drawn" not in state:
         raise ValueError("'drawn', the state of the global generator that the order is drawn from, is missing")
-    _check_generator(state["drawn"], torch.device("cpu"))
+    for name in ("drawn", "next"):
+        if name in state:
+            _check_generator(state[name], torch.device("cpu"))
 
 
 def _check_generator(state: Any, device: torch.device) -> None:
@@ -345,6 +362,7 @@ _ARGUMENTS: Final[dict[type, tuple[tuple[str, str], ...]]] = {
     SubsetRandomSampler: (("indices", "indices"),),
     WeightedRandomSampler: (("weights", "weights"), ("num_samples", "num_samples"), ("replacement", "replacement")),
     DistributedSampler: tuple((name, name) for name in ("num_replicas", "shuffle", "seed", "drop_last")),
+    RankSampler: tuple((name, name) for name in ("num_replicas", "shuffle", "seed")),
 }
 """Names and attributes of torch's samplers that decide their order; long ones count by their length. Not the rank,
 because a state is that of all ranks."""
@@ -398,9 +416,19 @@ def replayable_keys(
         draws = replace(draws, state=None)
     for part in chain_of(sampler):
         if is_stateful(part):
-            return _Stateful(part, ReplayableOrder(open_keys, draws, **how))
+            return _Stateful(part, ReplayableOrder(partial(_opened, part, open_keys), draws, **how))
     generators = generators_of(sampler) if in_cursor else ()
     return ReplayableOrder(open_keys, draws, generators, alone=is_repeatable(sampler), **how)
+
+
+def _opened(sampler: Any, open_keys: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """The keys of a sampler with a state, which is asked for it once it has been iterated.
+
+    One in a batch sampler is asked before: that iterates it at its first key.
+    """
+    keys = open_keys()
+    ask_initial(sampler)
+    return keys
 
 
 class _Stateful:

@@ -70,9 +70,9 @@ class DropIf(Stage):
             self._build_again(builder)
             builder.fused = FusedOps(checks=checks)
             return
-        if builder.fused.batches:
-            node = builder.close(room=builder.prefetch)
-        elif builder.fused.ops or builder.following:
+        if builder.fused.ops:
+            node = builder.close(room=builder.prefetch if builder.fused.batches else None)
+        elif builder.following:
             node = builder.close()
         else:
             node = builder.admitting(Window(builder.close(), (), room=exactly(builder.prefetch)))

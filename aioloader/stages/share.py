@@ -98,7 +98,8 @@ class Share(Stage):
 
     def build(self, builder: Builder) -> None:
         batches = builder.fused.batches
-        node = builder.close(room=max(1, builder.prefetch - 1)) if batches else builder.close()
+        made = batches and builder.fused.ops  # else they are ahead before this already
+        node = builder.close(room=max(1, builder.prefetch - 1) if made else None)
         rank, ranks = self.ranks()
         terms = ShareTerms(
             self.label,
