@@ -127,6 +127,7 @@ class DataLoader(Loader[T_co]):
         ahead_bytes: The same in bytes, by the running mean of what came; there is always room for `num_workers`.
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
+        worker_method: torch's word for `worker_type`, in versions that have it: `"multiprocessing"` or `"thread"`.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
         skip_errors: A `Skip`, or True for its defaults: samples that cannot be loaded are left out of their batches,
             which are shorter then, and a batch without any is left out. A batch that fails as a whole (its samples do
@@ -401,6 +402,7 @@ class DataLoader(Loader[T_co]):
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         worker_type: Literal["thread", "process"] = "thread",
+        worker_method: Literal["multiprocessing", "thread"] | None = None,
         seed: int | None = None,
         skip_errors: Skip | bool | None = None,
         retry: Retry | int | None = None,
@@ -439,6 +441,8 @@ class DataLoader(Loader[T_co]):
         )
         if prefetch_factor == 0:
             raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
+        if worker_method is not None:
+            worker_type = _worker_type_of(worker_method, worker_type)
         if worker_type not in ("thread", "process"):
             raise ValueError(f"worker_type must be 'thread' or 'process', got {worker_type!r}")
         if worker_type == "process":
@@ -1076,6 +1080,29 @@ def _readers(workers: int) -> str:
 def _is_async(dataset: Any, method: str) -> bool:
     fn = getattr(dataset, method, None)
     return fn is not None and is_async_callable(fn)
+
+
+def _worker_type_of(worker_method: str, worker_type: Any) -> Literal["thread", "process"]:
+    """What newer versions of torch call `worker_method`, in our word.
+
+    Raises:
+        ValueError: Not one of torch's, or another one than the `worker_type` beside it.
+    """
+    if worker_method == "thread":
+        found: Literal["thread", "process"] = "thread"
+    elif worker_method == "multiprocessing":
+        found = "process"
+    else:
+        raise ValueError(
+            f"worker_method must be 'multiprocessing' or 'thread', as in torch, got {worker_method!r}; leave it out "
+            f"and pass worker_type"
+        )
+    if worker_type not in ("thread", found):
+        raise ValueError(
+            f"worker_method and worker_type both say where samples are loaded, got {worker_method!r} and "
+            f"{worker_type!r}; pass one of them"
+        )
+    return found
 
 
 def _torch_worker(
