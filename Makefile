@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TRAINERS ?= build/venv-trainers
 BIN := $(VENV)/bin
 CODE := $(wildcard aioloader tests bench examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 FOLDERS := aioloader docs examples tests
-.PHONY: help demo test check bench bench-quick clean $(FOLDERS)
+.PHONY: help demo test check bench bench-quick trainers clean $(FOLDERS)
 
 ifeq ($(shell command -v $(PYTHON) 2>/dev/null),)
 $(error there is no $(PYTHON) here; install it, or name a Python from 3.11 on: make PYTHON=/path/to/python3.11 …)
@@ -35,19 +36,27 @@ bench: $(VENV)/.installed-dev ## measure against the rivals, in full, with plots
 bench-quick: $(VENV)/.installed-dev ## the same in short: two to three minutes
 	$(BIN)/python -m bench --quick
 
+trainers: $(TRAINERS)/.installed ## every trainer with every loader, in an environment of its own; writes docs/trainers.md
+	$(TRAINERS)/bin/python -m tests.trainers.table
+
 clean: ## remove the virtual environment and every cache
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRAINERS) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+
+# The word that is nearest, where one is near: `make tests`, `make chekc`.
+MEANT = $(PYTHON) -c 'import difflib, sys; print(*(f"did you mean: make {word}" for word in difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1)))' $@ demo test check bench bench-quick clean >&2
 
 # Else make finds the folder, and says that there is nothing to do.
 $(FOLDERS):
 	@echo "'$@' is a folder and not a word of this Makefile; the words are:" >&2
+	@$(MEANT)
 	@$(MAKE) --no-print-directory help >&2
 	@exit 1
 
 # A word that is mistyped.
 .DEFAULT:
 	@echo "'$@' is not a word of this Makefile; the words are:" >&2
+	@$(MEANT)
 	@$(MAKE) --no-print-directory help >&2
 	@exit 1
 
@@ -65,3 +74,14 @@ $(BIN)/python:
 		exit 1; }
 	$(PYTHON) -m venv $(VENV) || { \
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install --quiet pip; }
+
+# composer and torchtnt ask for packages older than the torch that is tested here, so they come without what they ask for;
+# fastai asks for torchvision, which does not load beside a CPU torch, and runs without.
+$(TRAINERS)/.installed: pyproject.toml constraints.txt tests/trainers/requirements.txt
+	$(PYTHON) -m venv $(TRAINERS) || { \
+		$(PYTHON) -m venv --clear --without-pip $(TRAINERS) && $(PYTHON) -m pip --python $(TRAINERS)/bin/python install --quiet pip; }
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trainers]'
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/trainers/requirements.txt
+	$(TRAINERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'mosaicml>=0.32' 'torchtnt>=0.2.4'
+	$(TRAINERS)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@

@@ -10,6 +10,7 @@ from aioloader.errors import (
     AioloaderError,
     BrokenDataError,
     ChannelClosedError,
+    CutShortError,
     DeviceError,
     LeakedContextError,
     LengthWarning,
@@ -23,6 +24,7 @@ from aioloader.errors import (
     StateError,
     TooManySkippedError,
     UnevenWarning,
+    UnknownLengthError,
     UnsplitWarning,
     WorkerDiedError,
 )
@@ -33,12 +35,14 @@ from aioloader.insight.stats import StageStats, Stats
 from aioloader.pipeline import Pipeline
 from aioloader.rng import SampleRng, sample_rng
 from aioloader.stages.packed import Packed
+from aioloader.version import __version__
 
 __all__ = [
     "AioloaderError",
     "BatchInfo",
     "BrokenDataError",
     "ChannelClosedError",
+    "CutShortError",
     "DataLoader",
     "DeviceError",
     "Hedge",
@@ -65,8 +69,10 @@ __all__ = [
     "Stats",
     "TooManySkippedError",
     "UnevenWarning",
+    "UnknownLengthError",
     "UnsplitWarning",
     "Waits",
     "WorkerDiedError",
+    "__version__",
     "sample_rng",
 ]

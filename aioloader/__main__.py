@@ -1,4 +1,4 @@
-"""The command line: `python -m aioloader demo`, `doctor`, `index` and `skipped`."""
+"""The command line: `python -m aioloader demo`, `doctor`, `index`, `skipped` and `top`."""
 
 import argparse
 import math
@@ -7,8 +7,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+from aioloader.version import __version__
+
 DEMO_NEEDS = {"aiohttp": "aiohttp", "numpy": "numpy", "PIL": "pillow", "psutil": "psutil", "sklearn": "scikit-learn"}
 """Modules that the demo imports, with the names under which they are installed."""
+
+TOP_NEEDS = {"prometheus_client": "prometheus-client", "rich": "rich"}
+"""The same for `top`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "skipped":
             return _skipped(options.files)
+        if options.command == "top":
+            return _top(options.url, options.interval, once=options.once)
         if options.command == "index":
             return _index(options.archives, check=options.check)
         return _doctor() if options.command == "doctor" else _demo(options)
@@ -29,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m aioloader", description="An asyncio-native data loader for PyTorch."
     )
+    parser.add_argument("--version", action="version", version=f"aioloader {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser(
         "doctor", help="show versions, event loop, accelerator and limits, and what is missing for what"
@@ -50,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
         "archives", nargs="+", metavar="ARCHIVE", help="a path, a glob or a URL; 's3://bucket/*.tar' is looked up there"
     )
     index.add_argument("--check", action="store_true", help="write nothing: compare each index with its archive")
+    top = commands.add_parser(
+        "top",
+        help="show what loaders do, live, from their metrics",
+        description="Reads the metrics that aioloader.metrics.PrometheusCollector gives, again and again, and shows "
+        "what each stage does. Ctrl-C ends it.",
+    )
+    top.add_argument("url", metavar="URL", help="a port, host:port, or the whole address of the metrics")
+    top.add_argument("--interval", type=_number(0.1, 3600), default=1.0, help="seconds between two looks (default: 1)")
+    top.add_argument("--once", action="store_true", help="look twice, print it, and end")
     demo = commands.add_parser(
         "demo",
         help="train on images behind a slow server, beside torch's DataLoader",
@@ -79,6 +96,16 @@ def _demo(options: argparse.Namespace) -> int:
 
     settings = {name: value for name, value in vars(options).items() if name != "command"}
     return run(Settings(**settings))
+
+
+def _top(url: str, interval: float, *, once: bool) -> int:
+    missing = [name for module, name in TOP_NEEDS.items() if find_spec(module) is None]
+    if missing:
+        print(f"aioloader: top needs {', '.join(missing)}; run: pip install 'aioloader[top]'", file=sys.stderr)
+        return 1
+    from aioloader.top import run
+
+    return run(url, interval=interval, once=once)
 
 
 def _doctor() -> int:

@@ -25,6 +25,7 @@ from aioloader.engine.fuse import InProcesses
 from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
+from aioloader.engine.ray_step import OnRay
 from aioloader.engine.skipping import SkipNode, SkipRule, SkipSamplesRule
 from aioloader.engine.stream_source import warn_of_replay
 from aioloader.engine.turns import Turns
@@ -36,6 +37,7 @@ from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
+from aioloader.executors.ray.workers import RayWorkers, actors_for
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
 from aioloader.loader import Loader
@@ -127,6 +129,8 @@ class DataLoader(Loader[T_co]):
         ahead_bytes: The same in bytes, by the running mean of what came; there is always room for `num_workers`.
         worker_type: `"thread"`, or `"process"` for Python code that holds the GIL: worker processes as torch's, each
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
+            `"ray"`, or `aioloader.ray.RayWorkers(...)`: `num_workers` actors of a Ray cluster, each with a copy of the
+            dataset, which has keys; they stay until the loader is closed. See `docs/ray.md`.
         worker_method: torch's word for `worker_type`, in versions that have it: `"multiprocessing"` or `"thread"`.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
         skip_errors: A `Skip`, or True for its defaults: samples that cannot be loaded are left out of their batches,
@@ -401,7 +405,7 @@ class DataLoader(Loader[T_co]):
         concurrency: int | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
-        worker_type: Literal["thread", "process"] = "thread",
+        worker_type: Literal["thread", "process", "ray"] | RayWorkers = "thread",
         worker_method: Literal["multiprocessing", "thread"] | None = None,
         seed: int | None = None,
         skip_errors: Skip | bool | None = None,
@@ -443,8 +447,7 @@ class DataLoader(Loader[T_co]):
             raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
         if worker_method is not None:
             worker_type = _worker_type_of(worker_method, worker_type)
-        if worker_type not in ("thread", "process"):
-            raise ValueError(f"worker_type must be 'thread' or 'process', got {worker_type!r}")
+        self._actors = actors_for(worker_type)
         if worker_type == "process":
             check_processes("worker_type='process'")
         if seed is not None and generator is not None:
@@ -475,12 +478,9 @@ class DataLoader(Loader[T_co]):
         self._iterable = is_async_iterable or isinstance(dataset, IterableDataset)
         self._awaited = is_async_iterable or _is_async(dataset, "__getitem__") or _is_async(dataset, "__getitems__")
         self._collates_async = collate_fn is not None and is_async_callable(collate_fn)
-        self._in_processes = worker_type == "process" and num_workers > 0
-        if self._in_processes and self._awaited:
-            raise ValueError(
-                "worker_type='process' is for sync datasets, got one that is async and awaited on the event loop; "
-                "leave worker_type out"
-            )
+        self._in_processes = worker_type != "thread" and num_workers > 0
+        if self._in_processes:
+            check_loaded_elsewhere(self._actors, iterable=self._iterable, awaited=self._awaited)
         self.skip_errors = as_skip(skip_errors)
         if self.skip_errors is not None and self._workers_read:
             raise ValueError(
@@ -587,8 +587,10 @@ class DataLoader(Loader[T_co]):
         return True
 
     def __repr__(self) -> str:
+        seed = "" if self.seed is None else f", seed={self.seed}"
         return (
-            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers})"
+            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers}"
+            f"{seed})"
         )
 
     def __aiter__(self) -> AsyncBatches[T_co]:
@@ -739,13 +741,19 @@ class DataLoader(Loader[T_co]):
     def _in_workers(self, progress: Progress, base: BaseSeed) -> tuple[StreamData, list[Stage]]:
         """Each worker process loads and collates whole batches, in turn, as in torch."""
         turns = Turns(self.num_workers) if self._iterable else None
-        place = InProcesses(
-            kept=self.persistent_workers,
-            in_turn=(self.in_order and not self._loads_samples) or self._iterable,
-            prepare=partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn),
-            turns=turns,
-            epochs=partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch),
-        )
+        prepare = partial(_torch_worker, self.dataset, self.num_workers, base, self.worker_init_fn)
+        epochs = partial(epochs_of, dataset=self.dataset, told=self._keys.told_epoch)
+        place: InProcesses | OnRay
+        if self._actors is not None:
+            place = OnRay(self._actors, prepare, epochs, seeds_each=True)
+        else:
+            place = InProcesses(
+                kept=self.persistent_workers,
+                in_turn=(self.in_order and not self._loads_samples) or self._iterable,
+                prepare=prepare,
+                turns=turns,
+                epochs=epochs,
+            )
         fetch: Callable[[Any], Any]
         if turns is not None:
             source = StreamData(turns, call=False, single_use=False)
@@ -1103,6 +1111,25 @@ def _worker_type_of(worker_method: str, worker_type: Any) -> Literal["thread", "
             f"{worker_type!r}; pass one of them"
         )
     return found
+
+
+def check_loaded_elsewhere(actors: RayWorkers | None, *, iterable: bool, awaited: bool) -> None:
+    """Refuse datasets whose samples cannot be loaded by processes, or by actors.
+
+    Raises:
+        ValueError: Why.
+    """
+    worker_type = "process" if actors is None else "ray"
+    if awaited:
+        raise ValueError(
+            f"worker_type={worker_type!r} is for sync datasets, got one that is async and awaited on the event loop; "
+            f"leave worker_type out"
+        )
+    if iterable and actors is not None:
+        raise ValueError(
+            "worker_type='ray' is for datasets whose samples are loaded by key, got one that is iterated: its iterator "
+            "would die with its actor; use Pipeline(dataset).map(fn, executor='ray'), or worker_type='process'"
+        )
 
 
 def _torch_worker(

@@ -11,6 +11,7 @@ import torch
 
 from aioloader.core.cores import usable_cores
 from aioloader.engine.loop_thread import new_event_loop
+from aioloader.executors.ray.cluster import words_of_named
 
 __all__ = ["OPTIONAL", "REQUIRED", "Facts", "collect", "describe"]
 
@@ -24,7 +25,11 @@ OPTIONAL = {
     "pyarrow": ("parquet", "Parquet files"),
     "watchfiles": ("watch", "files and folders that grow"),
     "zstandard": ("zstd", "`.zst` files before Python 3.14"),
+    "ray": ("ray", "functions and batches in actors of a Ray cluster"),
     "tqdm": ("progress", "progress bars"),
+    "prometheus-client": ("prometheus", "metrics for Prometheus"),
+    "opentelemetry-api": ("otel", "metrics for OpenTelemetry"),
+    "rich": ("top", "`python -m aioloader top`, a live view"),
     "aiohttp": ("demo", "the demo's server and its clients"),
     "numpy": ("demo", "arrays in samples, and the demo"),
     "pillow": ("images", "images in tar shards, and the demo's"),
@@ -48,6 +53,7 @@ class Facts:
         torch_built_for: Where this build of torch can compute, besides the CPU.
         usable_cores: How many cores this process may run on.
         open_files: How many files and sockets may be open at once; None: no limit known.
+        ray: Which Ray cluster is named; empty where Ray is not installed.
     """
 
     python: str
@@ -57,6 +63,7 @@ class Facts:
     torch_built_for: str
     usable_cores: int
     open_files: int | None
+    ray: str = ""
     versions: dict[str, str | None] = field(default_factory=dict)
     accelerators: list[str] = field(default_factory=list)
 
@@ -73,6 +80,7 @@ def collect() -> Facts:
         torch_built_for=f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA",
         usable_cores=usable_cores(),
         open_files=_open_files(),
+        ray=words_of_named() if _installed("ray") else "",
     )
 
 
@@ -87,6 +95,7 @@ def describe(facts: Facts) -> str:
         ("accelerator", ", ".join(facts.accelerators) or f"none found; torch is built {facts.torch_built_for}"),
         ("usable cores", str(facts.usable_cores)),
         ("open files", "no limit known" if facts.open_files is None else f"at most {facts.open_files}"),
+        *([("Ray cluster", facts.ray)] if facts.ray else []),
     ]
     width = max(len(name) for name, _ in rows)
     missing = [_missing(name) for name, found in facts.versions.items() if found is None]

@@ -2,6 +2,7 @@
 
     AioloaderError
     ├── BrokenDataError (ValueError)         a file is damaged; names the file and the place in it
+    │   └── CutShortError                    a store gave fewer bytes than it promised; asking again may help
     ├── StateError (ValueError)              a state cannot be loaded: broken, or of another pipeline
     ├── SourceUsedUpError (RuntimeError)     a single-use generator was iterated for a second epoch
     ├── LeakedContextError (RuntimeError)    a user generator holds a torch context across a `yield`
@@ -13,6 +14,8 @@
     ├── RankError (RuntimeError)             ranks that agree on their batches cannot: one failed, or is elsewhere
     ├── WorkerDiedError (RuntimeError)       a worker process was killed, crashed or exited while it had a sample
     └── DeviceError (RuntimeError)           a batch could not be pinned or copied; `__cause__` is torch's error
+
+    UnknownLengthError (TypeError)           `len(loader)` is only known when an epoch has run
 
     LengthWarning (UserWarning)              an epoch had another number of batches than `with_length` says
     ReadAllWarning (UserWarning)             several ranks each read all files, and keep their share of the samples
@@ -30,6 +33,7 @@ __all__ = [
     "AioloaderError",
     "BrokenDataError",
     "ChannelClosedError",
+    "CutShortError",
     "DeviceError",
     "LeakedContextError",
     "LengthWarning",
@@ -43,6 +47,7 @@ __all__ = [
     "StateError",
     "TooManySkippedError",
     "UnevenWarning",
+    "UnknownLengthError",
     "UnsplitWarning",
     "WorkerDiedError",
 ]
@@ -61,6 +66,14 @@ class AioloaderError(Exception):
 
 class BrokenDataError(AioloaderError, ValueError):
     """A file is damaged: half a line, invalid JSON, a truncated archive. The message says where."""
+
+
+class CutShortError(BrokenDataError):
+    """A store has ended an answer before it was whole. Asking once more may help, unlike for a damaged file."""
+
+
+class UnknownLengthError(TypeError):
+    """`len()` of a loader whose number of batches is only known when it has run; a `TypeError`, as `len()` raises."""
 
 
 class StateError(AioloaderError, ValueError):

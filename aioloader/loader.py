@@ -7,8 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import randbits
-from time import perf_counter
-from typing import Any, Final, Generic, Self
+from typing import Any, Final, Self
 from weakref import WeakSet, finalize
 
 import torch
@@ -22,19 +21,17 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, Transferred
 from aioloader.engine.delivery import AsyncDelivery, Delivery, Receive, SyncDelivery
-from aioloader.engine.faces import AsyncBatches, Batches, LoaderHooks
+from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.loop_thread import LoopThread
-from aioloader.engine.pausing import Paused, Pauses
+from aioloader.engine.pausing import Paused
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import beginning
 from aioloader.engine.run import CLOSE_SECONDS, Run
+from aioloader.engine.watched import Watched
 from aioloader.engine.window import Window
 from aioloader.errors import SourceUsedUpError, StateError
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.insight.batch_info import BatchInfo
-from aioloader.insight.explain import explain
-from aioloader.insight.meters import ConsumerMeter, StageMeter
-from aioloader.insight.stats import Stats, snapshot
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.state import Shape, check_fits, contents_of, lengths_of, make_state, ranges_of, with_lengths
 from aioloader.plan.unsplit import several_ranks, warn_of_unsplit
@@ -49,7 +46,7 @@ _RANDOM: Final = frozenset(
 )
 
 
-class Loader(LoaderHooks, Generic[T_co]):
+class Loader(Watched[T_co]):
     """An object whose every `iter()` or `aiter()` is one epoch of batches.
 
     Making an iterator is cheap and starts nothing; work starts, and the epoch is counted, at its first `next()`.
@@ -59,16 +56,11 @@ class Loader(LoaderHooks, Generic[T_co]):
 
     _kind = "Pipeline"
     _split_by = "add .shard(), or .shard(0, 1) if this is a rank's part already"  # what to do
-    _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
 
     def __init__(self) -> None:
+        super().__init__()
         self._next_epoch = 0
-        self._lock = threading.RLock()  # a signal handler may ask for the state, in the thread that it has stopped
         self._deliveries: WeakSet[Delivery] = WeakSet()
-        self._pauses = Pauses()
-        self._meters: list[StageMeter] = []
-        self._consumer: ConsumerMeter | None = None
-        self._epoch: int | None = None  # of the newest run
         self._progress: Progress | None = None  # of the newest epoch
         self._loaded: dict[str, Any] | None = None  # a state that the next epoch begins with
         self._loaded_epoch_pinned = False  # `set_epoch` has named its epoch since
@@ -93,6 +85,7 @@ class Loader(LoaderHooks, Generic[T_co]):
         self._loop_thread = None
         self._transfer = None
         self._processes = None
+        self._forget_trace()
 
     # -- what a kind of loader says ----------------------------------------------------------------------------------
 
@@ -278,6 +271,8 @@ class Loader(LoaderHooks, Generic[T_co]):
                 progress = Progress(epoch, loaded["cursor"], loaded["batches"])
                 progress.loader_state = self._random_of(loaded)
                 progress.epoch_pinned = epoch_pinned
+            if self._tracer is not None:
+                progress.meter = self._tracer.consumer(epoch)
             progress.begun_before |= self._draws_again
             progress.skipped_steps = self._leave_out.get(epoch, [])
             others = {number: steps for number, steps in self._leave_out.items() if steps}
@@ -347,13 +342,9 @@ class Loader(LoaderHooks, Generic[T_co]):
             for begin in window.beginnings:  # here, where a failure leaves everything as it was
                 begin()
             run = Run(window, progress.epoch, progress, self._pauses)
+            run.tracer = self._tracer
         self._watch(progress, run.meters)
         return run
-
-    def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
-        """`stats` is about this epoch from now on."""
-        self._epoch, self._meters, self._consumer = progress.epoch, meters, progress.meter
-        progress.meter.began = perf_counter()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -425,20 +416,22 @@ class Loader(LoaderHooks, Generic[T_co]):
                 return self.state_dict()
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         if not progress.complete:
-            random, lengths = dict(progress.loader_state), progress.lengths
-            guarantee = self._guarantee_without_a_source() if progress.source_failed else self._guarantee()
-            if progress.cursor is not None and "drawn" in random:
-                random["next"], others_draw = self._next_draws(progress)
-                guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
-            return self._make_state(
-                progress.epoch, progress.batches, progress.cursor, random, lengths, guarantee=guarantee
-            )
+            return self._state_at(progress, progress.batches, progress.cursor)
         newest = self._progress
         if newest is None or progress is newest:
             return self._make_state(self._next_epoch, 0, None, self._fixed_random_state())
         epoch = progress.epoch + 1
         random = dict(newest.loader_state) if newest.epoch == epoch else self._fixed_random_state()
         return self._make_state(epoch, 0, None, random)
+
+    def _state_at(self, progress: Progress, batches: int, cursor: Any) -> dict[str, Any]:
+        """The state where the epoch of `progress` had given `batches`, and `cursor` was that of the last one."""
+        random, lengths = dict(progress.loader_state), progress.lengths
+        guarantee = self._guarantee_without_a_source() if progress.source_failed else self._guarantee()
+        if cursor is not None and "drawn" in random:
+            random["next"], others_draw = self._next_draws(progress)
+            guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
+        return self._make_state(progress.epoch, batches, cursor, random, lengths, guarantee=guarantee)
 
     def _next_draws(self, progress: Progress) -> tuple[str, bool]:
         """What the epoch after one that is under way draws from, and whether that depends on what the program draws."""
@@ -480,6 +473,12 @@ class Loader(LoaderHooks, Generic[T_co]):
             random=random,
             left_out=self._leave_out,
         )
+
+    @property
+    def first_step(self) -> int:
+        """The number of the batch that the next epoch begins with: 0, unless a state was loaded."""
+        loaded = self._loaded
+        return 0 if loaded is None else int(loaded["batches"])
 
     # -- provenance --------------------------------------------------------------------------------------------------
 
@@ -727,6 +726,7 @@ class Loader(LoaderHooks, Generic[T_co]):
 
     def _close_kept(self) -> None:
         """Let go of what is kept from one epoch to the next."""
+        self._close_trace()
         if self._transfer is not None:
             self._transfer.close()
             self._transfer = None
@@ -752,13 +752,3 @@ class Loader(LoaderHooks, Generic[T_co]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         Loader.__init__(self)
         self.__dict__.update(state)
-
-    # -- insight -----------------------------------------------------------------------------------------------------
-
-    def stats(self) -> Stats:
-        """A frozen snapshot of the newest epoch, running or over; zeros before the first."""
-        return snapshot(self._epoch, self._meters, self._consumer, paused=bool(self._pauses))
-
-    def explain(self) -> str:
-        """One sentence that names what limits the loader, and the numbers it is drawn from."""
-        return explain(self.stats(), self._knob)

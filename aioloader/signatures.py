@@ -13,6 +13,7 @@ from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
 from aioloader.core.source import CursorSource
 from aioloader.core.typevars import T_co
+from aioloader.executors.ray.workers import RayWorkers
 from aioloader.sources.fetch import FetchSource
 
 __all__ = [
@@ -108,7 +109,7 @@ class OwnOptions(TypedDict, total=False):
     concurrency: int | None
     ahead: int | None
     ahead_bytes: int | None
-    worker_type: Literal["thread", "process"]
+    worker_type: Literal["thread", "process", "ray"] | RayWorkers
     worker_method: Literal["multiprocessing", "thread"] | None
     seed: int | None
     skip_errors: Skip | bool | None

@@ -17,6 +17,7 @@ from bench._script import run_script
 
 SCRIPTS: Final[dict[str, list[str]]] = {
     "overhead": ["--quick"],
+    "insight": ["--quick"],
     "in_memory": ["--quick"],
     "latency": ["--quick"],
     "files": ["--quick"],
@@ -39,6 +40,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "failures": ["--quick"],
     "packing": ["--quick"],
     "share": ["--quick"],
+    "ray": ["--quick"],
     "gpu": ["--mib", "16", "--batches", "10", "--rounds", "2"],
 }
 """The scripts, in order, and what makes each of them quick."""

@@ -266,6 +266,11 @@ def join_loader_threads() -> None:
             assert not thread.is_alive(), f"{thread.name} does not end"
 
 
+def explained(loader: Any) -> str:
+    """What `explain()` says, in one line."""
+    return " ".join(loader.explain().split())
+
+
 def notes(error: BaseException) -> str:
     """The notes of `error` in one text."""
     return "\n".join(getattr(error, "__notes__", ()))

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import gettempdir
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ except ImportError:  # `bench/gpu_run.sh` does without it: tests of devices are 
     async_fixture = pytest.fixture  # type: ignore[assignment]
 
 if TYPE_CHECKING:
+    from tests._ray import RayCluster
     from tests._servers import HttpServer, S3Server
 
 settings.register_profile(
@@ -56,13 +58,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave soak tests out unless `-m` names them."""
-    if "soak" in config.getoption("markexpr"):
-        return
-    soak = [item for item in items if item.get_closest_marker("soak") is not None]
-    if soak:
-        config.hook.pytest_deselected(items=soak)
-        items[:] = [item for item in items if item.get_closest_marker("soak") is None]
+    """Leave soak tests, those of a Ray cluster and whole trainers out unless `-m` names them."""
+    asked = config.getoption("markexpr")
+    unasked = [marker for marker in ("soak", "ray", "trainers") if marker not in asked]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unasked)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -104,6 +106,24 @@ def s3_server() -> "Iterator[S3Server]":
 
     with S3Server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def running_ray_cluster() -> "Iterator[RayCluster]":
+    """Part of `ray_cluster`."""
+    pytest.importorskip("ray")
+    from tests._ray import RayCluster
+
+    cluster = RayCluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def ray_cluster(running_ray_cluster: "RayCluster") -> "Iterator[RayCluster]":
+    """A Ray cluster of three nodes to which this process is connected; a test may kill what it likes of it."""
+    yield running_ray_cluster
+    running_ray_cluster.heal()
 
 
 @pytest.fixture(scope="session")
@@ -158,8 +178,9 @@ def never_hangs() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(never_hangs: None) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest, never_hangs: None) -> Iterator[None]:
     """No thread, process or open file is left after the test."""
+    on_ray = "running_ray_cluster" in request.fixturenames
     threads = set(threading.enumerate())
     children = set(psutil.Process().children(recursive=True))
     gc.collect()  # files that an earlier test's garbage still holds are not this test's
@@ -167,16 +188,16 @@ def nothing_left(never_hangs: None) -> Iterator[None]:
     files = _open_files()
     yield
     gc.collect()
-    deadline = time.monotonic() + GONE_SECONDS
+    deadline = time.monotonic() + (3 if on_ray else 1) * GONE_SECONDS  # actors die when their raylet gets to it
     # A thread that was ending during that collection may have kept a loader, which only the next one finds.
     while (running := _ours(threads)) and time.monotonic() < deadline:
         next(iter(running)).join(0.05)
         gc.collect()
     left_threads = sorted(thread.name for thread in _ours(threads))
-    left_children = _children_left(children, deadline)
+    left_children = _children_left(children, deadline, on_ray=on_ray)
     # Threads of libraries, not to be joined, let go of theirs a little later: that of watchfiles of what it watches
     # with, those of obstore of futures whose callbacks lead to a store, and these only when it is called again.
-    while (left_files := _files_left(files)) and time.monotonic() < deadline:
+    while (left_files := _files_left(files, on_ray=on_ray)) and time.monotonic() < deadline:
         time.sleep(0.001)
         _touch_obstore()
         gc.collect()
@@ -240,8 +261,12 @@ def _ours(before: set[threading.Thread]) -> list[threading.Thread]:
     ]
 
 
-def _children_left(before: set[psutil.Process], deadline: float) -> list[str]:
+def _children_left(before: set[psutil.Process], deadline: float, *, on_ray: bool = False) -> list[str]:
     new = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    if on_ray:  # its own processes come and go; an actor is somebody's fault
+        from tests._ray import is_actor
+
+        new = [child for child in new if is_actor(_command(child))]
     _, alive = psutil.wait_procs(new, timeout=max(0.0, deadline - time.monotonic()))
     left = []
     for child in alive:
@@ -264,12 +289,21 @@ def _open_files() -> dict[tuple[int, str], None]:
     return found
 
 
-def _files_left(before: dict[tuple[int, str], None]) -> list[str]:
+def _command(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def _files_left(before: dict[tuple[int, str], None], *, on_ray: bool = False) -> list[str]:
     """New descriptors, but for those that a library opens once and keeps for the process.
 
     Sockets, pipes and `anon_inode:` (epoll, eventfd: what an event loop is made of) are never excused: `warm_up` has
     opened the ones that stay. A *device* is, since drivers and generators of random numbers keep theirs, and so is
-    what multiprocessing's resource tracker and pytest's capture hold.
+    what multiprocessing's resource tracker and pytest's capture hold. Ray closes its sockets to what has died when it
+    likes, and keeps its logs.
     """
+    its_own = ("socket:", "pipe:", "anon_inode:", f"{gettempdir()}/ray/") if on_ray else ()
+    kept = ("/dev/", "/proc/", "/sys/", *its_own)
     new = [(number, target) for number, target in _open_files() if (number, target) not in before]
-    return [f"{number} -> {target}" for number, target in new if not target.startswith(("/dev/", "/proc/", "/sys/"))]
+    return [f"{number} -> {target}" for number, target in new if not target.startswith(kept)]

@@ -17,7 +17,10 @@ from bench._measure import race
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", all_benches.SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(name, marks=pytest.mark.ray) if name == "ray" else name for name in all_benches.SCRIPTS],
+)
 def test_a_script_runs_at_its_smallest_size(script: str) -> None:
     """Each contender gives every sample, each figure is a line of JSON, and a missed target is no failure."""
     on_gpu = script == "gpu"  # without one it says so, and ends

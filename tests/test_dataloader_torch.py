@@ -698,6 +698,7 @@ def test_the_signature_begins_as_torchs() -> None:
         "sample_timeout": None,
         "hedge": None,
         "rate": None,
+        "shard": False,
     }
     assert {parameter.kind for parameter in extra.values()} == {inspect.Parameter.KEYWORD_ONLY}
 

@@ -16,10 +16,12 @@ from aioloader import Pipeline
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RAY = ROOT / "docs" / "ray.md"
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 NOT_TESTED = re.compile(r"<!-- no test: .*\S.* -->")
-"""On the line before a block: why it cannot run here. For what needs a GPU or the network, and nothing else."""
+"""On the line before a block: why it cannot run here. For what needs a GPU or the network, or begins a
+cluster, and nothing else."""
 
 PRINTED = re.compile(r"^\s*# -> (.*)$")
 """A line that a block prints."""
@@ -75,9 +77,20 @@ def resource_tracker() -> None:
     ensure_running()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+@pytest.mark.parametrize("page", [page for page in PAGES if page != RAY], ids=lambda page: page.name)
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page and in one namespace, as a reader would type them."""
+    run_blocks(page, tmp_path, monkeypatch)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_python_block_on_ray_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same, on a cluster."""
+    run_blocks(RAY, tmp_path, monkeypatch)
+
+
+def run_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a page."""
     monkeypatch.chdir(tmp_path)
     module = ModuleType(f"docs_{page.stem.lower()}")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses and pickle look names up

@@ -1,11 +1,13 @@
 """`aioloader doctor`: facts are collected by one function and told by another."""
 
 import dataclasses
+import socket
 
 import pytest
 import torch
 
 from aioloader.doctor import OPTIONAL, REQUIRED, Facts, collect, describe
+from aioloader.executors.ray.cluster import words_of_named
 
 FACTS = Facts(
     python="3.11.7 (CPython)",
@@ -48,8 +50,24 @@ def test_nothing_missing_is_said_too() -> None:
         ({}, "open files        at most 1024"),
         ({"open_files": None}, "open files        no limit known"),
         ({}, "loop under `for`  uvloop.Loop"),
+        ({"ray": "none named"}, "Ray cluster       none named"),
     ],
 )
 def test_each_fact_has_a_line(change: dict[str, object], line: str) -> None:
     """Name and value stand in two columns."""
     assert line in describe(dataclasses.replace(FACTS, **change)).splitlines()  # type: ignore[arg-type]
+
+
+def test_it_tells_which_ray_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whether somebody answers there; nothing is joined."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert words_of_named() == "none named: call ray.init(...), or set RAY_ADDRESS"
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{sock.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert words_of_named().startswith(f"{address} (RAY_ADDRESS) does not answer: ")
+        sock.listen()
+        assert words_of_named() == f"{address} (RAY_ADDRESS) answers"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert words_of_named() == "auto (RAY_ADDRESS)"

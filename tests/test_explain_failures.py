@@ -15,7 +15,7 @@ from aioloader.core.policies import Policies
 from aioloader.insight.explain import explain
 from aioloader.insight.policies import MOST_KINDS, PolicyMeter
 from aioloader.testing import Gate
-from tests._support import DEADLINE, Face, Started, collect, on_both_faces, wait_until
+from tests._support import DEADLINE, Face, Started, collect, explained, on_both_faces, wait_until
 
 HOUR = 3600.0
 LATER = Retry(attempts=2, on=OSError, wait_initial=HOUR, wait_max=HOUR, jitter=0.0)
@@ -263,7 +263,7 @@ def test_samples_that_wait_for_their_next_attempt_are_told(face: Face, how: str)
     loader = pipeline.in_process().batch(8) if how == "in_process" else pipeline.batch(8)
     with Asking(loader, face):
         wait_until(lambda: policies_of(loader, name).waiting_for_attempt == 3)
-        said = loader.explain()
+        said = explained(loader)
         assert said.startswith("No batch has come yet: ")
         assert f"3 samples wait for their next attempts in {name}, the first in 3" in said
         assert " s (mostly after ConnectionResetError)" in said
@@ -318,7 +318,7 @@ def test_waits_of_a_loader_without_workers_are_told(retried: bool, said: str, mo
     woken = threading.Event()
     monkeypatch.setattr("aioloader.stages.load_one.sleep", lambda _: woken.wait(DEADLINE))
     outcome = Started(lambda: collect(loader, "for"))
-    wait_until(lambda: said in loader.explain())
+    wait_until(lambda: said in explained(loader))
     woken.set()
     outcome.join(DEADLINE)
     told = policies_of(loader, "fetch")
@@ -351,8 +351,8 @@ def test_places_that_are_taken_are_not_the_fault_of_the_rate(face: Face) -> None
     with Asking(loader, face):
         gate.wait_arrived(2)
         wait_until(lambda: policies_of(loader, "map(fetch)").waiting_for_rate == 0)
-        assert "rate" not in loader.explain()
-        assert "2 samples have been under way in map(fetch)" in loader.explain()
+        assert "rate" not in explained(loader)
+        assert "2 samples have been under way in map(fetch)" in explained(loader)
         gate.open_all()
 
 
@@ -367,7 +367,7 @@ def test_calls_that_hang_in_all_places_are_told_with_the_second_calls_that_find_
     loader = Pipeline(range(20)).map(fetch, concurrency=3, hedge=Hedge(after=0.0, budget=1.0)).batch(4)
     with Asking(loader, face):
         wait_until(lambda: policies_of(loader, "map(fetch)").waiting_for_second_call > 0 and len(gate.arrived) == 3)
-        assert "no place in map(fetch), whose 3 are taken: only a timeout ends calls that hang" in loader.explain()
+        assert "no place in map(fetch), whose 3 are taken: only a timeout ends calls that hang" in explained(loader)
         gate.open_all()
 
 

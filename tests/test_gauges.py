@@ -24,7 +24,7 @@ from aioloader.insight.gauges import Gauges, WaitMeter
 from aioloader.insight.meters import StageMeter
 from aioloader.sources import Channel
 from aioloader.testing import Gate
-from tests._support import Face, Started, Steps, collect, join_loader_threads, on_both_faces, run, wait_until
+from tests._support import Face, Started, Steps, collect, explained, join_loader_threads, on_both_faces, run, wait_until
 
 
 def stage(loader: Any, name: str) -> StageStats:
@@ -214,7 +214,7 @@ def test_a_drop_in_without_workers_tells_another_thread() -> None:
         (fetch,) = [one for one in loader.stats().stages if one.name == "fetch"]
         assert (fetch.under_way, fetch.oldest_key) == (1, "[0, 1]")
         assert loader.stats().waiting_seconds > 0
-        assert "1 batch has been under way in fetch" in loader.explain()
+        assert "1 batch has been under way in fetch" in explained(loader)
         gate.open_all()
     assert loader.stats().waiting_seconds == 0.0
 
@@ -237,11 +237,11 @@ def test_a_flat_map_tells_its_sample_and_a_source_that_it_is_read(face: Face) ->
         gate.wait_arrived(1)
         source, flat = stage(loader, "source(slow)"), stage(loader, "flat_map(items)")
         assert (source.under_way, source.oldest_key, flat.under_way) == (1, "", 0)
-        assert "nothing has come from source(slow)" in loader.explain()
+        assert "nothing has come from source(slow)" in explained(loader)
         gate.open(("source", 0))
         gate.wait_arrived(2)
         assert (stage(loader, "flat_map(items)").under_way, stage(loader, "flat_map(items)").oldest_key) == (1, "0")
-        assert "1 sample has been under way in flat_map(items)" in loader.explain()
+        assert "1 sample has been under way in flat_map(items)" in explained(loader)
         gate.open_all()
     assert stage(loader, "source(slow)").under_way == stage(loader, "flat_map(items)").under_way == 0
 
@@ -267,7 +267,7 @@ def test_statistics_can_be_asked_at_any_moment() -> None:
                 assert 0 <= one.finished_slots <= one.room
                 assert one.finished >= 0
                 assert one.oldest_seconds >= 0
-            loader.explain()
+            explained(loader)
             asked += 1
         return asked
 
@@ -670,12 +670,12 @@ def test_hanging_samples_are_named_before_the_first_batch(face: Face) -> None:
     loader = Pipeline(range(2, 100)).map(rollout, concurrency=8).batch(8)
     with Asking(loader, face):
         gate.wait_arrived(8)
-        said = loader.explain()
+        said = explained(loader)
         assert said.startswith("No batch has come yet: 8 samples have been under way in map(rollout) for ")
         assert " s, the oldest is key 2 " in said
         assert said.endswith(".")
         gate.open_all()
-    assert "under way" not in loader.explain()
+    assert "under way" not in explained(loader)
 
 
 @on_both_faces
@@ -689,10 +689,10 @@ def test_a_filter_that_refuses_everything_is_named(face: Face) -> None:
     loader = Pipeline(range(100)).map(mapped(gate, asynchronous=True), concurrency=4).filter(has_variance).batch(8)
     with Asking(loader, face):
         gate.wait_arrived(54)
-        wait_until(lambda: "filter(has_variance) has left out all 50 samples so far" in loader.explain())
-        assert "4 samples have been under way in map(wait)" in loader.explain()
+        wait_until(lambda: "filter(has_variance) has left out all 50 samples so far" in explained(loader))
+        assert "4 samples have been under way in map(wait)" in explained(loader)
         gate.open_all()
-    assert "filter(has_variance) has left out all 100 samples so far" in loader.explain()
+    assert "filter(has_variance) has left out all 100 samples so far" in explained(loader)
 
 
 @on_both_faces
@@ -700,18 +700,18 @@ def test_an_idle_channel_is_no_limit(face: Face) -> None:
     channel = Channel(8)
     loader = Pipeline(channel).map(lambda key: key).batch(2)
     with Asking(loader, face):
-        wait_until(lambda: "idle" in loader.explain())
-        said = loader.explain()
+        wait_until(lambda: "idle" in explained(loader))
+        said = explained(loader)
         assert said.startswith("The source is idle: nothing has come from source(Channel) for ")
         assert "nothing in the loader is the limit" in said
         for key in range(5):
             channel.send_nowait(key)
         wait_until(lambda: loader.stats().batches == 2 and loader.stats().waiting_seconds > 1.1)
-        said = loader.explain()
+        said = explained(loader)
         assert said.startswith("The source is idle: no sample has come for ")
         assert "is the limit (2 batches" in said
         channel.close()
-    assert "source(Channel) is the limit" not in loader.explain()
+    assert "source(Channel) is the limit" not in explained(loader)
 
 
 def test_a_wait_that_is_long_for_this_loader_is_told_instead_of_averages() -> None:
@@ -720,9 +720,9 @@ def test_a_wait_that_is_long_for_this_loader_is_told_instead_of_averages() -> No
     loader = Pipeline(range(60)).map(mapped(gate, asynchronous=False), concurrency=2).batch(4)
     with Asking(loader, "for"):
         gate.wait_arrived(42)
-        wait_until(lambda: loader.explain().startswith("No batch has come for "))
-        assert "2 samples have been under way in map(block) for " in loader.explain()
-        assert "the oldest is key 40" in loader.explain()
+        wait_until(lambda: explained(loader).startswith("No batch has come for "))
+        assert "2 samples have been under way in map(block) for " in explained(loader)
+        assert "the oldest is key 40" in explained(loader)
         gate.open_all()
 
 
@@ -737,8 +737,8 @@ def test_a_hanging_collate_is_told_by_the_keys_of_its_batch(face: Face) -> None:
     loader = Pipeline(range(8)).batch(2, collate_fn=collate)
     with Asking(loader, face):
         gate.wait_arrived(1)
-        assert "under way in collate(collate) for " in loader.explain()
-        assert "keys [0, 1]" in loader.explain()
+        assert "under way in collate(collate) for " in explained(loader)
+        assert "keys [0, 1]" in explained(loader)
         gate.open_all()
 
 
@@ -749,7 +749,7 @@ def test_a_paused_loader_is_called_paused(face: Face) -> None:
         assert loader.stats().paused
         asking = Started(lambda: collect(loader, face))
         wait_until(lambda: loader.stats().waiting_seconds > 0)
-        assert "No batch has come yet: the loader is paused" in loader.explain()
+        assert "No batch has come yet: the loader is paused" in explained(loader)
     assert len(asking.outcome()) == 2
     assert not loader.stats().paused
 

@@ -19,7 +19,7 @@ from torch.utils.data import RandomSampler
 from aioloader import Pipeline, WorkerDiedError, sample_rng
 from tests import _work
 from tests._datasets import assert_same
-from tests._support import Face, Steps, collect, notes, on_both_faces, run
+from tests._support import Face, Steps, collect, explained, notes, on_both_faces, run
 from tests._support import workers as processes
 
 
@@ -291,7 +291,7 @@ def test_stats_and_explain_know_the_stages_there() -> None:
         assert [stage.name for stage in stages] == ["source(range)", "map(busy_millisecond)", "collate", "map(double)"]
         assert stages[1].samples == 50
         assert stages[1].busy_seconds >= 0.05
-        assert "busy_millisecond" in loader.explain()
+        assert "busy_millisecond" in explained(loader)
 
 
 def test_a_rank_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from aioloader import Pipeline, Schedule
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.stages.base import Pass
 from aioloader.testing import assert_resumes_exactly
-from tests._support import Face, Steps, collect, notes, on_both_faces
+from tests._support import Face, Steps, collect, explained, notes, on_both_faces
 
 
 def named(weights: Any, length: int = 10_000, **others: Any) -> Pipeline:
@@ -259,7 +259,7 @@ def test_what_each_source_has_given_is_told(face: Face) -> None:
     collect(loader, face)
     given = {stage.name: stage.samples for stage in loader.stats().stages if stage.name.startswith("mix: ")}
     assert given == {"mix: web": 40, "mix: code": 40}
-    assert "mix: " not in loader.explain()
+    assert "mix: " not in explained(loader)
 
 
 @on_both_faces

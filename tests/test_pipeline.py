@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset, Tenso
 
 from aioloader import Pipeline
 from aioloader.testing import RecordingSource, SyncRecordingSource, virtual_order
-from tests._support import Face, Steps, collect, on_both_faces
+from tests._support import Face, Steps, collect, explained, on_both_faces
 
 
 def double(key: int) -> int:
@@ -721,7 +721,7 @@ def test_explain_is_a_sentence(face: Face) -> None:
     """At any time: before, in the middle of, and after an epoch."""
     loader = Pipeline(range(20)).map(double_later, concurrency=4).batch(2, collate_fn=list)
     for _ in range(2):
-        sentence = loader.explain()
+        sentence = explained(loader)
         assert sentence.endswith(".")
         assert "\n" not in sentence
         collect(loader, face)
@@ -743,7 +743,7 @@ def test_explain_names_the_stage_that_limits() -> None:
 
     loader = Pipeline(range(200)).map(double).map(slow, concurrency=1).batch(10, collate_fn=list)
     list(loader)
-    assert "map(slow)" in loader.explain()
+    assert "map(slow)" in explained(loader)
 
 
 # The device stage without a device

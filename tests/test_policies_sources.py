@@ -30,7 +30,7 @@ from aioloader.sources.requests import Requests, store_policies
 from aioloader.sources.stores import Version
 from aioloader.testing import FaultPlan, Gate
 from tests._servers import HttpServer
-from tests._support import Face, Started, Steps, collect, notes, on_both_faces, until
+from tests._support import Face, Started, Steps, collect, explained, notes, on_both_faces, until
 
 SOON: Final[dict[str, Any]] = {"wait_initial": 0.001, "wait_max": 0.01, "jitter": 0.0}
 AGAIN: Final = Retry(attempts=20, **SOON)
@@ -547,10 +547,10 @@ def test_closing_while_a_request_waits(server: HttpServer, make: Make, face: Fac
             told = next(stage.policies for stage in loader.stats().stages if stage.policies is not None)
             if waits_for == "the rate":
                 assert told.waiting_for_rate > 0
-                assert "for the rate of " in loader.explain()
+                assert "for the rate of " in explained(loader)
             else:
                 assert (told.waiting_for_attempt > 0, told.retried_after) == (True, "GenericError")
-                assert " for its next attempt in " in (said := loader.explain()) or " wait for their next" in said
+                assert " for its next attempt in " in (said := explained(loader)) or " wait for their next" in said
         loader.close() if face == "for" else steps.do(loader.aclose)
         with pytest.raises(LoaderClosedError):
             asked()

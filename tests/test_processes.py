@@ -29,7 +29,7 @@ from aioloader.executors.processes.mapped_files import MappedFiles
 from aioloader.executors.processes.wire import decode, encode
 from aioloader.executors.processes.worker_thread import WorkerThread
 from tests import _work
-from tests._support import Face, Steps, collect, notes, on_both_faces, workers
+from tests._support import Face, Steps, collect, explained, notes, on_both_faces, workers
 
 
 def pipeline(n: int, fn: Any, concurrency: int = 2) -> Pipeline:
@@ -518,7 +518,7 @@ def test_stats_know_the_time_in_workers() -> None:
         list(loader)  # the first epoch waits for its workers
         list(loader)
         stage = loader.stats().stages[-1]
-        assert "GIL" not in loader.explain()  # each worker has one
+        assert "GIL" not in explained(loader)  # each worker has one
     assert (stage.kind, stage.samples) == ("process", 100)
     assert stage.busy_seconds >= 0.1
     assert stage.cpu_seconds > 0

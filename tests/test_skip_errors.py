@@ -15,7 +15,7 @@ from aioloader import Pipeline, Skip, TooManySkippedError
 from aioloader.insight.stats import StageStats
 from aioloader.sources import Channel, CursorSource, Entry, EntryReader, Lines
 from aioloader.testing import FaultPlan, Gate, assert_resumes_exactly
-from tests._support import Face, Steps, collect, notes, on_both_faces
+from tests._support import Face, Steps, collect, explained, notes, on_both_faces
 from tests._work import fails_by_seven
 
 BAD = (3, 10, 11, 17, 24, 25, 26, 31)
@@ -502,16 +502,16 @@ def test_all_may_fail(face: Face) -> None:
     loader = Pipeline(range(3000)).map(lambda key: key // 0).skip_errors().batch(4)
     assert collect(loader, face) == []
     assert stage_of(loader).skipped == 3000
-    assert "skip_errors() has left out 3000 of 3000 (100.0%)" in loader.explain()
+    assert "skip_errors() has left out 3000 of 3000 (100.0%)" in explained(loader)
 
 
 def test_explain_mentions_a_noticeable_share() -> None:
     loader = Pipeline(range(40)).map(decode).skip_errors().batch(4)
     collect(loader, "for")
-    assert "skip_errors() has left out 8 of 40 (20.0%), since they failed." in loader.explain()
+    assert "skip_errors() has left out 8 of 40 (20.0%), since they failed." in explained(loader)
     loader = Pipeline(range(2000)).map(decode).skip_errors().batch(4)
     collect(loader, "for")
-    assert "left out" not in loader.explain()
+    assert "left out" not in explained(loader)
 
 
 def test_leaving_early_leaves_nothing_behind(tmp_path: Path) -> None:

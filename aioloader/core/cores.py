@@ -2,12 +2,22 @@
 
 import os
 
-__all__ = ["usable_cores"]
+__all__ = ["usable_cores", "use_cores"]
+
+_said: int | None = None
 
 
 def usable_cores() -> int:
-    """How many cores this process may run on."""
+    """How many cores this process may use."""
+    if _said is not None:
+        return _said
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
+
+
+def use_cores(count: int) -> None:
+    """Let this process use so many: it has been given no more, though it may run on all."""
+    global _said
+    _said = count

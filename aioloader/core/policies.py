@@ -250,7 +250,7 @@ def check_policies(
     words = Words() if words is None else words
     if timeout is not None:
         timeout = check_positive(words.timeout, timeout, "leave it out for no limit")
-        if not is_async and executor != "process":
+        if not is_async and executor not in ("process", "ray"):
             raise ValueError(
                 f"{words.timeout} cannot stop a thread, got {words.timeout}={timeout:g} for a function that runs in "
                 f"one; make {words.function} async, or pass {words.in_process}, or give the client inside of it a "
@@ -261,6 +261,11 @@ def check_policies(
             raise TypeError(f"hedge must be a Hedge, got {hedge!r}; pass for instance Hedge(after='p95', budget=0.05)")
         if not is_async:
             raise ValueError("hedge is for async functions, whose second calls can be cancelled; leave it out")
+        if executor == "ray":
+            raise ValueError(
+                "hedge makes its second calls on the loop of this process, and this function is called in actors; "
+                "leave hedge out, or the executor"
+            )
     if rate is not None and not isinstance(rate, Rate):
         raise TypeError(f"rate must be a Rate, got {rate!r}; pass for instance Rate(100), which may be shared")
     retry = as_retry(retry)

@@ -12,6 +12,9 @@ from aioloader.demo.memory import MEANING as MEMORY_MEANING
 from aioloader.demo.server import DemoServer
 from aioloader.demo.table import render
 
+WIDTH = 80
+"""Columns of what is shown."""
+
 CONNECTIONS = 128
 """How many images are fetched at once by asynchronous clients."""
 
@@ -82,7 +85,7 @@ def run(settings: Settings) -> int:
 
 def report(settings: Settings, results: list[Result], *, images: int) -> str:
     """Return the table, the meaning of its columns, and what `explain()` says of each loader."""
-    header = ["", "first batch", "samples/s", "waited", "peak memory", "accuracy", "requests"]
+    header = ["", "first", "samples/s", "waited", "memory", "accuracy", "requests"]
     rows = [
         [
             result.name,
@@ -96,10 +99,10 @@ def report(settings: Settings, results: list[Result], *, images: int) -> str:
         for result in results
     ]
     notes = [
-        "first batch: from the start of the first epoch to its first batch, worker start included, imports not.",
+        "first: from the start of the first epoch to its first batch, worker start included, imports not.",
         "samples/s: over whole epochs, training included.",
         "waited: the fraction of that time in which the training loop waited for a batch.",
-        f"peak memory: {MEMORY_MEANING}; each loader ran in a separate process, torch and network included.",
+        f"memory: at its peak, {MEMORY_MEANING}; each loader ran in a separate process, torch and network included.",
         f"accuracy: on images that were not trained on; at least {settings.min_accuracy:g} is expected.",
         f"requests: images that the server sent for that row; {settings.epochs} epochs of {images} images "
         f"are {settings.epochs * images}.",
@@ -109,8 +112,8 @@ def report(settings: Settings, results: list[Result], *, images: int) -> str:
     explained = [result for result in results if result.outcome.explanation]
     parts = [
         render(header, rows),
-        "\n".join(fill(note, 116, initial_indent="- ", subsequent_indent="  ") for note in notes),
-        *(f"{result.name}: {result.outcome.explanation}" for result in explained),
+        "\n".join(fill(note, WIDTH, initial_indent="- ", subsequent_indent="  ") for note in notes),
+        *(fill(f"{result.name}: {result.outcome.explanation}", WIDTH, break_on_hyphens=False) for result in explained),
     ]
     return "\n\n".join(parts)
 

@@ -40,10 +40,10 @@ class AgainWindow(Window):
         finally:
             self._lent = lent
 
-    def _accept(self, run: list[Entry]) -> None:
+    def accept(self, run: list[Entry]) -> None:
         for entry in run:
             entry.origin = entry.value
-        super()._accept(run)
+        super().accept(run)
 
     def _leave(self, limit: int) -> list[Entry]:
         taken = super()._leave(limit)

@@ -114,7 +114,7 @@ class AsyncStep(Step):
         # The name is read before the time, and a worker writes the time first: it is never older than its sample.
         names = [(sample.name, sample.since) for sample in self._samples.copy()]
         # What a function has put there to load several samples is only to be asked by itself, see `BulkLoad`.
-        return [(name.key if type(name) is Entry else None, since) for name, since in names if name is not None]
+        return [(name.key if isinstance(name, Entry) else None, since) for name, since in names if name is not None]
 
     def waiting(self) -> Waiting:
         waiting = super().waiting()
@@ -205,7 +205,7 @@ class AsyncStep(Step):
         run, inbox, fn, forward, predicate = self._run, self.inbox, self._fn, self._forward, self._predicate
         me = current_task()
         assert me is not None
-        sample = SampleContext(self._seed)
+        sample = SampleContext(self._seed) if self.trace is None else self.trace.context(self._seed)
         guard, call = self._guard, None
         if guard is not None:
             call = guard.for_worker(me, sample)

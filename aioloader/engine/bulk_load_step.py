@@ -62,6 +62,8 @@ class BulkLoadStep(ThreadStep):
         elastic: See `SyncStep`.
     """
 
+    times_samples = False
+
     def __init__(
         self, call: Call, many: Callable[[list[Any]], Sequence[Any]], concurrency: int | Limit, *, elastic: bool = True
     ) -> None:

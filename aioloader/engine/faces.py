@@ -19,6 +19,7 @@ from aioloader.engine.delivery import AsyncDelivery, Delivery, InlineDelivery, R
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import Run
+from aioloader.engine.starving import sync_delivery
 
 __all__ = ["AsyncBatches", "Batches", "LoaderHooks"]
 
@@ -39,7 +40,7 @@ class LoaderHooks(ABC):
         run = self._open_run()
         if (group := self._agreeing()) is not None:
             return AgreedSyncDelivery(run, self._receiver(), self._shared_loop(), group)
-        return SyncDelivery(run, self._receiver(), self._shared_loop())
+        return sync_delivery(run, self._receiver(), self._shared_loop())
 
     def _open_async_delivery(self) -> AsyncDelivery:
         """The same for `async for`."""
@@ -87,9 +88,24 @@ class EpochIterator:
         """Where to go on after the last batch that was handed out; None before the first."""
         return None if self._delivery is None else self._delivery.progress.cursor
 
+    @property
+    def batches(self) -> int:
+        """Steps of its epoch that are done, those before a resume and those that raised included."""
+        return 0 if self._delivery is None else self._delivery.progress.batches
+
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch that this iterator gave, see `Loader.state_dict`."""
         return self._loader._state_of(None if self._delivery is None else self._delivery.progress)
+
+    def __repr__(self) -> str:
+        how = "for" if isinstance(self, Batches) else "async for"
+        if self._delivery is None:
+            where = "closed before its epoch began" if self._closed else "its epoch has not begun"
+        else:
+            progress = self._delivery.progress
+            over = ", over" if progress.over else ", closed" if self._closed else ""
+            where = f"epoch {progress.epoch}, {progress.batches} batches handed out{over}"
+        return f"<iterator of `{how}` over {self._loader!r}: {where}>"
 
     def _begin(self, delivery: Delivery) -> None:
         self._delivery = delivery

@@ -22,6 +22,7 @@ from aioloader.engine.node import Node
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
+from aioloader.engine.ray_step import OnRay, ray_step
 from aioloader.engine.room import BytesRoom, GrowingRoom, Room, StepsRoom
 from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ExecutorStep, ThreadStep
@@ -73,7 +74,7 @@ class Op:
         seed: The seed of its samples' random numbers; None: it draws none.
         predicate: `fn` decides which entries stay.
         ordered: Results come in the order of the input.
-        executor: Where a sync `fn` runs; None: in threads of the loader.
+        executor: Where `fn` runs; None: a sync one in threads of the loader, an async one on the loop.
         initializer: Called in each of the loader's threads with its number.
         thread_name: The name of these threads.
         flexible: The user did not set the concurrency: next to another sync op, it takes that one's.
@@ -100,7 +101,7 @@ class Op:
     seed: int | None = None
     predicate: bool = False
     ordered: bool = True
-    executor: Executor | InProcesses | None = None
+    executor: Executor | InProcesses | OnRay | None = None
     initializer: Callable[[int], None] | None = None
     thread_name: str = "aioloader-map"
     flexible: bool = False
@@ -420,7 +421,7 @@ def steps_of(
         elif op.in_place:
             close()
             put(InPlaceStep(op.fn, op.label), op)
-        elif op.is_async:
+        elif op.is_async and not isinstance(op.executor, OnRay):
             close()
             width = _narrowed(op.concurrency, limit)
             put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
@@ -460,6 +461,8 @@ def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[]
         if executor.turns is not None:
             return TurnStep(calls, workers, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
         return ProcessStep(calls, width, pool, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
+    if isinstance(executor, OnRay):
+        return ray_step(together, executor, width, limit, processes())
     if executor is not None and not isinstance(executor, ThreadPoolExecutor):
         return ExecutorStep(calls, width, executor)
     return ThreadStep(
@@ -493,6 +496,6 @@ def _same_place(together: Sequence[Op], op: Op) -> bool:
     if any(other.policies is not None for other in (op, *together)):
         return False
     fixed = next((other for other in together if not other.flexible), None)
-    if together[0].executor is not op.executor:
+    if together[0].executor != op.executor or together[0].is_async != op.is_async:
         return False
     return fixed is None or op.flexible or (fixed.concurrency, fixed.thread_name) == (op.concurrency, op.thread_name)

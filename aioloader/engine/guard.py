@@ -282,6 +282,9 @@ class Guard:
         call.twin = self._run.begin(self._call, entry.value, context=context)
         began = call.began
         call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, began, twin))
+        if (trace := self._step.trace) is not None:
+            since = perf_counter()
+            call.twin.add_done_callback(lambda _: trace.second_call(entry, since))
 
     async def _call(self, value: Any) -> tuple[Any, BaseException | None]:
         try:

@@ -16,6 +16,7 @@ from weakref import WeakSet
 from aioloader.core.forks import after_fork_in_child
 from aioloader.engine.run import CLOSE_SECONDS
 from aioloader.executors.processes.worker_thread import end_all_processes, forget_all_processes
+from aioloader.executors.ray.thread import end_all_ray, forget_all_ray
 from aioloader.executors.threads import call_loop, end_all_threads, forget_all_threads
 
 try:
@@ -130,6 +131,7 @@ def _forget_after_fork() -> None:
     _alive.clear()
     forget_all_threads()
     forget_all_processes()
+    forget_all_ray()
 
 
 after_fork_in_child(_forget_after_fork)
@@ -147,3 +149,4 @@ def _end_everything() -> None:
         loop.join(max(0.0, deadline - monotonic()))
     end_all_threads(deadline)
     end_all_processes(deadline)
+    end_all_ray(deadline)

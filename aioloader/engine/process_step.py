@@ -15,15 +15,16 @@ from aioloader.engine.steps import Forward
 from aioloader.engine.thread_step import SyncStep
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
+from aioloader.executors.chunk_pool import ChunkPool
 from aioloader.executors.epochs import Epochs
-from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome, WorkerPool
+from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
 from aioloader.executors.threads import call_loop
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
     from aioloader.engine.window import Window
 
-__all__ = ["CHUNK_SECONDS", "ProcessStep", "hint", "who"]
+__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "MORE_DEATHS", "ProcessStep", "hint", "named", "unstamp", "who"]
 
 CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
@@ -79,7 +80,7 @@ class ProcessStep(SyncStep):
         self,
         calls: Sequence[Call],
         concurrency: int | Limit,
-        pool: Callable[[], WorkerPool],
+        pool: Callable[[], ChunkPool],
         epochs: Epochs,
         *,
         elastic: bool = True,
@@ -97,7 +98,7 @@ class ProcessStep(SyncStep):
         self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
         self._deaths = 0  # in a row
         self._queues: dict[int, deque[Sent]] = {}  # in turn: what each worker has, and begins one after the other
-        self._pool: WorkerPool
+        self._pool: ChunkPool
         self._out = 0  # samples that workers have
         self._out_aside = 0  # those of them that are known not to have begun
         self._holds = 0  # how often it was told to pause
@@ -253,16 +254,17 @@ class ProcessStep(SyncStep):
 
     def _not_begun(self, chunk: list[Entry], at: int) -> None:
         """What comes from index `at` on in `chunk` was not begun, and goes first, elsewhere."""
-        _unstamp(chunk, at, len(chunk))
+        unstamp(chunk, at, len(chunk))
         self.inbox.extendleft(reversed(chunk[at:]))
 
-    def _payload(self, chunk: list[Entry]) -> Payload:
-        """For a worker."""
+    def _payload(self, chunk: list[Entry]) -> Any:
+        """For a worker: a `Payload`."""
         values = [entry.value for entry in chunk]
         keys = None
         if any(entry.key is not entry.value for entry in chunk):
             keys = [entry.key for entry in chunk]
-        return self._seeds, self._epochs, keys, values
+        payload: Payload = self._seeds, self._epochs, keys, values
+        return payload
 
     def _next_slot(self) -> int:
         """The worker whose turn it is."""
@@ -323,16 +325,16 @@ class ProcessStep(SyncStep):
                 )
             )
         else:
-            _unstamp(chunk, 0, death.at)  # their newest beginning counts
+            unstamp(chunk, 0, death.at)  # their newest beginning counts
             for entry in chunk[: death.at]:
                 entry.attempts += 1
                 self._again.append(entry)
             self._not_begun(chunk, death.at + 1)
             held = chunk[death.at]
-            self._lost([held], WorkerDiedError(f"{who(death)}, with {_named(held)}{hint(death)}"))
+            self._lost([held], WorkerDiedError(f"{who(death)}, with {named(held)}{hint(death)}"))
 
 
-def _unstamp(chunk: list[Entry], start: int, stop: int) -> None:
+def unstamp(chunk: list[Entry], start: int, stop: int) -> None:
     """These begin later."""
     if isinstance(chunk, Sent):
         for entry, begun in zip(chunk[start:stop], chunk.begun[start:stop], strict=True):
@@ -349,6 +351,6 @@ def hint(death: Died) -> str:
     return "; if memory ran out, use fewer workers" if "SIGKILL" in death.reason else ""
 
 
-def _named(entry: Entry) -> str:
+def named(entry: Entry) -> str:
     """A sample, for a sentence; a batch by its keys."""
     return f"{'samples' if type(entry.key) is list else 'key'} {safe_repr(entry.key)}"

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aioloader.core.entry import Entry
 from aioloader.engine.admission import Admission, RemoteAdmission
@@ -46,7 +46,6 @@ from aioloader.executors.processes.stream_worker import (
     Heard,
     Rested,
     StreamEnded,
-    StreamWorker,
     StreamWorkerDied,
 )
 from aioloader.executors.processes.wire import decode
@@ -57,9 +56,21 @@ from aioloader.insight.meters import StageMeter
 if TYPE_CHECKING:
     from aioloader.engine.window import Window
 
-__all__ = ["OwnProcessNode", "Serving"]
+__all__ = ["EpochStream", "OwnProcessNode", "Serving"]
 
 METER_SECONDS: Final = 0.2  # how often the counters of the other side come along
+
+
+class Remote(Protocol):
+    """Where the other side is: see `StreamWorker`."""
+
+    def open(self, request: Any, listener: Callable[[Heard], None]) -> int: ...
+    def grant(self, number: int, entries: int, handed_out: int) -> None: ...
+    def allow(self, number: int, samples: int, handed_out: int) -> None: ...
+    def hold(self, number: int, pause: int) -> None: ...
+    def let_go(self, number: int) -> None: ...
+    def end(self, number: int) -> None: ...
+
 
 # -- here --------------------------------------------------------------------------------------------------------------
 
@@ -79,7 +90,7 @@ class OwnProcessNode(Node):
 
     def __init__(
         self,
-        remote: Callable[[], StreamWorker],
+        remote: "Callable[[], Remote]",
         request: Any,
         inner: Node,
         *,
@@ -219,14 +230,16 @@ class OwnProcessNode(Node):
             case Failure(error):
                 self._run.fail(error)
             case StreamWorkerDied(pid, reason):
-                error = WorkerDiedError(
-                    f"the process that the loader runs in (pid {pid}) {reason}; "
-                    f"without in_process() the same happens where you can see it"
-                )
-                self._ready.append(Entry.last(error, self._cursor, None))
+                self._ready.append(Entry.last(self._death(pid, reason), self._cursor, None))
                 self._over = True
         self._run.pausing.look()
         self._kick()
+
+    def _death(self, pid: int | None, reason: str) -> WorkerDiedError:
+        return WorkerDiedError(
+            f"the process that the loader runs in (pid {pid}) {reason}; "
+            f"without in_process() the same happens where you can see it"
+        )
 
     def _arrived(self, heard: Arrived) -> None:
         if heard.error is None:
@@ -283,7 +296,7 @@ class _EngineServer:
     def __init__(self, channel: WorkerLink, build: Callable[[Any, bool], "Window"]) -> None:
         self._channel = channel
         self._build = build
-        self._streams: dict[int, _EpochStream] = {}
+        self._streams: dict[int, EpochStream] = {}
         self._sender = _BatchSender(channel)
         self.where = f"the process of its own (pid {os.getpid()})"
 
@@ -348,7 +361,7 @@ class _EngineServer:
         pauses = Pauses()
         run = Run(window, epoch, pauses=pauses)
         block = pauses.enter()[0] if paused else None
-        self._streams[number] = _EpochStream(self, number, run, room, pauses, block, batches=batches)
+        self._streams[number] = EpochStream(self, number, run, room, pauses, block, batches=batches)
 
     def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
         """Send what has been granted."""
@@ -358,7 +371,7 @@ class _EngineServer:
         """No sample begins any more, or none is under way either."""
         self._sender.put(("paused", number), (pause, still))
 
-    def ended(self, stream: "_EpochStream") -> None:
+    def ended(self, stream: "EpochStream") -> None:
         """A run is over, in whatever way."""
         del self._streams[stream.number]
         run = stream.run
@@ -368,12 +381,25 @@ class _EngineServer:
             self._sender.put(("ended", stream.number), [meter.to_tell() for meter in run.meters])
 
 
-class _EpochStream:
+class HearsOfEpochs(Protocol):
+    """Whom an `EpochStream` tells."""
+
+    def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
+        """They are finished, and had been granted."""
+
+    def rested(self, number: int, pause: int, still: bool) -> None:
+        """No sample begins any more, or none is under way either."""
+
+    def ended(self, stream: "EpochStream") -> None:
+        """The run is over, in whatever way."""
+
+
+class EpochStream:
     """One epoch."""
 
     def __init__(
         self,
-        server: _EngineServer,
+        server: "HearsOfEpochs",
         number: int,
         run: Run,
         granted: int,

@@ -59,6 +59,8 @@ class Retrying:
         entry.tries = (step, done, first)
         entry.attempts += 1
         step.meter.retries += 1
+        if step.trace is not None:
+            step.trace.retry(entry, error, done + 1, seconds)
         self._wait(entry, now + seconds, now)
         return True
 

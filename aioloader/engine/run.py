@@ -20,6 +20,7 @@ from aioloader.insight.meters import StageMeter, ThreadClock
 
 if TYPE_CHECKING:
     from aioloader.core.source import RunListener
+    from aioloader.engine.tracing import Tracer
     from aioloader.engine.window import Window
 
 BACKEND: Final = anyio._backends._asyncio
@@ -92,6 +93,7 @@ class Run:
         self.pausing = RunPause(self, Pauses() if pauses is None else pauses)
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
+        self.tracer: Tracer | None = None  # set before it starts
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()

@@ -19,6 +19,7 @@ from aioloader.insight.policies import PolicyMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
+    from aioloader.engine.tracing import StepTrace
     from aioloader.engine.window import Window
 
 __all__ = ["Forward", "InPlaceStep", "Step", "bind_in_a_row"]
@@ -51,6 +52,7 @@ class Step(ABC):
         stop: What is said of samples that end in it, unless that is known of them already; None: nobody asks.
         fresh: It is the first one for each.
         tells_end: Each entry that it sends on has its `since`.
+        trace: Where to trace some samples; None: nobody does.
     """
 
     closed: bool = False
@@ -65,6 +67,7 @@ class Step(ABC):
     stop: Stop | None = None
     fresh: bool = False
     tells_end: bool = False
+    trace: "StepTrace | None" = None
 
     def __init__(self, meter: StageMeter, concurrency: int | Limit) -> None:
         self.meter = meter
@@ -261,6 +264,8 @@ class Step(ABC):
         entry.error = error
         entry.value = None
         self.meter.errors += 1
+        if self.trace is not None:
+            self.trace.failed(entry, error)
         self._window.failed()
         self._finished(entry)
 

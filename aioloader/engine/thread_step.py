@@ -38,6 +38,7 @@ class SyncStep(Step):
     """
 
     tells_end = True
+    times_samples = False  # the times of single samples are known, see `tracing`
 
     def __init__(self, calls: Sequence[Call], concurrency: int | Limit, *, elastic: bool = True) -> None:
         super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
@@ -99,6 +100,8 @@ class SyncStep(Step):
         self._active -= 1
         tried = len(result.outcomes)
         self._settle(entries, result.outcomes[settled:])
+        if self.trace is not None and not self.times_samples:
+            self.trace.hop([*entries], result.busy_seconds)
         self.meter.busy_seconds += result.busy_seconds
         self.meter.cpu_seconds += result.cpu_seconds
         if tried and result.busy_seconds:
@@ -163,6 +166,8 @@ class ThreadStep(SyncStep):
         thread_name: Names our threads.
         initializer: Called in each of our threads with its number.
     """
+
+    times_samples = True
 
     def __init__(
         self,
@@ -256,7 +261,7 @@ class ThreadStep(SyncStep):
             if slots is not None and not slots.take():
                 return
             self._begins()
-            job = ThreadJob(limit, slots)
+            job = ThreadJob(limit, slots) if self.trace is None else self.trace.job(limit, slots)
             self._jobs.add(job)
             if self._threads is not None:
                 self._threads.submit(partial(self._work, job))

@@ -180,6 +180,8 @@ class Window(Node):
             step.meter.ordered = self.ordered
         if self.in_a_row is not None:
             self.in_a_row.start(run, self, [step.meter for step in self._parts])
+        if run.tracer is not None and self._parts:
+            run.tracer.watch(self, self._parts)
         bind_in_a_row(self._steps, run, self, self.finished, self.finished)
         self._waits = show(self._parts, queued=self.queued)
         if self.stamps:
@@ -442,7 +444,7 @@ class Window(Node):
         while not self._input_ended and self._last is None and (free := self._free(room)) > 0:
             run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
-                self._accept(run)
+                self.accept(run)
             elif self.upstream.ended:
                 self._input_ended = True
             else:
@@ -541,7 +543,7 @@ class Window(Node):
         if waiting:
             self.wake()  # the one whose turn it is may not have come in
 
-    def _accept(self, run: list[Entry]) -> None:
+    def accept(self, run: list[Entry]) -> None:
         """Begin the journeys of `run`."""
         self._input_ended = run[-1].state == LAST
         if not self.ordered:

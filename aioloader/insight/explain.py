@@ -3,6 +3,7 @@
 from typing import Final
 
 from aioloader.core.cores import usable_cores
+from aioloader.insight.explain_actors import limit_of_actors
 from aioloader.insight.explain_policies import (
     rate_that_limits,
     retries_that_hold_up,
@@ -10,8 +11,10 @@ from aioloader.insight.explain_policies import (
     way_out_of_rate,
     way_out_of_waits,
 )
+from aioloader.insight.explain_ray import actors_advice, way_is_limit, words_of_way
 from aioloader.insight.now import now, stands_still
 from aioloader.insight.stats import StageStats, Stats
+from aioloader.insight.units import duration
 
 __all__ = ["explain"]
 
@@ -68,6 +71,8 @@ def _limit(stats: Stats, knob: str) -> tuple[str, StageStats | None]:
             f"The event loop is the limit: {waited}; the loop's thread computes {stats.loop_cpu_fraction:.0%} of the "
             f"time; move computing out of {whose} into sync ones (def), which run in threads {numbers}."
         ), None
+    if (words := limit_of_actors(stats, waited)) is not None:
+        return f"{words} {numbers}.", None
     if (throttled := rate_that_limits(stats.stages, stats.seconds)) is not None:
         way_out = way_out_of_rate(throttled, stats.seconds)
         return f"The rate of {throttled.name} is the limit: {waited}; {way_out} {numbers}.", throttled
@@ -91,7 +96,7 @@ def _limit(stats: Stats, knob: str) -> tuple[str, StageStats | None]:
 def _limiting_stage(
     stats: Stats, knob: str, busiest: StageStats, blocking: StageStats | None, waited: str
 ) -> tuple[str, StageStats]:
-    threads = [stage for stage in stats.stages if stage.kind != "process"]  # each process has its own GIL
+    threads = [stage for stage in stats.stages if stage.kind not in ("process", "ray")]  # these have their own GILs
     computing = sum(stage.cpu_seconds for stage in threads) / stats.seconds
     if computing >= COMPUTING:
         most = max(threads, key=lambda stage: stage.cpu_seconds)
@@ -118,6 +123,8 @@ def _limiting_stage(
             f"{held_up.finished_slots:.0f} finished samples on average, of the {held_up.room} it has room for, waited "
             f"for a slower one before them: {_order_advice(held_up, knob)}"
         ), held_up
+    if way_is_limit(busiest, stats.seconds):
+        return f"{words_of_way(busiest, stats.seconds)}; {waited}", busiest
     return (
         f"No stage is busy all the time, though {waited}: {busiest.name}, the busiest, was {_use(busiest)}; "
         f"{_no_limit_advice(stats, busiest, knob)}"
@@ -159,9 +166,9 @@ def _is_full(stage: StageStats, stats: Stats) -> bool:
 
 def _use(stage: StageStats) -> str:
     each = stage.busy_seconds / stage.samples
-    cost = f"{each * 1e3:.3g} ms each" if each >= 1e-5 else f"{each * 1e6:.2g} µs each"
+    cost = f"{each * 1e3:.3g} ms" if 1e-5 <= each < 0.9995 else duration(each)
     places = f" in its {stage.concurrency} places" if stage.concurrency > 1 else ""
-    return f"busy {stage.utilization:.0%} of the time{places}, {cost}"
+    return f"busy {stage.utilization:.0%} of the time{places}, {cost} each"
 
 
 def _is_drop_in(knob: str) -> bool:
@@ -244,6 +251,8 @@ def _advice(stage: StageStats, knob: str) -> str:
             f"; if its server and network can bear more, raise {limit}, or look for a limit in your client (its "
             f"connections, a semaphore) or for code that blocks"
         )
+    if stage.kind == "ray":
+        return actors_advice(stage, knob)
     if stage.kind == "process" or not stage.cpu_seconds:  # it runs in another process
         return f"; raise {knob}, if there are cores for it"
     computing = stage.cpu_seconds / stage.busy_seconds

@@ -4,6 +4,7 @@ from typing import Final
 
 from aioloader.insight.policies import PolicyStats
 from aioloader.insight.stats import StageStats
+from aioloader.insight.units import duration
 
 __all__ = [
     "per_second",
@@ -90,7 +91,7 @@ def _retried(stage: StageStats, calls: int) -> str:
     if after:
         said += f", mostly after {after}"
     if wait := _wait(stage):
-        said += f"; a sample waited {wait:.2g} s for its next attempt, on average"
+        said += f"; a sample waited {_brief(wait)} for its next attempt, on average"
     if stage.utilization >= SATURATED and after != "TimeoutError":  # of which `_cut_off` speaks
         said += "; if they fail because the server is asked too much, a rate or less concurrency helps"
     return said
@@ -121,7 +122,7 @@ def _cut_off(stage: StageStats, calls: int, *, drop_in: bool) -> str:
     )
     return (
         f"{word}={limit:g} cut off {stage.timeouts / calls:.0%} of the calls, which took {share:.0%} of the time of "
-        f"all; the others took {others:.2g} s on average: {advice}"
+        f"all; the others took {_brief(others)} on average: {advice}"
     )
 
 
@@ -130,7 +131,7 @@ def _second_calls(stage: StageStats, calls: int) -> str:
     if policies is None or policies.hedge_budget is None:
         return ""
     if policies.refused_hedges >= NOTICEABLE * calls:
-        after = "" if policies.hedge_after is None else f" ({policies.hedge_after:.2g} s)"
+        after = "" if policies.hedge_after is None else f" ({_brief(policies.hedge_after)})"
         return (
             f"{policies.refused_hedges:,} calls that took more than twice as long as after{after} of its Hedge had no "
             f"second one, since budget={policies.hedge_budget:g} of all calls is used up: raise it, if its server can "
@@ -150,6 +151,10 @@ def _wait(stage: StageStats) -> float:
     return (
         0.0 if policies is None else policies.retry_wait_seconds / max(1, stage.retries - policies.waiting_for_attempt)
     )
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 9.95 else duration(seconds)
 
 
 def per_second(policies: PolicyStats) -> str:

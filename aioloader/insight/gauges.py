@@ -49,6 +49,14 @@ class Waits:
     p95: float = 0.0
     p99: float = 0.0
 
+    @classmethod
+    def of(cls, latest: list[float], total: float, longest: float) -> "Waits":
+        """Of the `latest` ones, which need not be sorted, and of all of the epoch their `total` and the `longest`."""
+        latest = sorted(latest)
+        last = len(latest) - 1
+        p50, p95, p99 = (max(0.0, latest[round(share * last)]) if latest else 0.0 for share in (0.5, 0.95, 0.99))
+        return cls(max(0.0, total), longest, p50, p95, p99)
+
 
 class WaitMeter:
     """Collects how long samples waited. One thread at a time tells it of them; any thread may ask."""
@@ -94,10 +102,8 @@ class WaitMeter:
     def waits(self) -> Waits:
         """As they are now."""
         runs, singles = self._latest.copy(), self._singles.copy()  # each in one step: they may grow meanwhile
-        latest = sorted([*singles, *(now - since for now, times in runs for since in times)])
-        last = len(latest) - 1
-        p50, p95, p99 = (max(0.0, latest[round(share * last)]) if latest else 0.0 for share in (0.5, 0.95, 0.99))
-        return Waits(max(0.0, self._sum), self._max, p50, p95, p99)
+        latest = [*singles, *(now - since for now, times in runs for since in times)]
+        return Waits.of(latest, self._sum, self._max)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,24 @@ They are written on the engine's loop and read from any thread, so the numbers o
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Literal
+from typing import Final, Literal
 
 from aioloader.core.address import Address
-from aioloader.insight.gauges import Gauge, Gauges, WaitMeter
+from aioloader.insight.actors import ActorStats
+from aioloader.insight.gauges import Gauge, Gauges, WaitMeter, Waits
 from aioloader.insight.policies import PolicyMeter
 
 __all__ = ["ConsumerMeter", "IdleClock", "StageMeter", "ThreadClock", "Why"]
 
-Kind = Literal["source", "async", "sync", "process", "fold"]
+Kind = Literal["source", "async", "sync", "process", "ray", "fold"]
 Why = Literal["input", "room"]
+
+LATEST: Final = 4096
+"""Batches whose waits are kept one by one."""
 
 
 @dataclass(slots=True)
@@ -59,6 +64,7 @@ class StageMeter:
         waits: How long entries of its window waited to be taken; stages of one window share it.
         policies: Counts what its policies do; None: it has none.
         told: What it answered in another process, when its counters came from there.
+        actors: Gives what is known of its actors, from any thread; None: it has none.
     """
 
     name: str
@@ -94,6 +100,7 @@ class StageMeter:
     waits: WaitMeter | None = None
     policies: PolicyMeter | None = None
     told: Gauges | None = None
+    actors: Callable[[], tuple[ActorStats, ...]] | None = None
 
     @property
     def gauges(self) -> Gauges:
@@ -111,7 +118,7 @@ class StageMeter:
 
     def to_tell(self) -> "StageMeter":
         """The same for another process, as it is now."""
-        return replace(self, gauge=None, queued=None, waits=None, policies=None, told=self.gauges)
+        return replace(self, gauge=None, queued=None, waits=None, policies=None, told=self.gauges, actors=None)
 
 
 class IdleClock:
@@ -155,6 +162,8 @@ class ConsumerMeter:
         last_waited_seconds: How long the newest batch took.
         asking: When each `next()` was called that has not returned, by the thread or call.
         asks_ranks: Whether it waits for other ranks, with `even="agree"`, now.
+        latest: Of the latest batches, when each was asked for and how long it took.
+        longest_seconds: The longest wait after the first batch.
     """
 
     began: float | None = None
@@ -167,6 +176,8 @@ class ConsumerMeter:
     last_waited_seconds: float = 0.0
     asking: dict[object, float] = field(default_factory=dict)
     asks_ranks: bool = False
+    latest: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATEST))
+    longest_seconds: float = 0.0
 
     @property
     def waiting_seconds(self) -> float:
@@ -181,7 +192,17 @@ class ConsumerMeter:
             self.first_after_seconds = waited
         else:
             self.waited_seconds += waited
+            if waited > self.longest_seconds:
+                self.longest_seconds = waited
+        self.latest.append((called, waited))
         self.batches += 1
+
+    @property
+    def waits(self) -> Waits:
+        """Those for all batches but the first one."""
+        latest = list(self.latest.copy())  # a copy is made in one step: it may grow meanwhile
+        first = 1 if self.batches <= len(latest) else 0
+        return Waits.of([waited for _, waited in latest[first:]], self.waited_seconds, self.longest_seconds)
 
     def waited_for_end(self, called: float) -> None:
         """Count the wait of a `next()` that was called at `called` and found the end; only the first counts."""

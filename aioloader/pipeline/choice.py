@@ -11,6 +11,7 @@ from aioloader.core.limit import Limit, check_concurrency
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
 from aioloader.pipeline.described import Described
+from aioloader.pipeline.executors import AnyExecutor, check_executor
 from aioloader.plan.requeue import check_requeue
 from aioloader.sources.resolve import describe
 from aioloader.stages.drop_if import DropIf
@@ -35,6 +36,7 @@ class Choice(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
     ) -> "Pipeline[U]": ...
 
     @overload
@@ -44,6 +46,7 @@ class Choice(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
     ) -> "Pipeline[U]": ...
 
     @overload
@@ -53,6 +56,7 @@ class Choice(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
     ) -> "Pipeline[T_co]": ...
 
     def filter(
@@ -61,6 +65,7 @@ class Choice(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         max_dropped_in_a_row: int | None = None,
+        executor: AnyExecutor | None = None,
     ) -> "Pipeline[Any]":
         """Keep the samples for which `fn`, sync or async, returns true.
 
@@ -73,10 +78,11 @@ class Choice(Described[T_co]):
                 the count begins anew. Counted in the order in which samples come out; one that passes, or would have
                 passed but for a later stage, begins the count anew, and those that failed before the filter do not
                 count. Default: any number, so that an epoch in which nothing passes goes on until its source ends.
+            executor: Where it runs, as for `map`.
 
         Raises:
             TypeError: `fn` cannot be called with one argument, or is a generator function, or a number is none.
-            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1.
+            ValueError: `concurrency` or `max_dropped_in_a_row` is less than 1, or `executor` does not fit.
         """
         check_callable("fn", fn, arguments=1, example="filter(keep)")
         check_gives_one("filter", fn, "return True or False, or leave samples out in flat_map(fn)")
@@ -85,12 +91,14 @@ class Choice(Described[T_co]):
         if max_dropped_in_a_row is not None:
             hint = "leave it out for any number"
             max_dropped_in_a_row = check_count("max_dropped_in_a_row", max_dropped_in_a_row, least=1, hint=hint)
+        is_async = is_async_callable(fn)
         return self._then(
             Filter(
                 fn,
-                is_async_callable(fn),
+                is_async,
                 concurrency=concurrency,
                 max_dropped_in_a_row=max_dropped_in_a_row,
+                executor=check_executor(executor, fn, is_async),
             )
         )
 

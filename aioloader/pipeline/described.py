@@ -25,18 +25,20 @@ from aioloader.plan.parts import (
     streams_of,
     with_streams,
 )
-from aioloader.plan.plan import Combined, Plan, flow_of, forgets_numbers, length_of, without_reports
+from aioloader.plan.plan import Plan, flow_of, forgets_numbers, length_of, without_reports
 from aioloader.plan.ranks import check_shard_state, is_sharded, is_shared, shard_state
+from aioloader.plan.shown import shown
 from aioloader.plan.state import Shape, shape_of
 from aioloader.plan.uneven import uneven_stage
 from aioloader.plan.unsplit import gives_all, warn_of_cost, warn_of_length, warn_of_uneven
-from aioloader.sources.resolve import Indexable, source_name, warn_of_live
+from aioloader.sources.resolve import warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.flow import Guarantee
 
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
+from aioloader.stages.device import To
 
 __all__ = ["Described"]
 
@@ -104,6 +106,11 @@ class Described(Loader[T_co]):
         """Samples in a batch, a short last one aside, on this rank; None: not batched, or of no fixed number."""
         return batch_size_of(self._plan)
 
+    @property
+    def device(self) -> Any:
+        """What `to` was told; None: batches stay where they are made."""
+        return next((stage.device for stage in self._plan.stages if isinstance(stage, To)), None)
+
     def __bool__(self) -> bool:
         return True  # `if loader:` does not ask for the length
 
@@ -112,7 +119,7 @@ class Described(Loader[T_co]):
         return self._plan.gives_info
 
     def __repr__(self) -> str:
-        return ".".join((_describe_source(self._plan), *(stage.label for stage in self._plan.stages)))
+        return shown(self._plan)
 
     def __iter__(self) -> Batches[T_co]:
         """An iterator for `for`: the loader runs on an event loop in a thread of its own."""
@@ -192,14 +199,6 @@ class Described(Loader[T_co]):
     def _draws_alone(self) -> bool:
         """One sampler draws from torch's global generator, and no other one."""
         return sum(map(draws_globally, drawing_samplers_of(self._plan))) == 1
-
-
-def _describe_source(plan: Plan) -> str:
-    source = plan.source
-    if isinstance(source, Combined):
-        return f"Pipeline.{source.how}({', '.join(_describe_source(inner) for inner in source.plans)})"
-    data = source.data.data if isinstance(source.data, Indexable) else source.data.make
-    return f"Pipeline({source.name or source_name(data)})"
 
 
 def _open_transfer(plan: Plan) -> Transfer | None:

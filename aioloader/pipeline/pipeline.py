@@ -6,6 +6,7 @@ from torch import Tensor
 
 from aioloader.core.limit import Limit
 from aioloader.core.typevars import T_co
+from aioloader.pipeline.actors import Actors
 from aioloader.pipeline.batching import Batching
 from aioloader.pipeline.choice import Choice
 from aioloader.pipeline.combining import Combining
@@ -28,6 +29,7 @@ class Pipeline(
     Batching[T_co],
     Ranks[T_co],
     Places[T_co],
+    Actors[T_co],
     Delivery[T_co],
     Combining[T_co],
     Weights[T_co],

@@ -63,6 +63,11 @@ class Ranks(Described[T_co]):
         """
         if any(stage.for_several_ranks for stage in self._plan.stages):
             raise ValueError("shard() comes before share(), which gives several ranks the same, got it after that")
+        if any(stage.parts for stage in self._plan.stages):
+            raise ValueError(
+                f"shard() comes before in_ray(), which deals each rank's own samples into parts, got it after that in "
+                f"{self!r}"
+            )
         shard = Shard(rank, world_size, group, mesh, "pad" if even is None else even, by)
         if by != "sample":
             shard = check_by_file(self._plan, shard, even)

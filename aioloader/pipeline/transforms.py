@@ -1,20 +1,17 @@
 """The stages that make other samples: functions of the user's."""
 
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
-from concurrent.futures import Executor
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aioloader.core.checks import check_ahead, check_callable, check_count, check_gives_one, is_async_callable
 from aioloader.core.limit import Limit, check_concurrency, width_of
 from aioloader.core.policies import Hedge, Retry, check_policies
 from aioloader.core.rate import Rate
 from aioloader.core.typevars import T_co
-from aioloader.engine.fuse import PROCESSES, InProcesses
-from aioloader.executors.processes.fork_server import check_processes
 from aioloader.pipeline.described import Described
-from aioloader.sources.resolve import describe
+from aioloader.pipeline.executors import AnyExecutor, RayExecutor, check_executor, kind_of
 from aioloader.stages.map import FlatMap, Map
 
 if TYPE_CHECKING:
@@ -35,6 +32,7 @@ class Transforms(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         ordered: bool = True,
+        executor: RayExecutor | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         max_overtaken: int | None = None,
@@ -53,7 +51,7 @@ class Transforms(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         ordered: bool = True,
-        executor: Executor | Literal["thread", "process"] | None = None,
+        executor: AnyExecutor | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         max_overtaken: int | None = None,
@@ -70,7 +68,7 @@ class Transforms(Described[T_co]):
         *,
         concurrency: int | Limit | None = None,
         ordered: bool = True,
-        executor: Executor | Literal["thread", "process"] | None = None,
+        executor: AnyExecutor | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         max_overtaken: int | None = None,
@@ -92,7 +90,9 @@ class Transforms(Described[T_co]):
             executor: For a sync `fn`: any `concurrent.futures.Executor`, which stays yours to shut down, or `"thread"`,
                 which is the default: threads of the loader. `"process"`: `concurrency` processes of the loader, for
                 Python code that holds the GIL; they stay until it is closed or collected. There are no more of them
-                than a `Limit` had places when they were started.
+                than a `Limit` had places when they were started. `"ray"`, or `aioloader.ray.RayWorkers(...)`, for sync
+                and async functions: actors of a Ray cluster, as many as `concurrency` for a sync one, and one for each
+                16 of it for an async one; see `docs/ray.md`.
             ahead: Samples that this stage has begun and the next one has not taken, at most; at least `concurrency`.
                 Default: half as many again as `concurrency`; while a slow sample holds up finished ones after it, more
                 begin, up to 16 times `concurrency` or 256 MiB of finished ones, but none of a live source.
@@ -102,8 +102,8 @@ class Transforms(Described[T_co]):
                 0; then those after it wait for it.
             retry: How often a call that fails is made again: the number of attempts, or a `Retry`.
             timeout: Seconds for one attempt. An async call is cancelled, and awaited while it cleans up; a worker
-                process is killed and replaced. It raises `TimeoutError`, which `retry` may retry. Threads cannot be
-                stopped.
+                process, or an actor with a sync call, is killed and replaced. It raises `TimeoutError`, which `retry`
+                may retry. Threads cannot be stopped.
             hedge: For async functions: when a second call is made beside one that takes long, see `Hedge`.
             rate: How many calls begin in a second, see `Rate`; each attempt counts.
             record_order: With `ordered=False`: a folder that gets a file per epoch with the order in which the results
@@ -140,13 +140,13 @@ class Transforms(Described[T_co]):
                 is_async,
                 concurrency,
                 ordered=bool(ordered),
-                executor=_executor(executor, fn, is_async),
+                executor=check_executor(executor, fn, is_async),
                 record_order=None if record_order is None else Path(record_order),
                 replay_order=None if replay_order is None else Path(replay_order),
                 ahead=ahead,
                 ahead_bytes=ahead_bytes,
                 max_overtaken=max_overtaken,
-                policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=executor),
+                policies=check_policies(retry, timeout, hedge, rate, is_async=is_async, executor=kind_of(executor)),
             )
         )
 
@@ -163,18 +163,3 @@ class Transforms(Described[T_co]):
         """
         check_callable("fn", fn, arguments=1, example="flat_map(lines_of)")
         return self._then(FlatMap(fn))
-
-
-def _executor(executor: Any, fn: Callable[[Any], Any], is_async: bool) -> Executor | InProcesses | None:
-    if executor is None or executor == "thread":
-        return None
-    if executor == "process":
-        check_processes("executor='process'")
-    elif not callable(getattr(executor, "submit", None)):
-        kind = ValueError if isinstance(executor, str) else TypeError
-        raise kind(f"executor must be a concurrent.futures.Executor, 'thread' or 'process', got {executor!r}")
-    if is_async:
-        raise ValueError(
-            f"executor runs sync functions, but {describe(fn)} is async and awaited on the loop; leave it out"
-        )
-    return PROCESSES if executor == "process" else executor

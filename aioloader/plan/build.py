@@ -13,6 +13,7 @@ from aioloader.core.memory import Alloc
 from aioloader.core.mixture import MixControl, Mixes
 from aioloader.device import Transfer
 from aioloader.engine.admission import Admission, RemoteAdmission
+from aioloader.engine.call_gate import CallGate
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
 from aioloader.engine.fuse import FusedOps, Op, exactly
 from aioloader.engine.key_source import KeySource
@@ -25,6 +26,7 @@ from aioloader.executors.processes.stream_worker import StreamWorker
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.admission import admission_of, size_of_entries
+from aioloader.plan.in_ray import PartProgram, parts_here, parts_in_actors
 from aioloader.plan.mixing import epoch_lengths
 from aioloader.plan.plan import (
     DEFAULT_PREFETCH,
@@ -42,6 +44,7 @@ from aioloader.sources.resolve import Indexable, StreamData, source_name
 from aioloader.sources.sampler_order import Draws, check_place, replayable_keys
 from aioloader.stages.base import FoldStage, Pass, Stage, order_of
 from aioloader.stages.flow import Flow
+from aioloader.stages.in_ray import InRay
 from aioloader.stages.key_order import KeyOrder
 from aioloader.stages.map import ASYNC_CONCURRENCY
 
@@ -96,6 +99,23 @@ def build(
     return window
 
 
+def _part_window(
+    plan: Plan,
+    this_pass: Pass,
+    *,
+    alloc: Alloc | None,
+    draws: Draws,
+    path: Address,
+    live: bool,
+    gate: CallGate | None,
+    warns: bool,
+) -> Window:
+    """The nodes of a plan with a window at their end, wherever that is."""
+    return _output(
+        _PlanBuilder(plan, this_pass, None, alloc, live=live, draws=draws, path=path, warns=warns, gate=gate)
+    )
+
+
 def _output(builder: "_PlanBuilder") -> Window:
     """The window that ends the nodes of a plan."""
     plan, node, fused = builder.plan, builder.node, builder.fused
@@ -131,6 +151,7 @@ class _PlanBuilder:
         admission: Who decides when samples may begin.
         begun: They have, in what is built so far.
         mixes: The weights of sources that are mixed by names.
+        gate: What is asked before each call of a function; None: nobody is.
     """
 
     plan: Plan
@@ -147,6 +168,7 @@ class _PlanBuilder:
     admission: Admission | None = None
     begun: bool = False
     mixes: Mixes = field(default_factory=lambda: Mixes({}))
+    gate: CallGate | None = None
     flow: Flow = field(default_factory=Flow)
     following: Sequence[Stage] = ()
     key_stages: list[FoldStage] = field(default_factory=list)
@@ -185,7 +207,8 @@ class _PlanBuilder:
         sample_seed = self.this_pass.sample_seed
         if sample_seed is not None:
             sample_seed = self.this_pass.seed(sample_seed, f"sample {'.'.join(map(str, address))}")
-        self.fused.add(replace(op, address=address, seed=sample_seed))
+        op = replace(op, address=address, seed=sample_seed)
+        self.fused.add(op if self.gate is None else self.gate.wrap(op))
 
     def close(self, *, room: int | None = None, again: bool = False) -> Node:
         fused, self.fused = self.fused, FusedOps()
@@ -254,6 +277,19 @@ class _PlanBuilder:
         )
         self.fused = FusedOps(batches)
 
+    def run_in_ray(self, stage: InRay) -> None:
+        before = self._before
+        here = _PlanBuilder(before, self.this_pass, live=self.live, path=self.path, warns=False)
+        self.functions, self.begun = here.functions, here.begun
+        batches = here.fused.batches
+        program = PartProgram(with_ranks(before), stage.parts, self.path, self.live, _part_window)
+        if stage.actors:
+            this_pass, alloc, processes = self.this_pass, self.alloc, self.processes
+            self.node = parts_in_actors(program, stage, this_pass, alloc, processes, batches=batches)
+        else:
+            self.node = parts_here(program, self.this_pass, self.alloc)
+        self.fused = FusedOps(batches)
+
     # -- the source --------------------------------------------------------------------------------------------------
 
     @property
@@ -277,6 +313,7 @@ class _PlanBuilder:
             warns,
             admission=self.admission,
             mixes=self.mixes.again() if draws is _AGAIN else self.mixes,
+            gate=self.gate,
         )
 
     def _source(self, source: Single | Combined) -> None:

@@ -61,5 +61,7 @@ def mixture_named(plan: Plan, weights: Any) -> tuple[str, Mixture]:
             f"{', '.join(map(safe_repr, weights))}; give them other names"
         )
     if any(stage.encloses and stage.here_only for stage in plan.stages):
-        raise ValueError("set_weights does not reach a mix in another process; leave in_process() out, or mix after it")
+        raise ValueError(
+            "set_weights does not reach a mix in another process; leave in_process() or in_ray() out, or mix after it"
+        )
     return found[0]

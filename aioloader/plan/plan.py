@@ -9,11 +9,13 @@ from aioloader.core.limit import Limit
 from aioloader.core.mixture import Mixture
 from aioloader.core.source import CursorSource
 from aioloader.engine.resumable import tells_state
+from aioloader.sources.file_source import FileSource
 from aioloader.sources.files import Files
 from aioloader.sources.resolve import Indexable, StreamData, describe_content, source_name
 from aioloader.sources.sampler_order import generators_of, is_repeatable
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.flow import STRENGTH, Again, Flow, Guarantee, Shared, Steps
+from aioloader.stages.part import Part
 
 __all__ = [
     "DEFAULT_PREFETCH",
@@ -27,6 +29,7 @@ __all__ = [
     "functions_of",
     "guarantee_of_stream",
     "length_of",
+    "part_of",
     "walk",
     "with_ranks",
     "without_reports",
@@ -151,10 +154,14 @@ def length_of(plan: Plan) -> int:
         TypeError: Unknown before it has run.
     """
     told, stages = plan.told_length, plan.stages
-    if told is None or told[1] > len(stages):  # of a part of the plan that was said of
-        length = plan.source.length()
-    else:
+    at = max((at for at, stage in enumerate(stages) if stage.parts), default=-1)
+    if told is not None and at < told[1] <= len(stages):  # else it was said of a part of the plan
         length, stages = told[0], stages[told[1] :]
+    elif at < 0:
+        length = plan.source.length()
+    else:  # each part has stages of its own
+        before, parts = replace(plan, stages=stages[:at]), stages[at].parts
+        length, stages = sum(length_of(part_of(before, number, parts)) for number in range(parts)), stages[at + 1 :]
     for stage in stages:
         length = stage.length(length)
     return length
@@ -264,6 +271,36 @@ def with_ranks(plan: Plan) -> Plan:
             with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
                 length_of(replace(plan, source=source, stages=stages))
     return replace(plan, source=source, stages=stages)
+
+
+def part_of(plan: Plan, number: int, of: int) -> Plan:
+    """One of the parts that `in_ray` deals `plan` into, as it is on this rank.
+
+    Where order stages are arithmetic on keys, a part is every `of`-th key after them. Of a source that reads files, it
+    is every `of`-th file, if there are so many; of any other stream, every `of`-th sample.
+
+    Args:
+        plan: What is dealt; `with_ranks`, where it is to be run.
+        number: From 0.
+        of: How many parts there are.
+    """
+    return _part_of(plan, number, of, may_deal_files=True)
+
+
+def _part_of(plan: Plan, number: int, of: int, *, may_deal_files: bool) -> Plan:
+    source = plan.source
+    if isinstance(source, Combined):  # by samples where these are paired up
+        by_files = may_deal_files and source.how != "zip"
+        parts = (_part_of(inner, number, of, may_deal_files=by_files) for inner in source.plans)
+        return replace(plan, source=replace(source, plans=tuple(parts)), told_length=None)
+    at = max((at for at, flow in enumerate(flows_of(plan)) if flow.by_key), default=0)
+    part = Part(number, of)
+    if isinstance(source.data, StreamData) and isinstance(source.data.make, FileSource):
+        files = source.data.make.part(number, of) if may_deal_files else None
+        if files is not None:
+            part, source = Part(number, of, by_file=True), replace(source, data=replace(source.data, make=files))
+    stages = (*plan.stages[:at], part, *plan.stages[at:])
+    return replace(plan, source=source, stages=stages, told_length=None)  # which is that of all parts
 
 
 def without_reports(plan: Plan) -> Plan:

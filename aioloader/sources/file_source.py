@@ -102,6 +102,18 @@ class FileSource(CursorSource[T_co], Generic[S, T_co]):
         part._dealt = Dealt(rank, world_size, even if counted else None)
         return part
 
+    def part(self, number: int, of: int) -> Self | None:
+        """Every `of`-th of this rank's files, from number `number` on; None: there are not so many to be dealt.
+
+        Nor are those of a rank that reads its files again until it has as many samples as the others.
+        """
+        ranks = Dealt(0, 1, None) if self._dealt is None else self._dealt
+        if ranks.counted or self._rank_files < of:
+            return None
+        part = copy(self)
+        part._dealt = Dealt(ranks.rank + ranks.world_size * number, ranks.world_size * of, None)
+        return part
+
     async def count_samples(self, context: SourceContext) -> list[int]:
         """What `samples_of` takes of each file, in the order in which they were given.
 

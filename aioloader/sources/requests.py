@@ -19,15 +19,11 @@ from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
 from aioloader.core.policies import Attempts, Budget, Policies, Rate, Retry, check_policies
 from aioloader.core.policy_log import PolicyLog, Waiting
 from aioloader.core.source import SourceContext
-from aioloader.errors import BrokenDataError
+from aioloader.errors import CutShortError
 
 __all__ = ["CutShortError", "Pending", "RequestPolicies", "Requests", "StoreRetry", "store_policies"]
 
 T = TypeVar("T")
-
-
-class CutShortError(BrokenDataError):
-    """An answer had fewer bytes than it promised: the next one may have them all."""
 
 
 class StoreRetry(Retry):

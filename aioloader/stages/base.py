@@ -13,15 +13,12 @@ from aioloader.device import Transfer
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, Node
 from aioloader.engine.window import Window
+from aioloader.errors import UnknownLengthError
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
 
 __all__ = ["Builder", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
-
-
-class UnknownLengthError(TypeError):
-    """How many samples a stage gives is known only when it has run; `len()` raises it, as trainers expect."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +115,9 @@ class Builder(Protocol):
     def run_in_process(self) -> None:
         """Let all stages before this one run in a process of their own."""
 
+    def run_in_ray(self, stage: Any) -> None:
+        """Let all stages before `stage`, an `InRay`, run in actors."""
+
 
 class Stage(ABC):
     """The description of one step of a pipeline: immutable, checked when it is made.
@@ -144,6 +144,7 @@ class Stage(ABC):
         gathers: Entries that it takes for one that it gives.
         here_only: In a process of its own nothing could come of it.
         for_several_ranks: Several ranks are to get the same.
+        parts: Into how many parts it deals what is before it, each with stages of its own; 0: it does not.
         on_device: Its output may be in the memory of a device.
         must_be_last: Nothing can be done to its output here.
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
@@ -167,6 +168,7 @@ class Stage(ABC):
     gathers: int = 1
     here_only: ClassVar[bool] = False
     for_several_ranks: ClassVar[bool] = False
+    parts: int = 0
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()
@@ -180,7 +182,12 @@ class Stage(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """The stage as the user wrote it, `map(decode)`."""
+        """The stage as the user wrote it, `map(decode)`: its name in statistics and errors."""
+
+    @property
+    def shown(self) -> str:
+        """The same in the repr of a pipeline, where its seed is to be seen."""
+        return self.label
 
     @abstractmethod
     def length(self, upstream: int) -> int:

@@ -89,6 +89,10 @@ class BatchByLength(Stage):
     def label(self) -> str:
         return f"batch_by_length({self.budget.max_tokens})"
 
+    @property
+    def shown(self) -> str:
+        return self.label if self.window is None else f"{self.label[:-1]}, seed={self.seed})"
+
     def length(self, upstream: int) -> int:
         raise UnknownLengthError(f"{self.label} gives as many batches as the lengths of the samples make of them")
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,8 @@ from aioloader.core.policies import Policies
 from aioloader.core.rate import Rate
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps, InProcesses, Op
+from aioloader.engine.ray_step import OnRay
+from aioloader.executors.ray.cluster import check_named
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
 
@@ -30,7 +33,7 @@ class Map(Stage):
         is_async: Whether `fn` is awaited on the loop.
         concurrency: A `Limit` may be shared with others. None: 64 for async functions, the usable cores for sync ones.
         ordered: Results in the order of the input.
-        executor: Where a sync `fn` runs; None: threads of ours.
+        executor: Where `fn` runs; None: threads of ours, or the loop.
         name: Instead of the name of `fn`.
         initializer: Called in each of our threads with its number.
         thread_name: Of our threads.
@@ -47,7 +50,7 @@ class Map(Stage):
     is_async: bool
     concurrency: int | Limit | None = None
     ordered: bool = True
-    executor: Executor | InProcesses | None = None
+    executor: Executor | InProcesses | OnRay | None = None
     name: str | None = None
     initializer: Callable[[int], None] | None = None
     thread_name: str = "aioloader-map"
@@ -108,6 +111,7 @@ class Map(Stage):
         )
 
     def build(self, builder: Builder) -> None:
+        _check_cluster(self.executor, builder)
         builder.fuse(
             Op(
                 self.fn,
@@ -134,6 +138,12 @@ def _default_concurrency(is_async: bool, ahead: int | None = None) -> int:
     return width if ahead is None else min(width, ahead)
 
 
+def _check_cluster(executor: Any, builder: Builder) -> None:
+    """Where it is a Ray cluster, each epoch begins by a look at whether somebody has named one."""
+    if isinstance(executor, OnRay):
+        builder.beginnings.append(partial(check_named, executor.workers.address))
+
+
 @dataclass(frozen=True)
 class Filter(Stage):
     """The samples of which `fn` is true; a step of a journey, like `Map`.
@@ -142,7 +152,8 @@ class Filter(Stage):
         fn: Sync or async.
         is_async: Whether `fn` is awaited on the loop.
         name: Instead of the name of `fn`.
-        concurrency: None: as many as `Map`; in threads, those of the functions beside it.
+        concurrency: None: as many as `Map`; a sync one has those of the functions beside it in the same place.
+        executor: See `Map`.
         max_dropped_in_a_row: More samples that it refuses one after the other are an error; None: any number.
     """
 
@@ -151,6 +162,7 @@ class Filter(Stage):
     name: str | None = None
     concurrency: int | Limit | None = None
     max_dropped_in_a_row: int | None = None
+    executor: Executor | InProcesses | OnRay | None = None
 
     exact_in_any_order = True
     passes = True
@@ -180,12 +192,14 @@ class Filter(Stage):
         return replace(limited, by_key=False, steps=replace(before.steps, only_maps=False))
 
     def build(self, builder: Builder) -> None:
+        _check_cluster(self.executor, builder)
         builder.fuse(
             Op(
                 self.fn,
                 self.label,
                 self.is_async,
                 self.concurrency or _default_concurrency(self.is_async),
+                executor=self.executor,
                 predicate=True,
                 flexible=self.concurrency is None,
                 max_dropped_in_a_row=self.max_dropped_in_a_row,

@@ -40,6 +40,10 @@ class Shuffle(FoldStage):
     def label(self) -> str:
         return f"shuffle({'' if self.buffer_size is None else self.buffer_size})"
 
+    @property
+    def shown(self) -> str:
+        return f"shuffle({'' if self.buffer_size is None else f'{self.buffer_size}, '}seed={self.seed})"
+
     def length(self, upstream: int) -> int:
         return upstream
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import prod
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
@@ -246,10 +246,14 @@ def _rounded(size: int) -> int:
     return -(-size // step) * step
 
 
-_arena: Arena | None = None
+class _Allocates(Protocol):
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, /) -> torch.Tensor: ...
 
 
-def use_arena(arena: Arena) -> None:
+_arena: _Allocates | None = None
+
+
+def use_arena(arena: _Allocates) -> None:
     """In a worker, once: let `shared_memory` allocate in `arena`."""
     global _arena
     _arena = arena

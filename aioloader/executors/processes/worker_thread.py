@@ -36,6 +36,16 @@ class WorkerOwner(Protocol):
         """End the workers; busy ones after a grace period."""
 
 
+class Beside(Protocol):
+    """What has a thread of its own, and ends with the worker processes of a loader."""
+
+    def close(self) -> None:
+        """End, without waiting."""
+
+    def join(self, seconds: float) -> bool:
+        """Wait for that; returns whether it came in time."""
+
+
 class Worker:
     """One worker process, as seen from the worker thread. If it dies, its replacement gets the same `slot`."""
 
@@ -120,6 +130,7 @@ class WorkerThread:
         self._ended = False  # the thread takes no more commands: callers run their own
         self._forgotten = False  # this is a forked child
         self._owners: dict[Any, WorkerOwner] = {}
+        self._beside: dict[str, Beside] = {}
         self._fork_server: ForkServer | None = None
         self._loader_number = 0  # by which the fork server knows our loader server
         self._control: Connection | None = None  # to our loader server
@@ -141,6 +152,15 @@ class WorkerThread:
                 self._owners[key] = make()
             return self._owners[key]
 
+    def beside(self, key: str, make: Callable[[], Any]) -> Any:
+        """What ends with this, and has nothing to do with processes; made if there is none under `key`."""
+        with self._lock:
+            if key not in self._beside:
+                self._beside[key] = make()
+                if self._closing:
+                    self._beside[key].close()
+            return self._beside[key]
+
     def call(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn` in the thread, soon. Safe in any thread, and in the middle of a garbage collection."""
         self._commands.append((fn, args))
@@ -157,14 +177,18 @@ class WorkerThread:
         Busy workers get a grace period, then they are killed.
         """
         self._closing = True
+        for other in list(self._beside.values()):
+            other.close()
         self._wake_up()
 
     def join(self, seconds: float) -> bool:
         """Wait until the workers and the thread have ended; returns whether they did in time."""
+        deadline = monotonic() + seconds
+        late = [other for other in list(self._beside.values()) if not other.join(deadline - monotonic())]
         if self._thread is None or self._thread is threading.current_thread():
-            return True
-        self._thread.join(max(0.0, seconds))
-        return not self._thread.is_alive()
+            return not late
+        self._thread.join(max(0.0, deadline - monotonic()))
+        return not late and not self._thread.is_alive()
 
     def forget(self) -> None:
         """In a forked child: close its copies of the parent's sockets, and never do anything again."""

@@ -1,0 +1,260 @@
+"""A trace of one sample in n. What is not traced pays nothing: no step asks of a sample whether it is.
+
+A sample that is chosen becomes an entry of another class, whose attributes tell when they are used: an async step takes
+the value when a call begins, and notes in `since` when it has ended. Threads take their samples from a job of another
+class. Where samples travel, to processes and to executors of other kinds, only the journey of a hop is known.
+
+Which these are is decided when a window starts; which samples, when they come in, a run at a time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from aioloader.core.entry import Entry, failed_in
+from aioloader.core.safe_text import safe_repr
+from aioloader.engine.thread_step import ThreadJob
+from aioloader.executors.current_sample import SampleContext, current_sample
+from aioloader.insight.meters import ConsumerMeter
+from aioloader.insight.trace_file import TraceFile, Track
+
+if TYPE_CHECKING:
+    from aioloader.engine.steps import Step
+    from aioloader.engine.window import Window
+
+__all__ = ["StepTrace", "TracedConsumer", "TracedEntry", "TracedJob", "Tracer"]
+
+NOTICEABLE_SECONDS: Final = 1e-3  # of waits that take less, one in n is written
+OF_BATCHES: Final = 10  # times as many batches are traced as samples
+
+
+class Tracer:
+    """Traces the epochs of one loader.
+
+    Args:
+        file: Where to.
+        every: One sample in so many.
+    """
+
+    def __init__(self, file: TraceFile, every: int) -> None:
+        self.file = file
+        self.every = every
+        self._consumer = file.track("consumer")
+
+    def consumer(self, epoch: int) -> "TracedConsumer":
+        """Counts for an epoch that begins."""
+        self._consumer.instant(f"epoch {epoch} begins")
+        meter = TracedConsumer()
+        meter.tracer, meter.track = self, self._consumer
+        return meter
+
+    def watch(self, window: "Window", steps: Sequence["Step"]) -> None:
+        """Trace what a window does, which is about to start."""
+        for step in steps:
+            if step.concurrency:
+                step.trace = StepTrace(self.file.track(step.meter.name), self.file.track(f"{step.meter.name}: retries"))
+        accept, chosen = window.accept, _Chosen(self.every)
+
+        def accept_traced(run: list[Entry]) -> None:
+            chosen.choose(run)
+            accept(run)
+
+        window.accept = accept_traced  # type: ignore[method-assign]  # so that others do not even ask
+
+
+class _Chosen:
+    """Chooses one of `every` samples; of batches, which are fewer and take longer, ten times as many."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._left = 0  # until the next one
+        self._inherits: bool | None = None  # an earlier window has chosen; None: nothing has come yet
+
+    def choose(self, run: list[Entry]) -> None:
+        if self._inherits is None:
+            self._begin(run[0])
+        if self._inherits:
+            return
+        if self._left >= len(run):
+            self._left -= len(run)
+            return
+        for entry in run[self._left :: self._every]:
+            _mark(entry)
+        self._left = (self._left - len(run)) % self._every
+
+    def _begin(self, first: Entry) -> None:
+        self._inherits = type(first) is TracedEntry
+        if type(first.key) is list:
+            self._every = max(1, self._every // OF_BATCHES)
+
+
+def _mark(entry: Entry) -> None:
+    if type(entry) is Entry and entry.error is None:
+        entry.__class__ = TracedEntry
+
+
+class TracedConsumer(ConsumerMeter):
+    """Writes the waits of the consumer: those that are noticeable, and of the others one in n."""
+
+    tracer: Tracer
+    track: Track
+
+    def delivered(self, called: float) -> None:
+        super().delivered(called)
+        if self.last_waited_seconds >= NOTICEABLE_SECONDS or not self.batches % self.tracer.every:
+            first = self.batches == 1
+            name = "wait for the first batch" if first else "wait"
+            self.track.slice(name, called, called + self.last_waited_seconds, batch=self.batches - 1)
+
+    def finish(self) -> None:
+        super().finish()
+        self.tracer.file.flush()  # who looks at an epoch that is over finds all of it
+
+
+class StepTrace:
+    """The track of a step, and a second one for attempts that wait and for second calls."""
+
+    def __init__(self, track: Track, retries: Track) -> None:
+        self.track = track
+        self._retries = retries
+
+    # -- async calls -------------------------------------------------------------------------------------------------
+
+    def context(self, seed: int | None) -> "TracedContext":
+        """For a worker of an async step."""
+        return TracedContext(seed, self)
+
+    # -- threads -----------------------------------------------------------------------------------------------------
+
+    @property
+    def job(self) -> Callable[..., ThreadJob]:
+        """Makes the jobs of a step in threads."""
+        return partial(TracedJob, self)
+
+    # -- what travels ------------------------------------------------------------------------------------------------
+
+    def hop(self, entries: Sequence[Entry], busy_seconds: float) -> None:
+        """Some have come back, from a process or an executor: one slice for all, if one of them is traced."""
+        traced = next((entry for entry in entries if type(entry) is TracedEntry), None)
+        if traced is not None:
+            now = perf_counter()
+            if len(entries) == 1:
+                self.track.sample(traced.key, now - busy_seconds, now, traced.position, traced.attempts)
+            else:
+                self.track.slice(f"{len(entries)} samples in a hop", now - busy_seconds, now, one=traced.key)
+
+    # -- what seldom happens, for all samples ------------------------------------------------------------------------
+
+    def failed(self, entry: Entry, error: BaseException) -> None:
+        """A sample has failed for good."""
+        self.track.instant(f"{type(error).__name__} in {_name(entry)}", stage=failed_in(entry), error=safe_repr(error))
+
+    def retry(self, entry: Entry, error: BaseException, attempt: int, seconds: float) -> None:
+        """A sample has failed, and waits for its next attempt."""
+        if type(entry) is TracedEntry:
+            entry.tell()
+        now = perf_counter()
+        name = f"{_name(entry)} waits for attempt {attempt}"
+        self._retries.slice(name, now, now + seconds, after=safe_repr(error))
+
+    def second_call(self, name: Any, began: float) -> None:
+        """A second call, which began then, is over."""
+        key = _name(name) if isinstance(name, Entry) else "sample"
+        self._retries.slice(f"{key}, second call", began, perf_counter())
+
+
+class TracedContext(SampleContext):
+    """Of a worker of an async step that is traced.
+
+    Attributes:
+        trace: Of the step.
+        began: When the call for a traced sample began.
+        open: It is under way.
+    """
+
+    __slots__ = ("began", "open", "trace")
+
+    def __init__(self, seed: int | None, trace: StepTrace) -> None:
+        super().__init__(seed)
+        self.trace = trace
+        self.began = 0.0
+        self.open = False
+
+
+class TracedEntry(Entry):
+    """An entry that is traced. It has no attributes of its own, so that any entry can become one.
+
+    What is known of the call under way is in the context of its worker: a batch looks closely at entries with `rare`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> Any:
+        context = current_sample.get()
+        if type(context) is TracedContext and context.name is self:  # a call begins, and not somebody weighs it
+            context.began = perf_counter()
+            context.open = True
+        return _VALUE.__get__(self)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        _VALUE.__set__(self, value)
+
+    @property
+    def since(self) -> float:
+        at: float = _SINCE.__get__(self)
+        return at
+
+    @since.setter
+    def since(self, at: float) -> None:
+        _SINCE.__set__(self, at)
+        self.tell()
+
+    def tell(self) -> None:
+        """The call under way has ended, if there is one."""
+        context = current_sample.get()
+        if type(context) is TracedContext and context.name is self and context.open:
+            context.open = False
+            context.trace.track.sample(self.key, context.began, perf_counter(), self.position, self.attempts)
+
+
+_VALUE: Final[Any] = Entry.__dict__["value"]
+_SINCE: Final[Any] = Entry.__dict__["since"]
+
+
+class TracedJob(ThreadJob):
+    """Takes the times of samples that are traced, in their thread."""
+
+    __slots__ = ("_trace",)
+
+    def __init__(self, trace: StepTrace, *args: Any) -> None:
+        super().__init__(*args)
+        self._trace = trace
+
+    def samples(
+        self, inbox: Any, sample: SampleContext, consumer: ConsumerMeter | None = None, *, several: bool = False
+    ) -> Iterator[Any]:
+        values = super().samples(inbox, sample, consumer, several=several)
+        return values if several else self._timed(values)
+
+    def _timed(self, values: Iterator[Any]) -> Iterator[Any]:
+        claimed = self.claimed
+        for value in values:
+            if type(claimed[-1]) is not TracedEntry:
+                yield value
+                continue
+            entry, began = claimed[-1], perf_counter()
+            try:
+                yield value
+            finally:  # the next one is taken, or the hop is over
+                self._trace.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
+        del values
+
+
+def _name(entry: Entry) -> str:
+    key = entry.key
+    if type(key) is list:
+        return f"{len(key)} samples"
+    return key if type(key) is str else safe_repr(key, 80)

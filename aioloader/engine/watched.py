@@ -1,0 +1,136 @@
+"""What there is to see of a loader: figures, sentences, a progress bar, a trace and a report of its newest epoch."""
+
+import threading
+from abc import abstractmethod
+from collections.abc import Callable
+from os import PathLike
+from textwrap import fill
+from time import perf_counter
+from typing import Generic
+
+from aioloader.core.checks import check_count
+from aioloader.core.typevars import T_co
+from aioloader.engine.faces import LoaderHooks
+from aioloader.engine.pausing import Pauses
+from aioloader.engine.progress import Progress
+from aioloader.engine.trace import Trace
+from aioloader.engine.tracing import Tracer
+from aioloader.insight.explain import explain
+from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.insight.progress_bar import ProgressLoader, Style
+from aioloader.insight.report import write_report
+from aioloader.insight.stats import Stats, snapshot
+from aioloader.insight.stats_table import WIDTH
+from aioloader.insight.trace_file import MAX_BYTES
+
+__all__ = ["Watched"]
+
+
+class Watched(LoaderHooks, Generic[T_co]):
+    """A loader as far as it can be looked at. All of it is about the newest epoch, running or over."""
+
+    _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may ask for the state, in the thread that it has stopped
+        self._pauses = Pauses()
+        self._meters: list[StageMeter] = []
+        self._consumer: ConsumerMeter | None = None
+        self._epoch: int | None = None  # of the newest run
+        self._before_epochs: list[Callable[[Stats], None]] = []
+        self._tracer: Tracer | None = None  # of epochs that begin from now on
+        self._trace: Trace | None = None  # its file
+
+    def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
+        """`stats` is about this epoch from now on."""
+        for call in self._before_epochs:
+            call(self.stats())
+        self._epoch, self._meters, self._consumer = progress.epoch, meters, progress.meter
+        progress.meter.began = perf_counter()
+
+    def trace(self, path: str | PathLike[str], *, every: int = 100, max_bytes: int = MAX_BYTES) -> Trace:
+        """Write what happens to one sample in `every` to a file for Perfetto, in epochs that begin from now on.
+
+        Stages are tracks and samples slices; there are the waits of the consumer, and all retries, second calls and
+        errors. Use it as a `with` (or `async with`) block, or close it; closing the loader closes it, too. The file is
+        written as it goes, and complete JSON whenever it has been written. Open it at https://ui.perfetto.dev.
+
+        Args:
+            path: The file, which is replaced.
+            every: 1: all samples.
+            max_bytes: When the file is that large, the trace ends, with a warning.
+
+        Raises:
+            OSError: The file cannot be written.
+            ValueError: `every` is less than 1.
+        """
+        hint = "trace(path, every=100) traces one sample in a hundred"
+        tracing = Trace(self, path, check_count("every", every, least=1, hint=hint), max_bytes)
+        with self._lock:
+            before, self._trace = self._trace, tracing
+            self._tracer = tracing.tracer
+        if before is not None:
+            before.close()
+        return tracing
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write a page on the newest epoch, running or over: HTML that opens without a network.
+
+        It shows the pipeline with its rooms and rates, how long your loop waited for each of the latest batches, where
+        the time of a sample goes, what limits and what to change, errors and what was left out.
+
+        Args:
+            path: The file, which is replaced.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        stats, consumer = self.stats(), self._consumer
+        began = 0.0 if consumer is None or consumer.began is None else consumer.began
+        waits = [] if consumer is None else [(asked - began, waited) for asked, waited in consumer.latest.copy()]
+        write_report(path, repr(self), stats, explain(stats, self._knob), waits)
+
+    @property
+    def newest_epoch(self) -> object:
+        """Identifies the epoch that `stats` is about; None before the first."""
+        return self._consumer
+
+    def before_epochs(self, call: Callable[[Stats], None]) -> None:
+        """Call this when the next epochs begin, with the statistics of the one before. It must return at once."""
+        self._before_epochs.append(call)
+
+    def progress(self, description: str | None = None, *, style: Style | None = None) -> ProgressLoader[T_co]:
+        """This loader with a progress bar: iterate what it returns, by `for` or by `async for`.
+
+        The bar begins where a resumed epoch begins and ends at its end, whether or not its length was known. Batches
+        that raise are steps, too.
+
+        Args:
+            description: What is written before the bar.
+            style: `"tqdm"` or `"rich"`. Default: tqdm, or rich where tqdm is not installed.
+
+        Raises:
+            ModuleNotFoundError: Neither is installed; the extra `progress` brings tqdm.
+        """
+        return ProgressLoader(self, style, description)
+
+    def stats(self) -> Stats:
+        """A frozen snapshot of the newest epoch, running or over; zeros before the first."""
+        return snapshot(self._epoch, self._meters, self._consumer, paused=bool(self._pauses))
+
+    def explain(self) -> str:
+        """What limits the loader, and the numbers that says it: a sentence or two, in lines of at most 100 columns."""
+        return fill(explain(self.stats(), self._knob), WIDTH, break_long_words=False, break_on_hyphens=False)
+
+    def _close_trace(self) -> None:
+        if self._trace is not None:
+            self._trace.close()
+
+    def _forget_trace(self) -> None:
+        """The trace is that of the parent of this process."""
+        self._tracer = self._trace = None
+
+    @property
+    @abstractmethod
+    def first_step(self) -> int:
+        """The number of the batch that the next epoch begins with: 0, unless a state was loaded."""

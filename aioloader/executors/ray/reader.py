@@ -1,0 +1,132 @@
+"""The actor in which parts of a pipeline run."""
+
+from typing import Any, Protocol
+
+from aioloader.core.cores import use_cores
+from aioloader.executors.processes.failures import portable
+from aioloader.executors.ray.actors import ActorBase
+from aioloader.executors.ray.values import Packed, pack, unpack
+
+__all__ = ["ReaderActor", "ServesParts"]
+
+
+class ServesParts(Protocol):
+    """Runs parts of one pipeline on the event loop of its actor."""
+
+    async def open(self, wire: str, request: Any) -> None:
+        """Begin a part.
+
+        Raises:
+            Exception: It cannot begin.
+        """
+
+    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+        """What comes next of it, see `ReaderActor.read`."""
+
+    async def rest(self, wire: str, pause: int, drain: bool) -> None:
+        """Begin no sample; returns when none begins any more, or when none is under way either."""
+
+    def let_go(self, wire: str, pause: int) -> None:
+        """Begin samples again."""
+
+    async def watch(self, wire: str, number: int) -> Any:
+        """The call number `number` of a part whose calls begin one by one, which waits for `go`."""
+
+    def go(self, wire: str, number: int | None) -> None:
+        """Let that call begin; None: let all, from now on."""
+
+    def end(self, wire: str) -> None:
+        """Stop a part."""
+
+    async def close(self) -> None:
+        """Stop all of them; returns when they have let go of what they had open."""
+
+
+class ReaderActor(ActorBase):
+    """Parts run on its event loop. Its calls begin in any order, so each says which one it is.
+
+    What a part was opened for is known by its *wire*, a name that nobody uses twice: a part that has been opened again
+    elsewhere has another one, and whatever still comes over this one falls on deaf ears.
+
+    Args:
+        cores: How many cores it may use.
+    """
+
+    def __init__(self, cores: int) -> None:
+        use_cores(cores)
+        self._programs: dict[str, ServesParts] = {}
+        self._serves: dict[str, ServesParts] = {}
+
+    async def open(self, wire: str, name: str, program: Packed, shared: bool, request: Packed) -> Packed | None:
+        """Begin a part; returns what it failed with, if it did.
+
+        Args:
+            wire: Of this part, this time.
+            name: Of the program.
+            program: Gives who serves the parts.
+            shared: Parts may share a copy of it.
+            request: Which part, and where it begins.
+        """
+        where = f"Ray reader ({self.place()})"
+        try:
+            serves = self._programs.get(name) if shared else None
+            if serves is None:
+                serves = unpack(program).begin(where)
+                if shared:
+                    self._programs[name] = serves
+            await serves.open(wire, unpack(request))
+        except BaseException as error:  # it is raised where it is waited for
+            return pack(portable(error, where))
+        self._serves[wire] = serves
+        return None
+
+    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+        """What comes next of a part: as soon as something does, and after what reads with lower numbers have got.
+
+        Args:
+            wire: Of the part.
+            number: Of this read, from 0.
+            more: So many entries more may come.
+            handed_out: Batches that the consumer has got.
+
+        Returns:
+            `("entries", places, values)`, `("ended", meters)`, `("failed", error)`, or `("gone",)` when nobody knows
+            of the part any more.
+        """
+        serves = self._serves.get(wire)
+        return ("gone",) if serves is None else await serves.read(wire, number, more, handed_out)
+
+    async def rest(self, wire: str, pause: int, drain: bool) -> None:
+        """See `ServesParts`."""
+        if (serves := self._serves.get(wire)) is not None:
+            await serves.rest(wire, pause, drain)
+
+    async def let_go(self, wire: str, pause: int) -> None:
+        """See `ServesParts`."""
+        if (serves := self._serves.get(wire)) is not None:
+            serves.let_go(wire, pause)
+
+    async def watch(self, wire: str, number: int) -> Any:
+        """See `ServesParts`."""
+        serves = self._serves.get(wire)
+        return None if serves is None else await serves.watch(wire, number)
+
+    async def go(self, wire: str, number: int | None) -> None:
+        """See `ServesParts`."""
+        if (serves := self._serves.get(wire)) is not None:
+            serves.go(wire, number)
+
+    async def end(self, wire: str) -> None:
+        """See `ServesParts`."""
+        if (serves := self._serves.pop(wire, None)) is not None:
+            serves.end(wire)
+
+    async def forget(self, name: str) -> None:
+        """Nobody runs this program any more."""
+        self._programs.pop(name, None)
+
+    async def close(self) -> None:
+        """Let go of what is open: the actor is about to be killed."""
+        for serves in {id(serves): serves for serves in self._serves.values()}.values():
+            await serves.close()
+        self._serves.clear()

@@ -1,0 +1,243 @@
+"""A file of trace events, in the JSON that Perfetto and chrome://tracing read."""
+
+import json
+import os
+import threading
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Final, TypeAlias
+from weakref import finalize
+
+from aioloader.core.safe_text import safe_repr
+from aioloader.masking import masked
+
+__all__ = ["MAX_BYTES", "TraceFile", "Track"]
+
+MAX_BYTES: Final = 256 << 20
+FLUSH_EVENTS: Final = 512
+FLUSH_SECONDS: Final = 1.0
+LANES: Final = 1024  # side by side in one track; a stage has no more calls under way that are traced
+KEY: Final = 80  # characters of a key or an error
+END: Final = b"\n]\n"
+
+
+Event: TypeAlias = "tuple[Track, Any, float, float | None, int | None, int, Mapping[str, Any] | None]"
+"""Where, a name or key, begin and end (None: it has no duration), position, attempts, and what else there is to say."""
+
+
+class Track:
+    """Slices of one kind. Those that overlap are in different lanes, since slices of one thread must not.
+
+    A slice is told when it ends. So a lane is free for one that began after all that were put there had ended.
+
+    Args:
+        file: Where it is.
+        name: What is shown.
+        number: Of all tracks, in order.
+    """
+
+    def __init__(self, file: "TraceFile", name: str, number: int) -> None:
+        self.name = name
+        self._file = file
+        self._number = number
+        self._ends: list[float] = []  # of each lane
+
+    def slice(self, name: str, began: float, ended: float, **about: Any) -> None:
+        """Something took from `began` to `ended` (`perf_counter`)."""
+        self._file.add((self, name, began, ended, None, 1, about))
+
+    def sample(self, key: Any, began: float, ended: float, position: int | None, attempts: int) -> None:
+        """A call for a sample, or for a batch, whose key is a list."""
+        events = self._file.events
+        events.append((self, key, began, ended, position, attempts, None))
+        if len(events) >= FLUSH_EVENTS:
+            self._file.flush()
+
+    def instant(self, name: str, **about: Any) -> None:
+        """Something happened, now."""
+        self._file.add((self, name, perf_counter(), None, None, 1, about))
+
+    def lane(self, began: float, ended: float | None) -> tuple[int, bool] | None:
+        """The number of a lane, and whether it is a new one; None: there is none. Under the lock of the file."""
+        ends = self._ends
+        if ended is None:
+            if ends:
+                return self._number << 12, False
+            ends.append(began)
+            return self._number << 12, True
+        for lane, end in enumerate(ends):
+            if end <= began:
+                ends[lane] = ended
+                return (self._number << 12) + lane, False
+        if len(ends) >= LANES:
+            return None
+        ends.append(ended)
+        return (self._number << 12) + len(ends) - 1, True
+
+
+class TraceFile:
+    """Writes events as they come, and is valid JSON after each write: the closing bracket is written over by the next.
+
+    Events may come from any thread. They are kept until there are some hundred, or a second has passed, and then the
+    thread that is there writes them, in one call. When the file is full, it says so, and takes no more. One that is
+    dropped without `close` lacks the last of them.
+
+    Args:
+        path: Where it is; what is there is replaced.
+        process: What is traced, as it is shown.
+        max_bytes: How large it may become.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, process: str, max_bytes: int = MAX_BYTES) -> None:
+        self.path = path
+        self.dropped = 0
+        self._max_bytes = max_bytes
+        self._lock = threading.RLock()  # garbage collection may close the file while its thread is in here
+        self._tracks: list[Track] = []
+        self.events: deque[Event] = deque()  # any thread appends
+        self._lines: list[str] = []
+        self._pid = os.getpid()
+        self._began = self._flushed = perf_counter()
+        first = {"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": masked(process)}}
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._out = _Out(descriptor)
+        self._out.write(f"[\n{json.dumps(first)}".encode())
+        self._finalizer = finalize(self, self._out.close)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more."""
+        return not self._finalizer.alive
+
+    def track(self, name: str) -> Track:
+        """The track of this name; a new one is below all others."""
+        with self._lock:
+            found = next((track for track in self._tracks if track.name == name), None)
+            if found is None:
+                found = Track(self, name, len(self._tracks) + 1)
+                self._tracks.append(found)
+            return found
+
+    def add(self, event: Event) -> None:
+        """Add an event; it becomes text when it is written, many at a time."""
+        self.events.append(event)
+        if len(self.events) >= FLUSH_EVENTS or event[2] - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def _format(self, event: Event) -> None:
+        track, key, began, ended, position, attempts, about = event
+        if (place := track.lane(began, ended)) is None:
+            self.dropped += 1
+            return
+        tid, is_new = place
+        if is_new:
+            self._introduce(track, tid)
+        if type(key) is int and ended is not None and attempts == 1 and position is not None:  # most of them
+            at, took = int((began - self._began) * 1e7), int((ended - began) * 1e7)  # floats take long to write
+            self._lines.append(
+                f',\n{{"name":"{key}","ph":"X","dur":{took // 10}.{took % 10},"pid":{self._pid},"tid":{tid},'
+                f'"ts":{at // 10}.{at % 10},"args":{{"position":{position}}}}}'
+            )
+            return
+        what = '"ph":"i","s":"t"' if ended is None else f'"ph":"X","dur":{max(0.0, ended - began) * 1e6:.1f}'
+        args = _args(key, position, attempts) if about is None else json.dumps(_plain(about))
+        self._lines.append(
+            f',\n{{"name":{_name(key)},{what},"pid":{self._pid},"tid":{tid},"ts":{(began - self._began) * 1e6:.1f},'
+            f'"args":{args}}}'
+        )
+
+    def _introduce(self, track: Track, tid: int) -> None:
+        lane = tid & 0xFFF
+        name = masked(track.name) if not lane else f"{masked(track.name)} · {lane + 1}"
+        for kind, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
+            event = {"ph": "M", "name": kind, "pid": self._pid, "tid": tid, "args": args}
+            self._lines.append(f",\n{json.dumps(event)}")
+
+    def flush(self) -> None:
+        """Write what has come."""
+        with self._lock:
+            if not self._finalizer.alive:
+                self.events.clear()
+                return
+            if os.getpid() != self._pid:  # a forked child: the file is the parent's
+                self._finalizer.detach()
+                return
+            self._write()
+            if self._out.size >= self._max_bytes:
+                self._finalizer()
+                warnings.warn(
+                    f"the trace in {self.path} ends here, since it has max_bytes={self._max_bytes}; trace one of more "
+                    f"samples, or pass a larger max_bytes",
+                    stacklevel=2,
+                )
+
+    def _write(self) -> None:
+        events, self._flushed = self.events, perf_counter()
+        while events:
+            self._format(events.popleft())
+        lines, self._lines = self._lines, []
+        try:
+            self._out.write("".join(lines).encode())
+        except OSError as error:
+            self._finalizer()
+            warnings.warn(f"the trace in {self.path} ends here, since it cannot be written: {error}", stacklevel=2)
+
+    def close(self) -> None:
+        """Write what has come, and take no more. Idempotent."""
+        with self._lock:
+            self.flush()
+            self._finalizer()
+
+
+class _Out:
+    """The open file: all but the closing bracket."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self.size = 0
+
+    def write(self, content: bytes) -> None:
+        content += END
+        written = 0
+        while written < len(content):
+            written += os.pwrite(self._descriptor, content[written:], self.size + written)
+        self.size += len(content) - len(END)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _name(key: Any) -> str:
+    """What a slice is called, as JSON."""
+    if type(key) is int:
+        return f'"{key}"'
+    if type(key) is list:
+        return f'"{len(key)} samples"'
+    return json.dumps(_cut(_text(key)))
+
+
+def _args(key: Any, position: int | None, attempts: int) -> str:
+    parts = [] if position is None else [f'"position":{position}']
+    if type(key) is list and key:
+        parts.append(f'"first key":{_name(key[0])},"last key":{_name(key[-1])}')
+    if attempts > 1:
+        parts.append(f'"attempt":{attempts}')
+    return f"{{{','.join(parts)}}}"
+
+
+def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value if type(value) in (int, float) else _cut(_text(value)) for name, value in about.items()}
+
+
+def _text(value: Any) -> str:
+    return masked(value if type(value) is str else safe_repr(value, KEY))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= KEY else f"{text[: KEY - 3]}..."

@@ -1,0 +1,266 @@
+"""Who is to blame when an actor is lost, and who is listened to; with fakes in place of Ray, and in order."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from aioloader.executors.chunk import ChunkResult
+from aioloader.executors.processes.worker_pool import Broken, Died, Outcome
+from aioloader.executors.ray import actor_pool, actors
+from aioloader.executors.ray.actor_pool import ActorPool
+from aioloader.executors.ray.actors import Place
+from aioloader.executors.ray.program import Parcel, RayProgram
+from aioloader.executors.ray.values import pack
+from aioloader.ray import RayWorkers
+
+ray = pytest.importorskip("ray")
+exceptions = ray.exceptions
+
+
+class FakeThread:
+    """Calls at once."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.due: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def call(self, fn: Callable[..., object], *args: Any) -> None:
+        fn(*args)
+
+    def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
+        self.due.append((fn, args))
+
+    def join_cluster(self, address: str | None) -> "FakeThread":
+        return self
+
+    alive = True
+
+    def head_answers(self) -> bool:
+        return True
+
+
+class FakeRef:
+    """The result of a call, which a test decides."""
+
+    def __init__(self, payload: Any) -> None:
+        self.payload = payload
+        self._future: Future[Any] = Future()
+
+    def future(self) -> "Future[Any]":
+        return self._future
+
+    def answer(self, *outcomes: Any) -> None:
+        self._future.set_result(("done", pack(list(outcomes)), 0.0, 0.0, 0))
+
+    def fail(self, error: BaseException) -> None:
+        self._future.set_exception(error)
+
+
+class FakeActor:
+    """Remembers what it was sent."""
+
+    def __init__(self) -> None:
+        self.refs: list[FakeRef] = []
+        self.run = self
+
+    def remote(self, payload: Any) -> FakeRef:
+        self.refs.append(FakeRef(payload))
+        return self.refs[-1]
+
+
+class Cluster:
+    """A pool whose actors run at once, or when the test says so.
+
+    Attributes:
+        begun: All that were asked for.
+        killed: Those that were ended.
+        answered: Refs that Ray has an answer for already.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, width: int, *, awaits: bool = False) -> None:
+        self.begun: list[FakeActor] = []
+        self.killed: list[FakeActor] = []
+        self.answered: list[FakeRef] = []
+        self.starts = True
+        self.outcomes: dict[str, Outcome] = {}
+        self.thread = FakeThread()
+        monkeypatch.setattr(actor_pool, "begin_actor", self._begin)
+        monkeypatch.setattr(actor_pool, "kill_actor", self.killed.append)
+        monkeypatch.setattr(actor_pool, "_smallest_store", lambda: 1 << 20)
+        monkeypatch.setattr(ray, "put", lambda value: value)
+        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([ref for ref in refs if ref in self.answered], []))
+        program = RayProgram((), 1.0, None, (), 1, "float32")
+        self.pool = ActorPool(self.thread, width, lambda: program, RayWorkers(), awaits=awaits)  # type: ignore[arg-type]
+        self.pool.prepare()
+
+    def _begin(self, *args: Any, ready: Any, **more: Any) -> FakeActor:
+        actor = FakeActor()
+        self.begun.append(actor)
+        if self.starts:
+            seat = ready.args[1]
+            seat.handle = actor
+            seat.runs(Place(len(self.begun), "node", "id"))
+        return actor
+
+    def submit(self, name: str, samples: int = 1, *, quick: bool = True, alone: bool = False) -> None:
+        def done(outcome: Outcome) -> None:
+            assert name not in self.outcomes, "a task is done once"
+            self.outcomes[name] = outcome
+
+        self.pool.submit("owner", Parcel(((), (), None, [name] * samples), quick, alone), done)
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """With one actor, for sync calls."""
+    return Cluster(monkeypatch, 1)
+
+
+DEAD = exceptions.ActorDiedError
+
+
+def test_only_the_first_of_the_queue_is_to_blame(one: Cluster) -> None:
+    """Ray fails them all alike; the others had not begun, and are sent to the replacement in their order."""
+    for name in "abc":
+        one.submit(name)
+    first, second = one.begun[0].refs
+    first.fail(DEAD())
+    assert [type(outcome) for outcome in one.outcomes.values()] == [Died]
+    second.fail(DEAD())  # it comes later, and says nothing new
+    assert list(one.outcomes) == ["a"]
+    assert one.killed == one.begun[:1]
+    again = one.begun[1].refs
+    assert len(again) == 2
+    for ref in again:
+        ref.answer("made")
+    assert {name: type(outcome).__name__ for name, outcome in one.outcomes.items()} == {
+        "a": "Died",
+        "b": "RayResult",
+        "c": "RayResult",
+    }
+
+
+def test_an_answer_on_its_way_counts(one: Cluster) -> None:
+    """A large result comes later than the news that the actor died with the next call."""
+    one.submit("a")
+    one.submit("b")
+    first, second = one.begun[0].refs
+    one.answered.append(first)
+    second.fail(DEAD())
+    assert list(one.outcomes) == ["b"]
+    first.answer("made")
+    assert isinstance(one.outcomes["a"], ChunkResult)
+    assert not one.begun[1].refs
+
+
+def test_an_answer_that_turns_out_to_be_a_loss_is_made_again(one: Cluster) -> None:
+    """It had failed with the others."""
+    one.submit("a")
+    one.submit("b")
+    first, second = one.begun[0].refs
+    one.answered.append(first)
+    second.fail(DEAD())
+    first.fail(DEAD())
+    (again,) = one.begun[1].refs
+    again.answer("made")
+    assert isinstance(one.outcomes["a"], ChunkResult)
+
+
+def test_nobody_listens_to_an_actor_that_was_given_up(one: Cluster) -> None:
+    """A node that seems lost may come back: what it says then is for nobody."""
+    one.submit("a")
+    one.submit("b")
+    first, second = one.begun[0].refs
+    first.fail(exceptions.ActorUnavailableError("gone?", None))
+    assert one.killed == one.begun[:1]
+    second.answer("late")
+    assert "b" not in one.outcomes
+    one.begun[1].refs[0].answer("made again")
+    assert one.outcomes["b"].outcomes == ["made again"]  # type: ignore[union-attr]
+
+
+def test_an_actor_that_awaits_may_have_been_at_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is made again alone."""
+    cluster = Cluster(monkeypatch, 4, awaits=True)
+    for name in "ab":
+        cluster.submit(name)
+    for ref in cluster.begun[0].refs:
+        ref.fail(DEAD())
+    assert [type(outcome) for outcome in cluster.outcomes.values()] == [Died, Died]
+    cluster.submit("a again", alone=True)
+    cluster.submit("b again", alone=True)
+    assert len(cluster.begun[1].refs) == 1
+    cluster.begun[1].refs[0].answer("a")
+    assert len(cluster.begun[1].refs) == 2
+
+
+def test_a_result_that_is_lost_blames_nobody_until_it_is_lost_too_often(one: Cluster) -> None:
+    """It had been made, and is made again; the actor lives."""
+    one.submit("a")
+    for _ in range(actor_pool.MOST_LOSSES):
+        one.begun[0].refs[-1].fail(exceptions.ObjectLostError("00" * 28, None, ""))
+        assert not one.outcomes
+        assert not one.killed
+    one.begun[0].refs[-1].fail(exceptions.ObjectLostError("00" * 28, None, ""))
+    assert isinstance(one.outcomes["a"], Died)
+
+
+def test_slow_chunks_do_not_wait_after_another_one(one: Cluster) -> None:
+    """The next one is sent when the actor has nothing."""
+    one.submit("a", quick=False)
+    one.submit("b", quick=False)
+    assert len(one.begun[0].refs) == 1
+    one.begun[0].refs[0].answer("made")
+    assert len(one.begun[0].refs) == 2
+
+
+def test_chunks_leave_room_in_the_object_store(one: Cluster) -> None:
+    """No second one is sent where its results would fill more than a quarter of the store."""
+    one.submit("a")
+    one.begun[0].refs[0].answer(bytes(200_000))
+    one.submit("b")
+    one.submit("c")
+    assert len(one.begun[0].refs) == 2  # "c" waits: the store has a megabyte
+    one.begun[0].refs[1].answer(bytes(200_000))
+    assert len(one.begun[0].refs) == 3
+
+
+def test_only_actors_that_run_are_sent_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for a CPU may wait for ever."""
+    cluster = Cluster(monkeypatch, 2)
+    cluster.starts = False
+    first = cluster.begun[0]
+    cluster.submit("a")
+    cluster.submit("b")
+    assert [len(actor.refs) for actor in cluster.begun] == [1, 1]
+    first.refs[0].fail(DEAD())  # its replacement never runs
+    for name in "cde":
+        cluster.submit(name)
+    for ref in cluster.begun[1].refs:
+        ref.answer("made")
+    while len(cluster.outcomes) < 5:
+        cluster.begun[1].refs[-1].answer("made")
+    assert not cluster.begun[2].refs
+
+
+def test_what_is_over_is_told_once(one: Cluster) -> None:
+    """After `ray.shutdown()` no call is ever answered, and none is made: Ray would join whatever it finds."""
+    one.submit("a")
+    one.thread.alive = False
+    fn, args = one.thread.due.pop()
+    fn(*args)
+    assert isinstance(one.outcomes["a"], Broken)
+    assert "the connection to Ray has ended" in str(one.outcomes["a"].error)
+    one.submit("b")
+    assert isinstance(one.outcomes["b"], Broken)
+    assert one.killed == []
+    assert len(one.begun) == 1
+
+
+def test_words_of_ray_are_one_line() -> None:
+    """Its messages have many."""
+    assert actors.words_of(RuntimeError("\n  The actor died.\n  more\n")) == "The actor died"
+    assert actors.words_of(RuntimeError()) == "RuntimeError"
