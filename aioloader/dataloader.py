@@ -18,7 +18,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
 from aioloader.core.typevars import T_co
-from aioloader.device import Transfer, can_pin, check_device, open_backend, pin_batch
+from aioloader.device import Transfer, check_device, open_transfer, pin_batch, why_not_pinned
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.fuse import InProcesses
@@ -131,6 +131,7 @@ class DataLoader(Loader[T_co]):
             with a copy of the dataset, but started from a small process of their own and not forked from this one.
             `"ray"`, or `aioloader.ray.RayWorkers(...)`: `num_workers` actors of a Ray cluster, each with a copy of the
             dataset, which has keys; they stay until the loader is closed. See `docs/ray.md`.
+        worker_method: torch's word for `worker_type`, in versions that have it: `"multiprocessing"` or `"thread"`.
         seed: With it the order depends on the seed and the epoch alone, and no global random state is drawn from.
         skip_errors: A `Skip`, or True for its defaults: samples that cannot be loaded are left out of their batches,
             which are shorter then, and a batch without any is left out. A batch that fails as a whole (its samples do
@@ -405,6 +406,7 @@ class DataLoader(Loader[T_co]):
         ahead: int | None = None,
         ahead_bytes: int | None = None,
         worker_type: Literal["thread", "process", "ray"] | RayWorkers = "thread",
+        worker_method: Literal["multiprocessing", "thread"] | None = None,
         seed: int | None = None,
         skip_errors: Skip | bool | None = None,
         retry: Retry | int | None = None,
@@ -443,6 +445,8 @@ class DataLoader(Loader[T_co]):
         )
         if prefetch_factor == 0:
             raise ValueError("prefetch_factor must be at least 1, got 0; leave it out for 2")
+        if worker_method is not None:
+            worker_type = _worker_type_of(worker_method, worker_type)
         self._actors = actors_for(worker_type)
         if worker_type == "process":
             check_processes("worker_type='process'")
@@ -601,10 +605,9 @@ class DataLoader(Loader[T_co]):
         if self.timeout and self.num_workers == 0:
             # The type that torch's iterator raises.
             raise AssertionError(f"timeout needs num_workers > 0, got timeout={self.timeout} with num_workers=0")
-        if self.pin_memory and self.device is None and not can_pin():
+        if self.pin_memory and self.device is None and (reason := why_not_pinned()) is not None:
             warnings.warn(
-                "'pin_memory' argument is set as true but no accelerator is found, "
-                "then device pinned memory won't be used.",
+                f"'pin_memory' argument is set as true but {reason}, then device pinned memory won't be used.",
                 stacklevel=3,
             )
 
@@ -1048,11 +1051,8 @@ class DataLoader(Loader[T_co]):
         )
 
     def _open_transfer(self) -> Transfer | None:
-        if self._transfer is None:
-            if self.device is not None:
-                self._transfer = Transfer(open_backend(self.device))
-            elif self.pin_memory and can_pin():
-                self._transfer = Transfer(open_backend("cuda"))
+        if self._transfer is None and (self.device is not None or self.pin_memory):
+            self._transfer = open_transfer(self.device)
         return self._transfer
 
     # -- what a worker does ------------------------------------------------------------------------------------------
@@ -1088,6 +1088,29 @@ def _readers(workers: int) -> str:
 def _is_async(dataset: Any, method: str) -> bool:
     fn = getattr(dataset, method, None)
     return fn is not None and is_async_callable(fn)
+
+
+def _worker_type_of(worker_method: str, worker_type: Any) -> Literal["thread", "process"]:
+    """What newer versions of torch call `worker_method`, in our word.
+
+    Raises:
+        ValueError: Not one of torch's, or another one than the `worker_type` beside it.
+    """
+    if worker_method == "thread":
+        found: Literal["thread", "process"] = "thread"
+    elif worker_method == "multiprocessing":
+        found = "process"
+    else:
+        raise ValueError(
+            f"worker_method must be 'multiprocessing' or 'thread', as in torch, got {worker_method!r}; leave it out "
+            f"and pass worker_type"
+        )
+    if worker_type not in ("thread", found):
+        raise ValueError(
+            f"worker_method and worker_type both say where samples are loaded, got {worker_method!r} and "
+            f"{worker_type!r}; pass one of them"
+        )
+    return found
 
 
 def check_loaded_elsewhere(actors: RayWorkers | None, *, iterable: bool, awaited: bool) -> None:

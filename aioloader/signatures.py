@@ -110,6 +110,7 @@ class OwnOptions(TypedDict, total=False):
     ahead: int | None
     ahead_bytes: int | None
     worker_type: Literal["thread", "process", "ray"] | RayWorkers
+    worker_method: Literal["multiprocessing", "thread"] | None
     seed: int | None
     skip_errors: Skip | bool | None
     retry: Retry | int | None

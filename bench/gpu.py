@@ -1,15 +1,19 @@
 """How fast batches get to a CUDA device, and how much of that hides behind the model: `python -m bench.gpu`.
 
-Two questions, each beside what can be had without a loader:
+Three questions, each beside what can be had without a loader: `tensor.to(device)`, `pin_memory()` before it, and SPDL's
+transfer, where SPDL is installed (`pip install spdl_io`):
 
 1. Bandwidth: bytes per second of `aioloader.device.Transfer`, against one bare page-locked copy of the same size.
 2. Overlap: of the time that copies take, which part disappears behind kernels? `1 - (T_both - T_compute) / T_copy` is
    1 when copies cost the training step nothing, 0 when they cost their full time, and below 0 when they cost more.
+3. Cost: how long the consumer's thread is busy with one batch before it can queue its kernels. Transfer and SPDL work
+   in a thread of their own, and cost the consumer what it takes to receive the batch.
 
 Prints a table and then one line of JSON per row. Without a CUDA device it says so and ends with status 0.
 """
 
 import argparse
+import importlib
 import json
 import queue
 import statistics
@@ -24,7 +28,7 @@ from typing import Any
 
 import torch
 
-from aioloader.device import Transfer, open_backend
+from aioloader.device import Backend, Transfer, open_backend
 
 MIB = 1 << 20
 AHEAD = 2
@@ -40,6 +44,7 @@ class Row:
         gigabytes_per_second: 10^9 bytes; None without copies.
         share: Of the bare page-locked copy's bandwidth; None beside kernels.
         overlap: See the module; None without kernels.
+        consumer_us: Microseconds of the consumer's thread per batch, the median; None where there are no kernels.
     """
 
     what: str
@@ -48,6 +53,7 @@ class Row:
     gigabytes_per_second: float | None
     share: float | None = None
     overlap: float | None = None
+    consumer_us: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,13 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     print(f"{options.batches} batches per round, median of {options.rounds} rounds\n")
     rows: list[Row] = []
-    print(f"{'what':<44}{'MiB':>6}{'ms/batch':>11}{'GB/s':>9}{'share':>8}{'overlap':>9}")
+    print(f"{'what':<44}{'MiB':>6}{'ms/batch':>11}{'GB/s':>9}{'share':>8}{'overlap':>9}{'consumer us':>13}")
     for mib in options.mib:
         for row in measure(mib, options.batches, options.rounds, options.device):
             rows.append(row)
             print(
                 f"{row.what:<44}{row.batch_mib:>6}{row.seconds * 1e3:>11.3f}"
-                f"{_number(row.gigabytes_per_second):>9}{_number(row.share):>8}{_number(row.overlap):>9}",
+                f"{_number(row.gigabytes_per_second):>9}{_number(row.share):>8}{_number(row.overlap):>9}"
+                f"{_number(row.consumer_us):>13}",
                 flush=True,
             )
     print()
@@ -95,33 +102,81 @@ def measure(mib: int, batches: int, rounds: int, device: str) -> Iterator[Row]:
     def to_device(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return batch["x"].to(backend.device, non_blocking=batch is page_locked)
 
+    def pinned_to_device(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["x"].pin_memory().to(backend.device, non_blocking=True)
+
     def through(batch: dict[str, torch.Tensor]) -> Any:
         return transfer.receive(transfer.send(batch))
 
-    kinds = {"page-locked": page_locked, "pageable": pageable}
+    # What the consumer calls for each batch.
+    direct: list[tuple[str, Callable[[Any], object], Any]] = [
+        ("tensor.to(device), page-locked", to_device, page_locked),
+        ("tensor.to(device), pageable", to_device, pageable),
+        ("pin_memory().to(device), pageable", pinned_to_device, pageable),
+    ]
+    # What is called in a thread ahead of the consumer, and what the consumer then calls.
+    ahead: list[tuple[str, Callable[[Any], Any], Callable[[Any], object], Any]] = [
+        ("Transfer, page-locked", transfer.send, transfer.receive, page_locked),
+        ("Transfer, pageable", transfer.send, transfer.receive, pageable),
+    ]
+    if (spdl := spdl_transfer()) is not None:
+        ahead.append(("SPDL, pageable", spdl, lambda batch: batch, pageable))
+
     target = torch.empty((mib, MIB), dtype=torch.uint8, device=backend.device)
     bare = per_batch(lambda: target.copy_(page_locked["x"], non_blocking=True), batches, rounds)
     yield row("bare copy, page-locked", bare, share=1.0)
-    ours, plain = {}, {}
-    for kind, batch in kinds.items():
-        ours[kind] = per_batch(partial(through, batch), batches, rounds)
-        yield row(f"Transfer, {kind}", ours[kind], share=bare / ours[kind])
-    for kind, batch in kinds.items():
-        plain[kind] = per_batch(partial(to_device, batch), batches, rounds)
-        yield row(f"tensor.to(device), {kind}", plain[kind], share=bare / plain[kind])
+    alone = {}
+    for name, batch in (("Transfer, page-locked", page_locked), ("Transfer, pageable", pageable)):
+        alone[name] = per_batch(partial(through, batch), batches, rounds)
+        yield row(name, alone[name], share=bare / alone[name])
+    for name, one, batch in direct:
+        alone[name] = per_batch(partial(one, batch), batches, rounds)
+        yield row(name, alone[name], share=bare / alone[name])
+    if spdl is not None:
+        alone["SPDL, pageable"] = per_batch(partial(spdl, pageable), batches, rounds)
+        yield row("SPDL, pageable", alone["SPDL, pageable"], share=bare / alone["SPDL, pageable"])
 
     # Kernels that take a little longer than a bare copy, and half a millisecond at least: all of it can be hidden.
     cycles = cycles_for(max(bare * 1.2, 5e-4))
     compute = per_batch(lambda: None, batches, rounds, cycles)
     yield Row("kernels alone", mib, compute, None)
-    for kind, batch in kinds.items():
-        both = per_epoch(partial(on_its_own_thread, transfer, batch, batches, cycles), batches, rounds)
-        yield row(f"kernels + Transfer, {kind}", both, overlap=1 - (both - compute) / ours[kind])
-    for kind, batch in kinds.items():
-        both = per_batch(partial(to_device, batch), batches, rounds, cycles)
-        yield row(f"kernels + tensor.to(device), {kind}", both, overlap=1 - (both - compute) / plain[kind])
+    for name, send, take, batch in ahead:
+        costs: list[float] = []
+        both = per_epoch(
+            partial(on_its_own_thread, backend, send, take, batch, batches, cycles, costs), batches, rounds
+        )
+        overlap = 1 - (both - compute) / alone[name]
+        yield row(f"kernels + {name}", both, overlap=overlap, consumer_us=statistics.median(costs) * 1e6)
+    for name, one, batch in direct:
+        costs = []
+        both = per_batch(partial(timed, costs, one, batch), batches, rounds, cycles)
+        overlap = 1 - (both - compute) / alone[name]
+        yield row(f"kernels + {name}", both, overlap=overlap, consumer_us=statistics.median(costs) * 1e6)
     transfer.close()
     backend.close()
+
+
+def spdl_transfer() -> Callable[[Any], Any] | None:
+    """SPDL's function that page-locks a batch, copies it on a stream of its own and waits for that; None without SPDL.
+
+    It takes the device that the environment variable LOCAL_RANK names, the first one without it.
+    """
+    try:
+        io: Any = importlib.import_module("spdl.io")
+    except ImportError:
+        return None
+    found: Callable[[Any], Any] | None = getattr(io, "transfer_tensor_h2d", None) or getattr(
+        io, "transfer_tensor", None
+    )
+    return found
+
+
+def timed(costs: list[float], function: Callable[[Any], object], argument: Any) -> object:
+    """`function(argument)`; the seconds of it are appended to `costs`."""
+    begin = time.perf_counter()
+    result = function(argument)
+    costs.append(time.perf_counter() - begin)
+    return result
 
 
 class Consumer:
@@ -144,17 +199,29 @@ class Consumer:
             self._steps.popleft().synchronize()
 
 
-def on_its_own_thread(transfer: Transfer, batch: Any, batches: int, cycles: int) -> None:
-    """One epoch as in a loader: a device thread sends, at most `AHEAD` batches ahead, and the consumer takes."""
+def on_its_own_thread(
+    backend: Backend,
+    send_one: Callable[[Any], Any],
+    take: Callable[[Any], object],
+    batch: Any,
+    batches: int,
+    cycles: int,
+    costs: list[float],
+) -> None:
+    """One epoch as in a loader: a device thread sends, at most `AHEAD` batches ahead, and the consumer takes.
+
+    How many seconds each `take` takes is appended to `costs`. The wait for the device thread is no part of that: it
+    shows in the time of the epoch.
+    """
     ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
     room = threading.Semaphore(AHEAD)
 
     def send() -> None:
-        transfer.backend.init_thread()
+        backend.init_thread()
         for _ in range(batches):
             room.acquire()
             try:
-                ready.put(transfer.send(batch))
+                ready.put(send_one(batch))
             except BaseException as error:  # raised again by the consumer
                 ready.put(error)
                 return
@@ -166,7 +233,7 @@ def on_its_own_thread(transfer: Transfer, batch: Any, batches: int, cycles: int)
         got = ready.get()
         if isinstance(got, BaseException):
             raise got
-        taken = transfer.receive(got)
+        taken = timed(costs, take, got)
         room.release()
         consumer.step(cycles)
         del got, taken

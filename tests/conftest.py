@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-import pytest_asyncio
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests._support import until_no_task_left
+
+try:
+    from pytest_asyncio import fixture as async_fixture
+except ImportError:  # `bench/gpu_run.sh` does without it: tests of devices are not async, and ask for no such fixture
+    async_fixture = pytest.fixture  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from tests._ray import RayCluster
@@ -212,7 +216,7 @@ def no_task_left(request: pytest.FixtureRequest, nothing_left: None) -> None:
         request.getfixturevalue("no_task_left_in_loop")
 
 
-@pytest_asyncio.fixture
+@async_fixture
 async def no_task_left_in_loop() -> AsyncIterator[None]:
     """Part of `no_task_left`: runs in the test's loop."""
     threads = set(threading.enumerate())

@@ -691,6 +691,7 @@ def test_the_signature_begins_as_torchs() -> None:
         "ahead": None,
         "ahead_bytes": None,
         "worker_type": "thread",
+        "worker_method": None,
         "seed": None,
         "skip_errors": None,
         "retry": None,
@@ -700,6 +701,18 @@ def test_the_signature_begins_as_torchs() -> None:
         "shard": False,
     }
     assert {parameter.kind for parameter in extra.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_the_worker_method_of_newer_torch_is_understood() -> None:
+    """By torch's words, where torch's own constructor may not know them yet."""
+    assert DataLoader(pairs(), worker_method="thread").worker_type == "thread"
+    assert DataLoader(pairs(), worker_method="multiprocessing").worker_type == "process"
+    assert DataLoader(pairs(), worker_method="multiprocessing", worker_type="process").worker_type == "process"
+    assert DataLoader(pairs()).worker_type == "thread"
+    with pytest.raises(ValueError, match=r"worker_method must be .*, got 'process'"):
+        DataLoader(pairs(), worker_method="process")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="got 'thread' and 'process'; pass one of them"):
+        DataLoader(pairs(), worker_method="thread", worker_type="process")
 
 
 def test_what_was_given_cannot_be_replaced_later() -> None:

@@ -1,7 +1,8 @@
 """The operations that a device must support; `Transfer` is written over them once for all devices.
 
-`CudaBackend` is the real one, `HostBackend` does nothing, and `aioloader.testing.FakeBackend` is a device made of CPU
-memory whose copies happen as late as a test wants.
+`CudaBackend` is for CUDA and ROCm, `AcceleratorBackend` and `OneStreamBackend` for what else torch knows as an
+accelerator, `HostBackend` does nothing, and `aioloader.testing.FakeBackend` is a device made of CPU memory whose copies
+happen as late as a test wants.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The CPU as a device: nothing is page-locked, copied or waited for."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 
@@ -13,8 +13,8 @@ __all__ = ["HostBackend"]
 class HostBackend:
     """The backend of `.to("cpu")`: CPU tensors stay where they are, tensors on other devices are copied to the CPU."""
 
-    device: Final = torch.device("cpu")
-    pins: Final = False
+    device: torch.device = torch.device("cpu")
+    pins: ClassVar[bool] = False
 
     def init_thread(self) -> None:
         """Does nothing."""
@@ -48,11 +48,11 @@ class HostBackend:
         return None
 
     def copy(self, tensor: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """Copy `tensor` to the CPU, and wait for it: with `non_blocking` it might be read before the copy is done."""
+        """Copy `tensor` to this device, and wait for it: with `non_blocking` it might be read before that is done."""
         return tensor.to(self.device)
 
     def move_object(self, value: Any, stream: Stream) -> Any:
-        """Call the object's own `to("cpu")`."""
+        """Call the object's own `to(device)`."""
         return value.to(self.device)
 
     def record_event(self, stream: Stream) -> Event:

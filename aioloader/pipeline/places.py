@@ -118,10 +118,11 @@ class Places(Described[T_co]):
         """Copy batches to `device`, safe to use on the stream that is current at `next()`. The last stage.
 
         Args:
-            device: `"cuda"`, `"cuda:1"`, `"cpu"`, a `torch.device`, or the index of a CUDA device.
+            device: `"cuda"`, `"cuda:1"`, `"cpu"`, the type of another accelerator that torch knows here (`"xpu"`,
+                `"hpu"`, `"npu"`, `"mps"`), a `torch.device`, or the index of a device.
 
         Raises:
-            TypeError, ValueError: Not a device.
+            TypeError, ValueError: Not a device that torch knows.
             DeviceError: A device that is not there.
         """
         check_device(device)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from aioloader.device import Transfer, can_pin, open_backend, pin_batch
+from aioloader.device import Transfer, open_transfer, pin_batch, why_not_pinned
 from aioloader.engine.fuse import Op
 from aioloader.executors.partial import over_partial
 from aioloader.stages.base import Builder, Stage
@@ -39,12 +39,10 @@ class PinMemory(Stage):
         return replace(before, by_key=False, keyed=False)  # one more step of the window
 
     def open_transfer(self) -> Transfer | None:
-        if can_pin():
-            return Transfer(open_backend("cuda"))
-        warnings.warn(
-            "pin_memory() does nothing, because no accelerator was found: batches stay in plain memory", stacklevel=5
-        )
-        return None
+        if (reason := why_not_pinned()) is not None:
+            warnings.warn(f"pin_memory() does nothing, because {reason}: batches stay in plain memory", stacklevel=5)
+            return None
+        return open_transfer(None)
 
     def build(self, builder: Builder) -> None:
         _build(builder, self.label, lambda transfer: partial(pin_batch, backend=transfer.backend))
@@ -79,8 +77,8 @@ class To(Stage):
     def flow(self, before: Flow) -> Flow:
         return replace(before, by_key=False, keyed=False)  # one more step of the window
 
-    def open_transfer(self) -> Transfer:
-        return Transfer(open_backend(self.device))
+    def open_transfer(self) -> Transfer | None:
+        return open_transfer(self.device)
 
     def build(self, builder: Builder) -> None:
         _build(builder, self.label, lambda transfer: transfer.send)
