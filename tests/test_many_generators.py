@@ -224,7 +224,7 @@ def test_each_of_many_generators_has_one_task(face: Face, how: Any) -> None:
     loader = how(*sources).batch(10, collate_fn=list)
     batches = collect(loader, face)
     samples = list(itertools.chain.from_iterable(batches))
-    if how is Pipeline.zip:
+    if how == Pipeline.zip:
         assert samples == [(number,) * MANY for number in range(3)]
     else:
         assert sorted(samples) == sorted(list(range(3)) * MANY)

@@ -524,7 +524,7 @@ def test_take_closes_the_source_before_the_epoch_is_over(face: Face) -> None:
 def test_every_source_of_several_is_closed(face: Face, combine: Any) -> None:
     """`zip` ends with the shortest and closes the longer; dropped half-way all are closed."""
     sources = [RecordingSource(range(3)), RecordingSource(itertools.count())]
-    limit = 2 if combine is Pipeline.merge else None
+    limit = 2 if combine == Pipeline.merge else None
     collect(combine(*sources), face, limit=limit)
     join_loader_threads()
     assert [source.closed for source in sources] == [1, 1]

@@ -321,7 +321,7 @@ class TellsNothing(Stateful, IterableDataset[int]):
 
 class TellsNoJson(Stateful, IterableDataset[int]):
     def state_dict(self) -> Any:
-        return {"position": {self.position}}
+        return {"position": self.position, "what": object()}
 
 
 class AsyncTellsNothing:
