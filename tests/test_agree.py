@@ -26,7 +26,7 @@ from aioloader.engine.progress import Progress
 from aioloader.pipeline import described
 from aioloader.plan.plan import Plan
 from aioloader.stages.shard import Shard
-from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, until, wait_until
+from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, turns, until, wait_until
 
 Build = Callable[[int], Pipeline]
 Outcome = list[Any] | str
@@ -145,7 +145,7 @@ def outcomes(loader: Pipeline, face: Face, *, most: int = 1 << 30) -> list[Outco
         except StopIteration:
             assert next(batches, None) is None
             break
-        except (ValueError, RankError) as error:
+        except (ValueError, RuntimeError) as error:
             seen.append(str(error).split(";")[0])
     batches.close()
     return seen
@@ -160,7 +160,7 @@ async def _outcomes(loader: Pipeline, most: int) -> list[Outcome]:
         except StopAsyncIteration:
             assert await anext(batches, None) is None
             break
-        except (ValueError, RankError) as error:
+        except (ValueError, RuntimeError) as error:
             seen.append(str(error).split(";")[0])
     await batches.aclose()
     return seen
@@ -468,6 +468,103 @@ def test_a_replay_asks_nobody(face: Face) -> None:
     asked = list(group.asked)
     assert loaders[0].replay(1) == [4, 6]
     assert group.asked == asked
+
+
+@on_both_faces
+def test_a_batch_in_hand_keeps_its_place(face: Face) -> None:
+    """It is taken out of the window so that ranks can be asked for it, and nothing is made in its place meanwhile."""
+    made: list[int] = []
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def collate(samples: list[int]) -> list[int]:
+        loops.append(asyncio.get_running_loop())
+        made.append(samples[0])
+        return samples
+
+    def build(rank: int) -> Pipeline[list[int]]:
+        collates: Any = collate if rank == 0 else list
+        return Pipeline(range(40)).shard(rank, 2, even="keep").batch(2, collate_fn=collates).prefetch(2)
+
+    (mine, other), group = agreeing(build, 2)
+    with Steps(mine, face) as steps:
+
+        def settle() -> None:
+            steps.settle(loops[0]) if face == "for" else steps.do(turns)
+
+        asked = steps.ask()
+        if face == "for":
+            wait_until(lambda: group.asked[0] == 1)
+        settle()
+        assert (group.asked[0], len(made)) == (1, 3)  # one that is asked for, and two that are prefetched
+        assert outcomes(other, "for", most=1) == [[1, 3]]
+        assert asked() == [0, 2]
+        delivery = steps._iterator._delivery
+        if face == "for":
+            delivery._report(waits=False)  # as that of the first batch may come only now
+        settle()
+        assert delivery._in_hand == 1
+        assert len(made) == 3
+        del delivery
+        mine.close() if face == "for" else steps.do(mine.aclose)
+
+
+@on_both_faces
+def test_a_rank_that_has_ended_is_in_step_until_all_end(face: Face) -> None:
+    """Another one fails where it has ended: both are after that step in the same epoch, and then in the next one."""
+
+    def fail(key: int) -> int:
+        if key > 2:
+            raise ValueError(f"bad {key}")
+        return key
+
+    keys = [[0], [2, 4]]
+
+    def build(rank: int) -> Pipeline[Any]:
+        return Pipeline(lambda: iter(keys[rank])).map(fail).shard(0, 1, even="keep").batch(1)
+
+    loaders, _ = agreeing(build, 2)
+    together([partial(outcomes, loader, face, most=2) for loader in loaders])
+    states = [loader.state_dict() for loader in loaders]
+    assert [(state["epoch"], state["batches"]) for state in states] == [(0, 2), (0, 2)]
+    for loader, state in zip(loaders, states, strict=True):
+        loader.load_state_dict(state)
+
+
+@on_both_faces
+def test_a_loader_that_breaks_on_one_rank_is_an_error_on_all(face: Face) -> None:
+    """Its engine has failed, not a sample: it raises that once, the others hear of it, and all end."""
+    loaders, _ = agreeing(lambda rank: Pipeline(range(12)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+
+    async def by_async_for() -> list[Any]:
+        batches = aiter(loaders[0])
+        await anext(batches)
+        assert batches._delivery is not None
+        batches._delivery.run.fail(OSError("broken"))
+        found: list[Any] = []
+        while not found or isinstance(found[-1], list):
+            try:
+                found.append(await anext(batches))
+            except OSError as error:
+                found.append(error)
+        return [found[-1], await anext(batches, None)]
+
+    def by_for() -> list[Any]:
+        batches: Any = iter(loaders[0])
+        next(batches)
+        delivery: Any = batches._delivery
+        delivery.run.loop.call_soon_threadsafe(delivery.run.fail, OSError("broken"))
+        found: list[Any] = []
+        while not found or isinstance(found[-1], list):
+            try:
+                found.append(next(batches))
+            except OSError as error:
+                found.append(error)
+        return [found[-1], next(batches, None)]
+
+    breaks = by_for if face == "for" else lambda: asyncio.run(by_async_for())
+    (error, end), seen = together([breaks, partial(outcomes, loaders[1], face)])
+    assert (str(error), end) == ("broken", None)
+    assert str(seen[-1]).startswith("rank 0 of the group failed at batch")
 
 
 # -- keep, and what is refused -------------------------------------------------------------------------------------
