@@ -2,7 +2,7 @@
 
 Where nobody can count the batches of a rank, since a filter or packing decides, ranks ask each other. The rules:
 
-- Only `next()` asks, in the thread or task that calls it: on every rank a question stands at the same place among the
+- Only `next()` asks, in the thread or task that calls it: on every rank a question has the same place among the
   collective calls of the training loop. No thread of the loader ever takes part in one.
 - How many questions there are depends on nothing but their answers, which are the same on all ranks. So two ranks never
   ask different ones, and none waits for a question that another does not ask.
@@ -14,12 +14,12 @@ Where nobody can count the batches of a rank, since a filter or packing decides,
 - Each question says where its rank is, epoch and step, so that ranks that are at different places (another state was
   loaded, one loop has ended early) find out, and do not train on what does not belong together.
 
-- No answer is passed over. Whoever leaves an epoch leaves a question, and its answer is looked at before the next epoch
+- No answer is passed over. An epoch that is left leaves a question, and its answer is looked at before the next epoch
   asks anything on that group. So all ranks look at the same answers, and if there is one that says that they are at
   different places, all of them hear it, and nobody asks a question more than the others and waits for them.
 
 A question is one all-reduce of a few numbers on a gloo group. Its end is heard by a callback, and so a caller can be
-interrupted, cancelled or closed meanwhile; whoever calls `next()` then goes on with the same question.
+interrupted, cancelled or closed meanwhile; the next call of `next()` goes on with the same question.
 """
 
 import asyncio
@@ -152,7 +152,7 @@ def _hear_answers() -> None:
     """Wait for callbacks, `CLOSE_SECONDS` at most, before the interpreter is torn down.
 
     Somebody was interrupted while waiting for other ranks. torch calls back in a thread of its own, and one that comes
-    into an interpreter on its way out is ended by it; C++ cannot bear that, and aborts the process. With Ctrl-C all
+    into an interpreter on its way out is ended by it; C++ does not allow that, and aborts the process. With Ctrl-C all
     ranks end, so that an answer, or the news that a rank is gone, is not far.
     """
     deadline = monotonic() + CLOSE_SECONDS
@@ -168,7 +168,7 @@ end; returns what is handed out, None if all end."""
 class Agreement:
     """What one epoch has asked, and what this rank holds meanwhile.
 
-    Whoever drives `step` may stop in the middle, and begin another one later: all that counts is kept here.
+    `step` may be left in the middle, and another one begun later: all that counts is kept here.
 
     Args:
         group: Of gloo.

@@ -48,7 +48,7 @@ class Ranks(Described[T_co]):
                 when the length is known, else at the end. By files, these three need a source that has counted its
                 samples (ParquetRows): a rank with fewer reads its own files again, or all end after as many as the
                 shortest has. Without a count the default is to give what is in the rank's files. `"keep"`: each rank
-                gives what it has, for training that can bear that, as with torch's Join. `"agree"`: likewise, but
+                gives what it has, for training that can handle it, as with torch's Join. `"agree"`: likewise, but
                 before a batch is handed out, all ranks have agreed that each of them has one, and all end together,
                 for what cannot be counted, such as a filter or packing after this. Inside `next()` ranks then ask each
                 other on `group`, which is of gloo; so all ranks iterate alike, and break at the same step. Where one
