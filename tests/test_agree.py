@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.futures import Future
 
-from aioloader import LoaderClosedError, Pipeline, RankError
+from aioloader import LoaderClosedError, Pipeline, RankError, StateError
 from aioloader.core.entry import Entry
 from aioloader.engine import agreement
 from aioloader.engine.agreement import Agreement, Have, Question, _newest
@@ -578,6 +578,17 @@ def test_keep_gives_each_rank_what_it_has(face: Face) -> None:
         assert parts == [[0, 4, 8], [1, 5, 9], [2, 6], [3, 7]]
         assert len(Pipeline(range(10)).shard(1, 4, even="keep")) == 3
         assert len(Pipeline(range(10)).shard(2, 4, even="keep")) == 2
+
+
+@pytest.mark.parametrize("before", [lambda: Pipeline(range(10)), lambda: Pipeline(range(20)).shard(0, 2)])
+def test_a_state_of_keep_is_that_of_its_rank(before: Callable[[], Pipeline[int]]) -> None:
+    """Ranks are at different places once the last round is dealt; likewise in a second shard."""
+    loader = before().shard(1, 4, even="keep")
+    next(iter(loader))
+    state = loader.state_dict()
+    before().shard(1, 4, even="keep").load_state_dict(state)
+    with pytest.raises(StateError, match="the state is that of rank"):
+        before().shard(2, 4, even="keep").load_state_dict(state)
 
 
 @pytest.mark.parametrize("given", [{"rank": 0, "world_size": 2}, {}])

@@ -171,13 +171,15 @@ class Shard(FoldStage):
         ranks = before.ranks
         if ranks is None:
             ranks = Ranks(rank, world_size)
-            if self.even == "keep":
-                ranks = ranks.limited(Shared.SAME_RANK, self.label)
-            elif self.even == "agree":
-                ranks = ranks.limited(Shared.SAME_WORLD, self.label)
-            return replace(after, ranks=ranks)
-        both = replace(ranks, rank=ranks.rank + ranks.world_size * rank, world_size=ranks.world_size * world_size)
-        return replace(after, ranks=both.limited(Shared.SAME_WORLD, f"a second {self.label}"))
+        else:
+            world_size *= ranks.world_size
+            both = replace(ranks, rank=ranks.rank + ranks.world_size * rank, world_size=world_size)
+            ranks = both.limited(Shared.SAME_WORLD, f"a second {self.label}")
+        if self.even == "keep":
+            ranks = ranks.limited(Shared.SAME_RANK, self.label)
+        elif self.even == "agree":
+            ranks = ranks.limited(Shared.SAME_WORLD, self.label)
+        return replace(after, ranks=ranks)
 
     def fold(self, this_pass: Pass) -> Fold:
         assert self.even is not None
