@@ -3,7 +3,7 @@
 from typing import Final
 
 from aioloader.core.cores import usable_cores
-from aioloader.insight.explain_actors import limit_of_actors
+from aioloader.insight.explain_in_ray import limit_of_actors
 from aioloader.insight.explain_policies import (
     rate_that_limits,
     retries_that_hold_up,
@@ -11,7 +11,7 @@ from aioloader.insight.explain_policies import (
     way_out_of_rate,
     way_out_of_waits,
 )
-from aioloader.insight.explain_ray import actors_advice, way_is_limit, words_of_way
+from aioloader.insight.explain_ray_map import actors_advice, way_is_limit, words_of_way
 from aioloader.insight.now import now, stands_still
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.insight.units import duration

@@ -1,4 +1,4 @@
-"""What `explain` says of stages that run in a cluster: whether their actors, or the way to these, are the limit."""
+"""What `explain` says of `map(executor="ray")`: whether the actors of a stage, or the way to them, are the limit."""
 
 from typing import Final
 

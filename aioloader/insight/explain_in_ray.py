@@ -1,4 +1,4 @@
-"""What limits a loader whose samples are made in actors of a cluster: the actors, the way from them, or nobody."""
+"""What `explain` says of `in_ray`: whether its actors, or the way from them, are the limit."""
 
 from typing import Final
 
