@@ -21,8 +21,9 @@ help: ## list these words
 demo: $(VENV)/.installed-demo ## train on images behind a slow server, beside torch's DataLoader
 	$(BIN)/python -m aioloader demo
 
+# Two processes, each with whole files: most tests wait more than they compute, and some need a core of their own.
 test: check ## lint, format, types and tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-dev ## lint, format and types
 	$(BIN)/ruff check $(CODE)
