@@ -26,6 +26,7 @@ def run(job: Job) -> None:
     net = Net()
     optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.01)
     model, optimizer, loader, validation = accelerator.prepare(net, optimizer, loader, validation)
+    job.kept.append(model)
     job.note(length=len(loader))
     checkpoint = str(job.place / "checkpoint")
     steps, rest = 0, loader

@@ -17,6 +17,7 @@ def run(job: Job) -> None:
     fabric.launch()
     net = Net()
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.01))
+    job.kept.append(model)
     plain, validation = job.loader(), job.validation_loader()
     if job.kind in OURS:
         plain, validation = as_torch_dataloader(plain), as_torch_dataloader(validation)

@@ -68,5 +68,6 @@ def run(job: Job) -> None:
     )
     optimizer = Optimizer(model.parameters(), lr=0.01)
     trainer = MyTrainer(model, arguments, eval_dataset=Dicts(10), callbacks=callbacks, optimizers=(optimizer, None))
+    job.kept.append(trainer)
     trainer.train(resume_from_checkpoint=job.resumes or None)
     job.note(length=len(trainer.get_train_dataloader()), epoch=trainer.state.epoch)

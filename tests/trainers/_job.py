@@ -104,6 +104,9 @@ class Job:
         self.validated: list[int] = []
         self.notes: dict[str, Any] = {}
         self.optimizer_steps = 0
+        # Models of several ranks, until the process ends. With the last one goes the group of gloo (torch 2.13), which
+        # then joins its thread while it holds the GIL; and that thread may be waiting for the GIL.
+        self.kept: list[Any] = []
         torch.manual_seed(self.seed)
         torch.set_num_threads(1)
 

@@ -54,6 +54,7 @@ def run(job: Job) -> None:
         num_sanity_val_steps=0,
         default_root_dir=job.folder,
     )
+    job.kept.append(trainer)
     checkpoint = str(job.place / "checkpoint.ckpt") if job.resumes else None
     trainer.fit(Module(job), job.loader(), job.validation_loader(), ckpt_path=checkpoint)
     job.note(length=int(trainer.num_training_batches))
