@@ -3,6 +3,10 @@
 Batches of 38 MB, made of samples that take some work. Measured are the calls that make them, the proportional memory
 (PSS) that the loaders have added to all processes while each holds a batch and the next ones are made ahead, and how
 long `next()` takes when a batch is ready. One rank alone is the limit.
+
+What is compared: the sum of what the loaders of all ranks add, with what the loader of one rank alone adds. What is
+there without a loader, Python and torch, is in neither: each process has imported it and read two batches before, and
+all have come that far before the first of them is measured, since pages of libraries count for less the more map them.
 """
 
 import gc
@@ -56,6 +60,7 @@ def work(rank: int, ranks: int, batches: int, side: int, *, shared: bool, job: s
         pass
     calls[0] = 0
     gc.collect()
+    barrier.wait()
     before = pss_mib()
     barrier.wait()
     seconds: list[float] = []

@@ -1,8 +1,10 @@
 """The bytes of files and of objects in stores, in large reads, from any offset on."""
 
+import asyncio
 import errno
 import os
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Final
@@ -17,13 +19,50 @@ from aioloader.sources.ranges import Range, RequestedRange, check_length, checke
 from aioloader.sources.requests import Requests
 from aioloader.sources.stores import Version
 
-__all__ = ["RANGE_BYTES", "READ_BYTES", "file_chunks", "object_chunks"]
+__all__ = ["RANGE_BYTES", "READ_BYTES", "Pace", "file_chunks", "object_chunks"]
 
 READ_BYTES: Final = 1 << 20
 """How much of a file is read at once: a thousand rows of a kilobyte share the cost of a hop."""
 
 RANGE_BYTES: Final = 8 << 20
 """How much of an object one request reads: long compared with its latency, small enough to be retried."""
+
+FIRST_RANGE_BYTES: Final = 256 << 10
+"""How much the first request reads, when nothing is known of the object: enough for its first samples. And the least
+that later ones read, however little data there is."""
+
+RANGES_PER_EPOCH: Final = 80
+"""In that many ranges at least is read what one reader reads in an epoch, by an eightieth at a time."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far ahead of its consumer an object is read.
+
+    A reader that is stopped and goes on elsewhere asks once more for what it had asked for ahead. So that this is a
+    small share of all that it reads, ranges are short where it reads little in all; and of a file that is open ahead
+    nothing is asked for after its first range, before its turn has come. Where each reader has 640 MiB, ranges are as
+    long as they may be.
+
+    Attributes:
+        lanes: How many files are read side by side.
+        files: How many files the reader has; taken to be as long as this one.
+        turn: Set when the turn of this file has come.
+    """
+
+    lanes: int
+    files: int
+    turn: asyncio.Event
+
+    def range_bytes(self, most: int, size: int | None) -> int:
+        """How long the next range is.
+
+        Args:
+            most: At most.
+            size: Of the object; None: it is not known yet.
+        """
+        share = 0 if size is None else size * self.files // (RANGES_PER_EPOCH * self.lanes)
+        return min(most, max(FIRST_RANGE_BYTES, share))
 
 
 class _OpenFile:
@@ -199,7 +238,7 @@ async def file_chunks(
 
 
 class _OpenObject:
-    """An object that is read range by range, with the next one already requested.
+    """An object that is read range by range, with the next one already requested once it is its turn.
 
     Ranges, and not one long answer: a shard that waits for its turn holds no connection open, and a range that fails is
     retried alone, by the store itself or by `requests`.
@@ -211,16 +250,26 @@ class _OpenObject:
     """
 
     def __init__(
-        self, store: Any, key: str, version: Version, start: int, needed: int, size: int, requests: Requests | None
+        self,
+        store: Any,
+        key: str,
+        version: Version,
+        start: int,
+        needed: int,
+        size: int,
+        pace: Pace | None,
+        requests: Requests | None,
     ) -> None:
         self._store = store
         self._key = key
         self._version = version
         self._needed = needed
         self._size = size
+        self._pace = pace
         self._requests = requests
         self._request: Range | RequestedRange | None = None
         self._ahead: Range | RequestedRange | None = None
+        self._start = self._asked = start  # for all before the latter
         self.at = start
         self.end = start + 1  # not known yet: there may be something to read
         self.has_ranges = True
@@ -234,15 +283,17 @@ class _OpenObject:
         """
         from obstore.exceptions import NotSupportedError
 
-        at, stop = self.at, self.at + self._size
+        at = self.at
         if at >= self.end:
             return b""
-        self._request, self._ahead = self._ahead or self._begin(at, stop), None
+        if self._pace is not None and at != self._start:
+            await self._pace.turn.wait()
+        self._request, self._ahead = self._ahead or self._begin(), None
 
         def answered(meta: Any) -> int:
             self.end = end = self._check(meta, at)
-            if stop < end and self._ahead is None:
-                self._ahead = self._begin(stop, min(stop + self._size, end))
+            if self._asked < end and self._ahead is None and (self._pace is None or self._pace.turn.is_set()):
+                self._ahead = self._begin()
             return end
 
         try:
@@ -253,8 +304,13 @@ class _OpenObject:
         self.at += len(data)
         return data
 
-    def _begin(self, start: int, stop: int) -> Range | RequestedRange:
-        """Request a range."""
+    def _begin(self) -> Range | RequestedRange:
+        """Request the next range."""
+        start, size = self._asked, self._size
+        first = start == self._start  # nothing is known of the object yet
+        if self._pace is not None:
+            size = self._pace.range_bytes(size, None if first else self.end)
+        stop = self._asked = start + size if first else min(start + size, self.end)
 
         def begin() -> Range:
             return Range(self._store, self._key, start, stop, self._version.condition)
@@ -282,6 +338,7 @@ async def object_chunks(
     start: int = 0,
     needed: int = 0,
     size: int = RANGE_BYTES,
+    pace: Pace | None = None,
 ) -> AsyncGenerator[Any]:
     """The bytes of an object of an obstore `store`, as buffers, in ranges of `size`, with the next one requested ahead.
 
@@ -295,13 +352,14 @@ async def object_chunks(
         requests: What makes them; None: each is made as it is.
         start: Where to begin.
         needed: How many bytes the object must have at least.
-        size: The size of a range.
+        size: The size of a range, at most.
+        pace: How far ahead it is read; None: always a range, and all of them of that size.
 
     Raises:
         BrokenDataError: It is another version than it was, or an answer was cut short.
         Exception: obstore's own, for instance `FileNotFoundError`; without the secrets of its URL.
     """
-    file = _OpenObject(store, key, version, start, needed, size, requests)
+    file = _OpenObject(store, key, version, start, needed, size, pace, requests)
     try:
         while len(data := await file.read()):
             yield data

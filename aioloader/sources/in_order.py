@@ -1,5 +1,6 @@
 """Reads the parts of a source, such as files or spans of rows, one after the other while the next ones are open."""
 
+from asyncio import Event
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
@@ -25,7 +26,8 @@ class InOrder(Lane, Generic[P]):
     Args:
         context: The source's.
         parts: Closed with the reader.
-        read_part: Gives lists of the entries of a part, made in the given thread.
+        read_part: Gives lists of the entries of a part, made in the given thread. The event is set when its turn has
+            come: all of the part before it has been read, though not taken.
         open_ahead: How many parts after the current one are open.
         lists_ahead: How many lists may be ready, per open part.
         quota_of: How many entries of a part may be ready instead.
@@ -40,7 +42,7 @@ class InOrder(Lane, Generic[P]):
         self,
         context: SourceContext,
         parts: AsyncGenerator[P],
-        read_part: Callable[[P, SourceThreads], AsyncGenerator[list[Entry]]],
+        read_part: Callable[[P, SourceThreads, Event], AsyncGenerator[list[Entry]]],
         *,
         open_ahead: int,
         lists_ahead: int,
@@ -55,6 +57,8 @@ class InOrder(Lane, Generic[P]):
         self._threads = cycle([context.threads(1) for _ in range(self._most_open)])
         self._open: deque[tuple[P, Ahead]] = deque()
         self._has_more_parts = True
+        self._turn = Event()  # of the next part
+        self._turn.set()
 
     def take(self) -> Entry | None:
         if not self._open:
@@ -85,8 +89,9 @@ class InOrder(Lane, Generic[P]):
             return
         thread = next(self._threads)
         quota = None if self._quota_of is None else self._quota_of(part)
-        make = partial(self._read_part, part, thread)
-        reader = Ahead(self._context, make, lists=self._lists_ahead, quota=quota)
+        make = partial(self._read_part, part, thread, self._turn)
+        self._turn = Event()
+        reader = Ahead(self._context, make, lists=self._lists_ahead, quota=quota, made_all=self._turn.set)
         self._open.append((part, reader))
 
     async def aclose(self) -> None:

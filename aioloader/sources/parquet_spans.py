@@ -29,8 +29,14 @@ class Span:
     start: int
 
 
-def spans_of(footer: Footer, start: int) -> list[Span]:
-    """The rows of a file from number `start` on, in spans of one large row group, or of several small ones."""
+def spans_of(footer: Footer, start: int, least: int) -> list[Span]:
+    """The rows of a file from number `start` on, in spans of one large row group, or of several small ones.
+
+    Args:
+        footer: Of the file.
+        start: The first row.
+        least: Row groups of fewer bytes are read several at a time.
+    """
     spans = []
     starts = footer.starts
     first, last, size = None, 0, 0
@@ -40,7 +46,7 @@ def spans_of(footer: Footer, start: int) -> list[Span]:
         first = group if first is None else first
         size += footer.sizes[group]
         last = group
-        if size >= SPAN_BYTES:
+        if size >= least:
             spans.append(Span(footer, first, last, max(start, starts[first])))
             first, size = None, 0
     if first is not None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, file_chunks, object_chunks
+from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, Pace, file_chunks, object_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
 from aioloader.sources.read_ahead import Quota, failed
@@ -133,8 +133,8 @@ def stored_chunks(
     parser: Parser,
     thread: SourceThreads,
     requests: Requests | None,
+    pace: Pace,
     *,
-    lanes: int = 1,
     follow: bool = False,
 ) -> AsyncGenerator[Any]:
     """The bytes of a file that `parser` has to be fed, in reads that are smaller where several files are read at once.
@@ -145,17 +145,17 @@ def stored_chunks(
         parser: Says where to begin.
         thread: Reads a local file.
         requests: Make those for an object; None: each is made as it is.
-        lanes: How many files are read side by side.
+        pace: How far ahead of their consumer objects are read.
         follow: See `file_chunks`.
     """
     place: dict[str, int] = {"start": parser.start, "needed": parser.needed}
     local = file.store is None
-    if lanes > 1:
+    if (lanes := pace.lanes) > 1:
         most, least = (READ_BYTES, LEAST_READ_BYTES) if local else (RANGE_BYTES, LEAST_RANGE_BYTES)
         place["size"] = max(most // lanes, least)
     if local:
         return file_chunks(file.key, thread, follow=follow, **place)
-    return object_chunks(file.store, file.key, version, requests, **place)
+    return object_chunks(file.store, file.key, version, requests, pace=pace, **place)
 
 
 async def parsed(

@@ -57,6 +57,7 @@ class Ahead(Lane):
         make: Yields lists of entries. What it raises is raised by `read`, after the entries before it.
         lists: How many lists may be ready; the generator is not resumed while there are that many.
         quota: How many entries may be ready, instead of `lists`.
+        made_all: Called when the generator has ended, and its last entries may not be taken yet.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Ahead(Lane):
         *,
         lists: int = 1,
         quota: Quota | None = None,
+        made_all: Callable[[], object] | None = None,
     ) -> None:
         self._make = make
+        self._made_all = made_all
         self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists if quota is None else 0)  # None: the end
         self._quota = quota
         self._waiting = 0  # entries in these lists
@@ -92,6 +95,8 @@ class Ahead(Lane):
                     await self._has_room()
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which cancels this task
             self._error = error
+        if self._made_all is not None:
+            self._made_all()
         await self._lists.put(None)
 
     async def _has_room(self) -> None:

@@ -1,6 +1,7 @@
 """`TarShards`: samples in tar archives, in the layout of WebDataset."""
 
 import re
+from asyncio import Event
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +14,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
+from aioloader.sources.chunks import Pace
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.file_source import FileSource
@@ -189,10 +191,13 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
         requests = self._requests.begin(context)
 
         def open_lane(at: int, start: _Start) -> InOrder[_Samples]:
+            def read(samples: _Samples, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
+                return samples.read(thread, Pace(order.lanes, len(order.numbers), turn))
+
             return InOrder(
                 context,
                 self._parsers(order, at, start, requests),
-                _Samples.read,
+                read,
                 open_ahead=self._open_ahead,
                 lists_ahead=LISTS_AHEAD,
                 quota_of=self._quota,
@@ -253,9 +258,9 @@ class _Samples(Parser):
         self._member: Member | None = None  # the current one, whose content is still coming
         self._extension = ""  # that of the current member
 
-    def read(self, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+    def read(self, thread: SourceThreads, pace: Pace) -> AsyncGenerator[list[Entry]]:
         """The entries of the archive, read in `thread`."""
-        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, lanes=self._lanes)
+        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, pace)
         return parsed(chunks, self, thread, after=(self._index + self._lanes, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:
