@@ -473,7 +473,7 @@ def test_two_iterators_that_ask_at_the_same_time_are_told(face: Face) -> None:
 
 @on_both_faces
 def test_iterators_in_another_order_on_another_rank_are_told(face: Face) -> None:
-    """Two loaders, whose questions are of the same epochs and steps. The next epoch hears of it, too, but none after it."""
+    """Two loaders that ask for the same epochs and steps. The next epoch hears of it, too, but none after that."""
 
     def build(rank: int) -> Pipeline:
         return Pipeline(range(40)).shard(rank, 2, even="keep").batch(2, collate_fn=list)

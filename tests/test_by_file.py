@@ -1,6 +1,5 @@
 """`shard(by="file")`: a rank reads its own files alone, from this machine and from stores."""
 
-import asyncio
 import io
 import json
 import re
@@ -154,9 +153,12 @@ def test_of_a_file_that_is_open_ahead_the_first_range_is_asked_for(
     [(4, 7, 2, 256), (100, 100, 1, 8192), (4, 64, 2, 1638), (1, 1, 1, 256)],
 )
 def test_ranges_are_short_where_a_reader_reads_little(files: int, megabytes: int, lanes: int, kilobytes: int) -> None:
-    pace = Pace(lanes, files, asyncio.Event())
+    pace = Pace(lanes, files)
     assert pace.range_bytes(RANGE_BYTES, None) == FIRST_RANGE_BYTES
     assert pace.range_bytes(RANGE_BYTES, megabytes << 20) >> 10 == kilobytes
+    for _ in range(9):  # it waits nevertheless
+        pace.starved()
+    assert pace.range_bytes(RANGE_BYTES, None) == pace.range_bytes(RANGE_BYTES, megabytes << 20) == RANGE_BYTES
 
 
 def test_small_row_groups_are_read_together_only_where_there_are_many(tmp_path: Path, http_server: HttpServer) -> None:

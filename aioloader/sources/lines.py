@@ -171,14 +171,16 @@ class Lines(FileSource[_Start, T_co]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder[_Part]]:
         requests = self._requests.begin(context)
+        pace = Pace(order.lanes, len(order.numbers))
 
         def read(part: _Part, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
-            return self._read_file(part, thread, Pace(order.lanes, len(order.numbers), turn), requests)
+            return self._read_file(part, thread, pace, turn, requests)
 
         def open_lane(at: int, start: _Start) -> InOrder[_Part]:
             # One that is followed is opened when those before it have been read.
             ahead = 0 if self.follow else 1
-            return InOrder(context, self._parts(order, at, start), read, open_ahead=ahead, lists_ahead=1)
+            parts = self._parts(order, at, start)
+            return InOrder(context, parts, read, open_ahead=ahead, lists_ahead=1, starved=pace.starved)
 
         return open_lane
 
@@ -189,14 +191,14 @@ class Lines(FileSource[_Start, T_co]):
             start = _BEGINNING
 
     def _read_file(
-        self, part: _Part, thread: SourceThreads, pace: Pace, requests: Requests | None
+        self, part: _Part, thread: SourceThreads, pace: Pace, turn: Event, requests: Requests | None
     ) -> AsyncGenerator[list[Entry]]:
         position, number, (start, known) = part
         file = self._files[number]
         version = Version(file.store, file.key, known)
         parser = self._parser(number, start, position, version)
         following = self.follow and number == len(self._files) - 1
-        chunks = stored_chunks(file, version, parser, thread, requests, pace, follow=following)
+        chunks = stored_chunks(file, version, parser, thread, requests, pace, turn, follow=following)
         return parsed(chunks, parser, thread, after=(position + pace.lanes, *_BEGINNING[0]))
 
     def _parser(

@@ -4,6 +4,7 @@ from asyncio import Event
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from aioloader.core.entry import Entry
@@ -55,6 +56,7 @@ class ParquetLane(Ahead):
         footer_of: Reads and checks the footer of the file at a position.
         files: All of the source.
         requests: Make those for objects.
+        pace: How far ahead objects are read.
         batch_rows: Entries are pieces of rows for batches of so many; None: rows.
     """
 
@@ -67,6 +69,7 @@ class ParquetLane(Ahead):
         footer_of: Callable[[int], Coroutine[Any, Any, Footer]],
         files: tuple[StoredFile, ...],
         requests: Requests,
+        pace: Pace,
         batch_rows: int | None,
     ) -> None:
         self._order = order
@@ -74,7 +77,7 @@ class ParquetLane(Ahead):
         self._files = files
         self._requests = requests
         self._batch_rows = batch_rows
-        self._pace = Pace(order.lanes, len(order.numbers), Event())
+        self._pace = pace
         self._first_open = 0  # files before this position have ended, some of them with an error
         several = order.lanes > 1
         self._cuts = batch_rows if several else None
@@ -84,6 +87,7 @@ class ParquetLane(Ahead):
             self._read_span,
             open_ahead=1 if several else SPANS_AHEAD,
             lists_ahead=PIECES_AHEAD,
+            starved=pace.starved,
         )
 
         super().__init__(context, self._entries, lists=1 if several else 2)
@@ -115,7 +119,7 @@ class ParquetLane(Ahead):
             except Exception as error:
                 yield at, failed(error, (at + self._order.lanes, 0, 0), self._files[number].name)
             else:
-                for span in spans_of(footer, row, self._span_bytes(footer)):
+                for span in spans_of(footer, row, partial(self._span_bytes, footer)):
                     if at < self._first_open:
                         break
                     yield at, span

@@ -1,6 +1,7 @@
 """From the bytes of a file to entries: what runs in a thread, and the task that feeds it."""
 
 from abc import ABC, abstractmethod
+from asyncio import Event
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from time import perf_counter
@@ -134,6 +135,7 @@ def stored_chunks(
     thread: SourceThreads,
     requests: Requests | None,
     pace: Pace,
+    turn: Event,
     *,
     follow: bool = False,
 ) -> AsyncGenerator[Any]:
@@ -145,7 +147,8 @@ def stored_chunks(
         parser: Says where to begin.
         thread: Reads a local file.
         requests: Make those for an object; None: each is made as it is.
-        pace: How far ahead of their consumer objects are read.
+        pace: How far ahead of its consumer an object is read.
+        turn: Of an object: see `object_chunks`.
         follow: See `file_chunks`.
     """
     place: dict[str, int] = {"start": parser.start, "needed": parser.needed}
@@ -155,7 +158,7 @@ def stored_chunks(
         place["size"] = max(most // lanes, least)
     if local:
         return file_chunks(file.key, thread, follow=follow, **place)
-    return object_chunks(file.store, file.key, version, requests, pace=pace, **place)
+    return object_chunks(file.store, file.key, version, requests, pace=pace, turn=turn, **place)
 
 
 async def parsed(

@@ -189,10 +189,11 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder["_Samples"]]:
         requests = self._requests.begin(context)
+        pace = Pace(order.lanes, len(order.numbers))
 
         def open_lane(at: int, start: _Start) -> InOrder[_Samples]:
             def read(samples: _Samples, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
-                return samples.read(thread, Pace(order.lanes, len(order.numbers), turn))
+                return samples.read(thread, pace, turn)
 
             return InOrder(
                 context,
@@ -201,6 +202,7 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
                 open_ahead=self._open_ahead,
                 lists_ahead=LISTS_AHEAD,
                 quota_of=self._quota,
+                starved=pace.starved,
             )
 
         return open_lane
@@ -258,9 +260,9 @@ class _Samples(Parser):
         self._member: Member | None = None  # the current one, whose content is still coming
         self._extension = ""  # that of the current member
 
-    def read(self, thread: SourceThreads, pace: Pace) -> AsyncGenerator[list[Entry]]:
+    def read(self, thread: SourceThreads, pace: Pace, turn: Event) -> AsyncGenerator[list[Entry]]:
         """The entries of the archive, read in `thread`."""
-        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, pace)
+        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, pace, turn)
         return parsed(chunks, self, thread, after=(self._index + self._lanes, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:
