@@ -3,9 +3,9 @@
 How many bytes all ranks read together, of the bytes that there are: tar, lines and Parquet, 16 files of one length,
 where samples and where files are dealt. From files that is by the counters of the process (`/proc/self/io`), from a
 server that speaks S3 by what it was asked for; there each rank is stopped in the middle, too, and goes on in a new
-loader: what it had read ahead is asked for again, of Parquet whole row groups, of which there are eight in a file. How many of 8 archives the first 300 of 1,600 samples come from. And how long the first batch takes after a
-resume at 90 % of an archive, beside torchdata's `StatefulDataLoader` over webdataset, which reads again what is before
-it.
+loader: what it had read ahead is asked for again, of Parquet whole row groups, of which there are eight in a file. How
+many of 8 archives the first 300 of 1,600 samples come from. And how long the first batch takes after a resume at 90 %
+of an archive, beside torchdata's `StatefulDataLoader` over webdataset, which reads again what is before it.
 """
 
 import io
