@@ -3,6 +3,12 @@
 Batches of 38 MB, made of samples that take some work. Measured are the calls that make them, the proportional memory
 (PSS) that the loaders have added to all processes while each holds a batch and the next ones are made ahead, and how
 long `next()` takes when a batch is ready. One rank alone is the limit.
+
+What is compared: the sum of what the loaders of all ranks add, with what the loader of one rank alone adds. What is
+there without a loader, Python and torch, is in neither: each process has imported it and read two batches before, and
+all have come that far before the first of them is measured, since pages of libraries count for less the more map them.
+On both sides there are four batches (one in use, two ahead, one free), and samples that wait to be collated, whose
+number depends on time: so each is measured several times.
 """
 
 import gc
@@ -56,6 +62,7 @@ def work(rank: int, ranks: int, batches: int, side: int, *, shared: bool, job: s
         pass
     calls[0] = 0
     gc.collect()
+    barrier.wait()
     before = pss_mib()
     barrier.wait()
     seconds: list[float] = []
@@ -104,10 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ranks = pick(options, full=RANKS, quick=RANKS, smallest=2)
     report = Report("share", options)
     rows = {}
+    rounds = pick(options, full=3, quick=1, smallest=1)
     for name, count, sharing in ((ALONE, 1, False), (EACH, ranks, False), (SHARED, ranks, True)):
-        calls, mib, micros = measured(count, batches, side, shared=sharing)
+        found = [measured(count, batches, side, shared=sharing) for _ in range(rounds)]
+        calls, mib, micros = map(statistics.median, zip(*found, strict=True))
         rows[name] = {"calls per sample": calls, "MiB of all": mib, "next(), µs": micros}
-    report.table(f"{batches} batches of {BATCH} x 3 x {side} x {side}", rows)
+    report.table(f"medians of {rounds}: {batches} batches of {BATCH} x 3 x {side} x {side}", rows)
     shared, alone, each = rows[SHARED], rows[ALONE], rows[EACH]
     calls = shared["calls per sample"]
     report.judge(Target(SHARED, "time", ALONE, 1.0), calls, "{value} calls per sample; at most {reach}")

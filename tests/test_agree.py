@@ -431,6 +431,77 @@ def test_several_iterators_ask_in_turn(face: Face) -> None:
     assert group.asked[0] == group.asked[1]
 
 
+@on_both_faces
+def test_two_iterators_that_ask_at_the_same_time_are_told(face: Face) -> None:
+    """From two tasks, or two threads. The second one asks nothing, and may come later."""
+    loaders, group = agreeing(lambda rank: Pipeline(range(8)).shard(rank, 2, even="keep").batch(2, collate_fn=list), 2)
+
+    async def by_async_for() -> tuple[list[Outcome], Outcome]:
+        one, other = aiter(loaders[0]), aiter(loaders[0])
+        asked = asyncio.ensure_future(anext(one))
+        await until(lambda: group.asked[0] == 1)
+        with pytest.raises(RankError, match="another iterator of this process is asking the same group"):
+            await anext(other)
+        assert group.asked == [1, 0]
+        there = Started(partial(outcomes, loaders[1], face))
+        seen = [await asked, *[batch async for batch in one]]
+        await asyncio.to_thread(there.outcome)
+        there = Started(partial(outcomes, loaders[1], face, most=1))
+        later = await anext(other)
+        await asyncio.to_thread(there.outcome)
+        return seen, later
+
+    def by_for() -> tuple[list[Outcome], Outcome]:
+        one, other = iter(loaders[0]), iter(loaders[0])
+        asked = Started(partial(next, one))
+        wait_until(lambda: group.asked[0] == 1)
+        with pytest.raises(RankError, match="another iterator of this process is asking the same group"):
+            next(other)
+        assert group.asked == [1, 0]
+        there = Started(partial(outcomes, loaders[1], face))
+        seen = [asked.outcome(), *one]
+        there.outcome()
+        there = Started(partial(outcomes, loaders[1], face, most=1))
+        later = next(other)
+        there.outcome()
+        return seen, later
+
+    seen, later = by_for() if face == "for" else asyncio.run(by_async_for())
+    assert seen == [[0, 2], [4, 6]]
+    assert later == [0, 2]
+
+
+@on_both_faces
+def test_iterators_in_another_order_on_another_rank_are_told(face: Face) -> None:
+    """Two loaders that ask for the same epochs and steps. The next epoch hears of it, too, but none after that."""
+
+    def build(rank: int) -> Pipeline:
+        return Pipeline(range(40)).shard(rank, 2, even="keep").batch(2, collate_fn=list)
+
+    loaders, group = agreeing(build, 2)
+    others = [build(rank) for rank in range(2)]
+    for loader, other in zip(loaders, others, strict=True):
+        object.__setattr__(other._plan.stages[0], "member", loader._plan.stages[0].member)  # type: ignore[attr-defined]
+
+    def program(rank: int) -> str:
+        with Steps(loaders[rank], face) as one, Steps(others[rank], face) as other:
+            for steps in (one, other):
+                steps.next()
+            first, second = (one, other) if rank == 0 else (other, one)
+            with pytest.raises(RankError) as caught:  # noqa: PT012 - whichever hears of it first
+                for steps in (first, second) * 3:
+                    steps.next()
+        (again,) = outcomes(loaders[rank], face)
+        assert "in the same order" in str(again)
+        assert len(outcomes(loaders[rank], face)) == 10
+        return str(caught.value)
+
+    for rank, said in enumerate(together([partial(program, rank) for rank in range(2)])):
+        assert "in the same order" in said
+        assert f"iterator {rank + 1} of its group, and others for iterators 1 to 2" in said
+    assert group.asked[0] == group.asked[1]
+
+
 def test_the_process_ends_after_answers_that_torch_is_about_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its thread must not come into an interpreter that is torn down. But nobody waits for ever."""
     monkeypatch.setattr(agreement, "_heard", WeakSet())

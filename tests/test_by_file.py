@@ -13,9 +13,10 @@ import pytest
 
 from aioloader import Pipeline, ReadAllWarning, StateError, UnevenWarning
 from aioloader.sources import Lines, ParquetRows
+from aioloader.sources.chunks import FIRST_RANGE_BYTES, RANGE_BYTES, Pace
 from aioloader.testing import assert_resumes_exactly
 from tests._servers import HttpServer
-from tests._support import Face, Steps, collect, on_both_faces
+from tests._support import Face, Steps, collect, on_both_faces, wait_until
 from tests.test_file_order import FORMATS, Format, in_every_format, names_of
 
 FILES: Final = 8
@@ -123,6 +124,54 @@ def test_a_resume_reads_what_is_to_come(http_server: HttpServer, kind: Format) -
     assert max(asked["b"], asked["d"]) < 0.65
     assert asked["f"] == asked["h"] == 1
     del first, second, store
+
+
+@pytest.mark.parametrize("kind", FORMATS[:2], ids=repr)
+@on_both_faces
+def test_of_a_file_that_is_open_ahead_the_first_range_is_asked_for(
+    http_server: HttpServer, kind: Format, face: Face
+) -> None:
+    """The rest when its turn comes: a resume would ask for it again."""
+    files = served(kind, http_server, padding=150_000)
+    assert all(len(content) > 10 * FIRST_RANGE_BYTES for content in files.values())
+    source = kind.source(list(files), store=http_server.store(), interleave=2)
+    ahead = {f"c.{kind.suffix}", f"d.{kind.suffix}"}
+    with Steps(Pipeline(source).prefetch(0), face) as steps:
+        steps.next()
+        wait_until(lambda: ahead <= {path for _, path, _ in http_server.requests})
+        asked = bytes_asked_for(http_server)
+        assert {path: asked[path] for path in ahead} == dict.fromkeys(ahead, FIRST_RANGE_BYTES)
+        assert len(steps.rest()) == FILES * PER_FILE - 1
+    later = bytes_asked_for(http_server)
+    assert {path: asked.get(path, 0) + later.get(path, 0) for path in files} == {
+        path: len(content) for path, content in files.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("files", "megabytes", "lanes", "kilobytes"),
+    [(4, 7, 2, 256), (100, 100, 1, 8192), (4, 64, 2, 1638), (1, 1, 1, 256)],
+)
+def test_ranges_are_short_where_a_reader_reads_little(files: int, megabytes: int, lanes: int, kilobytes: int) -> None:
+    pace = Pace(lanes, files)
+    assert pace.range_bytes(RANGE_BYTES, None) == FIRST_RANGE_BYTES
+    assert pace.range_bytes(RANGE_BYTES, megabytes << 20) >> 10 == kilobytes
+    for _ in range(9):  # it waits nevertheless
+        pace.starved()
+    assert pace.range_bytes(RANGE_BYTES, None) == pace.range_bytes(RANGE_BYTES, megabytes << 20) == RANGE_BYTES
+
+
+def test_small_row_groups_are_read_together_only_where_there_are_many(tmp_path: Path, http_server: HttpServer) -> None:
+    """Of objects; those that are read ahead are asked for again by a resume."""
+    rows = [{"text": "x" * 1000 + str(number)} for number in range(4000)]
+    for group in range(2):
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{group}.parquet", 100, compression="none")
+    http_server.files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    source = ParquetRows(sorted(http_server.files), store=http_server.store())
+    assert len(list(Pipeline(source))) == 8000
+    spans = [int(last) - int(first) for first, last in re.findall(r"bytes=(\d+)-(\d+)", str(http_server.requests))]
+    assert max(spans) < 2 * FIRST_RANGE_BYTES
+    assert len(spans) > 2 * 10
 
 
 def shares_asked_for(server: HttpServer) -> dict[str, float]:

@@ -390,7 +390,7 @@ def test_what_asks_for_samples_again_gets_them(folder: Path, server: HttpServer,
 @pytest.fixture
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> int:
     """As if the archives were large: ranges of 16 KiB without an index, and about the same with one."""
-    defaults = {"start": 0, "needed": 0, "size": 16 << 10}
+    defaults = {"start": 0, "needed": 0, "size": 16 << 10, "pace": None, "turn": None}
     monkeypatch.setattr("aioloader.sources.chunks.object_chunks.__kwdefaults__", defaults)
     monkeypatch.setattr("aioloader.sources.joined.JOINED_BYTES", 16 << 10)
     monkeypatch.setattr("aioloader.sources.tar_ranges.JOINED_BYTES", 16 << 10)

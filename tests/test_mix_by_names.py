@@ -126,6 +126,35 @@ def test_what_was_set_holds_in_later_epochs_and_before_the_first(face: Face) -> 
 
 
 @on_both_faces
+def test_a_state_does_not_grow_with_the_changes(face: Face) -> None:
+    """It has the weights that hold where it goes on, and those of draws that were made ahead of that."""
+
+    def make() -> Pipeline:
+        return batched(named({"web": 1, "code": 1}, 2000).shuffle(buffer_size=8))
+
+    loader = make()
+    states, found = [], []
+    with Steps(loader, face) as steps:
+        for step in range(300):
+            loader.set_weights({"web": 1 + step % 7, "code": 1 + step % 5})
+            found.append(steps.next())
+            states.append(loader.state_dict())
+        found += steps.rest()
+    changes = [len(json.loads(state["cursor"]["json"])["random"]["weights"][""]) for state in states]
+    assert max(changes) < 30
+    assert [loader.replay(step) for step in (0, 150, 299)] == [found[step] for step in (0, 150, 299)]
+    rests = []
+    for earlier in ([], [[[], 0, [1.0, 1.0]], [[], 1, [0.0, 1.0]]]):  # as states had them once
+        varying = json.loads(states[-1]["cursor"]["json"])
+        varying["random"]["weights"][""][:0] = earlier
+        again = make()
+        again.load_state_dict({**states[-1], "cursor": {"json": json.dumps(varying)}})
+        assert again.state_dict() == states[-1]
+        rests.append(collect(again, face))
+    assert rests == [found[300:]] * 2
+
+
+@on_both_faces
 @pytest.mark.parametrize("seed", range(6))
 def test_a_resume_goes_on_with_what_was_set(face: Face, seed: int) -> None:
     """At random places, with changes that were made, and that are to come."""

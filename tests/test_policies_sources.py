@@ -63,7 +63,7 @@ TAR, PARQUET = archive(), table()
 @pytest.fixture(autouse=True)
 def many_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """For little data."""
-    defaults = {"start": 0, "needed": 0, "size": 4096}
+    defaults = {"start": 0, "needed": 0, "size": 4096, "pace": None, "turn": None}
     monkeypatch.setattr("aioloader.sources.chunks.object_chunks.__kwdefaults__", defaults)
     monkeypatch.setattr("aioloader.sources.parquet_spans.SPAN_BYTES", 1)
 

@@ -599,6 +599,38 @@ def test_ranks_come_from_wherever_they_are_said(
         assert state["world_size"] == world_size
 
 
+@on_both_faces
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_state_is_of_the_ranks_that_there_were_when_their_group_is_destroyed(
+    face: Face, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A last state is often taken after the end of the training loop; and the environment may know nothing of ranks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    dist.init_process_group("fake", rank=3, world_size=8, store=FakeStore())
+    try:
+        odd = dist.new_group([1, 3, 5])
+        mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("data", "tensor"))
+        loaders = [
+            Pipeline(range(480)).shard(group=odd).batch(2),
+            Pipeline(range(480)).shard().batch(2),
+            Pipeline(range(480)).shard(mesh=mesh["data"]).batch(2),
+        ]
+        states = []
+        for loader in loaders:
+            collect(loader, face, limit=3)
+            states.append(loader.state_dict())
+        dist.destroy_process_group(None if whole else odd)
+        assert [loader.state_dict() for loader in loaders] == states
+        worlds = [json.loads(state["cursor"]["json"])["ranks"]["world_size"] for state in states]
+        assert worlds == [3, 8, 2]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def test_a_group_or_mesh_without_this_process_is_refused(rank_3_of_8: DeviceMesh) -> None:
     """Where it is passed, and not with another rank's samples."""
     with pytest.raises(ValueError, match="group must be one that this process is in"):

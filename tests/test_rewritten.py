@@ -210,7 +210,7 @@ def test_a_whole_file_that_is_written_anew_while_it_is_read(
 
 @pytest.fixture
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    defaults = {"start": 0, "needed": 0, "size": 4096}
+    defaults = {"start": 0, "needed": 0, "size": 4096, "pace": None, "turn": None}
     monkeypatch.setattr("aioloader.sources.chunks.object_chunks.__kwdefaults__", defaults)
 
 

@@ -8,18 +8,20 @@ import itertools
 import json
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from aioloader import Pipeline, WorkerDiedError
+from aioloader import LoaderClosedError, Pipeline, WorkerDiedError
 from aioloader.core.entry import Entry
 from aioloader.engine import meeting
 from aioloader.engine.fuse import exactly
@@ -29,7 +31,8 @@ from aioloader.engine.run import Run
 from aioloader.engine.share_nodes import LendingNode, ShareTerms, _Guest
 from aioloader.engine.window import Window
 from aioloader.executors.processes.lending import MOST_FREE, Borrower, Lender
-from aioloader.stages.share import BATCHES_AHEAD, Share
+from aioloader.executors.processes.wire import Connection
+from aioloader.stages.share import Share
 from tests._support import DEADLINE, Face, Started, Steps, collect, notes, on_both_faces, turns, until, wait_until
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="share needs Linux")
@@ -256,28 +259,47 @@ def test_nobody_runs_ahead_of_the_slowest(face: Face) -> None:
 
     reading = Started(lambda: [first(batch) for batch in collect(loaders[0], face)])
     waiting = Started(guest)
-    wait_until(lambda: loaders[0].stats().batches >= 3 + BATCHES_AHEAD)
+    wait_until(lambda: loaders[0].stats().batches >= 4)
     for _ in range(20):  # it has all the time that it could use
         asyncio.run_coroutine_threadsafe(turns(), loops[0]).result(DEADLINE)
-    assert loaders[0].stats().batches <= 3 + BATCHES_AHEAD + 1, "the guest may hold one more at hand"
+    assert loaders[0].stats().batches == 4, "the guest has one more at hand"
     more.set()
     assert reading.outcome() == waiting.outcome() == [[n] for n in range(40)]
 
 
-def test_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    lenders: list[Lender] = []
+@pytest.fixture
+def lenders(monkeypatch: pytest.MonkeyPatch) -> list[Lender]:
+    """Those of all hosts."""
+    found: list[Lender] = []
     made = LendingNode.__init__
 
     def init(node: LendingNode, upstream: Node, terms: ShareTerms, lender: Lender) -> None:
         made(node, upstream, terms, lender)
-        lenders.append(lender)
+        found.append(lender)
 
     monkeypatch.setattr(LendingNode, "__init__", init)
+    return found
+
+
+@on_both_faces
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+def test_all_together_hold_no_more_batches_than_one_that_reads_for_itself(
+    face: Face, prefetch: int, lenders: list[Lender]
+) -> None:
+    """The one in use, those made ahead, and the one that is made while the one before is given up."""
     calls = Calls()
-    loaders = shared(lambda rank: Pipeline(range(200)).map(calls.rows(rank)).batch(2), 3)
-    together(loaders, lambda loader: [first(batch) for batch in loader])
+    loaders = shared(lambda rank: Pipeline(range(200)).map(calls.rows(rank)).batch(2).prefetch(prefetch), 3)
+
+    def hold_each(loader: Pipeline) -> list[list[int]]:
+        seen, batch = [], None
+        with Steps(loader, face) as steps:
+            while (batch := next_of(steps)) is not None:
+                seen.append(first(batch))
+        return seen
+
+    assert together(loaders, hold_each) == [[[n, n + 1] for n in range(0, 200, 2)]] * 3
     (lender,) = lenders
-    assert 0 < lender.made <= 10
+    assert 0 < lender.made <= max(2, prefetch) + 2
 
 
 def test_what_is_collated_is_not_copied_again() -> None:
@@ -369,6 +391,7 @@ def test_what_a_guest_had_is_free_when_it_is_gone() -> None:
     loan.close()
     guest.borrowed.update(loan.numbers)
     node._guests.append(guest)
+    guest.left = True
     node._gone(guest)
     assert lender.lend(torch.zeros(WIDE), 1).numbers == loan.numbers
     lender.close()
@@ -456,7 +479,7 @@ def test_when_the_host_ends_the_others_are_told(face: Face) -> None:
     _, found = together(loaders, program)
     *batches, error = found
     assert [first(batch) for batch in batches] == [[n] for n in range(len(batches))]
-    assert 3 <= len(batches) <= 3 + 2 * BATCHES_AHEAD + 1
+    assert 3 <= len(batches) <= 4
     assert isinstance(error, WorkerDiedError)
     assert "rank 0" in str(error)
     assert "has ended its iterator" in str(error)
@@ -500,6 +523,79 @@ def test_ranks_that_read_something_else_are_refused(face: Face) -> None:
         assert "all ranks must read the same" in str(error)
         assert "shard(0, 2)" in str(error)
         assert "shard(1, 2)" in str(error)
+
+
+class LostGuest:
+    """A process that comes, says who it is, and is gone without another word."""
+
+    def __init__(self, loader: Pipeline, rank: int, what: str) -> None:
+        stage = loader._plan.stages[-1]
+        assert isinstance(stage, Share)
+        self._meeting = (*meeting.job_name(), stage.number, tuple(stage.group), 0)
+        self._hello = ("hello", rank, what)
+
+    def come_and_die(self) -> None:
+        found: list[socket.socket] = []
+
+        def came() -> bool:
+            found.extend([] if (sock := meeting.try_door(self._meeting)) is None else [sock])
+            return bool(found)
+
+        wait_until(came)
+        connection = Connection(found[0])
+        connection.send(self._hello)
+        connection.close()
+
+
+@on_both_faces
+def test_a_guest_that_dies_before_all_have_come_is_told_at_once(face: Face) -> None:
+    """To the host, and to those that wait with it; not when the time is up."""
+    loaders = shared(lambda _: Pipeline(range(6)).batch(2), 4, timeout=1e6)
+    waiting = [Started(partial(outcomes(face), loader)) for loader in loaders[:2]]
+    LostGuest(loaders[0], 2, "batch(2), from the beginning on").come_and_die()
+    for one in waiting:
+        (error,) = one.outcome()
+        assert isinstance(error, WorkerDiedError)
+        assert re.search(r"rank 2 \(pid \d+\), for which rank 0 would have read, has died before all", str(error))
+
+
+@on_both_faces
+def test_what_the_host_refuses_is_told_to_all_that_wait(face: Face) -> None:
+    loaders = shared(lambda rank: Pipeline(range(6)).batch(2 if rank < 2 else 3), 4, timeout=1e6)
+    for (error,) in together(loaders[:3], outcomes(face)):
+        assert isinstance(error, ValueError)
+        assert "all ranks must read the same" in str(error)
+
+
+@on_both_faces
+def test_a_guest_that_gives_up_before_all_have_come_may_come_again(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    came: list[int] = []
+    welcome = LendingNode._welcome
+
+    def welcomed(node: LendingNode) -> None:
+        came.extend(guest.rank for guest in node._guests if guest.rank is not None)
+        welcome(node)
+
+    monkeypatch.setattr(LendingNode, "_welcome", welcomed)
+    loaders = shared(lambda _: Pipeline(range(6)).batch(2, collate_fn=list), 3)
+    host = Started(lambda: collect(loaders[0], face))
+    with Steps(loaders[1], "for") as steps:
+        asked = steps.ask()
+        wait_until(lambda: came == [1])
+        loaders[1].close()
+        with pytest.raises(LoaderClosedError):
+            asked()
+    others = [Started(partial(collect, loader, face)) for loader in shared_again(loaders)]
+    assert [one.outcome() for one in (host, *others)] == [[[0, 1], [2, 3], [4, 5]]] * 3
+
+
+def shared_again(loaders: list[Pipeline]) -> list[Pipeline]:
+    """Those of the guests once more: a loader that was closed stays so."""
+    again = [Pipeline(range(6)).batch(2, collate_fn=list).share(range(len(loaders))) for _ in loaders[1:]]
+    for rank, (new, old) in enumerate(zip(again, loaders[1:], strict=True), 1):
+        object.__setattr__(new._plan.stages[-1], "number", old._plan.stages[-1].number)  # type: ignore[attr-defined]
+        object.__setattr__(new._plan.stages[-1], "rank", rank)
+    return again
 
 
 def test_a_state_of_another_place_is_refused() -> None:

@@ -239,7 +239,8 @@ def test_a_stored_archive_is_read_in_ranges_of_which_the_failed_are_tried_again(
     http_server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "aioloader.sources.chunks.object_chunks.__kwdefaults__", {"start": 0, "needed": 0, "size": 4096}
+        "aioloader.sources.chunks.object_chunks.__kwdefaults__",
+        {"start": 0, "needed": 0, "size": 4096, "pace": None, "turn": None},
     )
     content = archive(samples(0, 40, size=100))
     http_server.files = {"a.tar": content}

@@ -1,7 +1,8 @@
 """The weights of several sources that are mixed: given once, by a schedule, or set while the loader runs.
 
 Which source a draw takes depends on the weights at that draw and on nothing that time decides. So a change is kept with
-the number of the draw from which it holds, and a state has all of them.
+the number of the draw from which it holds. A state has those that decide draws which are made again after it: the one
+that holds where it goes on, and later ones, of draws that were made ahead. Those before are kept for `replay` alone.
 """
 
 import threading
@@ -408,6 +409,17 @@ class Mixes:
                 if address in self._set_before:
                     control.set(*self._set_before[address])
             return self._controls[address]
+
+    def needed(self) -> dict[str, Any]:
+        """The changes that decide draws from here on, once nodes have been resumed: a state without the others."""
+        with self._lock:
+            places = {address: control.place for address, control in self._controls.items()}
+        needed = {}
+        for address, changes in self._state.items():
+            place = places.get(address)
+            before = [number for number, change in enumerate(changes) if place is not None and _place(change) <= place]
+            needed[address] = changes[max(before, default=0) :]
+        return needed
 
     def settle(self) -> None:
         """Let what was set hold from the beginning of the epoch on, for mixes that have not been resumed."""

@@ -14,6 +14,9 @@ Where nobody can count the batches of a rank, since a filter or packing decides,
 - Each question says where its rank is, epoch and step, so that ranks that are at different places (another state was
   loaded, one loop has ended early) find out, and do not train on what does not belong together.
 
+- One iterator asks at a time. Two that ask a group from two tasks or threads would do so in an order that time decides,
+  on each rank for itself: the second one fails. One after the other is as good as any order of collective calls; and
+  each question says which iterator it is of, so that ranks which begin theirs in different orders find out.
 - No answer is passed over. An epoch that is left leaves a question, and its answer is looked at before the next epoch
   asks anything on that group. So all ranks look at the same answers, and if there is one that says that they are at
   different places, all of them hear it, and nobody asks a question more than the others and waits for them.
@@ -61,6 +64,9 @@ EVERY: Final = 1 << 62
 """Where a rank says nothing: more than any number that another one says."""
 
 
+NEW_GROUP: Final = "torch.distributed.new_group(backend='gloo')"
+
+
 class Question:
     """One all-reduce under way.
 
@@ -71,11 +77,22 @@ class Question:
         epoch: Where this rank is.
         step: Likewise; None: a rank that has ended is at none.
         early: It is asked while the batch before is handed out.
+        iterator: Which one of those that have asked this group.
     """
 
     def __init__(
-        self, group: "ProcessGroup", have: Have, rank: int, epoch: int, step: int | None, *, early: bool
+        self,
+        group: "ProcessGroup",
+        have: Have,
+        rank: int,
+        epoch: int,
+        step: int | None,
+        *,
+        early: bool,
+        iterator: int = 0,
     ) -> None:
+        self._group = group
+        self._iterator = iterator
         self._step = step
         self._epoch = epoch
         self._early = early
@@ -88,6 +105,8 @@ class Question:
                 -epoch,
                 EVERY if place is None else place,
                 EVERY if place is None else -place,
+                iterator,
+                -iterator,
             ],
             dtype=torch.int64,
             device="cpu",
@@ -126,13 +145,21 @@ class Question:
                 f"the ranks could not agree on {here}: one of them is gone, or has not asked for it within the "
                 f"time-out of the group"
             ) from error
-        have, rank, epoch, minus_epoch, place, minus_place = self._numbers.tolist()
+        have, rank, epoch, minus_epoch, place, minus_place, iterator, minus_iterator = self._numbers.tolist()
+        _iterators[self._group] = max(_iterators.get(self._group, 0), -minus_iterator)  # all count on from there
         if epoch != -minus_epoch or (place != EVERY and place != -minus_place):
             epochs = f"epoch {epoch}" if epoch == -minus_epoch else f"epochs {epoch} to {-minus_epoch}"
             raise RankError(
                 f"the ranks must ask for their batches in step, and this one is at {here}, others elsewhere: they are "
                 f"in {epochs}, at batches {place // 2} to {-minus_place // 2}; load states that were saved at the same "
                 f"step, and end each epoch on all ranks at the same step"
+            )
+        if iterator != -minus_iterator:
+            raise RankError(
+                f"the ranks must ask for the batches of their iterators in the same order, and at {here} this one asks "
+                f"for iterator {self._iterator} of its group, and others for iterators {iterator} to "
+                f"{-minus_iterator}; begin and advance them in the same order on all ranks, or give each loader a "
+                f"group of its own: {NEW_GROUP}"
             )
         return Have(have), rank
 
@@ -143,8 +170,14 @@ _heard: WeakSet[threading.Event] = WeakSet()
 _newest: "WeakKeyDictionary[ProcessGroup, Question]" = WeakKeyDictionary()
 """By group, the question that was asked last, as long as nobody has looked at its answer."""
 
-after_fork_in_child(_heard.clear)
-after_fork_in_child(_newest.clear)
+_iterators: "WeakKeyDictionary[ProcessGroup, int]" = WeakKeyDictionary()
+"""By group, how many iterators have asked."""
+
+_asking: "WeakKeyDictionary[ProcessGroup, Agreement]" = WeakKeyDictionary()
+"""By group, whose `next()` is running."""
+
+for _of_process in (_heard, _newest, _iterators, _asking):
+    after_fork_in_child(_of_process.clear)
 
 
 @atexit.register
@@ -166,7 +199,7 @@ end; returns what is handed out, None if all end."""
 
 
 class Agreement:
-    """What one epoch has asked, and what this rank holds meanwhile.
+    """What one epoch has asked, and what this rank holds meanwhile. A context in which `next()` runs.
 
     `step` may be left in the middle, and another one begun later: all that counts is kept here.
 
@@ -183,8 +216,26 @@ class Agreement:
         self._early: Question | None = None
         self._full: Question | None = None
         self._ended = False
+        self._number: int | None = None  # of the iterator; None: it has not asked yet
         self.held: Entry | None = None
         self.over = False
+
+    def __enter__(self) -> None:
+        """A call of `next()` begins.
+
+        Raises:
+            RankError: That of another iterator has not ended, in another task or thread.
+        """
+        if _asking.setdefault(self._group, self) is not self:
+            raise RankError(
+                f"shard(even='agree') lets ranks ask each other in the order of their next() calls, and another "
+                f"iterator of this process is asking the same group at this moment: time would decide who comes first, "
+                f"on each rank for itself; read one after the other, or give each loader a group of its own: "
+                f"{NEW_GROUP}"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        del _asking[self._group]
 
     def step(self) -> Steps:
         """Agree on the next batch.
@@ -241,7 +292,11 @@ class Agreement:
         else:
             have = Have.NOT_YET if early else Have.ENDED
         step = None if have is Have.ENDED else progress.batches
-        question = _newest[self._group] = Question(self._group, have, self._rank, progress.epoch, step, early=early)
+        if self._number is None:
+            self._number = _iterators[self._group] = _iterators.get(self._group, 0) + 1
+        question = _newest[self._group] = Question(
+            self._group, have, self._rank, progress.epoch, step, early=early, iterator=self._number
+        )
         return question
 
     def _answer(self, question: Question) -> tuple[Have, int]:
@@ -275,26 +330,30 @@ class AgreedAsyncDelivery(AsyncDelivery):
     async def next(self) -> Any:
         self._check_caller()
         async with self._turn:
-            if self._agreement.over:
-                raise StopAsyncIteration
-            asked = perf_counter()
-            try:
-                entry = await self._agreed()
-            except RankError:
-                await self._finish()
-                raise
-            self.use_ready()
-            if entry is None:
-                await self._finish()
-                self.run.consumer.waited_for_end(asked)
-                self.progress.over = True
-                raise StopAsyncIteration
-            if self.closed or self.run.given_back:  # the source has it again
-                raise self._cut_short()
-            try:
-                return super()._hand_out(entry, asked)
-            finally:
-                self._agreement.look_ahead(self.take_ready())
+            with self._agreement:
+                return await self._next()
+
+    async def _next(self) -> Any:
+        if self._agreement.over:
+            raise StopAsyncIteration
+        asked = perf_counter()
+        try:
+            entry = await self._agreed()
+        except RankError:
+            await self._finish()
+            raise
+        self.use_ready()
+        if entry is None:
+            await self._finish()
+            self.run.consumer.waited_for_end(asked)
+            self.progress.over = True
+            raise StopAsyncIteration
+        if self.closed or self.run.given_back:  # the source has it again
+            raise self._cut_short()
+        try:
+            return super()._hand_out(entry, asked)
+        finally:
+            self._agreement.look_ahead(self.take_ready())
 
     async def _agreed(self) -> Entry | None:
         steps, mine = self._agreement.step(), None
@@ -354,7 +413,7 @@ class AgreedSyncDelivery(SyncDelivery):
 
     def next(self, timeout: float | None, timeout_message: str) -> Any:
         self._check_process()
-        with self._turn:
+        with self._turn, self._agreement:
             if self._agreement.over:
                 raise StopIteration
             asked = perf_counter()

@@ -4,15 +4,24 @@
     LendingNode ◀──"hello": who, what─────  BorrowingNode; its own nodes are never started
                 ──"welcome"──────────────▶  all have come
                 ──"entries"──────────────▶  with cursors; values are in shared memory, see `Lender`
-                ◀──"took": how many, and segments that are free
+                ◀──"took": how many, segments that are free, and whether it wants a batch
                 ──"end", "closed"────────▶  there is nothing more
+                ──"failed": an error─────▶  before all had come
+                ◀──"closed"───────────────  it has ended its iterator, and may come again
 
 All get the same entries in the same order, each with its cursor, so the state of each is as if it had read by itself.
 The bound: what is under way and finished before the host's node, as without it, and `room` entries between that and
 the slowest of them. Nobody gets anything before all have come: who is not there yet need not be told later.
 
+A batch is sent when all ranks want it, that is when each has a free place for it. So no more of them are alive than in
+one process that reads for itself: the one in use, `prefetch` made ahead, and the one that takes the place of a batch
+that was just given up. (Sent ahead of that, two or three more were: 1.5 times the memory.) That takes no time from
+anybody, since each has the next batch at hand meanwhile. What a guest has given up, it tells with its next wish, so
+the memory is free before the next batch is made.
+
 The end of a process is noticed even if a child of it holds its sockets (`Peer`). A guest that is gone is not waited for
-any more; when the host is gone, the others end with an error after what it had sent.
+any more, but if it dies before all have come, all end with an error; when the host is gone, the others end with an
+error after what it had sent.
 """
 
 import json
@@ -50,7 +59,7 @@ class ShareTerms:
         what: The pipeline before it, in words: if theirs differ, that is an error.
         ranks: Of all of them; the first one is the host.
         rank: Of this one.
-        room: Entries between the host and the slowest.
+        room: Entries between the host and the slowest. 0: one at a time, when all want it.
         batches: The entries are batches, each of which travels alone.
         timeout: So many seconds may pass until all have come.
     """
@@ -91,6 +100,8 @@ class _Guest:
         peer: Its connection.
         rank: None: it has not said it yet.
         ahead: Entries that it was sent and has not taken.
+        wants: It has a place for a batch, and none has been sent for that.
+        left: It has ended its iterator.
         borrowed: Segments that it has not given back.
     """
 
@@ -98,6 +109,7 @@ class _Guest:
         self.peer: Peer
         self.rank: int | None = None
         self.ahead = 0
+        self.wants = self.left = False
         self.borrowed: set[int] = set()
 
 
@@ -123,6 +135,7 @@ class LendingNode(Node):
         self._door: Door | None = None
         self._timer: TimerHandle | None = None
         self._welcomed = self._lending = self._over = self._closed = False
+        self._wants = False  # see `_Guest`
         self._threads: Threads
 
     @property
@@ -154,7 +167,8 @@ class LendingNode(Node):
     def poll(self, limit: int) -> list[Entry]:
         ready = self._ready
         taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
-        if taken:
+        self._wants = len(taken) < limit
+        if taken or self._wants:
             self._run.soon(self._pump)
         self.ended = self._over and not ready
         return taken
@@ -178,17 +192,20 @@ class LendingNode(Node):
             case ("hello", rank, what):
                 mine = _plan_of(self._terms.what, self._cursor)
                 if what != mine:
-                    refused = (
-                        f"{self._terms.label}: all ranks must read the same, but rank {self._terms.rank} reads {mine}, "
-                        f"and rank {rank} reads {what}"
+                    self._give_up(
+                        ValueError(
+                            f"{self._terms.label}: all ranks must read the same, but rank {self._terms.rank} reads "
+                            f"{mine}, and rank {rank} reads {what}"
+                        )
                     )
-                    guest.peer.send(("refused", refused))
-                    self._run.fail(ValueError(refused))
                     return
                 guest.rank = rank
                 self._welcome()
-            case ("took", count, numbers):
+            case ("closed",):
+                guest.left = True
+            case ("took", count, numbers, wants):
                 guest.ahead -= count
+                guest.wants = guest.wants or wants
                 guest.borrowed.difference_update(numbers)
                 self._lender.less(numbers)
                 self._pump()
@@ -208,7 +225,13 @@ class LendingNode(Node):
         return [rank for rank in self._terms.ranks[1:] if rank not in there]
 
     def _late(self) -> None:
-        self._run.fail(self._terms.late("rank " + ", ".join(map(str, self._missing()))))
+        self._give_up(self._terms.late("rank " + ", ".join(map(str, self._missing()))))
+
+    def _give_up(self, error: Exception) -> None:
+        """Fail before all have come, with those that have: they need not wait for themselves to be late."""
+        for guest in self._guests:
+            guest.peer.send(("failed", error))
+        self._run.fail(error)
 
     def _stop_waiting(self) -> None:
         if self._door is not None:
@@ -219,6 +242,14 @@ class LendingNode(Node):
     def _gone(self, guest: _Guest) -> None:
         self._guests.remove(guest)
         self._lender.less(guest.borrowed)
+        if not (self._welcomed or guest.left):
+            who = "one" if guest.rank is None else f"rank {guest.rank}"
+            self._give_up(
+                WorkerDiedError(
+                    f"{self._terms.label}: {who} (pid {guest.peer.pid}), for which rank {self._terms.rank} would have "
+                    f"read, has died before all ranks had come"
+                )
+            )
         self._pump()
 
     # -- what they get -----------------------------------------------------------------------------------------------
@@ -227,13 +258,16 @@ class LendingNode(Node):
         """Lend what comes, as far as the slowest has room, one list after the other."""
         if not self._welcomed or self._lending or self._over or self._closed:
             return
-        room = self._terms.room - max([len(self._ready), *(guest.ahead for guest in self._guests)])
+        room = self._room()
         if room <= 0:
             return
+        self._lender.less(self._borrower.given_back())  # first: for the batch that is begun when one is taken
         taken = self._upstream.poll(1 if self._terms.batches else room)
         if taken:
             self._lending = True
-            self._lender.less(self._borrower.given_back())
+            self._wants = False
+            for guest in self._guests:
+                guest.wants = False
             where = f"rank {self._terms.rank} (pid {os.getpid()})"
             future = self._run.submit(self._threads, self._lend, Parcel.of(taken, where))
             future.add_done_callback(lambda future: self._run.guarded(self._lent, future))
@@ -242,6 +276,12 @@ class LendingNode(Node):
             for guest in self._guests:
                 guest.peer.send(("end",))
             self._kick()
+
+    def _room(self) -> int:
+        """How many entries all have room for."""
+        if not self._terms.room:
+            return int(self._wants and not self._ready and all(guest.wants for guest in self._guests))
+        return self._terms.room - max([len(self._ready), *(guest.ahead for guest in self._guests)])
 
     def _lend(self, parcel: Parcel) -> tuple[Parcel, Loan]:
         """In a thread: to everybody who may be there, this process too; who is gone by then gives it back at once."""
@@ -320,6 +360,7 @@ class BorrowingNode(Node):
         self._peer: Peer | None = None
         self._timer: TimerHandle | None = None
         self._failed = False
+        self._wants = False  # it has told the host so
         self._welcomed = self._over = self._closed = False
         self.meter = StageMeter(terms.label, "source")
 
@@ -351,8 +392,10 @@ class BorrowingNode(Node):
         taken = [ready.popleft() for _ in range(min(limit, len(ready)))]
         if self._peer is not None and self._welcomed:
             free = self._borrower.given_back()
-            if taken or free:
-                self._peer.send(("took", len(taken), free))
+            wants = not (self._terms.room or self._wants) and len(taken) < limit
+            if taken or free or wants:
+                self._wants = self._wants or wants
+                self._peer.send(("took", len(taken), free, wants))
         self.ended = self._over and not ready
         return taken
 
@@ -375,8 +418,8 @@ class BorrowingNode(Node):
             case ("welcome",):
                 self._welcomed = True
                 self._stop_waiting()
-            case ("refused", why):
-                self._run.fail(ValueError(why))
+            case ("failed", error):
+                self._run.fail(error)
             case ("entries", places, *loan):
                 self._arrived(places, tuple(loan), message)
             case ("end",):
@@ -400,6 +443,7 @@ class BorrowingNode(Node):
         finally:
             for fd in message.fds:
                 os.close(fd)
+        self._wants = False
         for entry in entries:
             self._failed = self._failed or entry.error is not None
             self.meter.samples += 1
@@ -431,6 +475,7 @@ class BorrowingNode(Node):
             self.meter.retired = True
             self._stop_waiting()
             if self._peer is not None:
+                self._peer.send(("closed",))
                 self._peer.close()
                 self._peer = None
 

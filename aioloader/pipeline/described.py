@@ -25,7 +25,7 @@ from aioloader.plan.parts import (
     streams_of,
     with_streams,
 )
-from aioloader.plan.plan import Plan, flow_of, forgets_numbers, length_of, without_reports
+from aioloader.plan.plan import Plan, flow_of, forgets_numbers, length_of, with_ranks, without_reports
 from aioloader.plan.ranks import check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.shown import shown
 from aioloader.plan.state import Shape, shape_of
@@ -35,6 +35,7 @@ from aioloader.sources.resolve import warn_of_live
 from aioloader.sources.sampler_order import detached_copies, draws_globally, draws_of, generators_of
 from aioloader.stages.base import Pass, Stage
 from aioloader.stages.flow import Guarantee
+from aioloader.stages.rank import has_process_group
 
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
@@ -47,6 +48,7 @@ class Described(Loader[T_co]):
     """A loader that runs what its plan says."""
 
     _plan: Plan
+    _begun_plan: Plan | None  # with the ranks of the newest epoch, where torch.distributed has told them
 
     @classmethod
     def _of(cls, plan: Plan) -> "Pipeline[Any]":
@@ -59,6 +61,7 @@ class Described(Loader[T_co]):
         """What a constructor does once the plan is known."""
         Loader.__init__(self)
         self._plan = plan
+        self._begun_plan = None
 
     def _then(self, stage: Stage) -> "Pipeline[Any]":
         """This pipeline and one more stage."""
@@ -145,10 +148,19 @@ class Described(Loader[T_co]):
     # -- state -------------------------------------------------------------------------------------------------------
 
     def _shape(self) -> Shape:
-        return shape_of(self._plan)
+        return shape_of(self._plan_of_state)
+
+    def _begins(self, progress: Progress) -> None:
+        super()._begins(progress)
+        self._begun_plan = with_ranks(self._plan) if has_process_group() and is_sharded(self._plan) else None
+
+    @property
+    def _plan_of_state(self) -> Plan:
+        """When the process group has been destroyed, what was read until then is of the ranks that it told."""
+        return self._plan if self._begun_plan is None or has_process_group() else self._begun_plan
 
     def _ranks(self) -> dict[str, Any] | None:
-        return shard_state(self._plan)
+        return shard_state(self._plan_of_state)
 
     def _check_ranks(self, ranks: dict[str, Any] | None, begun: bool) -> None:
         check_shard_state(self._plan, ranks, begun=begun)

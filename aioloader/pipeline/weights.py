@@ -1,6 +1,7 @@
 """The weights of a mixture, while it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import empty, int64
@@ -14,6 +15,7 @@ from aioloader.pipeline.described import Described
 from aioloader.plan.mixing import mixture_named, mixtures_of
 from aioloader.plan.plan import Plan, flow_of, with_ranks
 from aioloader.plan.ranks import is_shared
+from aioloader.stages.flow import Guarantee
 
 __all__ = ["Weights"]
 
@@ -101,6 +103,25 @@ class Weights(Described[T_co]):
         progress.mixes.settle()
         return random | {"weights": changes}
 
+    def _make_state(
+        self,
+        epoch: int,
+        batches: int,
+        cursor: Any,
+        random: dict[str, Any] | None,
+        lengths: Sequence[int | None] | None = None,
+        *,
+        guarantee: Guarantee | None = None,
+    ) -> dict[str, Any]:
+        changes = {address: list(each) for address, each in (random or {}).get("weights", {}).items()}
+        if cursor is not None and any(len(each) > 1 for each in changes.values()):
+            progress = Progress(epoch, cursor, batches)
+            progress.mixes = Mixes(changes)
+            with suppress(Exception):  # what the user's dataset is now may not fit any more: then all of them
+                self._nodes(progress).resume(cursor)  # which tells how many draws were made before it
+                random = {**(random or {}), "weights": progress.mixes.needed()}
+        return super()._make_state(epoch, batches, cursor, random, lengths, guarantee=guarantee)
+
     def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
         super()._check_random_state(state, begun=begun)
         check_changes(state.get("weights", {}), mixtures_of(self._plan))
@@ -119,6 +140,7 @@ class Weights(Described[T_co]):
     load_state_dict.__doc__ = Loader.load_state_dict.__doc__
 
     def _begins(self, progress: Progress) -> None:
+        super()._begins(progress)
         if mixtures_of(self._plan):
             with self._lock:
                 progress.mixes = Mixes(progress.loader_state.setdefault("weights", {}), self._weights_next)

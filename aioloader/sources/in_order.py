@@ -1,5 +1,6 @@
 """Reads the parts of a source, such as files or spans of rows, one after the other while the next ones are open."""
 
+from asyncio import Event
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
@@ -25,10 +26,12 @@ class InOrder(Lane, Generic[P]):
     Args:
         context: The source's.
         parts: Closed with the reader.
-        read_part: Gives lists of the entries of a part, made in the given thread.
+        read_part: Gives lists of the entries of a part, made in the given thread. The event is set when its turn has
+            come: all of the part before it has been read, though not taken.
         open_ahead: How many parts after the current one are open.
         lists_ahead: How many lists may be ready, per open part.
         quota_of: How many entries of a part may be ready instead.
+        starved: Called when entries other than the first were waited for, see `Ahead`.
 
     Attributes:
         part: The one that the last entries belong to.
@@ -40,11 +43,12 @@ class InOrder(Lane, Generic[P]):
         self,
         context: SourceContext,
         parts: AsyncGenerator[P],
-        read_part: Callable[[P, SourceThreads], AsyncGenerator[list[Entry]]],
+        read_part: Callable[[P, SourceThreads, Event], AsyncGenerator[list[Entry]]],
         *,
         open_ahead: int,
         lists_ahead: int,
         quota_of: Callable[[P], Quota | None] | None = None,
+        starved: Callable[[], object] | None = None,
     ) -> None:
         self._context = context
         self._parts = parts
@@ -52,9 +56,13 @@ class InOrder(Lane, Generic[P]):
         self._most_open = open_ahead + 1
         self._lists_ahead = lists_ahead
         self._quota_of = quota_of
+        self._starved = starved
+        self._has_given = False
         self._threads = cycle([context.threads(1) for _ in range(self._most_open)])
         self._open: deque[tuple[P, Ahead]] = deque()
         self._has_more_parts = True
+        self._turn = Event()  # of the next part
+        self._turn.set()
 
     def take(self) -> Entry | None:
         if not self._open:
@@ -74,6 +82,7 @@ class InOrder(Lane, Generic[P]):
             self.part, reader = self._open[0]
             entries = await reader.read(limit)
             if entries:
+                self._has_given = True
                 return entries
             self._open.popleft()
 
@@ -85,9 +94,21 @@ class InOrder(Lane, Generic[P]):
             return
         thread = next(self._threads)
         quota = None if self._quota_of is None else self._quota_of(part)
-        make = partial(self._read_part, part, thread)
-        reader = Ahead(self._context, make, lists=self._lists_ahead, quota=quota)
+        make = partial(self._read_part, part, thread, self._turn)
+        self._turn = Event()
+        reader = Ahead(
+            self._context,
+            make,
+            lists=self._lists_ahead,
+            quota=quota,
+            made_all=self._turn.set,
+            starved=self._waited,
+        )
         self._open.append((part, reader))
+
+    def _waited(self) -> None:
+        if self._has_given and self._starved is not None:
+            self._starved()
 
     async def aclose(self) -> None:
         await self._parts.aclose()

@@ -1,5 +1,6 @@
 """`Lines`: the lines of text files, or the JSON values in them."""
 
+from asyncio import Event
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final, Literal, Unpack, overload
 
@@ -10,6 +11,7 @@ from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.core.typevars import T_co
+from aioloader.sources.chunks import Pace
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.file_events import require_watchfiles
 from aioloader.sources.file_order import FileOrder
@@ -169,14 +171,16 @@ class Lines(FileSource[_Start, T_co]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder[_Part]]:
         requests = self._requests.begin(context)
+        pace = Pace(order.lanes, len(order.numbers))
 
-        def read(part: _Part, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
-            return self._read_file(part, thread, order.lanes, requests)
+        def read(part: _Part, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
+            return self._read_file(part, thread, pace, turn, requests)
 
         def open_lane(at: int, start: _Start) -> InOrder[_Part]:
             # One that is followed is opened when those before it have been read.
             ahead = 0 if self.follow else 1
-            return InOrder(context, self._parts(order, at, start), read, open_ahead=ahead, lists_ahead=1)
+            parts = self._parts(order, at, start)
+            return InOrder(context, parts, read, open_ahead=ahead, lists_ahead=1, starved=pace.starved)
 
         return open_lane
 
@@ -187,15 +191,15 @@ class Lines(FileSource[_Start, T_co]):
             start = _BEGINNING
 
     def _read_file(
-        self, part: _Part, thread: SourceThreads, lanes: int, requests: Requests | None
+        self, part: _Part, thread: SourceThreads, pace: Pace, turn: Event, requests: Requests | None
     ) -> AsyncGenerator[list[Entry]]:
         position, number, (start, known) = part
         file = self._files[number]
         version = Version(file.store, file.key, known)
         parser = self._parser(number, start, position, version)
         following = self.follow and number == len(self._files) - 1
-        chunks = stored_chunks(file, version, parser, thread, requests, lanes=lanes, follow=following)
-        return parsed(chunks, parser, thread, after=(position + lanes, *_BEGINNING[0]))
+        chunks = stored_chunks(file, version, parser, thread, requests, pace, turn, follow=following)
+        return parsed(chunks, parser, thread, after=(position + pace.lanes, *_BEGINNING[0]))
 
     def _parser(
         self, number: int, start: LineStart, position: int | None = None, version: Version | None = None

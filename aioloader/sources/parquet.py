@@ -13,6 +13,7 @@ from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
+from aioloader.sources.chunks import Pace
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.file_source import FileSource
 from aioloader.sources.interleave import Lane
@@ -144,9 +145,11 @@ class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, ParquetStart], Lane]:
         requests = self._requests.begin_for_threads(context)
         footers = _Footers(self, order, requests, context)
+        pace = Pace(order.lanes, len(order.numbers))
 
         def open_lane(at: int, start: ParquetStart) -> ParquetLane:
-            return ParquetLane(context, order, at, start, footers.of_position, self.files, requests, self.batch_rows)
+            footer_of = footers.of_position
+            return ParquetLane(context, order, at, start, footer_of, self.files, requests, pace, self.batch_rows)
 
         return open_lane
 

@@ -1,13 +1,17 @@
 """Parquet files one after the other, in spans of row groups that are read ahead: what is read side by side."""
 
+from asyncio import Event
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
+from aioloader.sources import parquet_spans
+from aioloader.sources.chunks import Pace
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.in_order import InOrder
 from aioloader.sources.parquet_footer import Footer
@@ -52,6 +56,7 @@ class ParquetLane(Ahead):
         footer_of: Reads and checks the footer of the file at a position.
         files: All of the source.
         requests: Make those for objects.
+        pace: How far ahead objects are read.
         batch_rows: Entries are pieces of rows for batches of so many; None: rows.
     """
 
@@ -64,6 +69,7 @@ class ParquetLane(Ahead):
         footer_of: Callable[[int], Coroutine[Any, Any, Footer]],
         files: tuple[StoredFile, ...],
         requests: Requests,
+        pace: Pace,
         batch_rows: int | None,
     ) -> None:
         self._order = order
@@ -71,6 +77,7 @@ class ParquetLane(Ahead):
         self._files = files
         self._requests = requests
         self._batch_rows = batch_rows
+        self._pace = pace
         self._first_open = 0  # files before this position have ended, some of them with an error
         several = order.lanes > 1
         self._cuts = batch_rows if several else None
@@ -80,6 +87,7 @@ class ParquetLane(Ahead):
             self._read_span,
             open_ahead=1 if several else SPANS_AHEAD,
             lists_ahead=PIECES_AHEAD,
+            starved=pace.starved,
         )
 
         super().__init__(context, self._entries, lists=1 if several else 2)
@@ -111,13 +119,19 @@ class ParquetLane(Ahead):
             except Exception as error:
                 yield at, failed(error, (at + self._order.lanes, 0, 0), self._files[number].name)
             else:
-                for span in spans_of(footer, row):
+                for span in spans_of(footer, row, partial(self._span_bytes, footer)):
                     if at < self._first_open:
                         break
                     yield at, span
             start = ParquetStart()
 
-    async def _read_span(self, part: _Part, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+    def _span_bytes(self, footer: Footer) -> int:
+        """The least that is read together. Of objects less: what is read ahead is asked for again by a resume."""
+        if footer.file.store is None:
+            return parquet_spans.SPAN_BYTES
+        return self._pace.range_bytes(parquet_spans.SPAN_BYTES, sum(footer.sizes))
+
+    async def _read_span(self, part: _Part, thread: SourceThreads, _: Event) -> AsyncGenerator[list[Entry]]:
         _, span = part
         if isinstance(span, Entry):
             yield [span]

@@ -1,6 +1,6 @@
 """Spans of row groups of a Parquet file: how a file is divided into them, and how one is read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Final
@@ -29,9 +29,14 @@ class Span:
     start: int
 
 
-def spans_of(footer: Footer, start: int) -> list[Span]:
-    """The rows of a file from number `start` on, in spans of one large row group, or of several small ones."""
-    spans = []
+def spans_of(footer: Footer, start: int, least: Callable[[], int]) -> Iterator[Span]:
+    """The rows of a file from number `start` on, in spans of one large row group, or of several small ones.
+
+    Args:
+        footer: Of the file.
+        start: The first row.
+        least: Gives how many bytes a row group must have to be read alone. Asked when a span is, or is not, complete.
+    """
     starts = footer.starts
     first, last, size = None, 0, 0
     for group in range(len(starts) - 1):
@@ -40,12 +45,11 @@ def spans_of(footer: Footer, start: int) -> list[Span]:
         first = group if first is None else first
         size += footer.sizes[group]
         last = group
-        if size >= SPAN_BYTES:
-            spans.append(Span(footer, first, last, max(start, starts[first])))
+        if size >= least():
+            yield Span(footer, first, last, max(start, starts[first]))
             first, size = None, 0
     if first is not None:
-        spans.append(Span(footer, first, last, max(start, starts[first])))
-    return spans
+        yield Span(footer, first, last, max(start, starts[first]))
 
 
 class SpanReader:

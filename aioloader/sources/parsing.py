@@ -1,6 +1,7 @@
 """From the bytes of a file to entries: what runs in a thread, and the task that feeds it."""
 
 from abc import ABC, abstractmethod
+from asyncio import Event
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from time import perf_counter
@@ -9,7 +10,7 @@ from typing import Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, file_chunks, object_chunks
+from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, Pace, file_chunks, object_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
 from aioloader.sources.read_ahead import Quota, failed
@@ -133,8 +134,9 @@ def stored_chunks(
     parser: Parser,
     thread: SourceThreads,
     requests: Requests | None,
+    pace: Pace,
+    turn: Event,
     *,
-    lanes: int = 1,
     follow: bool = False,
 ) -> AsyncGenerator[Any]:
     """The bytes of a file that `parser` has to be fed, in reads that are smaller where several files are read at once.
@@ -145,17 +147,18 @@ def stored_chunks(
         parser: Says where to begin.
         thread: Reads a local file.
         requests: Make those for an object; None: each is made as it is.
-        lanes: How many files are read side by side.
+        pace: How far ahead of its consumer an object is read.
+        turn: Of an object: see `object_chunks`.
         follow: See `file_chunks`.
     """
     place: dict[str, int] = {"start": parser.start, "needed": parser.needed}
     local = file.store is None
-    if lanes > 1:
+    if (lanes := pace.lanes) > 1:
         most, least = (READ_BYTES, LEAST_READ_BYTES) if local else (RANGE_BYTES, LEAST_RANGE_BYTES)
         place["size"] = max(most // lanes, least)
     if local:
         return file_chunks(file.key, thread, follow=follow, **place)
-    return object_chunks(file.store, file.key, version, requests, **place)
+    return object_chunks(file.store, file.key, version, requests, pace=pace, turn=turn, **place)
 
 
 async def parsed(

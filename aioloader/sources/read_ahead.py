@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from time import perf_counter
+from typing import Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.core.sizes import MeanBytes
@@ -11,6 +12,10 @@ from aioloader.core.source import SourceContext
 from aioloader.sources.interleave import Lane
 
 __all__ = ["Ahead", "Quota", "failed"]
+
+
+STALL_SECONDS: Final = 0.02
+"""As long as the shortest latencies of stores far away, and long compared with what parsing takes."""
 
 
 class Quota:
@@ -57,6 +62,8 @@ class Ahead(Lane):
         make: Yields lists of entries. What it raises is raised by `read`, after the entries before it.
         lists: How many lists may be ready; the generator is not resumed while there are that many.
         quota: How many entries may be ready, instead of `lists`.
+        made_all: Called when the generator has ended, and its last entries may not be taken yet.
+        starved: Called when entries were waited for, `STALL_SECONDS` or longer.
     """
 
     def __init__(
@@ -66,8 +73,12 @@ class Ahead(Lane):
         *,
         lists: int = 1,
         quota: Quota | None = None,
+        made_all: Callable[[], object] | None = None,
+        starved: Callable[[], object] | None = None,
     ) -> None:
         self._make = make
+        self._made_all = made_all
+        self._starved = starved
         self._lists: asyncio.Queue[list[Entry] | None] = asyncio.Queue(lists if quota is None else 0)  # None: the end
         self._quota = quota
         self._waiting = 0  # entries in these lists
@@ -92,6 +103,8 @@ class Ahead(Lane):
                     await self._has_room()
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # not `CancelledError`, which cancels this task
             self._error = error
+        if self._made_all is not None:
+            self._made_all()
         await self._lists.put(None)
 
     async def _has_room(self) -> None:
@@ -114,7 +127,7 @@ class Ahead(Lane):
         if self._next == len(self._current):
             self._current = []  # do not keep the samples alive while waiting
             self._next = 0
-            entries = await self._lists.get()
+            entries = await self._next_list()
             if entries is None:
                 self._ended = True
                 error, self._error = self._error, None
@@ -126,6 +139,15 @@ class Ahead(Lane):
         start = self._next
         self._took(min(limit, len(self._current) - start))
         return self._current[start : self._next]
+
+    async def _next_list(self) -> list[Entry] | None:
+        if self._starved is None:
+            return await self._lists.get()
+        began = perf_counter()
+        entries = await self._lists.get()
+        if perf_counter() - began > STALL_SECONDS:
+            self._starved()
+        return entries
 
     def _took(self, count: int) -> None:
         self._next += count

@@ -1,6 +1,7 @@
 """`TarShards`: samples in tar archives, in the layout of WebDataset."""
 
 import re
+from asyncio import Event
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,6 +14,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
+from aioloader.sources.chunks import Pace
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.file_source import FileSource
@@ -187,15 +189,20 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder["_Samples"]]:
         requests = self._requests.begin(context)
+        pace = Pace(order.lanes, len(order.numbers))
 
         def open_lane(at: int, start: _Start) -> InOrder[_Samples]:
+            def read(samples: _Samples, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
+                return samples.read(thread, pace, turn)
+
             return InOrder(
                 context,
                 self._parsers(order, at, start, requests),
-                _Samples.read,
+                read,
                 open_ahead=self._open_ahead,
                 lists_ahead=LISTS_AHEAD,
                 quota_of=self._quota,
+                starved=pace.starved,
             )
 
         return open_lane
@@ -253,9 +260,9 @@ class _Samples(Parser):
         self._member: Member | None = None  # the current one, whose content is still coming
         self._extension = ""  # that of the current member
 
-    def read(self, thread: SourceThreads) -> AsyncGenerator[list[Entry]]:
+    def read(self, thread: SourceThreads, pace: Pace, turn: Event) -> AsyncGenerator[list[Entry]]:
         """The entries of the archive, read in `thread`."""
-        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, lanes=self._lanes)
+        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, pace, turn)
         return parsed(chunks, self, thread, after=(self._index + self._lanes, *_BEGINNING))
 
     def _feed(self, piece: bytes) -> None:

@@ -6,6 +6,7 @@ All of it is looked up in what this process knows already: nothing here talks to
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_rank",
     "current_rank",
     "group_rank",
+    "has_process_group",
     "mesh_rank",
     "uneven",
 ]
@@ -34,13 +36,18 @@ MeshDims = tuple["DeviceMesh", tuple[int, ...]]
 """A mesh, and the dimensions that data is split over, by number; the last one counts fastest."""
 
 
+def has_process_group() -> bool:
+    """Whether torch.distributed is initialised."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def current_rank() -> tuple[int, int]:
     """Rank and world size of this process: of torch.distributed when it is initialised, else of RANK and WORLD_SIZE.
 
     Raises:
         ValueError: The environment variables do not fit.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_process_group():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     rank, world_size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
     if rank is None:
@@ -122,14 +129,24 @@ def group_rank(group: "ProcessGroup") -> tuple[int, int]:
     Raises:
         ValueError: This process is not in it.
     """
-    rank = torch.distributed.get_rank(group)
+    try:
+        rank = torch.distributed.get_rank(group)
+    except ValueError:
+        if (known := _known.get(group)) is None:
+            raise
+        return known  # it was destroyed, for instance at the end of training, before the last state is taken
     if rank < 0:
         raise ValueError(
             f"group must be one that this process is in, got one of ranks "
             f"{torch.distributed.get_process_group_ranks(group)} in rank {torch.distributed.get_rank()}; "
             f"make the loader on the group's ranks alone"
         )
-    return rank, torch.distributed.get_world_size(group)
+    found = _known[group] = rank, torch.distributed.get_world_size(group)
+    return found
+
+
+_known: "WeakKeyDictionary[ProcessGroup, tuple[int, int]]" = WeakKeyDictionary()
+"""Rank and world size in groups that were asked, which never change."""
 
 
 # -- meshes ------------------------------------------------------------------------------------------------------------

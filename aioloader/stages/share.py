@@ -22,7 +22,7 @@ from aioloader.stages.rank import check_group, check_mesh, current_rank
 __all__ = ["Share"]
 
 SAMPLES_AHEAD: Final = 32  # so that what is sent is never more than a socket holds
-BATCHES_AHEAD: Final = 1
+BATCHES_AHEAD: Final = 0  # of what the ranks have asked for
 
 _numbers = count()  # all ranks make their pipelines in the same order, as they do with process groups
 
