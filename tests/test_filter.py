@@ -2,13 +2,14 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aioloader import Limit, NothingPassesError, Pipeline
+from aioloader import Limit, NothingPassesError, Pipeline, Retry
 from aioloader.sources import Channel
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Started, Steps, collect, on_both_faces
@@ -122,6 +123,31 @@ def test_a_sample_that_passes_begins_anew_whatever_becomes_of_it(face: Face) -> 
         assert N not in outcomes(late(loader, refuse), face)
     loader = Pipeline(range(1, 6)).filter(third, max_dropped_in_a_row=2).map(fail)
     assert outcomes(loader, face) == ["KeyError"]
+
+
+@on_both_faces
+@pytest.mark.parametrize("kinds", [("s", "s"), ("a", "a"), ("s", "a"), ("a", "s")])
+def test_a_sample_that_passes_when_it_is_tried_again_begins_anew_as_well(face: Face, kinds: tuple[str, str]) -> None:
+    attempts: Counter[int] = Counter()
+
+    def fails_once(sample: int) -> int:
+        attempts[sample] += 1
+        if sample % 3 == 2 and attempts[sample] == 1:
+            raise OSError(sample)
+        return sample
+
+    def third(sample: int) -> bool:
+        return sample % 3 == 2
+
+    first, second = (as_async if kind == "a" else like for kind in kinds)
+    loader = Pipeline(range(12)).map(first(fails_once), retry=Retry(2, wait_initial=0, jitter=0))
+    loader = loader.filter(first(third), max_dropped_in_a_row=2).filter(second(refuse))
+    assert outcomes(loader, face) == []
+
+
+def like(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`fn` as it is."""
+    return fn
 
 
 def later_map(loader: Pipeline, _: Any) -> Pipeline:

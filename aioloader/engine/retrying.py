@@ -10,7 +10,7 @@ from heapq import heappop, heappush
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from aioloader.core.entry import Entry, tries_of
+from aioloader.core.entry import Entry, stop_of, tries_of
 from aioloader.core.policies import Attempts, Retry
 from aioloader.core.rate import Rate
 
@@ -58,6 +58,8 @@ class Retrying:
             policies.tried_again(error, seconds)
         entry.tries = (step, done, first)
         entry.attempts += 1
+        if stop_of(entry) is not None:
+            entry.stop = None  # it has not ended there after all
         step.meter.retries += 1
         if step.trace is not None:
             step.trace.retry(entry, error, done + 1, seconds)
