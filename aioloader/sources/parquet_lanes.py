@@ -132,7 +132,7 @@ class ParquetLane(Ahead):
         return self._pace.range_bytes(parquet_spans.SPAN_BYTES, sum(footer.sizes))
 
     async def _read_span(self, part: _Part, thread: SourceThreads, _: Event) -> AsyncGenerator[list[Entry]]:
-        _, span = part
+        span = part[1]
         if isinstance(span, Entry):
             yield [span]
             return
