@@ -174,6 +174,7 @@ def test_a_length_that_nobody_knows_has_an_error_of_its_own() -> None:
     assert issubclass(UnknownLengthError, TypeError)
 
 
+@pytest.mark.parametrize("make", [Pipeline, DataLoader])
 @pytest.mark.parametrize(
     ("path", "suggested"),
     [
@@ -181,12 +182,17 @@ def test_a_length_that_nobody_knows_has_an_error_of_its_own() -> None:
         ("images/*.png", "Files('images/*.png')"),
         (Path("data/notes.txt"), "Files('data/notes.txt')"),
         (Path("data"), "Files('data/**/*')"),
+        ("train.jsonl", "Lines('train.jsonl', decode='json')"),
+        ("s3://bucket/part-{000..099}.jsonl.zst", "Lines('s3://bucket/part-{000..099}.jsonl.zst', decode='json')"),
+        (Path("train.csv"), "Lines('train.csv')"),
+        ("data/*.parquet", "ParquetRows('data/*.parquet')"),
+        ("shards/{000..099}.tar", "TarShards('shards/{000..099}.tar')"),
     ],
 )
-def test_a_path_suggests_files(path: Any, suggested: str) -> None:
-    with pytest.raises(TypeError, match="a source must be ") as raised:
-        Pipeline(path)
-    assert suggested in str(raised.value)
+def test_a_path_suggests_what_reads_it(make: Any, path: Any, suggested: str) -> None:
+    with pytest.raises(TypeError, match="must be ") as raised:
+        make(path)
+    assert f"pass aioloader.sources.{suggested} to read files" in str(raised.value)
 
 
 def test_a_word_is_no_path() -> None:
@@ -209,6 +215,30 @@ def test_a_table_of_polars_is_refused_too() -> None:
     kind = type("DataFrame", (), {"__module__": "polars.dataframe.frame", "__len__": lambda _: 1})
     with pytest.raises(TypeError, match=r"frame\.to_dicts\(\)"):
         Pipeline(kind())
+
+
+@pytest.mark.parametrize("make", [Pipeline, DataLoader])
+def test_a_table_is_known_by_what_it_is_derived_from(make: Any) -> None:
+    class Frame(pd.DataFrame):
+        pass
+
+    with pytest.raises(TypeError, match=r"a DataFrame of pandas, whose \[\] gives columns"):
+        make(Frame({"x": [1, 2]}))
+    with pytest.raises(TypeError, match=r"a Table of pyarrow, .*: pass table\.to_pylist\(\)"):
+        make(pytest.importorskip("pyarrow").table({"x": [1, 2]}))
+
+
+@on_both_faces
+@pytest.mark.parametrize("make", [Pipeline, lambda rows: DataLoader(rows, batch_size=None)])
+def test_a_series_is_read_by_positions_or_refused(make: Any, face: Face) -> None:
+    """After a filter or a sort its `[]` would give other rows, in another order, or none."""
+    series = pd.Series([3.0, 1.0, 2.0])
+    for whole in (series, series.sort_values().sort_index()):
+        assert [float(value) for value in collect(make(whole), face)] == [3.0, 1.0, 2.0]
+    for part in (series[series > 1], series.sort_values(), series[::-1], series[1:]):
+        with pytest.raises(TypeError, match=r"a Series of pandas, .* pass series\.to_numpy\(\)"):
+            make(part)
+        assert [float(value) for value in collect(make(part.to_numpy()), face)] == part.tolist()
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

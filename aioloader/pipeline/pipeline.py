@@ -85,8 +85,8 @@ class Pipeline(
         self, source: Indexed[T_co] | Many[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
     ) -> None: ...
 
-    # For pyright: after `DataLoader(dataset)` it may no longer infer what a method without annotations returns, as those
-    # of torch's datasets are, and would find that nothing above matches.
+    # For pyright: after `DataLoader(dataset)` it may no longer infer what a method without annotations returns (torch's
+    # datasets have such), and would find that nothing above matches.
     @overload
     def __init__(  # type: ignore[overload-cannot-match]
         self, source: Dataset[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
