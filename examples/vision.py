@@ -3,7 +3,7 @@
     python examples/vision.py pets --epochs 5
 
 `pets/train/cat/7.jpg` is an image of the class `cat`; `pets/val` has the images that are held back. Rare classes are
-drawn as often as common ones. An image is decoded once, and augmented anew in each epoch by random numbers of its own:
+drawn as often as common ones. An image is decoded once, and augmented anew whenever it is drawn, by numbers of its own:
 the losses are the same for any number of `--workers`. The exit status is 1 unless each image that is held back was
 seen once in each epoch. Needs `pip install 'aioloader[images,progress]'`.
 """
@@ -22,10 +22,11 @@ from aioloader import Pipeline, sample_rng
 from aioloader.sources import Files
 
 
-def augment(sample: tuple[Tensor, int]) -> tuple[Tensor, int]:
+def augment(drawn: tuple[int, tuple[Tensor, int]]) -> tuple[Tensor, int]:
     """Mirror every second image, and make each brighter or darker."""
-    image, label = sample
+    number, (image, label) = drawn
     rng = sample_rng()  # of this image, in this epoch
+    rng.manual_seed(rng.initial_seed() + number)  # and of this draw of it
     image = image.flip(-1) if torch.rand((), generator=rng) < 0.5 else image
     return (image * (0.75 + 0.5 * torch.rand((), generator=rng))).clamp(0, 1), label
 
@@ -45,7 +46,7 @@ def train(folder: Path, epochs: int, workers: int) -> bool:
     torch.manual_seed(0)
     sampler = WeightedRandomSampler([1 / count[name] for name in names], len(names), generator=torch.Generator())
     drawn = Pipeline(files, sampler=sampler).with_seed(0).map(decode, concurrency=workers).cache(memory_bytes=1 << 30)
-    loader = drawn.map(augment, concurrency=workers).batch(32).to(device)
+    loader = drawn.enumerate().map(augment, concurrency=workers).batch(32).to(device)
     check = Pipeline(held_back).map(decode, concurrency=workers).batch(32).to(device)
     model = nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1568, len(classes))).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)

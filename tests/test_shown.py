@@ -219,11 +219,9 @@ def test_a_table_of_polars_is_refused_too() -> None:
 
 @pytest.mark.parametrize("make", [Pipeline, DataLoader])
 def test_a_table_is_known_by_what_it_is_derived_from(make: Any) -> None:
-    class Frame(pd.DataFrame):
-        pass
-
+    derived = type("GeoDataFrame", (pd.DataFrame,), {"__module__": "geopandas.geodataframe"})
     with pytest.raises(TypeError, match=r"a DataFrame of pandas, whose \[\] gives columns"):
-        make(Frame({"x": [1, 2]}))
+        make(derived({"x": [1, 2]}))
     with pytest.raises(TypeError, match=r"a Table of pyarrow, .*: pass table\.to_pylist\(\)"):
         make(pytest.importorskip("pyarrow").table({"x": [1, 2]}))
 
