@@ -115,6 +115,21 @@ def test_the_repr_of_a_pipeline_has_its_seeds() -> None:
     assert repr(DataLoader(range(4), batch_size=2, seed=8)) == "DataLoader(range, batch_size=2, num_workers=0, seed=8)"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({"shuffle": True}, "shuffle=True, "),
+        ({"sampler": [1, 0]}, "sampler=list, "),
+        ({"shuffle": True, "shard": True}, "shuffle=True, shard=True, "),
+        ({"drop_last": True}, ""),
+    ],
+)
+def test_the_repr_of_a_dataloader_has_what_decides_its_order(arguments: dict[str, Any], shown: str) -> None:
+    assert repr(DataLoader(range(4), 2, **arguments)) == f"DataLoader(range, batch_size=2, {shown}num_workers=0)"
+    batches = DataLoader(range(4), batch_sampler=[[0, 1]])
+    assert repr(batches) == "DataLoader(range, batch_size=None, batch_sampler=list, num_workers=0)"
+
+
 @on_both_faces
 def test_the_repr_of_an_iterator_says_where_it_is(face: Face) -> None:
     loader = Pipeline(range(4)).batch(2)
