@@ -18,7 +18,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
 from aioloader.core.typevars import T_co
-from aioloader.device import Transfer, check_device, open_transfer, pin_batch, why_not_pinned
+from aioloader.device import DeviceLike, Transfer, check_device, open_transfer, pin_batch, why_not_pinned
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.fuse import InProcesses
@@ -401,7 +401,7 @@ class DataLoader(Loader[T_co]):
         persistent_workers: bool = False,
         pin_memory_device: str = "",
         in_order: bool = True,
-        device: Any = None,
+        device: DeviceLike | None = None,
         concurrency: int | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,

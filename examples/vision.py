@@ -42,7 +42,7 @@ def train(folder: Path, epochs: int, workers: int) -> bool:
             pixels = numpy.array(image.convert("RGB").resize((32, 32)))
         return torch.from_numpy(pixels).permute(2, 0, 1) / 255, classes.index(Path(path).parent.name)
 
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or "cpu"
     torch.manual_seed(0)
     sampler = WeightedRandomSampler([1 / count[name] for name in names], len(names), generator=torch.Generator())
     drawn = Pipeline(files, sampler=sampler).with_seed(0).map(decode, concurrency=workers).cache(memory_bytes=1 << 30)

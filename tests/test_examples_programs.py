@@ -214,7 +214,8 @@ def test_online_trains_on_what_it_accepts_and_refuses_what_it_has_no_place_for()
             assert status == 202  # some of the 64 have not been read yet
             accepted += 1
         assert [half.finish() for half in halves[:60]] == [202] * 60
-        for wrong in ({}, {"id": 10**30, "x": [1, 2], "y": 3}, {"id": 1, "x": [1], "y": 2}, [], "x"):
+        no_samples: list[object] = [{}, {"id": 10**30, "x": [1, 2], "y": 3}, {"id": 1, "x": [1], "y": 2}, [], "x"]
+        for wrong in no_samples:
             while (status := posted(url, wrong)) == 429:  # training is behind
                 pass
             assert status == 400
