@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -63,6 +64,16 @@ def test_what_is_explained_is_wrapped() -> None:
     lines = loader.explain().splitlines()
     assert len(lines) > 1
     assert max(map(len, lines)) <= 100
+
+
+@on_both_faces
+def test_times_are_explained_in_the_units_of_the_table(face: Face) -> None:
+    """ "87 µs each", and not 0.0869 ms."""
+    loader = Pipeline(range(400)).map(lambda key: sum(range(1000 + key))).batch(2)
+    with Steps(loader, face) as steps:
+        steps.outcomes()
+    assert re.search(r"[\d.]+ (µs|ms|s) each", loader.explain())
+    assert not re.search(r"\b0\.\d+ ms", loader.explain())
 
 
 @pytest.mark.parametrize(
