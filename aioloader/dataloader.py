@@ -18,7 +18,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
 from aioloader.core.typevars import T_co
-from aioloader.device import Transfer, check_device, open_transfer, pin_batch, why_not_pinned
+from aioloader.device import DeviceLike, Transfer, check_device, open_transfer, pin_batch, why_not_pinned
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.fuse import InProcesses
@@ -401,7 +401,7 @@ class DataLoader(Loader[T_co]):
         persistent_workers: bool = False,
         pin_memory_device: str = "",
         in_order: bool = True,
-        device: Any = None,
+        device: DeviceLike | None = None,
         concurrency: int | None = None,
         ahead: int | None = None,
         ahead_bytes: int | None = None,
@@ -419,6 +419,7 @@ class DataLoader(Loader[T_co]):
         check_dataset(dataset)
         is_async_iterable = isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
         self.shard = bool(shard)
+        self._order = _shown_order(shuffle, sampler, batch_sampler, self.shard)
         if self.shard:
             check_shards(dataset, sampler, batch_sampler)
             seed = None if seed is None else check_integer("seed", seed)
@@ -587,11 +588,12 @@ class DataLoader(Loader[T_co]):
         return True
 
     def __repr__(self) -> str:
-        seed = "" if self.seed is None else f", seed={self.seed}"
-        return (
-            f"DataLoader({type(self.dataset).__name__}, batch_size={self.batch_size}, num_workers={self.num_workers}"
-            f"{seed})"
-        )
+        """With what decides the order: somebody who forgot `shuffle` sees it here."""
+        said = [type(self.dataset).__name__, f"batch_size={self.batch_size}"]
+        said += [self._order] if self._order else []
+        said += [f"num_workers={self.num_workers}"]
+        said += [] if self.seed is None else [f"seed={self.seed}"]
+        return f"DataLoader({', '.join(said)})"
 
     def __aiter__(self) -> AsyncBatches[T_co]:
         return super().__aiter__()
@@ -1088,6 +1090,14 @@ def _readers(workers: int) -> str:
 def _is_async(dataset: Any, method: str) -> bool:
     fn = getattr(dataset, method, None)
     return fn is not None and is_async_callable(fn)
+
+
+def _shown_order(shuffle: bool | None, sampler: object, batch_sampler: object, shard: bool) -> str:
+    """What decides the order, as in a call."""
+    said = ["shuffle=True"] if shuffle else []
+    for name, value in (("sampler", sampler), ("batch_sampler", batch_sampler)):
+        said += [] if value is None else [f"{name}={type(value).__name__}"]
+    return ", ".join(said + (["shard=True"] if shard else []))
 
 
 def _worker_type_of(worker_method: str, worker_type: Any) -> Literal["thread", "process"]:

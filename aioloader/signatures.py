@@ -13,6 +13,7 @@ from aioloader.core.rate import Rate
 from aioloader.core.skip import Skip
 from aioloader.core.source import CursorSource
 from aioloader.core.typevars import T_co
+from aioloader.device import DeviceLike
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.sources.fetch import FetchSource
 
@@ -105,7 +106,7 @@ class OwnOptions(TypedDict, total=False):
     persistent_workers: bool
     pin_memory_device: str
     in_order: bool
-    device: Any
+    device: DeviceLike | None
     concurrency: int | None
     ahead: int | None
     ahead_bytes: int | None

@@ -104,6 +104,7 @@ class HttpServer:
         tells: How an answer says which version it is of: by an ETag, by a weak one, by the time of change, or not.
         conditions: Whether `If-Match` and `If-Unmodified-Since` are understood.
         heads: Whether HEAD is understood.
+        media_type: What an answer says that its content is.
         ranges: Whether ranges are understood; else the whole file is the answer, as plain servers give it.
         requests: What came: method, path, and the header `Range`.
         asked_for: Of each request, the conditions in its header.
@@ -118,6 +119,7 @@ class HttpServer:
     conditions: bool = True
     heads: bool = True
     gate: Gate | None = None
+    media_type: str = "application/octet-stream"
     ranges: bool = True
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     epoch_pinned: list[set[str]] = field(default_factory=list)
@@ -128,7 +130,7 @@ class HttpServer:
         """As it was at first."""
         self.files, self.faults, self.versions, self.requests, self.epoch_pinned = {}, {}, {}, [], []
         self.tells, self.conditions, self.heads = None, True, True
-        self.plan = None
+        self.plan, self.media_type = None, "application/octet-stream"
         self.gate, self.ranges, self.at_once = None, True, 0
 
     def store(self, **more: Any) -> HTTPStore:
@@ -248,7 +250,7 @@ class HttpServer:
             status, body = 206, content[start:stop]
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
         if fault != "truncated" or request.method == "HEAD":
-            return web.Response(status=status, body=body, headers=headers)
+            return web.Response(status=status, body=body, headers=headers, content_type=self.media_type)
         response = web.StreamResponse(status=status, headers={**headers, "Content-Length": str(len(body))})
         await response.prepare(request)
         await response.write(body[: len(body) // 2])

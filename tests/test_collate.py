@@ -268,10 +268,16 @@ MISFITS: dict[str, tuple[list[Any], str]] = {
         "sample 1 (key 17) has no 'b' at ['m'], which sample 0 (key 4) has; "
         "pass collate_fn=, or give every sample the same keys",
     ),
-    "None for the first": ([None, 1], f"the dataset returned None for key 4; {RETURN}"),
-    "None for the last": ([torch.zeros(2), torch.zeros(2), None], f"the dataset returned None for key 23; {RETURN}"),
-    "None for all": ([None, None], f"the dataset returned None for key 4; {RETURN}"),
-    "None for a mapping": ([{"a": 1}, None], f"the dataset returned None for key 17; {RETURN}"),
+    "None for the first": ([None, 1], f"the dataset, or a function after it, returned None for key 4; {RETURN}"),
+    "None for the last": (
+        [torch.zeros(2), torch.zeros(2), None],
+        f"the dataset, or a function after it, returned None for key 23; {RETURN}",
+    ),
+    "None for all": ([None, None], f"the dataset, or a function after it, returned None for key 4; {RETURN}"),
+    "None for a mapping": (
+        [{"a": 1}, None],
+        f"the dataset, or a function after it, returned None for key 17; {RETURN}",
+    ),
     "None inside": (
         [(torch.zeros(2), 1), (None, 1)],
         f"sample 0 (key 4) has type Tensor at [0], sample 1 (key 17) is None; {SAME_TYPE}",
@@ -328,7 +334,7 @@ def test_without_keys_samples_are_named_by_their_place_in_the_batch() -> None:
     assert "sample 0 has shape [2], sample 1 has shape [3]; " in caught.value.__notes__[0]
     with pytest.raises(TypeError) as caught_none:
         Collate()([torch.zeros(2), None])
-    assert "the dataset returned None for sample 1; " in caught_none.value.__notes__[0]
+    assert "the dataset, or a function after it, returned None for sample 1; " in caught_none.value.__notes__[0]
 
 
 def test_long_keys_are_cut_short_in_the_note() -> None:

@@ -3,7 +3,6 @@
 import io
 import json
 import runpy
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -12,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 import torch
 
 from aioloader import Pipeline
 from tests._servers import S3Server
-from tests._support import DEADLINE, Started
+from tests._support import Started
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -48,38 +46,6 @@ def test_rollouts_train_a_policy(capsys: pytest.CaptureFixture[str], how: list[s
     assert float(said[5]) > float(said[2])
     oldest = int(second.removeprefix("no step was older than ").removesuffix(" updates"))
     assert oldest <= 3 or how
-
-
-def test_online_trains_on_each_post_that_it_accepts() -> None:
-    """It checks itself: real posts, 429 where there is no place, and an end by SIGTERM."""
-    pytest.importorskip("aiohttp")
-    command = [sys.executable, str(EXAMPLES / "online.py"), "--posts", "200"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    *_, trained, said = done.stdout.splitlines()
-    assert trained == "trained on 200 samples"
-    assert said.startswith("200 posts were accepted, each was trained on once")
-
-
-def test_online_ends_by_sigterm_with_what_it_has_accepted() -> None:
-    """As a service: the posts before the signal are trained on, and the exit status is 0."""
-    pytest.importorskip("aiohttp")
-    command = [sys.executable, str(EXAMPLES / "online.py"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            url = Started(process.stdout.readline).outcome().split()[-1]
-            for number in range(3):
-                content = json.dumps({"id": number, "x": [1.0, 2.0], "y": 3.0}).encode()
-                with urlopen(Request(f"{url}/samples", content), timeout=DEADLINE) as answer:
-                    assert answer.status == 202
-            with urlopen(f"{url}/stats", timeout=DEADLINE) as answer:
-                assert json.load(answer)["trained"] <= 3
-            process.send_signal(signal.SIGTERM)
-            assert process.stdout.read() == "trained on 3 samples\n"
-            assert process.wait(DEADLINE) == 0
-        finally:
-            process.kill()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--completion-order"]])

@@ -36,7 +36,7 @@ IMPORTS: dict[str, set[str]] = {
     "plan": {"core", "device", "engine", "errors", "executors", "memory", "sources", "stages"},
     "ray": {"executors"},
     "rng": {"core", "executors"},
-    "signatures": {"core", "executors", "sources"},
+    "signatures": {"core", "device", "executors", "sources"},
     "loader": {"core", "device", "engine", "errors", "executors", "insight", "memory", "plan", "sources", "stages"},
     "pipeline": {
         "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",

@@ -115,11 +115,15 @@ def test_names_cannot_write_the_page_and_secrets_stay_out() -> None:
     assert "secret" not in text
 
 
-def test_a_place_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "report.html").mkdir()
-    with pytest.raises(OSError, match=r"report\.html"):
-        Pipeline(range(4)).report(tmp_path / "report.html")
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+def test_a_place_that_cannot_be_written_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    """By the path that was asked for: the half that is renamed has a name that nobody knows."""
+    (tmp_path / "a folder.html").mkdir()
+    (tmp_path / "a file").touch()
+    for path in ("a folder.html", "a file/report.html", "missing/report.html"):
+        with pytest.raises(OSError, match=r"\.html") as raised:
+            Pipeline(range(4)).report(tmp_path / path)
+        assert (raised.value.filename, raised.value.filename2) == (str(tmp_path / path), None)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a file", "a folder.html"]
 
 
 def test_a_picture_has_a_bounded_size() -> None:

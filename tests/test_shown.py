@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -65,6 +66,16 @@ def test_what_is_explained_is_wrapped() -> None:
     assert max(map(len, lines)) <= 100
 
 
+@on_both_faces
+def test_times_are_explained_in_the_units_of_the_table(face: Face) -> None:
+    """ "87 µs each", and not 0.0869 ms."""
+    loader = Pipeline(range(400)).map(lambda key: sum(range(1000 + key))).batch(2)
+    with Steps(loader, face) as steps:
+        steps.outcomes()
+    assert re.search(r"[\d.]+ (µs|ms|s) each", loader.explain())
+    assert not re.search(r"\b0\.\d+ ms", loader.explain())
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -113,6 +124,21 @@ def test_the_repr_of_a_pipeline_has_its_seeds() -> None:
     named = Pipeline.mix({"web": range(3), "code": range(4)}, {"web": 1, "code": 2})
     assert repr(named) == "Pipeline.mix(web=Pipeline(range), code=Pipeline(range), seed=0)"
     assert repr(DataLoader(range(4), batch_size=2, seed=8)) == "DataLoader(range, batch_size=2, num_workers=0, seed=8)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ({"shuffle": True}, "shuffle=True, "),
+        ({"sampler": [1, 0]}, "sampler=list, "),
+        ({"shuffle": True, "shard": True}, "shuffle=True, shard=True, "),
+        ({"drop_last": True}, ""),
+    ],
+)
+def test_the_repr_of_a_dataloader_has_what_decides_its_order(arguments: dict[str, Any], shown: str) -> None:
+    assert repr(DataLoader(range(4), 2, **arguments)) == f"DataLoader(range, batch_size=2, {shown}num_workers=0)"
+    batches = DataLoader(range(4), batch_sampler=[[0, 1]])
+    assert repr(batches) == "DataLoader(range, batch_size=None, batch_sampler=list, num_workers=0)"
 
 
 @on_both_faces
@@ -174,6 +200,7 @@ def test_a_length_that_nobody_knows_has_an_error_of_its_own() -> None:
     assert issubclass(UnknownLengthError, TypeError)
 
 
+@pytest.mark.parametrize("make", [Pipeline, DataLoader])
 @pytest.mark.parametrize(
     ("path", "suggested"),
     [
@@ -181,12 +208,17 @@ def test_a_length_that_nobody_knows_has_an_error_of_its_own() -> None:
         ("images/*.png", "Files('images/*.png')"),
         (Path("data/notes.txt"), "Files('data/notes.txt')"),
         (Path("data"), "Files('data/**/*')"),
+        ("train.jsonl", "Lines('train.jsonl', decode='json')"),
+        ("s3://bucket/part-{000..099}.jsonl.zst", "Lines('s3://bucket/part-{000..099}.jsonl.zst', decode='json')"),
+        (Path("train.csv"), "Lines('train.csv')"),
+        ("data/*.parquet", "ParquetRows('data/*.parquet')"),
+        ("shards/{000..099}.tar", "TarShards('shards/{000..099}.tar')"),
     ],
 )
-def test_a_path_suggests_files(path: Any, suggested: str) -> None:
-    with pytest.raises(TypeError, match="a source must be ") as raised:
-        Pipeline(path)
-    assert suggested in str(raised.value)
+def test_a_path_suggests_what_reads_it(make: Any, path: Any, suggested: str) -> None:
+    with pytest.raises(TypeError, match="must be ") as raised:
+        make(path)
+    assert f"pass aioloader.sources.{suggested} to read files" in str(raised.value)
 
 
 def test_a_word_is_no_path() -> None:
@@ -209,6 +241,28 @@ def test_a_table_of_polars_is_refused_too() -> None:
     kind = type("DataFrame", (), {"__module__": "polars.dataframe.frame", "__len__": lambda _: 1})
     with pytest.raises(TypeError, match=r"frame\.to_dicts\(\)"):
         Pipeline(kind())
+
+
+@pytest.mark.parametrize("make", [Pipeline, DataLoader])
+def test_a_table_is_known_by_what_it_is_derived_from(make: Any) -> None:
+    derived = type("GeoDataFrame", (pd.DataFrame,), {"__module__": "geopandas.geodataframe"})
+    with pytest.raises(TypeError, match=r"a DataFrame of pandas, whose \[\] gives columns"):
+        make(derived({"x": [1, 2]}))
+    with pytest.raises(TypeError, match=r"a Table of pyarrow, .*: pass table\.to_pylist\(\)"):
+        make(pytest.importorskip("pyarrow").table({"x": [1, 2]}))
+
+
+@on_both_faces
+@pytest.mark.parametrize("make", [Pipeline, lambda rows: DataLoader(rows, batch_size=None)])
+def test_a_series_is_read_by_positions_or_refused(make: Any, face: Face) -> None:
+    """After a filter or a sort its `[]` would give other rows, in another order, or none."""
+    series = pd.Series([3.0, 1.0, 2.0])
+    for whole in (series, series.sort_values().sort_index()):
+        assert [float(value) for value in collect(make(whole), face)] == [3.0, 1.0, 2.0]
+    for part in (series[series > 1], series.sort_values(), series[::-1], series[1:]):
+        with pytest.raises(TypeError, match=r"a Series of pandas, .* pass series\.to_numpy\(\)"):
+            make(part)
+        assert [float(value) for value in collect(make(part.to_numpy()), face)] == part.tolist()
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

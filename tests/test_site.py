@@ -69,6 +69,14 @@ def test_links_out_of_docs_lead_to_pages_of_the_site(tmp_path: Path) -> None:
     assert "```python" in (tmp_path / "examples" / "grpo.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("program", ["finetune", "online", "rest_api", "vision"])
+def test_programs_to_begin_with_are_near(program: str, tmp_path: Path) -> None:
+    """The first page leads to each of them, and so does the recipe of its kind."""
+    lay_out(tmp_path)
+    for page in ("index.md", "recipes.md"):
+        assert f"](examples/{program}.md)" in (tmp_path / page).read_text(encoding="utf-8")
+
+
 class Page(HTMLParser):
     """What a page has: anchors, links, the title, and what a browser loads with it."""
 

@@ -4,13 +4,14 @@ from aioloader.device.accelerator import AcceleratorBackend, OneStreamBackend
 from aioloader.device.base import Backend, Event, Stream
 from aioloader.device.cuda import CudaBackend
 from aioloader.device.host import HostBackend
-from aioloader.device.open import can_pin, check_device, open_backend, open_transfer, why_not_pinned
+from aioloader.device.open import DeviceLike, can_pin, check_device, open_backend, open_transfer, why_not_pinned
 from aioloader.device.transfer import Transfer, Transferred, pin_batch
 
 __all__ = [
     "AcceleratorBackend",
     "Backend",
     "CudaBackend",
+    "DeviceLike",
     "Event",
     "HostBackend",
     "OneStreamBackend",

@@ -1,6 +1,6 @@
 """Opens the way to a device, and raises for a wrong device before any work starts."""
 
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
@@ -11,9 +11,9 @@ from aioloader.device.host import HostBackend
 from aioloader.device.transfer import Transfer
 from aioloader.errors import DeviceError
 
-__all__ = ["can_pin", "check_device", "open_backend", "open_transfer", "why_not_pinned"]
+__all__ = ["DeviceLike", "can_pin", "check_device", "open_backend", "open_transfer", "why_not_pinned"]
 
-DeviceLike = str | torch.device | int | Backend
+DeviceLike: TypeAlias = str | torch.device | int | Backend
 
 _ACCELERATORS: Final = frozenset({"hpu", "mps", "mtia", "xpu"})
 """Types that torch itself knows as accelerators, besides CUDA. Others are added by packages, as NPU by torch_npu."""

@@ -166,9 +166,8 @@ def _is_full(stage: StageStats, stats: Stats) -> bool:
 
 def _use(stage: StageStats) -> str:
     each = stage.busy_seconds / stage.samples
-    cost = f"{each * 1e3:.3g} ms" if 1e-5 <= each < 0.9995 else duration(each)
     places = f" in its {stage.concurrency} places" if stage.concurrency > 1 else ""
-    return f"busy {stage.utilization:.0%} of the time{places}, {cost} each"
+    return f"busy {stage.utilization:.0%} of the time{places}, {duration(each)} each"
 
 
 def _is_drop_in(knob: str) -> bool:

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -47,8 +48,12 @@ def write_report(
     try:
         half.write_text(page(loader, stats, explained, waits), encoding="utf-8", errors="backslashreplace")
         half.replace(target)  # whoever has the page open never sees half of it
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(target), None  # not of the half that was to be renamed
+        raise
     finally:
-        half.unlink(missing_ok=True)
+        with suppress(OSError):
+            half.unlink(missing_ok=True)
 
 
 def page(loader: str, stats: Stats, explained: str, waits: Sequence[Waited]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any, overload
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from aioloader.core.limit import Limit
 from aioloader.core.typevars import T_co
@@ -82,6 +83,13 @@ class Pipeline(
     @overload
     def __init__(
         self, source: Indexed[T_co] | Many[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
+    ) -> None: ...
+
+    # For pyright: after `DataLoader(dataset)` it may no longer infer what a method without annotations returns (torch's
+    # datasets have such), and would find that nothing above matches.
+    @overload
+    def __init__(  # type: ignore[overload-cannot-match]
+        self, source: Dataset[T_co], *, sampler: Any = None, concurrency: int | Limit | None = None
     ) -> None: ...
 
     def __init__(self, source: Any, *, sampler: Any = None, concurrency: int | Limit | None = None) -> None:

@@ -8,7 +8,7 @@ from aioloader.cache.disk import DiskStore
 from aioloader.cache.memory import MemoryStore
 from aioloader.core.checks import check_count
 from aioloader.core.typevars import T_co
-from aioloader.device import check_device
+from aioloader.device import DeviceLike, check_device
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.pipeline.described import Described
 from aioloader.plan.parts import limits_of, rates_of, samplers_of, streams_of
@@ -114,7 +114,7 @@ class Places(Described[T_co]):
         """
         return self._then(PinMemory())
 
-    def to(self, device: Any) -> "Pipeline[T_co]":
+    def to(self, device: DeviceLike) -> "Pipeline[T_co]":
         """Copy batches to `device`, safe to use on the stream that is current at `next()`. The last stage.
 
         Args:

@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import inspect
-import os
 import warnings
 from array import array
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from hashlib import blake2b
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -23,12 +22,12 @@ from aioloader.errors import SourceUsedUpError
 from aioloader.masking import masked
 from aioloader.sources.fetch import NamedSamples, PlannedKeys
 from aioloader.sources.files import Files
+from aioloader.sources.mistaken import meant, table_in
 
 __all__ = [
     "Indexable",
     "StreamData",
     "check_dataset",
-    "check_no_table",
     "describe",
     "describe_content",
     "is_one_source",
@@ -41,13 +40,6 @@ TAKEN: Final = (
     "a map-style Dataset or Sequence, an IterableDataset or other iterable, an async iterable, "
     "or a function of no arguments that returns one of these"
 )
-
-_ROWS: Final = {
-    ("pandas", "DataFrame"): 'frame.to_dict("records")',
-    ("polars", "DataFrame"): "frame.to_dicts()",
-    ("polars", "LazyFrame"): "frame.collect().to_dicts()",
-}
-"""What gives the rows of a table."""
 
 _BOUNDED = (Files, NamedSamples)
 _BUILT_IN = (list, tuple, range, array)  # reading one of these runs no user code
@@ -165,9 +157,10 @@ def resolve(source: object) -> Indexable | StreamData:
         raise TypeError(f"a source must be {TAKEN}; got the class {source.__name__}: pass an instance of it")
     if isinstance(source, str | bytes | bytearray | Mapping | PurePath):
         raise TypeError(
-            f"a source must be {TAKEN}; got {describe(source)}, whose samples are ambiguous: pass {_meant(source)}"
+            f"a source must be {TAKEN}; got {describe(source)}, whose samples are ambiguous: pass {meant(source)}"
         )
-    check_no_table(source)
+    if (table := table_in(source)) is not None:
+        raise TypeError(f"a source must be {TAKEN}; got {table}")
     if isinstance(source, IterableDataset | CursorSource):
         return StreamData(source, call=False, single_use=False)
     indexable = _indexable(source)
@@ -185,41 +178,6 @@ def resolve(source: object) -> Indexable | StreamData:
     if inspect.isawaitable(source):
         raise TypeError(f"a source must be {TAKEN}; got {describe(source)}, a coroutine: await it first")
     raise TypeError(f"a source must be {TAKEN}; got {describe(source)}")
-
-
-def _meant(source: Any) -> str:
-    """What somebody may have meant who passes a name, or a mapping."""
-    if isinstance(source, Mapping):
-        return "list(mapping.items())"
-    name = os.fsdecode(source) if isinstance(source, str | bytes | PurePath) else ""
-    if not isinstance(source, PurePath) and not _looks_like_path(name):
-        return "[it] for one sample"
-    pattern = masked(name)
-    if "*" not in name:
-        pattern = f"{pattern.rstrip('/')}/**/*" if not PurePath(name).suffix else pattern
-    return f"aioloader.sources.Files({pattern!r}) to read files, or [it] for one sample"
-
-
-def _looks_like_path(name: str) -> bool:
-    if "\n" in name or len(name) > 1000:
-        return False
-    return "/" in name or os.sep in name or "*" in name or Path(name).exists()
-
-
-def check_no_table(source: Any) -> None:
-    """Refuse a DataFrame, whose `[]` gives columns and not rows.
-
-    Raises:
-        TypeError: How its rows become samples.
-    """
-    kind = type(source)
-    library = kind.__module__.partition(".")[0]
-    way_out = _ROWS.get((library, kind.__name__))
-    if way_out is not None:
-        raise TypeError(
-            f"a source must be {TAKEN}; got a {kind.__name__} of {library}, whose [] gives columns: pass {way_out}, a "
-            f"dict for each row; or range(len(frame)), and take the row in map"
-        )
 
 
 def warn_of_live(loader: object, *streams: object) -> None:
@@ -255,14 +213,12 @@ def check_dataset(dataset: object) -> None:
     rule = "dataset must be a map-style Dataset with __getitem__, an IterableDataset or an async iterable"
     if isinstance(dataset, type):
         raise TypeError(f"{rule}; got the class {dataset.__name__}: pass an instance of it")
-    if isinstance(dataset, str | bytes | bytearray):
-        raise TypeError(
-            f"{rule}; got {describe(dataset)}, whose samples would be its characters: pass a Dataset that reads it, "
-            f"or aioloader.sources.Files"
-        )
+    if isinstance(dataset, str | bytes | bytearray | PurePath):
+        raise TypeError(f"{rule}; got {describe(dataset)}, whose samples are ambiguous: pass {meant(dataset)}")
     if isinstance(dataset, (IterableDataset, AsyncIterable, CursorSource)):
         return
-    check_no_table(dataset)
+    if (table := table_in(dataset)) is not None:
+        raise TypeError(f"{rule}; got {table}")
     if hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"):
         return
     hint = ": pass one of these"

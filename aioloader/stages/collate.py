@@ -183,7 +183,10 @@ class _Misfit:
         empty = next((index for index, sample in enumerate(self.samples) if sample is None), None)
         if empty is not None and not self._fits([None]):
             which = f"sample {empty}" if self.keys is None else f"key {safe_repr(self.keys[empty], 60)}"
-            return f"the dataset returned None for {which}; return a sample, or pass collate_fn= that drops None"
+            return (
+                f"the dataset, or a function after it, returned None for {which}; return a sample, or pass "
+                f"collate_fn= that drops None"
+            )
         if not self._fits([first]):
             return self._refused(self._descend([first]))
         for index in range(1, len(self.samples)):

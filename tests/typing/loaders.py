@@ -4,7 +4,7 @@ from typing import Any, assert_type
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset, random_split
 
 from aioloader import DataLoader, Limit, Pipeline, Retry
 from aioloader.sources import (
@@ -52,6 +52,16 @@ async def upload(parts: list[bytes]) -> int:
 def stack(pairs: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     images, classes = zip(*pairs, strict=True)
     return torch.stack(images), torch.tensor(classes)
+
+
+def datasets_of_torch(pairs: TensorDataset, images: Dataset[tuple[Tensor, int]]) -> None:
+    """Without annotations on `__getitem__`: mypy calls its samples `Any`, and pyright must not refuse them."""
+    DataLoader(pairs, 2)
+    for first, _ in Pipeline(pairs).shuffle(seed=0).batch(2):
+        first.sum()
+    for part in random_split(images, [3, 1]):
+        Pipeline(part).map(lambda pair: pair[0]).batch(2)
+    assert_type(Pipeline(images).batch(2), Pipeline[list[Tensor]])
 
 
 async def loaders(unknown: Any, untyped: Dataset[Any]) -> None:

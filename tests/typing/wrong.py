@@ -50,6 +50,8 @@ async def mistakes(texts: Pipeline[str], channel: Channel[int]) -> None:
     keys.batch(64, collate_fn=stack)  # type: ignore[arg-type]  # pyright: ignore
     texts.batch_by_length(64, decode)  # type: ignore[arg-type]  # pyright: ignore
     keys.pack(64, length=decode)  # type: ignore[arg-type]  # pyright: ignore
+    keys.to(3.5)  # type: ignore[arg-type]  # pyright: ignore
+    DataLoader(Images(), 8, device=3.5)  # type: ignore[call-overload]  # pyright: ignore
     Pipeline.zip(keys, 3)  # type: ignore[call-overload]  # pyright: ignore
     Pipeline.merge(keys, 3)  # type: ignore[call-overload]  # pyright: ignore
     Pipeline.mix([keys, texts], ["a", "b"])  # type: ignore[list-item]  # pyright: ignore
