@@ -42,8 +42,9 @@ IMPORTS: dict[str, set[str]] = {
         "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
         "stages",
     },
+    "drop_in": {"core", "device", "engine", "errors", "executors", "insight", "plan", "sources", "stages"},
     "dataloader": {
-        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "signatures", "sources",
+        "core", "device", "drop_in", "engine", "errors", "executors", "loader", "plan", "signatures", "sources",
         "stages", "torch_shims",
     },
     "integrations": {"core", "engine", "errors", "loader"},
