@@ -1,37 +1,29 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
 import warnings
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
-from functools import partial
-from typing import Any, Final, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import torch
 import torch.utils.data
 from torch import Tensor
 
 from aioloader.core.checks import check_integer
+from aioloader.core.memory import Alloc
 from aioloader.core.policies import Hedge, Policies, Rate, Retry
-from aioloader.core.safe_text import safe_repr
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, check_device, open_transfer, why_not_pinned
 from aioloader.drop_in.arguments import Arguments, WorkerType, is_async_iterable, worker_type_of
-from aioloader.drop_in.inline import inline_nodes, skip_rule
-from aioloader.drop_in.stages import stages_here, stages_in_workers, stages_to_device
+from aioloader.drop_in.inline import inline_nodes
+from aioloader.drop_in.plan import plan_of
 from aioloader.engine.delivery import InlineDelivery, SyncDelivery
-from aioloader.engine.faces import AsyncBatches, Batches
-from aioloader.engine.progress import Progress
-from aioloader.engine.turns import Turns
-from aioloader.engine.window import Window
-from aioloader.errors import ReplayWarning, StateError
+from aioloader.engine.faces import AsyncBatches
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.ray.workers import RayWorkers, actors_for
 from aioloader.loader import Loader
-from aioloader.plan.build import build
-from aioloader.plan.plan import Plan, Single, guarantee_of_stream
-from aioloader.plan.state import Shape, identity_of
-from aioloader.plan.unsplit import dataset_gives_all, keys_of_all
+from aioloader.plan.plan import Plan
 from aioloader.signatures import (
     AsyncIndexed,
     Data,
@@ -44,20 +36,15 @@ from aioloader.signatures import (
     TupleWithNames,
     Unknown,
 )
-from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
+from aioloader.sources.epoch_sampling import EpochSampling
 from aioloader.sources.rank_sampler import RankSampler, check_shards
-from aioloader.sources.resolve import StreamData, check_dataset, warn_of_live
-from aioloader.stages.base import Pass
-from aioloader.stages.flow import Guarantee
+from aioloader.sources.resolve import check_dataset
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DataLoader"]
 
 K = TypeVar("K")
 S = TypeVar("S")
-
-KEYS_AHEAD: Final = 8
-"""Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
 
 _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
 _SHOWN = frozenset(field.name for field in fields(Arguments)) - {"torch_loader", "actors", "bounded"}
@@ -130,7 +117,7 @@ class DataLoader(Loader[T_co]):
     _knob = "num_workers"
     _kind = "DataLoader"
     _arguments: Arguments
-    _keys: EpochSampling
+    _sampling: EpochSampling
 
     # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
     dataset: Any
@@ -444,8 +431,8 @@ class DataLoader(Loader[T_co]):
         if device is not None:
             check_device(device)
         seed = None if seed is None else check_integer("seed", seed)
-        self._keys = EpochSampling(torch_loader, shuffled=bool(shuffle), seed=seed, persistent=persistent_workers)
-        self._arguments = Arguments(
+        sampling = EpochSampling(torch_loader, shuffled=bool(shuffle), seed=seed, persistent=persistent_workers)
+        arguments = Arguments(
             torch_loader=torch_loader,
             dataset=dataset,
             batch_size=torch_loader.batch_size,
@@ -475,8 +462,13 @@ class DataLoader(Loader[T_co]):
             hedge=hedge,
             rate=rate,
         )
+        self._is_made_of(arguments, sampling)
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
+
+    def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
+        self._arguments, self._sampling = arguments, sampling
+        self._plan = plan_of(arguments, sampling)
 
     def __getattr__(self, name: str) -> Any:
         if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
@@ -492,24 +484,24 @@ class DataLoader(Loader[T_co]):
         if name in _FIXED:
             raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
         if name in _SHOWN:
-            self._arguments = replace(self._arguments, **{name: value})
+            self._is_made_of(replace(self._arguments, **{name: value}), self._sampling)
         else:
             super().__setattr__(name, value)
 
     @property
     def generator(self) -> torch.Generator | None:
         """See torch."""
-        return self._keys.generator
+        return self._sampling.generator
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
-        self._keys.generator = generator
+        self._sampling.generator = generator
         self._fixed = None
 
     @property
     def seed(self) -> int | None:
         """With it the order depends on the seed and the epoch alone."""
-        return self._keys.seed
+        return self._sampling.seed
 
     @property
     def batch_sampler(self) -> BatchSamplerView:
@@ -539,11 +531,6 @@ class DataLoader(Loader[T_co]):
     def __aiter__(self) -> AsyncBatches[T_co]:
         return super().__aiter__()
 
-    def __iter__(self) -> Batches[T_co]:
-        warn_of_live(self, self.dataset)
-        self._check_usable()
-        return Batches(self)
-
     def _check_usable(self) -> None:
         if self.timeout and self.num_workers == 0:
             # The type that torch's iterator raises.
@@ -557,84 +544,23 @@ class DataLoader(Loader[T_co]):
     def set_epoch(self, epoch: int) -> None:
         """Let the next epoch be number `epoch`, and tell the samplers and the dataset that have a `set_epoch`."""
         super().set_epoch(epoch)
-        self._keys.set_epoch(epoch)
+        self._sampling.set_epoch(epoch)
+
+    def _plan_of_epoch(self, alloc: Alloc, *, pins: bool) -> Plan:
+        return plan_of(self._arguments, self._sampling, alloc, pins=pins)
 
     def _open_delivery(self) -> SyncDelivery | InlineDelivery:
         if not self._arguments.inline:
             return super()._open_delivery()
         with self._beginning() as progress:
-            transfer = self._open_transfer()
-            node, meters = inline_nodes(
-                self._arguments, self._keys, progress, self._pass(progress), transfer, self._alloc(transfer)
-            )
+            transfer = self._opened_transfer()
+            this_pass, alloc = self._pass(progress), self._alloc(transfer)
+            node, meters = inline_nodes(self._arguments, self._plan, progress, this_pass, transfer, alloc)
         self._watch(progress, meters)
         return InlineDelivery(node, progress, self._receiver())
 
-    def _build(self, progress: Progress) -> Window:
-        base = BaseSeed()
-        if self._arguments.workers_read:
-            self._begin_turns(progress, base)
-        elif self._arguments.iterable:
-            self._keys.draw_base_seed(progress)
-        return self._nodes(progress, self._open_transfer(), base)
-
-    def _nodes(self, progress: Progress, transfer: Transfer | None = None, base: BaseSeed | None = None) -> Window:
-        of = self._arguments
-        if of.in_processes:
-            alloc, base = None, BaseSeed() if base is None else base
-            turns = Turns(of.num_workers) if of.iterable else None
-            keys = partial(self._keys.of, progress, base)
-            source = StreamData(keys if turns is None else turns, call=turns is None, single_use=False)
-            stages = stages_in_workers(of, self._keys, base, turns)
-        else:
-            alloc = self._alloc(transfer)
-            keys = partial(self._keys.of, progress)
-            source = StreamData(of.dataset if of.iterable else keys, call=not of.iterable, single_use=False)
-            stages = stages_here(of, alloc)
-        stages += stages_to_device(of, pins=transfer is not None)
-        nbytes = None if of.awaits_samples else of.ahead_bytes
-        plan = Plan(self._single(source), tuple(stages), room=of.room, grows=of.grows, nbytes=nbytes)
-        window = build(plan, self._pass(progress), transfer, alloc, self._open_processes)
-        window.rule = skip_rule(of, progress.epoch)
-        return window
-
-    def _single(self, source: StreamData) -> Single:
-        if self._arguments.iterable:
-            return Single(source, name="source")
-        ahead = KEYS_AHEAD if self._keys.plain else 0
-        return Single(source, name="sampler", keys=True, ahead=ahead, check=self._keys.check_place)
-
-    def _begin_turns(self, progress: Progress, base: BaseSeed) -> None:
-        """Give workers that iterate the dataset their base seed: that which they had, where the epoch goes on."""
-        record = progress.loader_state
-        if progress.cursor is None:
-            self._keys.draw_base_seed(progress, base)
-            record["base_seed"] = base.value
-            return
-        if self.generator is not None:
-            self._keys.draw_base_seed(progress)  # it moves on, as it did when the epoch began
-        base.value = record["base_seed"]
-        warnings.warn(
-            f"worker processes cannot enter their parts of an IterableDataset in the middle: the resumed epoch reads "
-            f"the {progress.batches_before} batches before it again and drops them",
-            ReplayWarning,
-            stacklevel=2,
-        )
-
     def _open_transfer(self) -> Transfer | None:
-        if self._transfer is None and (self.device is not None or self.pin_memory):
-            self._transfer = open_transfer(self.device)
-        return self._transfer
-
-    def _pass(self, progress: Progress) -> Pass:
-        return Pass(progress.epoch, sample_seed=self._sample_seed(self._rng_seed))
-
-    @property
-    def _rng_seed(self) -> int | None:
-        """Of `sample_rng`, as in `Pipeline`: ranks that share samples need the same one."""
-        return 0 if self.shard and self.seed is None else self.seed
-
-    # -- ranks and state ---------------------------------------------------------------------------------------------
+        return open_transfer(self.device) if self.device is not None or self.pin_memory else None
 
     @property
     def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
@@ -642,133 +568,20 @@ class DataLoader(Loader[T_co]):
             return "use Pipeline(dataset).shard(), whose map and batch do the rest"
         return "pass sampler=DistributedSampler(dataset), or shard=True, which deals the same keys"
 
-    def _gives_all(self) -> bool:
-        of = self._arguments
-        if not dataset_gives_all(of.dataset, indexed=not of.iterable):
-            return False
-        return of.iterable or keys_of_all(self._keys.sampler)
-
-    def _begins(self, progress: Progress) -> None:
-        if not self._arguments.iterable:
-            progress.batch_size = self.batch_size
-        if progress.cursor is not None:  # the rest of it comes in that order, whatever they were told since
-            self._keys.set_epochs(progress.loader_state, told=not progress.epoch_pinned)
-        progress.loader_state |= self._keys.epochs()
-
-    def _shape(self) -> Shape:
-        of = self._arguments
-        try:
-            length = len(of.dataset)
-        except (TypeError, NotImplementedError):
-            length = None
-        shape = [
-            {"stage": "source", "name": type(of.dataset).__name__, "length": length} | identity_of(of.dataset),
-            {"stage": "stream"} if of.iterable else self._keys.shape(),
-            {"stage": "batch", "batch_size": of.batch_size, "drop_last": of.drop_last, "ordered": of.ordered},
-        ]
-        return shape if of.skip_errors is None else [*shape, {"stage": "skip_errors"}]
-
-    def _guarantee(self) -> Guarantee:
-        of = self._arguments
-        if of.workers_read:
-            return "replayed" if of.in_order else "at-least-once"
-        if of.iterable:
-            return guarantee_of_stream(of.dataset)
-        return "exact" if self._keys.repeatable else "replayed"
-
-    def _never_again(self) -> str | None:
-        why = super()._never_again()
-        return "samples come in another order each time" if why is None and not self._arguments.ordered else why
-
-    def _sure_length(self, *, resumed: bool) -> int | None:
-        of = self._arguments
-        if of.skip_errors is not None:
-            return None  # nobody knows whether a batch is left of them
-        if of.iterable or not self._keys.repeatable or self._keys.generators:
-            return None  # a generator may be drawn from once more at the end
-        try:
-            return len(self)
-        except TypeError:
-            return None
-
-    def _random_state(self) -> dict[str, Any]:
-        return self._seed_state(self._rng_seed) | self._keys.state()
-
-    def _generators(self) -> list[torch.Generator]:
-        return self._keys.generators
-
-    def _draws_globally(self) -> bool:
-        if self._arguments.iterable:  # its workers' seeds, where these decide what comes
-            return self._arguments.workers_read and self.seed is None and self.generator is None
-        return self._keys.draws_globally
-
-    def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
-        super()._check_random_state(state, begun=begun)
-        self._keys.check_state(state)
-        if begun and self._arguments.workers_read and "base_seed" not in state:
-            raise ValueError("'base_seed', which the seeds of the epoch's workers begin with, is missing")
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        super()._set_random_state(state)
-        self._keys.set_state(state)
-
-    def _set_epochs(self, state: dict[str, Any]) -> None:
-        self._keys.set_epochs(state)
-
-    def _replayed(self, random: dict[str, Any]) -> None:
-        self._keys.set_epoch_of_dataset(random)
-
     def _detached(self) -> Self:
         again = super()._detached()
-        again._keys = self._keys.detached()
-        skip = self.skip_errors
-        again._arguments = replace(
-            self._arguments,
-            dataset=again._keys.dataset,
-            skip_errors=None if skip is None else replace(skip, report=None),  # it is written down already
-        )
+        sampling, skip = self._sampling.detached(), self.skip_errors
+        if skip is not None:
+            skip = replace(skip, report=None)  # it is written down already
+        copied = sampling.dataset.dataset if isinstance(sampling.dataset, AsyncStandIn) else sampling.dataset
+        again._is_made_of(replace(self._arguments, dataset=copied, skip_errors=skip), sampling)
         return again
 
-    def _make_state(
-        self,
-        epoch: int,
-        batches: int,
-        cursor: Any,
-        random: dict[str, Any] | None,
-        lengths: Sequence[int | None] | None = None,
-        *,
-        guarantee: Guarantee | None = None,
-    ) -> dict[str, Any]:
-        of = self._arguments
-        if of.workers_read and not of.in_order:  # the epoch is begun again
-            batches, cursor = 0, None
-        elif of.workers_read and cursor is not None:
-            cursor = (of.num_workers, batches)
-        return super()._make_state(epoch, batches, cursor, random, lengths, guarantee=guarantee)
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["_plan"]
+        return state
 
-    def _check_loaded(self, loaded: dict[str, Any]) -> None:
-        of, cursor = self._arguments, loaded["cursor"]
-        if of.iterable and cursor is not None:
-            theirs, ours = _reading_workers(cursor), of.reading_workers
-            if theirs != ours or (ours and not of.in_order):
-                raise StateError(
-                    f"the state is in the middle of an epoch of an IterableDataset that {_readers(theirs)} read, and "
-                    f"this loader has {_readers(ours)}{'' if of.in_order else ', in_order=False'}, so its parts or "
-                    f"their order are others; go on with the former, or begin the epoch anew"
-                )
-            if ours and cursor[1] != loaded["batches"]:
-                raise StateError(
-                    f"the 'cursor' of the state is after {safe_repr(cursor[1])} batches, and its 'batches' are "
-                    f"{loaded['batches']}: it is broken"
-                )
-        super()._check_loaded(loaded)
-
-
-def _reading_workers(cursor: Any) -> int:
-    """Of how many worker processes that iterate a dataset each a cursor is; 0: of none."""
-    of_workers = isinstance(cursor, list | tuple) and len(cursor) == 2 and all(type(part) is int for part in cursor)
-    return cursor[0] if of_workers else 0
-
-
-def _readers(workers: int) -> str:
-    return f"{safe_repr(workers)} worker processes" if workers else "one reader (num_workers=0 or worker_type='thread')"
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._is_made_of(self._arguments, self._sampling)

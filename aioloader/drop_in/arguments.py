@@ -176,11 +176,6 @@ class Arguments:
         return self.in_processes and self.iterable
 
     @property
-    def reading_workers(self) -> int:
-        """How many iterate the dataset each; 0: it is iterated once."""
-        return self.num_workers if self.workers_read else 0
-
-    @property
     def awaits_samples(self) -> bool:
         """Whether the samples of a batch are loaded one by one, `concurrency` at once."""
         if self.iterable or not self.awaited:
@@ -204,11 +199,6 @@ class Arguments:
     def leaves_out(self) -> Errors:
         """The types of errors whose samples are left out."""
         return () if self.skip_errors is None else self.skip_errors.on
-
-    @property
-    def skips_before_batch(self) -> bool:
-        """Samples of a stream are left out before they are batched."""
-        return self.skip_errors is not None and self.iterable and self.batch_size is not None
 
     # -- how much is ahead -------------------------------------------------------------------------------------------
 

@@ -9,24 +9,26 @@ from aioloader.drop_in.stages import collate_call, fetch_call
 from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
-from aioloader.engine.skipping import SkipNode, SkipRule, SkipSamplesRule
+from aioloader.engine.skipping import SkipNode, SkipRule
 from aioloader.engine.stream_source import warn_of_replay
 from aioloader.executors.chunk import Call
 from aioloader.executors.partial import over_partial
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
-from aioloader.sources.epoch_sampling import EpochSampling
+from aioloader.plan.parts import sampled_of
+from aioloader.plan.plan import Plan, with_ranks
+from aioloader.sources.sampler_order import draws_of
 from aioloader.stages.base import Pass
 from aioloader.stages.batch import BatchFold
 from aioloader.stages.load_one import TriedInPlace
-from aioloader.stages.skip_errors import rank_for_report
+from aioloader.stages.skip_errors import SkipInBatches
 
-__all__ = ["inline_nodes", "skip_rule"]
+__all__ = ["inline_nodes"]
 
 
 def inline_nodes(
     of: Arguments,
-    sampling: EpochSampling,
+    plan: Plan,
     progress: Progress,
     this_pass: Pass,
     transfer: Transfer | None,
@@ -36,36 +38,40 @@ def inline_nodes(
 
     Args:
         of: The arguments.
-        sampling: Draws the keys.
+        plan: Of the loader.
         progress: Of the epoch.
         this_pass: Which epoch, for seeds.
         transfer: The loader's way to its device; None: there is none.
         alloc: Where the default collate puts batches.
     """
-    epoch = progress.epoch
+    data = sampled_of(plan)
+    assert data is not None, "the plan of a DataLoader"
+    epoch, draws = progress.epoch, draws_of(progress)
+    data.begin(epoch, draws)
     if of.iterable:
-        sampling.draw_base_seed(progress)
         source = InlineSource(of.dataset, "source", epoch)
         before, middle = _batched(of, source, epoch)
         calls, log = [Call(collate_call(of, alloc), False, "collate")], None
     else:
-        middle = source = InlineSource(sampling.of(progress), "sampler", epoch, keys=True)
-        before, data, log = None, of.dataset, None
+        middle = source = InlineSource(data.of_epoch(epoch, draws).make(), "sampler", epoch, keys=True)
+        before, dataset, log = None, of.dataset, None
         if of.policies is not None:
             log = PolicyMeter(of.policies)
-            data = TriedInPlace(data, of.policies, lambda attempt: inline_map.retried(attempt), log)
+            dataset = TriedInPlace(dataset, of.policies, lambda attempt: inline_map.retried(attempt), log)
         assert this_pass.sample_seed is not None
         seed = this_pass.seed(this_pass.sample_seed, "sample 1")  # as `plan.build` numbers it
-        calls = [Call(fetch_call(of, alloc, data), False, "fetch", seed)]
+        calls = [Call(fetch_call(of, alloc, dataset), False, "fetch", seed)]
     inline_map = InlineMap(middle, [*calls, *_to_device(of, transfer)], epoch, ordered=of.ordered)
     inline_map.meter.policies = log
     output: Node = inline_map
     meters = [source.meter, inline_map.meter]
     if before is not None:
         meters.insert(1, before.meter)
-    elif (rule := skip_rule(of, epoch)) is not None:
-        output = SkipNode(inline_map, rule)
-        meters.append(rule.meter)
+    for stage in with_ranks(plan).stages:
+        if isinstance(stage, SkipInBatches):
+            rule = stage.rule(this_pass)
+            output = SkipNode(inline_map, rule)
+            meters.append(rule.meter)
     if progress.cursor is not None:
         output.resume(progress.cursor)
         if of.iterable:
@@ -91,14 +97,3 @@ def _to_device(of: Arguments, transfer: Transfer | None) -> Sequence[Call]:
         return (Call(over_partial(transfer.send), False, f"to({of.device})"),)
     backend = transfer.backend
     return (Call(over_partial(lambda batch: pin_batch(batch, backend)), False, "pin_memory()"),)
-
-
-def skip_rule(of: Arguments, epoch: int) -> SkipRule | None:
-    """What leaves samples, or those of a batch, out; None: nothing does, or what does is before `batch`."""
-    skip = of.skip_errors
-    if skip is None or of.skips_before_batch:
-        return None
-    rank = None if skip.report is None else rank_for_report()
-    if not of.batched:
-        return SkipRule(skip, epoch, rank)
-    return SkipSamplesRule(skip, epoch, rank, batch_size=of.batch_size)

@@ -10,12 +10,12 @@ from aioloader.core.memory import Alloc
 from aioloader.drop_in.arguments import Arguments
 from aioloader.engine.fuse import InProcesses
 from aioloader.engine.ray_step import OnRay
-from aioloader.engine.turns import Turns
 from aioloader.executors.epochs import epochs_of
 from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.segments import shared_memory
 from aioloader.executors.processes.torch_worker import FetchNext, TorchWorker
-from aioloader.sources.epoch_sampling import BaseSeed, EpochSampling
+from aioloader.sources.epoch_sampling import BaseSeed
+from aioloader.sources.sampled import Sampled
 from aioloader.stages.base import Stage
 from aioloader.stages.batch import Batch, CollateWith
 from aioloader.stages.collate import Collate
@@ -24,16 +24,16 @@ from aioloader.stages.group import Group
 from aioloader.stages.load import CollateAny, CollateAsync, FetchAsync, FetchBatch, FetchOne
 from aioloader.stages.load_one import FetchSample, FetchSampleAsync, TriedInPlace
 from aioloader.stages.map import Map
-from aioloader.stages.skip_errors import SkipErrors
+from aioloader.stages.skip_errors import SkipErrors, SkipInBatches
 from aioloader.stages.split_join import JoinBatches, SplitBatches
 
-__all__ = ["collate_call", "fetch_call", "stages_here", "stages_in_workers", "stages_to_device"]
+__all__ = ["collate_call", "fetch_call", "last_stages", "stages_here", "stages_in_workers"]
 
 SAMPLE = "dataset[...]"
 THREADS = "aioloader-worker"
 
 
-def stages_here(of: Arguments, alloc: Alloc) -> list[Stage]:
+def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
     """Where threads of this process, or its event loop, load and collate."""
     if of.iterable and of.batch_size is not None:
         collate = _collate_with(of, _collates_with(of))
@@ -65,27 +65,20 @@ def stages_here(of: Arguments, alloc: Alloc) -> list[Stage]:
     return [fetch, _convert(of, alloc)] if _converts_apart(of) else [fetch]
 
 
-def stages_in_workers(of: Arguments, sampling: EpochSampling, base: BaseSeed, turns: Turns | None) -> list[Stage]:
-    """Each worker process loads and collates whole batches, in turn, as in torch.
-
-    Args:
-        of: The arguments.
-        sampling: Knows the epoch that the dataset was told.
-        base: Of the seeds of this epoch's workers.
-        turns: The source, where each worker iterates the dataset.
-    """
-    prepare = partial(_torch_worker, of.dataset, of.num_workers, base, of.worker_init_fn)
-    epochs = partial(epochs_of, dataset=of.dataset, told=sampling.told_epoch)
+def stages_in_workers(of: Arguments, data: Sampled) -> list[Stage]:
+    """Each worker process loads and collates whole batches, in turn, as in torch."""
+    prepare = partial(_torch_worker, of.dataset, of.num_workers, data.base, of.worker_init_fn)
+    epochs = partial(epochs_of, dataset=of.dataset, told=data.sampling.told_epoch)
     place: InProcesses | OnRay
     if of.actors is not None:
         place = OnRay(of.actors, prepare, epochs, seeds_each=True)
     else:
         in_turn = (of.in_order and not of.loads_samples) or of.iterable
-        place = InProcesses(of.persistent_workers, in_turn, prepare, turns, epochs)
+        place = InProcesses(of.persistent_workers, in_turn, prepare, data.turns, epochs)
     if of.loads_samples:
         return _around(of, _load_samples(of, place), None)
     fetch: Callable[[Any], Any]
-    if turns is not None:
+    if data.turns is not None:
         collate = None if of.collates_async else collate_call(of, shared_memory)
         fetch = FetchNext(of.dataset, of.batch_size, of.drop_last, collate)
     else:
@@ -94,14 +87,19 @@ def stages_in_workers(of: Arguments, sampling: EpochSampling, base: BaseSeed, tu
     return [load, _convert(of, shared_memory)] if _converts_apart(of) else [load]
 
 
-def stages_to_device(of: Arguments, *, pins: bool) -> list[Stage]:
+def last_stages(of: Arguments, *, pins: bool) -> list[Stage]:
     """What is done with batches at last; `pins`: there is page-locked memory."""
+    stages: list[Stage] = []
     if of.device is not None:
-        return [To(of.device)]
-    return [PinMemory()] if pins else []
+        stages.append(To(of.device))
+    elif pins:
+        stages.append(PinMemory())
+    if of.skip_errors is not None and not (of.iterable and of.batch_size is not None):
+        stages.append(SkipInBatches(of.skip_errors, None, of.batched, of.batch_size))
+    return stages
 
 
-def fetch_call(of: Arguments, alloc: Alloc, dataset: Any = None) -> Callable[[Any], Any]:
+def fetch_call(of: Arguments, alloc: Alloc | None, dataset: Any = None) -> Callable[[Any], Any]:
     """From a key, or the keys of a batch, to what is handed out, or to what is collated apart.
 
     Args:
@@ -118,7 +116,7 @@ def fetch_call(of: Arguments, alloc: Alloc, dataset: Any = None) -> Callable[[An
     return FetchBatch(dataset, of.collate_fn, Collate(alloc), of.leaves_out)
 
 
-def collate_call(of: Arguments, alloc: Alloc) -> Callable[[Any], Any]:
+def collate_call(of: Arguments, alloc: Alloc | None) -> Callable[[Any], Any]:
     """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
     if not of.batched:
         return of.collate_fn or default_convert
@@ -166,7 +164,7 @@ def _await_samples(of: Arguments, ordered: bool) -> Map:
     )
 
 
-def _convert(of: Arguments, alloc: Alloc) -> Map:
+def _convert(of: Arguments, alloc: Alloc | None) -> Map:
     """The step that makes batches of the samples that the step before it loaded."""
     collate = collate_call(of, alloc)
     if of.skip_errors is not None:
