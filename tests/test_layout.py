@@ -42,9 +42,9 @@ IMPORTS: dict[str, set[str]] = {
         "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
         "stages",
     },
+    "drop_in": {"core", "device", "engine", "errors", "executors", "insight", "plan", "sources", "stages"},
     "dataloader": {
-        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "signatures", "sources",
-        "stages", "torch_shims",
+        "core", "device", "drop_in", "engine", "executors", "loader", "plan", "signatures", "sources", "torch_shims",
     },
     "integrations": {"core", "engine", "errors", "loader"},
     "testing": {"core", "device", "errors"},
@@ -66,7 +66,7 @@ EXEMPT = {
     "demo/server.py": "a program of its own, in its own process",
     "executors/ray/chunk_runner.py": "it runs in an actor, which is a process of its own",
     "testing/device.py": "a fake stream is a thread, as a real one runs beside the host",
-    "loader.py": "`aclose` lends one of anyio's threads to `close`, which waits for other threads",
+    "loader/running.py": "`aclose` lends one of anyio's threads to `close`, which waits for other threads",
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from aioloader import Pipeline, Schedule
 from aioloader.core.seeds import BLOCK, random_of_block
+from aioloader.plan.state import shape_of
 from aioloader.stages.base import Pass
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Face, Steps, collect, explained, notes, on_both_faces
@@ -497,7 +498,6 @@ def test_a_schedule_is_plain_data() -> None:
     assert repr(pickle.loads(pickle.dumps(schedule))) == repr(schedule)
     assert repr(schedule) == "Schedule.steps({0: {'a': 1.0, 'b': 0.0}, 10: {'a': 0.0, 'b': 1.0}})"
     sources = {"b": range(3), "a": range(3)}
-    assert (
-        Pipeline.mix(sources, schedule)._shape()
-        == Pipeline.mix(sources, Schedule.steps({0: {"b": 0, "a": 1}, 10: {"a": 0, "b": 1}}))._shape()
+    assert shape_of(Pipeline.mix(sources, schedule)._plan) == shape_of(
+        Pipeline.mix(sources, Schedule.steps({0: {"b": 0, "a": 1}, 10: {"a": 0, "b": 1}}))._plan
     )

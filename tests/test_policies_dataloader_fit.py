@@ -235,7 +235,7 @@ def test_no_more_is_ahead_than_without_policies(options: dict[str, Any], batches
             if "prefetch_factor" in options or "ahead" in options or not batches:  # else it may grow
                 assert dataset.begun.total() <= 4 * (given + batches)
         rooms = {stage.name: stage.room for stage in loader.stats().stages}
-        if batches and not loader._grows:
+        if batches and not loader._arguments.grows:
             assert rooms["dataset[...]"] + 4 * rooms["collate"] == 4 * batches
 
 

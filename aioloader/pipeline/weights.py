@@ -13,6 +13,7 @@ from aioloader.engine.progress import Progress
 from aioloader.loader import Loader
 from aioloader.pipeline.described import Described
 from aioloader.plan.mixing import mixture_named, mixtures_of
+from aioloader.plan.parts import global_draws
 from aioloader.plan.plan import Plan, flow_of, with_ranks
 from aioloader.plan.ranks import is_shared
 from aioloader.stages.flow import Guarantee
@@ -80,7 +81,7 @@ class Weights(Described[T_co]):
         return found
 
     def _random_state(self) -> dict[str, Any]:
-        state = self._seed_state(self._seed)
+        state = super()._random_state()
         if self._weights:
             state["weights"] = {address: [[[], 0, list(weights)]] for address, weights in self._weights.items()}
         for address, (weights, at) in self._weights_next.items():
@@ -146,5 +147,5 @@ class Weights(Described[T_co]):
                 progress.mixes = Mixes(progress.loader_state.setdefault("weights", {}), self._weights_next)
                 self._weights |= {address: weights for address, (weights, _) in self._weights_next.items()}
                 self._weights_next = {}
-        if self._draws_globally() and not self._draws_alone and not progress.begun_before:
+        if global_draws(self._plan) > 1 and not progress.begun_before:
             empty((), dtype=int64, device="cpu").random_()  # for all of them, or the next epoch would be the same

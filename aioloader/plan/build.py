@@ -19,6 +19,7 @@ from aioloader.engine.fuse import FusedOps, Op, exactly
 from aioloader.engine.key_source import KeySource
 from aioloader.engine.node import Node
 from aioloader.engine.process_stream import OwnProcessNode, Serving
+from aioloader.engine.skipping import SkipRule
 from aioloader.engine.stream_source import StreamSource
 from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
@@ -94,6 +95,8 @@ def build(
     )
     window = _output(builder)
     window.beginnings = builder.beginnings
+    if builder.rule is not None:
+        window.rule = builder.rule
     if admission is not None:
         admission.output = window
     return window
@@ -171,6 +174,7 @@ class _PlanBuilder:
     gate: CallGate | None = None
     flow: Flow = field(default_factory=Flow)
     following: Sequence[Stage] = ()
+    rule: SkipRule | None = None
     key_stages: list[FoldStage] = field(default_factory=list)
     node: Node = field(init=False)
     fused: FusedOps = field(default_factory=FusedOps)
@@ -349,15 +353,17 @@ class _PlanBuilder:
     def _stream(self, source: Single, data: StreamData) -> None:
         # After a cache it is no surprise: what is not kept is read again in every epoch.
         cached = any(stage.caches for stage in self.plan.stages)
+        again, epoch = self.draws is _AGAIN, self.this_pass.epoch
+        now = data.of_epoch(epoch, self.draws)
         node = StreamSource(
-            data.make,
-            call=data.call,
+            now.make,
+            call=now.call,
             name=source.name or f"source({source_name(data.make)})",
             keys=source.keys,
             ahead=source.ahead,
             warns=self.warns and not (source.keys or cached),
-            use=data.use_again if self.draws is _AGAIN else data.use,
-            unknown=data.call and not source.keys and not _is_generator(data.make),
+            use=data.use_again if again else partial(data.begin, epoch, self.draws),
+            unknown=now.call and not source.keys and not _is_generator(now.make),
             check=source.check,
             tells_epoch=source.tells_epoch,
             live=self.live,

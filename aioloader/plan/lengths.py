@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import replace
 
-from aioloader.plan.parts import is_indexable, keeping_last
+from aioloader.plan.parts import is_indexable, keeping_last, sampled_of
 from aioloader.plan.plan import Combined, Plan, flow_of, flows_of, length_of
 
 __all__ = ["batch_size_of", "sure_length", "with_told_length"]
@@ -16,6 +16,8 @@ def sure_length(plan: Plan, *, resumed: bool) -> int | None:
         plan: A pipeline.
         resumed: The epoch is resumed in its middle: it has more batches if samples may come again.
     """
+    if (sampled := sampled_of(plan)) is not None:
+        return sampled.batches
     told = plan.told_length is not None
     if not (told or is_indexable(plan)) or (resumed and flow_of(plan).guarantee == "at-least-once"):
         return None

@@ -3,19 +3,25 @@
 from dataclasses import replace
 from typing import Any
 
+from torch import Generator
+
 from aioloader.core.limit import Limit
 from aioloader.core.rate import Rate
 from aioloader.plan.plan import Combined, Plan, Single, walk
 from aioloader.sources.fetch import PlannedKeys
 from aioloader.sources.resolve import Indexable, StreamData
+from aioloader.sources.sampled import Sampled
+from aioloader.sources.sampler_order import draws_globally, generators_of
 
 __all__ = [
     "datasets_of",
-    "drawing_samplers_of",
+    "generators_in",
+    "global_draws",
     "is_indexable",
     "keeping_last",
     "limits_of",
     "rates_of",
+    "sampled_of",
     "samplers_of",
     "streams_of",
     "with_streams",
@@ -30,6 +36,12 @@ def streams_of(plan: Plan) -> list[StreamData]:
     """All streams of a plan, samplers included."""
     parts = [part for source in _sources_of(plan) for part in (source.data, source.sampler)]
     return [part for part in parts if isinstance(part, StreamData)]
+
+
+def sampled_of(plan: Plan) -> Sampled | None:
+    """What a `DataLoader` reads; None: it is the plan of a pipeline."""
+    data = plan.source.data if isinstance(plan.source, Single) else None
+    return data if isinstance(data, Sampled) else None
 
 
 def datasets_of(plan: Plan) -> list[Any]:
@@ -58,9 +70,23 @@ def samplers_of(plan: Plan) -> list[Any]:
     return [source.sampler.make for source in _sources_of(plan) if source.sampler is not None]
 
 
-def drawing_samplers_of(plan: Plan) -> list[Any]:
+def _drawing_samplers_of(plan: Plan) -> list[Any]:
     """Those whose order can be drawn again: not the functions, which may give anything."""
     return [sampler for sampler in samplers_of(plan) if hasattr(sampler, "__iter__")]
+
+
+def generators_in(plan: Plan) -> list[Generator]:
+    """The generators that orders are drawn from, apart from torch's global one."""
+    if (data := sampled_of(plan)) is not None:
+        return data.sampling.generators
+    return generators_of(*(stream.make for stream in streams_of(plan)))
+
+
+def global_draws(plan: Plan) -> int:
+    """How many orders may be drawn from torch's global generator."""
+    if (data := sampled_of(plan)) is not None:
+        return int(data.draws_globally)
+    return sum(map(draws_globally, _drawing_samplers_of(plan)))
 
 
 def is_indexable(plan: Plan) -> bool:

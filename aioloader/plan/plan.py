@@ -12,6 +12,7 @@ from aioloader.engine.resumable import tells_state
 from aioloader.sources.file_source import FileSource
 from aioloader.sources.files import Files
 from aioloader.sources.resolve import Indexable, StreamData, describe_content, source_name
+from aioloader.sources.sampled import Sampled
 from aioloader.sources.sampler_order import generators_of, is_repeatable
 from aioloader.stages.base import Stage, UnknownLengthError
 from aioloader.stages.flow import STRENGTH, Again, Flow, Guarantee, Shared, Steps
@@ -27,7 +28,6 @@ __all__ = [
     "flows_of",
     "forgets_numbers",
     "functions_of",
-    "guarantee_of_stream",
     "length_of",
     "part_of",
     "walk",
@@ -184,13 +184,23 @@ def flows_of(plan: Plan) -> list[Flow]:
 
 def _single(source: Single) -> Flow:
     flow = Flow(by_key=source.indexable, keyed=isinstance(source.data, Indexable), again=_again(source))
+    if isinstance(source.data, Sampled):
+        return flow.at_least(_guarantee_of_sampled(source.data))
     if source.sampler is None:
-        return flow.at_least(guarantee_of_stream(source.data.make)) if isinstance(source.data, StreamData) else flow
+        return flow.at_least(_guarantee_of_stream(source.data.make)) if isinstance(source.data, StreamData) else flow
     # If an epoch ends before its keys do, a resumed one may take no more of them, and then draws nothing. Where the
     # sampler's own generator is by then, no state tells: later epochs have another order.
     sampler = source.sampler.make
     flow = replace(flow, guarantee_if_cut="replayed" if generators_of(sampler) else "exact")
     return flow if is_repeatable(sampler) else flow.at_least("replayed")
+
+
+def _guarantee_of_sampled(data: Sampled) -> Guarantee:
+    if data.turns is not None:
+        return "replayed" if data.in_order else "at-least-once"
+    if data.iterable:
+        return _guarantee_of_stream(data.dataset)
+    return "exact" if data.sampling.repeatable else "replayed"
 
 
 def _again(source: Single) -> Again:
@@ -242,7 +252,7 @@ def forgets_numbers(plan: Plan) -> bool:
     return counts or any(map(forgets_numbers, inner))
 
 
-def guarantee_of_stream(stream: Any) -> Guarantee:
+def _guarantee_of_stream(stream: Any) -> Guarantee:
     """Whether `stream` can be entered in the middle."""
     if isinstance(stream, CursorSource) and not stream.replayable:
         return "live"

@@ -12,10 +12,12 @@ from typing import Any, Final
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource
 from aioloader.errors import StateError
+from aioloader.plan.parts import sampled_of
 from aioloader.plan.plan import Combined, Plan, Single
 from aioloader.plan.ranks import batch_of_all_ranks
 from aioloader.sources.fetch import NamedSamples, PlannedKeys
 from aioloader.sources.resolve import Indexable, source_name
+from aioloader.sources.sampled import Sampled
 from aioloader.sources.sampler_order import arguments_of, kind_of
 from aioloader.stages.flow import STRENGTH, Guarantee
 
@@ -242,6 +244,8 @@ def _plain(value: Any) -> Any:
 
 def shape_of(plan: Plan) -> Shape:
     """The source and the stages of `plan` that decide which sample comes when, and maps for people who read it."""
+    if (data := sampled_of(plan)) is not None:
+        return _sampled(data)  # its arguments, the same however they are carried out
     of_all = batch_of_all_ranks(plan)
     shape = [_source(plan.source)]
     for number, stage in enumerate(plan.stages):
@@ -252,6 +256,21 @@ def shape_of(plan: Plan) -> Shape:
         if part is not None:
             shape.append(part)
     return shape
+
+
+def _sampled(data: Sampled) -> Shape:
+    sampling = data.sampling
+    try:
+        length = len(data.dataset)
+    except (TypeError, NotImplementedError):
+        length = None
+    batch = {"batch_size": sampling.batch_size, "drop_last": sampling.drop_last, "ordered": data.ordered}
+    shape = [
+        {"stage": "source", "name": type(data.dataset).__name__, "length": length} | identity_of(data.dataset),
+        {"stage": "stream"} if data.iterable else sampling.shape(),
+        {"stage": "batch"} | batch,
+    ]
+    return [*shape, {"stage": "skip_errors"}] if data.skips else shape
 
 
 def lengths_of(shape: Shape) -> list[int | None]:

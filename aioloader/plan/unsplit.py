@@ -11,6 +11,7 @@ from aioloader.errors import LengthWarning, ReadAllWarning, UnevenWarning, Unspl
 from aioloader.plan.plan import Combined, Plan
 from aioloader.plan.ranks import is_sharded, is_shared
 from aioloader.sources.resolve import Indexable
+from aioloader.sources.sampled import Sampled
 from aioloader.sources.sampler_order import chain_of
 from aioloader.stages.rank import current_rank
 
@@ -82,6 +83,10 @@ def gives_all(plan: Plan) -> bool:
     source = plan.source
     if isinstance(source, Combined):
         return all(map(gives_all, source.plans))
+    if isinstance(source.data, Sampled):
+        data = source.data
+        by_keys = data.iterable or keys_of_all(data.sampling.sampler)
+        return by_keys and dataset_gives_all(data.dataset, indexed=not data.iterable)
     if source.sampler is not None:
         return not source.sampler.call and keys_of_all(source.sampler.make)
     if isinstance(source.data, Indexable):

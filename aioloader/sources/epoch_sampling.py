@@ -12,7 +12,6 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
-from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import Origin, is_stateful
 from aioloader.sources.rank_sampler import RankSampler
 from aioloader.sources.sampler_order import (
@@ -23,7 +22,6 @@ from aioloader.sources.sampler_order import (
     detached_copies,
     drawing_from,
     draws_globally,
-    draws_of,
     generators_of,
     is_plain,
     is_repeatable,
@@ -46,6 +44,8 @@ class EpochSampling:
 
     Attributes:
         told_epoch: The last argument of `set_epoch`.
+        batch_size: Keys in a batch; None: there are no batches, or the user's batch sampler decides.
+        drop_last: A shorter last batch is left out.
 
     Args:
         loader: torch's own, which has made the samplers.
@@ -63,8 +63,8 @@ class EpochSampling:
         self.generator: torch.Generator | None = loader.generator
         self.dataset: Any = loader.dataset
         self.sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-        self._batch_size = loader.batch_size
-        self._drop_last = loader.drop_last
+        self.batch_size = loader.batch_size
+        self.drop_last = loader.drop_last
         inner = self.sampler if loader.batch_sampler is None else loader.sampler
         self._ranks = inner if isinstance(inner, RankSampler) else None
         self._seeded = seed is not None and shuffled and self._ranks is None
@@ -97,7 +97,7 @@ class EpochSampling:
         if self._seeded:
             return {"stage": "shuffle", "seed": self.seed}
         inner = getattr(self.sampler, "sampler", self.sampler)
-        of = inner if self._batch_size is not None else self.sampler  # else the user passed the batch sampler
+        of = inner if self.batch_size is not None else self.sampler  # else the user passed the batch sampler
         shape = {
             "stage": "sampler",
             "kind": kind_of(inner),
@@ -148,17 +148,18 @@ class EpochSampling:
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
-    def of(self, progress: Progress, base: BaseSeed | None = None) -> Any:
+    def of(self, epoch: int, draws: Draws, base: BaseSeed | None = None) -> Any:
         """The keys of an epoch, drawn when the first is asked for, from the states of when the epoch began.
 
         Args:
-            progress: The progress of the epoch.
+            epoch: The number of the epoch.
+            draws: What its order is drawn from.
             base: Gets the base seed.
         """
-        open_keys = partial(self.draw, progress.epoch, base)
+        open_keys = partial(self.draw, epoch, base)
         if self._seeded:
-            return ReplayableOrder(open_keys, Draws(resumed=progress.begun_before))
-        return replayable_keys(self.sampler, open_keys, draws_of(progress))
+            return ReplayableOrder(open_keys, Draws(resumed=draws.resumed))
+        return replayable_keys(self.sampler, open_keys, draws)
 
     def check_place(self, origin: Origin | None, since: int) -> None:
         """Refuse an invalid place in the keys.
@@ -168,16 +169,16 @@ class EpochSampling:
         """
         check_place(self.sampler, origin, since, in_cursor=False)
 
-    def draw_base_seed(self, progress: Progress, base: BaseSeed | None = None) -> None:
+    def draw_base_seed(self, epoch: int, draws: Draws, base: BaseSeed | None = None) -> None:
         """Draw for an epoch without a sampler; a resumed one has drawn before.
 
         Args:
-            progress: The progress of the epoch.
+            epoch: The number of the epoch.
+            draws: What it is drawn from.
             base: Gets the base seed.
         """
-        draws = draws_of(progress)
         with drawing_from(draws):
-            self.draw(progress.epoch, base)
+            self.draw(epoch, base)
         draws.drawn()
 
     def draw(self, epoch: int, base: BaseSeed | None = None) -> Iterator[Any]:
@@ -210,7 +211,7 @@ class EpochSampling:
 
     def _batched(self, sampler: Any) -> Any:
         """What gives the keys of batches, where there are batches."""
-        return sampler if self._batch_size is None else BatchSampler(sampler, self._batch_size, self._drop_last)
+        return sampler if self.batch_size is None else BatchSampler(sampler, self.batch_size, self.drop_last)
 
     # -- state -------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from aioloader.masking import masked
 from aioloader.sources.fetch import NamedSamples, PlannedKeys
 from aioloader.sources.files import Files
 from aioloader.sources.mistaken import meant, table_in
+from aioloader.sources.sampler_order import Draws
 
 __all__ = [
     "Indexable",
@@ -121,6 +122,27 @@ class StreamData:
             f"{describe(self.make)} can be iterated once, and an epoch of it has begun already; pass the generator "
             f"function itself (without calling it), which is called again for each epoch"
         )
+
+    def of_epoch(self, epoch: int, draws: Draws) -> "StreamData":
+        """What is iterated in an epoch: one whose order is drawn has another in each.
+
+        Args:
+            epoch: Its number.
+            draws: What its order is drawn from.
+        """
+        return self
+
+    def begin(self, epoch: int, draws: Draws) -> None:
+        """An epoch begins.
+
+        Args:
+            epoch: See `of_epoch`.
+            draws: See `of_epoch`.
+
+        Raises:
+            SourceUsedUpError: It can be iterated once, and was.
+        """
+        self.use()
 
     def use_again(self) -> None:
         """It is read once more in an epoch that reads it already, or is going to."""

@@ -12,6 +12,7 @@ from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
 from aioloader.engine.fuse import FusedOps, Op
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.skipping import SkipRule
 from aioloader.engine.window import Window
 from aioloader.errors import UnknownLengthError
 from aioloader.executors.processes.worker_thread import WorkerThread
@@ -62,6 +63,7 @@ class Builder(Protocol):
         alloc: Where the default collate puts batches; None: into fresh memory.
         processes: Gives the loader's worker processes; called when something runs there.
         beginnings: See `Node`.
+        rule: What leaves out what failed, in the window that comes last.
     """
 
     node: Node
@@ -73,6 +75,7 @@ class Builder(Protocol):
     key_stages: "list[FoldStage]"
     transfer: Transfer | None
     alloc: Alloc | None
+    rule: SkipRule | None
 
     @property
     def prefetch(self) -> int: ...

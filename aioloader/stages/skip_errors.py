@@ -6,13 +6,13 @@ from typing import Any, Self
 from aioloader.core.skip import Skip
 from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold
-from aioloader.engine.skipping import SkipNode, SkipRule
+from aioloader.engine.skipping import SkipNode, SkipRule, SkipSamplesRule
 from aioloader.engine.window import Window
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.rank import current_rank
 
-__all__ = ["SkipErrors", "rank_for_report"]
+__all__ = ["SkipErrors", "SkipInBatches"]
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,21 @@ class SkipErrors(FoldStage):
         return replace(after, rank_order=after.rank_order or self.label)
 
     def with_ranks(self) -> Self:
-        return self if self.skip.report is None else replace(self, rank=rank_for_report(self.rank))
+        return self if self.skip.report is None else replace(self, rank=_rank_for_report(self.rank))
 
     def without_report(self) -> "SkipErrors":
         return replace(self, skip=replace(self.skip, report=None))
 
     def fold(self, this_pass: Pass) -> Fold:
-        return self._rule(this_pass)
+        return self.rule(this_pass)
 
-    def _rule(self, this_pass: Pass) -> SkipRule:
+    def rule(self, this_pass: Pass) -> SkipRule:
+        """What leaves them out in one pass."""
         return SkipRule(self.skip, this_pass.epoch, self.rank)
 
     def build(self, builder: Builder) -> None:
         """The last act of the window before it, or a node where there is none."""
-        fused, rule = builder.fused, self._rule(builder.this_pass)
+        fused, rule = builder.fused, self.rule(builder.this_pass)
         first = fused.first and not fused.ops
         node = builder.close(room=builder.prefetch if fused.batches and fused.ops else None)
         if fused.ops and isinstance(node, Window):
@@ -81,7 +82,29 @@ class SkipErrors(FoldStage):
         builder.fused = FusedOps(batches=fused.batches, first=first, checks=fused.checks)
 
 
-def rank_for_report(rank: int | None = None) -> int | None:
+@dataclass(frozen=True)
+class SkipInBatches(SkipErrors):
+    """The same at the end of a `DataLoader`, whose workers load batches: of these too, what failed is left out.
+
+    Args:
+        batched: They load batches; else samples.
+        batch_size: Samples in all batches but the last; None: the sampler decides.
+    """
+
+    batched: bool = True
+    batch_size: int | None = None
+
+    def rule(self, this_pass: Pass) -> SkipRule:
+        if not self.batched:
+            return super().rule(this_pass)
+        return SkipSamplesRule(self.skip, this_pass.epoch, self.rank, batch_size=self.batch_size)
+
+    def build(self, builder: Builder) -> None:
+        """The last act of the last window."""
+        builder.rule = self.rule(builder.this_pass)
+
+
+def _rank_for_report(rank: int | None = None) -> int | None:
     """`rank`, or that of this process where there are several."""
     if rank is not None:
         return rank

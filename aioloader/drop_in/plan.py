@@ -1,0 +1,54 @@
+"""The plan of a `DataLoader`."""
+
+from typing import Final
+
+from aioloader.core.memory import Alloc
+from aioloader.drop_in.arguments import Arguments
+from aioloader.drop_in.stages import last_stages, stages_here, stages_in_workers
+from aioloader.engine.turns import Turns
+from aioloader.plan.plan import Plan, Single
+from aioloader.sources.epoch_sampling import EpochSampling
+from aioloader.sources.sampled import Sampled
+
+__all__ = ["plan_of"]
+
+KEYS_AHEAD: Final = 8
+"""Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
+
+
+def plan_of(of: Arguments, sampling: EpochSampling, alloc: Alloc | None = None, *, pins: bool = False) -> Plan:
+    """The plan of one epoch: workers that are seeded as torch's have a base seed in each.
+
+    Args:
+        of: The arguments.
+        sampling: Draws the keys.
+        alloc: Where the default collate puts batches; None: into fresh memory.
+        pins: There is page-locked memory.
+    """
+    data = Sampled(
+        of.dataset if of.iterable else sampling.sampler,
+        sampling=sampling,
+        dataset=of.dataset,
+        iterable=of.iterable,
+        turns=Turns(of.num_workers) if of.workers_read else None,
+        ordered=of.ordered,
+        in_order=of.in_order,
+        skips=of.skip_errors is not None,
+    )
+    stages = stages_in_workers(of, data) if of.in_processes else stages_here(of, alloc)
+    return Plan(
+        _source(data),
+        (*stages, *last_stages(of, pins=pins)),
+        room=of.room,
+        grows=of.grows,
+        nbytes=None if of.awaits_samples else of.ahead_bytes,
+        seed=0 if of.shard and sampling.seed is None else sampling.seed,  # ranks that share samples need the same one
+    )
+
+
+def _source(data: Sampled) -> Single:
+    if data.iterable:
+        return Single(data, name="source")
+    sampling = data.sampling
+    ahead = KEYS_AHEAD if sampling.plain else 0
+    return Single(data, name="sampler", keys=True, ahead=ahead, check=sampling.check_place)

@@ -1,0 +1,93 @@
+"""Attributes of a `DataLoader`: what is set counts from the next epoch on, copies have their own, some are fixed."""
+
+import copy
+import pickle
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import torch
+
+from aioloader import DataLoader
+from tests._support import Face, on_both_faces, run
+
+
+class Counted:
+    """Samples that are awaited one after the other."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        for number in range(self.count):
+            yield number
+
+
+def batches(loader: DataLoader[Any], face: Face) -> list[Any]:
+    async def ours() -> list[Any]:
+        return [batch async for batch in loader]
+
+    return run(ours) if face == "async for" else list(loader)
+
+
+@on_both_faces
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_function_that_is_set_collates_from_the_next_epoch_on(face: Face, num_workers: int) -> None:
+    """Workers and none alike."""
+    loader: DataLoader[Any] = DataLoader(range(4), batch_size=2, num_workers=num_workers, collate_fn=list)
+    assert batches(loader, face) == [[0, 1], [2, 3]]
+    loader.collate_fn = sum
+    assert loader.collate_fn is sum
+    assert batches(loader, face) == [1, 5]
+
+
+@on_both_faces
+def test_a_number_of_workers_that_is_set_counts_from_the_next_epoch_on(face: Face) -> None:
+    """The batches are the same."""
+    loader: DataLoader[Any] = DataLoader(range(8), batch_size=2, collate_fn=list)
+    first = batches(loader, face)
+    loader.num_workers = 3
+    assert batches(loader, face) == first
+    assert max(stage.concurrency for stage in loader.stats().stages) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers"]
+)
+def test_what_decides_the_batches_cannot_be_set(name: str) -> None:
+    """As in torch."""
+    loader = DataLoader(range(4))
+    with pytest.raises(ValueError, match=f"^{name} attribute should not be set"):
+        setattr(loader, name, None)
+
+
+def test_a_copy_has_attributes_of_its_own() -> None:
+    """Nothing that is set there is seen here."""
+    loader: DataLoader[Any] = DataLoader(range(4), batch_size=2, collate_fn=list)
+    other = copy.copy(loader)
+    other.collate_fn = sum
+    assert list(loader) == [[0, 1], [2, 3]]
+    assert list(other) == [1, 5]
+
+
+@on_both_faces
+def test_a_loader_from_another_program_goes_on_from_a_state(face: Face) -> None:
+    """Its attributes and its order travel with it."""
+    loader: DataLoader[Any] = DataLoader(range(8), 2, True, generator=torch.Generator().manual_seed(3), collate_fn=list)
+    other = pickle.loads(pickle.dumps(loader))
+    iterator = iter(loader)
+    given = [next(iterator)]
+    other.load_state_dict(loader.state_dict())
+    given += list(iterator)
+    assert given[:1] + batches(other, face) == given
+    assert other.batch_size == 2
+    assert other.collate_fn is list
+
+
+@on_both_faces
+def test_a_batch_of_an_async_iterable_is_made_once_more(face: Face) -> None:
+    """torch's constructor gets a stand-in for it, which nobody iterates."""
+    loader: DataLoader[Any] = DataLoader(Counted(6), batch_size=2, collate_fn=list)
+    assert batches(loader, face) == [[0, 1], [2, 3], [4, 5]]
+    with pytest.warns(UserWarning, match="cannot be entered in the middle"):
+        assert loader.replay(1) == [2, 3]
