@@ -287,7 +287,9 @@ def whole(running_http_server: HttpServer, tmp_path_factory: pytest.TempPathFact
     """What a run of two epochs prints that nobody kills, and what it asks for."""
     running_http_server.reset()
     server = with_items(running_http_server)
-    return run("rest_api", server.url, tmp_path_factory.mktemp("whole"), "--items", ITEMS), asked(server)
+    said = run("rest_api", server.url, tmp_path_factory.mktemp("whole"), "--items", ITEMS)
+    assert server.at_once <= 32
+    return said, asked(server)
 
 
 def killed(api: HttpServer, folder: Path, steps: int) -> list[str]:
