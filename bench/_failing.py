@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import torch.utils.data
 
-from aioloader import Pipeline, Retry
+from aioloader import Hedge, Pipeline, Retry
 from bench._harness import Epoch, Tick, by_async_for, by_for
 from bench._rivals import async_items, spdl_loader
 
@@ -47,10 +47,12 @@ def what_passes() -> tuple[type[Exception], ...]:
     return GenericError, TimeoutError
 
 
-def by_map(url: str, samples: int, *, is_async: bool = True, policies: bool = True) -> Epoch:
+def by_map(
+    url: str, samples: int, *, is_async: bool = True, policies: bool = True, hedge: Hedge | None = None
+) -> Epoch:
     def pipeline() -> Pipeline:
         retry = Retry(ATTEMPTS, on=what_passes(), wait_initial=0.02, wait_max=0.1, jitter=0.02)
-        more: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": retry} if policies else {}
+        more: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": retry, "hedge": hedge} if policies else {}
         return Pipeline(range(samples)).map(fetch_of(url), concurrency=IN_FLIGHT, **more).batch(BATCH, collate_fn=list)
 
     return by_async_for(pipeline, len) if is_async else by_for(pipeline, len)

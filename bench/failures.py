@@ -76,6 +76,13 @@ def faults(report: Report, options: argparse.Namespace) -> None:
                     for name, is_async in zip(OURS, (True, False), strict=True)
                 ),
                 Contender(
+                    "aioloader, for, with a hedge",
+                    partial(by_map, broken.url, samples, is_async=False, hedge=Hedge(after="p95", budget=0.05)),
+                    samples,
+                    skip,
+                    needs=("obstore",),
+                ),
+                Contender(
                     "bare asyncio with stamina",
                     partial(bare, broken.url, samples),
                     samples,
