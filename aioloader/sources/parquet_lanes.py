@@ -131,7 +131,7 @@ class ParquetLane(Ahead):
             return parquet_spans.SPAN_BYTES
         return self._pace.range_bytes(parquet_spans.SPAN_BYTES, sum(footer.sizes))
 
-    async def _read_span(self, part: _Part, thread: SourceThreads, _: Event) -> AsyncGenerator[list[Entry]]:
+    async def _read_span(self, part: _Part, thread: SourceThreads, _turn: Event) -> AsyncGenerator[list[Entry]]:
         _, span = part
         if isinstance(span, Entry):
             yield [span]
