@@ -287,17 +287,29 @@ def test_all_together_hold_no_more_batches_than_one_that_reads_for_itself(
     face: Face, prefetch: int, lenders: list[Lender]
 ) -> None:
     """The one in use, those made ahead, and the one that is made while the one before is given up."""
-    calls = Calls()
-    loaders = shared(lambda rank: Pipeline(range(200)).map(calls.rows(rank)).batch(2).prefetch(prefetch), 3)
+    loops: list[asyncio.AbstractEventLoop] = []
+    all_ranks = threading.Barrier(3, timeout=DEADLINE)
+
+    async def row(key: int) -> torch.Tensor:
+        loops.append(asyncio.get_running_loop())
+        return torch.full((WIDE,), key)
+
+    loaders = shared(lambda _: Pipeline(range(40)).map(row).batch(2).prefetch(prefetch), 3)
 
     def hold_each(loader: Pipeline) -> list[list[int]]:
         seen, batch = [], None
         with Steps(loader, face) as steps:
             while (batch := next_of(steps)) is not None:
                 seen.append(first(batch))
+                for _ in range(20 if len(seen) < 10 else 0):  # all that can be made ahead is, and there is more to come
+                    all_ranks.wait()
+                    if face == "async for":
+                        steps.do(turns)
+                    elif loader is loaders[0]:
+                        steps.settle(loops[0])
         return seen
 
-    assert together(loaders, hold_each) == [[[n, n + 1] for n in range(0, 200, 2)]] * 3
+    assert together(loaders, hold_each) == [[[n, n + 1] for n in range(0, 40, 2)]] * 3
     (lender,) = lenders
     assert 0 < lender.made <= max(2, prefetch) + 2
 

@@ -5,17 +5,17 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.sources import parquet_spans
 from aioloader.sources.chunks import Pace
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.in_order import InOrder
 from aioloader.sources.parquet_footer import Footer
-from aioloader.sources.parquet_spans import Span, SpanReader, spans_of
+from aioloader.sources.parquet_spans import SPAN_BYTES, Span, SpanReader, fetched_bytes, spans_of
 from aioloader.sources.read_ahead import Ahead, failed
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile
@@ -119,20 +119,21 @@ class ParquetLane(Ahead):
             except Exception as error:
                 yield at, failed(error, (at + self._order.lanes, 0, 0), self._files[number].name)
             else:
-                for span in spans_of(footer, row, partial(self._span_bytes, footer)):
+                for span in spans_of(footer, row, self._fetched_at_once(footer)):
                     if at < self._first_open:
                         break
                     yield at, span
             start = ParquetStart()
 
-    def _span_bytes(self, footer: Footer) -> int:
-        """The least that is read together. Of objects less: what is read ahead is asked for again by a resume."""
+    def _fetched_at_once(self, footer: Footer) -> Callable[[], float]:
+        """Of objects, what a resume would ask for again; files have no bound of their own."""
         if footer.file.store is None:
-            return parquet_spans.SPAN_BYTES
-        return self._pace.range_bytes(parquet_spans.SPAN_BYTES, sum(footer.sizes))
+            return lambda: inf
+        size = sum(fetched_bytes(footer, group) for group in range(len(footer.chunks)))
+        return partial(self._pace.range_bytes, SPAN_BYTES, size)
 
-    async def _read_span(self, part: _Part, thread: SourceThreads, _: Event) -> AsyncGenerator[list[Entry]]:
-        span = part[1]
+    async def _read_span(self, part: _Part, thread: SourceThreads, _turn: Event) -> AsyncGenerator[list[Entry]]:
+        _, span = part
         if isinstance(span, Entry):
             yield [span]
             return

@@ -13,7 +13,7 @@ from aioloader.sources.parquet_input import Input, open_input, rewritten
 from aioloader.sources.read_ahead import failed
 from aioloader.sources.requests import Requests
 
-__all__ = ["RowPiece", "Span", "SpanReader", "spans_of", "unreadable"]
+__all__ = ["SPAN_BYTES", "RowPiece", "Span", "SpanReader", "fetched_bytes", "spans_of", "unreadable"]
 
 SPAN_BYTES: Final = 32 << 20
 """Row groups that are smaller are read several at a time."""
@@ -29,27 +29,33 @@ class Span:
     start: int
 
 
-def spans_of(footer: Footer, start: int, least: Callable[[], int]) -> Iterator[Span]:
+def spans_of(footer: Footer, start: int, fetched_at_once: Callable[[], float]) -> Iterator[Span]:
     """The rows of a file from number `start` on, in spans of one large row group, or of several small ones.
 
     Args:
         footer: Of the file.
         start: The first row.
-        least: Gives how many bytes a row group must have to be read alone. Asked when a span is, or is not, complete.
+        fetched_at_once: Gives with how many bytes that are fetched a span is complete, too.
     """
     starts = footer.starts
-    first, last, size = None, 0, 0
+    first, last, size, fetched = None, 0, 0, 0
     for group in range(len(starts) - 1):
         if starts[group + 1] <= start:
             continue
         first = group if first is None else first
         size += footer.sizes[group]
+        fetched += fetched_bytes(footer, group)
         last = group
-        if size >= least():
+        if size >= SPAN_BYTES or fetched >= fetched_at_once():
             yield Span(footer, first, last, max(start, starts[first]))
-            first, size = None, 0
+            first, size, fetched = None, 0, 0
     if first is not None:
         yield Span(footer, first, last, max(start, starts[first]))
+
+
+def fetched_bytes(footer: Footer, group: int) -> int:
+    """Of the columns of a row group that are read, as they are in the file."""
+    return sum(stop - start for start, stop in footer.chunks[group])
 
 
 class SpanReader:
