@@ -287,6 +287,29 @@ class ManyHoles(Holes):
         return [self[key] for key in keys]
 
 
+class DeadlyHoles(Holes):
+    """Some of them end the process that loads them."""
+
+    def __getitem__(self, key: int) -> int:
+        if key in (5, 6, 15):
+            os._exit(3)
+        return super().__getitem__(key)
+
+
+class DeadlyManyHoles(DeadlyHoles):
+    """The same, several at once."""
+
+    def __getitems__(self, keys: list[int]) -> list[int]:
+        return [self[key] for key in keys]
+
+
+def collate_deadly(samples: list[int]) -> list[int]:
+    """Ends the process of the batch that begins with 4."""
+    if samples[0] == 4:
+        os._exit(3)
+    return samples
+
+
 class AsyncHoles:
     """The same, awaited."""
 

@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from aioloader import DataLoader, Skip, StateError, TooManySkippedError, sample_rng
+from aioloader import DataLoader, Skip, StateError, TooManySkippedError, WorkerDiedError, sample_rng
 from aioloader.sources import CursorSource
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Face, Steps, on_both_faces
-from tests._work import AsyncHoles, AsyncManyHoles, Holes, ManyHoles
+from tests._work import (
+    AsyncHoles,
+    AsyncManyHoles,
+    DeadlyHoles,
+    DeadlyManyHoles,
+    Holes,
+    ManyHoles,
+    collate_deadly,
+)
 from tests.test_skip_errors import BrokenRows, lines_of, stage_of
 
 BATCHES = [[0, 1, 3], [4, 5, 6, 7], [12, 13, 14], [16, 17, 18, 19]]
@@ -130,6 +138,50 @@ def test_errors_of_other_types_raise(face: Face, arguments: dict[str, Any]) -> N
         outcomes = steps.outcomes()
     assert [type(one) for one in outcomes] == [ValueError, torch.Tensor, ValueError, ValueError, torch.Tensor]
     assert "dataset index 2" in "".join(outcomes[0].__notes__)
+
+
+@on_both_faces
+@pytest.mark.parametrize("dataset", [DeadlyHoles, DeadlyManyHoles])
+def test_a_sample_that_ends_its_process_costs_no_other_one(face: Face, dataset: type[Holes], tmp_path: Path) -> None:
+    """Its worker has noted which it was; the batch is loaded again without it."""
+    skip = Skip(report=tmp_path / "skipped.jsonl")
+    with DataLoader(dataset(), batch_size=4, num_workers=2, worker_type="process", skip_errors=skip) as loader:
+        assert outcomes_of(loader, face) == [[0, 1, 3], [4, 7], [12, 13, 14], [16, 17, 18, 19]]
+        assert stage_of(loader).skipped == 8
+    lines = lines_of(tmp_path / "skipped.jsonl")
+    assert [line["key"] for line in lines] == [2, 5, 6, 8, 9, 10, 11, 15]
+    deaths = [line for line in lines if line["error"].startswith("WorkerDiedError")]
+    assert [(line["key"], line["position"]) for line in deaths] == [(5, 5), (6, 6), (15, 15)]
+    assert all(line["error"].endswith(f", with key {line['key']}") for line in deaths)
+
+
+@pytest.mark.parametrize("more", [{"collate_fn": collate_deadly}, {"skip_errors": Skip(on=ValueError)}])
+def test_a_batch_whose_worker_dies_otherwise_raises(more: dict[str, Any]) -> None:
+    """It dies while the batch is collated, so that nobody knows for which sample; or deaths are not to be skipped."""
+    dataset = Holes() if "collate_fn" in more else DeadlyHoles()
+    arguments = {"batch_size": 4, "num_workers": 2, "worker_type": "process", "skip_errors": True, **more}
+    with DataLoader(dataset, **arguments) as loader, Steps(loader, "for") as steps:
+        kinds = [isinstance(one, WorkerDiedError) for one in steps.outcomes()]
+    assert kinds == ([False, True, False, False] if "collate_fn" in more else [False, True, True, False])
+
+
+def test_deaths_count_for_the_limits_and_a_resume_goes_on_with_them() -> None:
+    def made_with(workers: int) -> DataLoader[Any]:
+        return DataLoader(
+            DeadlyHoles(), batch_size=4, num_workers=workers, worker_type="process", skip_errors=Skip(max_errors=6)
+        )
+
+    expected = [[0, 1, 3], [4, 7], TooManySkippedError, TooManySkippedError, [16, 17, 18, 19]]
+    with made_with(2) as loader:
+        assert outcomes_of(loader, "for") == expected
+    with made_with(1) as first:
+        batches = iter(first)
+        assert [next(batches).tolist(), next(batches).tolist()] == expected[:2]
+        state = first.state_dict()
+        del batches
+    with made_with(2) as second:
+        second.load_state_dict(state)
+        assert outcomes_of(second, "async for") == expected[2:]
 
 
 class Ragged(Dataset[torch.Tensor]):

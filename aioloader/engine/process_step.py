@@ -17,6 +17,7 @@ from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.chunk_pool import ChunkPool
 from aioloader.executors.epochs import Epochs
+from aioloader.executors.partial import LeavesOut
 from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
 from aioloader.executors.threads import call_loop
 
@@ -56,7 +57,8 @@ class ProcessStep(SyncStep):
     chunk turns out to take twice as long as it should, and the rest goes on elsewhere.
 
     What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? It has noted
-    which sample it was at: that one fails, at its place. What was done before it in the chunk died with the worker and
+    which sample it was at: that one fails, at its place; or, where failed samples are left out of their batches, that
+    batch is made again without it. What was done before it in the chunk died with the worker and
     is done again, sample by sample, and the rest goes on elsewhere. When workers die again and again and nothing is
     ever done, the epoch ends.
 
@@ -95,7 +97,7 @@ class ProcessStep(SyncStep):
         self._in_turn = in_turn
         self._owned = owned
         self._turn = 0
-        self._again: deque[Entry] = deque()  # they were done by a worker that died before it gave them back
+        self._again: deque[tuple[Entry, int | None]] = deque()  # lost with a worker that died, and whose turn it was
         self._deaths = 0  # in a row
         self._queues: dict[int, deque[Sent]] = {}  # in turn: what each worker has, and begins one after the other
         self._pool: ChunkPool
@@ -174,7 +176,7 @@ class ProcessStep(SyncStep):
         self._window.set_aside(-count)
 
     def _set_aside(self) -> None:
-        self.inbox.extendleft(reversed(self._again))
+        self.inbox.extendleft(entry for entry, _ in reversed(self._again))
         self._again.clear()
         super()._set_aside()
 
@@ -204,13 +206,16 @@ class ProcessStep(SyncStep):
         while (self._again or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
             if self.slots is not None and not self.slots.take():
                 return
+            slot = None
             if self._again:
-                chunk = Sent([self._again.popleft()])
+                entry, slot = self._again.popleft()
+                chunk = Sent([entry])
             else:
                 fair = -(-len(inbox) // (self._places - self._active))
                 chunk = Sent([inbox.popleft() for _ in range(min(self._size, fair))])
             self._begins()
-            slot = self._next_slot() if self._in_turn else None
+            if self._in_turn and slot is None:
+                slot = self._next_slot()
             self._sends(chunk, slot)
             done = partial(call_loop, self._run.loop, self._run.guarded, self._back, chunk, slot)
             if self.slots is not None:
@@ -328,10 +333,26 @@ class ProcessStep(SyncStep):
             unstamp(chunk, 0, death.at)  # their newest beginning counts
             for entry in chunk[: death.at]:
                 entry.attempts += 1
-                self._again.append(entry)
+                self._again.append((entry, slot))
             self._not_begun(chunk, death.at + 1)
-            held = chunk[death.at]
-            self._lost([held], WorkerDiedError(f"{who(death)}, with {named(held)}{hint(death)}"))
+            self._died_with(chunk, slot, death)
+
+    def _died_with(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
+        """The entry that the worker was at fails; if it is a batch that can do without a sample, it comes again."""
+        held = chunk[death.at]
+        fn: Any = self._calls[0].fn
+        at, keys = death.sample, held.key
+        which = named(held) if at is None or type(keys) is not list else f"key {safe_repr(keys[at])}"
+        error = WorkerDiedError(f"{who(death)}, with {which}{hint(death)}")
+        left = fn.without(held.value, at, error) if isinstance(fn, LeavesOut) else None
+        if left is None:
+            self._lost([held], error)
+            return
+        unstamp(chunk, death.at, death.at + 1)
+        held.value = left
+        held.attempts += 1
+        self._again.append((held, slot))
+        self._landed((), ChunkResult([], 0.0, 0.0))
 
 
 def unstamp(chunk: list[Entry], start: int, stop: int) -> None:

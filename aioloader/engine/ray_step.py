@@ -166,7 +166,7 @@ class RayStep(ProcessStep):
                 continue
             self._losses[id(entry)] = losses
             entry.attempts += 1
-            self._again.append(entry)
+            self._again.append((entry, None))
         if lost:
             words = f"{death.reason}; it was making {named(lost[0])}, in attempt {lost[0].attempts}"
             self._lost(lost, WorkerDiedError(words))

@@ -4,7 +4,7 @@ Nothing is computed per sample: the caller of a user function only sets a refere
 reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NoReturn, Protocol
 
@@ -30,12 +30,14 @@ class SampleContext:
         name: Identifies the sample; None: there is none.
         seed: The seed of the epoch and the current stage; None: the stage has no random numbers.
         rng: The generator that `sample_rng` has made, and for which sample and seed.
+        begins: To be told which sample of a batch is loaded now, and None after the last one; None: nobody asks.
         since: When work on it began, or on one shortly before it that took no time to speak of (`perf_counter`).
     """
 
-    __slots__ = ("name", "rng", "seed", "since")
+    __slots__ = ("begins", "name", "rng", "seed", "since")
 
     def __init__(self, seed: int | None = None) -> None:
+        self.begins: Callable[[int | None], None] | None = None
         self.name: SampleName | None = None
         self.seed = seed
         self.rng: Any = None

@@ -1,12 +1,13 @@
 """A batch without the samples that could not be loaded, on its way from a worker to the loop that counts them."""
 
 import os
-from collections.abc import Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from aioloader.executors.processes.failures import portable
 
-__all__ = ["NO_SAMPLES", "LeftOut", "Partial", "over_partial", "over_partial_async"]
+__all__ = ["NO_SAMPLES", "KeysLeft", "LeavesOut", "LeftOut", "Partial", "over_partial", "over_partial_async"]
 
 
 class _NoSamples:
@@ -55,6 +56,36 @@ class Partial:
     def but(self, batch: Any) -> "Partial":
         """The same with another batch."""
         return Partial(batch, self.left_out, self.stage)
+
+
+class KeysLeft:
+    """The keys of a batch that has cost a worker; those left are loaded one by one.
+
+    Attributes:
+        keys: All of them.
+        left_out: The samples that workers have died with, in order.
+    """
+
+    def __init__(self, keys: Sequence[Any], left_out: Sequence[LeftOut] = ()) -> None:
+        self.keys = keys
+        self.left_out = left_out
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class LeavesOut(ABC):
+    """A function of a batch's keys that can do without samples."""
+
+    @abstractmethod
+    def without(self, keys: Any, at: int | None, error: BaseException) -> "KeysLeft | None":
+        """What to give it instead of `keys`, with which a worker has died; None: nothing.
+
+        Args:
+            keys: What it was given.
+            at: The number of the sample that was being loaded; None: not known.
+            error: Tells that the worker has died.
+        """
 
 
 class over_partial:  # noqa: N801 - a function, but one that can be pickled

@@ -14,7 +14,7 @@ from aioloader.executors.chunk import DROP
 from aioloader.executors.current_sample import BatchBeingLoaded, BulkLoad, SampleContext, current_sample
 from aioloader.executors.epochs import Holds
 from aioloader.executors.isolated import isolated
-from aioloader.executors.partial import NO_SAMPLES, LeftOut, Partial
+from aioloader.executors.partial import NO_SAMPLES, KeysLeft, LeavesOut, LeftOut, Partial
 from aioloader.stages.collate import DEFAULT, Collate, collate_samples, named
 from aioloader.stages.group import Group
 from aioloader.stages.load_one import TriedInPlace, one_of
@@ -33,7 +33,7 @@ class LoadsBatches(ABC):
         """The samples with these keys as torch's `default_collate` would batch them, in memory of `alloc`."""
 
 
-class FetchBatch(Holds):
+class FetchBatch(Holds, LeavesOut):
     """Keys to a batch.
 
     A `__getitems__` that asks for `sample_rng()` is called for one key at a time from then on: a call for several
@@ -45,7 +45,7 @@ class FetchBatch(Holds):
         collate_fn: From a list of samples to a batch; None: `collate`.
         collate: The default; `Group`: the samples are left as they are, for a step that collates them.
         leaves_out: Samples that fail with such errors are left out of their batch, which is a `Partial` then. They are
-            loaded one by one where a call for several fails.
+            loaded one by one where a call for several fails, or has cost a worker process.
     """
 
     def __init__(
@@ -69,14 +69,19 @@ class FetchBatch(Holds):
         """Load and collate.
 
         Args:
-            keys: In the order of the batch.
+            keys: In the order of the batch; or `KeysLeft`.
             names: The samples' keys in the epoch, for notes of errors and random numbers, when they are not `keys`.
         """
         dataset = self._dataset
         collate_fn = self._collate_fn
         collate = self._collate
+        left_out: list[LeftOut] = []
+        singly = type(keys) is KeysLeft
+        if singly:
+            keys, left_out = keys.keys, [*keys.left_out]
         if (
             collate_fn is None
+            and not singly
             and isinstance(dataset, LoadsBatches)
             and len(keys)
             and isinstance(collate, Collate)
@@ -86,13 +91,20 @@ class FetchBatch(Holds):
                 return dataset.load_batch(keys, collate.alloc_or_empty)
             except self._leaves_out:
                 pass  # it comes again when they are loaded one by one
-        left_out: list[LeftOut] = []
-        samples = self.load(keys, names, left_out)
+        samples = self.load(keys, names, left_out, singly=singly)
         named = keys if names is None else names
         if not left_out:
             return self._collated(samples, named)
         samples, named = _without(left_out, samples), _without(left_out, list(named))
         return Partial(self._collated(samples, named) if samples else NO_SAMPLES, left_out, "fetch")
+
+    def without(self, keys: Any, at: int | None, error: BaseException) -> KeysLeft | None:
+        if not isinstance(error, self._leaves_out):
+            return None
+        left = keys if type(keys) is KeysLeft else KeysLeft(keys)
+        if at is not None:
+            return KeysLeft(left.keys, sorted([*left.left_out, LeftOut(at, error)], key=_place))
+        return None if left is keys else left  # it may have been one call for all of them
 
     def _collated(self, samples: Any, names: Any) -> Any:
         sample = current_sample.get()
@@ -104,21 +116,38 @@ class FetchBatch(Holds):
         finally:
             sample.name = name
 
-    def load(self, keys: Any, names: Sequence[Any] | None = None, left_out: list[LeftOut] | None = None) -> Any:
-        """The samples, not collated. Those that are left out have something in their places, and are in `left_out`."""
+    def load(
+        self,
+        keys: Any,
+        names: Sequence[Any] | None = None,
+        left_out: list[LeftOut] | None = None,
+        *,
+        singly: bool = False,
+    ) -> Any:
+        """The samples, not collated. Those that are left out have something in their places, and are in `left_out`.
+
+        Args:
+            keys: Of the samples.
+            names: See `__call__`.
+            left_out: Those that are in it already are not loaded.
+            singly: One by one, whatever the dataset offers.
+        """
         sample = current_sample.get()
         name = None if sample is None else sample.name
+        names, left_out = keys if names is None else names, [] if left_out is None else left_out
         try:
-            return self._load(keys, keys if names is None else names, sample, [] if left_out is None else left_out)
+            return self._load(keys, names, sample, left_out, singly=singly)
         finally:
             if sample is not None:
                 sample.name = name
 
-    def _load(self, keys: Any, names: Sequence[Any], sample: SampleContext | None, left_out: list[LeftOut]) -> Any:
+    def _load(
+        self, keys: Any, names: Sequence[Any], sample: SampleContext | None, left_out: list[LeftOut], *, singly: bool
+    ) -> Any:
         """The samples of a batch; `sample` is told which one is at hand."""
         dataset = self._dataset
         many = getattr(dataset, "__getitems__", None) or None  # torch also looks whether it is true
-        if many is not None and not self._singly:
+        if many is not None and not (singly or self._singly):
             several = BulkLoad()
             if sample is not None:
                 sample.name = several
@@ -135,10 +164,18 @@ class FetchBatch(Holds):
         if sample is not None:
             sample.name = BatchBeingLoaded(names, samples)
         if self._leaves_out:
-            isolated(_load_some_of, dataset, many, iter(keys), samples, self._leaves_out, left_out)
+            begins = None if sample is None else sample.begins
+            isolated(_load_some_of, dataset, many, iter(keys), samples, self._leaves_out, left_out, begins)
+            if begins is not None:
+                begins(None)
+            left_out.sort(key=_place)
         else:
             isolated(_load_some, dataset, many, iter(keys), samples)
         return samples
+
+
+def _place(one: LeftOut) -> int:
+    return one.at
 
 
 def _without(left_out: list[LeftOut], samples: list[Any]) -> list[Any]:
@@ -176,12 +213,22 @@ def _load_some_of(
     samples: list[Any],
     leaves_out: Errors,
     left_out: list[LeftOut],
+    begins: Callable[[int], None] | None,
 ) -> bool:
-    """The same, and samples that fail with certain errors are left out; None is in their places meanwhile."""
+    """The same, and samples that fail with certain errors are left out; None is in their places meanwhile.
+
+    Those that are in `left_out` are not loaded. `begins` is told which one is.
+    """
     key = None
+    out = {one.at for one in left_out}
     began = perf_counter()
     try:
         for key in keys:
+            if len(samples) in out:
+                samples.append(None)
+                continue
+            if begins is not None:
+                begins(len(samples))
             try:
                 samples.append(dataset[key] if many is None else one_of(many([key])))
             except leaves_out as error:

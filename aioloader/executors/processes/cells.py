@@ -15,7 +15,7 @@ _SLOT_BYTES: Final = 64  # a cache line for each worker
 
 
 class ProgressCells:
-    """For each of `count` workers, the number of the task that it runs, when it began it, and the index in it.
+    """For each of `count` workers, the task that it runs, when it began it, the value in it, and the sample in that.
 
     The memory `fd` is mapped by the workers and the main process; the caller closes it.
     """
@@ -57,18 +57,29 @@ class ProgressCells:
     def begin(self, slot: int, task: int) -> None:
         """In the worker: record that it begins this task, a number above 0."""
         cell = slot * _SLOT_BYTES // 8
-        self._cells[cell + 1] = 0
+        self._cells[cell + 1] = self._cells[cell + 3] = 0
         self._cells[cell + 2] = perf_counter_ns()  # which all processes of a machine share
         self._cells[cell] = task
 
     def at(self, slot: int, index: int) -> None:
         """In the worker: record that it begins this value of the task."""
-        self._cells[slot * _SLOT_BYTES // 8 + 1] = index
+        cell = slot * _SLOT_BYTES // 8
+        self._cells[cell + 3] = 0
+        self._cells[cell + 1] = index
+
+    def at_sample(self, slot: int, number: int | None) -> None:
+        """In the worker: record that it begins this sample of the value, a batch; None: it is past the last one."""
+        self._cells[slot * _SLOT_BYTES // 8 + 3] = 0 if number is None else number + 1
 
     def read(self, slot: int) -> tuple[int, int]:
         """The task and the value that the worker began last; task 0 before the first one."""
         cell = slot * _SLOT_BYTES // 8
         return self._cells[cell], self._cells[cell + 1]
+
+    def sample(self, slot: int) -> int | None:
+        """The sample of a batch that the worker began last; None: it is at none, or did not say so."""
+        number = self._cells[slot * _SLOT_BYTES // 8 + 3]
+        return number - 1 if number else None
 
     def since(self, slot: int) -> float:
         """When the worker began its task; seconds of `perf_counter`."""

@@ -11,6 +11,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, NoReturn, Protocol
 
 import torch
@@ -297,6 +298,7 @@ class _ChunkServer:
             return [Failed(broken, self._work.calls[0].label)], 0.0, 0.0
         calls = [replace(call, seed=seed) for call, seed in zip(self._work.calls, seeds, strict=True)]
         sample = SampleContext()
+        sample.begins = partial(self._channel.progress.at_sample, self._slot)
         result = apply_chunk(calls, self._recorded(keys, values, sample), self._work.budget_seconds, sample=sample)
         return result.outcomes, result.busy_seconds, result.cpu_seconds
 

@@ -38,7 +38,7 @@ class NotSent:
 class Died:
     """The worker died, for `reason`, while it worked on the value with the index `at` of the task.
 
-    `expired`: it was killed, since that took too long.
+    `expired`: it was killed, since that took too long. `sample`: the value is a batch, and it was at that sample of it.
     """
 
     slot: int
@@ -46,6 +46,7 @@ class Died:
     reason: str
     at: int
     expired: bool = False
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -347,6 +348,7 @@ class WorkerPool:
             if not self._tasks_of:
                 self._end()
             return
+        sample = None if self._progress is None else self._progress.sample(worker.slot)
         lost = self._take_lost(worker, tasks, wanted)
         self._waiting.extendleft(reversed(wanted.values()))  # not begun: another worker runs them
         if worker in self._killed:
@@ -355,7 +357,7 @@ class WorkerPool:
             self._waiting.extendleft(task for task, _ in lost if not task.expired)
             lost = [(task, at) for task, at in lost if task.expired]
         for task, at in lost:
-            task.done(Died(worker.slot, worker.pid, reason, at, task.expired))
+            task.done(Died(worker.slot, worker.pid, reason, at, task.expired, sample))
         self._is_still(worker)
         self._assign()
 
