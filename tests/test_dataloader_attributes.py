@@ -1,4 +1,4 @@
-"""Attributes of a `DataLoader`: what is set counts from the next epoch on, copies have their own, and some are fixed."""
+"""Attributes of a `DataLoader`: what is set counts from the next epoch on, copies have their own, some are fixed."""
 
 import copy
 import pickle
