@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Coroutine
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import torch
@@ -469,7 +470,11 @@ class DataLoader(Loader[T_co]):
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
         self._arguments, self._sampling = arguments, sampling
-        self._plan = plan_of(arguments, sampling)
+        self.__dict__.pop("_plan", None)
+
+    @cached_property
+    def _plan(self) -> Plan:  # type: ignore[override]  # a plain attribute where it cannot change
+        return plan_of(self._arguments, self._sampling)
 
     def __getattr__(self, name: str) -> Any:
         if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
@@ -581,12 +586,8 @@ class DataLoader(Loader[T_co]):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        del state["_plan"]
+        state.pop("_plan", None)
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._is_made_of(self._arguments, self._sampling)
 
 
 def _shown_order(shuffle: bool | None, sampler: object, batch_sampler: object, shard: bool) -> str:

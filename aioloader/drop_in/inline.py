@@ -16,7 +16,7 @@ from aioloader.executors.partial import over_partial
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
 from aioloader.plan.parts import sampled_of
-from aioloader.plan.plan import Plan, with_ranks
+from aioloader.plan.plan import Plan
 from aioloader.sources.sampler_order import draws_of
 from aioloader.stages.base import Pass
 from aioloader.stages.batch import BatchFold
@@ -67,9 +67,9 @@ def inline_nodes(
     meters = [source.meter, inline_map.meter]
     if before is not None:
         meters.insert(1, before.meter)
-    for stage in with_ranks(plan).stages:
+    for stage in plan.stages:
         if isinstance(stage, SkipInBatches):
-            rule = stage.rule(this_pass)
+            rule = stage.with_ranks().rule(this_pass)
             output = SkipNode(inline_map, rule)
             meters.append(rule.meter)
     if progress.cursor is not None:

@@ -157,13 +157,17 @@ class Planned(Watched[T_co]):
         With `shard` it is 0 unless told: ranks cannot agree on a drawn one without talking, and with one each, a
         sample would get other random numbers on another rank.
         """
-        of_several = is_sharded(self._plan) or is_shared(self._plan)
-        return 0 if self._plan.seed is None and of_several else self._plan.seed
+        plan = self._plan
+        if plan.seed is not None or self._sampled is not None:
+            return plan.seed
+        return 0 if is_sharded(plan) or is_shared(plan) else None
 
     def _sample_seed(self) -> int:
         """For the random numbers of samples: the user's seed, else one that is drawn once for this loader."""
-        if (seed := self._seed) is not None:
-            return seed
+        seed = self._seed
+        return self._drawn_seed() if seed is None else seed
+
+    def _drawn_seed(self) -> int:
         with self._lock:
             if self._random_seed is None:
                 self._random_seed = randbits(63)  # not from torch's generator, whose draws are the user's
@@ -171,7 +175,7 @@ class Planned(Watched[T_co]):
 
     def _random_state(self) -> dict[str, Any]:
         """What else the next epoch depends on that is random, or was told to samplers; JSON-able."""
-        state = {} if self._seed is not None else {"sample_seed": self._sample_seed()}
+        state = {} if self._seed is not None else {"sample_seed": self._drawn_seed()}
         return state if self._sampled is None else state | self._sampled.sampling.state()
 
     def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:

@@ -291,7 +291,7 @@ class Resumable(Planned[T_co]):
             cursor=cursor,
             guarantee=guarantee or self._guarantee,
             pipeline=shape if lengths is None else with_lengths(shape, lengths),
-            ranks=shard_state(self._plan_of_state),
+            ranks=shard_state(self._plan_of_state) if self._sampled is None else None,
             random=random,
             left_out=self._leave_out,
         )
