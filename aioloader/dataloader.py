@@ -631,6 +631,17 @@ class DataLoader(Loader[T_co]):
             return False
         return self._iterable or keys_of_all(self._torch.batch_sampler or self._torch.sampler)
 
+    def _nothing_to_tune(self) -> str | None:
+        if self._in_processes:
+            return "here worker processes load the samples; measure other num_workers epoch by epoch"
+        if not (self.num_workers or self._awaited):
+            return "num_workers=0 loads them in your own thread; pass num_workers=2 or more"
+        return None
+
+    @property
+    def _bounded(self) -> bool:
+        return self.ahead is not None or self.ahead_bytes is not None
+
     def _begins(self, progress: Progress) -> None:
         if not self._iterable:
             progress.batch_size = self.batch_size

@@ -342,7 +342,7 @@ class Loader(Watched[T_co]):
             for begin in window.beginnings:  # here, where a failure leaves everything as it was
                 begin()
             run = Run(window, progress.epoch, progress, self._pauses)
-            run.tracer = self._tracer
+            run.tracer, run.tuner = self._tracer, self._tuner
         self._watch(progress, run.meters)
         return run
 

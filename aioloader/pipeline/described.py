@@ -25,7 +25,7 @@ from aioloader.plan.parts import (
     streams_of,
     with_streams,
 )
-from aioloader.plan.plan import Plan, flow_of, forgets_numbers, length_of, without_reports
+from aioloader.plan.plan import Plan, flow_of, forgets_numbers, length_of, may_tune, without_reports
 from aioloader.plan.ranks import check_shard_state, is_sharded, is_shared, shard_state
 from aioloader.plan.shown import shown
 from aioloader.plan.state import Shape, shape_of
@@ -141,6 +141,9 @@ class Described(Loader[T_co]):
         this_pass = Pass(progress.epoch, sample_seed=self._sample_seed(self._seed))
         draws = draws_of(progress, sole=self._draws_alone)
         return build(self._plan, this_pass, transfer, alloc, self._open_processes, draws=draws, mixes=progress.mixes)
+
+    def _nothing_to_tune(self) -> str | None:
+        return None if may_tune(self._plan) else "this pipeline has none; add map, filter or batch"
 
     # -- state -------------------------------------------------------------------------------------------------------
 
