@@ -54,7 +54,6 @@ class Loader(Watched[T_co]):
     remains; `close` ends everything that is left at once.
     """
 
-    _kind = "Pipeline"
     _split_by = "add .shard(), or .shard(0, 1) if this is a rank's part already"  # what to do
 
     def __init__(self) -> None:

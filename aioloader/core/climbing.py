@@ -3,19 +3,18 @@
 `climb` is a generator. It yields the point to be measured, is sent what was measured there, and returns what it found.
 It climbs along one axis at a time, by doubling or halving, with smaller steps at the end, the busiest stage first.
 
-Machines are noisy, so three rules hold. A point is better only if the difference of the medians is larger than what
-the spread of the blocks explains; where that is not clear, both points are measured again. A pass over all axes that
+Machines are noisy, so three rules hold. A point is better only if the difference is larger than what the spread of the
+blocks explains; where that is not clear, both points are measured again. A pass over all axes that
 finds nothing is repeated once, since a disturbance may have hidden a gain. And at the end the best point is measured
 against the starting point again, in turn: unless it is still better, the starting point stays.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
-from statistics import median
+from math import hypot, sqrt
 from typing import Final, Literal
 
-__all__ = ["Axis", "Found", "Measured", "Point", "climb"]
+__all__ = ["BUSY", "FAILING", "Axis", "Found", "Measured", "Point", "climb"]
 
 Point = tuple[int, ...]
 """A value for each axis."""
@@ -51,7 +50,7 @@ class Measured:
     """What was measured at a point.
 
     Attributes:
-        rates: Batches per second, of each block of time.
+        blocks: Of each block of time: batches that were made, and seconds.
         waited: The share of its time that the consumer waited for batches, 0 to 1.
         use: For each axis: calls under way as a share of the places; of room it says nothing.
         failed: The share of calls that failed or were tried again, 0 to 1.
@@ -59,7 +58,7 @@ class Measured:
         seconds: How long it took to measure.
     """
 
-    rates: tuple[float, ...]
+    blocks: tuple[tuple[float, float], ...]
     waited: float
     use: tuple[float, ...]
     failed: float = 0.0
@@ -68,8 +67,9 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """Batches per second."""
-        return median(self.rates) if self.rates else 0.0
+        """Batches per second: all of them, not a median of blocks, for batches come in bursts."""
+        seconds = sum(seconds for _, seconds in self.blocks)
+        return max(0.0, sum(batches for batches, _ in self.blocks) / seconds) if seconds else 0.0
 
     @property
     def score(self) -> float:
@@ -79,17 +79,17 @@ class Measured:
     @property
     def doubt(self) -> float:
         """The standard error of the rate, as a share of it."""
-        middle = self.rate
-        if len(self.rates) < 2 or not middle:
+        rate, count = self.rate, len(self.blocks)
+        if count < 2 or not rate:
             return 1.0
-        spread = 1.48 * median(abs(rate - middle) for rate in self.rates)
-        return spread / middle / sqrt(len(self.rates))
+        strays = sum((batches - rate * seconds) ** 2 for batches, seconds in self.blocks)
+        return sqrt(strays * count / (count - 1)) / (rate * sum(seconds for _, seconds in self.blocks))
 
     def with_more(self, more: "Measured") -> "Measured":
         """Both taken together."""
         return replace(
             more,
-            rates=self.rates + more.rates,
+            blocks=self.blocks + more.blocks,
             waited=(self.waited + more.waited) / 2,
             failed=(self.failed + more.failed) / 2,
         )
@@ -128,6 +128,7 @@ class _Climb:
         self._start = self._at = tuple(axis.start for axis in axes)
         self._here: Measured
         self._last: Measured
+        self._longest = 0.0  # seconds for a point
         self._points = 0
 
     def run(self) -> Generator[Point, Measured, Found]:
@@ -148,13 +149,14 @@ class _Climb:
 
     def _measure(self, point: Point) -> Generator[Point, Measured, Measured]:
         self._points += 1
-        self._last = yield point
-        return self._last
+        self._last = last = yield point
+        self._longest = max(self._longest, last.seconds)
+        return last
 
     def _may_go_on(self) -> bool:
         """Whether another point is worth it, and what it takes to check what was found is still left then."""
         points = 1 + (2 * CHECKS if self._at != self._start else 0)
-        return self._here.waited >= KEEPS_UP and self._last.left > points * self._last.seconds
+        return self._here.waited >= KEEPS_UP and self._last.left > points * self._longest
 
     def _pass(self) -> Steps:
         """Along each axis once; whether that brought anything."""
@@ -174,9 +176,12 @@ class _Climb:
         if axis.is_room:
             yield (2.0,)
             return
-        if here.use[number] >= BUSY:
+        failing, busy = here.failed >= FAILING, here.use[number] >= BUSY
+        if failing:
+            yield (0.5, 0.75)
+        if busy:
             yield (2.0, 1.5)
-        if here.use[number] >= BUSY or here.failed >= FAILING:
+        if busy and not failing:
             yield (0.5, 0.75)
 
     def _along(self, number: int, factors: tuple[float, ...]) -> Steps:
@@ -202,7 +207,7 @@ class _Climb:
             if _is_better(there, self._here, GAIN):
                 self._at, self._here = point, there
                 return True
-            if len(there.rates) > 2 * len(self._last.rates) or not self._may_go_on():
+            if len(there.blocks) > 2 * len(self._last.blocks) or not self._may_go_on():
                 break
             again = yield from self._measure(self._at)
             self._here = self._here.with_more(again)
@@ -237,4 +242,4 @@ def _may_be_better(there: Measured, here: Measured, gain: float) -> bool:
 
 def _is_better(there: Measured, here: Measured, gain: float) -> bool:
     """Whether noise does not explain it."""
-    return there.score > here.score * (1 + max(gain, 2 * (there.doubt + here.doubt)))
+    return there.score > here.score * (1 + max(gain, hypot(there.doubt, here.doubt)))

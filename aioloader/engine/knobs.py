@@ -34,6 +34,9 @@ MOST_THREADS: Final = 128
 MOST_ROOM: Final = 32
 """Times the room without tuning."""
 
+FETCHING: Final = (".fetch", "[...]")
+"""How the names of sources end whose samples are loaded by their keys."""
+
 DROP_IN: Final = ("fetch", "dataset[...]")
 """The stages of a `DataLoader` that `num_workers` or `concurrency` is about."""
 
@@ -118,6 +121,12 @@ class RoomKnob:
         """Places there are, but for a budget."""
         newest = [room.now(0) for _, _, room, _ in self._windows[-1:]]
         return newest[0] if newest else self._floor * self.value
+
+    @property
+    def untuned(self) -> int:
+        """Places that there would be for as many calls without tuning."""
+        newest = [room.untuned for _, _, room, _ in self._windows[-1:]]
+        return newest[0] if newest else self.base
 
     def join(self, window: "Window", run: "Run", room: TunedRoom, others: list[Limit]) -> None:
         """It is the room of `window`, whose `others` have as many places as it has, up to the cores there are."""
@@ -207,7 +216,9 @@ class Knobs:
         name = step.meter.name
         if self.drop_in:
             return name in DROP_IN
-        return any(part.startswith(("map(", "filter(")) or part.endswith((".fetch", "[...]")) for part in name.split(" + "))
+        return any(
+            part.startswith(("map(", "filter(")) or part.endswith((".fetch", "[...]")) for part in name.split(" + ")
+        )
 
     def _stage(self, step: Step, room: int | None) -> StageKnob:
         key = key_of(step)
@@ -219,14 +230,15 @@ class Knobs:
         stage.steps.add(step)
         return stage
 
-    def _widen(self, step: Step, value: int, *, fixed: bool, most: int | None) -> None:
-        """Let a step that has not begun have so many places."""
+    def _widen(self, step: Step, value: int, *, fixed: bool, most: int | None = None) -> Limit | None:
+        """Let a step that has not begun have so many places; `most`: whatever its limit says later."""
         step.most = most
-        if fixed:
-            step.concurrency = step.meter.concurrency = value
-            step.places = value if step.places_follow else min(step.places, value)
-        else:
-            step.limit = Limit(value)
+        if not fixed:
+            step.limit = limit = Limit(value)
+            return limit
+        step.concurrency = step.meter.concurrency = value
+        step.places = value if step.places_follow else min(step.places, value)
+        return None
 
     def _room(
         self, window: "Window", run: "Run", steps: Sequence[Step], stages: Sequence[StageKnob], base: int
@@ -249,15 +261,15 @@ class Knobs:
 
     def _others(self, steps: Sequence[Step], knob: RoomKnob, *, fixed: bool) -> list[Limit]:
         """The limits of the steps for which nothing can be written, such as collate: the room says their places."""
-        limits = []
+        limits: list[Limit] = []
         for step in steps:
             if type(step) is not ThreadStep or step.limit is not None or not step.is_ours:
                 continue
             if step.concurrency < 2 or key_of(step) in self.stages:
                 continue
-            self._widen(step, max(step.concurrency, min(usable_cores(), knob.base * knob.value)), fixed=fixed, most=None)
-            if step.limit is not None:
-                limits.append(step.limit)
+            width = max(step.concurrency, min(usable_cores(), knob.base * knob.value))
+            if (limit := self._widen(step, width, fixed=fixed)) is not None:
+                limits.append(limit)
         return limits
 
 

@@ -79,6 +79,11 @@ class TunedRoom(Room):
     def now(self, asked: int) -> int:
         return self.within(max(self._inner.now(asked), self.floor) * self.factor)
 
+    @property
+    def untuned(self) -> int:
+        """Places without tuning."""
+        return self._inner.now(0)
+
     def within(self, places: int) -> int:
         """As many of `places` as the budget allows."""
         if self._budget is None:

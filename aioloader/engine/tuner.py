@@ -13,7 +13,7 @@ from threading import RLock
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Literal
 
-from aioloader.core.climbing import Axis, Found, Measured, Point, climb
+from aioloader.core.climbing import BUSY, FAILING, Axis, Found, Measured, Point, climb
 from aioloader.core.cores import usable_cores
 from aioloader.engine.knobs import MOST_ROOM, Key, Knobs, RoomKnob, StageKnob
 from aioloader.engine.steps import Step
@@ -41,7 +41,7 @@ class _Reading:
     """Counters of a run at one moment; times are `perf_counter` seconds."""
 
     at: float
-    batches: int
+    batches: float  # that were handed out, and those that could be made of what is finished
     waited: float
     cpu: float
     calls: dict[Key, tuple[int, int, float]]  # calls that have ended, those that failed or are repeated, seconds in it
@@ -51,7 +51,7 @@ class _Reading:
 class _Taken:
     """What was measured at one point so far."""
 
-    rates: list[float] = field(default_factory=list)
+    blocks: list[tuple[float, float]] = field(default_factory=list)
     seconds: float = 0.0
     waited: float = 0.0
     cpu: float = 0.0
@@ -62,7 +62,7 @@ class _Taken:
     def add(self, before: _Reading, after: _Reading) -> None:
         """A block."""
         seconds = max(1e-9, after.at - before.at)
-        self.rates.append((after.batches - before.batches) / seconds)
+        self.blocks.append((after.batches - before.batches, seconds))
         self.seconds += seconds
         self.waited += after.waited - before.waited
         self.cpu += after.cpu - before.cpu
@@ -130,6 +130,7 @@ class Tuner:
         self._before: _Reading | None = None  # the beginning of the block; None: it settles
         self._settled_at = 0  # with so many batches
         self._settled_by = 0.0  # or at that time of `spent`
+        self._turnover = 2  # batches in a block
         self._seen = 0  # batches
         self._came = 0.0  # when the newest of them was seen
 
@@ -183,83 +184,80 @@ class Tuner:
         self._timer = run.loop.call_later(self._block_seconds / 2, run.guarded, self._tick, run)
 
     def _tick(self, run: "Run") -> None:
-        ended = False
         with self._lock:
             if self.over or run is not self._run or run.stopping:
                 return
-            was_over = self.over
-            self._look(run)
-            ended = self.over and not was_over
-        if ended:
-            self._ended()
-        else:
+            goes_on = self._look(run)
+        if goes_on:
             self._again(run)
+        else:
+            self._ended()
 
-    def _look(self, run: "Run") -> None:
-        """See what has come since."""
+    def _look(self, run: "Run") -> bool:
+        """See what has come since; False: that was the end."""
         now, consumer = self._clock(), run.consumer
         passed, self._ticked = now - self._ticked, now
         if run.pausing.paused:  # whatever is measured now is no rate
             self._before, self._came = None, now
-            return
+            return True
         waits = bool(consumer.asking)
-        if consumer.batches != self._seen or waits:
-            if now - self._came > AWAY_SECONDS and not waits:
+        if consumer.batches == self._seen and not waits:
+            if now - self._came > AWAY_SECONDS:  # it may be validating, and takes its time
                 self._before = None
-                passed = 0.0
+                return True
+        else:
             self._came = now
-        elif now - self._came > AWAY_SECONDS:
-            return
         self._seen = consumer.batches
         self.spent += passed
         if self._search is None:
-            self._start(run)
-            return
-        self._measure(run, now, waits=waits)
+            return self._start(run)
+        return self._measure(run, now, waits=waits)
 
-    def _start(self, run: "Run") -> None:
+    def _start(self, run: "Run") -> bool:
         """Begin the search, once a batch has come: by then all that runs is known."""
         if not run.consumer.batches:
-            return
+            return True
         self.stages = [stage for stage in self.knobs.stages.values() if stage.most > 1]
         self.rooms = [room for room in self.knobs.rooms.values() if room.changes]
         if not self.stages and not self.rooms:
             self.phase = "nothing"
-            return
+            return False
         self.phase = "searching"
         axes = [Axis(stage.start, 1, stage.most) for stage in self.stages]
         axes += [Axis(1, 1, MOST_ROOM, is_room=True) for _ in self.rooms]
         self._search = climb(axes)
         next(self._search)  # what is measured first is how it is
         self._settle(run)
+        return True
 
-    def _measure(self, run: "Run", now: float, *, waits: bool) -> None:
+    def _measure(self, run: "Run", now: float, *, waits: bool) -> bool:
         before = self._before
         long = self.spent - self._point_began
         if before is None:
             if run.consumer.batches >= self._settled_at or self.spent >= self._settled_by:
+                self._turnover = max(2, self._begun_batches(run))
                 self._before = self._read(run, now)
-            return
+            return True
         reading = self._read(run, now)
-        least = 1 if long > self.seconds * POINT_SHARE / 2 else 2
+        least = self._turnover if long < self.seconds * POINT_SHARE / 2 else 1
         stands = waits and long > self.seconds * POINT_SHARE
         if reading.batches - before.batches >= least and reading.at - before.at >= self._block_seconds:
             self._taken.add(before, reading)
             self._before = reading
-        elif stands and not self._taken.rates:
-            reading.at = now
+        elif stands and not self._taken.blocks:
             self._taken.add(before, reading)
-        if len(self._taken.rates) >= BLOCKS or (self._taken.rates and long > self.seconds * POINT_SHARE):
-            self._next(run)
+        if len(self._taken.blocks) >= BLOCKS or (self._taken.blocks and long > self.seconds * POINT_SHARE):
+            return self._next(run)
+        return True
 
-    def _next(self, run: "Run") -> None:
-        """A point is measured: which is the next one?"""
+    def _next(self, run: "Run") -> bool:
+        """A point is measured: which is the next one? False: there is none."""
         taken, search = self._taken, self._search
         assert search is not None
         self.cores_used = taken.cpu / taken.seconds
         measured = Measured(
-            tuple(taken.rates),
-            min(1.0, taken.waited / taken.seconds),
+            tuple(taken.blocks),
+            max(0.0, min(1.0, taken.waited / taken.seconds)),
             tuple(self._use(stage, taken) for stage in self.stages) + tuple(0.0 for _ in self.rooms),
             taken.failed_share,
             self.seconds - self.spent,
@@ -271,9 +269,10 @@ class Tuner:
             self.found = end.value
             self.phase = "finished"
             self._set(self.found.point)
-            return
+            return False
         self._set(point)
         self._settle(run)
+        return True
 
     def _use(self, stage: StageKnob, taken: _Taken) -> float:
         return min(1.0, taken.busy.get(stage.key, 0.0) / (taken.seconds * max(1, stage.value)))
@@ -292,13 +291,21 @@ class Tuner:
         self._taken = _Taken()
         self._before = None
         self._point_began = self.spent
-        batches = max(1, run.consumer.batches)
-        begun = 1.0
-        for window, steps in self._windows:
-            samples = max((step.meter.samples for step in steps), default=0)
-            begun += window.occupied / max(1.0, samples / batches)
-        self._settled_at = run.consumer.batches + round(begun)
+        self._settled_at = run.consumer.batches + 1 + self._begun_batches(run)
         self._settled_by = self.spent + self._most_settling
+
+    def _begun_batches(self, run: "Run") -> int:
+        """About how many batches there will be of what has begun.
+
+        A block has as many at least: workers that began together finish together, and come in bursts.
+        """
+        return round(sum(window.occupied / self._size(run, window, steps) for window, steps in self._windows))
+
+    def _size(self, run: "Run", window: "Window", steps: Sequence[Step]) -> float:
+        """Of what is in a window, about so many make a batch: as many as have left it for each that was handed out."""
+        meter = steps[-1].meter
+        left = meter.samples - meter.retries - window.held
+        return max(1.0, left / max(1, run.consumer.batches))
 
     @property
     def _most_settling(self) -> float:
@@ -306,18 +313,17 @@ class Tuner:
 
     def _read(self, run: "Run", now: float) -> _Reading:
         consumer = run.consumer
-        while True:  # it may be getting one in another thread
-            batches, latest = consumer.batches, (consumer.latest[-1] if consumer.latest else (now, 0.0))
-            if batches == consumer.batches:
-                break
+        # With what waits in windows: a slow sample at the front holds others up, which then come all at once.
+        made = sum(window.held / self._size(run, window, steps) for window, steps in self._windows)
+        waited = consumer.waited_seconds + (consumer.waiting_seconds if consumer.batches else 0.0)
         cpu = 0.0 if consumer.loop is None or not run.private_loop else consumer.loop.seconds()
-        calls = {}
+        calls: dict[Key, tuple[int, int, float]] = {}
         for meter in run.meters:
             key = (meter.address, meter.name, meter.kind)
             cpu += meter.cpu_seconds
             bad = meter.errors + meter.retries + meter.timeouts
             calls[key] = (meter.samples, bad, meter.busy_seconds)
-        return _Reading(min(now, sum(latest)), batches, consumer.waited_seconds, cpu, calls)
+        return _Reading(now, consumer.batches + made, waited, cpu, calls)
 
     # -- what it came to ---------------------------------------------------------------------------------------------
 
@@ -326,18 +332,20 @@ class Tuner:
         """What the limit is at the end, in words."""
         found = self.found
         assert found is not None
-        after = found.after
+        after, cores = found.after, usable_cores()
         if found.why == "consumer":
-            return f"your loop is the limit: it waits {after.waited:.0%} of its time"
-        if after.failed >= 0.01:
+            return f"your loop is the limit: it waits {after.waited:.0%} of its time for batches"
+        if after.failed >= FAILING:
             return f"the server is the limit: {after.failed:.0%} of the calls failed or were tried again"
-        if self.budget is not None and any(room.held_back for room in self.knobs.rooms.values()):
+        if any(room.held_back for room in self.knobs.rooms.values()):
             return "memory_bytes is the limit"
-        if self.cores_used >= COMPUTING * usable_cores():
-            return f"the cores are the limit: {self.cores_used:.1f} of {usable_cores()} compute"
+        if self.cores_used >= COMPUTING * cores:
+            return f"the cores are the limit: {self.cores_used:.1f} of {cores} compute"
         if self.cores_used >= COMPUTING:
-            return "threads that compute are the limit: if they hold the GIL, processes help (executor=\"process\")"
-        busiest = max(zip(after.use, [stage.name for stage in self.stages], strict=False), default=None)
-        if busiest is None or busiest[0] < COMPUTING / 2:
-            return "no stage is busy all the time: ask explain()"
-        return f"{busiest[1]} is the busiest stage, and more of it does not help: its server, disk or network is the limit"
+            return "computing is the limit; where it holds the GIL, processes help more than threads"
+        if found.why == "time":
+            return "the time is up: a longer search may find more"
+        use, busiest = max(zip(after.use, [stage.name for stage in self.stages], strict=False), default=(0.0, ""))
+        if use < BUSY:
+            return "no stage is busy all the time: explain() says what is known"
+        return f"{busiest} is busy, and more calls at once do not help: its server, network or disk is the limit"

@@ -3,11 +3,12 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from math import ceil
 from typing import Any, Protocol
 from weakref import ref
 
 from aioloader.core.checks import check_count
+from aioloader.core.climbing import FAILING
+from aioloader.engine.knobs import RoomKnob
 from aioloader.engine.tuner import Tuner
 from aioloader.insight.units import amount, duration, nbytes
 
@@ -130,11 +131,18 @@ class Tuning:
         before, after = found.before.rate, found.after.rate
         took = f"{found.points} settings measured in {duration(tuner.spent)}"
         if not self._settings:
-            head = f"autotune: keep what is written, {amount(before)} batches/s: nothing was better beyond noise ({took})"
+            head = (
+                f"autotune: keep what is written, {amount(before)} batches/s: nothing was better beyond noise ({took})"
+            )
         else:
             gain = f", {after / before:.2g} times" if before else ""
             head = f"autotune: {amount(before)} -> {amount(after)} batches/s{gain} ({took}). Write:"
-        lines = [head, *_lines(self._settings), f"Now {self._limit}."]
+        lines = [head, *_lines(self._settings)]
+        if found.before.failed >= FAILING and self._settings:
+            lines.append(
+                f"Calls that fail or are tried again: {found.before.failed:.0%} -> {found.after.failed:.0%} of all."
+            )
+        lines.append(f"Now {self._limit}.")
         if self._memory_bytes is not None:
             lines.append(f"Finished samples and batches were kept within {nbytes(self._memory_bytes)}.")
         return "\n".join(lines)
@@ -156,26 +164,38 @@ def check_memory(memory_bytes: object) -> int | None:
 
 
 def _settings(tuner: Tuner) -> list[Tuned]:
+    """What differs from what is written."""
     drop_in = tuner.knobs.drop_in
+    rooms = list(tuner.knobs.rooms.values())
+    # No more calls than there is room for: `ahead` is at least `concurrency`.
+    most = {stage.key: room.places for room in rooms if room.held_back for stage in room.stages}
     found = []
     for stage in tuner.stages:
-        if stage.value != stage.start:
+        value = min(stage.value, most.get(stage.key, stage.value))
+        if value != stage.start:
             threads = drop_in and stage.key[2] == "sync"
             argument = "num_workers" if threads else "concurrency"
-            found.append(Tuned("" if drop_in else stage.name, argument, stage.start, stage.value))
-    for room in tuner.knobs.rooms.values():
-        if drop_in:
-            if room.changes and room.value > 1:
-                workers = room.stages[0].value
-                start = max(1, room.base // max(1, room.stages[0].start))
-                found.append(Tuned("", "prefetch_factor", start, max(1, ceil(room.places / workers))))
-        elif room.prefetch:
-            if (places := room.places) != room.base:
-                found.append(Tuned("", "prefetch", room.base, places))
-        elif room.changes and (room.value > 1 or room.held_back):
-            places = room.places
-            found.append(Tuned(room.name, "ahead", max(1, places // room.value), places))
-    return found
+            found.append(Tuned("" if drop_in else stage.name, argument, stage.start, value))
+    for room in rooms:
+        if one := (_prefetch_factor if drop_in else _room)(room):
+            found.append(one)
+    return [one for one in found if one.before != one.after]
+
+
+def _room(room: RoomKnob) -> Tuned | None:
+    places = room.places
+    if room.prefetch:
+        return Tuned("", "prefetch", room.base, places)
+    if room.changes and (room.value > 1 or room.held_back):
+        return Tuned(room.name, "ahead", room.untuned, places)
+    return None
+
+
+def _prefetch_factor(room: RoomKnob) -> Tuned | None:
+    if not room.changes or (room.value == 1 and not room.held_back):
+        return None
+    (stage, *_) = room.stages
+    return Tuned("", "prefetch_factor", max(1, room.base // stage.start), max(1, room.places // stage.value))
 
 
 def _lines(settings: tuple[Tuned, ...]) -> list[str]:
@@ -203,4 +223,8 @@ def _written(stage: str, arguments: str) -> str:
     if name.startswith(("map(", "filter(")):
         return f".{name[:-1]}, {arguments})"
     source = name.removesuffix("[...]")
-    return f"{source.removesuffix('.fetch')}(..., {arguments})" if name.endswith(".fetch") else f"Pipeline({source}, {arguments})"
+    return (
+        f"{source.removesuffix('.fetch')}(..., {arguments})"
+        if name.endswith(".fetch")
+        else f"Pipeline({source}, {arguments})"
+    )

@@ -31,6 +31,7 @@ __all__ = ["Watched"]
 class Watched(LoaderHooks, Generic[T_co]):
     """A loader as far as it can be looked at. All of it is about the newest epoch, running or over."""
 
+    _kind = "Pipeline"
     _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
 
     def __init__(self) -> None:
