@@ -20,6 +20,7 @@ Point = tuple[int, ...]
 """A value for each axis."""
 
 GAIN: Final = 0.05  # a step is better by so much at least: less is not worth what it costs
+LOSS: Final = 0.05  # fewer failing calls may cost so much of the rate at most
 LASTING_GAIN: Final = 0.02  # what is found is better than the start by so much at least
 KEEPS_UP: Final = 0.03  # a consumer that waits for less than this share of its time is the limit itself
 BUSY: Final = 0.5  # a stage with fewer calls under way, as a share of its places, does not lack places
@@ -128,12 +129,14 @@ class _Climb:
         self._start = self._at = tuple(axis.start for axis in axes)
         self._here: Measured
         self._last: Measured
+        self._top = 0.0  # the highest rate of a point that was better
         self._longest = 0.0  # seconds for a point
         self._points = 0
 
     def run(self) -> Generator[Point, Measured, Found]:
         """See `climb`."""
         self._here = before = yield from self._measure(self._start)
+        self._top = before.rate
         without_gain = 0
         while without_gain < PASSES and self._may_go_on():
             moved = yield from self._pass()
@@ -203,9 +206,10 @@ class _Climb:
     def _try(self, point: Point) -> Steps:
         """Go to `point` if it is better."""
         there = yield from self._measure(point)
-        while _may_be_better(there, self._here, GAIN):
+        while _may_be_better(there, self._here, GAIN) and there.rate > self._top * (1 - LOSS):
             if _is_better(there, self._here, GAIN):
                 self._at, self._here = point, there
+                self._top = max(self._top, there.rate)
                 return True
             if len(there.blocks) > 2 * len(self._last.blocks) or not self._may_go_on():
                 break
@@ -237,7 +241,7 @@ def _together(several: list[Measured]) -> Measured:
 
 
 def _may_be_better(there: Measured, here: Measured, gain: float) -> bool:
-    return there.score > here.score * (1 + gain)
+    return there.score > here.score * (1 + gain) and there.rate > here.rate * (1 - LOSS)
 
 
 def _is_better(there: Measured, here: Measured, gain: float) -> bool:
