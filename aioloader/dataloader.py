@@ -569,6 +569,17 @@ class DataLoader(Loader[T_co]):
     def _open_transfer(self) -> Transfer | None:
         return open_transfer(self.device) if self.device is not None or self.pin_memory else None
 
+    def _nothing_to_tune(self) -> str | None:
+        if self._arguments.in_processes:
+            return "here worker processes load the samples; measure other num_workers epoch by epoch"
+        if not (self.num_workers or self._arguments.awaited):
+            return "num_workers=0 loads them in your own thread; pass num_workers=2 or more"
+        return None
+
+    @property
+    def _bounded(self) -> bool:
+        return self.ahead is not None or self.ahead_bytes is not None
+
     @property
     def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
         if self._arguments.iterable:

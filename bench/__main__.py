@@ -37,6 +37,7 @@ SCRIPTS: Final[dict[str, list[str]]] = {
     "cache": ["--quick"],
     "state": ["--quick"],
     "flow": ["--quick"],
+    "autotune": ["--quick"],
     "failures": ["--quick"],
     "packing": ["--quick"],
     "share": ["--quick"],

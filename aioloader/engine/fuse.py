@@ -230,6 +230,7 @@ class FusedOps:
                 numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
             )
             window.in_a_row = in_a_row
+            window.bounded = any(isinstance(op, Op) and op.bounded for op in ops)
             window.admission, window.begins = admission, begins and not number
             window.pauses = window.begins or not self.batches
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)

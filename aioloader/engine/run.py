@@ -21,6 +21,7 @@ from aioloader.insight.meters import StageMeter, ThreadClock
 if TYPE_CHECKING:
     from aioloader.core.source import RunListener
     from aioloader.engine.tracing import Tracer
+    from aioloader.engine.tuner import Tuner
     from aioloader.engine.window import Window
 
 BACKEND: Final = anyio._backends._asyncio
@@ -94,6 +95,7 @@ class Run:
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
         self.tracer: Tracer | None = None  # set before it starts
+        self.tuner: Tuner | None = None  # likewise
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()
@@ -323,6 +325,8 @@ class Run:
             if not self._stop.done():
                 self.output.start(self, kick)
                 self.started = True
+                if self.tuner is not None:
+                    self.tuner.begin(self)
                 kick()
                 await self._stop
         except Exception as error:
@@ -330,6 +334,8 @@ class Run:
         finally:
             self.stopping = True
             self.pausing.end()
+            if self.tuner is not None:
+                self.tuner.end(self)
             self.output.close()  # idle workers end by themselves
             self.consumer.finish()
             for meter in self.meters:

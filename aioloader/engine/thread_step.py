@@ -188,6 +188,11 @@ class ThreadStep(SyncStep):
         self._watching = False
 
     @property
+    def is_ours(self) -> bool:
+        """Whether its threads are ours, and nothing is called in each of them."""
+        return self._executor is None and self._initializer is None
+
+    @property
     def standing(self) -> int:
         overdue = perf_counter() - CHUNK_SECONDS
         return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)

@@ -8,13 +8,15 @@ from textwrap import fill
 from time import perf_counter
 from typing import Generic
 
-from aioloader.core.checks import check_count
+from aioloader.core.checks import check_count, check_positive
 from aioloader.core.typevars import T_co
 from aioloader.engine.faces import LoaderHooks
 from aioloader.engine.pausing import Pauses
 from aioloader.engine.progress import Progress
 from aioloader.engine.trace import Trace
 from aioloader.engine.tracing import Tracer
+from aioloader.engine.tuner import Tuner
+from aioloader.engine.tuning import Tuning, check_memory
 from aioloader.insight.explain import explain
 from aioloader.insight.meters import ConsumerMeter, StageMeter
 from aioloader.insight.progress_bar import ProgressLoader, Style
@@ -29,6 +31,7 @@ __all__ = ["Watched"]
 class Watched(LoaderHooks, Generic[T_co]):
     """A loader as far as it can be looked at. All of it is about the newest epoch, running or over."""
 
+    _kind = "Pipeline"
     _knob = "its concurrency"  # what `explain` advises to raise where threads are the limit
 
     def __init__(self) -> None:
@@ -40,6 +43,7 @@ class Watched(LoaderHooks, Generic[T_co]):
         self._before_epochs: list[Callable[[Stats], None]] = []
         self._tracer: Tracer | None = None  # of epochs that begin from now on
         self._trace: Trace | None = None  # its file
+        self._tuner: Tuner | None = None  # of epochs that begin from now on
 
     def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
         """`stats` is about this epoch from now on."""
@@ -72,6 +76,62 @@ class Watched(LoaderHooks, Generic[T_co]):
         if before is not None:
             before.close()
         return tracing
+
+    def autotune(
+        self,
+        *,
+        memory_bytes: int | None = None,
+        seconds: float = 30.0,
+        tell: Callable[[str], object] | None = print,
+    ) -> Tuning:
+        """Find better values for concurrency, `ahead` and `prefetch` in the epochs that begin from now on.
+
+        It returns at once. The search happens in your own loop, `for` or `async for`, with the batches that you take at
+        your pace: widths and rooms change while it runs, and nothing else. Samples, their order, errors and states are
+        those without it. After `seconds` in which batches were taken or waited for, or earlier when no change helps, it
+        says what to write; the loader keeps these values for its later epochs. Unless they are better than the values
+        that were written beyond noise, those stay.
+
+        ```python
+        tuning = loader.autotune(memory_bytes=2 << 30)
+        for batch in loader:
+            train(batch)
+        print(tuning)
+        ```
+
+        It changes stages that are awaited or run in threads of the loader. These are left as they are: stages with one
+        place, with a `Limit` or an `executor`; what runs in other processes; rooms for which `ahead` or `ahead_bytes`
+        was given, and no stage gets more places than these.
+
+        Args:
+            memory_bytes: Finished samples and batches take no more, by the running mean of what they weigh; of each
+                window there is one in any case. It holds for these epochs from the beginning, and after the search.
+                Default: as without tuning.
+            seconds: How long to search, at most.
+            tell: Called once with the text at the end, on the event loop of the epoch; None: nobody is told.
+
+        Raises:
+            ValueError: `memory_bytes` is less than 1, `seconds` is not positive, or there is nothing to tune.
+        """
+        limit = check_memory(memory_bytes)
+        if (why := self._nothing_to_tune()) is not None:
+            raise ValueError(f"autotune changes stages that are awaited or run in threads, but {why}")
+        duration = check_positive("seconds", seconds, "autotune(seconds=30) searches for half a minute")
+        tuning = Tuning(self, duration, limit, bounded=self._bounded, tell=tell)
+        with self._lock:
+            before, self._tuner = self._tuner, tuning.tuner
+        if before is not None:
+            before.stop()
+        return tuning
+
+    def _nothing_to_tune(self) -> str | None:
+        """Why `autotune` could change nothing, if that is known."""
+        return None
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether the user has said how much may be ahead, of the whole loader."""
+        return False
 
     def report(self, path: str | PathLike[str]) -> None:
         """Write a page on the newest epoch, running or over: HTML that opens without a network.
@@ -127,8 +187,8 @@ class Watched(LoaderHooks, Generic[T_co]):
             self._trace.close()
 
     def _forget_trace(self) -> None:
-        """The trace is that of the parent of this process."""
-        self._tracer = self._trace = None
+        """The trace, and what is tuned, are those of the parent of this process."""
+        self._tracer = self._trace = self._tuner = None
 
     @property
     @abstractmethod

@@ -66,6 +66,7 @@ class Window(Node):
             a worker that does not wait, have been finished then.
         hands_out: What leaves goes to the consumer. It waits until that has it, and `handed_out` is called.
         queued: Gives how much of that waits now, where the consumer is in another thread.
+        bounded: The user has said how much it holds.
     """
 
     admission: Admission | None = None
@@ -79,6 +80,7 @@ class Window(Node):
     now = 0.0
     hands_out = False
     queued: Callable[[], int] | None = None
+    bounded = False
 
     def __init__(
         self,
@@ -134,6 +136,20 @@ class Window(Node):
         return not self._occupied
 
     @property
+    def places(self) -> Room | None:
+        """How many entries it holds, and how that may change; set it before `start` has gone on to the steps."""
+        return self._room
+
+    @places.setter
+    def places(self, room: Room) -> None:
+        self._room = room
+
+    @property
+    def occupied(self) -> int:
+        """Entries under way and finished ones."""
+        return self._occupied
+
+    @property
     def numbering(self) -> CompletionCursor | None:
         """What numbers its entries, if they have no fixed order."""
         return self._completion
@@ -173,6 +189,8 @@ class Window(Node):
         self.upstream.start(run, self.wake)
         if self.admission is not None and self.begins:
             self.admission.add(self)
+        if run.tuner is not None and self._parts:
+            run.tuner.join(self, run, self._parts)
         if not self._steps and run.meters:
             run.meters[-1].ahead = self.room
         for step in self._parts:

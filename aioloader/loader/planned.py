@@ -40,7 +40,6 @@ class Planned(Watched[T_co]):
     """
 
     _plan: Plan
-    _kind = "Pipeline"
 
     def __init__(self) -> None:
         super().__init__()

@@ -70,7 +70,7 @@ class Running(Resumable[T_co]):
             for begin in window.beginnings:  # here, where a failure leaves everything as it was
                 begin()
             run = Run(window, progress.epoch, progress, self._pauses)
-            run.tracer = self._tracer
+            run.tracer, run.tuner = self._tracer, self._tuner
         self._watch(progress, run.meters)
         return run
 

@@ -17,7 +17,7 @@ from aioloader.plan.parts import (
     streams_of,
     with_streams,
 )
-from aioloader.plan.plan import Plan, length_of, without_reports
+from aioloader.plan.plan import Plan, length_of, may_tune, without_reports
 from aioloader.plan.shown import shown
 from aioloader.plan.uneven import uneven_stage
 from aioloader.plan.unsplit import warn_of_cost, warn_of_length, warn_of_uneven
@@ -99,6 +99,9 @@ class Described(Loader[T_co]):
         for stream in streams_of(self._plan):
             if stream.single_use:
                 stream.check_unused()
+
+    def _nothing_to_tune(self) -> str | None:
+        return None if may_tune(self._plan) else "this pipeline has none; add map, filter or batch"
 
     def _ended(self, progress: Progress) -> None:
         if self._plan.told_length is not None and progress.length is not None and progress.length != progress.batches:

@@ -29,6 +29,7 @@ __all__ = [
     "forgets_numbers",
     "functions_of",
     "length_of",
+    "may_tune",
     "part_of",
     "walk",
     "with_ranks",
@@ -137,6 +138,14 @@ def functions_of(plan: "Plan") -> list[Any]:
         data = plan.source.data
         functions = [data.data if isinstance(data, Indexable) else data.make]
     return functions + [function for stage in plan.stages for function in stage.functions]
+
+
+def may_tune(plan: Plan) -> bool:
+    """Whether anything in it may have places for several calls, or room."""
+    loads = (part.source.data for part in walk(plan) if isinstance(part.source, Single))
+    loads_by_key = any(isinstance(data, Indexable) and data.load is not None for data in loads)
+    calls = any(stage.functions for part in walk(plan) for stage in part.stages)
+    return loads_by_key or calls or flow_of(plan).batch_size is not None or flow_of(plan).whole
 
 
 def walk(plan: Plan) -> Iterator[Plan]:
