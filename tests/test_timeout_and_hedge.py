@@ -99,6 +99,8 @@ def test_bad_hedges(arguments: dict[str, Any], kind: type[Exception], words: str
     ("fn", "arguments", "kind", "words"),
     [
         (fetched, {"timeout": 0}, ValueError, "more than 0"),
+        (fetched, {"timeout": -1}, ValueError, "more than 0, got -1"),
+        (fetched, {"timeout": float("inf")}, ValueError, "must be finite, got inf"),
         (fetched, {"timeout": -1.0}, ValueError, "timeout"),
         (fetched, {"timeout": float("nan")}, ValueError, "timeout"),
         (fetched, {"timeout": True}, TypeError, "timeout"),

@@ -161,12 +161,11 @@ def check_number(name: str, value: object, *, least: float, most: float = inf, h
         ValueError: It is too small, too large, or not finite.
     """
     way_out = f"; {hint}" if hint else ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}{way_out}")
-    if not (isfinite(value) and least <= value <= most):
+    number = _finite(name, value, way_out)
+    if not least <= number <= most:
         upper = "" if most == inf else f" to {most:g}"
         raise ValueError(f"{name} must be {least:g}{upper or ' or more'}, got {value!r}{way_out}")
-    return float(value)
+    return number
 
 
 def check_positive(name: str, value: object, hint: str) -> float:
@@ -176,10 +175,18 @@ def check_positive(name: str, value: object, hint: str) -> float:
         TypeError: It is no number, or a bool.
         ValueError: It is not positive, or not finite.
     """
-    number = check_number(name, value, least=0, hint=hint)
-    if not number:
+    number = _finite(name, value, f"; {hint}")
+    if number <= 0:
         raise ValueError(f"{name} must be more than 0, got {value!r}; {hint}")
     return number
+
+
+def _finite(name: str, value: object, way_out: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}{way_out}")
+    if not isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}{way_out}")
+    return float(value)
 
 
 def check_exceptions(name: str, kinds: object) -> Errors:
@@ -191,7 +198,7 @@ def check_exceptions(name: str, kinds: object) -> Errors:
     types = kinds if isinstance(kinds, tuple) else (kinds,)
     if not types or not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in types):
         raise TypeError(
-            f"{name} must be an exception type or a tuple of them, got {kinds!r}; pass for instance "
-            f"(OSError, TimeoutError)"
+            f"{name} must be an exception type or a tuple of them, got {kinds!r}; pass Exception or types derived from "
+            f"it, for instance (OSError, TimeoutError)"
         )
     return types
