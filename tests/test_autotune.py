@@ -31,6 +31,12 @@ async def fetch(key: int) -> int:
     return key
 
 
+async def waits(key: int) -> int:
+    """Long enough that nobody takes it for cheap: then there is no more room than calls have use for."""
+    await asyncio.sleep(0.003)
+    return key
+
+
 def decode(key: int) -> int:
     return key + 1
 
@@ -232,13 +238,13 @@ def _standing(steps: Steps, gate: Gate, face: Face, count: int) -> None:
 
 @on_both_faces
 def test_later_epochs_have_what_was_found_and_no_limit(face: Face) -> None:
-    loader = Pipeline(range(4000)).map(fetch, concurrency=4).map(decode, concurrency=3).batch(4)
+    loader = Pipeline(range(1000)).map(waits, concurrency=4).map(decode, concurrency=3).batch(4)
     with scripted(to(12, 5, 2, 3)):
         tuning = quiet(loader)
         while not tuning.finished:
             collect(loader, face)
     assert [(one.stage, one.argument, one.before, one.after) for one in tuning.settings][:2] == [
-        ("map(fetch)", "concurrency", 4, 12),
+        ("map(waits)", "concurrency", 4, 12),
         ("map(decode)", "concurrency", 3, 5),
     ]
     assert ("prefetch", 2, 6) in [(one.argument, one.before, one.after) for one in tuning.settings]
@@ -247,22 +253,32 @@ def test_later_epochs_have_what_was_found_and_no_limit(face: Face) -> None:
         stages = {stage.name: stage for stage in loader.stats().stages}
         knobs = tuning.tuner.knobs.stages.values()
         assert all(step.limit is None for knob in knobs for step in knob.steps if not step.closed)
-        assert (stages["map(fetch)"].concurrency, stages["map(decode)"].concurrency) == (12, 5)
+        assert (stages["map(waits)"].concurrency, stages["map(decode)"].concurrency) == (12, 5)
         assert stages["collate"].room == 6
         steps.rest()
 
 
 @on_both_faces
 def test_what_it_says_can_be_written(face: Face) -> None:
-    loader = Pipeline(ENDLESS).map(fetch, concurrency=4).map(decode, concurrency=3).batch(4)
+    loader = Pipeline(ENDLESS).map(waits, concurrency=4).map(decode, concurrency=3).batch(4)
     with scripted(to(12, 5, 2, 3)):
         tuning = quiet(loader)
         until_finished(loader, tuning, face)
     lines = [line.split("#")[0].strip() for line in str(tuning).splitlines()]
     (ahead,) = [one.after for one in tuning.settings if one.argument == "ahead"]
-    assert lines[1:4] == [f".map(fetch, concurrency=12, ahead={ahead})", ".map(decode, concurrency=5)", ".prefetch(6)"]
-    written = Pipeline(range(100)).map(fetch, concurrency=12, ahead=ahead).map(decode, concurrency=5).batch(4)
+    assert lines[1:4] == [f".map(waits, concurrency=12, ahead={ahead})", ".map(decode, concurrency=5)", ".prefetch(6)"]
+    written = Pipeline(range(100)).map(waits, concurrency=12, ahead=ahead).map(decode, concurrency=5).batch(4)
     assert len(collect(written.prefetch(6), face)) == 25
+
+
+@on_both_faces
+def test_the_room_of_cheap_samples_is_left_to_the_engine(face: Face) -> None:
+    """It has more for them already, and a written `ahead` would end that."""
+    loader = Pipeline(ENDLESS).map(decode, concurrency=3).batch(4)
+    with scripted(to(5, 3)):
+        tuning = quiet(loader)
+        until_finished(loader, tuning, face)
+    assert [(one.argument, one.after) for one in tuning.settings] == [("concurrency", 5), ("prefetch", 6)]
 
 
 @on_both_faces
@@ -332,6 +348,30 @@ def test_where_nothing_can_be_changed_it_says_so(face: Face) -> None:
     assert len(told) == 1
     assert "nothing here can be changed" in told[0]
     assert len(collect(loader, face)) == 100
+
+
+@on_both_faces
+def test_what_runs_in_another_process_is_left_alone(face: Face) -> None:
+    loader = Pipeline(range(64)).map(decode, concurrency=2).batch(4).in_process()
+    tuning = quiet(loader)
+    while not tuning.finished:
+        collect(loader, face)
+    loader.close()
+    assert "or in other processes are left as they are" in str(tuning)
+
+
+@on_both_faces
+def test_nothing_of_an_epoch_that_is_over_is_held(face: Face) -> None:
+    """Neither its windows, which may have batches in them, nor their part of the budget."""
+    loader = Pipeline(range(400)).map(fetch).repeat(3).map(decode, concurrency=2, ahead=9).batch(4)
+    tuning = quiet(loader, 600.0, memory_bytes=1 << 20)
+    collect(loader, face)
+    loader.close()
+    knobs, budget = tuning.tuner.knobs, tuning.tuner.budget
+    assert budget is not None
+    assert budget.share == budget.nbytes
+    assert (knobs._tuned, [room._windows for room in knobs.rooms.values()]) == ([], [[]] * len(knobs.rooms))
+    assert (tuning.tuner._run, tuning.tuner._windows, tuning.tuner._timer) == (None, [], None)
 
 
 @pytest.mark.parametrize(

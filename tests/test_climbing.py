@@ -176,6 +176,13 @@ def test_what_is_not_busy_is_left_alone() -> None:
     assert {point[0] for point in asked} == {64}
 
 
+def test_the_busiest_stage_is_tried_though_it_is_not_busy() -> None:
+    """Of cheap calls, most of the time goes into crossing into threads: fewer of these are better."""
+    surface = Surface(lambda point: 100.0 / point[0], lambda _: (0.3, 0.1))
+    found, _ = search([Axis(4, 1, 128), Axis(2, 1, 128)], surface)
+    assert found.point == (1, 2)
+
+
 @pytest.mark.parametrize("seconds", [1.0, 3.0, 7.0, 30.0])
 def test_the_time_is_enough_for_the_check_at_the_end(seconds: float) -> None:
     """A gain is not believed unchecked: the last points are the start and the best one in turn, within the time."""

@@ -23,7 +23,7 @@ GAIN: Final = 0.05  # a step is better by so much at least: less is not worth wh
 LOSS: Final = 0.05  # fewer failing calls may cost so much of the rate at most
 LASTING_GAIN: Final = 0.02  # what is found is better than the start by so much at least
 KEEPS_UP: Final = 0.03  # a consumer that waits for less than this share of its time is the limit itself
-BUSY: Final = 0.5  # a stage with fewer calls under way, as a share of its places, does not lack places
+BUSY: Final = 0.5  # a stage with fewer calls under way, as a share of its places, does not lack places, as a rule
 FAILING: Final = 0.01  # a share of calls that fail or are tried again from which fewer calls may be better
 PASSES: Final = 2  # passes over all axes without a gain after which there is none
 CHECKS: Final = 2  # times that the best point and the start are measured in turn at the end
@@ -129,6 +129,7 @@ class _Climb:
         self._start = self._at = tuple(axis.start for axis in axes)
         self._here: Measured
         self._last: Measured
+        self._strictness = 1.0  # how many standard errors of doubt a step must be better by
         self._top = 0.0  # the highest rate of a point that was better
         self._longest = 0.0  # seconds for a point
         self._points = 0
@@ -137,18 +138,27 @@ class _Climb:
         """See `climb`."""
         self._here = before = yield from self._measure(self._start)
         self._top = before.rate
+        while True:
+            without_gain = yield from self._passes()
+            why: Literal["consumer", "best", "time"] = "best" if without_gain else "time"
+            if self._here.waited < KEEPS_UP:
+                why = "consumer"
+            if self._at == self._start:
+                break
+            before = yield from self._check(before)
+            if self._at != self._start or not self._may_go_on():
+                break
+            self._strictness *= 2  # it was luck: look once more, and do not believe as easily
+            self._top = before.rate
+        return Found(self._at, before, self._here, why, self._points)
+
+    def _passes(self) -> Steps:
+        """Along all axes, until that brings nothing; False: the time is up before."""
         without_gain = 0
         while without_gain < PASSES and self._may_go_on():
             moved = yield from self._pass()
             without_gain = 0 if moved else without_gain + 1
-        why: Literal["consumer", "best", "time"] = "time"
-        if self._here.waited < KEEPS_UP:
-            why = "consumer"
-        elif without_gain == PASSES:
-            why = "best"
-        if self._at != self._start:
-            before = yield from self._check(before)
-        return Found(self._at, before, self._here, why, self._points)
+        return without_gain == PASSES
 
     def _measure(self, point: Point) -> Generator[Point, Measured, Measured]:
         self._points += 1
@@ -179,7 +189,8 @@ class _Climb:
         if axis.is_room:
             yield (2.0,)
             return
-        failing, busy = here.failed >= FAILING, here.use[number] >= BUSY
+        # The busiest one counts in any case: of cheap calls, what it takes to cross into a thread is not in `use`.
+        failing, busy = here.failed >= FAILING, here.use[number] >= min(BUSY, max(here.use))
         if failing:
             yield (0.5, 0.75)
         if busy:
@@ -207,7 +218,7 @@ class _Climb:
         """Go to `point` if it is better."""
         there = yield from self._measure(point)
         while _may_be_better(there, self._here, GAIN) and there.rate > self._top * (1 - LOSS):
-            if _is_better(there, self._here, GAIN):
+            if self._is_better(there):
                 self._at, self._here = point, there
                 self._top = max(self._top, there.rate)
                 return True
@@ -218,6 +229,11 @@ class _Climb:
             again = yield from self._measure(point)
             there = there.with_more(again)
         return False
+
+    def _is_better(self, there: Measured) -> bool:
+        """Whether noise does not explain it."""
+        doubt = self._strictness * hypot(there.doubt, self._here.doubt)
+        return there.score > self._here.score * (1 + max(GAIN, doubt))
 
     def _check(self, before: Measured) -> Generator[Point, Measured, Measured]:
         """Measure the start and the best point in turn, and go back unless the best one is better; the start's."""
@@ -242,8 +258,3 @@ def _together(several: list[Measured]) -> Measured:
 
 def _may_be_better(there: Measured, here: Measured, gain: float) -> bool:
     return there.score > here.score * (1 + gain) and there.rate > here.rate * (1 - LOSS)
-
-
-def _is_better(there: Measured, here: Measured, gain: float) -> bool:
-    """Whether noise does not explain it."""
-    return there.score > here.score * (1 + max(gain, hypot(there.doubt, here.doubt)))

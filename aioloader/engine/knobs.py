@@ -31,6 +31,7 @@ __all__ = ["MOST_ROOM", "Key", "Knobs", "RoomKnob", "StageKnob", "key_of"]
 
 MOST_AWAITED: Final = 1024
 MOST_THREADS: Final = 128
+MANY: Final = 1 << 30  # entries for which there is a place after a window, or more
 MOST_ROOM: Final = 32
 """Times the room without tuning."""
 
@@ -119,8 +120,13 @@ class RoomKnob:
     @property
     def places(self) -> int:
         """Places there are, but for a budget."""
-        newest = [room.now(0) for _, _, room, _ in self._windows[-1:]]
+        newest = [room.now(MANY) for _, _, room, _ in self._windows[-1:]]
         return newest[0] if newest else self._floor * self.value
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the engine gives more to cheap samples: a written `ahead` would end that."""
+        return any(room.elastic for _, _, room, _ in self._windows)
 
     @property
     def untuned(self) -> int:
@@ -130,29 +136,24 @@ class RoomKnob:
 
     def join(self, window: "Window", run: "Run", room: TunedRoom, others: list[Limit]) -> None:
         """It is the room of `window`, whose `others` have as many places as it has, up to the cores there are."""
-        self._forget_closed()
+        self.forget_closed()
         self._windows.append((window, run, room, others))
         room.floor, room.factor = self._floor, self.value
 
     def set(self, value: int) -> None:
         """Let it be such a multiple, now. From any thread; after the stages were set."""
         self.value = value
-        self._forget_closed()
-        for window, run, room, others in self._windows:
+        self.forget_closed()
+        for window, run, room, others in list(self._windows):
             room.floor, room.factor = self._floor, value
             for limit in others:
                 limit.value = max(1, min(usable_cores(), room.floor * value))
             call_loop(run.loop, run.guarded, window.resize)
 
-    def _forget_closed(self) -> None:
-        windows, self._windows = self._windows, []
-        for one in windows:
-            window, _, room, _ = one
-            self.held_back = self.held_back or room.held_back
-            if window.closed:
-                room.close()
-            else:
-                self._windows.append(one)
+    def forget_closed(self) -> None:
+        """Hold no window that is over."""
+        self.held_back = self.held_back or any(room.held_back for _, _, room, _ in self._windows)
+        self._windows = [one for one in self._windows if not one[0].closed]
 
 
 class Knobs:
@@ -170,6 +171,7 @@ class Knobs:
         self._budget = budget
         self.stages: dict[Key, StageKnob] = {}
         self.rooms: dict[Key, RoomKnob] = {}
+        self._tuned: list[tuple[Window, TunedRoom]] = []
 
     def join(self, window: "Window", run: "Run", steps: Sequence[Step], *, fixed: bool) -> None:
         """A window is about to begin, on its loop; nothing in it has begun.
@@ -180,29 +182,36 @@ class Knobs:
             steps: All that have places for calls, and some that have none.
             fixed: No other values will be tried.
         """
+        self.forget_closed()
         room = window.places
         if room is None:
             return
         bounded = self._bounded or window.bounded
         exact = type(room) in (Room, GrowingRoom)
         start = room.now(0)
-        stages = [self._stage(step, start if bounded else None) for step in steps if self._may_change(step)]
-        for stage in stages:
-            for step in stage.steps:
-                if step in steps:
-                    self._widen(step, stage.value, fixed=fixed, most=start if bounded else None)
+        most = start if bounded else None
+        stages = []
+        for step in steps:
+            if self._may_change(step):
+                stages.append(stage := self._stage(step, most))
+                self._widen(step, stage.value, fixed=fixed, most=most)
         if bounded and self._budget is None:
             return
         room.refresh()  # the steps are as wide as they are now
-        tuned = TunedRoom(room, self._budget, MeanBytes())
-        window.places = tuned
-        if bounded:
-            return
-        knob = self._room(window, run, steps, stages, start if exact else 0)
-        if knob is None:
-            return
-        tuned.mean = knob.mean
-        knob.join(window, run, tuned, self._others(steps, knob, fixed=fixed) if exact else [])
+        knob = None if bounded else self._room(window, run, steps, stages, start if exact else 0)
+        window.places = tuned = TunedRoom(room, self._budget, MeanBytes() if knob is None else knob.mean)
+        self._tuned.append((window, tuned))
+        if knob is not None:
+            knob.join(window, run, tuned, self._others(steps, knob, fixed=fixed) if exact else [])
+
+    def forget_closed(self) -> None:
+        """Hold no window that is over, nor share the budget with it."""
+        for knob in self.rooms.values():
+            knob.forget_closed()
+        closed = [room for window, room in self._tuned if window.closed]
+        for room in closed:
+            room.close()
+        self._tuned = [one for one in self._tuned if not one[0].closed]
 
     def _may_change(self, step: Step) -> bool:
         """Whether it is in our hands how many calls there are, and more than one is borne."""

@@ -103,6 +103,11 @@ class Room:
         """These have been taken."""
 
     @property
+    def elastic(self) -> bool:
+        """Whether there is more for samples that cost little, so that a hop is worth its cost."""
+        return False
+
+    @property
     def may_grow(self) -> bool:
         """Whether more calls are under way than it has places for."""
         return False
@@ -214,6 +219,10 @@ class StepsRoom(Room):
             cheap = min([self._cheap, self._upstream.extra_room, *(step.extra_room for step in self._awaited)])
             extra += cheap if self._early else min(cheap, asked)
         return min(room + extra, max(room, MOST_EARLY)) if extra else room
+
+    @property
+    def elastic(self) -> bool:
+        return bool(self._found or min([self._cheap, *(step.extra_room for step in self._awaited)]))
 
     @property
     def may_grow(self) -> bool:

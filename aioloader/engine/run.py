@@ -334,9 +334,9 @@ class Run:
         finally:
             self.stopping = True
             self.pausing.end()
+            self.output.close()  # idle workers end by themselves
             if self.tuner is not None:
                 self.tuner.end(self)
-            self.output.close()  # idle workers end by themselves
             self.consumer.finish()
             for meter in self.meters:
                 meter.idle.wait_for(None)

@@ -82,7 +82,7 @@ class TunedRoom(Room):
     @property
     def untuned(self) -> int:
         """Places without tuning."""
-        return self._inner.now(0)
+        return self._inner.now(1 << 30)
 
     def within(self, places: int) -> int:
         """As many of `places` as the budget allows."""
@@ -101,6 +101,10 @@ class TunedRoom(Room):
             for entry in entries:
                 if entry.error is None:
                     self.mean.saw(entry.value)
+
+    @property
+    def elastic(self) -> bool:
+        return self._inner.elastic
 
     @property
     def may_grow(self) -> bool:

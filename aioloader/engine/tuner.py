@@ -153,16 +153,19 @@ class Tuner:
     def begin(self, run: "Run") -> None:
         """All nodes of an epoch have begun, on its loop."""
         with self._lock:
-            if self.over or run is not self._run:
+            if self.over:
                 return
+            if run is not self._run:  # none of its windows makes anything
+                self._run, self._windows = run, []
             self._before = None
             self._seen, self._settled_at, self._settled_by = 0, 1, self.spent + self._most_settling
             self._ticked = self._came = self._clock()
         self._again(run)
 
     def end(self, run: "Run") -> None:
-        """An epoch ends, on its loop."""
+        """An epoch has ended, on its loop, and its windows are closed."""
         with self._lock:
+            self.knobs.forget_closed()
             if run is self._run:
                 self._run, self._windows, self._before = None, [], None
                 if self._timer is not None:
@@ -218,7 +221,7 @@ class Tuner:
         if not run.consumer.batches:
             return True
         self.stages = [stage for stage in self.knobs.stages.values() if stage.most > 1]
-        self.rooms = [room for room in self.knobs.rooms.values() if room.changes]
+        self.rooms = [room for room in self.knobs.rooms.values() if room.changes and not room.elastic]
         if not self.stages and not self.rooms:
             self.phase = "nothing"
             return False
@@ -347,5 +350,5 @@ class Tuner:
             return "the time is up: a longer search may find more"
         use, busiest = max(zip(after.use, [stage.name for stage in self.stages], strict=False), default=(0.0, ""))
         if use < BUSY:
-            return "no stage is busy all the time: explain() says what is known"
-        return f"{busiest} is busy, and more calls at once do not help: its server, network or disk is the limit"
+            return "no stage is busy all the time, and no change helps: explain() says what is known"
+        return f"{busiest} is busy, and more calls at once do not help: cores, server, network or disk are the limit"

@@ -186,7 +186,7 @@ def _room(room: RoomKnob) -> Tuned | None:
     places = room.places
     if room.prefetch:
         return Tuned("", "prefetch", room.base, places)
-    if room.changes and (room.value > 1 or room.held_back):
+    if room.changes and (room.held_back or (room.value > 1 and not room.elastic)):
         return Tuned(room.name, "ahead", room.untuned, places)
     return None
 
