@@ -190,7 +190,7 @@ def test_the_time_is_enough_for_the_check_at_the_end(seconds: float) -> None:
     found, asked = search(axes, surface, seconds=seconds)
     assert (len(asked) - 1) * POINT_SECONDS <= seconds
     if found.point != asked[0]:
-        assert asked[-4:] == [asked[0], found.point] * 2
+        assert asked[-4:] == [asked[0], found.point] * 2, "at least twice"
 
 
 def test_what_was_luck_is_taken_back() -> None:

@@ -4,9 +4,10 @@
 It climbs along one axis at a time, by doubling or halving, with smaller steps at the end, the busiest stage first.
 
 Machines are noisy, so three rules hold. A point is better only if the difference is larger than what the spread of the
-blocks explains; where that is not clear, both points are measured again. A pass over all axes that
-finds nothing is repeated once, since a disturbance may have hidden a gain. And at the end the best point is measured
-against the starting point again, in turn: unless it is still better, the starting point stays.
+blocks explains; where that is not clear, both points are measured again. A pass over all axes that finds nothing is
+repeated twice, and where it stands is measured again before, since a disturbance may have hidden a gain. And at the end
+the best point is measured against the starting point again, in turn, until it is clear which one is better: unless the
+best point is, the starting point stays.
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -25,8 +26,9 @@ LASTING_GAIN: Final = 0.02  # what is found is better than the start by so much 
 KEEPS_UP: Final = 0.03  # a consumer that waits for less than this share of its time is the limit itself
 BUSY: Final = 0.5  # a stage with fewer calls under way, as a share of its places, does not lack places, as a rule
 FAILING: Final = 0.01  # a share of calls that fail or are tried again from which fewer calls may be better
-PASSES: Final = 2  # passes over all axes without a gain after which there is none
-CHECKS: Final = 2  # times that the best point and the start are measured in turn at the end
+PASSES: Final = 3  # passes over all axes without a gain after which there is none
+CHECKS: Final = 2  # times that the best point and the start are measured in turn at the end, at least
+MOST_CHECKS: Final = 6  # and at most, if it is not clear which of them is better
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,9 @@ class _Climb:
         """Along all axes, until that brings nothing; False: the time is up before."""
         without_gain = 0
         while without_gain < PASSES and self._may_go_on():
+            if without_gain:  # nothing was better: was it luck?
+                again = yield from self._measure(self._at)
+                self._here = self._here.with_more(again)
             moved = yield from self._pass()
             without_gain = 0 if moved else without_gain + 1
         return without_gain == PASSES
@@ -238,10 +243,13 @@ class _Climb:
     def _check(self, before: Measured) -> Generator[Point, Measured, Measured]:
         """Measure the start and the best point in turn, and go back unless the best one is better; the start's."""
         best, starts, bests = self._at, [], []
-        for _ in range(CHECKS):
+        while True:
             starts.append((yield from self._measure(self._start)))
             bests.append((yield from self._measure(best)))
-        before, after = _together(starts), _together(bests)
+            before, after = _together(starts), _together(bests)
+            clear = abs(after.score - before.score) > before.score * 2 * hypot(after.doubt, before.doubt)
+            if len(starts) >= CHECKS and (clear or len(starts) == MOST_CHECKS or self._last.left < 2 * self._longest):
+                break
         if _may_be_better(after, before, LASTING_GAIN):
             self._here = after
         else:
