@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from aioloader import DataLoader, Pipeline
 from aioloader.testing import RecordingSource, SyncRecordingSource
-from tests._support import Face, Loader, collect, notes, on_both_faces, run
+from tests._support import DEADLINE, Face, Loader, collect, notes, on_both_faces, run
 
 
 @dataclass
@@ -419,7 +419,15 @@ def test_a_client_of_another_loop_is_told() -> None:
             async def get(_: int) -> None:
                 await session.get("http://127.0.0.1:9/")
 
-            errors = [await asyncio.to_thread(_error_of, Pipeline([0]).map(fn)) for fn in (wait, enter, get)]
+            loop = asyncio.get_running_loop()
+
+            def error_of(loader: Pipeline) -> RuntimeError:
+                idle = threading.Event()  # aiohttp sees that it is on another loop only while no task of its own runs
+                loop.call_soon_threadsafe(idle.set)
+                idle.wait(DEADLINE)
+                return _error_of(loader)
+
+            errors = [await asyncio.to_thread(error_of, Pipeline([0]).map(fn)) for fn in (wait, enter, get)]
         held.cancel()
         return errors
 

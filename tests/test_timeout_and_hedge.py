@@ -338,6 +338,10 @@ def test_a_task_after_the_one_that_was_cut_off_is_not_blamed() -> None:
         def read(_: int) -> tuple[int, int]:
             return 2, 0
 
+        @staticmethod
+        def sample(_: int) -> int | None:
+            return None
+
     pool._progress = Progress()  # type: ignore[assignment]
     pool._assign = lambda: None  # type: ignore[method-assign]
     pool.died(worker, "was killed")
