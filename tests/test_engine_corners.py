@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from aioloader import Pipeline
+from aioloader.engine.reading import ThreadReader
+from aioloader.engine.sync_cursor import SyncCursor
 from aioloader.testing import Gate
 from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, run, turns
 
@@ -318,3 +320,45 @@ def test_what_never_suspends_lets_the_loop_turn() -> None:
         await batches.aclose()
 
     run(main)
+
+
+def test_a_thread_that_begins_late_gives_its_first_sample_at_once() -> None:
+    """Not with the next one, which may come in an hour: nobody looked while there was nothing."""
+    begins, never = threading.Event(), threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 1
+        never.wait(DEADLINE)
+        yield 2
+
+    cursor = SyncCursor(source(), "source")
+
+    class Late:
+        """Runs one hop in a thread, which begins when it is let."""
+
+        def submit(self, _: Any, read: Any, limit: int) -> "asyncio.Future[None]":
+            loop = asyncio.get_running_loop()
+            done: asyncio.Future[None] = loop.create_future()
+
+            def hop() -> None:
+                begins.wait(DEADLINE)
+                read(limit)
+                loop.call_soon_threadsafe(done.set_result, None)
+
+            self.thread = threading.Thread(target=hop)
+            self.thread.start()
+            return done
+
+    async def main() -> list[Any]:
+        late: Any = Late()
+        reading = asyncio.create_task(ThreadReader(cursor, late, None).read(8))  # type: ignore[arg-type]
+        while not cursor.hurried:  # noqa: ASYNC110  # nobody tells that the time of the hop is over
+            await asyncio.sleep(0)
+        begins.set()
+        try:
+            return await reading
+        finally:
+            never.set()
+            await asyncio.to_thread(late.thread.join)
+
+    assert run(main) == [(1, 1)]

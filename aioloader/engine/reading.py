@@ -115,6 +115,11 @@ class ThreadReader(Reader):
     The thread stops after the sample that took it past its millisecond. What if samples come in bursts, and that one
     comes in an hour? Those before it must not wait: two milliseconds after a hop began, whatever has been read by
     then goes on, and the hop stays under way for the one that is late.
+
+    What if nothing has been read by then, since the thread has only just begun? It would read the first sample and go
+    on for its millisecond, and the one that comes in an hour would keep all of them. So it is hurried: it stops after
+    its next sample. It looks for that after each sample that it has put into `ready`, and the loop looks into `ready`
+    after it has hurried it: one of them sees the other.
     """
 
     def __init__(self, cursor: SyncCursor, run: "Run", threads: TakesJobs) -> None:
@@ -138,10 +143,13 @@ class ThreadReader(Reader):
                 if self._ended or self._failure is not None:
                     break
                 self._hop_began = perf_counter()
+                self._cursor.hurried = False
                 self._hop = self._run.submit(self._threads, self._read, limit)
                 await asyncio.wait({self._hop}, timeout=2 * READ_SECONDS)
-            else:  # it is at the sample that it will end with
-                await asyncio.wait({self._hop})
+            else:  # it will end with the next sample
+                self._cursor.hurried = True
+                if not ready:
+                    await asyncio.wait({self._hop})
             if self._hop.done():
                 self._hop = None
         if ready:

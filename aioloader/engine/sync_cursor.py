@@ -24,6 +24,7 @@ class SyncCursor:
         ready: Pairs of a sample and the cursor after it. `read` appends to it; another thread may take from it.
         count: How many samples were read.
         busy_seconds: Time spent in `read`.
+        hurried: Somebody waits for the next sample: `read` returns with it. Another thread may set it.
     """
 
     def __init__(self, iterable: Iterable[Any], name: str, origin: Origin | None = None) -> None:
@@ -31,6 +32,7 @@ class SyncCursor:
         self.ready: deque[tuple[Any, Any]] = deque()
         self.count = 0
         self.busy_seconds = 0.0
+        self.hurried = False
         self._name = name
         self._iterable: Iterable[Any] | None = iterable  # until it is opened
         self._iterator: Iterator[Any] | None = None
@@ -60,6 +62,8 @@ class SyncCursor:
                 since = self.count - self._counted_from
                 self.ready.append((sample, since if self.origin is None else (self.origin, since)))
                 del sample
+                if self.hurried:
+                    break
                 now = perf_counter()
         finally:
             self.busy_seconds += perf_counter() - began
