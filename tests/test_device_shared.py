@@ -16,7 +16,7 @@ import torch
 
 from aioloader import DataLoader, Pipeline
 from aioloader.core.memory import tensor_over
-from aioloader.device import CudaBackend, HostBackend, Transfer, pin_batch
+from aioloader.device import CudaBackend, HostBackend, OneStreamBackend, Transfer, pin_batch
 from aioloader.executors.processes.segments import create_file
 from aioloader.memory.mapping import Mapping, mapping_of
 from aioloader.testing import FakeBackend
@@ -291,6 +291,7 @@ def test_only_mappings_of_the_main_process_are_found() -> None:
     assert not plain.page_lock(device)
     assert not private.page_lock(device)
     assert not HostBackend().page_lock(lockable)
+    assert not OneStreamBackend(torch.device("mps")).page_lock(lockable)
     device.close()
 
 
@@ -328,6 +329,23 @@ def test_a_forked_child_leaves_the_parents_lock_alone() -> None:
     address = mapping.address
     del mapping
     assert calls == [address]
+    device.close()
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_copies() -> None:
+    """It drops the parent's transfer, whose device it does not have."""
+    device, segment = FakeBackend(), Segment()
+    transfer = Transfer(device)
+    transfer.send(segment.filled(1))
+    closed: list[int] = []
+    transfer.close = lambda: closed.append(os.getpid())  # type: ignore[method-assign]
+    child = os.fork()
+    if child == 0:
+        del transfer
+        os._exit(len(closed))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del transfer
+    assert closed == [os.getpid()]
     device.close()
 
 
