@@ -9,12 +9,16 @@ transfer, where SPDL is installed (`pip install spdl_io`):
 3. Cost: how long the consumer's thread is busy with one batch before it can queue its kernels. Transfer and SPDL work
    in a thread of their own, and cost the consumer what it takes to receive the batch.
 
+Batches of worker processes come in shared memory, which is page-locked once, where it is: "Transfer, shared". The row
+"page-locking, shared" is what that takes, for a batch's worth of memory that was not page-locked before.
+
 Prints a table and then one line of JSON per row. Without a CUDA device it says so and ends with status 0.
 """
 
 import argparse
 import importlib
 import json
+import os
 import queue
 import statistics
 import sys
@@ -28,7 +32,10 @@ from typing import Any
 
 import torch
 
+from aioloader.core.memory import tensor_over
 from aioloader.device import Backend, Transfer, open_backend
+from aioloader.executors.processes.segments import create_file
+from aioloader.memory.mapping import Mapping, mapping_of
 
 MIB = 1 << 20
 AHEAD = 2
@@ -95,6 +102,7 @@ def measure(mib: int, batches: int, rounds: int, device: str) -> Iterator[Row]:
     transfer = Transfer(backend)
     page_locked = {"x": backend.alloc_pinned((mib, MIB), torch.uint8).zero_()}
     pageable = {"x": torch.zeros((mib, MIB), dtype=torch.uint8)}
+    shared = {"x": shared_batch(mib)}
 
     def row(what: str, seconds: float, **more: float) -> Row:
         return Row(what, mib, seconds, size_bytes / seconds / 1e9, **more)
@@ -118,6 +126,7 @@ def measure(mib: int, batches: int, rounds: int, device: str) -> Iterator[Row]:
     ahead: list[tuple[str, Callable[[Any], Any], Callable[[Any], object], Any]] = [
         ("Transfer, page-locked", transfer.send, transfer.receive, page_locked),
         ("Transfer, pageable", transfer.send, transfer.receive, pageable),
+        ("Transfer, shared", transfer.send, transfer.receive, shared),
     ]
     if (spdl := spdl_transfer()) is not None:
         ahead.append(("SPDL, pageable", spdl, lambda batch: batch, pageable))
@@ -126,9 +135,10 @@ def measure(mib: int, batches: int, rounds: int, device: str) -> Iterator[Row]:
     bare = per_batch(lambda: target.copy_(page_locked["x"], non_blocking=True), batches, rounds)
     yield row("bare copy, page-locked", bare, share=1.0)
     alone = {}
-    for name, batch in (("Transfer, page-locked", page_locked), ("Transfer, pageable", pageable)):
+    for name, _, _, batch in ahead[:3]:
         alone[name] = per_batch(partial(through, batch), batches, rounds)
         yield row(name, alone[name], share=bare / alone[name])
+    yield Row("page-locking, shared", mib, page_locking(backend, mib, rounds), None)
     for name, one, batch in direct:
         alone[name] = per_batch(partial(one, batch), batches, rounds)
         yield row(name, alone[name], share=bare / alone[name])
@@ -154,6 +164,25 @@ def measure(mib: int, batches: int, rounds: int, device: str) -> Iterator[Row]:
         yield row(f"kernels + {name}", both, overlap=overlap, consumer_us=statistics.median(costs) * 1e6)
     transfer.close()
     backend.close()
+
+
+def shared_batch(mib: int) -> torch.Tensor:
+    """A batch of zeros, uint8 [mib, 2**20], as it comes from a worker process."""
+    fd = create_file(mib * MIB)
+    memory = Mapping(fd, mib * MIB, lockable=True).memory()
+    os.close(fd)
+    return tensor_over(memory, (mib, MIB), torch.uint8).zero_()
+
+
+def page_locking(backend: Backend, mib: int, rounds: int) -> float:
+    """Seconds that it takes to page-lock shared memory, the median."""
+    seconds: list[float] = []
+    for _ in range(rounds):
+        batch = shared_batch(mib)
+        mapping = mapping_of(batch)
+        assert mapping is not None
+        timed(seconds, backend.page_lock, mapping)
+    return statistics.median(seconds)
 
 
 def spdl_transfer() -> Callable[[Any], Any] | None:

@@ -133,6 +133,19 @@ def filled(sample: int) -> torch.Tensor:
     return torch.full((1000, 100), float(sample))
 
 
+class Filled(Dataset[torch.Tensor]):
+    """Samples as `filled` makes them."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return filled(index)
+
+
 def pid_of(sample: object) -> int:
     return os.getpid()
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from aioloader import Pipeline
+from aioloader import DataLoader, Pipeline
 from aioloader.device import CudaBackend, Transfer, Transferred, open_backend, pin_batch
 from aioloader.device._tree import tensors_in
 from aioloader.errors import DeviceError
+from tests._segment import LENGTH, Segment
 from tests._support import Face, Steps, on_both_faces
-from tests.test_device import BATCHES, WithoutRecord, WithoutWait, as_lists
+from tests.test_device import BATCHES, WithoutHold, WithoutRecord, WithoutWait, as_lists
 
 pytestmark = [
     pytest.mark.gpu,
@@ -331,3 +332,83 @@ def test_overlap_of_copies_and_kernels(transfer: Transfer) -> None:
     assert sent.event.query()
     assert not busy.query()
     busy.synchronize()
+
+
+def test_a_segment_of_a_worker_is_page_locked_until_it_is_unmapped(backend: CudaBackend) -> None:
+    """torch takes it for page-locked memory, all of it, and no longer once it is unlocked."""
+    segment = Segment()
+    batch = segment.filled(3)
+    mapping = segment.mapping
+    assert mapping is not None
+    assert not batch.is_pinned()
+    assert mapping.page_lock(backend)
+    assert backend.page_lock(mapping)
+    assert batch.is_pinned()
+    assert batch[-1:].is_pinned()
+    backend.unregister(mapping.address)
+    assert not batch.is_pinned()
+    assert backend.register(mapping.address, mapping.size)  # as it would not be, if it still were
+
+
+def late_copies_from_segments(transfer: Transfer) -> bool:
+    """Whether batches arrive as they were sent, from segments whose workers write to them as soon as they can."""
+    length = 1 << 17
+    free: collections.deque[Segment] = collections.deque()
+    free.extend(Segment(free, length) for _ in range(4))
+    for segment in free:  # before the kernel: the driver may wait for the device
+        assert segment.mapping is not None
+        assert transfer.backend.page_lock(segment.mapping)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(transfer._stream):
+        kernel(LONG_CYCLES)
+    begin = next(fresh_numbers)
+    batches = []
+    for number in range(begin, begin + 8):
+        segment = free.popleft() if free else Segment(free, length)
+        batches.append(transfer.receive(transfer.send(segment.filled(number))))
+        del segment
+    torch.cuda.synchronize()
+    return all(bool((batch == number).all()) for number, batch in enumerate(batches, begin))
+
+
+def test_copies_from_segments_are_right_though_they_are_late(transfer: Transfer) -> None:
+    """A segment goes back to its worker after the copy, and without page-locked memory of torch's."""
+    assert second_time(late_copies_from_segments, transfer)
+
+
+def test_without_the_hold_late_copies_read_the_next_batch(backend: CudaBackend) -> None:
+    """The test above can fail: the worker writes to what is still to be copied."""
+    transfer = WithoutHold(backend)
+    assert not second_time(late_copies_from_segments, transfer)
+    torch.cuda.synchronize()
+    transfer.close()
+
+
+def test_a_segment_that_cannot_be_page_locked_does_no_harm(backend: CudaBackend) -> None:
+    """One warning, and the next kernel does not report the driver's error."""
+    with pytest.warns(RuntimeWarning, match="shared memory of worker processes cannot be page-locked"):
+        assert not backend.register(1 << 12, 1 << 12)  # nothing is mapped there
+    assert (torch.ones(3, device="cuda") + 1).tolist() == [2, 2, 2]
+    segment = Segment()
+    transfer = Transfer(backend)
+    assert transfer.receive(transfer.send(segment.filled(4))).tolist() == [4] * LENGTH
+    transfer.close()
+
+
+@on_both_faces
+def test_worker_processes_to_cuda(face: Face) -> None:
+    """Two epochs, batches dropped while kernels are queued; the driver is left with nothing that is page-locked."""
+    loader = DataLoader(Samples(), 8, worker_type="process", num_workers=2, persistent_workers=True, device="cuda")
+    seen = torch.zeros((2, 500), dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for epoch in range(2):
+            with Steps(loader, face) as steps:
+                for number in range(500):
+                    x, y = steps.next()
+                    kernel(SHORT_CYCLES // 10)
+                    seen[epoch, number].copy_(x[:, -1].sum() + y.sum())
+                    del x, y
+    torch.cuda.synchronize()
+    loader.close()
+    assert seen.tolist() == [[2 * sum(range(8 * number, 8 * number + 8)) for number in range(500)]] * 2

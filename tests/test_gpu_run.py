@@ -57,6 +57,7 @@ def test_the_bench_measures_each_contender_alone_and_beside_kernels(
     contenders = [
         "Transfer, page-locked",
         "Transfer, pageable",
+        "Transfer, shared",
         "tensor.to(device), page-locked",
         "tensor.to(device), pageable",
         "pin_memory().to(device), pageable",
@@ -65,6 +66,7 @@ def test_the_bench_measures_each_contender_alone_and_beside_kernels(
     assert set(rows) == {
         "bare copy, page-locked",
         "kernels alone",
+        "page-locking, shared",
         *contenders,
         *(f"kernels + {name}" for name in contenders),
     }

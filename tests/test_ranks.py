@@ -845,6 +845,12 @@ def test_a_state_of_other_ranks_is_taken_or_refused_with_the_numbers() -> None:
     with pytest.raises(StateError, match=r"world_size=2, and this is rank 0 of 4: without batch\(\) .* start 2 ranks"):
         check_shard_state(Pipeline(range(8)).shard(0, 4)._plan, single)
 
+    apart: list[Callable[[Pipeline], Pipeline]] = [lambda loader: loader.flat_map(list), Pipeline.unbatch]
+    for change in apart:  # no batches any more
+        of_two, of_three = (change(Pipeline(range(96)).shard(0, ranks).batch(6))._plan for ranks in (2, 3))
+        with pytest.raises(StateError, match=r"rank 0 of 3: after (flat_map|unbatch)\(.*\) a position of one rank"):
+            check_shard_state(of_three, shard_state(of_two))
+
     taken = shard_state(plan(0, 2, 6, lambda loader: loader.take(20)))
     check_shard_state(plan(1, 2, 6, lambda loader: loader.take(20)), taken)
     with pytest.raises(StateError, match=r"world_size=2.*rank 0 of 3: after take\(20\).*start 2 ranks.*before shard"):

@@ -166,6 +166,8 @@ SIZES: dict[str, tuple[Callable[[], Any], int | None]] = {
     "samples": (lambda: Pipeline(range(9)), None),
     "samples again": (lambda: Pipeline(range(9)).batch(4).unbatch(), None),
     "batches of another size": (lambda: Pipeline(range(9)).batch(4).unbatch().batch(2), 2),
+    "what batches are taken apart to": (lambda: Pipeline(range(9)).batch(4).flat_map(list), None),
+    "batches of that": (lambda: Pipeline(range(9)).batch(4).flat_map(list).batch(2), 2),
     "of a rank": (lambda: Pipeline(range(9)).shard(0, 2).batch(4), 4),
     "by length": (lambda: Pipeline([[1], [2]]).batch_by_length(8, len), None),
     "mixed": (lambda: Pipeline.mix([Pipeline(range(9)).batch(4), Pipeline(Numbers()).batch(4)], [1, 1]), 4),

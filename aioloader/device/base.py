@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
+from aioloader.memory.mapping import Mapping
+
 __all__ = ["Backend", "Event", "Stream"]
 
 Stream: TypeAlias = Any
@@ -58,6 +60,13 @@ class Backend(Protocol):
         """A page-locked copy of `tensor` without gaps or overlap, from which one asynchronous copy can be made.
 
         The tensor itself if it is one already, is not in host memory, or cannot be page-locked.
+        """
+        ...
+
+    def page_lock(self, mapping: Mapping) -> bool:
+        """Page-lock shared memory of worker processes where it is, once, by `Mapping.page_lock`.
+
+        False: it is not page-locked, and a tensor in it has to be pinned. May take long.
         """
         ...
 

@@ -1,14 +1,18 @@
 """CUDA: torch's page-locked memory, streams and events. Nothing outside this folder knows `torch.cuda`."""
 
+import warnings
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from aioloader.device._tree import takes_non_blocking
 from aioloader.device.page_locked import PageLocking, is_pinned
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["CudaBackend"]
+
+_FOR_ALL_DEVICES: Final = 1  # cudaHostRegisterPortable
 
 
 class CudaBackend(PageLocking):
@@ -23,6 +27,7 @@ class CudaBackend(PageLocking):
         if index is None:
             index = torch.cuda.current_device()
         super().__init__(torch.device("cuda", index))
+        self._registers = True
 
     def init_thread(self) -> None:
         """Make this device the current one of this thread."""
@@ -43,6 +48,47 @@ class CudaBackend(PageLocking):
     def default_stream(self) -> torch.cuda.Stream:
         """This device's default stream."""
         return torch.cuda.default_stream(self.device)
+
+    def page_lock(self, mapping: Mapping) -> bool:
+        """By `cudaHostRegister`; False once the driver has refused."""
+        return self.pins and self._registers and mapping.page_lock(self)
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """Page-lock memory where it is, for `Mapping`; the first time that the driver refuses, a warning says so."""
+        if not self._registers:
+            return False
+        try:
+            self._call_driver("cudaHostRegister", address, nbytes, _FOR_ALL_DEVICES)
+        except RuntimeError as error:
+            self._registers = False
+            warnings.warn(
+                f"aioloader: the shared memory of worker processes cannot be page-locked for {self.device}, so their "
+                f"batches are copied once more: {error}; look at `ulimit -l` and at the free memory of the machine",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return self._registers
+
+    def unregister(self, address: int) -> None:
+        """The reverse, before the memory is unmapped. A driver that fails here is broken, and has said so elsewhere."""
+        with suppress(RuntimeError):
+            self._call_driver("cudaHostUnregister", address)
+
+    def _call_driver(self, name: str, *args: int) -> None:
+        """Call a function of the CUDA runtime, which says by a number how it went.
+
+        With our device as the current one: for another one, the runtime would make a context there, which takes some
+        hundred MiB of its memory.
+        """
+        try:
+            with torch.cuda.device(self.device):
+                code = int(getattr(torch.cuda.cudart(), name)(*args))
+        except (AssertionError, AttributeError) as error:  # a torch without the runtime, or without this call
+            raise RuntimeError(f"{name} cannot be called: {error}") from error
+        if code:
+            failure = RuntimeError(f"{name} has failed with CUDA error {code}")
+            self._forget(failure)
+            raise failure
 
     def copy(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
         """Queue a copy on `stream`, into memory from `stream`'s part of torch's caching allocator.

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from aioloader.device.base import Event, Stream
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["HostBackend"]
 
@@ -26,6 +27,10 @@ class HostBackend:
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself."""
         return tensor
+
+    def page_lock(self, mapping: Mapping) -> bool:
+        """False."""
+        return False
 
     def pin_object(self, value: Any) -> Any:
         """The object itself, since its `pin_memory()` would fail without an accelerator."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from aioloader.device._tree import is_dense
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["PageLocking", "is_pinned"]
 
@@ -65,6 +66,10 @@ class PageLocking:
             return tensor
         # Some subclasses get lost here, for instance torchvision's. They are copied from pageable memory.
         return pinned if type(pinned) is type(tensor) else tensor
+
+    def page_lock(self, mapping: Mapping) -> bool:
+        """False: torch offers this for CUDA and ROCm alone."""
+        return False
 
     def pin_object(self, value: Any) -> Any:
         """Call the object's own `pin_memory()`; returns the object itself when the driver refuses."""

@@ -1,5 +1,7 @@
 """The transfer of batches to a device, written once over the `Backend` protocol."""
 
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ import torch
 
 from aioloader.device._tree import (
     has_method,
+    is_dense,
     memory_of,
     names_non_blocking,
     rebuild,
@@ -18,6 +21,7 @@ from aioloader.device._tree import (
 )
 from aioloader.device.base import Backend, Event, Stream
 from aioloader.errors import DeviceError
+from aioloader.memory.mapping import mapping_of
 
 __all__ = ["Transfer", "Transferred", "pin_batch"]
 
@@ -59,6 +63,10 @@ class Transfer:
     knows of the copy. Other page-locked memory (`cudaHostRegister`, an array over another library's buffer) must be
     kept, and cannot be distinguished from torch's. So all sources are kept until a later `send` finds their event done.
 
+    The shared memory of worker processes is page-locked where it is, once, and copied from there. Each segment goes
+    back to its worker when its sources are let go of; see `aioloader.memory.mapping.Mapping` for what may happen
+    meanwhile.
+
     Args:
         backend: The device. Closing the transfer does not close it.
 
@@ -72,6 +80,12 @@ class Transfer:
         self._lock = threading.Lock()
         self._held: deque[tuple[Event, list[Any]]] = deque()
         self._stranded: list[list[Any]] = []
+        self._pid: Final = os.getpid()
+
+    def __del__(self) -> None:
+        """Wait for copies that are under way: memory of others must not be taken away from under them."""
+        if hasattr(self, "_pid") and self._pid == os.getpid() and not sys.is_finalizing():
+            self.close()
 
     def send(self, batch: Any) -> Transferred:
         """Page-lock the tensors of `batch`, queue their copies, and return without waiting.
@@ -177,12 +191,25 @@ class _Sending:
             moved = tensor
             self.found_on_device = True
         else:
-            source = self._backend.pin(tensor)
+            source = tensor if self._is_page_locked_in_place(tensor) else self._backend.pin(tensor)
             # Kept before the copy, since a copy that raises may have been queued.
             self.sources.append(source)
             moved = self._backend.copy(source, self._stream)
         self.tensors.extend(memory_of(moved))
         return moved
+
+    def _is_page_locked_in_place(self, tensor: torch.Tensor) -> bool:
+        """Whether it lies in shared memory of a worker that is page-locked now.
+
+        Not done in `pin`, which also serves consumers that copy for themselves: torch does not know of their copies
+        from this memory, and they would drop it too early.
+        """
+        if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_nested:
+            return False
+        if tensor.device.type != "cpu" or not is_dense(tensor):
+            return False
+        mapping = mapping_of(tensor)
+        return mapping is not None and self._backend.page_lock(mapping)
 
     def other(self, value: Any) -> Any:
         if not _moves_itself(value):

@@ -1,1 +1,1 @@
-"""Host memory of batches, used again as soon as nothing refers to it any more."""
+"""Host memory of batches, used again as soon as nothing refers to it any more; shared memory that is mapped here."""

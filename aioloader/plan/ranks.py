@@ -75,7 +75,8 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None, *, begun: boo
         return
     now = f"rank {ranks.rank} of {ranks.world_size}"
     whole = elastic and flow.elastic and flow.global_batch is None
-    if world_size != ranks.world_size and global_batch is None and not whole and not ranks.by_file:
+    counts_samples = global_batch is None and not whole and not ranks.because
+    if world_size != ranks.world_size and counts_samples and not ranks.by_file:
         raise StateError(
             f"the state is of world_size={world_size}, and this is {now}: without batch() a step is one sample for "
             f"each rank, and these ranks would make others; start {world_size} ranks, or add batch() from the beginning"

@@ -230,7 +230,8 @@ class FlatMap(Stage):
         return {"stage": "flat_map", "name": callable_name(self.fn)}
 
     def flow(self, before: Flow) -> Flow:
-        return before.counted().limited(Shared.SAME_RANK, self.label).closed()
+        limited = before.counted().limited(Shared.SAME_RANK, self.label).closed()
+        return replace(limited, batch_size=None, whole=False)  # a batch gives any number of samples, of any size
 
     def build(self, builder: Builder) -> None:
         unordered_input = bool(builder.flow.completion_order)

@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from aioloader.device._tree import is_dense, memory_of, takes_non_blocking
+from aioloader.memory.mapping import Mapping
 from aioloader.testing.device_memory import FakeMemory, address_of
 from aioloader.testing.device_streams import FakeStream, Launch, Operation
 
@@ -71,12 +72,21 @@ class FakeBackend:
         pins: Whether memory can be page-locked. If not, copies are from pageable memory, and `copy` waits for them.
         registered: Whether page-locked memory is not torch's but registered by another library. It goes back to its
             owner and is overwritten when its last reference is dropped, even if a copy still has to read it.
+        locks_shared: Whether shared memory of worker processes can be page-locked where it is.
 
     Attributes:
         problems: The errors that `verify` will raise for.
     """
 
-    def __init__(self, seed: int = 0, *, threads: bool = False, pins: bool = True, registered: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        threads: bool = False,
+        pins: bool = True,
+        registered: bool = False,
+        locks_shared: bool = True,
+    ) -> None:
         self.device: Final = torch.device("cpu")
         self.pins: Final = pins
         self.problems: list[str] = []
@@ -84,6 +94,7 @@ class FakeBackend:
         self._speed = self._random.choice((0.0, 0.2, 0.5, 0.9))  # of the device, compared with the host
         self._threaded = threads
         self._registered = registered
+        self._locks_shared = locks_shared
         self._memory = FakeMemory(registered=registered)
         self._changed = threading.Condition(threading.RLock())
         self._held = False
@@ -113,6 +124,19 @@ class FakeBackend:
         if tensor.layout is not torch.strided or tensor.is_nested:
             return tensor
         return self._alloc_pinned(tensor).copy_(tensor.detach())
+
+    def page_lock(self, mapping: Mapping) -> bool:
+        """Page-lock shared memory where it is; copies from it are late then, as from other page-locked memory."""
+        return self.pins and self._locks_shared and mapping.page_lock(self)
+
+    def register(self, address: int, nbytes: int) -> bool:
+        """For `Mapping`."""
+        self._memory.shared[address] = nbytes
+        return True
+
+    def unregister(self, address: int) -> None:
+        """For `Mapping`; a copy that comes later is a problem."""
+        del self._memory.shared[address]
 
     def pin_object(self, value: Any) -> Any:
         """Call the object's own `pin_memory()`, in which `Tensor.pin_memory()` pins on this backend."""
@@ -155,18 +179,24 @@ class FakeBackend:
             # As on a real device, queued work knows addresses only, and keeps nothing alive.
             target = block.alias(copied)
             origin = self._memory.find(self._memory.pinned, tensor)
+            locked = self._memory.alias_of_shared(tensor)
             source = tensor if origin is None else origin.alias(tensor)
             if origin is not None and not self._registered:
                 origin.uses.add(stream)
+            if locked is not None:
+                source = locked
             before = _checksum(source)
 
             def run() -> None:
+                if locked is not None and not self._memory.in_shared(locked):
+                    self.problems.append(f"a source was unlocked before its copy on {stream.name} had run")
+                    return
                 if _checksum(source) != before:
                     self.problems.append(f"a source was overwritten before its copy on {stream.name} had run")
                 target.copy_(source)
 
             last = self._enqueue(stream, run)
-        if origin is None:
+        if origin is None and locked is None:
             self._run_until(lambda: stream.completed >= last, "a copy from pageable memory")
         return copied
 
@@ -295,6 +325,11 @@ class FakeBackend:
     def pinned_blocks(self) -> int:
         """How many blocks of page-locked memory have been made."""
         return len(self._memory.pinned)
+
+    @property
+    def shared_locked(self) -> int:
+        """How many segments of shared memory are page-locked now."""
+        return len(self._memory.shared)
 
     @property
     def reused(self) -> int:

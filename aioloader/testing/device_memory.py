@@ -7,6 +7,7 @@ from typing import Final, TypeAlias
 
 import torch
 
+from aioloader.core.memory import memory_at
 from aioloader.device._tree import memory_of
 from aioloader.testing.device_streams import FakeStream
 
@@ -62,12 +63,14 @@ class FakeMemory:
     Attributes:
         device: The blocks of device memory.
         pinned: The blocks of page-locked memory.
+        shared: The sizes of what is page-locked where it is, by address.
         reused: How many times a block of device memory was used again.
     """
 
     def __init__(self, *, registered: bool) -> None:
         self.device: MemoryPool = {}
         self.pinned: MemoryPool = {}
+        self.shared: dict[int, int] = {}
         self.reused = 0
         self._registered = registered
         # Finalizers may run anywhere, even inside code that holds the lock, so they only append to this.
@@ -82,6 +85,19 @@ class FakeMemory:
     def holds(self, pool: MemoryPool, tensor: torch.Tensor) -> bool:
         """Whether all memory of `tensor` is in `pool`."""
         return all(address_of(part) in pool for part in memory_of(tensor))
+
+    def in_shared(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is in memory that is page-locked where it is."""
+        address = tensor.data_ptr()
+        return any(start <= address < start + nbytes for start, nbytes in tuple(self.shared.items()))
+
+    def alias_of_shared(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A dense tensor over the same memory, if that is page-locked where it is, which keeps nothing alive."""
+        if tensor.layout is not torch.strided or tensor.is_nested or not self.in_shared(tensor):
+            return None
+        memory = memory_at(tensor.data_ptr(), tensor.numel() * tensor.element_size(), owner=None)
+        flat = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype)
+        return flat.as_strided(tensor.shape, tensor.stride())
 
     def take(self, pool: MemoryPool, like: torch.Tensor, stream: FakeStream | None) -> tuple[MemoryBlock, bool]:
         """A block for a tensor like `like`, and whether it has been used before."""

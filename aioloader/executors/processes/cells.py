@@ -7,7 +7,8 @@ import os
 from time import perf_counter_ns
 from typing import Final, Self
 
-from aioloader.executors.processes.segments import Mapping, create_file
+from aioloader.executors.processes.segments import create_file
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["ProgressCells"]
 

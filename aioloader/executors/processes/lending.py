@@ -23,8 +23,9 @@ import torch
 
 from aioloader.core.memory import tensor_over
 from aioloader.executors.processes.layout import aligned, lay_out, open_buffers
-from aioloader.executors.processes.segments import BufferPlace, Mapping, SharedSegment
+from aioloader.executors.processes.segments import BufferPlace, SharedSegment
 from aioloader.executors.processes.wire import SMALL_BYTES, decode, encode
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["Borrower", "Lender", "Loan"]
 

@@ -10,19 +10,17 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
 from math import prod
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
-from aioloader.core.memory import memory_at
 from aioloader.executors.processes.layout import aligned
 from aioloader.executors.processes.wire import SMALL_BYTES
-from aioloader.memory.lease import lease
+from aioloader.memory.mapping import Mapping
 
-__all__ = ["Arena", "BufferPlace", "Mapping", "SharedSegment", "create_file", "shared_memory", "use_arena"]
+__all__ = ["Arena", "BufferPlace", "SharedSegment", "create_file", "shared_memory", "use_arena"]
 
 MAX_FREE: Final = 8  # free segments that a worker keeps; only a consumer that keeps its batches needs more
 
@@ -36,55 +34,6 @@ def create_file(size: int) -> int:
         os.unlink(path)  # noqa: PTH108
     os.ftruncate(fd, size)
     return fd
-
-
-@cache
-def _libc() -> Any:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_longlong)
-    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc
-
-
-class Mapping:
-    """A mapped segment, which stays mapped as long as this object or a lease of it lives.
-
-    Python's `mmap` keeps a file descriptor for each mapping: a consumer that keeps a thousand batches would run into
-    the limit of open files, as it does with torch's workers. Here the caller may close `fd` at once. If the mapping is
-    `private`, changes stay in this process.
-    """
-
-    def __init__(self, fd: int, size: int, *, private: bool = False) -> None:
-        flags = mmap.MAP_PRIVATE if private else mmap.MAP_SHARED
-        address = _libc().mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
-        if address is None or address == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), f"cannot map {size} bytes of shared memory")
-        self.address: int = address
-        self.size = size
-        self._unmap = _libc().munmap
-
-    def __del__(self) -> None:
-        if hasattr(self, "_unmap"):  # the constructor has succeeded
-            self._unmap(self.address, self.size)
-
-    def forget_changes(self) -> None:
-        """Of a private mapping: what this process has written is gone, and it shows what is in the segment. On Linux.
-
-        Raises:
-            OSError: The system refuses.
-        """
-        if _libc().madvise(self.address, self.size, mmap.MADV_DONTNEED):
-            raise OSError(ctypes.get_errno(), f"cannot refresh {self.size} bytes of shared memory")
-
-    def memory(self) -> memoryview:
-        """All of it; stays mapped as long as the view, or anything made over it, lives."""
-        return memory_at(self.address, self.size, owner=self)
-
-    def lend(self, on_return: Callable[..., object], *args: Any) -> memoryview:
-        """The whole segment. `on_return(*args)` is called once when the last view of it has died, as `lease` says."""
-        return memoryview(lease(self.memory(), self.size, partial(on_return, *args))).cast("B")
 
 
 class BufferPlace(NamedTuple):

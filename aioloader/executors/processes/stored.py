@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.layout import layout_of
 from aioloader.executors.processes.mapped_files import MappedFiles
-from aioloader.executors.processes.segments import Mapping, create_file
+from aioloader.executors.processes.segments import create_file
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.processes.worker import Program
+from aioloader.memory.mapping import Mapping
 
 if TYPE_CHECKING:
     from aioloader.executors.processes.worker_thread import Worker

@@ -22,8 +22,9 @@ from aioloader.executors.epochs import Copies, Epochs
 from aioloader.executors.processes.cells import ProgressCells
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
 from aioloader.executors.processes.layout import Layout, lay_out, open_buffers
-from aioloader.executors.processes.segments import Arena, BufferPlace, Mapping, use_arena
+from aioloader.executors.processes.segments import Arena, BufferPlace, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["Program", "Work", "WorkerLink", "adopt_surroundings", "main", "settings_of_this_process"]
 

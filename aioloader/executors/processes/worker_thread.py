@@ -14,9 +14,9 @@ from weakref import WeakSet
 
 from aioloader.executors.processes.fork_server import ForkServer, describe_exit, forget_fork_server
 from aioloader.executors.processes.layout import open_buffers
-from aioloader.executors.processes.segments import Mapping
 from aioloader.executors.processes.wire import Connection, Message, decode
 from aioloader.executors.processes.worker import settings_of_this_process
+from aioloader.memory.mapping import Mapping
 
 __all__ = ["Worker", "WorkerOwner", "WorkerThread", "end_all_processes", "forget_all_processes"]
 
@@ -86,7 +86,7 @@ class Worker:
             self._mappings.pop(number, None)
         for (number, size), fd in zip(new, message.fds, strict=True):
             try:
-                self._mappings[number] = Mapping(fd, size)
+                self._mappings[number] = Mapping(fd, size, lockable=True)
             finally:
                 os.close(fd)
         body = memoryview(message.body)
