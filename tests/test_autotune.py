@@ -20,7 +20,7 @@ from aioloader.engine.room import GrowingRoom, Room
 from aioloader.engine.tuned_room import UNKNOWN, Budget, TunedRoom
 from aioloader.engine.tuning import Tuning
 from aioloader.testing import Gate
-from tests._support import Face, Steps, collect, on_both_faces, wait_until
+from tests._support import Face, Steps, collect, on_both_faces, turns, until, wait_until
 
 ENDLESS = range(1 << 40)
 QUICK = 0.2  # seconds of a search whose outcome does not matter
@@ -222,18 +222,18 @@ def test_a_width_changes_in_the_middle_of_an_epoch(kind: str, face: Face) -> Non
 
 
 def _standing(steps: Steps, gate: Gate, face: Face, count: int) -> None:
-    async def turns() -> None:
-        async with asyncio.timeout(30):
-            while gate.standing != count:  # noqa: ASYNC110 - threads and tasks alike
-                await asyncio.sleep(0.001)
-        for _ in range(20):  # would more begin?
-            await asyncio.sleep(0)
-        assert gate.standing == count
+    comes_to(steps, face, lambda: gate.standing == count)
+    if face == "async for":
+        steps.do(lambda: turns(20))  # would more begin?
+    assert gate.standing == count
 
+
+def comes_to(steps: Steps, face: Face, condition: Callable[[], bool]) -> None:
+    """Wait until it does, while the loop runs."""
     if face == "for":
-        wait_until(lambda: gate.standing == count)
+        wait_until(condition)
     else:
-        steps.do(turns)
+        steps.do(lambda: until(condition))
 
 
 @on_both_faces
@@ -576,13 +576,19 @@ def test_a_search_goes_on_after_a_pause(face: Face) -> None:
     """In a pause nothing is measured, and no time is spent."""
     loader = Pipeline(ENDLESS).map(fetch).batch(4)
     tuning = quiet(loader, 0.5)
+    looks, look = [0], tuning.tuner._look
+
+    def counted(run: Any) -> bool:
+        looks[0] += 1
+        return look(run)
+
+    tuning.tuner._look = counted  # type: ignore[method-assign]
     with Steps(loader, face) as steps:
         steps.next()
         with loader.paused():
-            before = tuning.tuner.spent
+            before, later = tuning.tuner.spent, looks[0] + 5
             asked = steps.ask()
-            if face == "async for":
-                steps.do(lambda: asyncio.sleep(0.05))
+            comes_to(steps, face, lambda: looks[0] >= later)
             assert tuning.tuner.spent - before <= tuning.tuner._block_seconds
         asked()
         while not tuning.finished:

@@ -26,9 +26,9 @@ from aioloader.core.entry import Entry
 from aioloader.engine import meeting
 from aioloader.engine.fuse import exactly
 from aioloader.engine.inline import InlineSource
+from aioloader.engine.lending_node import LendingNode, ShareTerms, _Guest
 from aioloader.engine.node import Kick, Node
 from aioloader.engine.run import Run
-from aioloader.engine.share_nodes import LendingNode, ShareTerms, _Guest
 from aioloader.engine.window import Window
 from aioloader.executors.processes.lending import MOST_FREE, Borrower, Lender
 from aioloader.executors.processes.wire import Connection

@@ -5,9 +5,9 @@ It climbs along one axis at a time, by doubling or halving, with smaller steps a
 
 Machines are noisy, so three rules hold. A point is better only if the difference is larger than what the spread of the
 blocks explains; where that is not clear, both points are measured again. A pass over all axes that finds nothing is
-repeated twice, and where it stands is measured again before, since a disturbance may have hidden a gain. And at the end
-the best point is measured against the starting point again, in turn, until it is clear which one is better: unless the
-best point is, the starting point stays.
+repeated twice, and the current point is measured again before, since a disturbance may have hidden a gain. And at the
+end the best point is measured against the starting point again, in turn, until it is clear which one is better: unless
+the best point is, the starting point stays.
 """
 
 from collections.abc import Generator, Iterator, Sequence

@@ -1,1 +1,1 @@
-"""What is behind `DataLoader`: its arguments, the plan of an epoch, and what runs without workers."""
+"""What a `DataLoader` is made of: its arguments, the plan of an epoch, and what runs without workers."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from torch.utils.data import default_convert
 
@@ -29,8 +29,8 @@ from aioloader.stages.split_join import JoinBatches, SplitBatches
 
 __all__ = ["collate_call", "fetch_call", "last_stages", "stages_here", "stages_in_workers"]
 
-SAMPLE = "dataset[...]"
-THREADS = "aioloader-worker"
+SAMPLE: Final = "dataset[...]"
+THREADS: Final = "aioloader-worker"
 
 
 def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
@@ -74,7 +74,9 @@ def stages_in_workers(of: Arguments, data: Sampled) -> list[Stage]:
         place = OnRay(of.actors, prepare, epochs, seeds_each=True)
     else:
         in_turn = (of.in_order and not of.loads_samples) or of.iterable
-        place = InProcesses(of.persistent_workers, in_turn, prepare, data.turns, epochs)
+        place = InProcesses(
+            kept=of.persistent_workers, in_turn=in_turn, prepare=prepare, turns=data.turns, epochs=epochs
+        )
     if of.loads_samples:
         return _around(of, _load_samples(of, place), None)
     fetch: Callable[[Any], Any]
@@ -95,7 +97,7 @@ def last_stages(of: Arguments, *, pins: bool) -> list[Stage]:
     elif pins:
         stages.append(PinMemory())
     if of.skip_errors is not None and not (of.iterable and of.batch_size is not None):
-        stages.append(SkipInBatches(of.skip_errors, None, of.batched, of.batch_size))
+        stages.append(SkipInBatches(of.skip_errors, batched=of.batched, batch_size=of.batch_size))
     return stages
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from aioloader.core.forks import tell_of_fork
 from aioloader.core.typevars import T_co
-from aioloader.engine.agreement import AgreedAsyncDelivery, AgreedSyncDelivery
+from aioloader.engine.agreed_delivery import AgreedAsyncDelivery, AgreedSyncDelivery
 from aioloader.engine.delivery import AsyncDelivery, Delivery, InlineDelivery, Receive, SyncDelivery
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress

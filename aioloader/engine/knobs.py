@@ -214,7 +214,7 @@ class Knobs:
         self._tuned = [one for one in self._tuned if not one[0].closed]
 
     def _may_change(self, step: Step) -> bool:
-        """Whether it is in our hands how many calls there are, and more than one is borne."""
+        """Whether we decide how many calls there are, and its function may be called several times at once."""
         if step.limit is not None or step.concurrency < 2:
             return False
         if isinstance(step, ThreadStep):
@@ -225,9 +225,7 @@ class Knobs:
         name = step.meter.name
         if self.drop_in:
             return name in DROP_IN
-        return any(
-            part.startswith(("map(", "filter(")) or part.endswith((".fetch", "[...]")) for part in name.split(" + ")
-        )
+        return any(part.startswith(("map(", "filter(")) or part.endswith(FETCHING) for part in name.split(" + "))
 
     def _stage(self, step: Step, room: int | None) -> StageKnob:
         key = key_of(step)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Phase", "Tuner"]
 
-BLOCKS: Final = 5  # of a point, whose median counts
+BLOCKS: Final = 5  # of a point
 BLOCK_SHARE: Final = 1 / 300  # of all seconds, for a block
 BLOCK_SECONDS: Final = (0.01, 0.25)
 POINT_SHARE: Final = 1 / 12  # of all seconds, for a point at most
@@ -243,11 +243,11 @@ class Tuner:
             return True
         reading = self._read(run, now)
         least = self._turnover if long < self.seconds * POINT_SHARE / 2 else 1
-        stands = waits and long > self.seconds * POINT_SHARE
+        stuck = waits and long > self.seconds * POINT_SHARE
         if reading.batches - before.batches >= least and reading.at - before.at >= self._block_seconds:
             self._taken.add(before, reading)
             self._before = reading
-        elif stands and not self._taken.blocks:
+        elif stuck and not self._taken.blocks:
             self._taken.add(before, reading)
         if len(self._taken.blocks) >= BLOCKS or (self._taken.blocks and long > self.seconds * POINT_SHARE):
             return self._next(run)

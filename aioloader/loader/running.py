@@ -190,9 +190,10 @@ class Running(Resumable[T_co]):
             await run_sync(self.close)
         if self._processes is not None:
             await run_sync(self._close_processes)
-        if self._transfer is not None:
+        if self._transfer is None:
+            self._close_kept()
+        else:
             await run_sync(self._close_kept)  # it waits for copies, and unlocks memory
-        self._close_kept()
 
     def _close_kept(self) -> None:
         """Let go of what is kept from one epoch to the next."""

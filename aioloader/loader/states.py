@@ -99,7 +99,7 @@ class Resumable(Planned[T_co]):
             progress.skipped_steps = self._leave_out.get(epoch, [])
             others = {number: steps for number, steps in self._leave_out.items() if steps}
             self._leave_out = {epoch: progress.skipped_steps} | others
-            with suppress(Exception):  # a `__len__` of the user's, which may never be needed
+            with suppress(Exception):  # the dataset's own `__len__`, which may never be needed
                 progress.lengths = lengths_of(shape_of(self._plan_of_state))
             before_stand_in = self._stand_in
             self._stand_in = self._stands_in(progress, loaded)
@@ -292,9 +292,15 @@ class Resumable(Planned[T_co]):
             guarantee=guarantee or self._guarantee,
             pipeline=shape if lengths is None else with_lengths(shape, lengths),
             ranks=shard_state(self._plan_of_state) if self._sampled is None else None,
-            random=random,
+            random=self._random_kept(random, epoch, batches, cursor),
             left_out=self._leave_out,
         )
+
+    def _random_kept(
+        self, random: dict[str, Any] | None, epoch: int, batches: int, cursor: Any
+    ) -> dict[str, Any] | None:
+        """What a state keeps of `random`: that which decides what comes after `cursor`."""
+        return random
 
     @property
     def first_step(self) -> int:

@@ -140,7 +140,7 @@ class _Mapped:
     Mappings die in any thread and between any two bytecodes, so there is no lock that one of them could wait for. Each
     change is one call into C that compares ints, which the GIL makes atomic. `find` takes two steps: where a change
     comes between them it may miss a mapping, and its tensor is then copied as if it were in plain memory. It never
-    gives a wrong one, nor one that is dying: whoever asks has a tensor that keeps the right one alive.
+    gives a wrong one, nor one that is dying: the tensor that is asked about keeps the right one alive.
     """
 
     def __init__(self) -> None:

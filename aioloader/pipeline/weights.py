@@ -1,6 +1,6 @@
 """The weights of a mixture, while it runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,6 @@ from aioloader.plan.mixing import mixture_named, mixtures_of
 from aioloader.plan.parts import global_draws
 from aioloader.plan.plan import Plan, flow_of, with_ranks
 from aioloader.plan.ranks import is_shared
-from aioloader.stages.flow import Guarantee
 
 __all__ = ["Weights"]
 
@@ -104,24 +103,17 @@ class Weights(Described[T_co]):
         progress.mixes.settle()
         return random | {"weights": changes}
 
-    def _make_state(
-        self,
-        epoch: int,
-        batches: int,
-        cursor: Any,
-        random: dict[str, Any] | None,
-        lengths: Sequence[int | None] | None = None,
-        *,
-        guarantee: Guarantee | None = None,
-    ) -> dict[str, Any]:
+    def _random_kept(
+        self, random: dict[str, Any] | None, epoch: int, batches: int, cursor: Any
+    ) -> dict[str, Any] | None:
         changes = {address: list(each) for address, each in (random or {}).get("weights", {}).items()}
         if cursor is not None and any(len(each) > 1 for each in changes.values()):
             progress = Progress(epoch, cursor, batches)
             progress.mixes = Mixes(changes)
             with suppress(Exception):  # what the user's dataset is now may not fit any more: then all of them
                 self._nodes(progress).resume(cursor)  # which tells how many draws were made before it
-                random = {**(random or {}), "weights": progress.mixes.needed()}
-        return super()._make_state(epoch, batches, cursor, random, lengths, guarantee=guarantee)
+                return {**(random or {}), "weights": progress.mixes.needed()}
+        return random
 
     def _check_random_state(self, state: dict[str, Any], *, begun: bool) -> None:
         super()._check_random_state(state, begun=begun)

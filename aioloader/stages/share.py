@@ -11,9 +11,10 @@ import torch
 
 from aioloader.core.checks import check_count, check_positive
 from aioloader.core.memory import Alloc
+from aioloader.engine.borrowing_node import BorrowingNode
 from aioloader.engine.fuse import FusedOps
+from aioloader.engine.lending_node import LendingNode, ShareTerms
 from aioloader.engine.meeting import job_name
-from aioloader.engine.share_nodes import BorrowingNode, LendingNode, ShareTerms
 from aioloader.executors.processes.lending import Lender
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
