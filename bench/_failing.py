@@ -48,12 +48,22 @@ def what_passes() -> tuple[type[Exception], ...]:
 
 
 def by_map(
-    url: str, samples: int, *, is_async: bool = True, policies: bool = True, hedge: Hedge | None = None
+    url: str,
+    samples: int,
+    *,
+    is_async: bool = True,
+    policies: bool = True,
+    hedge: Hedge | None = None,
+    ordered: bool = True,
+    ahead: int | None = None,
 ) -> Epoch:
     def pipeline() -> Pipeline:
         retry = Retry(ATTEMPTS, on=what_passes(), wait_initial=0.02, wait_max=0.1, jitter=0.02)
         more: dict[str, Any] = {"timeout": TIMEOUT_S, "retry": retry, "hedge": hedge} if policies else {}
-        return Pipeline(range(samples)).map(fetch_of(url), concurrency=IN_FLIGHT, **more).batch(BATCH, collate_fn=list)
+        fetched = Pipeline(range(samples)).map(
+            fetch_of(url), concurrency=IN_FLIGHT, ordered=ordered, ahead=ahead, **more
+        )
+        return fetched.batch(BATCH, collate_fn=list)
 
     return by_async_for(pipeline, len) if is_async else by_for(pipeline, len)
 
@@ -93,11 +103,15 @@ def bare(url: str, samples: int) -> Epoch:
     return lambda tick: asyncio.run(consume(tick))
 
 
-def by_spdl(url: str, samples: int) -> Epoch:
+def by_spdl(url: str, samples: int, *, policies: bool = True, ordered: bool = True) -> Epoch:
     def describe(builder: Any) -> Any:
         return (
             builder.add_source(async_items(range(samples)))
-            .pipe(by_hand(url), concurrency=IN_FLIGHT, output_order="input")
+            .pipe(
+                by_hand(url) if policies else fetch_of(url),
+                concurrency=IN_FLIGHT,
+                output_order="input" if ordered else "completion",
+            )
             .aggregate(BATCH)
         )
 

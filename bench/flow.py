@@ -2,6 +2,7 @@
 
 - Stragglers: few samples take much longer than the others. Strict order is to cost no time, with nothing said about
   `ahead`. The limit is completion order (async), or the time of all samples over the number of threads.
+- HTTP: the same as requests to a server, where the client is what limits.
 - Lead: samples that were begun and not handed out, when the consumer is slow, beside what `stats()` says.
 - Rollouts: groups generated for each one trained on, by the shape of the loop.
 - With `--against PATH`: what is not used costs nothing. PATH is another checkout of this project.
@@ -19,11 +20,15 @@ from typing import Any, Final
 from aioloader import Pipeline
 from bench import _rollouts as rollouts
 from bench._checkout import CASES, in_checkout
+from bench._failing import by_map as by_requests
+from bench._failing import by_spdl as spdl_by_requests
 from bench._harness import PER_SECOND, Contender, Report, Target, parser_for, pick
+from bench._object_server import Faults, ObjectServer
 from bench._stragglers import Stragglers, bare_threads, by_dataloader, by_map, by_spdl, by_torch, ideal
 
 IN_FLIGHT: Final = 256
 AHEAD: Final = 8192
+OBJECT_BYTES: Final = 16 << 10
 THREADS: Final = 8
 WORKERS: Final = 16  # of torch, each with one request
 BATCH: Final = 8
@@ -65,6 +70,37 @@ def async_stragglers(report: Report, options: argparse.Namespace) -> None:
         unit=PER_SECOND,
         rounds=pick(options, full=3, quick=1, smallest=1),
     )
+
+
+def http_stragglers(report: Report, options: argparse.Namespace) -> None:
+    """The same with a real server and a real client, which takes most of the time that a request costs."""
+    scale = pick(options, full=1, quick=1, smallest=0.05)
+    samples = pick(options, full=20_000, quick=5_000, smallest=512)
+    fewer = pick(options, full=4_000, quick=1_000, smallest=256)
+    needs = ("obstore",)
+    with ObjectServer(OBJECT_BYTES, 0.03 * scale, Faults(slow=0.01, slow_s=scale)) as server:
+        ours = {"aioloader, async for": True, "aioloader, for": False}
+        bare = partial(by_requests, server.url, samples, policies=False)
+        theirs = partial(spdl_by_requests, server.url, policies=False)
+        report.compare(
+            f"HTTP, {IN_FLIGHT} in flight, {OBJECT_BYTES >> 10} KiB each, 30 ms, 1 % of requests 1 s",
+            [
+                Contender(COMPLETION, partial(bare, ordered=False), samples, limit=True, needs=needs),
+                *(
+                    Contender(name, partial(bare, is_async=is_async), samples, needs=needs)
+                    for name, is_async in ours.items()
+                ),
+                *(
+                    Contender(
+                        f"SPDL, {order} order", partial(theirs, n, ordered=ordered), n, needs=("spdl", "obstore")
+                    )
+                    for order, n, ordered in (("completion", samples, False), ("input", fewer, True))
+                ),
+            ],
+            [Target(name, "speed", COMPLETION, 0.9) for name in ours],
+            unit=PER_SECOND,
+            rounds=pick(options, full=3, quick=1, smallest=1),
+        )
 
 
 def sync_stragglers(report: Report, options: argparse.Namespace) -> None:
@@ -202,6 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", type=Path, metavar="PATH", help="another checkout, to see that nothing got slower")
     parts: dict[str, Any] = {
         "async": async_stragglers,
+        "http": http_stragglers,
         "sync": sync_stragglers,
         "lead": lead,
         "rollouts": generated,

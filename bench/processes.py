@@ -3,10 +3,13 @@
 Each sample is about 0.2 ms of pure Python, which threads cannot do side by side. The limit is a bare loop in one
 process; two workers on two cores can be twice as fast. Rivals: torch's DataLoader with as many workers, which stay from
 one epoch to the next, as ours do. The second question is what a batch costs on its way back: 16 MB, made by one call.
+The third is what short epochs pay for workers that begin anew in each; one epoch beforehand is not counted.
 """
 
+import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -15,12 +18,15 @@ import torch.utils.data
 from torch import Tensor
 
 from aioloader import DataLoader, Pipeline
-from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, by_for, parser_for, pick
+from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick
 
 BATCH: Final = 32
 WORKERS: Final = 2
 STEPS: Final = 4000  # of the transform; about 0.2 ms
 LARGE: Final = (16, 1 << 18)  # a batch of 16 MiB
+SLOW_STEPS: Final = 240_000  # about 12 ms
+SLOW_BATCH: Final = 5
+IMAGES: Final = (64, 3, 224, 224)  # a batch of 38 MB
 
 BARE: Final = "bare loop, one process"
 TORCH: Final = f"torch DataLoader, {WORKERS} workers"
@@ -28,10 +34,10 @@ OURS: Final = f'DataLoader(worker_type="process"), {WORKERS} workers'
 PIPELINE: Final = f'map(executor="process"), {WORKERS} processes'
 
 
-def transform(key: int) -> Tensor:
+def transform(key: int, steps: int = STEPS) -> Tensor:
     """Pure Python, and a small tensor of what it found."""
     value = key
-    for _ in range(STEPS):
+    for _ in range(steps):
         value = (value * 1103515245 + 12345) & 0x7FFFFFFF
     return torch.tensor([value & 0xFF, key], dtype=torch.float32)
 
@@ -39,27 +45,29 @@ def transform(key: int) -> Tensor:
 class Transformed(torch.utils.data.Dataset[Tensor]):
     """Samples made by `transform`."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, steps: int = STEPS) -> None:
         self._samples = samples
+        self._steps = steps
 
     def __len__(self) -> int:
         return self._samples
 
     def __getitem__(self, index: int) -> Tensor:
-        return transform(index)
+        return transform(index, self._steps)
 
 
 class Large(torch.utils.data.Dataset[Tensor]):
     """Whole batches, whose making costs little beside their way back."""
 
-    def __init__(self, batches: int) -> None:
+    def __init__(self, batches: int, shape: tuple[int, ...] = LARGE) -> None:
         self._batches = batches
+        self._shape = shape
 
     def __len__(self) -> int:
         return self._batches
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.full(LARGE, float(index))
+        return torch.full(self._shape, float(index))
 
 
 def bare_loop(samples: int) -> Epoch:
@@ -68,14 +76,26 @@ def bare_loop(samples: int) -> Epoch:
     return by_for(lambda: (torch.stack([transform(key) for key in range(at, at + BATCH)]) for at in starts))
 
 
-def by_torch(dataset: Any, batch_size: int | None) -> Epoch:
-    """Workers that stay."""
-    return by_for(torch.utils.data.DataLoader(dataset, batch_size, num_workers=WORKERS, persistent_workers=True))
+def by_torch(dataset: Any, batch_size: int | None, *, stay: bool = True) -> Epoch:
+    """Workers that stay, or begin anew in each epoch."""
+    return by_for(torch.utils.data.DataLoader(dataset, batch_size, num_workers=WORKERS, persistent_workers=stay))
 
 
-def by_ours(dataset: Any, batch_size: int | None) -> Epoch:
+def by_ours(dataset: Any, batch_size: int | None, *, stay: bool = True) -> Epoch:
     """The same arguments."""
-    return by_for(DataLoader(dataset, batch_size, num_workers=WORKERS, persistent_workers=True, worker_type="process"))
+    return by_for(DataLoader(dataset, batch_size, num_workers=WORKERS, persistent_workers=stay, worker_type="process"))
+
+
+def from_begin_to_end(of: Callable[..., Epoch], dataset: Any, batch_size: int | None, *, stay: bool) -> Epoch:
+    """The time of a whole epoch, with what its workers take to begin and to end."""
+    epoch = of(dataset, batch_size, stay=stay)
+
+    def timed(tick: Tick) -> float:
+        began = time.perf_counter()
+        epoch(tick)
+        return time.perf_counter() - began
+
+    return timed
 
 
 def by_threads(samples: int) -> Epoch:
@@ -118,7 +138,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unit=MB_PER_SECOND(size),
         apart=True,
     )
+    short_epochs(report, options)
     return report.finish()
+
+
+def short_epochs(report: Report, options: argparse.Namespace) -> None:
+    """Workers that stay, and such as begin anew, in epochs that take half a second or less."""
+    samples = pick(options, full=40, quick=40, smallest=10)
+    batches = pick(options, full=10, quick=10, smallest=2)
+    slow, images = Transformed(samples, SLOW_STEPS), Large(batches, IMAGES)
+    cases: tuple[tuple[str, Any, int | None, int], ...] = (
+        (f"{samples} samples of 12 ms, batches of {SLOW_BATCH}", slow, SLOW_BATCH, samples),
+        (f"{batches} batches of 38 MB", images, None, batches * IMAGES[0]),
+    )
+    for what, dataset, size, count in cases:
+        for stay, how in ((True, "workers stay"), (False, "workers begin anew")):
+            report.compare(
+                f"short epochs: {what}, {how}",
+                [
+                    Contender(name, partial(from_begin_to_end, of, dataset, size, stay=stay), count)
+                    for name, of in ((OURS, by_ours), (TORCH, by_torch))
+                ],
+                [Target(OURS, "speed", TORCH, 1.0)],
+                rounds=pick(options, full=9, quick=2, smallest=1),
+                apart=True,
+            )
 
 
 if __name__ == "__main__":
