@@ -18,7 +18,7 @@ class ActorStats:
         busy_seconds: The time that they have spent in the user's functions.
         running_seconds: How long it has run.
         restarts: How many in its place were lost.
-        received_bytes: What came from them through the object store.
+        received_bytes: The size of what came from them.
     """
 
     name: str

@@ -29,9 +29,10 @@ from aioloader.executors.ray.actors import (
 from aioloader.executors.ray.chunk_actor import AsyncChunkActor, ChunkActor
 from aioloader.executors.ray.cluster import Membership
 from aioloader.executors.ray.program import Parcel, RayProgram
+from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError, answer_bytes
 from aioloader.executors.ray.seats import Seat, Task
 from aioloader.executors.ray.thread import RayThread
-from aioloader.executors.ray.values import Packed, nbytes_of, pack, unpack
+from aioloader.executors.ray.values import Packed, pack, unpack
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.insight.actors import ActorStats
 from aioloader.memory.pool import BatchMemory
@@ -340,16 +341,16 @@ class ActorPool:
             self._send(seat, task)
 
     def _send(self, seat: Seat, task: Task) -> None:
-        handle = seat.handle
+        handle, inbox = seat.handle, seat.inbox
         try:
-            ref = handle.run.remote(task.packed)
+            ref = handle.run.remote(task.packed, None if inbox is None else inbox.told())
         except BaseException as error:
             self._waiting.appendleft(task)
             self._break(error)
             return
         task.since = perf_counter()
         seat.load[ref] = task
-        ref.future().add_done_callback(partial(self._call, self._answered, seat, handle, ref))
+        ref.future().add_done_callback(partial(self._call, self._answered, seat, handle, inbox, ref))
 
     def _fits_store(self, task: Task) -> bool:
         """Whether one more chunk, and what comes of it, leaves room in the object store: nothing of ours is spilled."""
@@ -357,7 +358,7 @@ class ActorPool:
         expected = sum(task.nbytes + task.size * self.sample_bytes for task in tasks)
         return not self._store_bytes or expected <= self._store_bytes / STORE_SHARE
 
-    def _answered(self, seat: Seat, handle: Any, ref: Any, future: Any) -> None:
+    def _answered(self, seat: Seat, handle: Any, inbox: Inbox | None, ref: Any, future: Any) -> None:
         """An actor has answered, or Ray in its place."""
         task = self._late.pop(ref, None)
         was_late = task is not None
@@ -370,7 +371,7 @@ class ActorPool:
         if task is None:  # it was taken from an actor that was given up: whatever it says, nobody listens
             return
         if error is None:
-            outcome = self._outcome(seat, task, future.result())
+            outcome = self._outcome(seat, inbox, task, future.result())
         elif was_late:  # it had not answered after all: it had been lost with the others
             self._requeue([task])
             outcome = None
@@ -382,17 +383,26 @@ class ActorPool:
         self._check_held()
         self._assign()
 
-    def _outcome(self, seat: Seat, task: Task, answer: tuple[Any, ...]) -> Outcome:
-        """What an actor answered, in memory of ours."""
+    def _outcome(self, seat: Seat, inbox: Inbox | None, task: Task, answer: tuple[Any, ...]) -> Outcome | None:
+        """What an actor answered, in memory that is ours alone; None: it is lost, and made again."""
         kind, packed, *numbers = answer
+        alloc = self._memory.alloc
         try:
-            value = unpack(packed, self._memory.alloc)
+            value = unpack(packed, alloc) if inbox is None else inbox.unpack(packed, alloc)
+        except SegmentsGoneError as error:
+            if seat.inbox is inbox:  # not of an actor that came after it
+                seat.inbox = None  # the rest goes through the object store
+            task.losses += 1
+            if task.losses > MOST_LOSSES:
+                return NotSent(error)
+            self._requeue([task])
+            return None
         except BaseException as error:
             return NotSent(cannot_travel("a result", error, by_value=can_pickle_by_value()))
         if kind == "lost":
             return NotSent(value)
         result = RayResult(value, *numbers)
-        tried, nbytes = len(value), nbytes_of(packed)
+        tried, nbytes = len(value), answer_bytes(packed)
         seat.count(tried, result.busy_seconds, nbytes)
         if tried:
             each = nbytes / tried

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+from aioloader.executors.ray.same_host import OpenFile, probe
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.workers import RayWorkers
 
@@ -28,11 +29,19 @@ LATE_SECONDS: Final = 10.0  # after which somebody is told that an actor does no
 
 
 class Place(NamedTuple):
-    """Where an actor runs."""
+    """Where an actor runs.
+
+    Attributes:
+        pid: Of its process.
+        node: The address of its node.
+        node_id: Of Ray.
+        file: By which a process on the same host finds out that it is; None: it cannot.
+    """
 
     pid: int
     node: str
     node_id: str
+    file: OpenFile | None = None
 
     def __str__(self) -> str:
         return f"pid {self.pid}, node {self.node}"
@@ -46,7 +55,7 @@ class ActorBase:
         import ray
 
         context = ray.get_runtime_context()
-        return Place(os.getpid(), ray.util.get_node_ip_address(), context.get_node_id())
+        return Place(os.getpid(), ray.util.get_node_ip_address(), context.get_node_id(), probe())
 
 
 class Shortage(NamedTuple):

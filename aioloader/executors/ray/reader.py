@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from aioloader.core.cores import use_cores
 from aioloader.executors.processes.failures import portable
 from aioloader.executors.ray.actors import ActorBase
+from aioloader.executors.ray.same_host import Told
 from aioloader.executors.ray.values import Packed, pack, unpack
 
 __all__ = ["ReaderActor", "ServesParts"]
@@ -20,7 +21,7 @@ class ServesParts(Protocol):
             Exception: It cannot begin.
         """
 
-    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+    async def read(self, wire: str, number: int, more: int, handed_out: int, told: Told | None) -> Any:
         """What comes next of it, see `ReaderActor.read`."""
 
     async def rest(self, wire: str, pause: int, drain: bool) -> None:
@@ -80,7 +81,7 @@ class ReaderActor(ActorBase):
         self._serves[wire] = serves
         return None
 
-    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+    async def read(self, wire: str, number: int, more: int, handed_out: int, told: Told | None) -> Any:
         """What comes next of a part: as soon as something does, and after what reads with lower numbers have got.
 
         Args:
@@ -88,13 +89,14 @@ class ReaderActor(ActorBase):
             number: Of this read, from 0.
             more: So many entries more may come.
             handed_out: Batches that the consumer has got.
+            told: From a process on this host, to which values go in segments.
 
         Returns:
             `("entries", places, values)`, `("ended", meters)`, `("failed", error)`, or `("gone",)` when nobody knows
             of the part any more.
         """
         serves = self._serves.get(wire)
-        return ("gone",) if serves is None else await serves.read(wire, number, more, handed_out)
+        return ("gone",) if serves is None else await serves.read(wire, number, more, handed_out, told)
 
     async def rest(self, wire: str, pause: int, drain: bool) -> None:
         """See `ServesParts`."""

@@ -32,9 +32,10 @@ from aioloader.executors.processes.wire import can_pickle_by_value
 from aioloader.executors.ray.actors import is_loss, words_of
 from aioloader.executors.ray.reader_seats import Seats
 from aioloader.executors.ray.reader_streams import ReaderSeat, ReaderStream, Trial
+from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError, answer_bytes
 from aioloader.executors.ray.suspects import Suspects
 from aioloader.executors.ray.thread import RayThread
-from aioloader.executors.ray.values import nbytes_of, pack, unpack
+from aioloader.executors.ray.values import pack, unpack
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.insight.actors import ActorStats
 
@@ -235,7 +236,8 @@ class Readers:
         while stream.sent - stream.came < wanted:
             more = min(1, may - stream.told) if stream.batches else max(0, may - stream.told)
             stream.told += more
-            ref = seat.actor.read.remote(stream.wire, stream.sent, more, stream.handed_out)
+            told = None if stream.inbox is None else stream.inbox.told()
+            ref = seat.actor.read.remote(stream.wire, stream.sent, more, stream.handed_out, told)
             stream.refs[stream.sent] = ref
             self._then(ref, self._came, stream, seat, seat.actor, stream.wire, stream.sent)
             stream.sent += 1
@@ -271,8 +273,18 @@ class Readers:
                 self._begin_again(stream, "its run was stopped")
                 self._place()
 
-    def _take_entries(self, stream: ReaderStream, seat: ReaderSeat, places: list[tuple[Any, ...]], packed: Any) -> None:
-        nbytes = nbytes_of(packed)
+    def _take_entries(self, stream: ReaderStream, seat: ReaderSeat, places: list[tuple[Any, ...]], answer: Any) -> None:
+        value, refused = None, None
+        try:
+            value = stream.unpack(answer)
+        except SegmentsGoneError as error:
+            stream.by_store = True
+            self._begin_again(stream, str(error))
+            self._place()
+            return
+        except BaseException as error:
+            refused = cannot_travel("a batch", error, by_value=can_pickle_by_value())
+        nbytes = answer_bytes(answer)
         self._entry_bytes += (nbytes / len(places) - self._entry_bytes) * (0.1 if self._entry_bytes else 1.0)
         seat.samples += len(places)
         seat.received_bytes += nbytes
@@ -280,16 +292,12 @@ class Readers:
         stream.told -= min(stream.told, len(places))
         stream.cursor = places[-1][0]
         places = [stream.with_attempts(place) for place in places]
-        try:
-            heard = Arrived(places, unpack(packed, stream.alloc))
-        except BaseException as error:
-            heard = Arrived(places, None, cannot_travel("a batch", error, by_value=can_pickle_by_value()))
         stream.deaths = 0
         if (trial := self._trial) is not None and trial.stream is stream:
             trial.left -= len(places)
             if trial.left <= 0 or stream.granted <= 0:
                 self._thread.call(self._guarded, self._place)  # when the entries are on their way
-        stream.listener(heard)
+        stream.listener(Arrived(places, value, refused))
 
     # -- pauses ------------------------------------------------------------------------------------------------------
 
@@ -380,6 +388,8 @@ class Readers:
 
     def _open_at(self, stream: ReaderStream, seat: ReaderSeat, *, one_by_one: bool = False) -> None:
         stream.seat, stream.wire = seat, f"{self._name}-{next(self._wires)}"
+        if seat.place is not None and not stream.by_store:
+            stream.inbox = Inbox.of(seat.place.pid, seat.place.file)
         seat.streams.add(stream)
         seat.used = True
         suspects = Suspects(one_by_one, tuple(stream.guilty)) if one_by_one or stream.guilty else None
