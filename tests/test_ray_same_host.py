@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from aioloader import DataLoader, Pipeline
-from aioloader.executors.ray import same_host
 from aioloader.executors.ray.same_host import (
     Answer,
     Inbox,
@@ -25,6 +24,7 @@ from aioloader.executors.ray.same_host import (
     answer_bytes,
     probe,
 )
+from aioloader.memory.mapping import Mapping
 from tests._ray import RayCluster
 
 SIZE = 1 << 15  # elements; a result of this size goes in segments
@@ -254,13 +254,11 @@ def test_what_comes_is_nobody_elses(way: str, name: str) -> None:
 def test_segments_are_what_is_used_here(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Nodes of this host: large results do come in segments, and these are used again."""
     mapped: list[int] = []
-    made = same_host.Mapping
-
     def counted(*args: Any, **others: Any) -> Any:
         mapped.append(1)
-        return made(*args, **others)
+        return Mapping(*args, **others)
 
-    monkeypatch.setattr(same_host, "Mapping", counted)
+    monkeypatch.setattr("aioloader.executors.ray.same_host.Mapping", counted)
     with loaders()[name] as loader:
         for _ in range(5):
             for batch in loader:
