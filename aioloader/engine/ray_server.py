@@ -79,7 +79,7 @@ class PartServer:
         if part is None or part.gate is None:
             return None
         asked = await part.gate.watch(number)
-        return None if asked is None else (number, asked.stage, pack(asked.key), asked.address)
+        return None if asked is None else (number, asked.stage, asked.key, asked.name)
 
     def go(self, wire: str, number: int | None) -> None:
         if (part := self._parts.get(wire)) is not None and part.gate is not None:

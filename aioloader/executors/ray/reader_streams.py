@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 from aioloader.core.memory import Alloc
 from aioloader.executors.processes.stream_worker import Heard, Rested
 from aioloader.executors.ray.reader_seats import Seat
+from aioloader.executors.ray.suspects import CallName
 
 __all__ = ["ReaderSeat", "ReaderStream", "Trial"]
 
@@ -35,6 +36,7 @@ class ReaderStream:
         probation: Entries that must come of it in its next trial.
         again: How often each of the next entries has been begun by now.
         guilty: See `Suspects`.
+        blamed: How many of its calls were found guilty in a row, before anything came of it.
     """
 
     number: int
@@ -60,7 +62,8 @@ class ReaderStream:
     suspect: bool = False
     probation: int = 0
     again: list[int] = field(default_factory=list)
-    guilty: list[tuple[Any, Any, str]] = field(default_factory=list)
+    guilty: list[tuple[CallName, str]] = field(default_factory=list)
+    blamed: int = 0
 
     def with_attempts(self, place: tuple[Any, ...]) -> tuple[Any, ...]:
         """What is known of the next entry, with how often it has been begun."""
