@@ -4,7 +4,7 @@ What is answered, and in which order, is for the test to say.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextvars import ContextVar, copy_context
 from typing import Any
@@ -58,19 +58,23 @@ class FakeThread:
 
     def __init__(self) -> None:
         self.jobs: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
-        self.due: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self.due: list[tuple[float, Callable[..., object], tuple[Any, ...]]] = []
         self.membership = FakeMembership()
 
     def call(self, fn: Callable[..., object], *args: Any) -> None:
         self.jobs.append((fn, args))
 
     def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
-        self.due.append((fn, args))
+        self.due.append((seconds, fn, args))
 
-    def call_due(self) -> None:
-        """Its time has come."""
+    def call_due(self, most: float = 1e9) -> None:
+        """Its time has come: of what was to come in so many seconds at most."""
         due, self.due = self.due, []
-        self.jobs += due
+        for seconds, fn, args in due:
+            if seconds <= most:
+                self.call(fn, *args)
+            else:
+                self.later(seconds, fn, *args)
 
     def join_cluster(self, address: str | None) -> FakeMembership:
         if not self.membership.alive:
@@ -167,6 +171,7 @@ class Bench:
         actors: All that were asked for.
         begun: Tells that one of them runs.
         heard: Of each part.
+        told: Tells of each why it has died before it ran.
         named: Those of pools that live.
         killed: Those that were ended.
         store_bytes: The size of the object store of the node.
@@ -187,12 +192,15 @@ class Bench:
         self.loop = asyncio.new_event_loop() if beside is None else beside.loop
         self.actors: list[FakeActor] = [] if beside is None else beside.actors
         self.ready: list[Callable[[], None]] = [] if beside is None else beside.ready
+        self.told: list[Callable[[BaseException], None]] = []
         self.named: dict[str, FakeActor] = {} if beside is None else beside.named
         self.killed: list[FakeActor] = [] if beside is None else beside.killed
         self.heard: dict[int, list[Heard]] = {}
         self.thread = FakeThread()
         monkeypatch.setattr(reader_seats, "begin_actor", self._begin)
         monkeypatch.setattr(reader_seats, "kill_actor", self.killed.append)
+        monkeypatch.setattr(reader_seats, "_end_actors", lambda actors, _: self.killed.extend(actors))
+        monkeypatch.setattr("ray._private.auto_init_hook.enable_auto_connect", False)  # an accident is an error
         monkeypatch.setattr(ray, "put", lambda value: value)
         monkeypatch.setattr(stores, "look", lambda: ("id", {"id": (self.store_bytes, self.store_bytes)}))
         monkeypatch.setattr(readers, "this_process", lambda: Owner("job", None))
@@ -211,6 +219,7 @@ class Bench:
             if name is not None:
                 self.named[name] = actor
         number = self.actors.index(actor)
+        self.told.append(lambda error: ready(actor, error))
         self.ready.append(lambda: ready(actor, Place(number, "node", "id")))
         return actor
 
@@ -252,7 +261,23 @@ class Bench:
         raise AssertionError("it does not end")
 
     def close(self) -> None:
+        if self.loop.is_closed():
+            return
         for actor in self.actors:
             self.loop.run_until_complete(actor._actor.close())
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+    """Makes one."""
+    made: list[Bench] = []
+
+    def make(pipeline: Pipeline[Any], actors: int = 1, retries: int = 3, **more: Any) -> Bench:
+        made.append(Bench(monkeypatch, pipeline, actors, retries, **more))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

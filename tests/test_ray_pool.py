@@ -173,7 +173,7 @@ def test_what_is_never_heard_of_holds_nobody_up(one: Cluster) -> None:
     _, second = one.begun[0].refs
     second.fail(exceptions.ActorUnavailableError("gone?", None))
     assert one.outcomes == {}
-    for fn, args in one.thread.due:
+    for fn, args in list(one.thread.due):
         fn(*args)
     assert isinstance(one.outcomes["a"], Died)
     one.begun[1].refs[0].answer("made")

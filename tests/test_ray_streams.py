@@ -6,7 +6,7 @@ order, is for the test to say.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -17,9 +17,11 @@ from aioloader.engine.travel import unpacked
 from aioloader.executors.processes.stream_worker import Rested, StreamEnded
 from aioloader.executors.ray.suspects import CallName, Suspects
 from aioloader.executors.ray.values import unpack
-from tests._ray_fakes import HERE, Bench, part, program_of
+from tests._ray_fakes import HERE, Bench, bench, part, program_of
 
 ray = pytest.importorskip("ray")
+
+__all__ = ["bench"]  # a fixture
 
 
 def plus_one(sample: int) -> int:
@@ -129,20 +131,6 @@ def test_calls_begin_one_by_one_when_they_are_suspected() -> None:
 
 
 # -- streams and actors ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    """Makes one."""
-    made: list[Bench] = []
-
-    def make(pipeline: Pipeline[Any], actors: int = 1, retries: int = 3) -> Bench:
-        made.append(Bench(monkeypatch, pipeline, actors, retries))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def test_only_actors_that_run_get_work(bench: Callable[..., Bench]) -> None:
