@@ -189,7 +189,7 @@ class Bench:
         pool: str | None = None,
         beside: "Bench | None" = None,
     ) -> None:
-        self.loop = asyncio.new_event_loop() if beside is None else beside.loop
+        self.loop: asyncio.AbstractEventLoop = asyncio.new_event_loop() if beside is None else beside.loop
         self.actors: list[FakeActor] = [] if beside is None else beside.actors
         self.ready: list[Callable[[], None]] = [] if beside is None else beside.ready
         self.told: list[Callable[[BaseException], None]] = []

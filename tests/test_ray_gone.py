@@ -300,6 +300,7 @@ def test_an_epoch_after_a_death_is_as_the_one_before(ray_cluster: RayCluster, fa
             assert plain(collect(loader, face)) == whole
 
 
+@pytest.mark.filterwarnings("ignore:no actor of in_ray")  # they take long to start on a busy machine
 def test_actors_of_other_parts_make_room_for_the_new_ones(ray_cluster: RayCluster) -> None:
     """A state may be of another number of parts; the actors of before hold all CPUs."""
     with Pipeline(range(96)).batch(3).in_ray(actors=4, num_cpus=2) as loader:
@@ -334,7 +335,7 @@ def test_what_is_awaited_beside_a_deadly_sample_does_not_pay_for_it() -> None:
 def test_a_sample_that_ends_its_actor_costs_no_other_one(face: Face, tmp_path: Path) -> None:
     """`skip_errors`: those of its batch are tried one by one, and the batch is made without it."""
     skip = Skip(report=tmp_path / "skipped.jsonl")
-    workers = RayWorkers(retries=1)
+    workers = RayWorkers(retries=0)
     with (
         DataLoader(DeadlyHoles(), batch_size=4, num_workers=2, worker_type=workers, skip_errors=skip) as loader,
         Steps(loader, face) as steps,

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, Final, NamedTuple
 
 from aioloader.executors.ray.thread import RayThread
@@ -124,12 +123,16 @@ def begin_actor(
     return handle
 
 
-@cache
 def _remote(kind: type[ActorBase]) -> Any:
     """Once for each class: for another one of the same class Ray would ask the head again, which may have gone."""
-    import ray
+    if kind not in _remotes:
+        import ray
 
-    return ray.remote(kind)
+        _remotes[kind] = ray.remote(kind)
+    return _remotes[kind]
+
+
+_remotes: dict[type[ActorBase], Any] = {}
 
 
 def _has_room(handle: Any) -> bool:
