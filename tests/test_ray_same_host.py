@@ -254,6 +254,7 @@ def test_what_comes_is_nobody_elses(way: str, name: str) -> None:
 def test_segments_are_what_is_used_here(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Nodes of this host: large results do come in segments, and these are used again."""
     mapped: list[int] = []
+
     def counted(*args: Any, **others: Any) -> Any:
         mapped.append(1)
         return Mapping(*args, **others)

@@ -61,7 +61,7 @@ class PartServer:
             window.resume(cursor)
         self._parts[wire] = _Part(window, epoch, gate, batches=batches, paused=paused, where=self.where)
 
-    async def read(self, wire: str, number: int, more: int, handed_out: int, told: SegmentsTold | None) -> Any:
+    async def read(self, wire: str, number: int, more: int, handed_out: int, told: SegmentsTold | None = None) -> Any:
         part = self._parts.get(wire)
         if part is None:
             return ("gone",)
@@ -83,7 +83,7 @@ class PartServer:
         if part is None or part.gate is None:
             return None
         asked = await part.gate.watch(number)
-        return None if asked is None else (number, asked.stage, pack(asked.key), asked.address)
+        return None if asked is None else (number, asked.stage, asked.key, asked.name)
 
     def go(self, wire: str, number: int | None) -> None:
         if (part := self._parts.get(wire)) is not None and part.gate is not None:

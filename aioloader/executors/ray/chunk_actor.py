@@ -24,7 +24,7 @@ class ChunkActor(ActorBase):
         """See `ChunkRunner`."""
         return self._runner.load(packed)
 
-    def run(self, payload: Packed, told: Told | None) -> tuple[Any, ...]:
+    def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:
         """See `ChunkRunner`."""
         return self._runner.run(payload, told)
 
@@ -43,6 +43,6 @@ class AsyncChunkActor(ActorBase):
         """See `ChunkRunner`."""
         return self._runner.load(packed)
 
-    async def run(self, payload: Packed, told: Told | None) -> tuple[Any, ...]:
+    async def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:
         """See `ChunkRunner`."""
         return await self._runner.run(payload, told)

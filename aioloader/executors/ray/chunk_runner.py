@@ -87,7 +87,7 @@ class ChunkRunner:
                 self._broken = error
         return None
 
-    def run(self, payload: Packed, told: Told | None) -> tuple[Any, ...]:
+    def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:
         """The outcomes of a chunk: `("done", outcomes, busy_seconds, cpu_seconds, timeouts)`, or `("lost", error)`.
 
         Args:
@@ -162,7 +162,7 @@ class AsyncChunkRunner(ChunkRunner):
     Ray begins the calls of such an actor in any order; chunks do not depend on each other.
     """
 
-    async def run(self, payload: Packed, told: Told | None) -> tuple[Any, ...]:  # type: ignore[override]  # an async one
+    async def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:  # type: ignore[override]  # an async one
         """See `ChunkRunner.run`."""
         self._hear(told)
         try:

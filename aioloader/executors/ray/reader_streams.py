@@ -8,6 +8,7 @@ from aioloader.core.memory import Alloc
 from aioloader.executors.processes.stream_worker import Heard, Rested
 from aioloader.executors.ray.reader_seats import Seat
 from aioloader.executors.ray.same_host import Answer, Inbox, InSegments
+from aioloader.executors.ray.suspects import CallName
 from aioloader.executors.ray.values import unpack
 
 __all__ = ["ReaderSeat", "ReaderStream", "Trial"]
@@ -38,6 +39,7 @@ class ReaderStream:
         probation: Entries that must come of it in its next trial.
         again: How often each of the next entries has been begun by now.
         guilty: See `Suspects`.
+        blamed: How many of its calls were found guilty in a row, before anything came of it.
         by_store: Its segments could not be mapped, though its actor is on this host.
     """
 
@@ -65,7 +67,8 @@ class ReaderStream:
     suspect: bool = False
     probation: int = 0
     again: list[int] = field(default_factory=list)
-    guilty: list[tuple[Any, Any, str]] = field(default_factory=list)
+    guilty: list[tuple[CallName, str]] = field(default_factory=list)
+    blamed: int = 0
     by_store: bool = False
 
     def unpack(self, answer: Answer) -> Any:
