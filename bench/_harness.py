@@ -29,6 +29,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +61,7 @@ __all__ = [
     "parser_for",
     "pick",
     "size_of",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -126,6 +128,17 @@ def by_async_for(loader: Any, count: Callable[[Any], int] = size_of) -> Epoch:
             tick(count(batch))
 
     return lambda tick: asyncio.run(consume(tick))
+
+
+def whole(epoch: Epoch) -> Epoch:
+    """The same, timed from beginning to end: with the first batch, and what workers take to begin and to end."""
+
+    def timed(tick: Tick) -> float:
+        began = time.perf_counter()
+        epoch(tick)
+        return time.perf_counter() - began
+
+    return timed
 
 
 def _makes(loader: Any) -> bool:

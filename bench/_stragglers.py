@@ -11,7 +11,7 @@ from typing import Any
 import torch.utils.data
 
 from aioloader import DataLoader, Pipeline
-from bench._harness import Epoch, Tick, by_async_for, by_for
+from bench._harness import Epoch, Tick, by_async_for, by_for, whole
 from bench._rivals import async_items, spdl_loader
 
 __all__ = ["Stragglers", "bare_threads", "by_dataloader", "by_map", "by_spdl", "by_torch", "ideal"]
@@ -101,7 +101,7 @@ def by_map(
 
     fn = read if sync else fetch
     loader = Pipeline(range(work.samples)).map(fn, concurrency=width, ordered=ordered, ahead=ahead)
-    return _whole(by_async_for(loader, _one) if is_async else by_for(loader, _one))
+    return whole(by_async_for(loader, _one) if is_async else by_for(loader, _one))
 
 
 def by_spdl(work: Stragglers, width: int, *, ordered: bool) -> Epoch:
@@ -117,7 +117,7 @@ def by_spdl(work: Stragglers, width: int, *, ordered: bool) -> Epoch:
         source = async_items(range(work.samples))
         return builder.add_source(source).pipe(fetch, concurrency=width, output_order=order)
 
-    return _whole(by_for(spdl_loader(describe, threads=2, sink=64, stats=False), _one))
+    return whole(by_for(spdl_loader(describe, threads=2, sink=64, stats=False), _one))
 
 
 class Slow(torch.utils.data.Dataset[int]):
@@ -135,32 +135,15 @@ class Slow(torch.utils.data.Dataset[int]):
 
 
 def by_dataloader(work: Stragglers, width: int, batch_size: int) -> Epoch:
-    return _whole(by_for(DataLoader(Slow(work), batch_size, num_workers=width)))
+    return whole(by_for(DataLoader(Slow(work), batch_size, num_workers=width)))
 
 
 def by_torch(work: Stragglers, width: int, batch_size: int, *, in_order: bool = True) -> Epoch:
     """Workers stay, so that an epoch does not fork them."""
-    return _whole(
+    return whole(
         by_for(
             torch.utils.data.DataLoader(
                 Slow(work), batch_size, num_workers=width, persistent_workers=True, in_order=in_order
             )
         )
     )
-
-
-def _whole(epoch: Epoch) -> Epoch:
-    """An epoch that takes what it takes until its last batch, the first one included: a slow one may be in it."""
-
-    def timed(tick: Tick) -> float:
-        last = began = time.perf_counter()
-
-        def ticked(samples: int) -> None:
-            nonlocal last
-            last = time.perf_counter()
-            tick(samples)
-
-        epoch(ticked)
-        return last - began
-
-    return timed

@@ -91,9 +91,7 @@ def http_stragglers(report: Report, options: argparse.Namespace) -> None:
                     for name, is_async in ours.items()
                 ),
                 *(
-                    Contender(
-                        f"SPDL, {order} order", partial(theirs, n, ordered=ordered), n, needs=("spdl", "obstore")
-                    )
+                    Contender(f"SPDL, {order} order", partial(theirs, n, ordered=ordered), n, needs=("spdl", "obstore"))
                     for order, n, ordered in (("completion", samples, False), ("input", fewer, True))
                 ),
             ],

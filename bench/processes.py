@@ -8,7 +8,6 @@ The third is what short epochs pay for workers that begin anew in each; one epoc
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -18,7 +17,7 @@ import torch.utils.data
 from torch import Tensor
 
 from aioloader import DataLoader, Pipeline
-from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick
+from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, by_for, parser_for, pick, whole
 
 BATCH: Final = 32
 WORKERS: Final = 2
@@ -86,16 +85,9 @@ def by_ours(dataset: Any, batch_size: int | None, *, stay: bool = True) -> Epoch
     return by_for(DataLoader(dataset, batch_size, num_workers=WORKERS, persistent_workers=stay, worker_type="process"))
 
 
-def from_begin_to_end(of: Callable[..., Epoch], dataset: Any, batch_size: int | None, *, stay: bool) -> Epoch:
-    """The time of a whole epoch, with what its workers take to begin and to end."""
-    epoch = of(dataset, batch_size, stay=stay)
-
-    def timed(tick: Tick) -> float:
-        began = time.perf_counter()
-        epoch(tick)
-        return time.perf_counter() - began
-
-    return timed
+def whole_epoch(of: Callable[..., Epoch], dataset: Any, batch_size: int | None, *, stay: bool) -> Epoch:
+    """With what workers take to begin and to end."""
+    return whole(of(dataset, batch_size, stay=stay))
 
 
 def by_threads(samples: int) -> Epoch:
@@ -156,7 +148,7 @@ def short_epochs(report: Report, options: argparse.Namespace) -> None:
             report.compare(
                 f"short epochs: {what}, {how}",
                 [
-                    Contender(name, partial(from_begin_to_end, of, dataset, size, stay=stay), count)
+                    Contender(name, partial(whole_epoch, of, dataset, size, stay=stay), count)
                     for name, of in ((OURS, by_ours), (TORCH, by_torch))
                 ],
                 [Target(OURS, "speed", TORCH, 1.0)],

@@ -1,8 +1,9 @@
 """Functions and batches in actors of a Ray cluster, beside worker processes: `python -m bench.ray`.
 
 Everything is on this machine, so nothing is said about a network: what is measured is what actors cost beside processes
-of our own, which have the same cores. The loaders stay open from epoch to epoch, and so do their workers. Then: how
-long nothing comes when an actor is killed, and how long a close takes in the middle of a long call. Ray Data, which
+of our own, which have the same cores. The loaders stay open from epoch to epoch, and so do their workers. Functions are
+timed over whole epochs, short and long ones: Ray Data has made most of a short one when its first batch comes. Then:
+how long nothing comes when an actor is killed, and how long a close takes in the middle of a long call. Ray Data, which
 does not keep order here, takes part where it is installed with what it needs.
 """
 
@@ -21,11 +22,12 @@ import torch.utils.data
 from torch import Tensor
 
 from aioloader import DataLoader, Pipeline
-from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick
+from bench._harness import MB_PER_SECOND, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick, whole
 
 BATCH: Final = 50
 WORKERS: Final = 2
-WORK: Final = {"2 µs": (25, 40_000), "0.4 ms": (8_000, 2_000), "12 ms": (240_000, 120)}  # steps, and samples
+WORK: Final = {"2 µs": 25, "0.4 ms": 8_000, "12 ms": 240_000}  # steps
+SAMPLES: Final = {"2 µs": (40_000, 400_000), "0.4 ms": (2_000, 20_000), "12 ms": (120, 600)}  # of short and long epochs
 LARGE: Final = (64, 3, 224, 224)  # a batch of 38 MB
 
 PROCESS: Final = f'map(executor="process"), {WORKERS} processes'
@@ -81,24 +83,32 @@ def by_ray_data(samples: int, work: Work) -> Epoch:
 
 
 def compare_maps(report: Report, options: Any, opened: ExitStack) -> None:
-    """Three sizes of work."""
-    for said, (steps, samples) in WORK.items():
-        count = pick(options, full=samples, quick=samples // 4, smallest=4) // BATCH * BATCH or BATCH
-        work = Work(steps)
+    """Three sizes of work, two lengths of epochs."""
+    for said, steps in WORK.items():
+        for long, samples in enumerate(SAMPLES[said]):
+            compare_map(report, options, opened, said, Work(steps), samples, rounds=3 if long else 5)
 
-        def loader(executor: Any, count: int = count, work: Work = work) -> Epoch:
-            pipeline = Pipeline(range(count)).map(work, executor=executor, concurrency=WORKERS).batch(BATCH)
-            return by_for(opened.enter_context(pipeline))
 
-        report.compare(
-            f"{said} of Python a sample, batches of {BATCH}",
-            [
-                Contender(PROCESS, partial(loader, "process"), count, ours=True),
-                Contender(ACTORS, partial(loader, "ray"), count),
-                Contender(RAY_DATA, partial(by_ray_data, count, work), count, needs=("pandas", "pydantic")),
-            ],
-            [Target(ACTORS, "time", PROCESS, 1.1), Target(ACTORS, "speed", RAY_DATA, 1.0)],
-        )
+def compare_map(
+    report: Report, options: Any, opened: ExitStack, said: str, work: Work, samples: int, *, rounds: int
+) -> None:
+    """One of them."""
+    count = pick(options, full=samples, quick=samples // 4, smallest=4) // BATCH * BATCH or BATCH
+
+    def loader(executor: Any) -> Epoch:
+        pipeline = Pipeline(range(count)).map(work, executor=executor, concurrency=WORKERS).batch(BATCH)
+        return whole(by_for(opened.enter_context(pipeline)))
+
+    report.compare(
+        f"{said} of Python a sample, {count:,} of them, batches of {BATCH}",
+        [
+            Contender(PROCESS, partial(loader, "process"), count, ours=True),
+            Contender(ACTORS, partial(loader, "ray"), count),
+            Contender(RAY_DATA, lambda: whole(by_ray_data(count, work)), count, needs=("pandas", "pydantic")),
+        ],
+        [Target(ACTORS, "time", PROCESS, 1.1), Target(ACTORS, "speed", RAY_DATA, 1.0)],
+        rounds=pick(options, full=rounds, quick=2, smallest=1),
+    )
 
 
 def compare_batches(report: Report, options: Any, opened: ExitStack) -> None:

@@ -4,6 +4,7 @@ import gc
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -18,6 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import aioloader.metrics
 from aioloader import DataLoader, Pipeline, Retry
+from aioloader.insight.actors import ActorStats
+from aioloader.insight.stats import Stats
 from aioloader.metrics import OpenTelemetryInstruments, PrometheusCollector
 from aioloader.metrics.families import FAMILIES
 from aioloader.metrics.otel import _dotted
@@ -259,3 +262,43 @@ def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     assert len(asked) >= 15
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
     assert len(set(places)) == len(places)
+
+
+@on_both_faces
+def test_metrics_of_actors_have_their_node(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count for as long as the loader lives, so epochs are not added up."""
+    loader = failing()
+    actor = ActorStats("Ray worker 0", "10.0.0.7", 17, True, 5, 1.5, 3.0, 2, 1000)
+    plain = Pipeline.stats
+
+    def stats(self: Pipeline) -> Stats:
+        found = plain(self)
+        stages = [replace(stage, actors=(actor,)) if at == 1 else stage for at, stage in enumerate(found.stages)]
+        return replace(found, stages=tuple(stages))
+
+    monkeypatch.setattr(Pipeline, "stats", stats)
+    registry = CollectorRegistry()
+    registry.register(PrometheusCollector(loader))
+    reader = InMemoryMetricReader()
+    instruments = OpenTelemetryInstruments(loader, meter=MeterProvider([reader]).get_meter("m"))
+    with Steps(loader, face) as steps:
+        steps.outcomes()
+    with Steps(loader, face) as steps:
+        steps.outcomes()
+        values = scraped(registry)
+    labels = ("actor=Ray worker 0", "loader=train", "node=10.0.0.7", "position=1", "stage=map(load)")
+    assert values[("aioloader_actor_samples_total", *labels)] == 5
+    assert values[("aioloader_actor_busy_seconds_total", *labels)] == 1.5
+    assert values[("aioloader_actor_received_bytes_total", *labels)] == 1000
+    assert values[("aioloader_actor_restarts_total", *labels)] == 2
+    assert values[("aioloader_actor_running", *labels)] == 1
+    data = json.loads(reader.get_metrics_data().to_json())  # type: ignore[union-attr]
+    names = {
+        metric["name"]: point["attributes"]
+        for resource in data["resource_metrics"]
+        for scope in resource["scope_metrics"]
+        for metric in scope["metrics"]
+        for point in metric["data"]["data_points"]
+    }
+    assert names["aioloader.actor.samples"] == dict(label.split("=") for label in labels)
+    del instruments

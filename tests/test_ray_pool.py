@@ -8,7 +8,7 @@ import pytest
 
 from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.worker_pool import Broken, Died, Outcome
-from aioloader.executors.ray import actor_pool, actors
+from aioloader.executors.ray import actor_pool, actors, stores
 from aioloader.executors.ray.actor_pool import ActorPool
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.program import Parcel, RayProgram
@@ -77,21 +77,18 @@ class Cluster:
     Attributes:
         begun: All that were asked for.
         killed: Those that were ended.
-        answered: Refs that Ray has an answer for already.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, width: int, *, awaits: bool = False) -> None:
         self.begun: list[FakeActor] = []
         self.killed: list[FakeActor] = []
-        self.answered: list[FakeRef] = []
         self.starts = True
         self.outcomes: dict[str, Outcome] = {}
         self.thread = FakeThread()
         monkeypatch.setattr(actor_pool, "begin_actor", self._begin)
         monkeypatch.setattr(actor_pool, "kill_actor", self.killed.append)
-        monkeypatch.setattr(actor_pool, "_smallest_store", lambda: 1 << 20)
+        monkeypatch.setattr(stores, "look", lambda: ("id", {"id": (1 << 20, 1 << 20)}))
         monkeypatch.setattr(ray, "put", lambda value: value)
-        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([ref for ref in refs if ref in self.answered], []))
         program = RayProgram((), 1.0, None, (), 1, "float32")
         self.pool = ActorPool(self.thread, width, lambda: program, RayWorkers(), awaits=awaits)  # type: ignore[arg-type]
         self.pool.prepare()
@@ -148,24 +145,50 @@ def test_an_answer_on_its_way_counts(one: Cluster) -> None:
     one.submit("a")
     one.submit("b")
     first, second = one.begun[0].refs
-    one.answered.append(first)
     second.fail(DEAD())
-    assert list(one.outcomes) == ["b"]
+    assert one.outcomes == {}  # "a" may be on its way, or may have been its death
     first.answer("made")
     assert isinstance(one.outcomes["a"], ChunkResult)
+    assert isinstance(one.outcomes["b"], Died)
     assert not one.begun[1].refs
 
 
-def test_an_answer_that_turns_out_to_be_a_loss_is_made_again(one: Cluster) -> None:
-    """It had failed with the others."""
+def test_the_first_of_the_queue_is_to_blame_in_whatever_order_ray_fails_them(one: Cluster) -> None:
+    """Otherwise an innocent one would fail, and a deadly one be made again for ever."""
     one.submit("a")
     one.submit("b")
     first, second = one.begun[0].refs
-    one.answered.append(first)
     second.fail(DEAD())
     first.fail(DEAD())
+    assert isinstance(one.outcomes["a"], Died)
     (again,) = one.begun[1].refs
     again.answer("made")
+    assert isinstance(one.outcomes["b"], ChunkResult)
+
+
+def test_what_is_never_heard_of_holds_nobody_up(one: Cluster) -> None:
+    """Ray may never say what became of the first call, for instance while its node cannot be reached."""
+    one.submit("a")
+    one.submit("b")
+    _, second = one.begun[0].refs
+    second.fail(exceptions.ActorUnavailableError("gone?", None))
+    assert one.outcomes == {}
+    for fn, args in list(one.thread.due):
+        fn(*args)
+    assert isinstance(one.outcomes["a"], Died)
+    one.begun[1].refs[0].answer("made")
+    assert isinstance(one.outcomes["b"], ChunkResult)
+
+
+def test_a_result_that_is_lost_with_its_node_blames_nobody_for_it(one: Cluster) -> None:
+    """It had been made; the next one was under way when the node died."""
+    one.submit("a")
+    one.submit("b")
+    first, second = one.begun[0].refs
+    second.fail(DEAD())
+    first.fail(exceptions.ObjectLostError("00" * 28, None, ""))
+    assert list(one.outcomes) == ["b"]
+    one.begun[1].refs[0].answer("made")
     assert isinstance(one.outcomes["a"], ChunkResult)
 
 

@@ -6,45 +6,26 @@ order, is for the test to say.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future
-from contextvars import ContextVar, copy_context
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from aioloader import Pipeline, WorkerDiedError
-from aioloader.core.entry import Entry
-from aioloader.engine.ray_server import PartServer, RayServing
+from aioloader.engine.ray_server import PartServer
 from aioloader.engine.travel import unpacked
-from aioloader.executors.processes.stream_worker import Arrived, Failure, Heard, Rested, StreamEnded, StreamWorkerDied
-from aioloader.executors.ray import reader_seats
-from aioloader.executors.ray.actors import Place
-from aioloader.executors.ray.reader import ReaderActor
-from aioloader.executors.ray.readers import Readers, ReadersTerms
-from aioloader.executors.ray.suspects import Suspects
+from aioloader.executors.processes.stream_worker import Rested, StreamEnded
+from aioloader.executors.ray.suspects import CallName, Suspects
 from aioloader.executors.ray.values import unpack
-from aioloader.executors.ray.workers import RayWorkers
-from aioloader.plan.build import _part_window
-from aioloader.plan.in_ray import PartProgram
-from aioloader.stages.base import Pass
+from tests._ray_fakes import HERE, Bench, bench, part, program_of
 
 ray = pytest.importorskip("ray")
 
-PARTS = 2
+__all__ = ["bench"]  # a fixture
 
 
 def plus_one(sample: int) -> int:
     return sample + 1
-
-
-def program_of(pipeline: Pipeline[Any], parts: int = PARTS) -> RayServing:
-    return RayServing(PartProgram(pipeline._plan, parts, (), False, _part_window))
-
-
-def part(number: int) -> tuple[Any, ...]:
-    """What asks for a part: see `PartProgram`."""
-    return number, Pass(0), ()
 
 
 # -- the server --------------------------------------------------------------------------------------------------------
@@ -129,11 +110,10 @@ def test_calls_begin_one_by_one_when_they_are_suspected() -> None:
         return sample
 
     async def main() -> None:
-        guilty = ((1,), 2, "it has killed its actor")
+        guilty = CallName((1,), "2", 2), "it has killed its actor"
         server = await server_of(Pipeline(range(12)).map(note), suspects=Suspects(True, (guilty,)))
         reads = [asyncio.ensure_future(server.read("wire", number, 1, 0)) for number in range(3)]
-        number, stage, key, address = await server.watch("wire", 0)
-        assert (number, stage, unpack(key), address) == (0, "map(note)", 0, (1,))
+        assert await server.watch("wire", 0) == (0, "map(note)", "0", CallName((1,), "0", 0))
         assert not called
         server.go("wire", 0)
         assert samples(await reads[0]) == [0]
@@ -141,7 +121,7 @@ def test_calls_begin_one_by_one_when_they_are_suspected() -> None:
         (entry,) = unpacked(places, *unpack(packed)[:2])
         assert isinstance(entry.error, WorkerDiedError)
         assert "it has killed its actor" in str(entry.error)
-        assert unpack((await server.watch("wire", 1))[2]) == 4
+        assert (await server.watch("wire", 1))[2] == "4"
         assert called == [0]
         server.go("wire", None)
         assert samples(await reads[2]) == [4]
@@ -151,191 +131,6 @@ def test_calls_begin_one_by_one_when_they_are_suspected() -> None:
 
 
 # -- streams and actors ------------------------------------------------------------------------------------------------
-
-
-class FakeThread:
-    """Calls what is due when the test says so."""
-
-    closed = False
-    connected = True
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
-
-    def call(self, fn: Callable[..., object], *args: Any) -> None:
-        self.jobs.append((fn, args))
-
-    def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
-        """Never: no test waits."""
-
-    def join_cluster(self, address: str | None) -> None:
-        """It is."""
-
-
-class FakeRef:
-    """The result of a call."""
-
-    def __init__(self) -> None:
-        self._future: Future[Any] = Future()
-
-    def future(self) -> "Future[Any]":
-        return self._future
-
-    def answer(self, value: Any) -> None:
-        if not self._future.done():
-            self._future.set_result(value)
-
-    def fail(self, error: BaseException) -> None:
-        if not self._future.done():
-            self._future.set_exception(error)
-
-
-HERE: "ContextVar[FakeActor]" = ContextVar("HERE")
-"""In which actor a function of the user's is."""
-
-
-class FakeActor:
-    """A `ReaderActor` on the loop of the test.
-
-    Attributes:
-        mute: It works, and nothing of what it answers arrives, until `speak`.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, number: int) -> None:
-        self._actor = ReaderActor.__new__(ReaderActor)
-        self._actor._programs, self._actor._serves = {}, {}
-        self._actor.place = lambda: Place(number, "node", "id")  # type: ignore[method-assign]
-        self._loop = loop
-        self.mute = False
-        self.dead = False
-        self.held: list[tuple[FakeRef, Any]] = []
-        self.refs: list[FakeRef] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return _Method(self, name)
-
-    def call(self, name: str, *args: Any) -> FakeRef:
-        ref = FakeRef()
-        self.refs.append(ref)
-        if self.dead:
-            ref.fail(ray.exceptions.ActorDiedError())
-            return ref
-        context = copy_context()
-        context.run(HERE.set, self)
-        task = self._loop.create_task(getattr(self._actor, name)(*args), context=context)
-        task.add_done_callback(lambda done: self._answered(ref, done.result()))
-        return ref
-
-    def _answered(self, ref: FakeRef, value: Any) -> None:
-        if self.mute:
-            self.held.append((ref, value))
-        elif not self.dead:
-            ref.answer(value)
-
-    def speak(self) -> None:
-        """What has been held up arrives."""
-        self.mute = False
-        for ref, value in self.held:
-            ref.answer(value)
-
-    def kill(self) -> None:
-        """Dead."""
-        self.dead = True
-        for ref in self.refs:
-            ref.fail(ray.exceptions.ActorDiedError())
-
-
-class _Method:
-    def __init__(self, actor: FakeActor, name: str) -> None:
-        self._actor, self._name = actor, name
-
-    def remote(self, *args: Any) -> FakeRef:
-        return self._actor.call(self._name, *args)
-
-
-class Bench:
-    """Readers whose actors are fakes.
-
-    Attributes:
-        actors: All that were asked for.
-        begun: Tells that one of them runs.
-        heard: Of each part.
-    """
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, pipeline: Pipeline[Any], actors: int, retries: int) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.actors: list[FakeActor] = []
-        self.ready: list[Callable[[], None]] = []
-        self.heard: dict[int, list[Heard]] = {}
-        self.thread = FakeThread()
-        monkeypatch.setattr(reader_seats, "begin_actor", self._begin)
-        monkeypatch.setattr(reader_seats, "kill_actor", id)
-        monkeypatch.setattr(ray, "put", lambda value: value)
-        monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": "id", "Resources": {"object_store_memory": 1e9}}])
-        workers = RayWorkers(retries=retries)
-        program = program_of(pipeline)
-        self.readers = Readers(self.thread, ReadersTerms(actors, workers), lambda: program)  # type: ignore[arg-type]
-
-    def _begin(
-        self, thread: Any, kind: Any, args: Any, workers: Any, *, ready: Any, late: Any, **more: Any
-    ) -> FakeActor:
-        number = len(self.actors)
-        actor = FakeActor(self.loop, number)
-        self.actors.append(actor)
-        self.ready.append(lambda: ready(actor, Place(number, "node", "id")))
-        return actor
-
-    def open(self, number: int, *, room: int = 2, paused: bool = False) -> int:
-        """Begin a part; returns its stream."""
-        heard = self.heard[number] = []
-        return self.readers.open((part(number), 0, None, room, True, paused), heard.append, None)
-
-    def settle(self) -> None:
-        """Until nothing happens any more."""
-        quiet = 0
-        while quiet < 20:
-            quiet = 0 if self.thread.jobs else quiet + 1
-            jobs, self.thread.jobs = self.thread.jobs, []
-            for fn, args in jobs:
-                fn(*args)
-            self.loop.run_until_complete(asyncio.sleep(0.001))
-
-    def entries(self, number: int) -> list[Entry]:
-        """That have come of a part."""
-        arrived = [heard for heard in self.heard[number] if isinstance(heard, Arrived)]
-        return [entry for heard in arrived for entry in unpacked(heard.places, *heard.values[:2])]
-
-    def samples(self, number: int) -> list[Any]:
-        return [entry.value for entry in self.entries(number)]
-
-    def read_all(self, number: int, stream: int) -> None:
-        """Take what comes until the end."""
-        for _ in range(100):
-            self.readers.grant(stream, 1, 0)
-            self.settle()
-            if any(isinstance(heard, StreamEnded | Failure | StreamWorkerDied) for heard in self.heard[number]):
-                return
-        raise AssertionError("it does not end")
-
-    def close(self) -> None:
-        for actor in self.actors:
-            self.loop.run_until_complete(actor._actor.close())
-        self.loop.run_until_complete(asyncio.sleep(0))
-        self.loop.close()
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
-    """Makes one."""
-    made: list[Bench] = []
-
-    def make(pipeline: Pipeline[Any], actors: int = 1, retries: int = 3) -> Bench:
-        made.append(Bench(monkeypatch, pipeline, actors, retries))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def test_only_actors_that_run_get_work(bench: Callable[..., Bench]) -> None:

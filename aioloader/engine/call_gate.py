@@ -5,17 +5,18 @@ leave last is the one that it has died of.
 """
 
 import asyncio
+import re
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
-from aioloader.core.address import Address
+from aioloader.core.safe_text import safe_repr
 from aioloader.engine.fuse import Op
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.current_sample import current_sample
-from aioloader.executors.ray.suspects import Suspects
+from aioloader.executors.ray.suspects import CallName, Suspects
 
 __all__ = ["Asked", "CallGate"]
 
@@ -25,15 +26,15 @@ class Asked:
     """A call that waits for leave.
 
     Attributes:
-        address: Of its stage.
-        stage: The name of that.
-        key: Of its sample.
+        name: Which one it is.
+        stage: The name of its stage.
+        key: Of its sample, for texts.
         begin: Gives leave.
     """
 
-    address: Address
+    name: CallName
     stage: str
-    key: Any
+    key: str
     begin: Callable[[], None]
 
 
@@ -47,7 +48,7 @@ class CallGate:
 
     def __init__(self, on_loop: Callable[..., object], suspects: Suspects) -> None:
         self._on_loop = on_loop
-        self._guilty = {(address, repr(key)): text for address, key, text in suspects.guilty}
+        self._guilty = suspects.guilty
         self._open = not suspects.one_by_one
         self._waiting: deque[Asked] = deque()
         self._number = 0  # of the call whose turn it is
@@ -67,7 +68,7 @@ class CallGate:
             if self._open:
                 return op.fn(sample)
             leave = threading.Event()
-            self._on_loop(self._ask, Asked(op.address, op.label, key, leave.set))
+            self._on_loop(self._ask, _asked(op, key, leave.set))
             leave.wait()
             try:
                 return op.fn(sample)
@@ -82,7 +83,7 @@ class CallGate:
             if self._open:
                 return await op.fn(sample)
             leave = asyncio.Event()
-            self._ask(Asked(op.address, op.label, key, leave.set))
+            self._ask(_asked(op, key, leave.set))
             await leave.wait()
             try:
                 return await op.fn(sample)
@@ -91,12 +92,20 @@ class CallGate:
 
         return call
 
-    def _check(self, op: Op) -> Any:
+    def _check(self, op: Op) -> tuple[Any, int | None]:
+        """The key and the position of the sample at hand.
+
+        Raises:
+            WorkerDiedError: The call is guilty.
+        """
         context = current_sample.get()
-        key = None if context is None or context.name is None else context.name.key
-        if self._guilty and (text := self._guilty.get((op.address, repr(key)))) is not None:
-            raise WorkerDiedError(text)
-        return key
+        found = (None, None) if context is None or context.name is None else (context.name.key, context.name.position)
+        if self._guilty:
+            name = _name(op, *found)
+            for known, text in self._guilty:
+                if name.same(known):
+                    raise WorkerDiedError(text)
+        return found
 
     # -- on the loop -------------------------------------------------------------------------------------------------
 
@@ -144,3 +153,14 @@ class CallGate:
         elif number == self._number and self._waiting and not self._begun:
             self._begun = True
             self._waiting.popleft().begin()
+
+
+def _asked(op: Op, sample: tuple[Any, int | None], begin: Callable[[], None]) -> Asked:
+    return Asked(_name(op, *sample), op.label, safe_repr(sample[0]), begin)
+
+
+def _name(op: Op, key: Any, position: int | None) -> CallName:
+    return CallName(op.address, _PLACE.sub("", safe_repr(key)), position)
+
+
+_PLACE: Final = re.compile(r" at 0x[0-9a-fA-F]+")  # in the text of objects that have none of their own

@@ -19,6 +19,8 @@ from aioloader.engine.run import Run
 from aioloader.engine.travel import Parcel
 from aioloader.engine.window import Window
 from aioloader.executors.processes.failures import portable
+from aioloader.executors.ray.same_host import Outbox
+from aioloader.executors.ray.same_host import Told as SegmentsTold
 from aioloader.executors.ray.values import pack
 from aioloader.executors.threads import call_loop
 from aioloader.insight.meters import StageMeter
@@ -59,10 +61,12 @@ class PartServer:
             window.resume(cursor)
         self._parts[wire] = _Part(window, epoch, gate, batches=batches, paused=paused, where=self.where)
 
-    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+    async def read(self, wire: str, number: int, more: int, handed_out: int, told: SegmentsTold | None = None) -> Any:
         part = self._parts.get(wire)
         if part is None:
             return ("gone",)
+        if told is not None:
+            part.hear(told)
         part.stream.grant(more, handed_out)
         return await part.take(number)
 
@@ -79,7 +83,7 @@ class PartServer:
         if part is None or part.gate is None:
             return None
         asked = await part.gate.watch(number)
-        return None if asked is None else (number, asked.stage, pack(asked.key), asked.address)
+        return None if asked is None else (number, asked.stage, asked.key, asked.name)
 
     def go(self, wire: str, number: int | None) -> None:
         if (part := self._parts.get(wire)) is not None and part.gate is not None:
@@ -111,6 +115,7 @@ class _Part:
         self._last: tuple[Any, ...] | None = None  # what all reads get after the end
         self._reads: dict[int, asyncio.Future[Any]] = {}
         self._next = 0
+        self._outbox: Outbox | None = None
         self._pauses = Pauses()
         self._block: object = None
         self._held = self._released = 0  # the newest pause, and the newest one that is over
@@ -118,6 +123,12 @@ class _Part:
         if paused:
             self._hold(paused)
         self.stream = EpochStream(self, 0, run, 0, self._pauses, None, batches=batches)
+
+    def hear(self, told: SegmentsTold) -> None:
+        """Who reads is on this host, and says so with each read."""
+        if self._outbox is None:
+            self._outbox = Outbox()
+        self._outbox.hear(told)
 
     async def take(self, number: int) -> Any:
         """What read number `number` gets."""
@@ -136,11 +147,12 @@ class _Part:
     def _entries(self, taken: list[Entry], meters: list[StageMeter] | None) -> tuple[Any, ...]:
         parcel = Parcel.of(taken, self._where)
         meters, self._news = meters or self._news, None
+        send = pack if self._outbox is None else self._outbox.pack
         try:
-            values = pack((parcel.values, parcel.keys, meters))
+            values = send((parcel.values, parcel.keys, meters))
         except BaseException:
             parcel.refuse()
-            values = pack((parcel.values, parcel.keys, meters))
+            values = send((parcel.values, parcel.keys, meters))
         return "entries", parcel.places, values
 
     # -- what `EpochStream` tells ------------------------------------------------------------------------------------
@@ -192,6 +204,8 @@ class _Part:
 
     def end(self) -> None:
         """Nobody reads any more."""
+        if self._outbox is not None:
+            self._outbox.close()
         if self.gate is not None:
             self.gate.go(None)  # or threads would wait in it for ever
         self.stream.run.request_stop()

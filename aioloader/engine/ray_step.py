@@ -1,7 +1,7 @@
 """The step whose calls run in actors of a Ray cluster."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,11 +10,13 @@ import torch
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, width_of
 from aioloader.core.policies import Policies
+from aioloader.core.safe_text import safe_repr
 from aioloader.engine.process_step import CHUNK_SAMPLES, MORE_DEATHS, ProcessStep, named, unstamp
 from aioloader.engine.steps import Forward
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
+from aioloader.executors.partial import KeysLeft, LeavesOut, LeftOut
 from aioloader.executors.processes.worker_pool import Died, Outcome
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.actor_pool import ActorPool, RayResult
@@ -60,7 +62,9 @@ class RayStep(ProcessStep):
     What when an actor dies? Nobody knows at which sample of its chunk it was, since what it knew died with it. So each
     of them is made again alone, in an actor that has nothing else. One whose actor dies again, more often than
     `retries` allows, is to blame, and fails at its place. Unlike a process of this machine, an actor may die by no
-    fault of any sample (its machine is gone), so nobody fails by the first death.
+    fault of any sample (its machine is gone), so nobody fails by the first death. A batch that is to blame and can do
+    without samples is searched for them: each is loaded alone, and the batch is made again without those that end
+    their actors.
 
     Args:
         calls: All sync or all async.
@@ -89,6 +93,7 @@ class RayStep(ProcessStep):
         self._retries = retries
         self._awaits = awaits
         self._losses: dict[int, int] = {}  # by the `id` of an entry: how many actors died with it
+        self._searches: dict[int, _Search] = {}  # likewise
         self._said_timeout: float | None = None
         self._actors: ActorPool
 
@@ -110,6 +115,7 @@ class RayStep(ProcessStep):
     def close(self) -> None:
         super().close()
         self._losses.clear()
+        self._searches.clear()
 
     @property
     def _size(self) -> int:
@@ -131,14 +137,28 @@ class RayStep(ProcessStep):
     def _places(self) -> int:
         return self.concurrency * 2 if self._quick else self.concurrency
 
+    def dispatch(self) -> None:
+        if self._losses and not self.paused:  # a pause may have put them among the others
+            alone = [entry for entry in self.inbox if id(entry) in self._losses]
+            for entry in alone:
+                self.inbox.remove(entry)
+            self._again.extend((entry, None) for entry in alone)
+        super().dispatch()
+
     def _payload(self, chunk: list[Entry]) -> Any:
         alone = bool(self._losses) and any(id(entry) in self._losses for entry in chunk)
         return Parcel(super()._payload(chunk), self._quick, alone)
 
     def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
-        if self._losses and not isinstance(outcome, Died):
+        search = self._searches.get(id(chunk[0])) if self._searches else None
+        if search is not None and isinstance(outcome, ChunkResult | Died) and not self.closed:
+            self._came_back(chunk, slot)
+            self._searched(chunk[0], search, outcome)
+            return
+        if self._losses and not (isinstance(outcome, Died) and not outcome.expired):
             for entry in chunk:
                 self._losses.pop(id(entry), None)
+                self._searches.pop(id(entry), None)
         if isinstance(outcome, RayResult):
             self.meter.timeouts += outcome.timeouts
         super()._back(chunk, slot, outcome)
@@ -148,30 +168,74 @@ class RayStep(ProcessStep):
         if death.expired:
             self._timed_out(chunk[0], death)
             return
-        self._deaths += 1
-        if self._deaths > (self._retries + 1) * self.concurrency + MORE_DEATHS:
-            self._run.fail(
-                WorkerDiedError(
-                    f"{self._deaths} Ray workers in a row died and none got anything done; the last one, {death.reason}"
-                    f"; run {self._calls[0].label} in this process to see why"
-                )
-            )
+        if self._too_many_deaths(death):
             return
         unstamp(chunk, 0, len(chunk))  # their newest beginning counts
-        lost = []
+        # Of calls that are awaited side by side nobody knows which it was, unless one was alone.
+        exact = len(chunk) == 1 and not (self._awaits and id(chunk[0]) not in self._losses)
         for entry in chunk:
             losses = self._losses.pop(id(entry), 0) + 1
-            if len(chunk) == 1 and losses > self._retries:
-                lost.append(entry)
-                continue
-            self._losses[id(entry)] = losses
-            entry.attempts += 1
-            self._again.append((entry, None))
-        if lost:
-            words = f"{death.reason}; it was making {named(lost[0])}, in attempt {lost[0].attempts}"
-            self._lost(lost, WorkerDiedError(words))
+            if exact and losses > self._retries:
+                self._blame(entry, death)
+                return
+            self._make_again(entry, losses)
+        self._landed((), ChunkResult([], 0.0, 0.0))
+
+    def _too_many_deaths(self, death: Died) -> bool:
+        self._deaths += 1
+        chances = 1 + max(self._retries, int(self._awaits))
+        if self._deaths <= chances * self.concurrency + MORE_DEATHS:
+            return False
+        self._run.fail(
+            WorkerDiedError(
+                f"{self._deaths} Ray workers in a row died and none got anything done; the last one, {death.reason}"
+                f"; run {self._calls[0].label} in this process to see why"
+            )
+        )
+        return True
+
+    def _make_again(self, entry: Entry, losses: int) -> None:
+        """Alone, since actors have died with it."""
+        self._losses[id(entry)] = losses
+        entry.attempts += 1
+        self._again.append((entry, None))
+
+    def _blame(self, entry: Entry, death: Died) -> None:
+        """An entry has cost too many actors: it fails, or its samples are tried one by one."""
+        error = WorkerDiedError(f"{death.reason}; it was making {named(entry)}, in attempt {entry.attempts}")
+        fn: Any = self._calls[0].fn
+        left = fn.without(entry.value, None, error) if isinstance(fn, LeavesOut) else None
+        if left is None:
+            self._lost([entry], error)
+            return
+        self._searches[id(entry)] = _Search(left.keys, error)
+        entry.value = KeysLeft(left.keys, only=0)
+        self._make_again(entry, self._retries)
+        self._landed((), ChunkResult([], 0.0, 0.0))
+
+    def _searched(self, entry: Entry, search: "_Search", outcome: ChunkResult | Died) -> None:
+        """A sample of a batch was tried: go on with the next one, or make the batch without those that are to blame."""
+        if isinstance(outcome, Died):
+            if self._too_many_deaths(outcome):
+                return
+            key = (entry.key if type(entry.key) is list else search.keys)[search.at]
+            error = WorkerDiedError(f"{outcome.reason}, with key {safe_repr(key)}")
+            search.left_out.append(LeftOut(search.at, error))
         else:
-            self._landed((), ChunkResult([], 0.0, 0.0))
+            self._deaths = 0
+        search.at += 1
+        if search.at < len(search.keys):
+            entry.value = KeysLeft(search.keys, only=search.at)
+            self._again.append((entry, None))
+        else:
+            del self._searches[id(entry)]
+            self._losses.pop(id(entry), None)
+            if not search.left_out:  # it was none of them alone
+                self._lost([entry], search.error)
+                return
+            entry.value = KeysLeft(search.keys, search.left_out)
+            self._make_again(entry, self._retries)
+        self._landed((), ChunkResult([], 0.0, 0.0))
 
     def _timed_out(self, entry: Entry, death: Died) -> None:
         self.meter.timeouts += 1
@@ -182,6 +246,23 @@ class RayStep(ProcessStep):
                 f"{self._calls[0].label} took longer than {self._timeout_name}={seconds:g} s; {death.reason} was killed"
             ),
         )
+
+
+@dataclass
+class _Search:
+    """Which samples of a batch end their actors.
+
+    Attributes:
+        keys: Of all of them.
+        error: What the batch fails with if it is none of them alone.
+        at: The one that is tried.
+        left_out: Those that were to blame.
+    """
+
+    keys: Sequence[Any]
+    error: WorkerDiedError
+    at: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 def ray_step(

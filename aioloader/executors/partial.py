@@ -64,11 +64,14 @@ class KeysLeft:
     Attributes:
         keys: All of them.
         left_out: The samples that workers have died with, in order.
+        only: The number of the one that is loaded, to see whether the worker lives on, and nothing is made of it; None:
+            all that are left.
     """
 
-    def __init__(self, keys: Sequence[Any], left_out: Sequence[LeftOut] = ()) -> None:
+    def __init__(self, keys: Sequence[Any], left_out: Sequence[LeftOut] = (), only: int | None = None) -> None:
         self.keys = keys
         self.left_out = left_out
+        self.only = only
 
     def __len__(self) -> int:
         return len(self.keys)

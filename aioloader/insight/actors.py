@@ -15,10 +15,11 @@ class ActorStats:
         pid: Of its process there; None while it does not run.
         running: Whether it runs.
         samples: What it has made, and those before it in its place.
-        busy_seconds: The time that they have spent in the user's functions.
+        busy_seconds: The time that they have spent in the user's functions; of `in_ray`, the CPU time of their
+            processes.
         running_seconds: How long it has run.
         restarts: How many in its place were lost.
-        received_bytes: What came from them through the object store.
+        received_bytes: The size of what came from them.
     """
 
     name: str

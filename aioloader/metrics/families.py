@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar
 
+from aioloader.insight.actors import ActorStats
 from aioloader.insight.gauges import Waits
 from aioloader.insight.stats import StageStats, Stats
 from aioloader.masking import masked
 
-__all__ = ["FAMILIES", "LOADER", "QUANTILES", "STAGE", "Family", "Kind", "labels_of", "quantiles"]
+__all__ = ["ACTOR", "FAMILIES", "LOADER", "QUANTILES", "STAGE", "Family", "Kind", "labels_of", "quantiles"]
 
 Kind = Literal["counter", "gauge", "summary"]
 T = TypeVar("T")
@@ -126,7 +127,17 @@ STAGE: Final[tuple[Family[StageStats], ...]] = (
 """Of each stage of a loader."""
 
 
-FAMILIES: Final[tuple[Family[Any], ...]] = (*LOADER, *STAGE)
+ACTOR: Final[tuple[Family[ActorStats], ...]] = (
+    Family("aioloader_actor_running", "gauge", "1 while the actor of a Ray cluster runs.", lambda a: int(a.running)),
+    Family("aioloader_actor_samples", "counter", "Samples, or batches, that came from it.", lambda a: a.samples),
+    Family("aioloader_actor_busy_seconds", "counter", "Time in which it was at work.", lambda a: a.busy_seconds),
+    Family("aioloader_actor_received_bytes", "counter", "What came from it.", lambda a: a.received_bytes),
+    Family("aioloader_actor_restarts", "counter", "Actors in its place that were lost.", lambda a: a.restarts),
+)
+"""Of each actor of a stage. These count for as long as the loader lives, and not for an epoch."""
+
+
+FAMILIES: Final[tuple[Family[Any], ...]] = (*LOADER, *STAGE, *ACTOR)
 
 
 def labels_of(stats: Stats) -> Iterator[tuple[StageStats, str, str]]:

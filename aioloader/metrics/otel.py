@@ -70,9 +70,7 @@ class OpenTelemetryInstruments:
         def observe(_: CallbackOptions) -> Iterator[Observation]:
             for loader, point in self._pull(name):
                 if point.family is family:
-                    labels = {"loader": loader}
-                    if point.stage is not None:
-                        labels |= {"stage": point.stage[0], "position": point.stage[1]}
+                    labels = {"loader": loader} | point.labels
                     for more, value in values(point):
                         yield Observation(value, labels | more)
 
@@ -93,8 +91,9 @@ class OpenTelemetryInstruments:
 def _dotted(family: Family[Any]) -> str:
     """The name without its unit, which is told apart: `aioloader.stage.busy`, in seconds."""
     name = family.name.removesuffix(f"_{family.unit}") if family.unit else family.name
-    prefix, stage, rest = name.partition("_stage_")
-    return f"{prefix}.stage.{rest}" if stage else name.replace("_", ".", 1)
+    for of in ("stage", "actor"):
+        name = name.replace(f"_{of}_", f".{of}.", 1)
+    return name if "." in name else name.replace("_", ".", 1)
 
 
 def _value(point: Point) -> Iterator[tuple[dict[str, str], float]]:

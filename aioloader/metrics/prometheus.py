@@ -61,9 +61,7 @@ def _metric(family: Family[Any]) -> Metric:
 
 
 def _add(metric: Metric, loader: str, point: Point) -> None:
-    labels = {"loader": loader}
-    if point.stage is not None:
-        labels |= {"stage": point.stage[0], "position": point.stage[1]}
+    labels = {"loader": loader} | point.labels
     if point.waits is None:
         suffix = "_total" if point.family.kind == "counter" else ""
         metric.add_sample(metric.name + suffix, labels, point.value)

@@ -8,7 +8,7 @@ from weakref import WeakMethod, ref
 
 from aioloader.insight.gauges import Waits
 from aioloader.insight.stats import Stats
-from aioloader.metrics.families import LOADER, STAGE, Family, labels_of
+from aioloader.metrics.families import ACTOR, LOADER, STAGE, Family, labels_of
 
 __all__ = ["Observable", "Point", "Totals", "check_name"]
 
@@ -39,6 +39,7 @@ class Point(NamedTuple):
         value: A number; of a summary the sum.
         number: Of a summary: how many there were.
         waits: Of a summary, for its quantiles; else None.
+        actor: Its name and its node; None: it is no actor's.
     """
 
     family: Family[Any]
@@ -46,6 +47,13 @@ class Point(NamedTuple):
     value: float
     number: float = 0
     waits: Waits | None = None
+    actor: tuple[str, str] | None = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells it apart from others of its family."""
+        labels = {} if self.stage is None else {"stage": self.stage[0], "position": self.stage[1]}
+        return labels if self.actor is None else labels | {"actor": self.actor[0], "node": self.actor[1]}
 
 
 class Totals:
@@ -98,6 +106,9 @@ def _points(stats: Stats) -> Iterator[Point]:
     for stage, name, position in labels_of(stats):
         for each in STAGE:
             yield _point(each, (name, position), each.value(stage))
+        for actor in stage.actors:
+            for one in ACTOR:
+                yield Point(one, (name, position), one.value(actor), actor=(actor.name, actor.node))
 
 
 def _point(family: Family[Any], stage: StageLabels | None, value: Any) -> Point:
@@ -108,7 +119,9 @@ def _point(family: Family[Any], stage: StageLabels | None, value: Any) -> Point:
 
 
 def _counted(point: Point) -> Iterator[tuple[_Key, float]]:
-    """What of it only ever grows."""
+    """What of it begins anew with each epoch."""
+    if point.actor is not None:
+        return
     if point.family.kind != "gauge":
         yield (point.family.name, point.stage), point.value
     if point.family.kind == "summary":

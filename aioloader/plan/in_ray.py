@@ -134,8 +134,10 @@ def parts_in_actors(
     plan = program.plan
     ranks = [flow.ranks for part in walk(plan) for flow in flows_of(part)]
     workers = RayWorkers() if stage.workers is None else stage.workers
-    terms = ReadersTerms(stage.actors, workers, stage.pool, _first_seat(ranks), program.is_shared)
-    key = ("in_ray", program.path, program.live, program.parts, stage.pool, repr(ranks))
+    actors = min(stage.actors, stage.parts)  # a state may be of fewer parts
+    place = ("in_ray", program.path, program.live, stage.pool)
+    terms = ReadersTerms(actors, workers, stage.pool, _first_seat(ranks), program.is_shared, place)
+    key = (place, program.parts, repr(ranks))
     readers = partial(_readers, processes, key, terms, partial(_serving, program))
     room = stage.ahead if batches else SAMPLES_AHEAD
     parts = RayParts(readers, program.parts, room, batches, stage.label, alloc)
@@ -159,7 +161,10 @@ def _serving(program: PartProgram) -> RayServing:
 def _readers(
     processes: Callable[[], WorkerThread], key: object, terms: ReadersTerms, make_program: Callable[[], RayServing]
 ) -> Readers:
-    """Those of the epoch before, if there were any."""
+    """Those of the epoch before, if there were any. Those of other parts or ranks end: their actors hold CPUs."""
     thread = ray_thread_of(processes())
     readers: Readers = thread.get_or_create(key, partial(Readers, thread, terms, make_program))
+    for other in thread.kept(Readers):
+        if other is not readers and other.terms.place == terms.place:
+            other.retire()
     return readers

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from time import perf_counter
@@ -78,6 +79,8 @@ class FetchBatch(Holds, LeavesOut):
         left_out: list[LeftOut] = []
         singly = type(keys) is KeysLeft
         if singly:
+            if keys.only is not None:
+                return self._tried(keys.keys[keys.only], (keys.keys if names is None else names)[keys.only])
             keys, left_out = keys.keys, [*keys.left_out]
         if (
             collate_fn is None
@@ -105,6 +108,12 @@ class FetchBatch(Holds, LeavesOut):
         if at is not None:
             return KeysLeft(left.keys, sorted([*left.left_out, LeftOut(at, error)], key=_place))
         return None if left is keys else left  # it may have been one call for all of them
+
+    def _tried(self, key: Any, name: Any) -> Any:
+        """Load one sample, to see whether this process survives it; an error is told when its batch is loaded."""
+        with suppress(Exception):
+            self.load([key], [name], singly=True)
+        return NO_SAMPLES
 
     def _collated(self, samples: Any, names: Any) -> Any:
         sample = current_sample.get()

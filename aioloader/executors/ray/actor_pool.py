@@ -4,7 +4,6 @@ import warnings
 from asyncio import Future
 from collections import deque
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -16,6 +15,7 @@ from aioloader.executors.processes.failures import BY_VALUE, cannot_travel
 from aioloader.executors.processes.wire import can_pickle_by_value
 from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
 from aioloader.executors.ray.actors import (
+    MOST_START_FAILURES,
     Place,
     Shortage,
     begin_actor,
@@ -28,22 +28,22 @@ from aioloader.executors.ray.actors import (
 )
 from aioloader.executors.ray.chunk_actor import AsyncChunkActor, ChunkActor
 from aioloader.executors.ray.cluster import Membership
+from aioloader.executors.ray.lookout import Lookout
 from aioloader.executors.ray.program import Parcel, RayProgram
+from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError, answer_bytes
 from aioloader.executors.ray.seats import Seat, Task
+from aioloader.executors.ray.stores import Stores
 from aioloader.executors.ray.thread import RayThread
-from aioloader.executors.ray.values import Packed, nbytes_of, pack, unpack
+from aioloader.executors.ray.values import Packed, pack, unpack
 from aioloader.executors.ray.workers import RayWorkers
+from aioloader.executors.ray.wreck import SETTLE_SECONDS, Wreck
 from aioloader.insight.actors import ActorStats
 from aioloader.memory.pool import BatchMemory
 
 __all__ = ["ASYNC_CALLS", "ActorPool", "RayResult"]
 
 ASYNC_CALLS: Final = 16  # side by side in one actor that awaits
-LOOK_SECONDS: Final = 2.0  # between two looks at whether Ray is still there, while something is under way
-SILENT_SECONDS: Final = 40.0  # without a head, after which an epoch ends: Ray ends the whole process after 60
 MOST_LOSSES: Final = 5  # of a result that was made, before it counts as if its actor had died
-MOST_START_FAILURES: Final = 3  # of actors in one place, in a row
-STORE_SHARE: Final = 4  # chunks under way fill at most the 1/n of a node's object store
 
 
 @dataclass(slots=True)
@@ -59,10 +59,8 @@ class ActorPool:
     Who gets what: only an actor that runs is sent anything, at most twice what it works on at once, and that only
     where chunks are quick. So a chunk never waits for an actor that may never come.
 
-    What when an actor dies? Ray fails all calls that it had been sent, in the order of sending, and all alike. An actor
-    for sync functions works on one after the other, so only the first one that it had not answered may be to blame; the
-    others had not begun and are sent elsewhere. One that awaits may have been at all of them. That an idle actor has
-    died is only noticed with the next chunk, which is blamed for it: once, which `retries` bears.
+    What when an actor dies? `Wreck` says who is to blame; the others are sent elsewhere. That an idle actor has died is
+    only noticed with the next chunk, which is blamed for it: once, which `retries` bears.
 
     A lost node shows as an actor that is unavailable first, and it may come back. Nobody waits for that: it is given up
     and killed at once, and what it says later is for tasks that it does not have any more.
@@ -92,17 +90,18 @@ class ActorPool:
         self._seats = [Seat(number, side_by_side) for number in range(-(-width // side_by_side))]
         self._count = width
         self._waiting: deque[Task] = deque()
-        self._late: dict[Any, Task] = {}  # answered by an actor that has died since; the answer is on its way
+        self._wrecks: dict[Any, Wreck] = {}  # by the refs of calls of lost actors of which more is to be heard
         self._program: Any = None  # in the object store
         self._membership: Membership | None = None
         self._memory = BatchMemory()
         self._held: dict[Hashable, tuple[Callable[[bool], None], list[bool]]] = {}
-        self._looks = False
-        self._silent_since: float | None = None
+        self._stores = Stores()
+        self._lookout = Lookout(
+            thread, waits=self._waits, has_gone=self._has_gone, fail=self._break, seen=self._stores.learn
+        )
         self._told = False
         self._closed = False
         self._broken: BaseException | None = None
-        self._store_bytes = 0
         self.sample_bytes = 0.0
         """The mean size of what comes back for a sample; read in any thread."""
         self.seconds_each: float | None = None
@@ -185,7 +184,7 @@ class ActorPool:
             if membership is not self._membership:  # another connection: actors of an old one are gone with it
                 self._start_over()
                 self._membership = membership
-                self._store_bytes = _smallest_store()
+                self._stores.learn()
         except BaseException as error:
             self._break(error)
         else:
@@ -196,7 +195,7 @@ class ActorPool:
         missing = [seat for seat in self._seats if seat.handle is None and seat.start_failures <= MOST_START_FAILURES]
         if not missing or self._closed or self._has_gone():
             return
-        self._watch()
+        self._lookout.watch()
         try:
             for seat in missing:
                 self._begin(seat)
@@ -215,9 +214,7 @@ class ActorPool:
         return True
 
     def _start_over(self) -> None:
-        self._requeue([task for seat in self._seats for _, task in seat.vacate()])
-        self._requeue(list(self._late.values()))
-        self._late.clear()
+        self._requeue([*self._take_wrecked(), *(task for seat in self._seats for _, task in seat.vacate())])
         self._program = None
 
     def _begin(self, seat: Seat) -> None:
@@ -250,6 +247,8 @@ class ActorPool:
         """An actor runs, or has died before."""
         if seat.handle is not handle or self._closed:
             kill_actor(handle)
+        elif self._has_gone():
+            pass
         elif isinstance(place, BaseException):
             self._not_started(seat, place)
         else:
@@ -326,7 +325,7 @@ class ActorPool:
         """Send waiting chunks to actors."""
         if self._closed or self._held or not self._waiting or self._has_gone():
             return
-        self._watch()
+        self._lookout.watch()
         self._fill()
         while self._waiting:
             task = self._waiting[0]
@@ -334,65 +333,70 @@ class ActorPool:
             if not fitting:
                 return
             seat = min(fitting, key=lambda seat: len(seat.load))
-            if seat.load and not self._fits_store(task):
+            if not self._fits_store(task, idle=not seat.load):
                 return
             self._waiting.popleft()
             self._send(seat, task)
 
     def _send(self, seat: Seat, task: Task) -> None:
-        handle = seat.handle
+        handle, inbox = seat.handle, seat.inbox
         try:
-            ref = handle.run.remote(task.packed)
+            ref = handle.run.remote(task.packed, None if inbox is None else inbox.told())
         except BaseException as error:
             self._waiting.appendleft(task)
             self._break(error)
             return
         task.since = perf_counter()
         seat.load[ref] = task
-        ref.future().add_done_callback(partial(self._call, self._answered, seat, handle, ref))
+        ref.future().add_done_callback(partial(self._call, self._answered, seat, handle, inbox, ref))
 
-    def _fits_store(self, task: Task) -> bool:
-        """Whether one more chunk, and what comes of it, leaves room in the object store: nothing of ours is spilled."""
-        tasks = [task, *(other for seat in self._seats for other in seat.load.values())]
-        expected = sum(task.nbytes + task.size * self.sample_bytes for task in tasks)
-        return not self._store_bytes or expected <= self._store_bytes / STORE_SHARE
+    def _fits_store(self, task: Task, *, idle: bool) -> bool:
+        """Whether one more chunk, and what comes of it, leaves room in the object stores, so that nothing is spilled.
 
-    def _answered(self, seat: Seat, handle: Any, ref: Any, future: Any) -> None:
+        One may be under way in any case, and an `idle` actor gets one where twice as much would be there.
+        """
+        others = [other for seat in self._seats for other in seat.load.values()]
+        share = self._stores.share()
+        if not others or share is None:
+            return True
+        expected = sum(one.nbytes + one.size * self.sample_bytes for one in (task, *others))
+        return expected <= (2 if idle else 1) * share
+
+    def _answered(self, seat: Seat, handle: Any, inbox: Inbox | None, ref: Any, future: Any) -> None:
         """An actor has answered, or Ray in its place."""
-        task = self._late.pop(ref, None)
-        was_late = task is not None
         error = future.exception()
-        if task is None and error is not None and ref in seat.load and is_loss(error):
+        if (wreck := self._wrecks.get(ref)) is not None:
+            self._wreck_knows(seat, inbox, wreck, ref, future)
+        elif error is not None and ref in seat.load and is_loss(error):
             self._lost(seat, handle, ref, error)
-            self._assign()
-            return
-        task = task or seat.take(ref)
-        if task is None:  # it was taken from an actor that was given up: whatever it says, nobody listens
-            return
-        if error is None:
-            outcome = self._outcome(seat, task, future.result())
-        elif was_late:  # it had not answered after all: it had been lost with the others
-            self._requeue([task])
-            outcome = None
-        else:
-            outcome = NotSent(error)
-        del future
-        if outcome is not None and not task.forgotten:
-            task.done(outcome)
+        elif (task := seat.take(ref)) is not None:  # else it was taken from an actor that was given up: nobody listens
+            outcome = NotSent(error) if error is not None else self._outcome(seat, inbox, future.result())
+            del future
+            if outcome is None:
+                self._result_lost(
+                    task, NotSent(SegmentsGoneError("the memory of an actor on this host cannot be mapped"))
+                )
+            elif not task.forgotten:
+                task.done(outcome)
         self._check_held()
         self._assign()
 
-    def _outcome(self, seat: Seat, task: Task, answer: tuple[Any, ...]) -> Outcome:
-        """What an actor answered, in memory of ours."""
+    def _outcome(self, seat: Seat, inbox: Inbox | None, answer: tuple[Any, ...]) -> Outcome | None:
+        """What an actor answered, in memory that is ours alone; None: it is lost."""
         kind, packed, *numbers = answer
+        alloc = self._memory.alloc
         try:
-            value = unpack(packed, self._memory.alloc)
+            value = unpack(packed, alloc) if inbox is None else inbox.unpack(packed, alloc)
+        except SegmentsGoneError:
+            if seat.inbox is inbox:  # not of an actor that came after it
+                seat.inbox = None  # the rest goes through the object store
+            return None
         except BaseException as error:
             return NotSent(cannot_travel("a result", error, by_value=can_pickle_by_value()))
         if kind == "lost":
             return NotSent(value)
         result = RayResult(value, *numbers)
-        tried, nbytes = len(value), nbytes_of(packed)
+        tried, nbytes = len(value), answer_bytes(packed)
         seat.count(tried, result.busy_seconds, nbytes)
         if tried:
             each = nbytes / tried
@@ -402,47 +406,65 @@ class ActorPool:
     # -- in the thread: losses ---------------------------------------------------------------------------------------
 
     def _lost(self, seat: Seat, handle: Any, ref: Any, error: BaseException) -> None:
-        """`ref` failed since its actor was lost, or its result.
-
-        What has been answered meanwhile is left to its own callback, which is on its way. A call that failed as this
-        one did looks the same, and is found out there.
-        """
-        import ray
-
+        """`ref` failed since its actor was lost, or its result."""
+        name, pid = seat.name, None if seat.place is None else seat.place.pid
+        died = Died(seat.number, pid, f"{name} died: {words_of(error)}", 0)
         if result_is_lost(error):
             task = seat.take(ref)
             assert task is not None
-            task.losses += 1
-            if task.losses <= MOST_LOSSES:
-                self._requeue([task])
-                return
-            seat.load[ref] = task
+            self._result_lost(task, died)
+            return
         if self._has_gone():
             return
-        name, pid = seat.name, None if seat.place is None else seat.place.pid
         tasks = seat.vacate()
         seat.restarts += 1
         kill_actor(handle)
-        others = [other for other, _ in tasks if other is not ref]
-        answered: set[Any] = set()
-        if others:
-            with suppress(Exception):
-                answered.update(ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0])
-        died = Died(seat.number, pid, f"{name} died: {words_of(error)}", 0)
-        again = []
-        blamed = False
-        for other, task in tasks:
-            if other in answered:
-                self._late[other] = task
-            elif blamed and seat.side_by_side == 1:  # not begun
-                again.append(task)
-            else:
-                blamed = True
-                if not task.forgotten:
-                    task.done(died)
-        self._requeue(again)
+        wreck = Wreck(tasks, died, one_by_one=seat.side_by_side == 1)
+        self._wrecks.update(dict.fromkeys(wreck.calls, wreck))
+        wreck.failed(ref)
+        self._settle(wreck)
         self._fill()
+        if wreck.calls:
+            self._thread.later(SETTLE_SECONDS, self._safely, self._give_up, wreck)
+
+    def _result_lost(self, task: Task, outcome: Outcome) -> None:
+        """A chunk was made, and is made again; too often, and this is what becomes of it."""
+        task.losses += 1
+        if task.losses <= MOST_LOSSES:
+            self._requeue([task])
+        elif not task.forgotten:
+            task.done(outcome)
+
+    def _wreck_knows(self, seat: Seat, inbox: Inbox | None, wreck: Wreck, ref: Any, future: Any) -> None:
+        """More is heard of a lost actor."""
+        error = future.exception()
+        if error is None:
+            wreck.answered(ref, self._outcome(seat, inbox, future.result()))
+        elif result_is_lost(error):
+            wreck.answered(ref, None)
+        else:
+            wreck.failed(ref)
+        self._settle(wreck)
+
+    def _give_up(self, wreck: Wreck) -> None:
+        wreck.give_up()
+        self._settle(wreck)
         self._check_held()
+        self._assign()
+
+    def _settle(self, wreck: Wreck) -> None:
+        told, again = wreck.settle()
+        self._wrecks = {ref: other for ref, other in self._wrecks.items() if ref in other.calls}
+        self._requeue(again)
+        for task, outcome in told:
+            if not task.forgotten:
+                task.done(outcome)
+
+    def _take_wrecked(self) -> list[Task]:
+        """What lost actors had, and of which nothing is known."""
+        found = [wreck.calls[ref] for ref, wreck in self._wrecks.items()]
+        self._wrecks = {}
+        return found
 
     def _expire(self, owner: Hashable, seconds: float) -> None:
         for seat in self._seats:
@@ -469,8 +491,8 @@ class ActorPool:
     def _forget(self, owner: Hashable) -> None:
         self._let_go(owner)
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
-        for task in self._late.values():
-            task.forgotten |= task.owner == owner
+        for ref, wreck in self._wrecks.items():
+            wreck.calls[ref].forgotten |= wreck.calls[ref].owner == owner
         for seat in self._seats:
             for number, (ref, task) in enumerate(seat.load.items()):
                 if task.owner == owner:
@@ -479,44 +501,15 @@ class ActorPool:
                         cancel_call(ref)
         self._assign()
 
-    def _watch(self) -> None:
-        """Look now and then whether Ray is there, while somebody waits for it.
-
-        After a `ray.shutdown()` of the user's no call of before is ever answered, and nobody is told. Without a head
-        actors work on, and it may come back; if not, Ray ends this process, so the program is told while it can still
-        save its state.
-        """
-        if not self._looks:
-            self._looks = True
-            self._thread.later(LOOK_SECONDS, self._look)
-
-    def _look(self) -> None:
-        self._looks = False
-        waits = self._waiting or self._late or any(seat.load for seat in self._seats)
-        if not waits or self._closed or self._has_gone():
-            self._silent_since = None
-            return
-        self._watch()
-        assert self._membership is not None
-        if self._membership.head_answers():
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = perf_counter()
-        elif perf_counter() - self._silent_since >= SILENT_SECONDS:
-            self._break(
-                WorkerDiedError(
-                    f"the head of the Ray cluster has not answered for {SILENT_SECONDS:.0f} s; Ray ends this process "
-                    f"soon unless ray.shutdown() is called"
-                )
-            )
+    def _waits(self) -> bool:
+        return bool(self._waiting or self._wrecks or any(seat.load for seat in self._seats)) and not self._closed
 
     def _break(self, error: BaseException) -> None:
         """No actor can run any task, until the next run begins."""
         self._broken = error
         connected = self._membership is not None and self._membership.alive
-        failed = [*self._waiting, *self._late.values()]
+        failed = [*self._waiting, *self._take_wrecked()]
         self._waiting.clear()
-        self._late.clear()
         for seat in self._seats:
             handle = seat.handle
             failed += [task for _, task in seat.vacate()]
@@ -548,7 +541,7 @@ class ActorPool:
             ):
                 told.append(False)
                 said(False)
-            if len(told) == 1 and not self._late and not any(seat.load for seat in self._seats):
+            if len(told) == 1 and not self._wrecks and not any(seat.load for seat in self._seats):
                 told.append(True)
                 said(True)
 
@@ -566,11 +559,3 @@ class ActorPool:
                 kill_actor(handle)
             end_actors(running)
         self._memory.close()
-
-
-def _smallest_store() -> int:
-    """Bytes of the object store of the node that has the smallest one."""
-    import ray
-
-    sizes = [node["Resources"].get("object_store_memory", 0) for node in ray.nodes() if node["Alive"]]
-    return int(min(filter(None, sizes), default=0))

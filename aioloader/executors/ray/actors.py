@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+from aioloader.executors.ray.same_host import OpenFile, probe
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.workers import RayWorkers
 
 __all__ = [
     "GRACE_SECONDS",
     "LATE_SECONDS",
+    "MOST_START_FAILURES",
     "ActorBase",
     "Place",
     "Shortage",
@@ -18,6 +20,7 @@ __all__ = [
     "cancel_call",
     "end_actors",
     "is_loss",
+    "is_unreachable",
     "kill_actor",
     "result_is_lost",
     "words_of",
@@ -25,14 +28,23 @@ __all__ = [
 
 GRACE_SECONDS: Final = 1.0  # for what actors are at, before they are killed
 LATE_SECONDS: Final = 10.0  # after which somebody is told that an actor does not run yet
+MOST_START_FAILURES: Final = 3  # of actors in one place, in a row
 
 
 class Place(NamedTuple):
-    """Where an actor runs."""
+    """Where an actor runs.
+
+    Attributes:
+        pid: Of its process.
+        node: The address of its node.
+        node_id: Of Ray.
+        file: By which a process on the same host finds out that it is; None: it cannot.
+    """
 
     pid: int
     node: str
     node_id: str
+    file: OpenFile | None = None
 
     def __str__(self) -> str:
         return f"pid {self.pid}, node {self.node}"
@@ -46,7 +58,7 @@ class ActorBase:
         import ray
 
         context = ray.get_runtime_context()
-        return Place(os.getpid(), ray.util.get_node_ip_address(), context.get_node_id())
+        return Place(os.getpid(), ray.util.get_node_ip_address(), context.get_node_id(), probe())
 
 
 class Shortage(NamedTuple):
@@ -84,7 +96,7 @@ def begin_actor(
         args: Of its constructor.
         workers: What it needs.
         ready: Called once with the handle and where the actor runs, or why it has died before it did.
-        late: Called once with the handle, if it does not run after `LATE_SECONDS`.
+        late: Called with the handle, each time that it does not run after `LATE_SECONDS` more.
         options: More of Ray's.
 
     Raises:
@@ -92,7 +104,7 @@ def begin_actor(
     """
     import ray
 
-    handle = ray.remote(kind).options(**workers.options(**options)).remote(*args)
+    handle = _remote(kind).options(**workers.options(**options)).remote(*args)
     waits = [True]
 
     def began(future: Any) -> None:
@@ -106,16 +118,30 @@ def begin_actor(
     def look(looks: int) -> None:
         if not waits or not ray.is_initialized():
             return
-        why = shortage(workers) if thread.head_answers else None  # without its head the cluster answers nobody
+        why = None
+        if thread.head_answers:  # without its head the cluster answers nobody
+            with suppress(Exception):  # not even then, if it goes at this moment
+                why = shortage(workers)
+        thread.later(LATE_SECONDS, look, looks + 1)
         # It may be on its way: to start one takes long on a busy machine. Where nothing is free, nobody knows for sure.
-        if why is None or why.free or (not why.hopeless and looks == 1 and _has_room(handle)):
-            thread.later(LATE_SECONDS, look, looks + 1)
-        else:
+        if why is not None and not why.free and (why.hopeless or looks > 1 or not _has_room(handle)):
             late(handle, why)
 
     handle.place.remote().future().add_done_callback(began)
     thread.later(LATE_SECONDS, look, 1)
     return handle
+
+
+def _remote(kind: type[ActorBase]) -> Any:
+    """Once for each class: for another one of the same class Ray would ask the head again, which may have gone."""
+    if kind not in _remotes:
+        import ray
+
+        _remotes[kind] = ray.remote(kind)
+    return _remotes[kind]
+
+
+_remotes: dict[type[ActorBase], Any] = {}
 
 
 def _has_room(handle: Any) -> bool:
@@ -175,6 +201,13 @@ def is_loss(error: BaseException) -> bool:
         | exceptions.RaySystemError
         | exceptions.GetTimeoutError,
     )
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an actor cannot be reached, so that nobody knows yet whether it has died."""
+    from ray import exceptions
+
+    return isinstance(error, exceptions.ActorUnavailableError)
 
 
 def result_is_lost(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 from aioloader.executors.ray.actors import ActorBase
 from aioloader.executors.ray.chunk_runner import AsyncChunkRunner, ChunkRunner
+from aioloader.executors.ray.same_host import Told
 from aioloader.executors.ray.values import Packed
 
 __all__ = ["AsyncChunkActor", "ChunkActor"]
@@ -23,9 +24,9 @@ class ChunkActor(ActorBase):
         """See `ChunkRunner`."""
         return self._runner.load(packed)
 
-    def run(self, payload: Packed) -> tuple[Any, ...]:
+    def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:
         """See `ChunkRunner`."""
-        return self._runner.run(payload)
+        return self._runner.run(payload, told)
 
 
 class AsyncChunkActor(ActorBase):
@@ -42,6 +43,6 @@ class AsyncChunkActor(ActorBase):
         """See `ChunkRunner`."""
         return self._runner.load(packed)
 
-    async def run(self, payload: Packed) -> tuple[Any, ...]:
+    async def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:
         """See `ChunkRunner`."""
-        return await self._runner.run(payload)
+        return await self._runner.run(payload, told)

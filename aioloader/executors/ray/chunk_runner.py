@@ -27,6 +27,7 @@ from aioloader.executors.processes.segments import use_arena
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.program import RayProgram
+from aioloader.executors.ray.same_host import Answer, Outbox, Told
 from aioloader.executors.ray.values import Packed, pack, unpack
 from aioloader.memory.pool import BatchMemory
 
@@ -51,6 +52,7 @@ class ChunkRunner:
         self._place = place
         self._memory = BatchMemory()
         use_arena(self._memory)
+        self._outbox: Outbox | None = None
         self._broken: BaseException | None = None  # raised for the first sample, as in torch
         self._program: RayProgram
         self._copies: Copies
@@ -85,8 +87,14 @@ class ChunkRunner:
                 self._broken = error
         return None
 
-    def run(self, payload: Packed) -> tuple[Any, ...]:
-        """The outcomes of a chunk: `("done", outcomes, busy_seconds, cpu_seconds, timeouts)`, or `("lost", error)`."""
+    def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:
+        """The outcomes of a chunk: `("done", outcomes, busy_seconds, cpu_seconds, timeouts)`, or `("lost", error)`.
+
+        Args:
+            payload: The chunk.
+            told: From a process on this host, to which results go in segments.
+        """
+        self._hear(told)
         try:
             calls, keys, values = self._open(payload)
         except BaseException as error:
@@ -98,6 +106,18 @@ class ChunkRunner:
         named = _named(keys, values, sample, seed)
         result = apply_chunk(calls, named, self._program.budget_seconds, sample=sample)
         return "done", self._packed(result.outcomes), result.busy_seconds, result.cpu_seconds, 0
+
+    def _hear(self, told: Told | None) -> None:
+        if told is None:
+            return
+        if self._outbox is None:
+            self._outbox = self._begin_outbox()
+        self._outbox.hear(told)
+
+    def _begin_outbox(self) -> Outbox:
+        outbox = Outbox()
+        use_arena(outbox.arena)  # results are made one at a time: a batch is collated where it is sent from
+        return outbox
 
     def _open(self, payload: Packed) -> tuple[list[Call], Sequence[Any], Sequence[Any]]:
         seeds, epochs, keys, values = unpack(payload, self._memory.alloc)
@@ -116,14 +136,15 @@ class ChunkRunner:
         assert broken is not None
         return "done", self._packed([Failed(broken, self._program.calls[0].label)]), 0.0, 0.0, 0
 
-    def _packed(self, outcomes: list[Any]) -> Packed:
+    def _packed(self, outcomes: list[Any]) -> Answer:
         for outcome in outcomes:
             if type(outcome) is Failed:
                 outcome.error = portable(outcome.error, self.where)
+        send = pack if self._outbox is None else self._outbox.pack
         try:
-            return pack(outcomes)
+            return send(outcomes)
         except BaseException:
-            return pack([self._portable_outcome(outcome) for outcome in outcomes])
+            return send([self._portable_outcome(outcome) for outcome in outcomes])
 
     def _portable_outcome(self, outcome: Any) -> Any:
         try:
@@ -141,8 +162,9 @@ class AsyncChunkRunner(ChunkRunner):
     Ray begins the calls of such an actor in any order; chunks do not depend on each other.
     """
 
-    async def run(self, payload: Packed) -> tuple[Any, ...]:  # type: ignore[override]  # an async one
+    async def run(self, payload: Packed, told: Told | None = None) -> tuple[Any, ...]:  # type: ignore[override]  # an async one
         """See `ChunkRunner.run`."""
+        self._hear(told)
         try:
             calls, keys, values = self._open(payload)
         except BaseException as error:
@@ -157,6 +179,9 @@ class AsyncChunkRunner(ChunkRunner):
             if perf_counter() - began > self._program.budget_seconds:
                 break
         return "done", self._packed(outcomes), perf_counter() - began, 0.0, len(timeouts)
+
+    def _begin_outbox(self) -> Outbox:
+        return Outbox()  # chunks are made side by side: what they make is copied there
 
     async def _journey(self, calls: Sequence[Call], key: Any, value: Any, timeouts: list[None]) -> Any:
         """The outcome of one sample, in a task of its own: its context variables are, too."""

@@ -1,13 +1,19 @@
 """The actor in which parts of a pipeline run."""
 
-from typing import Any, Protocol
+import asyncio
+from time import process_time
+from typing import Any, Final, Protocol
 
 from aioloader.core.cores import use_cores
 from aioloader.executors.processes.failures import portable
 from aioloader.executors.ray.actors import ActorBase
+from aioloader.executors.ray.owners import Owner, is_gone
+from aioloader.executors.ray.same_host import Told
 from aioloader.executors.ray.values import Packed, pack, unpack
 
 __all__ = ["ReaderActor", "ServesParts"]
+
+LOOK_SECONDS: Final = 1.0  # that it may take to ask who still lives
 
 
 class ServesParts(Protocol):
@@ -20,7 +26,7 @@ class ServesParts(Protocol):
             Exception: It cannot begin.
         """
 
-    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+    async def read(self, wire: str, number: int, more: int, handed_out: int, told: Told | None = None) -> Any:
         """What comes next of it, see `ReaderActor.read`."""
 
     async def rest(self, wire: str, pause: int, drain: bool) -> None:
@@ -56,18 +62,25 @@ class ReaderActor(ActorBase):
         use_cores(cores)
         self._programs: dict[str, ServesParts] = {}
         self._serves: dict[str, ServesParts] = {}
+        self._owners: dict[str, Owner] = {}  # of each program
+        self._looks = False
 
-    async def open(self, wire: str, name: str, program: Packed, shared: bool, request: Packed) -> Packed | None:
+    async def open(
+        self, wire: str, whose: tuple[str, Owner], program: Packed, shared: bool, request: Packed
+    ) -> Packed | None:
         """Begin a part; returns what it failed with, if it did.
 
         Args:
-            wire: Of this part, this time.
-            name: Of the program.
+            wire: Of this part, this time; begins with the name of the program.
+            whose: The name of the program, and who reads.
             program: Gives who serves the parts.
             shared: Parts may share a copy of it.
             request: Which part, and where it begins.
         """
         where = f"Ray reader ({self.place()})"
+        name, owner = whose
+        self._owners[name] = owner
+        await self._end_what_is_nobodys()
         try:
             serves = self._programs.get(name) if shared else None
             if serves is None:
@@ -80,7 +93,7 @@ class ReaderActor(ActorBase):
         self._serves[wire] = serves
         return None
 
-    async def read(self, wire: str, number: int, more: int, handed_out: int) -> Any:
+    async def read(self, wire: str, number: int, more: int, handed_out: int, told: Told | None = None) -> Any:
         """What comes next of a part: as soon as something does, and after what reads with lower numbers have got.
 
         Args:
@@ -88,13 +101,15 @@ class ReaderActor(ActorBase):
             number: Of this read, from 0.
             more: So many entries more may come.
             handed_out: Batches that the consumer has got.
+            told: From a process on this host, to which values go in segments.
 
         Returns:
             `("entries", places, values)`, `("ended", meters)`, `("failed", error)`, or `("gone",)` when nobody knows
-            of the part any more.
+            of the part any more; and the CPU time of this process.
         """
         serves = self._serves.get(wire)
-        return ("gone",) if serves is None else await serves.read(wire, number, more, handed_out)
+        answer = ("gone",) if serves is None else await serves.read(wire, number, more, handed_out, told)
+        return answer, process_time()
 
     async def rest(self, wire: str, pause: int, drain: bool) -> None:
         """See `ServesParts`."""
@@ -124,6 +139,28 @@ class ReaderActor(ActorBase):
     async def forget(self, name: str) -> None:
         """Nobody runs this program any more."""
         self._programs.pop(name, None)
+        self._owners.pop(name, None)
+
+    async def _end_what_is_nobodys(self) -> None:
+        """End the parts of processes that were killed: nobody else does, and the actor outlives them in a pool.
+
+        Whoever comes next looks, so that nothing polls.
+        """
+        owners = set(self._owners.values())
+        if len(owners) < 2 or self._looks:
+            return
+        self._looks = True
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                gone = await asyncio.to_thread(lambda: {owner for owner in owners if is_gone(owner)})
+        except TimeoutError:
+            return
+        finally:
+            self._looks = False
+        for name in [name for name, owner in self._owners.items() if owner in gone]:
+            for wire in [wire for wire in self._serves if wire.startswith(name)]:
+                await self.end(wire)
+            await self.forget(name)
 
     async def close(self) -> None:
         """Let go of what is open: the actor is about to be killed."""

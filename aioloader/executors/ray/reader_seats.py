@@ -9,10 +9,12 @@ from typing import Any, Final, Generic, TypeVar
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.ray.actors import (
     GRACE_SECONDS,
+    MOST_START_FAILURES,
     Place,
     Shortage,
     begin_actor,
     is_loss,
+    is_unreachable,
     kill_actor,
     words_of,
 )
@@ -24,7 +26,6 @@ from aioloader.insight.actors import ActorStats
 __all__ = ["NAMESPACE", "Seat", "Seats", "seat_name"]
 
 AGAIN_SECONDS: Final = 0.5  # after which an actor is asked for again that was not to be had
-STORE_SHARE: Final = 0.25  # of a node's object store that entries on their way to one loader may take
 CALLS: Final = 10_000  # of an actor at a time, which is no limit
 NAMESPACE: Final = "aioloader"
 """Of Ray, in which actors of a pool have their names."""
@@ -43,6 +44,7 @@ class Seat(Generic[S]):
 
     Attributes:
         number: From 0.
+        home: The seats that it is one of.
         actor: Its handle; None: it has been lost, or not been asked for.
         place: Where it runs; None: it does not.
         streams: That are open there.
@@ -52,10 +54,13 @@ class Seat(Generic[S]):
         restarts: Actors that were lost.
         samples: Entries that came from it.
         received_bytes: Their size.
+        cpu_seconds: What the actor has computed.
+        cpu_before: And those before it.
         since: When the actor began to run.
     """
 
     number: int
+    home: "Seats[S]"
     actor: Any = None
     place: Place | None = None
     streams: set[S] = field(default_factory=set)
@@ -65,6 +70,8 @@ class Seat(Generic[S]):
     restarts: int = 0
     samples: int = 0
     received_bytes: int = 0
+    cpu_seconds: float = 0.0
+    cpu_before: float = 0.0
     since: float = 0.0
 
     def __str__(self) -> str:
@@ -79,6 +86,7 @@ class Seat(Generic[S]):
             None if place is None else place.pid,
             place is not None,
             self.samples,
+            busy_seconds=self.cpu_before + self.cpu_seconds,
             running_seconds=0.0 if place is None else now - self.since,
             restarts=self.restarts,
             received_bytes=self.received_bytes,
@@ -94,7 +102,7 @@ class Seats(Generic[S]):
         pool: The name of a pool whose actors others use, too; None: they are the loader's own.
         guarded: Calls a function, and sees to what it raises.
         runs: Called when an actor runs.
-        late: Called when none of them runs though it is time, before anything is said of it.
+        late: Called when one of them does not run though it is time, before anything is said of it; None: nothing is.
         lost: Called with a seat, and in words how its actor was lost, for those that had streams there.
     """
 
@@ -106,7 +114,7 @@ class Seats(Generic[S]):
         *,
         guarded: Callable[..., None],
         runs: Callable[[], None],
-        late: Callable[[], None],
+        late: Callable[[], None] | None,
         lost: Callable[[Seat[S], str], None],
     ) -> None:
         self._thread = thread
@@ -115,7 +123,6 @@ class Seats(Generic[S]):
         self._guarded = guarded
         self._runs, self._is_late, self._lost = runs, late, lost
         self._seats: list[Seat[S]] = []
-        self._stores: dict[str, float] = {}  # bytes of the object store of each node
         self._warned = False
         self._ended = False
         self.wanted = 0
@@ -123,6 +130,11 @@ class Seats(Generic[S]):
     def running(self) -> list[Seat[S]]:
         """Seats that may be given work. Only those whose actor runs: one that waits for room may wait for ever."""
         return [seat for seat in self._seats[: self.wanted] if seat.place is not None]
+
+    @property
+    def shared(self) -> bool:
+        """Whether others use the actors, too."""
+        return self._pool is not None
 
     @property
     def starting(self) -> bool:
@@ -138,7 +150,7 @@ class Seats(Generic[S]):
         """Have so many from now on; returns those that are not wanted any more, whose actors are still there."""
         self.wanted = actors
         while len(self._seats) < actors:
-            self._seats.append(Seat(len(self._seats)))
+            self._seats.append(Seat(len(self._seats), self))
         for seat in self._seats[:actors]:
             self._start(seat)
         return self._seats[actors:]
@@ -153,6 +165,16 @@ class Seats(Generic[S]):
         actor, seat.actor, seat.place = seat.actor, None, None
         if actor is not None and self._pool is None:
             kill_actor(actor)
+
+    def abandon(self) -> None:
+        """Their connection has ended, and all actors with it.
+
+        Nothing is asked of Ray any more, or it would join any cluster that it finds.
+        """
+        self._ended = True
+        for seat in self._seats:
+            seat.actor = seat.place = None
+            seat.streams.clear()
 
     def end(self, program: str) -> None:
         """End all actors that are ours, in bounded time; what those of a pool do for us has been ended before.
@@ -171,20 +193,6 @@ class Seats(Generic[S]):
             for actor in running:
                 actor.forget.remote(program)
 
-    def room(self, seat: Seat[S], entry_bytes: float) -> int | None:
-        """How many entries of each stream may be in the object store of a seat's node; None: as many as it likes.
-
-        A store that is full writes to disk what is in it, also what others have there. One entry may be there for each
-        stream in any case: their order needs it.
-        """
-        if seat.place is None or not entry_bytes:
-            return None
-        node = seat.place.node_id
-        if (store := self._stores.get(node)) is None:
-            return None
-        streams = sum(len(one.streams) for one in self._seats if one.place is not None and one.place.node_id == node)
-        return max(1, int(STORE_SHARE * store / entry_bytes / max(1, streams)))
-
     # -- their lives -------------------------------------------------------------------------------------------------
 
     def _start(self, seat: Seat[S]) -> None:
@@ -195,6 +203,7 @@ class Seats(Generic[S]):
             name = seat_name(self._pool, seat.number)
             options |= {"name": name, "namespace": NAMESPACE, "get_if_exists": True}
         seat.used = False
+        seat.cpu_before, seat.cpu_seconds = seat.cpu_before + seat.cpu_seconds, 0.0
         seat.actor = begin_actor(
             self._thread,
             ReaderActor,
@@ -206,29 +215,29 @@ class Seats(Generic[S]):
         )
 
     def _ready(self, seat: Seat[S], actor: Any, told: Place | BaseException) -> None:
-        if seat.actor is not actor:
+        if seat.actor is not actor or self._ended:
             return
         if isinstance(told, Place):
             seat.place, seat.failures, seat.since = told, 0, monotonic()
             left, seat.left = seat.left, []
             for wire in left:  # of a pool: it may be the one that could not be reached before
                 actor.end.remote(wire)
-            self._learn_stores()
             self._runs()
             return
-        seat.actor = None
-        seat.failures += 1
+        self.dismiss(seat)
         if not is_loss(told):
             raise told
-        if seat.failures > self._workers.retries and not self.running():
+        # An actor of a pool that cannot be reached may be one that the cluster does not know to be lost yet.
+        seat.failures += not is_unreachable(told)
+        if seat.failures > MOST_START_FAILURES and not self.running():
             raise WorkerDiedError(
                 f"Ray readers die before they run, {seat.failures} in a row; the last one: {words_of(told)}; is "
                 f"aioloader installed on all nodes, or in runtime_env?"
             ) from told
-        self._thread.later(AGAIN_SECONDS * seat.failures, self._guarded, self._start, seat)
+        self._thread.later(AGAIN_SECONDS * max(1, seat.failures), self._guarded, self._start, seat)
 
     def _late(self, seat: Seat[S], actor: Any, shortage: Shortage) -> None:
-        if seat.actor is not actor or self._ended:
+        if seat.actor is not actor or self._ended or self._is_late is None:
             return
         self._is_late()
         if self.running():
@@ -244,7 +253,7 @@ class Seats(Generic[S]):
 
     def lose(self, seat: Seat[S], actor: Any, error: BaseException) -> None:
         """An actor is lost, or cannot be reached, as it shows first when its node is gone: it may live on."""
-        if seat.actor is not actor:
+        if seat.actor is not actor or self._ended:
             return  # that is known
         why = f"{seat} was lost: {words_of(error)}"
         seat.actor, seat.place = None, None
@@ -256,12 +265,6 @@ class Seats(Generic[S]):
         else:  # the name may be that of the one that is lost for a moment
             self._lost(seat, why)
             self._thread.later(AGAIN_SECONDS, self._guarded, self._start, seat)
-
-    def _learn_stores(self) -> None:
-        import ray
-
-        for node in ray.nodes():
-            self._stores[node["NodeID"]] = node["Resources"].get("object_store_memory", 0.0)
 
 
 def _end_actors(actors: list[Any], running: list[Any]) -> None:

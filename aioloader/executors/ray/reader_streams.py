@@ -7,6 +7,9 @@ from typing import Any, TypeAlias
 from aioloader.core.memory import Alloc
 from aioloader.executors.processes.stream_worker import Heard, Rested
 from aioloader.executors.ray.reader_seats import Seat
+from aioloader.executors.ray.same_host import Answer, Inbox, InSegments
+from aioloader.executors.ray.suspects import CallName
+from aioloader.executors.ray.values import unpack
 
 __all__ = ["ReaderSeat", "ReaderStream", "Trial"]
 
@@ -23,6 +26,7 @@ class ReaderStream:
         handed_out: Batches that the consumer has got.
         seat: Where it is open; None: nowhere.
         wire: Its name there, see `ReaderActor`.
+        inbox: For what comes over this wire in segments; None: its actor is on another host.
         opened: Its actor has said so.
         told: Of the granted entries, those that its actor knows of.
         sent: Reads so far, over this wire.
@@ -35,6 +39,8 @@ class ReaderStream:
         probation: Entries that must come of it in its next trial.
         again: How often each of the next entries has been begun by now.
         guilty: See `Suspects`.
+        blamed: How many of its calls were found guilty in a row, before anything came of it.
+        by_store: Its segments could not be mapped, though its actor is on this host.
     """
 
     number: int
@@ -49,6 +55,7 @@ class ReaderStream:
     handed_out: int = 0
     seat: "ReaderSeat | None" = None
     wire: str = ""
+    inbox: Inbox | None = None
     opened: bool = False
     told: int = 0
     sent: int = 0
@@ -60,7 +67,21 @@ class ReaderStream:
     suspect: bool = False
     probation: int = 0
     again: list[int] = field(default_factory=list)
-    guilty: list[tuple[Any, Any, str]] = field(default_factory=list)
+    guilty: list[tuple[CallName, str]] = field(default_factory=list)
+    blamed: int = 0
+    by_store: bool = False
+
+    def unpack(self, answer: Answer) -> Any:
+        """The value of an answer.
+
+        Raises:
+            SegmentsGoneError: It is lost.
+            Exception: It cannot be unpickled here.
+        """
+        if self.inbox is not None:
+            return self.inbox.unpack(answer, self.alloc)
+        assert not isinstance(answer, InSegments)
+        return unpack(answer, self.alloc)
 
     def with_attempts(self, place: tuple[Any, ...]) -> tuple[Any, ...]:
         """What is known of the next entry, with how often it has been begun."""
@@ -79,6 +100,7 @@ class ReaderStream:
     def leave(self) -> None:
         """It is open nowhere."""
         self.seat, self.wire, self.opened, self.leaving = None, "", False, False
+        self.inbox = None
         self.told = self.sent = self.came = 0
         self.answers.clear()
         self.refs.clear()

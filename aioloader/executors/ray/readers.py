@@ -4,20 +4,17 @@ Each part is a *stream*: it is opened in an actor that runs, read there, and ope
 entry that has come, when that actor is lost. Everything here happens in the thread of `RayThread`, but for what others
 call.
 
-Who is to blame when an actor dies? All of its streams were at work, and each of them, and each sample of them, may have
-been its death. So all are opened again at once, elsewhere. One whose actors die again and again before anything comes
-of it is put into an actor alone, where its calls begin one by one, each with leave from here (`Trial`): what has got
-leave last has been the death of that actor.
+Who is to blame when an actor dies is found out by `Trials`.
 """
 
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Final
 
 from aioloader.core.memory import Alloc
-from aioloader.core.safe_text import safe_repr
 from aioloader.errors import LoaderClosedError, WorkerDiedError
 from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.stream_worker import (
@@ -26,23 +23,26 @@ from aioloader.executors.processes.stream_worker import (
     Heard,
     Rested,
     StreamEnded,
-    StreamWorkerDied,
 )
 from aioloader.executors.processes.wire import can_pickle_by_value
 from aioloader.executors.ray.actors import is_loss, words_of
+from aioloader.executors.ray.cluster import Membership
+from aioloader.executors.ray.lookout import Lookout
+from aioloader.executors.ray.owners import Owner, this_process
 from aioloader.executors.ray.reader_seats import Seats
-from aioloader.executors.ray.reader_streams import ReaderSeat, ReaderStream, Trial
+from aioloader.executors.ray.reader_streams import ReaderSeat, ReaderStream
+from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError, answer_bytes
+from aioloader.executors.ray.stores import Stores, part_of_room
 from aioloader.executors.ray.suspects import Suspects
 from aioloader.executors.ray.thread import RayThread
-from aioloader.executors.ray.values import nbytes_of, pack, unpack
+from aioloader.executors.ray.trials import Trials
+from aioloader.executors.ray.values import pack, unpack
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.insight.actors import ActorStats
 
 __all__ = ["Readers", "ReadersTerms"]
 
 SETTLE_SECONDS: Final = 1.0  # so long the first actors that run leave parts to those that are about to
-PROBATION: Final = 8  # entries that must come of a stream on trial, and twice as many the next time
-RENEW_SECONDS: Final = 10.0  # so long a stream waits for a new actor to be tried in
 READS: Final = 2  # under way for a stream of samples; one of batches has one for each batch
 
 
@@ -56,6 +56,7 @@ class ReadersTerms:
         pool: The name of a pool that others use, too; None: they are the loader's own.
         first: The seat in which this rank's first part is best put.
         shared: Parts may share one copy of the program.
+        place: Of the stage in its pipeline.
     """
 
     actors: int
@@ -63,6 +64,7 @@ class ReadersTerms:
     pool: str | None = None
     first: int = 0
     shared: bool = True
+    place: Any = None
 
 
 class Readers:
@@ -82,13 +84,22 @@ class Readers:
         self._wires = count(1)
         self._name = uuid.uuid4().hex
         self._program: Any = None  # its ref
+        self._owner: Owner
+        self._membership: Membership | None = None
         self._seats = self._new_seats()
+        self._apart: Seats[ReaderStream] | None = None  # of a pool: with an actor that nobody shares, for trials
         self._wanted = terms.actors
         self._streams: dict[int, ReaderStream] = {}
-        self._trial: Trial | None = None
+        self._trials = Trials(self, terms.workers.retries)
+        self._lookout = Lookout(
+            thread, waits=self._waits, has_gone=self._has_gone, fail=self._fail_all, seen=self._seen
+        )
+        self._retired = False
         self._settled = False  # nobody waits for actors that are about to run
         self._settling = False
         self._entry_bytes = 0.0  # the running mean
+        self._stores = Stores()
+        self._short = False  # a stream waits for room in them
         self._ended = False
 
     def _new_seats(self) -> "Seats[ReaderStream]":
@@ -101,6 +112,11 @@ class Readers:
             late=self._settle,
             lost=self._actor_lost,
         )
+
+    @property
+    def terms(self) -> ReadersTerms:
+        """What is wanted."""
+        return self._terms
 
     # -- in any thread -----------------------------------------------------------------------------------------------
 
@@ -134,6 +150,10 @@ class Readers:
         """Have so many actors from now on."""
         self._thread.call(self._guarded, self._scale, actors)
 
+    def retire(self) -> None:
+        """End the actors as soon as nothing is open there: others are wanted now, and need their place."""
+        self._thread.call(self._guarded, self._retire)
+
     def stats(self) -> tuple[ActorStats, ...]:
         """What is known of the actors."""
         return self._seats.stats()
@@ -142,45 +162,82 @@ class Readers:
 
     def _guarded(self, fn: Callable[..., None], *args: Any) -> None:
         """Call `fn`; what it raises ends all streams: nobody would hear of them otherwise."""
-        if self._program is not None and not self._thread.connected:
-            self._disconnected()
+        self._has_gone()
         try:
             fn(*args)
         except BaseException as error:
             self._fail_all(error)
 
-    def _disconnected(self) -> None:
-        """The connection was ended by the user: all that was there is lost. The next epoch begins with the next one."""
+    def _has_gone(self) -> bool:
+        """Whether the connection was ended by the user: then all that was there is lost.
+
+        Asked before each use: Ray would join any cluster that it finds instead. The next epoch begins with a new one.
+        """
+        if self._membership is None:
+            return False
+        if self._membership.alive:
+            return False
+        self._membership = self._program = None
+        self._settled = self._settling = False
+        for seats in filter(None, (self._seats, self._apart)):
+            seats.abandon()
+        self._seats, self._apart = self._new_seats(), None
         self._fail_all(
             WorkerDiedError("the connection to Ray has ended, and with it all Ray readers; call ray.init again")
         )
-        self._program = self._trial = None
-        self._settled = self._settling = False
-        self._seats = self._new_seats()
+        return True
 
     def _fail_all(self, error: BaseException) -> None:
         streams, self._streams = list(self._streams.values()), {}
+        self._trials.now = None
         for stream in streams:
+            with suppress(Exception):  # its actor is told, if that can be
+                self._leave(stream)
+            stream.leave()
             stream.listener(Failure(error))
+        if self._retired:
+            self._retire()
 
-    def _then(self, ref: Any, fn: Callable[..., None], *args: Any) -> None:
-        """Call `fn(*args, future)` in the thread when a call has been answered."""
-        thread, guarded = self._thread, self._guarded
-        ref.future().add_done_callback(lambda future: thread.call(guarded, fn, *args, future))
+    def _seen(self) -> None:
+        """The head answers."""
+        self._stores.learn()
+        self._read_more()
+
+    def _waits(self) -> bool:
+        return not self._ended and any(stream.granted > 0 for stream in self._streams.values())
+
+    def then(self, ref: Any, fn: Callable[..., None], *args: Any) -> None:
+        """Call `fn(*args, future)` in the thread when a call has been answered, if the connection is still the same."""
+        thread, membership = self._thread, self._membership
+
+        def answered(future: Any) -> None:
+            if self._membership is membership:
+                fn(*args, future)
+
+        ref.future().add_done_callback(lambda future: thread.call(self._guarded, answered, future))
+
+    def later(self, seconds: float, fn: Callable[..., None], *args: Any) -> None:
+        """Call `fn` in so many seconds; 0: soon."""
+        if seconds:
+            self._thread.later(seconds, self._guarded, fn, *args)
+        else:
+            self._thread.call(self._guarded, fn, *args)
 
     def _open(self, stream: ReaderStream) -> None:
         if self._ended or self._thread.closed:
             stream.listener(Failure(_closed()))
             return
         self._streams[stream.number] = stream
+        self._retired = False
         if self._program is None:
             self._begin()
+        self._lookout.watch()
         self._seats.scale(self._wanted)
-        self._place()
+        self.place()
 
     def _begin(self) -> None:
         """Connect, and ask for the actors."""
-        self._thread.join_cluster(self._terms.workers.address)
+        self._membership = self._thread.join_cluster(self._terms.workers.address)
         import ray
 
         try:
@@ -188,12 +245,25 @@ class Readers:
         except BaseException as error:
             raise cannot_travel("what is before in_ray()", error, by_value=can_pickle_by_value()) from error
         self._program = ray.put(program)
+        self._owner = this_process()
+
+    def _retire(self) -> None:
+        self._retired = True
+        if not self._streams and self._program is not None:
+            self._end_actors()
+            self._program = None
+            self._seats, self._apart = self._new_seats(), None
+            self._settled = self._settling = False
+
+    def _end_actors(self) -> None:
+        for seats in filter(None, (self._apart, self._seats)):
+            seats.end(self._name)
 
     def _end_part(self, number: int) -> None:
         if (stream := self._streams.get(number)) is not None:
             self._forget(stream)
 
-    def _tell_last(self, stream: ReaderStream, heard: Heard) -> None:
+    def tell_last(self, stream: ReaderStream, heard: Heard) -> None:
         """The last that is heard of a stream."""
         self._forget(stream)
         stream.listener(heard)
@@ -201,18 +271,20 @@ class Readers:
     def _forget(self, stream: ReaderStream) -> None:
         self._streams.pop(stream.number, None)
         self._leave(stream)
-        if self._trial is not None and self._trial.stream is stream:
-            self._trial = None
-            self._place()
+        if self._trials.forget(stream):
+            self.place()
+        self._read_more()
+        if self._retired:
+            self._retire()
 
     def end(self) -> None:
         """See `RayOwner`."""
         self._ended = True
         streams, self._streams = list(self._streams.values()), {}
-        if self._thread.connected:
+        if self._program is not None and not self._has_gone():
             for stream in streams if self._terms.pool is not None else ():
                 self._leave(stream)
-            self._seats.end(self._name)
+            self._end_actors()
         self._program = None
 
     # -- what is read ------------------------------------------------------------------------------------------------
@@ -221,6 +293,7 @@ class Readers:
         if (stream := self._streams.get(number)) is not None:
             stream.granted += entries
             stream.handed_out = handed_out
+            self._lookout.watch()
             self._read(stream)
 
     def _read(self, stream: ReaderStream) -> None:
@@ -228,17 +301,43 @@ class Readers:
         seat = stream.seat
         if not stream.opened or seat is None:
             return
-        may = stream.told if stream.leaving else stream.granted
-        if (room := self._seats.room(seat, self._entry_bytes)) is not None:
-            may = min(may, room)
+        may = stream.told if stream.leaving else min(stream.granted, self._room(stream, seat))
+        self._short |= may < min(1, stream.granted)
         wanted = may if stream.batches else min(READS, may)
         while stream.sent - stream.came < wanted:
             more = min(1, may - stream.told) if stream.batches else max(0, may - stream.told)
             stream.told += more
-            ref = seat.actor.read.remote(stream.wire, stream.sent, more, stream.handed_out)
+            told = None if stream.inbox is None else stream.inbox.told()
+            ref = seat.actor.read.remote(stream.wire, stream.sent, more, stream.handed_out, told)
             stream.refs[stream.sent] = ref
-            self._then(ref, self._came, stream, seat, seat.actor, stream.wire, stream.sent)
+            self.then(ref, self._came, stream, seat, seat.actor, stream.wire, stream.sent)
             stream.sent += 1
+
+    def _room(self, stream: ReaderStream, seat: ReaderSeat) -> int:
+        """How many of its entries may be in the object stores of its node and of ours.
+
+        A store that is full writes to disk what is in it, also what others have there. How large entries are is known
+        when the first one has come.
+        """
+        assert seat.place is not None
+        if not self._entry_bytes:
+            return min(1, stream.granted)
+        here = [one for one in self._streams.values() if one.seat is not None]
+        there = [one for one in here if _node_of(one) == seat.place.node_id]
+        most = stream.granted
+        for streams, node in ((there, seat.place.node_id), (here, self._stores.here)):
+            if (share := self._stores.share([node])) is not None:
+                others = sum(one.told for one in streams) - stream.told
+                most = min(most, part_of_room(int(share / self._entry_bytes), len(streams), others))
+        return most
+
+    def _read_more(self) -> None:
+        """Streams that had to wait for room may have it now; those first of which the least is here."""
+        if self._short:
+            self._short = False
+            for stream in sorted(self._streams.values(), key=lambda one: -one.granted):
+                if not stream.told:
+                    self._read(stream)
 
     def _came(self, stream: ReaderStream, seat: ReaderSeat, actor: Any, wire: str, number: int, future: Any) -> None:
         """A read is answered. Over a wire that is not the stream's any more it falls on deaf ears."""
@@ -248,7 +347,7 @@ class Readers:
         if (error := future.exception()) is not None:
             self._call_failed(stream, seat, actor, error)
             return
-        stream.answers[number] = future.result()
+        stream.answers[number], seat.cpu_seconds = future.result()
         del future
         while stream.wire == wire and stream.came in stream.answers:
             answer = stream.answers.pop(stream.came)
@@ -257,6 +356,7 @@ class Readers:
         if stream.wire == wire:
             self._read(stream)
             self._move_if_leaving(stream)
+        self._read_more()
 
     def _take(self, stream: ReaderStream, seat: ReaderSeat, answer: tuple[Any, ...]) -> None:
         """The next answer in the order of a stream."""
@@ -264,15 +364,25 @@ class Readers:
             case ("entries", places, packed):
                 self._take_entries(stream, seat, places, packed)
             case ("ended", packed):
-                self._tell_last(stream, StreamEnded(unpack(packed)))
+                self.tell_last(stream, StreamEnded(unpack(packed)))
             case ("failed", packed):
-                self._tell_last(stream, Failure(unpack(packed)))
+                self.tell_last(stream, Failure(unpack(packed)))
             case _:  # its run was stopped, and nobody here did that
                 self._begin_again(stream, "its run was stopped")
-                self._place()
+                self.place()
 
-    def _take_entries(self, stream: ReaderStream, seat: ReaderSeat, places: list[tuple[Any, ...]], packed: Any) -> None:
-        nbytes = nbytes_of(packed)
+    def _take_entries(self, stream: ReaderStream, seat: ReaderSeat, places: list[tuple[Any, ...]], answer: Any) -> None:
+        value, refused = None, None
+        try:
+            value = stream.unpack(answer)
+        except SegmentsGoneError as error:
+            stream.by_store = True
+            self._begin_again(stream, str(error))
+            self.place()
+            return
+        except BaseException as error:
+            refused = cannot_travel("a batch", error, by_value=can_pickle_by_value())
+        nbytes = answer_bytes(answer)
         self._entry_bytes += (nbytes / len(places) - self._entry_bytes) * (0.1 if self._entry_bytes else 1.0)
         seat.samples += len(places)
         seat.received_bytes += nbytes
@@ -280,16 +390,8 @@ class Readers:
         stream.told -= min(stream.told, len(places))
         stream.cursor = places[-1][0]
         places = [stream.with_attempts(place) for place in places]
-        try:
-            heard = Arrived(places, unpack(packed, stream.alloc))
-        except BaseException as error:
-            heard = Arrived(places, None, cannot_travel("a batch", error, by_value=can_pickle_by_value()))
-        stream.deaths = 0
-        if (trial := self._trial) is not None and trial.stream is stream:
-            trial.left -= len(places)
-            if trial.left <= 0 or stream.granted <= 0:
-                self._thread.call(self._guarded, self._place)  # when the entries are on their way
-        stream.listener(heard)
+        self._trials.came(stream, len(places))
+        stream.listener(Arrived(places, value, refused))
 
     # -- pauses ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +408,7 @@ class Readers:
         assert stream.seat is not None
         for still in (False, True):
             ref = stream.seat.actor.rest.remote(stream.wire, stream.pause, still)
-            self._then(ref, self._rests, stream, stream.pause, still)
+            self.then(ref, self._rests, stream, stream.pause, still)
 
     def _rests(self, stream: ReaderStream, pause: int, still: bool, future: Any) -> None:
         """Nothing begins, or nothing is under way; or its actor is lost, and it will begin paused elsewhere."""
@@ -322,35 +424,36 @@ class Readers:
     # -- where streams are -------------------------------------------------------------------------------------------
 
     def _actor_runs(self) -> None:
+        self._stores.learn()
         if not self._settling:
             self._settling = True
             self._thread.later(SETTLE_SECONDS, self._guarded, self._settle)
-        self._place()
+        self.place()
 
     def _settle(self) -> None:
         """Wait no longer for actors that do not run yet."""
         if not self._settled:
             self._settled = True
-            self._place()
+            self.place()
 
-    def _place(self) -> None:
+    def place(self) -> None:
         """Open the streams that are open nowhere, and even out how many each actor has."""
-        if self._ended:
+        if self._ended or self._program is None:
             return
-        self._end_trial()
-        self._try_one(self._seats.running())
+        self._trials.end_if_done()
+        self._trials.begin()
+        if self._trials.now is None and self._apart is not None:
+            self._end_apart(self._apart)
         running = self._seats.running()  # one of them may have been ended for a trial
-        if not running:
-            return
-        free = [seat for seat in running if self._trial is None or seat is not self._trial.seat]
+        free = [seat for seat in running if not self._trials.at(seat)]
         if not free:
             return
         most = self._most_each(len(running))
         for stream in list(self._streams.values()):
-            if stream.seat is None and not self._is_suspect(stream):
+            if stream.seat is None and not self._trials.is_suspect(stream):
                 seat = min(free, key=self._load)
                 if len(seat.streams) < most:
-                    self._open_at(stream, seat)
+                    self.open_at(stream, seat)
         fullest, emptiest = max(free, key=self._load), min(free, key=self._load)
         if self._load(fullest)[0] - self._load(emptiest)[0] > 1:
             self._move_one(fullest)
@@ -369,23 +472,30 @@ class Readers:
     def _move_one(self, seat: ReaderSeat) -> None:
         """Let a stream leave a seat as soon as what was asked for there has come; one at a time."""
         if not any(stream.leaving for stream in seat.streams):
-            stream = max(seat.streams, key=lambda one: one.number)
-            stream.leaving = True
-            self._move_if_leaving(stream)
+            self.move(max(seat.streams, key=lambda one: one.number))
+
+    def move(self, stream: ReaderStream) -> None:
+        """Let it leave its seat as soon as what was asked for has come."""
+        stream.leaving = True
+        self._move_if_leaving(stream)
 
     def _move_if_leaving(self, stream: ReaderStream) -> None:
         if stream.leaving and stream.opened and not stream.told:
             self._leave(stream)
-            self._place()
+            self.place()
 
-    def _open_at(self, stream: ReaderStream, seat: ReaderSeat, *, one_by_one: bool = False) -> None:
+    def open_at(self, stream: ReaderStream, seat: ReaderSeat, *, one_by_one: bool = False) -> None:
+        """Open a stream in an actor."""
         stream.seat, stream.wire = seat, f"{self._name}-{next(self._wires)}"
+        if seat.place is not None and not stream.by_store:
+            stream.inbox = Inbox.of(seat.place.pid, seat.place.file)
         seat.streams.add(stream)
         seat.used = True
         suspects = Suspects(one_by_one, tuple(stream.guilty)) if one_by_one or stream.guilty else None
         request = (stream.request, stream.epoch, stream.cursor, stream.batches, stream.pause, suspects)
-        ref = seat.actor.open.remote(stream.wire, self._name, self._program, self._terms.shared, pack(request))
-        self._then(ref, self._opened, stream, seat, seat.actor, stream.wire, stream.pause)
+        mine = (self._name, self._owner)
+        ref = seat.actor.open.remote(stream.wire, mine, self._program, self._terms.shared, pack(request))
+        self.then(ref, self._opened, stream, seat, seat.actor, stream.wire, stream.pause)
 
     def _opened(self, stream: ReaderStream, seat: ReaderSeat, actor: Any, wire: str, pause: int, future: Any) -> None:
         error = future.exception()
@@ -397,15 +507,14 @@ class Readers:
             self._call_failed(stream, seat, actor, error)
             return
         if (failed := future.result()) is not None:
-            self._tell_last(stream, Failure(unpack(failed)))
+            self.tell_last(stream, Failure(unpack(failed)))
             return
         stream.opened = True
         if pause and not stream.pause:
             actor.let_go.remote(wire, pause)
         elif stream.pause:
             self._rest(stream)
-        if self._trial is not None and self._trial.stream is stream:
-            self._watch(self._trial, wire, 0)
+        self._trials.opened(stream)
         self._read(stream)
         self._move_if_leaving(stream)
 
@@ -426,11 +535,11 @@ class Readers:
         if self._program is None:
             return
         for seat in self._seats.scale(actors):
-            self._vacate(seat)
-            if self._trial is not None and self._trial.seat is seat:
-                self._trial = None
+            self.vacate(seat)
+            if self._trials.at(seat):
+                self._trials.now = None
             self._seats.dismiss(seat)
-        self._place()
+        self.place()
 
     # -- losses ------------------------------------------------------------------------------------------------------
 
@@ -439,19 +548,20 @@ class Readers:
         from ray.exceptions import RayActorError
 
         if not is_loss(error):
-            self._tell_last(stream, Failure(error))
+            self.tell_last(stream, Failure(error))
         elif isinstance(error, RayActorError):
-            self._seats.lose(seat, actor, error)
+            seat.home.lose(seat, actor, error)
         else:  # its result is lost, and the actor may not be
             self._begin_again(stream, words_of(error))
-            self._place()
+            self.place()
 
     def _actor_lost(self, seat: ReaderSeat, why: str) -> None:
         for stream in sorted(seat.streams, key=lambda one: one.number):
             self._begin_again(stream, why)
-        if self._terms.pool is None:
+        if not seat.home.shared:
             seat.left.clear()
-        self._place()
+        self.place()
+        self._read_more()
 
     def _begin_again(self, stream: ReaderStream, why: str) -> None:
         """What was under way in a stream is lost: it is made again, from its cursor on."""
@@ -460,106 +570,52 @@ class Readers:
         self._leave(stream)
         if stream.pause:
             stream.rested()
-        trial = self._trial
-        if trial is not None and trial.stream is stream and trial.seat is seat:
-            self._trial = None
-            if stream.deaths > self._terms.workers.retries:
-                self._blame(trial, why)
+        self._trials.lost(stream, seat, why)
 
-    def _is_suspect(self, stream: ReaderStream) -> bool:
-        return stream.suspect or stream.deaths >= 2 or stream.deaths > self._terms.workers.retries
-
-    def _try_one(self, running: list[ReaderSeat]) -> None:
-        """Put a suspect into an actor alone.
-
-        It is one in which nothing else has ever been: calls that are under way cannot be stopped, and one of another
-        stream might be its death yet. Most often the replacement of the one that was lost is about to run. If none is,
-        or there is no room for it, one that runs is ended: then there is room for one of the two. An actor of a pool
-        is others' too, and cannot be had alone.
-        """
-        if self._trial is None:
-            suspects = (one for one in self._streams.values() if one.seat is None and self._is_suspect(one))
-            stream = next(suspects, None)
-            if stream is None:
-                return
-            # What kills may be as far ahead as its actor works: if more than that comes of it, it is tried for longer.
-            stream.suspect, stream.probation = True, 2 * stream.probation or PROBATION
-            self._trial = Trial(stream, None, stream.probation)
-            self._thread.later(RENEW_SECONDS, self._guarded, self._late_for, self._trial)
-        trial = self._trial
-        if trial.seat is not None:
-            return
-        in_pool = self._terms.pool is not None
-        seat = next((one for one in running if in_pool or not one.used), None)
-        if seat is not None:
-            self._vacate(seat)
-            trial.seat = seat
-            self._open_at(trial.stream, seat, one_by_one=True)
-        elif running and not self._seats.starting:
-            self._renew_for(trial)
-
-    def _late_for(self, trial: Trial) -> None:
-        """No new actor has come for so long."""
-        self._renew_for(trial)
-        self._place()
-
-    def _renew_for(self, trial: Trial) -> None:
-        """Have an actor in which nothing has been, at the cost of one that runs, if there is none yet."""
-        running = self._seats.running()
-        if self._trial is trial and trial.seat is None and running and self._terms.pool is None:
-            seat = min(running, key=self._load)
-            self._vacate(seat)
-            self._seats.renew(seat)
-
-    def _vacate(self, seat: ReaderSeat) -> None:
+    def vacate(self, seat: ReaderSeat) -> None:
+        """Let the streams leave a seat."""
         for stream in list(seat.streams):
             self._leave(stream)
 
-    def _watch(self, trial: Trial, wire: str, number: int) -> None:
-        assert trial.seat is not None
-        ref = trial.seat.actor.watch.remote(wire, number)
-        self._then(ref, self._asks, trial, wire)
+    # -- for `Trials` ------------------------------------------------------------------------------------------------
 
-    def _asks(self, trial: Trial, wire: str, future: Any) -> None:
-        """A call waits for leave: note it, then let it begin."""
-        if self._trial is not trial or trial.stream.wire != wire or future.exception() is not None:
-            return
-        if (asked := future.result()) is not None and trial.seat is not None:
-            trial.asked = asked
-            trial.seat.actor.go.remote(wire, asked[0])
-            self._watch(trial, wire, asked[0] + 1)
+    def streams(self) -> Iterable[ReaderStream]:
+        """All of them."""
+        return self._streams.values()
 
-    def _end_trial(self) -> None:
-        """Let a stream go on as the others do when enough has come of it.
+    def shared_seats(self) -> "Seats[ReaderStream]":
+        """Where streams are usually."""
+        return self._seats
 
-        Or when no more may come before others, which wait for it to end: entries are taken from all in turn.
+    def seats_for_trials(self) -> "Seats[ReaderStream]":
+        """Whose actors nobody else uses. Those of a pool are others' too, so there it is one more, for a while.
+
+        It holds no CPUs, since nothing says that some are free.
         """
-        trial = self._trial
-        if trial is None or not trial.stream.opened:
-            return
-        waits = trial.stream.granted <= 0 and any(one.seat is None for one in self._streams.values())
-        if trial.left > 0 and not waits:
-            return
-        self._trial = None
-        trial.stream.suspect = False
-        if trial.seat is not None and trial.seat.actor is not None:
-            trial.seat.actor.go.remote(trial.stream.wire, None)
+        if self._terms.pool is None:
+            return self._seats
+        if self._apart is None:
+            self._apart = Seats(
+                self._thread,
+                replace(self._terms.workers, cpus=0),
+                None,
+                guarded=self._guarded,
+                runs=self.place,
+                late=None,
+                lost=self._actor_lost,
+            )
+            self._apart.scale(1)
+        return self._apart
 
-    def _blame(self, trial: Trial, why: str) -> None:
-        stream, asked = trial.stream, trial.asked
-        times = "" if stream.deaths == 1 else f", {stream.deaths} times in a row"
-        if asked is None:
-            self._tell_last(stream, StreamWorkerDied(None, f"{why}{times}, before it called any function"))
-            return
-        _, stage, packed, address = asked
-        key = unpack(packed)
-        if any(known[:2] == (address, key) for known in stream.guilty):  # that was not it
-            self._tell_last(stream, StreamWorkerDied(None, f"{why}{times}"))
-            return
-        text = f"{why}{times}; the last time in {stage} with key {safe_repr(key)}"
-        stream.guilty.append((address, key, text))
-        for one in self._streams.values():  # the others have lost the same actors
-            one.deaths, one.suspect = 0, False
+    def _end_apart(self, seats: "Seats[ReaderStream]") -> None:
+        """There is no trial, and there may be none for long."""
+        if not any(seat.streams for seat in seats.running()):
+            self._apart = None
+            seats.end(self._name)
+
+
+def _node_of(stream: ReaderStream) -> str | None:
+    return None if stream.seat is None or stream.seat.place is None else stream.seat.place.node_id
 
 
 def _closed() -> LoaderClosedError:

@@ -9,6 +9,7 @@ from typing import Any
 from aioloader.executors.processes.worker_pool import Outcome
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.program import Parcel
+from aioloader.executors.ray.same_host import Inbox
 from aioloader.executors.ray.values import Packed, nbytes_of
 from aioloader.insight.actors import ActorStats
 
@@ -54,6 +55,7 @@ class Seat:
         side_by_side: How many chunks it works on at once.
         handle: Of the actor; None: none has been asked for.
         place: Where it runs; None: it does not run yet.
+        inbox: For what it sends in segments; None: it is on another host, or does not run yet.
         load: What it has been sent and has not answered, in the order of sending.
         restarts: How many actors were lost in this place.
         start_failures: How many in a row died before they ran.
@@ -64,6 +66,7 @@ class Seat:
         self.side_by_side = side_by_side
         self.handle: Any = None
         self.place: Place | None = None
+        self.inbox: Inbox | None = None
         self.load: OrderedDict[Any, Task] = OrderedDict()
         self.restarts = 0
         self.start_failures = 0
@@ -81,6 +84,7 @@ class Seat:
     def runs(self, place: Place) -> None:
         """It has begun to run."""
         self.place = place
+        self.inbox = Inbox.of(place.pid, place.file)
         self.start_failures = 0
         self._began = perf_counter()
 
@@ -88,7 +92,7 @@ class Seat:
         """Its actor is lost or not wanted any more; returns what it had."""
         if self.place is not None:
             self._ran_seconds += perf_counter() - self._began
-        self.handle = self.place = None
+        self.handle = self.place = self.inbox = None
         tasks = list(self.load.items())
         self.load = OrderedDict()
         return tasks

@@ -3,6 +3,7 @@
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import count
 from queue import Empty, SimpleQueue
@@ -140,10 +141,12 @@ class RayThread:
             self._end()
 
     def _run_once(self) -> None:
-        timeout = max(0.0, self._later[0][0] - monotonic()) if self._later else None
-        try:
-            job = self._jobs.get(timeout=timeout)
-        except Empty:
+        timeout = self._later[0][0] - monotonic() if self._later else None
+        job = None
+        if timeout is None or timeout > 0:
+            with suppress(Empty):
+                job = self._jobs.get(timeout=timeout)
+        else:  # first, or it would never come while there is always something to do
             _, _, fn, args = heappop(self._later)
             job = fn, args
         if job is not None:

@@ -7,7 +7,7 @@ writing to a tensor over it changes it, in silence, for everybody who reads that
 always.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from aioloader.core.memory import Alloc
 from aioloader.executors.processes.wire import decode, encode
 from aioloader.memory.pool import SMALLEST_BYTES
 
-__all__ = ["Packed", "nbytes_of", "pack", "unpack"]
+__all__ = ["Packed", "encoded", "nbytes_of", "pack", "unpack"]
 
 Packed: TypeAlias = tuple[bytes, list[Any]]
 """A pickle, and a NumPy array of bytes for each buffer."""
@@ -28,9 +28,13 @@ def pack(value: Any) -> Packed:
     Raises:
         Exception: Whatever pickling a user's object raises.
     """
+    return encoded(*encode(value))
+
+
+def encoded(stream: bytes, buffers: Iterable[memoryview]) -> Packed:
+    """The same of what `encode` gives."""
     import numpy
 
-    stream, buffers = encode(value)
     return stream, [numpy.frombuffer(buffer, numpy.uint8) for buffer in buffers]
 
 
