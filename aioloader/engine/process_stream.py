@@ -36,7 +36,7 @@ from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.node import Kick, Node, cheap_samples
 from aioloader.engine.pausing import Pauses, Told
 from aioloader.engine.run import Run
-from aioloader.engine.travel import Parcel, unpacked
+from aioloader.engine.travel import EntryParcel, unpacked
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.processes.failures import portable
 from aioloader.executors.processes.layout import open_buffers
@@ -160,7 +160,7 @@ class OwnProcessNode(Node):
         return len(self._ready) * size  # what is there is for `wake` to say
 
     def wake(self) -> None:
-        """See `Gate`. Not at once: what has just left one place may not be in the next one yet."""
+        """See `AdmissionGate`. Not at once: what has just left one place may not be in the next one yet."""
         if not self._deciding:
             self._deciding = True
             self._run.soon(self._decide)
@@ -531,7 +531,7 @@ class _BatchSender:
         self._thread.join()
 
     def _send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
-        parcel = Parcel.of(taken, where)
+        parcel = EntryParcel.of(taken, where)
         try:
             self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
         except OSError:

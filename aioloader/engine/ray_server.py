@@ -16,7 +16,7 @@ from aioloader.engine.call_gate import CallGate
 from aioloader.engine.pausing import Pauses, Told
 from aioloader.engine.process_stream import EpochStream
 from aioloader.engine.run import Run
-from aioloader.engine.travel import Parcel
+from aioloader.engine.travel import EntryParcel
 from aioloader.engine.window import Window
 from aioloader.executors.processes.failures import portable
 from aioloader.executors.ray.values import pack
@@ -134,7 +134,7 @@ class _Part:
                 read.set_result(answer)
 
     def _entries(self, taken: list[Entry], meters: list[StageMeter] | None) -> tuple[Any, ...]:
-        parcel = Parcel.of(taken, self._where)
+        parcel = EntryParcel.of(taken, self._where)
         meters, self._news = meters or self._news, None
         try:
             values = pack((parcel.values, parcel.keys, meters))
