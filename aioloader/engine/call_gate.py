@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from aioloader.core.address import Address
-from aioloader.engine.fuse import Op
+from aioloader.engine.ops import Op
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.current_sample import current_sample
 from aioloader.executors.ray.suspects import Suspects

@@ -13,8 +13,8 @@ from typing import Any
 
 from aioloader.core.entry import Entry
 from aioloader.engine.call_gate import CallGate
+from aioloader.engine.epoch_stream import EpochStream
 from aioloader.engine.pausing import Pauses, Told
-from aioloader.engine.process_stream import EpochStream
 from aioloader.engine.run import Run
 from aioloader.engine.travel import EntryParcel
 from aioloader.engine.window import Window

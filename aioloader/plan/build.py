@@ -15,10 +15,12 @@ from aioloader.device import Transfer
 from aioloader.engine.admission import Admission, RemoteAdmission
 from aioloader.engine.call_gate import CallGate
 from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
-from aioloader.engine.fuse import FusedOps, Op, exactly
+from aioloader.engine.fuse import FusedOps, exactly
 from aioloader.engine.key_source import KeySource
 from aioloader.engine.node import Node
-from aioloader.engine.process_stream import OwnProcessNode, Serving
+from aioloader.engine.ops import Op
+from aioloader.engine.process_server import Serving
+from aioloader.engine.process_stream import OwnProcessNode
 from aioloader.engine.skipping import SkipRule
 from aioloader.engine.stream_source import StreamSource
 from aioloader.engine.window import Window

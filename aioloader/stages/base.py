@@ -10,8 +10,9 @@ from aioloader.core.memory import Alloc
 from aioloader.core.rate import Rate
 from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
-from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.ops import Op
 from aioloader.engine.skipping import SkipRule
 from aioloader.engine.window import Window
 from aioloader.errors import UnknownLengthError

@@ -10,8 +10,8 @@ from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
-from aioloader.engine.fuse import Op
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.ops import Op
 from aioloader.engine.refill_node import RefillNode
 from aioloader.engine.resumable import beginning
 from aioloader.executors.chunk import DROP

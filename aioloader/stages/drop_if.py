@@ -8,7 +8,9 @@ from typing import Any
 
 from aioloader.core.checks import callable_name
 from aioloader.engine.again import AgainWindow, CheckWindow
-from aioloader.engine.fuse import FusedOps, Op, exactly, steps_of
+from aioloader.engine.fuse import FusedOps, exactly
+from aioloader.engine.op_steps import steps_of
+from aioloader.engine.ops import Op
 from aioloader.engine.steps import Step
 from aioloader.engine.window import Window
 from aioloader.insight.meters import StageMeter
