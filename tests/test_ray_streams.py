@@ -25,7 +25,7 @@ from aioloader.executors.ray.readers import Readers, ReadersTerms
 from aioloader.executors.ray.suspects import Suspects
 from aioloader.executors.ray.values import unpack
 from aioloader.executors.ray.workers import RayWorkers
-from aioloader.plan.build import _part_window
+from aioloader.plan.builder import part_window
 from aioloader.plan.in_ray import PartProgram
 from aioloader.stages.base import Pass
 
@@ -39,7 +39,7 @@ def plus_one(sample: int) -> int:
 
 
 def program_of(pipeline: Pipeline[Any], parts: int = PARTS) -> RayServing:
-    return RayServing(PartProgram(pipeline._plan, parts, (), False, _part_window))
+    return RayServing(PartProgram(pipeline._plan, parts, (), False, part_window))
 
 
 def part(number: int) -> tuple[Any, ...]:
