@@ -9,6 +9,7 @@ from aioloader.core.limit import Limit
 from aioloader.engine.admission import Admission
 from aioloader.engine.again import AgainWindow
 from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.completion_order import CompletionOrder
 from aioloader.engine.in_a_row import counted
 from aioloader.engine.node import Node
 from aioloader.engine.op_steps import steps_of
@@ -108,23 +109,21 @@ class FusedOps:
             else:
                 places = StepsRoom(node, steps, finished if is_last else None, early=early)
             kind = AgainWindow if again and is_last else Window
-            node = window = kind(
-                node,
-                steps,
-                room=places,
-                ordered=number not in unordered,
-                log=log,
-                overtaking=_overtaking(ops),
-                numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
-            )
+            completion = None
+            if numbering is not None and unordered[0] <= number <= unordered[-1]:
+                completion = CompletionOrder(
+                    numbering,
+                    log,
+                    _overtaking(ops),
+                    numbers=number == unordered[0],
+                    names=number == unordered[-1] and not again,
+                )
+            node = window = kind(node, steps, room=places, ordered=number not in unordered, completion=completion)
             window.in_a_row = in_a_row
             window.bounded = any(isinstance(op, Op) and op.bounded for op in ops)
             window.admission, window.begins = admission, begins and not number
             window.pauses = window.begins or not self.batches
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
-            if unordered:
-                window.numbers = number == unordered[0]
-                window.names = number == unordered[-1] and not again
         return window
 
     def _groups(self, *, again: bool, apart: bool) -> "list[list[Op | CacheOp]]":

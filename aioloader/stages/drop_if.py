@@ -8,6 +8,7 @@ from typing import Any
 
 from aioloader.core.checks import callable_name
 from aioloader.engine.again import AgainWindow, CheckWindow
+from aioloader.engine.completion_order import CompletionOrder
 from aioloader.engine.fuse import FusedOps, exactly
 from aioloader.engine.op_steps import steps_of
 from aioloader.engine.ops import Op
@@ -91,10 +92,9 @@ class DropIf(Stage):
         room = max(1, builder.prefetch) if builder.fused.batches else None
         before = builder.close(room=room, again=True)
         assert isinstance(before, AgainWindow)
-        window = CheckWindow(
-            before, self._steps(builder), room=None, ordered=before.ordered, numbering=before.numbering
-        )
-        window.numbers = False
+        numbering = before.numbering
+        completion = None if numbering is None else CompletionOrder(numbering, numbers=False)
+        window = CheckWindow(before, self._steps(builder), room=None, ordered=before.ordered, completion=completion)
         before.check = window
         builder.node = builder.admitting(window)
 
