@@ -42,9 +42,9 @@ PROCESSES: Final = InProcesses()
 """The usual place. Neighbouring stages that run here are sent to the workers together."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Op:
-    """A function that a window calls with each entry.
+    """A function that a window calls with each entry; not changed once it is fused.
 
     Attributes:
         fn: Sync or async.

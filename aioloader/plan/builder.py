@@ -104,12 +104,17 @@ class PlanBuilder:
             self._source(self.plan.source)
             self.fused.unordered_input = bool(flows[0].steps.input_order)
         for at in range(first or 0, len(stages)):
-            self._before = replace(self.plan, stages=stages[:at])
+            self._at = at
             self.flow, self.following = flows[at], stages[at + 1 :]
             fused = self.fused
             stages[at].build(self)
             if self.fused is not fused:
                 self.fused.unordered_input = bool(flows[at + 1].steps.input_order)
+
+    @property
+    def _before(self) -> Plan:
+        """The plan up to the stage that is built."""
+        return replace(self.plan, stages=self.plan.stages[: self._at])
 
     # -- what stages use ---------------------------------------------------------------------------------------------
 
@@ -123,11 +128,8 @@ class PlanBuilder:
 
     def fuse(self, op: Op) -> None:
         self.functions += 1
-        address = (*self.path, self.functions)
-        sample_seed = self.this_pass.sample_seed
-        if sample_seed is not None:
-            sample_seed = self.this_pass.seed(sample_seed, f"sample {'.'.join(map(str, address))}")
-        op = replace(op, address=address, seed=sample_seed)
+        op.address = (*self.path, self.functions)
+        op.seed = self.this_pass.seed_of_samples(op.address)
         self.fused.add(op if self.gate is None else self.gate.wrap(op))
 
     def close(self, *, room: int | None = None, again: bool = False) -> Node:
