@@ -255,10 +255,10 @@ def _progress(name: str, total: int, stream: TextIO | None = None) -> Iterator[C
         yield from _line(name, total, stream)
         return
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class QuietBar(tqdm):  # type: ignore[type-arg]
         monitor_interval = 0  # no thread
 
-    with Bar(total=total, unit="B", unit_scale=True, desc=name, leave=False, file=stream) as bar:
+    with QuietBar(total=total, unit="B", unit_scale=True, desc=name, leave=False, file=stream) as bar:
 
         def add(count: int) -> None:
             bar.update(count)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from aioloader import Pipeline
-from aioloader.stages.length_plan import Budget, plan_window
+from aioloader.stages.length_plan import TokenBudget, plan_window
 from aioloader.stages.pack_plan import PackPlan
 from bench._harness import Comparison, Contender, Epoch, Report, Target, Tick, by_for, parser_for, pick
 from bench._rivals import quiet_grain
@@ -112,7 +112,7 @@ def padding_by_length(lengths: Sequence[int]) -> float:
     padded = 0
     for start in range(0, len(lengths), 2048):
         window = lengths[start : start + 2048]
-        batches = plan_window(window, Budget(4 * SEQ_LEN), 0)
+        batches = plan_window(window, TokenBudget(4 * SEQ_LEN), 0)
         padded += sum(len(batch) * max(window[number] for number in batch) for batch in batches)
     return 1 - sum(lengths) / padded
 

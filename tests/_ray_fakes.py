@@ -22,7 +22,7 @@ from aioloader.executors.ray.owners import Owner
 from aioloader.executors.ray.reader import ReaderActor
 from aioloader.executors.ray.readers import Readers, ReadersTerms
 from aioloader.executors.ray.workers import RayWorkers
-from aioloader.plan.build import _part_window
+from aioloader.plan.builder import part_window
 from aioloader.plan.in_ray import PartProgram
 from aioloader.stages.base import Pass
 
@@ -32,7 +32,7 @@ PARTS = 2
 
 
 def program_of(pipeline: Pipeline[Any], parts: int = PARTS) -> RayServing:
-    return RayServing(PartProgram(pipeline._plan, parts, (), False, _part_window))
+    return RayServing(PartProgram(pipeline._plan, parts, (), False, part_window))
 
 
 def part(number: int) -> tuple[Any, ...]:

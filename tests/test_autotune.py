@@ -17,7 +17,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.sizes import MeanBytes
 from aioloader.engine import tuner as tuner_module
 from aioloader.engine.room import GrowingRoom, Room
-from aioloader.engine.tuned_room import UNKNOWN, Budget, TunedRoom
+from aioloader.engine.tuned_room import UNKNOWN, BytesBudget, TunedRoom
 from aioloader.engine.tuning import Tuning
 from aioloader.testing import Gate
 from tests._support import Face, Steps, collect, on_both_faces, turns, until, wait_until
@@ -412,7 +412,7 @@ def room_of(inner: Room, nbytes: int | None, *, size: int | None = None) -> Tune
     mean = MeanBytes()
     if size is not None:
         mean.saw(b"x" * (size - 33))
-    return TunedRoom(inner, None if nbytes is None else Budget(nbytes), mean)
+    return TunedRoom(inner, None if nbytes is None else BytesBudget(nbytes), mean)
 
 
 def test_a_room_is_a_multiple_of_what_it_was_or_its_floor() -> None:
@@ -432,7 +432,7 @@ def test_a_budget_is_kept_before_and_after_samples_have_been_weighed() -> None:
 
 
 def test_a_budget_is_shared_by_the_rooms_that_there_are() -> None:
-    budget, rooms = Budget(1200), []
+    budget, rooms = BytesBudget(1200), []
     for _ in range(3):
         mean = MeanBytes()
         mean.saw(b"x" * 67)

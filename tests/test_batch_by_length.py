@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aioloader import Pipeline
-from aioloader.stages.length_plan import Budget, OpenBatch, plan_window
+from aioloader.stages.length_plan import OpenBatch, TokenBudget, plan_window
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
@@ -37,14 +37,14 @@ def fails(document: Document) -> Document:
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def generated(seed: int) -> tuple[list[int], Budget]:
+def generated(seed: int) -> tuple[list[int], TokenBudget]:
     rng = random.Random(seed)
     longest = rng.choice([3, 40, 500])
     lengths = [rng.randint(1, longest) for _ in range(rng.randint(1, 60))]
-    return lengths, Budget(rng.randint(1, 1000), rng.random() < 0.5, rng.choice([None, None, 1, 4]))
+    return lengths, TokenBudget(rng.randint(1, 1000), rng.random() < 0.5, rng.choice([None, None, 1, 4]))
 
 
-def within(lengths: list[int], budget: Budget) -> bool:
+def within(lengths: list[int], budget: TokenBudget) -> bool:
     """Whether samples of these lengths may be in one batch: what the budget says, in other words."""
     if budget.max_samples is not None and len(lengths) > budget.max_samples:
         return False
@@ -85,7 +85,7 @@ def test_a_window_of_2048_pads_little() -> None:
     padded = 0
     for start in range(0, len(lengths), 2048):
         window = lengths[start : start + 2048]
-        for batch in plan_window(window, Budget(16_384), 0):
+        for batch in plan_window(window, TokenBudget(16_384), 0):
             padded += len(batch) * max(window[number] for number in batch)
     assert 1 - sum(lengths) / padded <= 0.05
 
@@ -98,7 +98,7 @@ def test_a_window_of_2048_pads_little() -> None:
 @pytest.mark.parametrize("padded", [True, False])
 def test_all_samples_come_once_within_the_budget(window: int | None, padded: bool, face: Face) -> None:
     """Whatever the window."""
-    budget = Budget(64, padded, 5)
+    budget = TokenBudget(64, padded, 5)
     batches = collect(by_length(window=window, padded=padded, max_samples=5), face)
     assert names(batches) == list(range(60))
     assert all(within(list(map(len, batch)), budget) for batch in batches)
@@ -377,7 +377,7 @@ def test_samples_that_fail_after_a_resume_only_cost_no_other_one(now_fail: set[i
         loader.load_state_dict(state)
         with Steps(loader, "for") as steps:
             after = steps.outcomes()
-        assert all(within(list(map(len, batch)), Budget(64)) for batch in after if isinstance(batch, list))
+        assert all(within(list(map(len, batch)), TokenBudget(64)) for batch in after if isinstance(batch, list))
         assert sorted(seen(before) + seen(after)) == list(range(40)), taken
 
 

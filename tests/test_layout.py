@@ -157,6 +157,16 @@ def test_a_module_opens_with_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(tree_of(path)), f"{name_of(path)} has no docstring"
 
 
+def test_a_class_name_means_one_thing() -> None:
+    """No two classes of the package have the same name."""
+    where: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ClassDef):
+                where.setdefault(node.name, []).append(name_of(path))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_go_one_way(path: Path) -> None:
     """Description, then engine, then executors and device; engine/ knows nothing of what describes."""

@@ -384,7 +384,7 @@ def listed(failures: int) -> FailingList:
 @pytest.mark.parametrize("in_order", [True, False])
 def test_a_listing_goes_on_after_its_last_page(face: Face, in_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or from its start, where the store lists in no order; no key comes twice."""
-    monkeypatch.setattr("aioloader.sources.objects._lists_in_order", lambda _: in_order)
+    monkeypatch.setattr("aioloader.sources.listing._lists_in_order", lambda _: in_order)
     store = listed(2)
     loader = Pipeline(Objects(store, prefix="", with_key=True, retry=AGAIN)).map(lambda sample: sample[0])
     assert collect(loader, face) == [f"{number:02}" for number in range(60)]

@@ -22,7 +22,7 @@ import aioloader.__main__ as command_line
 from aioloader import BrokenDataError, Pipeline
 from aioloader.executors.apart import run_apart
 from aioloader.sources import TarShards
-from aioloader.sources.joined import JOINED_BYTES, Place, cut, plan_window
+from aioloader.sources.joined import JOINED_BYTES, ArchiveRange, cut, plan_window
 from aioloader.sources.tar_index import SUFFIX, TarIndex, decode_index, encode_index
 from aioloader.sources.tar_scan import Scan
 from tests._servers import HttpServer, S3Server
@@ -153,7 +153,7 @@ def test_each_sample_is_in_one_range_and_little_is_read_besides(sizes: list[list
     for number, archive_sizes in enumerate(sizes):
         at = 0
         for size in archive_sizes:
-            places.append(Place(number, at, at + (size << 16)))
+            places.append(ArchiveRange(number, at, at + (size << 16)))
             at += size << 16
     wanted = data.draw(st.lists(st.integers(0, len(places) - 1), min_size=1, max_size=60))
     most = data.draw(st.integers(1, 64)) << 20
@@ -177,12 +177,15 @@ def test_each_sample_is_in_one_range_and_little_is_read_besides(sizes: list[list
 
 def test_a_sequence_is_cut_where_its_ranges_end() -> None:
     """And not where a window does, so that there is no small range between two windows."""
-    places = [Place(0, at << 20, (at + 1) << 20) for at in range(100)]
+    places = [ArchiveRange(0, at << 20, (at + 1) << 20) for at in range(100)]
     first = plan_window(range(30), places.__getitem__, most_bytes=1 << 40, more=True)
-    assert [planned.place for planned in first.ranges] == [Place(0, 0, 12 << 20), Place(0, 12 << 20, 24 << 20)]
+    assert [planned.place for planned in first.ranges] == [
+        ArchiveRange(0, 0, 12 << 20),
+        ArchiveRange(0, 12 << 20, 24 << 20),
+    ]
     assert len(first.places) == 24
     last = plan_window(range(24, 30), places.__getitem__, most_bytes=1 << 40, more=False)
-    assert [planned.place for planned in last.ranges] == [Place(0, 24 << 20, 30 << 20)]
+    assert [planned.place for planned in last.ranges] == [ArchiveRange(0, 24 << 20, 30 << 20)]
 
 
 @given(st.lists(st.binary(max_size=10)), st.integers(0, 50), st.integers(0, 50))

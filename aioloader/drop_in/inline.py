@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from aioloader.core.memory import Alloc
 from aioloader.device import Transfer, pin_batch
 from aioloader.drop_in.arguments import Arguments
-from aioloader.drop_in.stages import collate_call, fetch_call
+from aioloader.drop_in.stages import collate_call, fetch_call, skips_in_batches
 from aioloader.engine.inline import InlineMap, InlineSource
 from aioloader.engine.node import FoldNode, Node
 from aioloader.engine.progress import Progress
@@ -21,7 +21,6 @@ from aioloader.sources.sampler_order import draws_of
 from aioloader.stages.base import Pass
 from aioloader.stages.batch import BatchFold
 from aioloader.stages.load_one import TriedInPlace
-from aioloader.stages.skip_errors import SkipInBatches
 
 __all__ = ["inline_nodes"]
 
@@ -58,8 +57,7 @@ def inline_nodes(
         if of.policies is not None:
             log = PolicyMeter(of.policies)
             dataset = TriedInPlace(dataset, of.policies, lambda attempt: inline_map.retried(attempt), log)
-        assert this_pass.sample_seed is not None
-        seed = this_pass.seed(this_pass.sample_seed, "sample 1")  # as `plan.build` numbers it
+        seed = this_pass.seed_of_samples((1,))  # the first function of the plan
         calls = [Call(fetch_call(of, alloc, dataset), False, "fetch", seed)]
     inline_map = InlineMap(middle, [*calls, *_to_device(of, transfer)], epoch, ordered=of.ordered)
     inline_map.meter.policies = log
@@ -67,11 +65,10 @@ def inline_nodes(
     meters = [source.meter, inline_map.meter]
     if before is not None:
         meters.insert(1, before.meter)
-    for stage in plan.stages:
-        if isinstance(stage, SkipInBatches):
-            rule = stage.with_ranks().rule(this_pass)
-            output = SkipNode(inline_map, rule)
-            meters.append(rule.meter)
+    if (skip := skips_in_batches(of)) is not None:
+        rule = skip.with_ranks().rule(this_pass)
+        output = SkipNode(inline_map, rule)
+        meters.append(rule.meter)
     if progress.cursor is not None:
         output.resume(progress.cursor)
         if of.iterable:

@@ -8,7 +8,7 @@ from torch.utils.data import default_convert
 
 from aioloader.core.memory import Alloc
 from aioloader.drop_in.arguments import Arguments
-from aioloader.engine.fuse import InProcesses
+from aioloader.engine.ops import InProcesses
 from aioloader.engine.ray_step import OnRay
 from aioloader.executors.epochs import epochs_of
 from aioloader.executors.partial import over_partial, over_partial_async
@@ -27,7 +27,7 @@ from aioloader.stages.map import Map
 from aioloader.stages.skip_errors import SkipErrors, SkipInBatches
 from aioloader.stages.split_join import JoinBatches, SplitBatches
 
-__all__ = ["collate_call", "fetch_call", "last_stages", "stages_here", "stages_in_workers"]
+__all__ = ["collate_call", "fetch_call", "last_stages", "skips_in_batches", "stages_here", "stages_in_workers"]
 
 SAMPLE: Final = "dataset[...]"
 THREADS: Final = "aioloader-worker"
@@ -96,9 +96,15 @@ def last_stages(of: Arguments, *, pins: bool) -> list[Stage]:
         stages.append(To(of.device))
     elif pins:
         stages.append(PinMemory())
-    if of.skip_errors is not None and not (of.iterable and of.batch_size is not None):
-        stages.append(SkipInBatches(of.skip_errors, batched=of.batched, batch_size=of.batch_size))
-    return stages
+    skip = skips_in_batches(of)
+    return stages if skip is None else [*stages, skip]
+
+
+def skips_in_batches(of: Arguments) -> SkipInBatches | None:
+    """What leaves samples out of batches that workers have loaded; None: nothing, or that is done before `batch`."""
+    if of.skip_errors is None or (of.iterable and of.batch_size is not None):
+        return None
+    return SkipInBatches(of.skip_errors, batched=of.batched, batch_size=of.batch_size)
 
 
 def fetch_call(of: Arguments, alloc: Alloc | None, dataset: Any = None) -> Callable[[Any], Any]:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from aioloader.engine.node import Node
 
-__all__ = ["Admission", "ConsumerAdmission", "Gate", "RemoteAdmission"]
+__all__ = ["Admission", "AdmissionGate", "ConsumerAdmission", "RemoteAdmission"]
 
 
-class Gate(Protocol):
+class AdmissionGate(Protocol):
     """Where samples begin."""
 
     def wake(self) -> None:
@@ -30,18 +30,18 @@ class Admission:
     output: "Node"
 
     def __init__(self) -> None:
-        self._gates: list[Gate] = []
+        self._gates: list[AdmissionGate] = []
 
     @property
     def free(self) -> int:
         """How many samples may begin."""
         raise NotImplementedError
 
-    def add(self, gate: Gate) -> None:
+    def add(self, gate: AdmissionGate) -> None:
         """Samples begin in `gate`, from now on."""
         self._gates.append(gate)
 
-    def remove(self, gate: Gate) -> None:
+    def remove(self, gate: AdmissionGate) -> None:
         """`gate` is closed."""
         if gate in self._gates:
             self._gates.remove(gate)

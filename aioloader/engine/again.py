@@ -64,8 +64,8 @@ class AgainWindow(Window):
         self.under_way += 1
         if self.ordered:
             self._away.add(entry)
-        elif self._overtaking is not None:
-            self._overtaking.begins(entry)
+        elif self._completion is not None:
+            self._completion.begin((entry,))
         self._steps[0].take_in([entry])
 
     def finished(self, entry: Entry) -> None:

@@ -8,7 +8,8 @@ from time import perf_counter, thread_time
 from typing import Any, Final
 
 from aioloader.core.limit import Limit
-from aioloader.engine.thread_step import CHUNK_SECONDS, ThreadJob, ThreadStep
+from aioloader.engine.node import CHUNK_SECONDS
+from aioloader.engine.thread_step import ThreadJob, ThreadStep
 from aioloader.executors.chunk import Call, ChunkResult, Failed, apply_chunk
 from aioloader.executors.current_sample import BulkLoad, SampleContext, current_sample
 from aioloader.executors.threads import call_loop

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from aioloader.core.safe_text import safe_repr
-from aioloader.engine.fuse import Op
+from aioloader.engine.ops import Op
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.current_sample import current_sample
 from aioloader.executors.ray.suspects import CallName, Suspects

@@ -1,137 +1,26 @@
-"""Neighbouring operations fused into one window: which of them share a step, and how much room there is."""
+"""Neighbouring operations fused into one window, or a few, and how much room there is."""
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Final
 
-from aioloader.core.address import Address
-from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
-from aioloader.core.limit import Limit, width_of
-from aioloader.core.policies import Policies
+from aioloader.core.limit import Limit
 from aioloader.engine.admission import Admission
 from aioloader.engine.again import AgainWindow
-from aioloader.engine.async_step import AsyncStep
-from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.completion_order import CompletionOrder
 from aioloader.engine.in_a_row import counted
 from aioloader.engine.node import Node
+from aioloader.engine.op_steps import steps_of
+from aioloader.engine.ops import Op
 from aioloader.engine.order_log import Recorded, Replayed
 from aioloader.engine.overtaking import Overtaking
-from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
-from aioloader.engine.ray_step import OnRay, ray_step
 from aioloader.engine.room import BytesRoom, GrowingRoom, Room, StepsRoom
-from aioloader.engine.steps import InPlaceStep, Step
-from aioloader.engine.thread_step import ExecutorStep, ThreadStep
-from aioloader.engine.turns import Turns, TurnStep
 from aioloader.engine.window import Window
-from aioloader.executors.chunk import Call, Stop
-from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
-from aioloader.executors.processes.worker import Work
-from aioloader.executors.processes.worker_pool import WorkerPool
 from aioloader.executors.processes.worker_thread import WorkerThread
 
-__all__ = ["PROCESSES", "FusedOps", "InProcesses", "Op", "exactly", "steps_of"]
-
-
-@dataclass(frozen=True)
-class InProcesses:
-    """Runs sync functions in worker processes of the loader.
-
-    Args:
-        kept: The workers stay from one epoch to the next.
-        in_turn: The workers take turns, so that random numbers are repeatable when each worker has its own seed.
-        prepare: Called before the first sample; returns a function that each worker calls with its number, or None.
-            That function is sent to the workers with the others.
-        turns: The source, when only the workers know where the data ends.
-        epochs: Returns the current epochs of the user's objects with `set_epoch`, for their copies in the workers.
-    """
-
-    kept: bool = True
-    in_turn: bool = False
-    prepare: Callable[[], Callable[[int], None] | None] | None = None
-    turns: Turns | None = None
-    epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
-
-
-PROCESSES: Final = InProcesses()
-"""The usual place. Neighbouring stages that run here are sent to the workers together."""
-
-
-@dataclass(frozen=True)
-class Op:
-    """A function that a window calls with each entry.
-
-    Attributes:
-        fn: Sync or async.
-        label: Its name in statistics and in notes of errors.
-        is_async: Whether `fn` is awaited on the loop.
-        concurrency: The maximum number of calls at once, or a `Limit` that it shares with others.
-        address: See `Address`; identifies its worker processes, and its random numbers depend on it.
-        seed: The seed of its samples' random numbers; None: it draws none.
-        predicate: `fn` decides which entries stay.
-        ordered: Results come in the order of the input.
-        executor: Where `fn` runs; None: a sync one in threads of the loader, an async one on the loop.
-        initializer: Called in each of the loader's threads with its number.
-        thread_name: The name of these threads.
-        flexible: The user did not set the concurrency: next to another sync op, it takes that one's.
-        many: Does the same as `fn` for a list of samples at once, where that may be cheaper.
-        dataset: With `many`: the dataset from which `fn` loads samples by their keys.
-        record_order: With `ordered=False`: a folder to which the order of the results is written.
-        replay_order: With `ordered=False`: such a folder; results come in the order that it has.
-        in_place: `fn` runs no user code and takes less time than a hop: it is called on the loop.
-        ahead: Entries that may be under way and finished together; None: as many as its window has use for. One with a
-            bound of its own has a window of its own.
-        ahead_bytes: The same in bytes of finished ones.
-        grows: More than `ahead` while a slow one at the front holds finished ones up, see `Growth`.
-        max_overtaken: With `ordered=False`: results that may overtake a slower one; None: any number.
-        max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
-        stop: What is said of entries that end here; None: nobody asks.
-        policies: What is done about its calls. With any it shares no hop with others.
-    """
-
-    fn: Callable[[Any], Any]
-    label: str
-    is_async: bool = False
-    concurrency: int | Limit = field(default_factory=usable_cores)
-    address: Address = ()
-    seed: int | None = None
-    predicate: bool = False
-    ordered: bool = True
-    executor: Executor | InProcesses | OnRay | None = None
-    initializer: Callable[[int], None] | None = None
-    thread_name: str = "aioloader-map"
-    flexible: bool = False
-    many: Callable[[list[Any]], Any] | None = None
-    dataset: Any = None
-    record_order: Path | None = None
-    replay_order: Path | None = None
-    in_place: bool = False
-    ahead: int | None = None
-    ahead_bytes: int | None = None
-    grows: bool = False
-    max_overtaken: int | None = None
-    max_dropped_in_a_row: int | None = None
-    stop: Stop | None = None
-    policies: Policies | None = None
-
-    @property
-    def width(self) -> int:
-        """The maximum number of calls at once, as of now."""
-        return width_of(self.concurrency)
-
-    @property
-    def bounded(self) -> bool:
-        """Whether the user has said how much may be ahead."""
-        return self.ahead is not None or self.ahead_bytes is not None
-
-    @property
-    def call(self) -> Call:
-        """The same for steps that run several ops in one hop."""
-        return Call(self.fn, self.predicate, self.label, self.seed, self.stop)
+__all__ = ["FusedOps", "exactly"]
 
 
 @dataclass
@@ -220,23 +109,21 @@ class FusedOps:
             else:
                 places = StepsRoom(node, steps, finished if is_last else None, early=early)
             kind = AgainWindow if again and is_last else Window
-            node = window = kind(
-                node,
-                steps,
-                room=places,
-                ordered=number not in unordered,
-                log=log,
-                overtaking=_overtaking(ops),
-                numbering=numbering if unordered and unordered[0] <= number <= unordered[-1] else None,
-            )
+            completion = None
+            if numbering is not None and unordered[0] <= number <= unordered[-1]:
+                completion = CompletionOrder(
+                    numbering,
+                    log,
+                    _overtaking(ops),
+                    numbers=number == unordered[0],
+                    names=number == unordered[-1] and not again,
+                )
+            node = window = kind(node, steps, room=places, ordered=number not in unordered, completion=completion)
             window.in_a_row = in_a_row
             window.bounded = any(isinstance(op, Op) and op.bounded for op in ops)
             window.admission, window.begins = admission, begins and not number
             window.pauses = window.begins or not self.batches
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
-            if unordered:
-                window.numbers = number == unordered[0]
-                window.names = number == unordered[-1] and not again
         return window
 
     def _groups(self, *, again: bool, apart: bool) -> "list[list[Op | CacheOp]]":
@@ -376,127 +263,3 @@ def _places(room: int, width: int, *, grows: bool, nbytes: int | None) -> Room |
 def exactly(places: int) -> Room | None:
     """Room for `places` entries; None for 0: such a window starts only what it is asked for."""
     return Room(places) if places else None
-
-
-def steps_of(
-    ops: Sequence[Op | CacheOp],
-    limit: int | None,
-    processes: Callable[[], WorkerThread],
-    *,
-    follows: bool = False,
-) -> list[Step]:
-    """The steps of a window.
-
-    Neighbouring sync ops with the same place and width share a hop. A cache becomes one step around all steps before
-    it.
-
-    Args:
-        ops: The window's ops.
-        limit: How many entries the window holds, when that is exact: more workers would have nothing to do.
-        processes: See `FusedOps.window`.
-        follows: It will hold more when there is more concurrency, see `Limit`.
-    """
-    steps: list[Step] = []
-    together: list[Op] = []
-
-    def put(step: Step, op: Op) -> None:
-        step.meter.address = op.address
-        if op.policies is not None:
-            step.obey(op.policies)
-        if not follows:
-            step.most = limit
-        steps.append(step)
-
-    def close() -> None:
-        if together:
-            put(_sync_step(tuple(together), limit, processes), together[0])
-            together.clear()
-
-    for at, op in enumerate(ops):
-        if isinstance(op, CacheOp):
-            close()
-            steps = [op.around(steps, limit)]
-        elif op.many is not None:
-            width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
-            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op)
-        elif op.in_place:
-            close()
-            put(InPlaceStep(op.fn, op.label), op)
-        elif op.is_async and not isinstance(op.executor, OnRay):
-            close()
-            width = _narrowed(op.concurrency, limit)
-            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
-            steps[-1].stop = op.stop
-        else:
-            if together and not _same_place(together, op):
-                close()
-            together.append(op)
-    close()
-    return steps
-
-
-def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:
-    """No more than `limit`; a `Limit` stays one, and its step has `Step.most`."""
-    return width if limit is None or isinstance(width, Limit) else min(width, limit)
-
-
-def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int | Limit:
-    """The concurrency of `load`: what the user said, or that of the op that follows in threads, if one does."""
-    if not load.flexible:
-        return load.concurrency
-    op = following[0] if following else None
-    beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
-    return op.concurrency if beside and op is not None else load.concurrency
-
-
-def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[], WorkerThread]) -> Step:
-    calls = [op.call for op in together]
-    leading = next((op for op in together if not op.flexible), together[0])
-    width = _narrowed(leading.concurrency, limit)
-    executor = leading.executor
-    if isinstance(executor, InProcesses):
-        workers = width_of(width) if limit is None else min(width_of(width), limit)
-        pool = partial(_worker_pool, processes(), executor, together, workers)
-        elastic, owned = limit is None, not executor.kept
-        epochs = executor.epochs(with_set_epoch(call.fn for call in calls))
-        if executor.turns is not None:
-            return TurnStep(calls, workers, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
-        return ProcessStep(calls, width, pool, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
-    if isinstance(executor, OnRay):
-        return ray_step(together, executor, width, limit, processes())
-    if executor is not None and not isinstance(executor, ThreadPoolExecutor):
-        return ExecutorStep(calls, width, executor)
-    return ThreadStep(
-        calls,
-        width,
-        elastic=limit is None,
-        executor=executor,
-        thread_name=leading.thread_name,
-        initializer=next((op.initializer for op in together if op.initializer), None),
-    )
-
-
-def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op], width: int) -> WorkerPool:
-    """The workers of neighbouring ops: those of the previous epoch, where they are kept."""
-
-    def make() -> WorkerPool:
-        return WorkerPool(host, width, program, resumes=place.turns is None)
-
-    def program() -> Work:
-        prepare = None if place.prepare is None else place.prepare()
-        epochs = place.epochs(with_set_epoch(op.fn for op in together))
-        return Work(tuple(op.call for op in together), 2 * CHUNK_SECONDS, prepare, epochs)
-
-    if not place.kept:
-        return make()
-    pool: WorkerPool = host.get_or_create(("pool", *(op.address for op in together)), make)
-    return pool
-
-
-def _same_place(together: Sequence[Op], op: Op) -> bool:
-    if any(other.policies is not None for other in (op, *together)):
-        return False
-    fixed = next((other for other in together if not other.flexible), None)
-    if together[0].executor != op.executor or together[0].is_async != op.is_async:
-        return False
-    return fixed is None or op.flexible or (fixed.concurrency, fixed.thread_name) == (op.concurrency, op.thread_name)

@@ -14,7 +14,7 @@ from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
-    from aioloader.engine.fuse import Op
+    from aioloader.engine.ops import Op
     from aioloader.engine.run import Run
     from aioloader.engine.window import Window
 

@@ -20,7 +20,7 @@ from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.room import GrowingRoom, Room
 from aioloader.engine.steps import Step
 from aioloader.engine.thread_step import ThreadStep
-from aioloader.engine.tuned_room import Budget, TunedRoom
+from aioloader.engine.tuned_room import BytesBudget, TunedRoom
 from aioloader.executors.threads import call_loop
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Knobs:
         budget: Of finished samples and batches; None: there is none.
     """
 
-    def __init__(self, *, drop_in: bool, bounded: bool, budget: Budget | None) -> None:
+    def __init__(self, *, drop_in: bool, bounded: bool, budget: BytesBudget | None) -> None:
         self.drop_in = drop_in
         self._bounded = bounded
         self._budget = budget

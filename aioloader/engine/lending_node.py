@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.entry import Entry
 from aioloader.engine.meeting import Door, Peer
 from aioloader.engine.node import Kick, Node
-from aioloader.engine.travel import Parcel, unpacked
+from aioloader.engine.travel import EntryParcel, unpacked
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.processes.lending import Borrower, Lender, Loan
 from aioloader.executors.processes.wire import Message
@@ -268,7 +268,7 @@ class LendingNode(Node):
             for guest in self._guests:
                 guest.wants = False
             where = f"rank {self._terms.rank} (pid {os.getpid()})"
-            future = self._run.submit(self._threads, self._lend, Parcel.of(taken, where))
+            future = self._run.submit(self._threads, self._lend, EntryParcel.of(taken, where))
             future.add_done_callback(lambda future: self._run.guarded(self._lent, future))
         elif self._upstream.ended:
             self._over = True
@@ -282,7 +282,7 @@ class LendingNode(Node):
             return int(self._wants and not self._ready and all(guest.wants for guest in self._guests))
         return self._terms.room - max([len(self._ready), *(guest.ahead for guest in self._guests)])
 
-    def _lend(self, parcel: Parcel) -> tuple[Parcel, Loan]:
+    def _lend(self, parcel: EntryParcel) -> tuple[EntryParcel, Loan]:
         """In a thread: to everybody who may be there, this process too; who is gone by then gives it back at once."""
         borrowers = len(self._terms.ranks)
         try:
@@ -297,7 +297,7 @@ class LendingNode(Node):
             entry.value = None
         return parcel, loan
 
-    def _lent(self, future: "Future[tuple[Parcel, Loan]]") -> None:
+    def _lent(self, future: "Future[tuple[EntryParcel, Loan]]") -> None:
         self._lending = False
         if future.cancelled():
             return

@@ -12,7 +12,7 @@ from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.steps import Forward
-from aioloader.engine.thread_step import SyncStep
+from aioloader.engine.sync_step import SyncStep
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.chunk_pool import ChunkPool

@@ -1,4 +1,4 @@
-"""A part of a pipeline that runs in a process of its own: the node here, and what serves it there.
+"""A part of a pipeline that runs in a process of its own: the node here. `process_server` serves it there.
 
 For loops whose main thread is busy in Python: everything of the loader that needs the GIL, its event loop and the
 user's functions included, is where another GIL is. Finished entries come in shared memory, and this side does for each
@@ -17,29 +17,17 @@ The bound: what is under way and finished in the inner pipeline, as it would be 
 two. Nobody is asked for what was not granted, so the connection never fills up.
 """
 
-import asyncio
-import contextlib
-import os
-import threading
-import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from queue import SimpleQueue
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioloader.core.entry import Entry
-from aioloader.engine.admission import Admission, RemoteAdmission
-from aioloader.engine.loop_thread import new_event_loop
+from aioloader.engine.admission import Admission
 from aioloader.engine.node import Kick, Node, cheap_samples
-from aioloader.engine.pausing import Pauses, Told
-from aioloader.engine.run import Run
-from aioloader.engine.travel import Parcel, unpacked
+from aioloader.engine.travel import unpacked
 from aioloader.errors import WorkerDiedError
-from aioloader.executors.processes.failures import portable
-from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.stream_worker import (
     Arrived,
     Failure,
@@ -48,17 +36,13 @@ from aioloader.executors.processes.stream_worker import (
     StreamEnded,
     StreamWorkerDied,
 )
-from aioloader.executors.processes.wire import decode
-from aioloader.executors.processes.worker import WorkerLink
 from aioloader.executors.threads import call_loop
 from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
-    from aioloader.engine.window import Window
+    from aioloader.engine.run import Run
 
-__all__ = ["EpochStream", "OwnProcessNode", "Serving"]
-
-METER_SECONDS: Final = 0.2  # how often the counters of the other side come along
+__all__ = ["OwnProcessNode"]
 
 
 class Remote(Protocol):
@@ -70,9 +54,6 @@ class Remote(Protocol):
     def hold(self, number: int, pause: int) -> None: ...
     def let_go(self, number: int) -> None: ...
     def end(self, number: int) -> None: ...
-
-
-# -- here --------------------------------------------------------------------------------------------------------------
 
 
 class OwnProcessNode(Node):
@@ -160,7 +141,7 @@ class OwnProcessNode(Node):
         return len(self._ready) * size  # what is there is for `wake` to say
 
     def wake(self) -> None:
-        """See `Gate`. Not at once: what has just left one place may not be in the next one yet."""
+        """See `AdmissionGate`. Not at once: what has just left one place may not be in the next one yet."""
         if not self._deciding:
             self._deciding = True
             self._run.soon(self._decide)
@@ -269,286 +250,3 @@ class OwnProcessNode(Node):
                     setattr(self._meters[index], field.name, getattr(theirs, field.name))
         if meters:
             self._meters[-1].ahead += self._room
-
-
-# -- there -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Serving:
-    """The program of a process that pipelines run in.
-
-    Args:
-        build: Gives the nodes of one epoch: called with the request, and whether it is resumed.
-    """
-
-    build: Callable[[Any, bool], "Window"]
-
-    def serve(self, channel: WorkerLink, slot: int) -> None:
-        """Until there is no more need of it."""
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_EngineServer(channel, self.build).serve())
-
-
-class _EngineServer:
-    """Runs epochs on this process's event loop, as many at a time as are asked for."""
-
-    def __init__(self, channel: WorkerLink, build: Callable[[Any, bool], "Window"]) -> None:
-        self._channel = channel
-        self._build = build
-        self._streams: dict[int, EpochStream] = {}
-        self._sender = _BatchSender(channel)
-        self.where = f"the process of its own (pid {os.getpid()})"
-
-    async def serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._over: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._channel.fileno(), self._readable)
-        try:
-            await self._over
-        finally:
-            loop.remove_reader(self._channel.fileno())
-            streams = list(self._streams.values())
-            for stream in streams:
-                stream.run.request_stop()
-            if streams:
-                await asyncio.wait([stream.task for stream in streams])
-            self._sender.close()
-
-    def _readable(self) -> None:
-        try:
-            while self._channel.ready() and not self._over.done():
-                message = self._channel.next()
-                match message.head:
-                    case ("open", number, stream_at, layout):
-                        body = memoryview(message.body)
-                        self._open(number, body[stream_at:], open_buffers(body, layout))
-                    case ("grant", number, entries, handed_out, freed):
-                        self._sender.put_back(freed)
-                        if (stream := self._streams.get(number)) is not None:
-                            stream.grant(entries, handed_out)
-                    case ("allow", number, samples, handed_out, freed):
-                        self._sender.put_back(freed)
-                        if (stream := self._streams.get(number)) is not None:
-                            stream.allow(samples, handed_out)
-                    case ("hold", number, pause, freed):
-                        self._sender.put_back(freed)
-                        if (stream := self._streams.get(number)) is not None:  # else the other side hears of its end
-                            stream.hold(pause)
-                    case ("let go", number, freed):
-                        self._sender.put_back(freed)
-                        if (stream := self._streams.get(number)) is not None:
-                            stream.let_go()
-                    case ("end", number, freed):
-                        self._sender.put_back(freed)
-                        if (stream := self._streams.get(number)) is not None:
-                            stream.run.request_stop()
-                    case ("close",):
-                        self._over.set_result(None)
-        except BaseException as error:  # EOFError: the user's process is gone
-            if not self._over.done():
-                self._over.set_exception(error)
-
-    def _open(self, number: int, stream: Any, buffers: list[memoryview]) -> None:
-        try:
-            request, epoch, cursor, room, batches, paused = decode(stream, buffers)
-            window = self._build(request, cursor is not None)
-            if cursor is not None:
-                window.resume(cursor)
-        except BaseException as error:
-            self._sender.put(("failed", number), portable(error, self.where))
-            return
-        pauses = Pauses()
-        run = Run(window, epoch, pauses=pauses)
-        block = pauses.enter()[0] if paused else None
-        self._streams[number] = EpochStream(self, number, run, room, pauses, block, batches=batches)
-
-    def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
-        """Send what has been granted."""
-        self._sender.put_entries(number, taken, meters, self.where)
-
-    def rested(self, number: int, pause: int, still: bool) -> None:
-        """No sample begins any more, or none is under way either."""
-        self._sender.put(("paused", number), (pause, still))
-
-    def ended(self, stream: "EpochStream") -> None:
-        """A run is over, in whatever way."""
-        del self._streams[stream.number]
-        run = stream.run
-        if run.failure is not None:
-            self._sender.put(("failed", stream.number), portable(run.failure, self.where))
-        elif run.output.ended:
-            self._sender.put(("ended", stream.number), [meter.to_tell() for meter in run.meters])
-
-
-class HearsOfEpochs(Protocol):
-    """Whom an `EpochStream` tells."""
-
-    def send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None) -> None:
-        """They are finished, and had been granted."""
-
-    def rested(self, number: int, pause: int, still: bool) -> None:
-        """No sample begins any more, or none is under way either."""
-
-    def ended(self, stream: "EpochStream") -> None:
-        """The run is over, in whatever way."""
-
-
-class EpochStream:
-    """One epoch."""
-
-    def __init__(
-        self,
-        server: "HearsOfEpochs",
-        number: int,
-        run: Run,
-        granted: int,
-        pauses: Pauses,
-        block: object,
-        *,
-        batches: bool,
-    ) -> None:
-        self.number = number
-        self._server = server
-        self._granted = granted
-        self._batches = batches
-        self._pauses = pauses
-        self._block = block
-        self._pumping = False
-        self._told = 0.0
-        self._told_room = 0
-        self._timer: asyncio.TimerHandle | None = None
-        loop = asyncio.get_running_loop()
-        admission = run.output.admission
-        self._admission = admission if isinstance(admission, RemoteAdmission) else None
-        self.run = run
-        run.active = self._active
-        run.attach(loop)
-        self.task = loop.create_task(run.supervise(self._kick), name="aioloader-supervisor")
-        self.task.add_done_callback(self._done)
-
-    def grant(self, entries: int, handed_out: int) -> None:
-        """So many more; and so many batches were handed out."""
-        self._granted += entries
-        self.run.consumer.batches = handed_out
-        self._kick()
-
-    def allow(self, samples: int, handed_out: int) -> None:
-        """So many may have been begun; and so many batches were handed out."""
-        self.run.consumer.batches = handed_out
-        if self._admission is not None:
-            self._admission.allow(samples)
-
-    def hold(self, pause: int) -> None:
-        """Begin no sample; say so, and when none is under way."""
-        if self._block is None:
-            self._block, _ = self._pauses.enter()
-        for drain in (False, True):
-            told = Told(partial(self._server.rested, self.number, pause, drain))
-            self.run.pausing.ask(told, drain=drain)
-
-    def let_go(self) -> None:
-        """Begin samples again."""
-        self._pauses.leave(self._block)
-        self._block = None
-
-    def _kick(self) -> None:
-        if not self._pumping and self.run.started and not self.run.stopping:
-            self._pumping = True
-            self.run.soon(self._pump)
-
-    def _pump(self) -> None:
-        self._pumping = False
-        run = self.run
-        if run.stopping:
-            return
-        while self._granted > 0:
-            taken = run.output.poll(1 if self._batches else self._granted)
-            if not taken:
-                break
-            self._granted -= len(taken)
-            if self._admission is not None:
-                self._admission.sent(len(taken))
-            self._server.send_entries(self.number, taken, self._news())
-        if meters := self._news(only_room=True):
-            self._server.send_entries(self.number, [], meters)
-        if run.output.ended:
-            run.request_stop()
-
-    def _news(self, *, only_room: bool = False) -> list[StageMeter] | None:
-        """The counters, now and then; at once when a stage has more room than was told, or a gap."""
-        meters, now = self.run.meters, perf_counter()
-        room = sum(meter.room + meter.gaps for meter in meters)
-        if room == self._told_room and (only_room or now - self._told < METER_SECONDS):
-            return None
-        self._told, self._told_room = now, room
-        return [meter.to_tell() for meter in meters]
-
-    def _active(self) -> None:
-        """Something happens: tell how things are when a while has passed, though nothing may come of it."""
-        if self._timer is None and not self.run.stopping:
-            self._timer = self.run.loop.call_later(METER_SECONDS, self._tell)
-
-    def _tell(self) -> None:
-        self._timer = None
-        self._told = 0.0
-        if not self.run.stopping and (meters := self._news()):
-            self._server.send_entries(self.number, [], meters)
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if not task.cancelled() and (error := task.exception()) is not None and self.run.failure is None:
-            self.run.failure = error
-        self._server.ended(self)
-
-
-class _BatchSender:
-    """A thread that pickles, copies into shared memory and writes, so that the event loop waits for none of it."""
-
-    def __init__(self, channel: WorkerLink) -> None:
-        self._channel = channel
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._main, name="aioloader-sender", daemon=True)
-        self._thread.start()
-
-    def put(self, head: tuple[Any, ...], value: Any) -> None:
-        """Send a message."""
-        self._jobs.put(partial(self._channel.send, head, value))
-
-    def put_back(self, freed: list[int]) -> None:
-        """These segments can be used again: by this thread, which alone uses them."""
-        if freed:
-            self._jobs.put(partial(self._channel.arena.take_back, freed))
-
-    def put_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
-        """Send entries."""
-        self._jobs.put(partial(self._send_entries, number, taken, meters, where))
-
-    def close(self) -> None:
-        """Send what waits, and end."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
-        parcel = Parcel.of(taken, where)
-        try:
-            self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
-        except OSError:
-            raise
-        except BaseException:
-            parcel.refuse()
-            self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
-
-    def _main(self) -> None:
-        try:
-            while (job := self._jobs.get()) is not None:
-                job()
-                del job
-        except OSError:  # the user's process is gone, which the event loop sees too
-            with contextlib.suppress(Exception):
-                while self._jobs.get() is not None:
-                    pass
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)  # or the user's process would wait for ever

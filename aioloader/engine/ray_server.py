@@ -13,10 +13,10 @@ from typing import Any
 
 from aioloader.core.entry import Entry
 from aioloader.engine.call_gate import CallGate
+from aioloader.engine.epoch_stream import EpochStream
 from aioloader.engine.pausing import Pauses, Told
-from aioloader.engine.process_stream import EpochStream
 from aioloader.engine.run import Run
-from aioloader.engine.travel import Parcel
+from aioloader.engine.travel import EntryParcel
 from aioloader.engine.window import Window
 from aioloader.executors.processes.failures import portable
 from aioloader.executors.ray.same_host import Outbox
@@ -145,7 +145,7 @@ class _Part:
                 read.set_result(answer)
 
     def _entries(self, taken: list[Entry], meters: list[StageMeter] | None) -> tuple[Any, ...]:
-        parcel = Parcel.of(taken, self._where)
+        parcel = EntryParcel.of(taken, self._where)
         meters, self._news = meters or self._news, None
         send = pack if self._outbox is None else self._outbox.pack
         try:

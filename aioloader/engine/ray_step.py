@@ -25,7 +25,7 @@ from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.executors.ray.workers import RayWorkers
 
 if TYPE_CHECKING:
-    from aioloader.engine.fuse import Op
+    from aioloader.engine.ops import Op
     from aioloader.engine.run import Run
     from aioloader.engine.window import Window
 

@@ -9,7 +9,7 @@ from aioloader.core.entry import DONE, Entry
 from aioloader.core.sizes import MeanBytes
 from aioloader.engine.node import CHUNK_SECONDS, MOST_EARLY, Node
 from aioloader.engine.steps import Step
-from aioloader.engine.thread_step import SyncStep
+from aioloader.engine.sync_step import SyncStep
 
 __all__ = ["BytesRoom", "GrowingRoom", "Growth", "Room", "StepsRoom"]
 

@@ -1,146 +1,30 @@
-"""The steps of a journey that run synchronous calls off the loop: in threads, or in the user's executor."""
+"""The step of a window that runs synchronous calls in threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future as ConcurrentFuture
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.engine.node import CHUNK_SECONDS
-from aioloader.engine.steps import Forward, Step
+from aioloader.engine.steps import Forward
+from aioloader.engine.sync_step import CHUNK_SAMPLES, SyncStep
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.chunk import Call, ChunkResult, Failed, Refusal, apply_chunk
+from aioloader.executors.chunk import Call, ChunkResult, Failed, apply_chunk
 from aioloader.executors.current_sample import SampleContext
 from aioloader.executors.threads import Threads, call_loop
-from aioloader.insight.meters import ConsumerMeter, StageMeter
+from aioloader.insight.meters import ConsumerMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
     from aioloader.engine.window import Window
 
-__all__ = ["CHUNK_SECONDS", "ExecutorStep", "SyncStep", "ThreadJob", "ThreadStep"]
-
-CHUNK_SAMPLES: Final = 256  # at most in one hop, so that memory is bounded for samples that cost nothing
-
-
-class SyncStep(Step):
-    """What the two ways to run synchronous calls off the loop share.
-
-    Args:
-        calls: The neighbouring synchronous stages that cross together.
-        concurrency: Calls that may stand side by side.
-        elastic: Whether the window gets more room for cheap samples, so that a hop is worth its cost.
-    """
-
-    tells_end = True
-    times_samples = False  # the times of single samples are known, see `tracing`
-
-    def __init__(self, calls: Sequence[Call], concurrency: int | Limit, *, elastic: bool = True) -> None:
-        super().__init__(StageMeter(" + ".join(call.label for call in calls), "sync"), concurrency)
-        self._calls = tuple(calls)
-        self.selects = any(call.predicate for call in calls)
-        self._elastic = elastic
-        self._active = 0  # hops under way
-        self._extra_room = 0
-        self._scheduled = False
-        self._seconds_each: float | None = None  # what a sample costs, as far as it is known
-
-    def accept(self, entry: Entry) -> None:
-        if self.closed:
-            return
-        if self.tap is not None:
-            self.tap.add((entry,))
-            return
-        self.inbox.append(entry)
-        if not self._scheduled:  # after the entries that come in this same turn
-            self._scheduled = True
-            self._run.soon(self.dispatch)
-
-    @property
-    def extra_room(self) -> int:
-        return self._extra_room
-
-    @property
-    def under_way(self) -> int:
-        """Crossings that have begun and are not over."""
-        return self._active
-
-    @property
-    def standing(self) -> int:
-        """Those of them in which a sample has been for longer than a hop of cheap ones takes."""
-        return self._active
-
-    def _begins(self) -> None:
-        """One more hop."""
-        self._active += 1
-        self.meter.idle.wait_for(None)
-        self._window.hop_began()
-
-    @property
-    def free_places(self) -> int:
-        if self.slots is not None and self.inbox:
-            return 0
-        return (self.concurrency - self._active) * self._size - len(self.inbox)
-
-    @property
-    def _size(self) -> int:
-        """Samples that one hop is worth."""
-        cost = self._seconds_each
-        if cost is None:
-            return 1
-        return max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
-
-    def _landed(self, entries: Iterable[Entry], result: ChunkResult, settled: int = 0) -> None:
-        """A hop is over; back on the loop. The first `settled` of its samples went on before."""
-        self._active -= 1
-        tried = len(result.outcomes)
-        self._settle(entries, result.outcomes[settled:])
-        if self.trace is not None and not self.times_samples:
-            self.trace.hop([*entries], result.busy_seconds)
-        self.meter.busy_seconds += result.busy_seconds
-        self.meter.cpu_seconds += result.cpu_seconds
-        if tried and result.busy_seconds:
-            each = result.busy_seconds / tried
-            self._seconds_each = each if self._seconds_each is None else (self._seconds_each + each) / 2
-            extra_room = 2 * self.concurrency * (self._size - 1) if self._elastic else 0
-            if extra_room != self._extra_room:
-                self._extra_room = extra_room
-                self._window.resize()
-        self.dispatch()
-        if self.tap is not None:
-            self.tap.pump()
-        if not self._active:
-            self.meter.idle.wait_for("input")
-
-    def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
-        """Send samples on with their outcomes."""
-        self.meter.samples += len(outcomes)  # first: a budget of retries is a share of them
-        now = self._window.now = perf_counter()
-        forward = self._forward
-        for entry, outcome in zip(entries, outcomes, strict=False):
-            entry.since = now
-            if type(outcome) is Refusal:
-                if outcome.stop is not None:
-                    entry.stop = outcome.stop
-                self._drop(entry, nothing=outcome.nothing)
-            elif type(outcome) is Failed:
-                entry.seconds = outcome.seconds
-                if outcome.stop is not None:
-                    entry.stop = outcome.stop
-                self._fail(entry, outcome.error, outcome.label)
-            else:
-                entry.value = outcome
-                forward(entry)
-
-    def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
-        """A hop never ran, or did not come back."""
-        call = self._calls[0]
-        self._landed(entries, ChunkResult([Failed(error, call.label, call.stop) for _ in entries], 0.0, 0.0))
+__all__ = ["ThreadJob", "ThreadStep"]
 
 
 class ThreadStep(SyncStep):
@@ -391,114 +275,3 @@ class ThreadJob:
             if len(self.outcomes) == done:  # else some of these are done by now
                 return begun
         return self.claimed[-1:]
-
-
-class _Chunk:
-    """Samples that went to a user's executor together.
-
-    Attributes:
-        entries: The samples.
-        begun: Their `Entry.begun` before.
-        since: When they went.
-        future: Of the executor.
-    """
-
-    __slots__ = ("begun", "entries", "future", "since")
-    future: "ConcurrentFuture[ChunkResult]"
-
-    def __init__(self, entries: list[Entry]) -> None:
-        self.entries = entries
-        self.begun = [entry.begun for entry in entries]
-        self.since = perf_counter()
-
-
-class ExecutorStep(SyncStep):
-    """Runs calls in a user's executor of any kind, in chunks: functions and samples travel by pickle.
-
-    What travels cannot be taken back, so a chunk is at most what the samples before it say is worth a millisecond, and
-    is shared fairly among the places that are free.
-
-    When it pauses, what the executor has not begun is cancelled and comes back. A chunk that it has begun, as far as
-    it says, is waited for if it has more than one sample: the others would begin one after the other.
-
-    Args:
-        calls: See `SyncStep`.
-        concurrency: Chunks under way; each has one slot of a `Limit`.
-        executor: For instance a `ProcessPoolExecutor`.
-    """
-
-    def __init__(self, calls: Sequence[Call], concurrency: int | Limit, executor: Executor) -> None:
-        super().__init__(calls, concurrency)
-        self._executor = executor
-        self._chunks: set[_Chunk] = set()
-        self._called_back: set[ConcurrentFuture[ChunkResult]] = set()
-
-    def at_hand(self) -> list[tuple[Any, float]]:
-        # One sample of each chunk is under way, and only the executor knows which: most often there is but one.
-        return [(chunk.entries[0].key, chunk.since) for chunk in self._chunks.copy() if chunk.future.running()]
-
-    @property
-    def quiet(self) -> bool:
-        return all(len(chunk.entries) == 1 for chunk in self._chunks)
-
-    def hold(self) -> None:
-        super().hold()
-        for chunk in list(self._chunks):
-            self._called_back.add(chunk.future)
-            if not chunk.future.cancel():
-                self._called_back.discard(chunk.future)
-
-    def dispatch(self) -> None:
-        self._scheduled = False
-        if self.paused:
-            self._set_aside()
-            return
-        inbox = self.inbox
-        while inbox and self._active < self.concurrency and not (self.closed or self._run.stopping):
-            if self.slots is not None and not self.slots.take():
-                return
-            fair = -(-len(inbox) // (self.concurrency - self._active))
-            chunk = _Chunk([inbox.popleft() for _ in range(min(self._size, fair))])
-            self._begins()
-            self._stamp(chunk.entries)
-            values = [entry.value for entry in chunk.entries]
-            try:
-                chunk.future = self._executor.submit(apply_chunk, self._calls, values, 2 * CHUNK_SECONDS)
-            except RuntimeError as error:  # shut down, or broken
-                if self.slots is not None:
-                    self.slots.release()
-                self._run.loop.call_soon(self._run.guarded, self._lost, chunk.entries, error)
-            else:
-                self._chunks.add(chunk)
-                chunk.future.add_done_callback(partial(self._done, chunk))
-
-    def _done(self, chunk: _Chunk, future: "ConcurrentFuture[ChunkResult]") -> None:
-        # Called in a thread of the executor.
-        if self.slots is not None:
-            self.slots.release()
-        error: BaseException | None
-        if future.cancelled() and future in self._called_back:
-            self._called_back.discard(future)
-            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, ChunkResult([], 0.0, 0.0))
-            return
-        if future.cancelled():
-            error = SampleCancelledError("the executor was shut down before it ran these samples")
-        else:
-            error = future.exception()
-        if error is None:
-            call_loop(self._run.loop, self._run.guarded, self._returned, chunk, future.result())
-        else:  # a worker process died, or something could not be pickled
-            call_loop(self._run.loop, self._run.guarded, self._not_returned, chunk, error)
-
-    def _returned(self, chunk: _Chunk, result: ChunkResult) -> None:
-        self._chunks.discard(chunk)
-        tried = len(result.outcomes)
-        if not self.closed:  # its time was up: these have not begun, and go first
-            for entry, begun in zip(chunk.entries[tried:], chunk.begun[tried:], strict=True):
-                entry.begun = begun
-            self.inbox.extendleft(reversed(chunk.entries[tried:]))
-        self._landed(chunk.entries[:tried], result)
-
-    def _not_returned(self, chunk: _Chunk, error: BaseException) -> None:
-        self._chunks.discard(chunk)
-        self._lost(chunk.entries, error)

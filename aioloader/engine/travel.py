@@ -8,11 +8,11 @@ from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
 from aioloader.executors.processes.failures import cannot_travel, portable
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 
-__all__ = ["Parcel", "unpacked"]
+__all__ = ["EntryParcel", "unpacked"]
 
 
 @dataclass
-class Parcel:
+class EntryParcel:
     """Entries without what must be pickled apart.
 
     Attributes:
@@ -28,7 +28,7 @@ class Parcel:
     failed: list[bool]
 
     @classmethod
-    def of(cls, taken: Sequence[Entry], where: str) -> "Parcel":
+    def of(cls, taken: Sequence[Entry], where: str) -> "EntryParcel":
         """These entries."""
         values = [entry.value if entry.error is None else portable(entry.error, where) for entry in taken]
         failed = [entry.error is not None for entry in taken]
@@ -60,7 +60,7 @@ class Parcel:
 
 
 def unpacked(places: Sequence[tuple[Any, ...]], values: Sequence[Any], keys: Sequence[Any]) -> list[Entry]:
-    """The entries of a `Parcel`."""
+    """The entries of an `EntryParcel`."""
     entries = []
     for (cursor, position, where, attempts, begun, begun_each, state, failed), value, key in zip(
         places, values, keys, strict=True

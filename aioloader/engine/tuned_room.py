@@ -8,12 +8,12 @@ from aioloader.core.entry import Entry
 from aioloader.core.sizes import MeanBytes
 from aioloader.engine.room import Growth, Room
 
-__all__ = ["Budget", "TunedRoom"]
+__all__ = ["BytesBudget", "TunedRoom"]
 
 UNKNOWN: Final = 2  # entries that may be there before any has been weighed
 
 
-class Budget:
+class BytesBudget:
     """Bytes of finished samples and batches, shared equally by the rooms that there are.
 
     Equal shares and not first come, first served: a window early in the pipeline would take it all.
@@ -54,7 +54,7 @@ class TunedRoom(Room):
         held_back: The budget has been the limit.
     """
 
-    def __init__(self, inner: Room, budget: Budget | None, mean: MeanBytes) -> None:
+    def __init__(self, inner: Room, budget: BytesBudget | None, mean: MeanBytes) -> None:
         super().__init__(0)
         self._inner = inner
         self._budget = budget

@@ -17,7 +17,7 @@ from aioloader.core.climbing import BUSY, FAILING, Axis, Found, Measured, Point,
 from aioloader.core.cores import usable_cores
 from aioloader.engine.knobs import MOST_ROOM, Key, Knobs, RoomKnob, StageKnob
 from aioloader.engine.steps import Step
-from aioloader.engine.tuned_room import Budget
+from aioloader.engine.tuned_room import BytesBudget
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -108,7 +108,7 @@ class Tuner:
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.seconds = seconds
-        self.budget = None if memory_bytes is None else Budget(memory_bytes)
+        self.budget = None if memory_bytes is None else BytesBudget(memory_bytes)
         self.knobs = Knobs(drop_in=drop_in, bounded=bounded, budget=self.budget)
         self.phase: Phase = "waiting"
         self.found: Found | None = None

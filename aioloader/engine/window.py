@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.entry import DONE, DROPPED, LAST, ONE_LOST, UNDER_WAY, Entry
 from aioloader.engine.admission import Admission
+from aioloader.engine.completion_order import CompletionOrder
 from aioloader.engine.gauges import let_stamp, show
 from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
-from aioloader.engine.order_log import Recorded, Replayed
-from aioloader.engine.overtaking import Overtaking
 from aioloader.engine.room import Growth, Room
 from aioloader.engine.skipping import SkipRule
 from aioloader.engine.steps import Step, bind_in_a_row
@@ -45,11 +44,7 @@ class Window(Node):
         room: Slots: entries under way and finished ones together, at most. None: nothing is begun before it is asked
             for.
         ordered: Give results in the order of the input; False: as they are finished.
-        unordered_input: With `ordered=False`: as in `FoldNode`. Who has left beyond the front is known by number.
-        log: With `ordered=False`: where the order in which they leave is recorded, or in which they are to leave.
-        overtaking: With `ordered=False`: how far they may overtake each other.
-        numbering: Numbers the entries of this window and of others before or after it, which have one order together.
-            None: with `ordered=False`, one of its own.
+        completion: The order of entries that have no fixed one; None, if it is `ordered`: they have.
 
     Attributes:
         under_way: Entries on their journey, not finished.
@@ -59,8 +54,6 @@ class Window(Node):
         rule: Which entries that failed are left out when they leave; None: none is.
         begins: Samples begin here, so that `admission` is asked.
         pauses: Nothing begins here while the run pauses, see `RunPause`.
-        numbers: With a numbering: entries get their numbers here, and not in a window before this one.
-        names: With a numbering: entries get their cursors here, and not in a window after this one.
         stamps: The first call for an entry may be one of its steps, see `Entry.begun`.
         now: The time, as of the last moment when somebody looked. Entries that are finished together, in one hop or by
             a worker that does not wait, have been finished then.
@@ -74,8 +67,6 @@ class Window(Node):
     rule: SkipRule | None = None
     begins = False
     pauses = True
-    numbers = True
-    names = True
     stamps = False
     now = 0.0
     hands_out = False
@@ -89,10 +80,7 @@ class Window(Node):
         *,
         room: Room | None,
         ordered: bool = True,
-        log: "Recorded | Replayed | None" = None,
-        overtaking: Overtaking | None = None,
-        unordered_input: bool = False,
-        numbering: CompletionCursor | None = None,
+        completion: CompletionOrder | None = None,
     ) -> None:
         self.upstream = upstream
         self._steps = tuple(steps)
@@ -117,13 +105,8 @@ class Window(Node):
         self._paused = False
         self._aside = 0  # of those under way: entries that have not begun, and do not before a pause is over
         self._closed = False
-        if numbering is None and not ordered:
-            numbering = CompletionCursor(unordered_input=unordered_input)
-        self._completion = numbering
-        self._overtaking = overtaking
-        self._record = log if isinstance(log, Recorded) else None
-        self._replay = log if isinstance(log, Replayed) else None
-        self._waiting: dict[int, Entry] = {}  # replayed: finished, and it is not their turn
+        self._completion = completion
+        self._replays = completion is not None and completion.replays
         self._waits: WaitMeter | None = None  # None: it has no steps, and nobody asks
         self._measures_at = 0.0  # what is taken from then on is measured again
         self._unmeasured = 0  # entries that were taken since it was
@@ -152,7 +135,7 @@ class Window(Node):
     @property
     def numbering(self) -> CompletionCursor | None:
         """What numbers its entries, if they have no fixed order."""
-        return self._completion
+        return None if self._completion is None else self._completion.numbering
 
     @property
     def holds(self) -> bool:
@@ -167,11 +150,8 @@ class Window(Node):
     def resume(self, cursor: Any) -> None:
         if self.rule is not None:
             cursor = self.rule.resume(cursor)
-        if self._completion is not None and self.names:
+        if self._completion is not None:
             cursor = self._completion.resume(cursor)
-            for log in (self._record, self._replay):
-                if log is not None:
-                    log.check(self._completion.count)
         if self.in_a_row is not None:
             cursor = self.in_a_row.resume(cursor)
         if cursor is not None:
@@ -181,11 +161,7 @@ class Window(Node):
         self._run = run
         self._kick = kick
         if self._completion is not None:
-            for log in (self._record, self._replay):
-                if log is not None:
-                    log.begin(self._completion.count)
-            if self._overtaking is not None:
-                self._overtaking.resume(*self._completion.delivered)
+            self._completion.start()
         self.upstream.start(run, self.wake)
         if self.admission is not None and self.begins:
             self.admission.add(self)
@@ -237,9 +213,8 @@ class Window(Node):
         taken = self._leave(limit) if self._slots and self._slots[0].state else []
         if self._last is not None and self.empty and len(taken) < limit:
             last, self._last = self._last, None
-            if self._completion is not None and self.names:
-                last.cursor = self._completion.cursor
-                self._completion.forgets = True
+            if self._completion is not None:
+                self._completion.fail(last)
             taken.append(last)
             self.wake()
         if self._input_ended and self.empty and self._last is None:
@@ -259,7 +234,7 @@ class Window(Node):
             if self.in_a_row is not None:
                 self._dropped -= self.in_a_row.leave(leaving)
             if self._completion is not None:
-                self._number(leaving)
+                self._completion.leave(leaving)
             kept = [entry for entry in leaving if entry.state != DROPPED] if self._dropped else leaving
             taken += kept
             if len(kept) == count:  # then there is no more, or no more is wanted
@@ -276,8 +251,8 @@ class Window(Node):
             self._room.gave(taken)
         if self.admission is not None:
             self.admission.changed()
-        if self._record is not None:
-            self._record.flush()  # a state that is taken from now on must not be ahead of it, whatever happens
+        if self._completion is not None:
+            self._completion.have_left()
         self.wake()
         return taken
 
@@ -298,15 +273,6 @@ class Window(Node):
         """Whether all slots are known to hold finished entries: nobody need look at each."""
         return not (self.ordered and self.under_way)
 
-    def _number(self, leaving: list[Entry]) -> None:
-        """Give entries without a fixed order their cursors, if none of them can fall behind any more."""
-        assert self._completion is not None
-        for entry in leaving:
-            if self.names or entry.state == DROPPED:
-                number = self._completion.leaves(entry)
-                if self._record is not None:
-                    self._record.add(number)
-
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -319,9 +285,8 @@ class Window(Node):
             self.upstream.close()
             if self.rule is not None:
                 self.rule.close()
-            for log in (self._record, self._replay):
-                if log is not None:
-                    log.close()
+            if self._completion is not None:
+                self._completion.close()
             if self._paused:
                 self._run.soon(self._run.pausing.look)
 
@@ -467,7 +432,8 @@ class Window(Node):
                 self._input_ended = True
             else:
                 break
-        self._give_up_replay()
+        if self._replays and not (self.under_way or self._slots):
+            self._give_up_replay()
         if self._input_ended and self.empty and self._last is None:
             self._finish()
             self._kick()
@@ -477,34 +443,28 @@ class Window(Node):
                 step.meter.idle.wait_for(waits_for)
 
     def _free(self, room: int) -> int:
-        """How many entries may come in.
-
-        While an order is replayed: all up to the one whose turn it is, for those that came before it wait for it. They
-        are no more than were under way when the order was recorded.
-        """
+        """How many entries may come in; while an order is replayed, all up to the one whose turn it is."""
         free = room - self._occupied - self._lent
         if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
             free = self._grown(self._room, growth)
         if self.begins and self.admission is not None:
             return min(free, self.admission.free // self._stands_for)
-        if free <= 0 and self._replay is not None and self._completion is not None:
-            following = self._replay.following
-            if following is not None and following > self._completion.came:
-                free = following - self._completion.came
-                self._tell_room(self._occupied + self._lent + free)
+        if free <= 0 and self._completion is not None and (to_come := self._completion.to_come):
+            free = to_come
+            self._tell_room(self._occupied + self._lent + free)
         return free
 
     def _grown(self, room: Room, growth: Growth) -> int:
         """How many more entries may come in, see `Growth`."""
         resting = sum(len(step.retrying) for step in self._parts if step.retrying is not None)
         idle = room.width - self.under_way + resting
-        if not self.ordered and resting and self._replay is None and not self.upstream.live:
+        if not self.ordered and resting and not self._replays and not self.upstream.live:
             taken = self._occupied + self._lent
             most = min(room.now(self._asked) + resting, growth.most(room.widest, islice(self._slots, 4)))
             if (more := min(idle, most - taken)) > 0:
                 self._tell_room(taken + more)
             return more
-        if not self.ordered or self._replay is not None or not self._slots or self.upstream.live:
+        if not self.ordered or not self._slots or self.upstream.live:
             return 0
         if self._slots[0].state or idle <= 0:
             return 0
@@ -531,34 +491,21 @@ class Window(Node):
 
     def _give_up_replay(self) -> None:
         """End the epoch with an error when nothing can leave any more, since log and source do not fit."""
-        replay = self._replay
-        if replay is None or self.under_way or self._slots:
+        assert self._completion is not None
+        lost = self._completion.no_more(input_ended=self._input_ended, failed=self._last is not None)
+        if lost is None:
             return
-        lost = bool(self._waiting) and (replay.following is None or self._input_ended)
-        if not lost and not (self._input_ended and self._last is None and replay.following is not None):
-            return
-        self._occupied -= len(self._waiting)
-        self._waiting.clear()
+        waiting, error = lost
+        self._occupied -= waiting
         self._input_ended = True
-        if self._last is None:
-            self._last = Entry.last(replay.no_more(), None, 0)
-            replay.following = None  # told
+        if error is not None:
+            self._last = Entry.last(error, None, 0)
         self._kick()
 
     def _finished_unordered(self, entry: Entry) -> None:
         """It leaves next, or when it is its turn."""
-        if self._replay is None:
-            if self._overtaking is None:
-                self._slots.append(entry)
-            else:
-                self._slots.extend(self._overtaking.finished(entry))
-            return
-        waiting, replay = self._waiting, self._replay
-        waiting[entry.cursor[0]] = entry
-        while (following := replay.following) is not None and following in waiting:
-            self._slots.append(waiting.pop(following))
-            replay.advance()
-        if waiting:
+        assert self._completion is not None
+        if self._completion.finished(entry, self._slots):
             self.wake()  # the one whose turn it is may not have come in
 
     def accept(self, run: list[Entry]) -> None:
@@ -566,19 +513,16 @@ class Window(Node):
         self._input_ended = run[-1].state == LAST
         if not self.ordered:
             run = self._before_failure(run)
-            if self._completion is not None and self.numbers:
-                run = self._completion.comes(run)
-            if not run:
-                return
+        if self._completion is not None and not (run := self._completion.comes(run)):
+            return
         self._occupied += len(run)
         now = self.now = perf_counter()
         if self.ordered:
             if self._room is not None and (growth := self._room.growth) is not None:
                 growth.came(len(run), len(self._slots))
             self._slots.extend(run)
-        elif self._overtaking is not None:
-            for entry in run:
-                self._overtaking.begins(entry)
+        elif self._completion is not None:
+            self._completion.begin(run)
         if not self._steps:
             self._finish_at_once(run)
             return
@@ -601,7 +545,7 @@ class Window(Node):
         if at is None:
             return run
         self._last, self._after_last = run[at], run[at + 1 :]
-        if self._replay is not None:  # what comes now is not what came then
+        if self._replays:  # what comes now is not what came then
             self._last.state, self._after_last = LAST, []
         self._input_ended = self._last.state == LAST
         if self.empty:  # nobody else's end will say so

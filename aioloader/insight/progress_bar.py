@@ -71,11 +71,11 @@ class ProgressLoader(Generic[T_co]):
         """Close the loader."""
         await self._loader.aclose()
 
-    def __iter__(self) -> "Batches[T_co]":
-        return Batches(iter(self._loader), self._open())
+    def __iter__(self) -> "ShownBatches[T_co]":
+        return ShownBatches(iter(self._loader), self._open())
 
-    def __aiter__(self) -> "AsyncBatches[T_co]":
-        return AsyncBatches(self._loader.__aiter__(), self._open())
+    def __aiter__(self) -> "ShownAsyncBatches[T_co]":
+        return ShownAsyncBatches(self._loader.__aiter__(), self._open())
 
 
 class _Shown:
@@ -103,7 +103,7 @@ class _Shown:
             self._finish()
 
 
-class Batches(_Shown, Iterator[T_co]):
+class ShownBatches(_Shown, Iterator[T_co]):
     """The iterator of `for`."""
 
     def __next__(self) -> T_co:
@@ -124,7 +124,7 @@ class Batches(_Shown, Iterator[T_co]):
         self._finish()
 
 
-class AsyncBatches(_Shown, AsyncIterator[T_co]):
+class ShownAsyncBatches(_Shown, AsyncIterator[T_co]):
     """The iterator of `async for`."""
 
     async def __anext__(self) -> T_co:

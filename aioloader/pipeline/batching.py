@@ -13,7 +13,7 @@ from aioloader.signatures import DictOfStackables, ListOfStackables, Stackable, 
 from aioloader.stages.batch import Batch, CollateWith, Unbatch
 from aioloader.stages.batch_by_length import BatchByLength, TooLong
 from aioloader.stages.length import check_length
-from aioloader.stages.length_plan import Budget
+from aioloader.stages.length_plan import TokenBudget
 from aioloader.stages.pack import OverRow, Pack
 from aioloader.stages.pack_plan import Strategy
 from aioloader.stages.packed import Packed
@@ -305,7 +305,7 @@ class Batching(Described[T_co]):
         of = check_length(length, "batch_by_length(16384, len)")
         if collate_fn is not None:
             check_callable("collate_fn", collate_fn, arguments=1, example="batch_by_length(16384, len, collate_fn=pad)")
-        budget = Budget(max_tokens, bool(padded), max_samples)
+        budget = TokenBudget(max_tokens, bool(padded), max_samples)
         return self._then(BatchByLength(budget, of, window, seed, too_long, CollateWith(collate_fn)))
 
     def pack(

@@ -13,10 +13,10 @@ from aioloader.plan.lengths import with_told_length
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
 
-__all__ = ["Delivery"]
+__all__ = ["Delivering"]
 
 
-class Delivery(Described[T_co]):
+class Delivering(Described[T_co]):
     """How far ahead, how old, with which random numbers, with what beside them."""
 
     def prefetch(self, n: int) -> "Pipeline[T_co]":

@@ -11,10 +11,10 @@ from aioloader.pipeline.actors import Actors
 from aioloader.pipeline.batching import Batching
 from aioloader.pipeline.choice import Choice
 from aioloader.pipeline.combining import Combining
-from aioloader.pipeline.delivery import Delivery
+from aioloader.pipeline.delivery import Delivering
 from aioloader.pipeline.order import Order
-from aioloader.pipeline.places import Places
-from aioloader.pipeline.ranks import Ranks
+from aioloader.pipeline.places import Placing
+from aioloader.pipeline.ranks import Sharding
 from aioloader.pipeline.start import plan_of
 from aioloader.pipeline.transforms import Transforms
 from aioloader.pipeline.weights import Weights
@@ -28,10 +28,10 @@ class Pipeline(
     Choice[T_co],
     Order[T_co],
     Batching[T_co],
-    Ranks[T_co],
-    Places[T_co],
+    Sharding[T_co],
+    Placing[T_co],
     Actors[T_co],
-    Delivery[T_co],
+    Delivering[T_co],
     Combining[T_co],
     Weights[T_co],
 ):

@@ -22,10 +22,10 @@ from aioloader.stages.in_process import OwnProcess
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
 
-__all__ = ["Places"]
+__all__ = ["Placing"]
 
 
-class Places(Described[T_co]):
+class Placing(Described[T_co]):
     """A cache, a process, page-locked memory, a device."""
 
     def cache(

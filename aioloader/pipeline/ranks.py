@@ -15,10 +15,10 @@ from aioloader.stages.share import Share
 if TYPE_CHECKING:
     from aioloader.pipeline.pipeline import Pipeline
 
-__all__ = ["Ranks"]
+__all__ = ["Sharding"]
 
 
-class Ranks(Described[T_co]):
+class Sharding(Described[T_co]):
     """Each gets its part, or several the same."""
 
     def shard(

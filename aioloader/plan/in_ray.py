@@ -40,8 +40,8 @@ class PartProgram:
     Args:
         plan: What is dealt, with ranks as they are.
         parts: Into how many parts.
-        path: See `_PlanBuilder`.
-        live: See `_PlanBuilder`.
+        path: See `PlanBuilder`.
+        live: See `PlanBuilder`.
         build: Gives the window that ends the nodes of a plan.
         epochs: Those that the user's objects in it are in.
     """

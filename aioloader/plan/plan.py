@@ -289,6 +289,8 @@ def with_ranks(plan: Plan) -> Plan:
         if now is not stage:
             with suppress(UnknownLengthError, TypeError):  # then the end of the stream tells
                 length_of(replace(plan, source=source, stages=stages))
+    if source is plan.source and all(now is before for now, before in zip(stages, plan.stages, strict=True)):
+        return plan
     return replace(plan, source=source, stages=stages)
 
 

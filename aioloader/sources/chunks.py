@@ -12,7 +12,7 @@ from aioloader.core.safe_text import add_note
 from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
-from aioloader.sources.file_events import Growth, folders_of_links
+from aioloader.sources.file_events import FileGrowth, folders_of_links
 from aioloader.sources.marks import MARK_BYTES
 from aioloader.sources.ranges import Range, RequestedRange, check_length, checked_size
 from aioloader.sources.requests import Requests
@@ -85,7 +85,7 @@ class _OpenFile:
     def __init__(self, path: str, follow: bool) -> None:
         self.path = path
         self.raw: FileIO | None = None
-        self.growth: Growth | None = None
+        self.growth: FileGrowth | None = None
         self._follow = follow
         self._seen: tuple[int, int] = (0, 0)  # size and time of change when the last bytes were read
         self._start = 0
@@ -106,7 +106,7 @@ class _OpenFile:
         if self._follow:
             # Before the first read, so that nothing is missed in between. Pointing a link elsewhere only touches the
             # folder of the link.
-            self.growth = Growth([self.path, *folders_of_links(self.path)])
+            self.growth = FileGrowth([self.path, *folders_of_links(self.path)])
         self._seen = size, _ = self._now()
         if size < needed:
             raise BrokenDataError(f"{self.path}: the file has {size} bytes now, and reading resumes at byte {needed}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any, Final
 
-__all__ = ["Growth", "folders_of_links", "require_watchfiles"]
+__all__ = ["FileGrowth", "folders_of_links", "require_watchfiles"]
 
 STEP_MS: Final = 20
 """How long watchfiles collects changes before it reports them, and how soon it notices `stop`."""
@@ -28,7 +28,7 @@ def require_watchfiles(what: str) -> None:
         raise ImportError(f"{what} needs the package watchfiles: pip install 'aioloader[watch]'") from error
 
 
-class Growth:
+class FileGrowth:
     """Changes of files and folders, from the moment of construction on.
 
     Args:

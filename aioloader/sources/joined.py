@@ -9,7 +9,7 @@ that has no index; shuffled, one request a sample, and fewer where a window has 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-__all__ = ["JOINED_BYTES", "Place", "Planned", "Window", "cut", "plan_window"]
+__all__ = ["JOINED_BYTES", "ArchiveRange", "JoinedRange", "PlannedWindow", "cut", "plan_window"]
 
 JOINED_BYTES: Final = 12 << 20
 """The most that is joined to one range; where samples are small, a range has this size."""
@@ -18,7 +18,7 @@ WASTED: Final = 20
 """What lies between joined samples is at most this part of them: all ranks together read little twice."""
 
 
-class Place(NamedTuple):
+class ArchiveRange(NamedTuple):
     """Where a sample is: in which archive, and from which byte to which."""
 
     archive: int
@@ -26,7 +26,7 @@ class Place(NamedTuple):
     stop: int
 
 
-class Planned(NamedTuple):
+class JoinedRange(NamedTuple):
     """One range, and which of the keys are in it.
 
     Attributes:
@@ -34,11 +34,11 @@ class Planned(NamedTuple):
         positions: Of these keys in their order, ascending.
     """
 
-    place: Place
+    place: ArchiveRange
     positions: list[int]
 
 
-class Window(NamedTuple):
+class PlannedWindow(NamedTuple):
     """What was planned of some keys.
 
     Attributes:
@@ -46,11 +46,13 @@ class Window(NamedTuple):
         ranges: In the order in which they are wanted first.
     """
 
-    places: list[Place]
-    ranges: list[Planned]
+    places: list[ArchiveRange]
+    ranges: list[JoinedRange]
 
 
-def plan_window(keys: Sequence[int], place_of: Callable[[int], Place], *, most_bytes: float, more: bool) -> Window:
+def plan_window(
+    keys: Sequence[int], place_of: Callable[[int], ArchiveRange], *, most_bytes: float, more: bool
+) -> PlannedWindow:
     """The ranges that hold the samples of `keys`, at least of the first one.
 
     Args:
@@ -59,7 +61,7 @@ def plan_window(keys: Sequence[int], place_of: Callable[[int], Place], *, most_b
         most_bytes: What the samples of a window take together.
         more: Others follow after `keys`.
     """
-    places: list[Place] = []
+    places: list[ArchiveRange] = []
     nbytes = 0
     for key in keys:
         place = place_of(key)
@@ -74,23 +76,23 @@ def plan_window(keys: Sequence[int], place_of: Callable[[int], Place], *, most_b
         # In sequence: the last range may go on in the next window, so it belongs there.
         del places[ranges.pop().positions[0] :]
     ranges.sort(key=_first)
-    return Window(places, ranges)
+    return PlannedWindow(places, ranges)
 
 
-def _first(planned: Planned) -> int:
+def _first(planned: JoinedRange) -> int:
     return planned.positions[0]
 
 
-def _joined(order: list[int], places: list[Place]) -> list[Planned]:
+def _joined(order: list[int], places: list[ArchiveRange]) -> list[JoinedRange]:
     """Neighbours in `order` as ranges."""
-    ranges: list[Planned] = []
+    ranges: list[JoinedRange] = []
     archive = -1
     start = stop = wanted = 0
     members: list[int] = []
 
     def close() -> None:
         if members:
-            ranges.append(Planned(Place(archive, start, stop), sorted(members)))
+            ranges.append(JoinedRange(ArchiveRange(archive, start, stop), sorted(members)))
 
     for position in order:
         place = places[position]

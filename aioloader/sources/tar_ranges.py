@@ -10,7 +10,7 @@ from aioloader.core.source import SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.sources.chunks import RANGE_BYTES
-from aioloader.sources.joined import JOINED_BYTES, Place, cut, plan_window
+from aioloader.sources.joined import JOINED_BYTES, ArchiveRange, cut, plan_window
 from aioloader.sources.ranges import Range
 from aioloader.sources.requests import Pending, Requests
 from aioloader.sources.stores import Version
@@ -32,7 +32,7 @@ class ArchiveRanges:
         self._requests = requests
         self._versions: dict[int, Version] = {}
 
-    async def read(self, place: Place) -> list[Any]:
+    async def read(self, place: ArchiveRange) -> list[Any]:
         """The bytes of a range: in one request, or in several, one after the other, where it is long.
 
         Raises:
@@ -187,7 +187,7 @@ class _Shared:
 
     __slots__ = ("comes", "failed", "left", "pending", "place", "used")
 
-    def __init__(self, place: Place, left: int) -> None:
+    def __init__(self, place: ArchiveRange, left: int) -> None:
         self.place = place
         self.left = left
         self.comes = left > 1
@@ -211,7 +211,7 @@ class Wanted:
 
     __slots__ = ("_planned", "number", "place", "shared")
 
-    def __init__(self, number: int, place: Place, shared: _Shared, planned: PlannedRanges) -> None:
+    def __init__(self, number: int, place: ArchiveRange, shared: _Shared, planned: PlannedRanges) -> None:
         self.number = number
         self.place = place
         self.shared = shared

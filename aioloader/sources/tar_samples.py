@@ -12,7 +12,7 @@ from zlib import crc32
 from aioloader.core.entry import Entry
 from aioloader.core.keys import PartKey
 from aioloader.errors import BrokenDataError
-from aioloader.sources.joined import Place
+from aioloader.sources.joined import ArchiveRange
 from aioloader.sources.tar import _BEGINNING, _Archive, _Limits, _Samples
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample
@@ -76,11 +76,11 @@ class TarSamples:
         archive = bisect_right(self._firsts, number) - 1
         return archive, number - self._firsts[archive]
 
-    def place(self, number: int) -> Place:
+    def place(self, number: int) -> ArchiveRange:
         """Where a sample is."""
         archive, at = self._find(number)
         starts = self.indexes[archive].starts
-        return Place(archive, starts[at], starts[at + 1])
+        return ArchiveRange(archive, starts[at], starts[at + 1])
 
     def name(self, number: int) -> str | PartKey:
         """What a sample is called: its archive and its key.

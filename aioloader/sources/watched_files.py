@@ -10,7 +10,7 @@ from typing import Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
-from aioloader.sources.file_events import Growth, folders_of_links, require_watchfiles
+from aioloader.sources.file_events import FileGrowth, folders_of_links, require_watchfiles
 from aioloader.sources.given_names import GivenNames
 from aioloader.sources.paths import refuse_url
 from aioloader.sources.read_ahead import failed
@@ -118,7 +118,7 @@ class _FolderReader(EntryReader):
         self._given = given
         self._thread, self._links_thread = context.threads(1), context.threads(1)
         self._folder: WatchedFolder | None = None
-        self._links: Growth | None = None
+        self._links: FileGrowth | None = None
         self._closed = False
 
     async def read(self, limit: int) -> list[Entry]:
@@ -131,7 +131,7 @@ class _FolderReader(EntryReader):
     def _open(self) -> None:
         folders = folders_of_links(self._source.folder)
         if folders:
-            self._links = Growth(folders)
+            self._links = FileGrowth(folders)
         self._folder = WatchedFolder(
             self._source.folder, self._given, settle=self._source.settle, wants=self._source.wants
         )

@@ -8,7 +8,7 @@ from itertools import islice
 from time import monotonic, time
 from typing import Any, NamedTuple
 
-from aioloader.sources.file_events import Growth
+from aioloader.sources.file_events import FileGrowth
 from aioloader.sources.given_names import GivenNames
 from aioloader.sources.paths import Identity, files_in
 
@@ -34,7 +34,7 @@ class WatchedFolder:
         self._root = os.path.realpath(folder)  # as notifications name it
         self._place = os.path.abspath(folder)  # noqa: PTH100
         self._identity = _identity(self._root)
-        self._growth = Growth([self._root], recursive=True)  # before the first look, so that nothing is missed
+        self._growth = FileGrowth([self._root], recursive=True)  # before the first look, so that nothing is missed
         self._waiting: dict[str, _Seen] = {}  # by name
         self._complete: dict[str, OSError | None] = {}  # in order; with an error for a folder that cannot be read
         self._folders_given: set[str] = set()  # folders of given names

@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
+from aioloader.core.address import Address
 from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
 from aioloader.core.rate import Rate
 from aioloader.core.seeds import derive_seed
 from aioloader.device import Transfer
-from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.ops import Op
 from aioloader.engine.skipping import SkipRule
 from aioloader.engine.window import Window
 from aioloader.errors import UnknownLengthError
@@ -42,6 +44,12 @@ class Pass:
         while path and path[-1] == 0:
             path.pop()
         return derive_seed(seed, purpose, self.epoch, *path)
+
+    def seed_of_samples(self, address: Address) -> int | None:
+        """That of the random numbers that samples draw in the function at `address`."""
+        if self.sample_seed is None:
+            return None
+        return self.seed(self.sample_seed, f"sample {'.'.join(map(str, address))}")
 
     def repeated(self, repetition: int) -> "Pass":
         """Repetition number `repetition` within this pass."""

@@ -12,8 +12,9 @@ from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry, annotate, begun_each_of, places_of
 from aioloader.core.keys import PartKey
 from aioloader.core.memory import Alloc
-from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
+from aioloader.engine.ops import Op
 from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.collate import Collate

@@ -10,8 +10,8 @@ from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.seeds import derive_seed
-from aioloader.engine.fuse import Op
 from aioloader.engine.node import Fold, FoldNode, Node
+from aioloader.engine.ops import Op
 from aioloader.engine.refill_node import RefillNode
 from aioloader.engine.resumable import beginning
 from aioloader.executors.chunk import DROP
@@ -20,7 +20,7 @@ from aioloader.stages.batch import CollateWith
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
 from aioloader.stages.length import Length
-from aioloader.stages.length_plan import Budget, OpenBatch, plan_window
+from aioloader.stages.length_plan import OpenBatch, TokenBudget, plan_window
 
 __all__ = ["BatchByLength", "TooLong"]
 
@@ -50,7 +50,7 @@ class BatchByLength(Stage):
         collate: How a group becomes a batch.
     """
 
-    budget: Budget
+    budget: TokenBudget
     length_of: Length
     window: int | None = 2048
     seed: int = 0
@@ -172,7 +172,7 @@ class _InOrderFold(Fold):
 
     full = False
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: TokenBudget) -> None:
         self._open = OpenBatch(budget)
         self._pending: list[Entry] = []
         self._typical = 1  # samples in a batch: those of the last one
@@ -236,7 +236,7 @@ class _WindowFold:
 
     full = False
 
-    def __init__(self, budget: Budget, size: int, seed: int) -> None:
+    def __init__(self, budget: TokenBudget, size: int, seed: int) -> None:
         self._budget = budget
         self._size = size
         self._seed = seed
@@ -312,7 +312,7 @@ class _WindowFold:
         self._planned.extend(out)
 
 
-def _outcomes(entries: list[Entry], gone: int, budget: Budget, seed: int) -> Iterable[tuple[Entry, int]]:
+def _outcomes(entries: list[Entry], gone: int, budget: TokenBudget, seed: int) -> Iterable[tuple[Entry, int]]:
     """What a window gives: an entry, and the bits of the samples in it.
 
     Args:

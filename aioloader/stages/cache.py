@@ -7,7 +7,8 @@ from aioloader.cache.memory import MemoryStore
 from aioloader.cache.samples import copied
 from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.cache_stream_node import PlacedNode
-from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.fuse import FusedOps
+from aioloader.engine.ops import Op
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow
 

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from aioloader.device import Transfer, open_transfer, pin_batch, why_not_pinned
-from aioloader.engine.fuse import Op
+from aioloader.engine.ops import Op
 from aioloader.executors.partial import over_partial
 from aioloader.stages.base import Builder, Stage
 from aioloader.stages.flow import Flow

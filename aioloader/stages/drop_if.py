@@ -8,7 +8,10 @@ from typing import Any
 
 from aioloader.core.checks import callable_name
 from aioloader.engine.again import AgainWindow, CheckWindow
-from aioloader.engine.fuse import FusedOps, Op, exactly, steps_of
+from aioloader.engine.completion_order import CompletionOrder
+from aioloader.engine.fuse import FusedOps, exactly
+from aioloader.engine.op_steps import steps_of
+from aioloader.engine.ops import Op
 from aioloader.engine.steps import Step
 from aioloader.engine.window import Window
 from aioloader.insight.meters import StageMeter
@@ -89,10 +92,9 @@ class DropIf(Stage):
         room = max(1, builder.prefetch) if builder.fused.batches else None
         before = builder.close(room=room, again=True)
         assert isinstance(before, AgainWindow)
-        window = CheckWindow(
-            before, self._steps(builder), room=None, ordered=before.ordered, numbering=before.numbering
-        )
-        window.numbers = False
+        numbering = before.numbering
+        completion = None if numbering is None else CompletionOrder(numbering, numbers=False)
+        window = CheckWindow(before, self._steps(builder), room=None, ordered=before.ordered, completion=completion)
         before.check = window
         builder.node = builder.admitting(window)
 

@@ -126,7 +126,9 @@ class Flow:
 
     def at_least(self, guarantee: Guarantee) -> "Flow":
         """After a stage that guarantees no more than `guarantee`."""
-        return replace(self, guarantee=max(self.guarantee, guarantee, key=STRENGTH.index))
+        if STRENGTH.index(guarantee) <= STRENGTH.index(self.guarantee):
+            return self
+        return replace(self, guarantee=guarantee)
 
     def counted(self) -> "Flow":
         """After a stage whose cursor counts what comes from one sample, or the samples that it holds.

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-__all__ = ["Budget", "OpenBatch", "plan_window"]
+__all__ = ["OpenBatch", "TokenBudget", "plan_window"]
 
 
 @dataclass(frozen=True)
-class Budget:
+class TokenBudget:
     """What a batch may hold.
 
     Args:
@@ -31,7 +31,7 @@ class OpenBatch:
 
     __slots__ = ("_budget", "_longest", "_max_samples", "count", "total")
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: TokenBudget) -> None:
         self._budget = budget
         self._max_samples = budget.max_samples or (1 << 62)
         self.clear()
@@ -61,7 +61,7 @@ class OpenBatch:
         return not self.fits(1)
 
 
-def plan_window(lengths: Sequence[int | None], budget: Budget, seed: int) -> list[list[int]]:
+def plan_window(lengths: Sequence[int | None], budget: TokenBudget, seed: int) -> list[list[int]]:
     """Batches of the samples of one window.
 
     They are sorted by length, so that those of a batch need little padding, cut where the next one would pass the
@@ -82,7 +82,7 @@ def plan_window(lengths: Sequence[int | None], budget: Budget, seed: int) -> lis
     return batches
 
 
-def _cut(numbers: Sequence[int], lengths: Sequence[int | None], budget: Budget) -> Iterable[list[int]]:
+def _cut(numbers: Sequence[int], lengths: Sequence[int | None], budget: TokenBudget) -> Iterable[list[int]]:
     open_batch = OpenBatch(budget)
     batch: list[int] = []
     for number in numbers:

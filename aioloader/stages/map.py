@@ -13,7 +13,8 @@ from aioloader.core.limit import Limit
 from aioloader.core.policies import Policies
 from aioloader.core.rate import Rate
 from aioloader.engine.flat_map_node import FlatMapNode
-from aioloader.engine.fuse import FusedOps, InProcesses, Op
+from aioloader.engine.fuse import FusedOps
+from aioloader.engine.ops import InProcesses, Op
 from aioloader.engine.ray_step import OnRay
 from aioloader.executors.ray.cluster import check_named
 from aioloader.stages.base import Builder, Stage, UnknownLengthError

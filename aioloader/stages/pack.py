@@ -7,8 +7,9 @@ from typing import Any, Final, Literal, get_args
 from aioloader.core.checks import check_count
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.entry import Entry, annotate
-from aioloader.engine.fuse import FusedOps, Op
+from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold, FoldNode
+from aioloader.engine.ops import Op
 from aioloader.engine.resumable import beginning
 from aioloader.executors.chunk import DROP
 from aioloader.stages.base import Builder, Pass, Stage, UnknownLengthError

@@ -20,7 +20,7 @@ __all__ = ["Arrived", "Failure", "Heard", "Rested", "StreamEnded", "StreamWorker
 class Arrived:
     """Entries of a stream.
 
-    `places` is what is known of each entry besides its value, see `engine/process_stream.py`; `values` are the values,
+    `places` is what is known of each entry besides its value, see `engine/travel.py`; `values` are the values,
     keys and meters, or None if they cannot be unpickled here for the reason `error`.
     """
 

@@ -23,7 +23,7 @@ from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.insight.actors import ActorStats
 
-__all__ = ["NAMESPACE", "Seat", "Seats", "seat_name"]
+__all__ = ["NAMESPACE", "ActorSeat", "Seats", "seat_name"]
 
 AGAIN_SECONDS: Final = 0.5  # after which an actor is asked for again that was not to be had
 CALLS: Final = 10_000  # of an actor at a time, which is no limit
@@ -39,7 +39,7 @@ def seat_name(pool: str, number: int) -> str:
 
 
 @dataclass(eq=False)
-class Seat(Generic[S]):
+class ActorSeat(Generic[S]):
     """The place of an actor.
 
     Attributes:
@@ -115,19 +115,19 @@ class Seats(Generic[S]):
         guarded: Callable[..., None],
         runs: Callable[[], None],
         late: Callable[[], None] | None,
-        lost: Callable[[Seat[S], str], None],
+        lost: Callable[[ActorSeat[S], str], None],
     ) -> None:
         self._thread = thread
         self._workers = workers
         self._pool = pool
         self._guarded = guarded
         self._runs, self._is_late, self._lost = runs, late, lost
-        self._seats: list[Seat[S]] = []
+        self._seats: list[ActorSeat[S]] = []
         self._warned = False
         self._ended = False
         self.wanted = 0
 
-    def running(self) -> list[Seat[S]]:
+    def running(self) -> list[ActorSeat[S]]:
         """Seats that may be given work. Only those whose actor runs: one that waits for room may wait for ever."""
         return [seat for seat in self._seats[: self.wanted] if seat.place is not None]
 
@@ -146,21 +146,21 @@ class Seats(Generic[S]):
         now = monotonic()
         return tuple(seat.stats(now) for seat in self._seats[: self.wanted])
 
-    def scale(self, actors: int) -> list[Seat[S]]:
+    def scale(self, actors: int) -> list[ActorSeat[S]]:
         """Have so many from now on; returns those that are not wanted any more, whose actors are still there."""
         self.wanted = actors
         while len(self._seats) < actors:
-            self._seats.append(Seat(len(self._seats), self))
+            self._seats.append(ActorSeat(len(self._seats), self))
         for seat in self._seats[:actors]:
             self._start(seat)
         return self._seats[actors:]
 
-    def renew(self, seat: Seat[S]) -> None:
+    def renew(self, seat: ActorSeat[S]) -> None:
         """Have an actor in this seat in which nothing has been; ours only."""
         self.dismiss(seat)
         self._start(seat)
 
-    def dismiss(self, seat: Seat[S]) -> None:
+    def dismiss(self, seat: ActorSeat[S]) -> None:
         """End the actor of a seat, if it is ours."""
         actor, seat.actor, seat.place = seat.actor, None, None
         if actor is not None and self._pool is None:
@@ -195,7 +195,7 @@ class Seats(Generic[S]):
 
     # -- their lives -------------------------------------------------------------------------------------------------
 
-    def _start(self, seat: Seat[S]) -> None:
+    def _start(self, seat: ActorSeat[S]) -> None:
         if self._ended or seat.actor is not None or seat.number >= self.wanted:
             return
         options: dict[str, Any] = {"max_concurrency": CALLS}
@@ -214,7 +214,7 @@ class Seats(Generic[S]):
             **options,
         )
 
-    def _ready(self, seat: Seat[S], actor: Any, told: Place | BaseException) -> None:
+    def _ready(self, seat: ActorSeat[S], actor: Any, told: Place | BaseException) -> None:
         if seat.actor is not actor or self._ended:
             return
         if isinstance(told, Place):
@@ -236,7 +236,7 @@ class Seats(Generic[S]):
             ) from told
         self._thread.later(AGAIN_SECONDS * max(1, seat.failures), self._guarded, self._start, seat)
 
-    def _late(self, seat: Seat[S], actor: Any, shortage: Shortage) -> None:
+    def _late(self, seat: ActorSeat[S], actor: Any, shortage: Shortage) -> None:
         if seat.actor is not actor or self._ended or self._is_late is None:
             return
         self._is_late()
@@ -251,7 +251,7 @@ class Seats(Generic[S]):
             self._warned = True
             warnings.warn(f"{text}; ask for less, or end what holds it", RuntimeWarning, stacklevel=2)
 
-    def lose(self, seat: Seat[S], actor: Any, error: BaseException) -> None:
+    def lose(self, seat: ActorSeat[S], actor: Any, error: BaseException) -> None:
         """An actor is lost, or cannot be reached, as it shows first when its node is gone: it may live on."""
         if seat.actor is not actor or self._ended:
             return  # that is known

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from aioloader.core.memory import Alloc
 from aioloader.executors.processes.stream_worker import Heard, Rested
-from aioloader.executors.ray.reader_seats import Seat
+from aioloader.executors.ray.reader_seats import ActorSeat
 from aioloader.executors.ray.same_host import Answer, Inbox, InSegments
 from aioloader.executors.ray.suspects import CallName
 from aioloader.executors.ray.values import unpack
@@ -111,7 +111,7 @@ class ReaderStream:
             self.listener(Rested(self.pause, still))
 
 
-ReaderSeat: TypeAlias = Seat[ReaderStream]
+ReaderSeat: TypeAlias = ActorSeat[ReaderStream]
 
 
 @dataclass(eq=False)

@@ -1,0 +1,147 @@
+"""Which neighbouring operations share a step of their window, and what that step is."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from aioloader.core.limit import Limit, width_of
+from aioloader.engine.async_step import AsyncStep
+from aioloader.engine.bulk_load_step import BulkLoadStep
+from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.executor_step import ExecutorStep
+from aioloader.engine.ops import InProcesses, Op
+from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
+from aioloader.engine.ray_step import OnRay, ray_step
+from aioloader.engine.steps import InPlaceStep, Step
+from aioloader.engine.thread_step import ThreadStep
+from aioloader.engine.turns import TurnStep
+from aioloader.executors.epochs import with_set_epoch
+from aioloader.executors.processes.worker import Work
+from aioloader.executors.processes.worker_pool import WorkerPool
+from aioloader.executors.processes.worker_thread import WorkerThread
+
+__all__ = ["steps_of"]
+
+
+def steps_of(
+    ops: Sequence[Op | CacheOp],
+    limit: int | None,
+    processes: Callable[[], WorkerThread],
+    *,
+    follows: bool = False,
+) -> list[Step]:
+    """The steps of a window.
+
+    Neighbouring sync ops with the same place and width share a hop. A cache becomes one step around all steps before
+    it.
+
+    Args:
+        ops: The window's ops.
+        limit: How many entries the window holds, when that is exact: more workers would have nothing to do.
+        processes: See `FusedOps.window`.
+        follows: It will hold more when there is more concurrency, see `Limit`.
+    """
+    steps: list[Step] = []
+    together: list[Op] = []
+
+    def put(step: Step, op: Op) -> None:
+        step.meter.address = op.address
+        if op.policies is not None:
+            step.obey(op.policies)
+        if not follows:
+            step.most = limit
+        steps.append(step)
+
+    def close() -> None:
+        if together:
+            put(_sync_step(tuple(together), limit, processes), together[0])
+            together.clear()
+
+    for at, op in enumerate(ops):
+        if isinstance(op, CacheOp):
+            close()
+            steps = [op.around(steps, limit)]
+        elif op.many is not None:
+            width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
+            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op)
+        elif op.in_place:
+            close()
+            put(InPlaceStep(op.fn, op.label), op)
+        elif op.is_async and not isinstance(op.executor, OnRay):
+            close()
+            width = _narrowed(op.concurrency, limit)
+            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
+            steps[-1].stop = op.stop
+        else:
+            if together and not _same_place(together, op):
+                close()
+            together.append(op)
+    close()
+    return steps
+
+
+def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:
+    """No more than `limit`; a `Limit` stays one, and its step has `Step.most`."""
+    return width if limit is None or isinstance(width, Limit) else min(width, limit)
+
+
+def _width_beside(load: Op, following: Sequence[Op | CacheOp]) -> int | Limit:
+    """The concurrency of `load`: what the user said, or that of the op that follows in threads, if one does."""
+    if not load.flexible:
+        return load.concurrency
+    op = following[0] if following else None
+    beside = isinstance(op, Op) and not (op.predicate or op.is_async or op.flexible) and op.executor is None
+    return op.concurrency if beside and op is not None else load.concurrency
+
+
+def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[], WorkerThread]) -> Step:
+    calls = [op.call for op in together]
+    leading = next((op for op in together if not op.flexible), together[0])
+    width = _narrowed(leading.concurrency, limit)
+    executor = leading.executor
+    if isinstance(executor, InProcesses):
+        workers = width_of(width) if limit is None else min(width_of(width), limit)
+        pool = partial(_worker_pool, processes(), executor, together, workers)
+        elastic, owned = limit is None, not executor.kept
+        epochs = executor.epochs(with_set_epoch(call.fn for call in calls))
+        if executor.turns is not None:
+            return TurnStep(calls, workers, pool, epochs, elastic=elastic, owned=owned, turns=executor.turns)
+        return ProcessStep(calls, width, pool, epochs, elastic=elastic, in_turn=executor.in_turn, owned=owned)
+    if isinstance(executor, OnRay):
+        return ray_step(together, executor, width, limit, processes())
+    if executor is not None and not isinstance(executor, ThreadPoolExecutor):
+        return ExecutorStep(calls, width, executor)
+    return ThreadStep(
+        calls,
+        width,
+        elastic=limit is None,
+        executor=executor,
+        thread_name=leading.thread_name,
+        initializer=next((op.initializer for op in together if op.initializer), None),
+    )
+
+
+def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op], width: int) -> WorkerPool:
+    """The workers of neighbouring ops: those of the previous epoch, where they are kept."""
+
+    def make() -> WorkerPool:
+        return WorkerPool(host, width, program, resumes=place.turns is None)
+
+    def program() -> Work:
+        prepare = None if place.prepare is None else place.prepare()
+        epochs = place.epochs(with_set_epoch(op.fn for op in together))
+        return Work(tuple(op.call for op in together), 2 * CHUNK_SECONDS, prepare, epochs)
+
+    if not place.kept:
+        return make()
+    pool: WorkerPool = host.get_or_create(("pool", *(op.address for op in together)), make)
+    return pool
+
+
+def _same_place(together: Sequence[Op], op: Op) -> bool:
+    if any(other.policies is not None for other in (op, *together)):
+        return False
+    fixed = next((other for other in together if not other.flexible), None)
+    if together[0].executor != op.executor or together[0].is_async != op.is_async:
+        return False
+    return fixed is None or op.flexible or (fixed.concurrency, fixed.thread_name) == (op.concurrency, op.thread_name)
