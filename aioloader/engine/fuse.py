@@ -12,6 +12,7 @@ from aioloader.core.cores import usable_cores
 from aioloader.core.cursors import CompletionCursor
 from aioloader.core.limit import Limit, width_of
 from aioloader.core.policies import Policies
+from aioloader.core.written import Written
 from aioloader.engine.admission import Admission
 from aioloader.engine.again import AgainWindow
 from aioloader.engine.async_step import AsyncStep
@@ -91,6 +92,7 @@ class Op:
         max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
         stop: What is said of entries that end here; None: nobody asks.
         policies: What is done about its calls. With any it shares no hop with others.
+        written: Where the user writes its concurrency; None: nowhere.
     """
 
     fn: Callable[[Any], Any]
@@ -117,6 +119,7 @@ class Op:
     max_dropped_in_a_row: int | None = None
     stop: Stop | None = None
     policies: Policies | None = None
+    written: Written | None = None
 
     @property
     def width(self) -> int:
@@ -399,8 +402,10 @@ def steps_of(
     steps: list[Step] = []
     together: list[Op] = []
 
-    def put(step: Step, op: Op) -> None:
+    def put(step: Step, *ops: Op) -> None:
+        op = ops[0]
         step.meter.address = op.address
+        step.written = _written(ops)
         if op.policies is not None:
             step.obey(op.policies)
         if not follows:
@@ -409,7 +414,7 @@ def steps_of(
 
     def close() -> None:
         if together:
-            put(_sync_step(tuple(together), limit, processes), together[0])
+            put(_sync_step(tuple(together), limit, processes), *together)
             together.clear()
 
     for at, op in enumerate(ops):
@@ -433,6 +438,12 @@ def steps_of(
             together.append(op)
     close()
     return steps
+
+
+def _written(ops: Sequence[Op]) -> tuple[Written, ...]:
+    """Where the concurrency of `ops` is written, which share a step: at each that does not follow another one."""
+    said = [op.written for op in ops if not op.flexible and op.written is not None]
+    return tuple(said or [op.written for op in ops if op.written is not None][:1])
 
 
 def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:
