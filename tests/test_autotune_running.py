@@ -204,36 +204,34 @@ def test_an_epoch_that_is_over_is_left_alone(face: Face) -> None:
 
 def test_a_second_call_gives_back_only_a_slot_that_it_had() -> None:
     """It began before there was a limit; what it gave back would be a slot of somebody else's."""
-    gate, twins = Gate(), Gate()
+    gate, second = Gate(), Gate()
+    gate.open(*range(1, 8))
     calls: list[int] = []
 
     async def request(key: int) -> int:
         calls.append(key)
-        await (twins if calls.count(key) > 1 else gate).passing(key)
+        await (second if calls.count(key) > 1 else gate).passing(key)
         return key
 
     async def main() -> None:
-        loader = Pipeline(range(16)).map(request, concurrency=4, hedge=Hedge(after=0.001, budget=1.0)).batch(1)
+        loader = Pipeline(range(32)).map(request, concurrency=4, hedge=Hedge(after=0.001, budget=0.1)).batch(1)
         async with loader:
             batches = aiter(loader)
             first = asyncio.ensure_future(anext(batches))
-            await until(lambda: len(twins.arrived) == 1 and gate.standing == 3)
+            await until(lambda: second.standing == 1 and gate.standing == 3)
+            assert second.arrived == (0,), "the first one, and no others: that is the budget"
             tuning = quiet(loader, 600.0)
             await until(lambda: tuning.tuner._run is not None)
             (stage,) = tuning.tuner.knobs.stages.values()
-            (step,) = stage.steps
-            assert step.limit is not None
-            assert step.slots is not None
-            gate.open(1, 2)
-            await until(lambda: bool(step.slots and step.slots.held))
-            held = step.slots.held
-            gate.open(0)
-            twins.open(*twins.arrived)
+            (limit,) = [step.limit for step in stage.steps]
+            assert limit is not None
+            gate.open(8)
+            await until(lambda: limit.under_way == 1)
+            second.open(0)
             assert (await first).tolist() == [0]
+            await until(lambda: gate.standing + second.standing == 4)
             await turns(20)
-            assert step.limit.under_way >= held, "nobody gave back what it did not have"
-            gate.open_all()
-            twins.open_all()
+            assert limit.under_way == 3, "all but the one that began before"
 
     asyncio.run(main())
 
@@ -269,7 +267,7 @@ def test_functions_that_cross_into_a_thread_together_are_all_written(face: Face)
 @on_both_faces
 def test_a_filter_after_a_cache_is_what_is_written(face: Face) -> None:
     """It crosses together with the copies of what is kept, which are nothing that a user writes."""
-    loader = Pipeline(range(400)).map(fetch).cache(1 << 20).filter(keep).repeat().batch(4)
+    loader = Pipeline(range(400)).map(fetch).cache(memory_bytes=1 << 20).filter(keep).repeat().batch(4)
     seen: list[StageKnob] = []
     with Steps(loader, face) as steps:
         tuning = quiet(loader, 600.0)

@@ -344,6 +344,7 @@ def test_slices_that_follow_each_other_at_once_do_not_overlap(tmp_path: Path) ->
 def test_any_entry_can_become_a_traced_one(kind: type[Entry]) -> None:
     """Which is why it may have no attributes of its own."""
     entry = Entry("value", 1, "key", 0)
+    entry.since = 0.0
     entry.__class__ = kind
     entry.since = 1.0
     entry.value = "other"
