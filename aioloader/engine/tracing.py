@@ -10,12 +10,12 @@ Which these are is decided when a window starts; which samples, when they come i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from aioloader.core.entry import Entry, failed_in
+from aioloader.core.limit import Slots
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.thread_step import ThreadJob
 from aioloader.executors.current_sample import SampleContext, current_sample
@@ -69,35 +69,28 @@ class Tracer:
         if (before := self._last.get(window.upstream)) is not None:
             before.after = TracedEntry  # the same samples: nothing is between the two
             return
-        accept, chosen = window.accept, _Chosen(self.every)
-
-        def accept_traced(run: list[Entry]) -> None:
-            chosen.choose(run)
-            accept(run)
-
-        window.accept = accept_traced  # type: ignore[method-assign]  # so that others do not even ask
+        window.accept = _choosing(window.accept, self.every)  # type: ignore[method-assign]  # so that others do not ask
 
 
-class _Chosen:
-    """Chooses one of `every` samples; of batches, which are fewer and take longer, ten times as many."""
+def _choosing(accept: Callable[[list[Entry]], None], every: int) -> Callable[[list[Entry]], None]:
+    """`accept`, before which one of `every` samples is chosen; of batches, which take longer, ten times as many."""
+    left: int | None = None  # until the next one; None: nothing has come yet
 
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._left: int | None = None  # until the next one; None: nothing has come yet
-
-    def choose(self, run: list[Entry]) -> None:
-        left, count = self._left, len(run)
+    def accept_traced(run: list[Entry]) -> None:
+        nonlocal left, every
+        count = len(run)
         if left is None:
-            left = 0
-            if type(run[0].key) is list:
-                self._every = max(1, self._every // OF_BATCHES)
+            left, every = 0, max(1, every // OF_BATCHES) if type(run[0].key) is list else every
         if left < count:
-            for entry in run[left :: self._every]:
+            for entry in run[left::every]:
                 if entry.error is None:
                     entry.__class__ = TracedEntry
-            self._left = (left - count) % self._every
+            left = (left - count) % every
         else:
-            self._left = left - count
+            left -= count
+        accept(run)
+
+    return accept_traced
 
 
 class TracedConsumer(ConsumerMeter):
@@ -140,10 +133,11 @@ class StepTrace:
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
-    @property
-    def job(self) -> Callable[..., ThreadJob]:
-        """Makes the jobs of a step in threads."""
-        return partial(TracedJob, self)
+    def job(self, limit: int, slots: Slots | None) -> ThreadJob:
+        """A job of a step in threads."""
+        job = TracedJob(limit, slots)
+        job.trace = self
+        return job
 
     # -- what travels ------------------------------------------------------------------------------------------------
 
@@ -239,11 +233,8 @@ _set_since: Final[Callable[[Entry, float], None]] = Entry.__dict__["since"].__se
 class TracedJob(ThreadJob):
     """Takes the times of samples that are traced, in their thread."""
 
-    __slots__ = ("_trace",)
-
-    def __init__(self, trace: StepTrace, *args: Any) -> None:
-        super().__init__(*args)
-        self._trace = trace
+    __slots__ = ("trace",)
+    trace: StepTrace
 
     def samples(
         self, inbox: Any, sample: SampleContext, consumer: ConsumerMeter | None = None, *, several: bool = False
@@ -261,7 +252,7 @@ class TracedJob(ThreadJob):
             try:
                 yield value
             finally:  # the next one is taken, or the hop is over
-                self._trace.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
+                self.trace.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
         del values
 
 
