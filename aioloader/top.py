@@ -21,7 +21,8 @@ from aioloader.masking import masked
 
 __all__ = ["Loader", "Stage", "address", "parse", "run", "view"]
 
-NARROW: Final = 100  # columns; with fewer, some are left out
+NARROW: Final = 120  # columns; with fewer, some are left out, for the names of stages
+SHORTEST: Final = 12  # characters of a name that is cut
 TIMEOUT_SECONDS: Final = 5.0
 BUSY: Final = 0.7
 
@@ -152,7 +153,7 @@ def view(before: Mapping[str, Loader], now: Mapping[str, Loader], seconds: float
 def _loader(before: Loader | None, now: Loader, seconds: float, width: int) -> Iterator[RenderableType]:
     values = _Change({} if before is None else before.values, now.values, seconds)
     waits = values.share("batch_wait_seconds_sum", "active_seconds_total")
-    line = Text.assemble((now.name, "bold"), f"  epoch {now.values.get('epoch', 0):.0f}")
+    line = Text(f"  epoch {now.values.get('epoch', 0):.0f}")
     line.append(f"  {values.per_second('batches_total')} batches/s")
     if waits is not None:
         colour = "red" if waits > 0.5 else "yellow" if waits > 0.05 else "green"
@@ -163,7 +164,9 @@ def _loader(before: Loader | None, now: Loader, seconds: float, width: int) -> I
         line.append("  paused", style="bold yellow")
     if (waiting := now.values.get("waiting_seconds", 0)) >= 1:
         line.append(f"  no batch for {duration(waiting)}", style="bold red")
-    yield line
+    name = Text(now.name, style="bold")
+    name.truncate(max(SHORTEST, width - line.cell_len), overflow="ellipsis")
+    yield Text.assemble(name, line)
     yield _table(before, now, seconds, wide=width >= NARROW)
     yield Text("")
 
