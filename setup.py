@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)(?=[^)\s]+\))")
+LINK = re.compile(r"(?<=\]\()(?!https?:)(?=[^)\s]+\))")
 
 
 def described() -> str:
@@ -18,6 +18,7 @@ def described() -> str:
     source = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Source"]
     parts = (ROOT / "README.md").read_text(encoding="utf-8").split("```")
     parts[::2] = [LINK.sub(f"{source}/blob/main/", text) for text in parts[::2]]  # the others are code
+    parts[::2] = [text.replace("/blob/main/#", "#") for text in parts[::2]]  # headings of the readme itself
     return "```".join(parts)
 
 

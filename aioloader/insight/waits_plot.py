@@ -12,10 +12,10 @@ Waited: TypeAlias = tuple[float, float]
 """When a batch was asked for, in seconds of the epoch, and how many seconds it took."""
 
 WIDTH: Final = 640
-HEIGHT: Final = 190
+HEIGHT: Final = 196
 LEFT: Final = 72  # for the labels of a narrow screen, which are larger
 BOTTOM: Final = 26
-TOP: Final = 8
+TOP: Final = 14
 COLUMNS: Final = 240
 LEAST: Final = 1e-6  # seconds; less is drawn as this
 
