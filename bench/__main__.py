@@ -90,10 +90,13 @@ def page_of(outputs: dict[str, list[str]], notes: str) -> str:
     page += ["## Aims", "", "| script | of what | aim | measured | |", "| --- | --- | --- | --- | --- |"]
     for row in targets:
         of = row.get("of") or row["ours"]
-        page.append(f"| {row['bench']} | {of} | {row['sentence']} | {row['value']:.3g} | {_verdict(row)} |")
+        cells = [row["bench"], _plain(of), _plain(row["sentence"]), f"{row['value']:.3g}", _verdict(row)]
+        page.append(f"| {' | '.join(cells)} |")
     missed = [row for row in targets if not row["reached"]]
     page += ["", "## What we miss, and the cases we lose", ""]
-    page += [f"- {row['bench']}, {row.get('of')}: {row['sentence']}." for row in missed] or ["Nothing in this run."]
+    page += [f"- {row['bench']}, {_plain(str(row.get('of')))}: {_plain(row['sentence'])}." for row in missed] or [
+        "Nothing in this run."
+    ]
     page += ["", notes.strip(), "", "## Tables", ""]
     for script, lines in outputs.items():
         text = "".join(line for line in lines if not line.startswith(("{", "drawn: "))).strip()
@@ -105,6 +108,11 @@ def _machine(rows: list[dict[str, Any]]) -> str:
     names = ("python", "torch", "cores", "cpu", "memory_gib", "system", "loop_of_for")
     first = next((row for row in rows if "cpu" in row), {})
     return ", ".join(f"{name} {first[name]}" for name in names if name in first) or "unknown"
+
+
+def _plain(text: str) -> str:
+    """As Markdown: `__getitems__` is no bold word."""
+    return text.replace("__", r"\_\_")
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ myst_enable_extensions = ["colon_fence"]
 default_role = "py:obj"  # `name` in a docstring: a link where there is such a thing, else code
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True  # `tell=print`, and not what the repr of a function is
 autodoc_class_signature = "mixed"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

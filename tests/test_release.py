@@ -65,6 +65,13 @@ def test_what_is_built_is_complete_and_described(built: tuple[Path, Path]) -> No
         "Issues",
         "Changelog",
     ]
+    description = metadata.partition("\n\n")[2]
+    source = re.findall(r"^Project-URL: Source, (.+)$", metadata, re.MULTILINE)[0]
+    links = re.findall(r"\]\(([^)\s]+)\)", "".join(description.split("```")[::2]))
+    assert [link for link in links if not link.startswith("https://")] == [], "they lead nowhere on an index"
+    files = [link.removeprefix(f"{source}/blob/main/").partition("#")[0] for link in links if "/blob/main/" in link]
+    assert len(files) > 30
+    assert [file for file in files if not (ROOT / file).exists()] == []
     with tarfile.open(sdist) as tar:
         inside = {name.partition("/")[2] for name in tar.getnames()}
     assert package <= inside

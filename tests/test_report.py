@@ -12,7 +12,7 @@ from aioloader.insight.report import page
 from aioloader.insight.waits_plot import waits_plot
 from tests._support import Face, Steps, on_both_faces
 
-VOID = {"meta", "rect", "line", "br"}
+VOID = {"meta", "rect", "line", "br", "wbr"}
 
 
 class Page(HTMLParser):

@@ -60,6 +60,32 @@ def test_what_is_shown_fits_and_has_rates(width: int) -> None:
     assert not any("…" in row for row in rows[2:]), "only a long name is cut"
 
 
+def test_a_long_name_of_a_loader_is_cut_and_no_figure_is() -> None:
+    """So that the line is one line."""
+    loader = loaded()
+    with Steps(loader, "for") as steps:
+        steps.rest()
+    name = "validation on a set with a name that is much too long for it"
+    now = top.parse(exposition(loader, name))
+    first, header, *_ = drawn(top.view({}, now, 0.0, 80), 80)
+    assert first.startswith("validation on")
+    assert "…  epoch 0" in first
+    assert "p99 " in first
+    assert header.startswith("stage")
+
+
+def test_names_of_stages_have_place() -> None:
+    """On 100 columns no less than on 80."""
+    loader = loaded()
+    with Steps(loader, "for") as steps:
+        steps.rest()
+    now = top.parse(exposition(loader))
+    longest = [
+        max(len(line.split("  ")[0]) for line in drawn(top.view({}, now, 0.0, width), width)[2:]) for width in (80, 100)
+    ]
+    assert longest[1] >= longest[0]
+
+
 def test_the_first_look_has_no_rates() -> None:
     loader = loaded()
     list(loader)

@@ -14,8 +14,10 @@ import pytest
 
 from aioloader import DataLoader, Hedge, Pipeline, Retry
 from aioloader.core.entry import Entry
-from aioloader.engine.tracing import TracedEntry
+from aioloader.engine.tracing import CalledEntry, TracedEntry
 from aioloader.insight.trace_file import TraceFile
+from aioloader.stages import batch as batch_module
+from aioloader.stages.group import group_entries
 from tests._support import Face, Steps, collect, on_both_faces
 from tests._work import double
 
@@ -36,12 +38,12 @@ class Events:
         ]
 
     def check(self) -> None:
-        """No two slices of one lane overlap: they would be drawn as caller and callee."""
+        """No two slices of one lane overlap: one inside of another would be its callee, others would not be drawn."""
         for tid in self.tracks:
-            ends = 0.0
+            ends = 0
             for one in sorted((e for e in self.all if e["ph"] == "X" and e["tid"] == tid), key=lambda e: e["ts"]):
-                assert one["ts"] >= ends - 0.11, (self.tracks[tid], one)  # a tenth of a microsecond is rounded
-                ends = one["ts"] + one["dur"]
+                assert round(one["ts"] * 10) >= ends, (self.tracks[tid], one)
+                ends = round(one["ts"] * 10) + round(one["dur"] * 10)
 
 
 async def fetch(key: int) -> int:
@@ -283,10 +285,67 @@ def test_what_is_not_traced_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> Non
         assert all(step.trace is None for step in delivery.run.output._parts)
 
 
-def test_any_entry_can_become_a_traced_one() -> None:
+@on_both_faces
+def test_what_was_traced_is_like_all_others_after_its_window(
+    face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nobody after it pays."""
+    kinds: list[type] = []
+
+    def seen(entries: list[Entry]) -> Entry:
+        kinds.extend(type(entry) for entry in entries)
+        return group_entries(entries)
+
+    monkeypatch.setattr(batch_module, "group_entries", seen)
+    loader = Pipeline(range(16)).map(fetch).map(fetch).batch(4)
+    with loader.trace(tmp_path / "trace.json", every=1):
+        collect(loader, face)
+    assert kinds == [Entry] * 16
+    assert len(Events(tmp_path / "trace.json").on("map(fetch)")) == 32
+
+
+class AwaitsMany:
+    """Awaits several samples in one call, and says itself which one is at hand."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, key: int) -> int:
+        return key
+
+    async def __getitems__(self, keys: list[int]) -> list[int]:
+        await asyncio.sleep(0)
+        return keys
+
+
+@on_both_faces
+def test_calls_for_many_samples_are_traced(face: Face, tmp_path: Path) -> None:
+    loader: DataLoader[Any] = DataLoader(AwaitsMany(), batch_size=4, concurrency=8)
+    with loader.trace(tmp_path / "trace.json", every=1):
+        assert len(collect(loader, face)) == 4
+    assert [one["name"] for one in Events(tmp_path / "trace.json").on("dataset.__getitems__")] == ["4 samples"] * 4
+
+
+def test_slices_that_follow_each_other_at_once_do_not_overlap(tmp_path: Path) -> None:
+    """However their times would be rounded."""
+    file = TraceFile(tmp_path / "trace.json", "loader")
+    track, at = file.track("map(fetch)"), file._began + 0.06e-6
+    for key in ["a", 1, "b", 2, "c"]:
+        track.sample(key, at, at + 1.06e-6, 0, 1)
+        at += 1.06e-6
+    file.close()
+    events = Events(tmp_path / "trace.json")
+    assert len(events.on("map(fetch)")) == 5
+    assert len(events.tracks) == 1, "they are in one lane"
+    events.check()
+
+
+@pytest.mark.parametrize("kind", [TracedEntry, CalledEntry])
+def test_any_entry_can_become_a_traced_one(kind: type[Entry]) -> None:
     """Which is why it may have no attributes of its own."""
     entry = Entry("value", 1, "key", 0)
-    entry.__class__ = TracedEntry
+    entry.since = 0.0
+    entry.__class__ = kind
     entry.since = 1.0
     entry.value = "other"
     assert (entry.value, entry.since, entry.key) == ("other", 1.0, "key")

@@ -7,6 +7,7 @@ from typing import Any, Final
 from torch.utils.data import default_convert
 
 from aioloader.core.memory import Alloc
+from aioloader.core.written import Written
 from aioloader.drop_in.arguments import Arguments
 from aioloader.engine.ops import InProcesses
 from aioloader.engine.ray_step import OnRay
@@ -31,6 +32,9 @@ __all__ = ["collate_call", "fetch_call", "last_stages", "skips_in_batches", "sta
 
 SAMPLE: Final = "dataset[...]"
 THREADS: Final = "aioloader-worker"
+
+WORKERS: Final = Written("DataLoader(...", "num_workers", "prefetch_factor", of_loader=True)
+AWAITED: Final = Written("DataLoader(...", of_loader=True)
 
 
 def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
@@ -61,6 +65,7 @@ def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
         initializer=of.worker_init_fn if of.num_workers else None,
         thread_name=THREADS,
         policies=of.policies,
+        written=WORKERS,
     )
     return [fetch, _convert(of, alloc)] if _converts_apart(of) else [fetch]
 
@@ -155,6 +160,7 @@ def _load_samples(of: Arguments, place: InProcesses | OnRay | None = None) -> Ma
         ahead=of.samples_ahead,
         grows=of.samples_grow,
         policies=of.policies,
+        written=WORKERS,
     )
 
 
@@ -169,6 +175,7 @@ def _await_samples(of: Arguments, ordered: bool) -> Map:
         ahead=of.ahead,
         ahead_bytes=of.ahead_bytes,
         policies=of.policies,
+        written=AWAITED,
     )
 
 

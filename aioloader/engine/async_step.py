@@ -1,6 +1,7 @@
 """The step that awaits an async function on the loop, for many samples at once."""
 
 from asyncio import CancelledError, Future, Task, current_task
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from time import perf_counter
@@ -176,9 +177,17 @@ class AsyncStep(Step):
     def _start_worker(self) -> None:
         context = self._run.context.copy()
         if self.slots is None:
-            self._run.spawn(self._work, context, context=context)
+            self._run.spawn(self._work, context, self.inbox, context=context)
         else:
-            self._run.spawn(self._work_in_slots, context, self.slots, context=context)
+            self._run.spawn(self._work_in_slots, context, self.inbox, self.slots, context=context)
+
+    def follow_limit(self, limit: Limit) -> None:
+        idle, self._idle = self._idle, []
+        for future in idle:  # they have no slots: each ends, and others take over
+            if not future.done():
+                future.set_result(None)
+                self._coming += 1
+        super().follow_limit(limit)
 
     def _use(self, slots: Slots) -> None:
         if self._guard is not None:
@@ -194,15 +203,15 @@ class AsyncStep(Step):
     def _coming_for_slots(self) -> bool:
         return self._coming > 0
 
-    async def _work_in_slots(self, context: Context, slots: Slots) -> None:
+    async def _work_in_slots(self, context: Context, inbox: deque[Entry], slots: Slots) -> None:
         slot = _Slot(slots)
         try:
-            await self._work(context, slot)
+            await self._work(context, inbox, slot)
         finally:
             slot.leave()
 
-    async def _work(self, context: Context, slot: "_Slot | None" = None) -> None:
-        run, inbox, fn, forward, predicate = self._run, self.inbox, self._fn, self._forward, self._predicate
+    async def _work(self, context: Context, inbox: deque[Entry], slot: "_Slot | None" = None) -> None:
+        run, fn, forward, predicate = self._run, self._fn, self._forward, self._predicate
         me = current_task()
         assert me is not None
         sample = SampleContext(self._seed) if self.trace is None else self.trace.context(self._seed)
@@ -226,6 +235,9 @@ class AsyncStep(Step):
                 if call is not None:
                     call.rest()
                 self._ran_out(began - woken)
+                if inbox is not self.inbox:
+                    self._end(sample)
+                    return
                 if self.tap is not None and self.tap.waiting:
                     self.tap.pump(at_hand=guard is None or not (guard.crowded and guard.full))
                 if inbox:
@@ -372,6 +384,13 @@ class AsyncStep(Step):
             self.meter.idle.wait_for("input")  # from the step before; for the first step, the window knows better
         if not self.closed and streak_seconds < STREAK_SECONDS:
             self._run.drain()
+
+    def _end(self, sample: SampleContext) -> None:
+        """A worker ends, since its step follows a limit now, for which others ask, see `follow_limit`."""
+        self._samples.discard(sample)
+        self._workers -= 1
+        if self.inbox and not (self.closed or self.paused):
+            self._summon()
 
     async def _wait(self) -> None:
         future = self._run.loop.create_future()

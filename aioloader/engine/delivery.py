@@ -15,6 +15,7 @@ from aioloader.engine.loop_thread import LoopThread, process_ends
 from aioloader.engine.node import Node
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
+from aioloader.engine.tuner import Tuner
 from aioloader.engine.window import Window
 from aioloader.errors import LoaderClosedError
 from aioloader.executors.threads import call_loop
@@ -44,6 +45,9 @@ class Delivery:
 
     def start(self) -> None:
         """Begin, once it is known to those who may close it."""
+
+    def tune(self, tuner: Tuner) -> None:
+        """Let `tuner` find better values from now on, if there is anything to change. From any thread."""
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
         """The batch of `entry`, or its error, raised."""
@@ -108,6 +112,9 @@ class RunDelivery(Delivery):
 
     def ends_with(self, iterator: object) -> None:
         finalize(iterator, self.run.leave).atexit = False  # the exit hook of `loop_thread` also waits
+
+    def tune(self, tuner: Tuner) -> None:
+        self.run.be_tuned(tuner)
 
     def _take_failure(self, end: BaseException) -> BaseException:
         """The failure of the run, once; then `end`, so that catching errors and going on comes to an end."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from aioloader.core.durations import LATE_SECONDS, TURNS, Durations
 from aioloader.core.entry import Entry
+from aioloader.core.limit import Slots
 from aioloader.core.policies import Budget, Hedge
 from aioloader.engine.retrying import Turn
 from aioloader.executors.current_sample import SampleContext, current_sample
@@ -280,8 +281,8 @@ class Guard:
         context.run(current_sample.set, sample)
         call.touched = True
         call.twin = self._run.begin(self._call, entry.value, context=context)
-        began = call.began
-        call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, began, twin))
+        began, slots = call.began, self._step.slots  # that of this call: others may follow a `Limit` by its end
+        call.twin.add_done_callback(lambda twin: self._run.guarded(self._twin_done, call, began, slots, twin))
         if (trace := self._step.trace) is not None:
             since = perf_counter()
             call.twin.add_done_callback(lambda _: trace.second_call(entry, since))
@@ -294,10 +295,10 @@ class Guard:
         except BaseException as error:
             return None, error
 
-    def _twin_done(self, call: GuardedCall, began: float, twin: SecondCall) -> None:
+    def _twin_done(self, call: GuardedCall, began: float, slots: Slots | None, twin: SecondCall) -> None:
         self._twins -= 1
-        if self._step.slots is not None:
-            self._step.slots.release()
+        if slots is not None:
+            slots.release()
         if self._run.stopping:
             return
         if _won(twin) and call.may_have_another(began):

@@ -16,6 +16,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
 from aioloader.core.sizes import MeanBytes
+from aioloader.core.written import Written
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.room import GrowingRoom, Room
 from aioloader.engine.steps import Step
@@ -35,12 +36,6 @@ MANY: Final = 1 << 30  # entries for which there is a place after a window, or m
 MOST_ROOM: Final = 32
 """Times the room without tuning."""
 
-FETCHING: Final = (".fetch", "[...]")
-"""How the names of sources end whose samples are loaded by their keys."""
-
-DROP_IN: Final = ("fetch", "dataset[...]")
-"""The stages of a `DataLoader` that `num_workers` or `concurrency` is about."""
-
 Key = tuple[Address, str, str]
 
 
@@ -48,6 +43,10 @@ def key_of(step: Step) -> Key:
     """What is the same for a stage in all epochs."""
     meter = step.meter
     return meter.address, meter.name, meter.kind
+
+
+class TunedLimit(Limit):
+    """The calls at once of one step, while values are tried."""
 
 
 @dataclass
@@ -59,6 +58,7 @@ class StageKnob:
         start: How many without tuning.
         most: How many may be tried.
         value: How many there are now.
+        written: Where the user writes them: at several functions, if these cross into a thread together.
         steps: The stage in all epochs under way.
     """
 
@@ -66,12 +66,18 @@ class StageKnob:
     start: int
     most: int
     value: int
+    written: tuple[Written, ...]
     steps: WeakSet[Step] = field(default_factory=WeakSet)
 
     @property
     def name(self) -> str:
-        """The stage as it is written."""
+        """The stage as it is shown."""
         return self.key[1]
+
+    @property
+    def room(self) -> str | None:
+        """The argument that says how much its window holds, if there is one."""
+        return next((written.room for written in self.written if written.room), None)
 
     def set(self, value: int) -> None:
         """Let there be so many, now. From any thread."""
@@ -90,8 +96,8 @@ class RoomKnob:
         stages: Those of its stages that may be changed.
         base: Places without tuning, where they do not follow from the calls; else 0.
         each: Where they do not: places for each call of a stage, at least, since it would not begin without.
-        changes: It is to be tried, and is not only there to go with its stages.
-        prefetch: It holds the batches that the consumer takes.
+        argument: What says how much it holds; None: nothing does, so no other value is tried, and it only goes with its
+            stages.
         value: The multiple now.
         mean: What an entry weighs.
         held_back: The budget has been the limit.
@@ -101,8 +107,7 @@ class RoomKnob:
     stages: Sequence[StageKnob]
     base: int
     each: float
-    changes: bool
-    prefetch: bool
+    argument: str | None
     value: int = 1
     mean: MeanBytes = field(default_factory=MeanBytes)
     held_back: bool = False
@@ -110,7 +115,7 @@ class RoomKnob:
 
     @property
     def name(self) -> str:
-        """The stage that it is written at."""
+        """The stage that it belongs to."""
         return self.key[1]
 
     @property
@@ -136,45 +141,44 @@ class RoomKnob:
 
     def join(self, window: "Window", run: "Run", room: TunedRoom, others: list[Limit]) -> None:
         """It is the room of `window`, whose `others` have as many places as it has, up to the cores there are."""
-        self.forget_closed()
         self._windows.append((window, run, room, others))
         room.floor, room.factor = self._floor, self.value
 
     def set(self, value: int) -> None:
         """Let it be such a multiple, now. From any thread; after the stages were set."""
         self.value = value
-        self.forget_closed()
+        self.forget()
         for window, run, room, others in list(self._windows):
             room.floor, room.factor = self._floor, value
             for limit in others:
                 limit.value = max(1, min(usable_cores(), room.floor * value))
             call_loop(run.loop, run.guarded, window.resize)
 
-    def forget_closed(self) -> None:
-        """Hold no window that is over."""
+    def forget(self, over: "Run | None" = None) -> None:
+        """Hold no window that is closed, or of a run that is `over`."""
         self.held_back = self.held_back or any(room.held_back for _, _, room, _ in self._windows)
-        self._windows = [one for one in self._windows if not one[0].closed]
+        self._windows = [one for one in self._windows if not (one[0].closed or one[1] is over)]
 
 
 class Knobs:
     """Those of one loader.
 
     Args:
-        drop_in: The loader is a `DataLoader`, with the arguments of torch.
+        prefetch: The loader has `.prefetch(n)`, which says how many batches are held for the consumer.
         bounded: The user has said how much may be ahead.
         budget: Of finished samples and batches; None: there is none.
     """
 
-    def __init__(self, *, drop_in: bool, bounded: bool, budget: BytesBudget | None) -> None:
-        self.drop_in = drop_in
+    def __init__(self, *, prefetch: bool, bounded: bool, budget: BytesBudget | None) -> None:
+        self._prefetch = prefetch
         self._bounded = bounded
         self._budget = budget
         self.stages: dict[Key, StageKnob] = {}
         self.rooms: dict[Key, RoomKnob] = {}
-        self._tuned: list[tuple[Window, TunedRoom]] = []
+        self._tuned: list[tuple[Window, Run, TunedRoom]] = []
 
     def join(self, window: "Window", run: "Run", steps: Sequence[Step], *, fixed: bool) -> None:
-        """A window is about to begin, on its loop; nothing in it has begun.
+        """A window is about to begin, or goes on with what is tried here, on its loop.
 
         Args:
             window: It.
@@ -182,8 +186,11 @@ class Knobs:
             steps: All that have places for calls, and some that have none.
             fixed: No other values will be tried.
         """
-        self.forget_closed()
+        self.forget()
         room = window.places
+        if type(room) is TunedRoom:  # of another search, which is over
+            room.close()
+            window.places = room = room.inner
         if room is None:
             return
         bounded = self._bounded or window.bounded
@@ -200,48 +207,46 @@ class Knobs:
         room.refresh()  # the steps are as wide as they are now
         knob = None if bounded else self._room(window, run, steps, stages, start if exact else 0)
         window.places = tuned = TunedRoom(room, self._budget, MeanBytes() if knob is None else knob.mean)
-        self._tuned.append((window, tuned))
+        self._tuned.append((window, run, tuned))
         if knob is not None:
             knob.join(window, run, tuned, self._others(steps, knob, fixed=fixed) if exact else [])
 
-    def forget_closed(self) -> None:
-        """Hold no window that is over, nor share the budget with it."""
+    def forget(self, over: "Run | None" = None) -> None:
+        """Hold no window that is closed, or of a run that is `over`, nor share the budget with it."""
         for knob in self.rooms.values():
-            knob.forget_closed()
-        closed = [room for window, room in self._tuned if window.closed]
-        for room in closed:
-            room.close()
-        self._tuned = [one for one in self._tuned if not one[0].closed]
+            knob.forget(over)
+        kept = []
+        for window, run, room in self._tuned:
+            if window.closed or run is over:
+                room.close()
+            else:
+                kept.append((window, run, room))
+        self._tuned = kept
 
     def _may_change(self, step: Step) -> bool:
-        """Whether we decide how many calls there are, and its function may be called several times at once."""
-        if step.limit is not None or step.concurrency < 2:
+        """Whether the user can write another value, and its function may be called several times at once."""
+        if not step.written or _is_users(step.limit) or step.stated < 2:
             return False
-        if isinstance(step, ThreadStep):
-            if not step.is_ours:
-                return False
-        elif not isinstance(step, AsyncStep):
-            return False
-        name = step.meter.name
-        if self.drop_in:
-            return name in DROP_IN
-        return any(part.startswith(("map(", "filter(")) or part.endswith(FETCHING) for part in name.split(" + "))
+        return step.is_ours if isinstance(step, ThreadStep) else isinstance(step, AsyncStep)
 
     def _stage(self, step: Step, room: int | None) -> StageKnob:
         key = key_of(step)
         stage = self.stages.get(key)
         if stage is None:
             most = MOST_AWAITED if isinstance(step, AsyncStep) else MOST_THREADS
-            most = max(step.concurrency, most) if room is None else max(step.concurrency, min(most, room))
-            stage = self.stages[key] = StageKnob(key, step.concurrency, most, step.concurrency)
+            most = max(step.stated, most if room is None else min(most, room))
+            stage = self.stages[key] = StageKnob(key, step.stated, most, step.stated, step.written)
         stage.steps.add(step)
         return stage
 
     def _widen(self, step: Step, value: int, *, fixed: bool, most: int | None = None) -> Limit | None:
-        """Let a step that has not begun have so many places; `most`: whatever its limit says later."""
+        """Let a step have so many places; `most`: whatever its limit says later; `fixed`: it has not begun."""
         step.most = most
+        if step.limit is not None:  # of another search, which is over
+            step.limit.value = value
+            return step.limit
         if not fixed:
-            step.limit = limit = Limit(value)
+            step.follow_limit(limit := TunedLimit(value))
             return limit
         step.concurrency = step.meter.concurrency = value
         step.places = value if step.places_follow else min(step.places, value)
@@ -252,33 +257,33 @@ class Knobs:
     ) -> RoomKnob | None:
         """The knob of a window; `base`: its places, if these do not follow from the calls; else 0."""
         first = stages[0] if stages else None
-        prefetch = run.output is window and base > 0
-        if first is None and not prefetch:
+        last = run.output is window and base > 0
+        if first is None and not last:
             return None
         key = key_of(steps[0]) if first is None else first.key
         knob = self.rooms.get(key)
         if knob is None:
-            each = float(base > 0)
-            changes = prefetch or _takes_ahead(key[1])
-            if self.drop_in:
-                changes = base > 0 and first is not None and first.key[2] == "sync"
-                each = base / first.start if base and first is not None else 0.0
-            knob = self.rooms[key] = RoomKnob(key, tuple(stages), base, each, changes, prefetch)
+            each, argument = float(base > 0), None if first is None else first.room
+            if last and self._prefetch:
+                argument = "prefetch"
+            elif first is not None and not self._prefetch:  # of a `DataLoader`: so many for each worker
+                each, argument = base / first.start, argument if base else None
+            knob = self.rooms[key] = RoomKnob(key, tuple(stages), base, each, argument)
         return knob
 
     def _others(self, steps: Sequence[Step], knob: RoomKnob, *, fixed: bool) -> list[Limit]:
         """The limits of the steps for which nothing can be written, such as collate: the room says their places."""
         limits: list[Limit] = []
         for step in steps:
-            if type(step) is not ThreadStep or step.limit is not None or not step.is_ours:
+            if type(step) is not ThreadStep or _is_users(step.limit) or not step.is_ours:
                 continue
-            if step.concurrency < 2 or key_of(step) in self.stages:
+            if step.stated < 2 or key_of(step) in self.stages:
                 continue
-            width = max(step.concurrency, min(usable_cores(), knob.base * knob.value))
+            width = max(step.stated, min(usable_cores(), knob.base * knob.value))
             if (limit := self._widen(step, width, fixed=fixed)) is not None:
                 limits.append(limit)
         return limits
 
 
-def _takes_ahead(name: str) -> bool:
-    return any(part.startswith("map(") for part in name.split(" + "))
+def _is_users(limit: Limit | None) -> bool:
+    return limit is not None and not isinstance(limit, TunedLimit)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from aioloader.core.limit import Limit, width_of
+from aioloader.core.written import Written
 from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
@@ -44,8 +45,10 @@ def steps_of(
     steps: list[Step] = []
     together: list[Op] = []
 
-    def put(step: Step, op: Op) -> None:
+    def put(step: Step, *ops: Op) -> None:
+        op = ops[0]
         step.meter.address = op.address
+        step.written = _written(ops)
         if op.policies is not None:
             step.obey(op.policies)
         if not follows:
@@ -54,7 +57,7 @@ def steps_of(
 
     def close() -> None:
         if together:
-            put(_sync_step(tuple(together), limit, processes), together[0])
+            put(_sync_step(tuple(together), limit, processes), *together)
             together.clear()
 
     for at, op in enumerate(ops):
@@ -78,6 +81,12 @@ def steps_of(
             together.append(op)
     close()
     return steps
+
+
+def _written(ops: Sequence[Op]) -> tuple[Written, ...]:
+    """Where the concurrency of `ops` is written, which share a step: at each that does not follow another one."""
+    said = [op.written for op in ops if not op.flexible and op.written is not None]
+    return tuple(said or [op.written for op in ops if op.written is not None][:1])
 
 
 def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:

@@ -10,6 +10,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit, width_of
 from aioloader.core.policies import Policies
+from aioloader.core.written import Written
 from aioloader.engine.ray_step import OnRay
 from aioloader.engine.turns import Turns
 from aioloader.executors.chunk import Call, Stop
@@ -72,6 +73,7 @@ class Op:
         max_dropped_in_a_row: With `predicate`: entries that it may refuse one after the other; None: any number.
         stop: What is said of entries that end here; None: nobody asks.
         policies: What is done about its calls. With any it shares no hop with others.
+        written: Where the user writes its concurrency; None: nowhere.
     """
 
     fn: Callable[[Any], Any]
@@ -98,6 +100,7 @@ class Op:
     max_dropped_in_a_row: int | None = None
     stop: Stop | None = None
     policies: Policies | None = None
+    written: Written | None = None
 
     @property
     def width(self) -> int:

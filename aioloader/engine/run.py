@@ -95,7 +95,8 @@ class Run:
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
         self.tracer: Tracer | None = None  # set before it starts
-        self.tuner: Tuner | None = None  # likewise
+        self.tuner: Tuner | None = None  # likewise, or by itself, see `Tuner.adopt`
+        self.windows: list[Window] = []  # those with steps that have started, and are not closed
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()
@@ -179,6 +180,11 @@ class Run:
                 return known
         self.meters.append(meter)
         return meter
+
+    def joined_by(self, window: "Window") -> None:
+        """A window with steps begins."""
+        self.windows = [one for one in self.windows if not one.closed]  # an endless `repeat` comes here for ever
+        self.windows.append(window)
 
     async def in_thread(self, threads: TakesJobs, fn: Callable[..., T], *args: Any) -> T:
         """Call `fn(*args)` in one of `threads`. When this is cancelled, the call itself goes on and is forgotten."""
@@ -286,6 +292,10 @@ class Run:
         """End the run. On its loop; idempotent."""
         if not self._stop.done():
             self._stop.set_result(None)
+
+    def be_tuned(self, tuner: "Tuner") -> None:
+        """Let `tuner` measure and change it from now on, if it is not over. From any thread, once it has a loop."""
+        call_loop(self.loop, self.guarded, tuner.adopt, self)
 
     def leave(self) -> None:
         """The consumer takes no more: end the run, from any thread."""

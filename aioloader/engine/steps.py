@@ -12,6 +12,7 @@ from aioloader.core.entry import DROPPED, Entry, annotate, stop_of
 from aioloader.core.limit import Limit, Slots, width_of
 from aioloader.core.policies import Policies
 from aioloader.core.policy_log import Waiting
+from aioloader.core.written import Written
 from aioloader.engine.retrying import Retrying, Tap
 from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
@@ -53,6 +54,9 @@ class Step(ABC):
         fresh: It is the first one for each.
         tells_end: Each entry that it sends on has its `since`.
         trace: Where to trace some samples; None: nobody does.
+        bound: It has joined a run.
+        stated: Its concurrency as it was given.
+        written: Where the user writes its concurrency, of each call of his that has a function in it; empty: nowhere.
     """
 
     closed: bool = False
@@ -68,11 +72,13 @@ class Step(ABC):
     fresh: bool = False
     tells_end: bool = False
     trace: "StepTrace | None" = None
+    written: tuple[Written, ...] = ()
+    bound: bool = False
 
     def __init__(self, meter: StageMeter, concurrency: int | Limit) -> None:
         self.meter = meter
         self.limit = concurrency if isinstance(concurrency, Limit) else None
-        self.concurrency = self.places = meter.concurrency = width_of(concurrency)
+        self.concurrency = self.places = self.stated = meter.concurrency = width_of(concurrency)
         self.slots: Slots | None = None
         self.inbox: deque[Entry] = deque()
         self._aside: deque[Entry] = deque()  # they have not begun
@@ -88,9 +94,9 @@ class Step(ABC):
         self._window = window
         self._forward = forward
         self._finished = finished
+        self.bound = True
         if self.limit is not None:
-            self.slots = self.limit.join(run.loop, self._slots_changed, on_loop=self.calls_on_loop)
-            self._follow(self.slots)
+            self._join(self.limit)
 
     def at_hand(self) -> Sequence[tuple[Any, float]]:
         """See `Gauge`."""
@@ -175,6 +181,24 @@ class Step(ABC):
         return self._run.loop.call_later(seconds, self._run.guarded, callback)
 
     # -- a limit that is shared --------------------------------------------------------------------------------------
+
+    def _join(self, limit: Limit) -> None:
+        self.slots = limit.join(self._run.loop, self._slots_changed, on_loop=self.calls_on_loop)
+        self._follow(self.slots)
+
+    def follow_limit(self, limit: Limit) -> None:
+        """Have as many calls at once as `limit` says, from now on: before `bind`, or on the loop while it runs.
+
+        Calls that are under way by then have no slots, and still count. Whoever makes them takes samples from an inbox
+        that is empty from now on, and so ends with the sample at hand; others, who ask for slots, have the new inbox.
+        """
+        self.limit = limit
+        if not self.bound or self.closed:
+            return
+        before, self.inbox = self.inbox, deque()
+        self.inbox.extend(_taken_from(before))
+        self._join(limit)
+        self.dispatch()
 
     def _slots_changed(self) -> None:
         """There may be a slot, or the limit is another one."""

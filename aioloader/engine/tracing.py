@@ -1,18 +1,21 @@
 """A trace of one sample in n. What is not traced pays nothing: no step asks of a sample whether it is.
 
-A sample that is chosen becomes an entry of another class, whose attributes tell when they are used: an async step takes
-the value when a call begins, and notes in `since` when it has ended. Threads take their samples from a job of another
-class. Where samples travel, to processes and to executors of other kinds, only the journey of a hop is known.
+A sample that is chosen becomes an entry of another class, one attribute of which tells when it is used: an async step
+takes the `value` when a call begins, and the entry becomes one of a third class; it notes in `since` when the call has
+ended, and after the last step of its window the entry is one as all others again. So nobody pays for it who comes
+later, nor for what is read or written more often. Threads take their samples from a job of another class. Where samples
+travel, to processes and to executors of other kinds, only the journey of a hop is known.
 
 Which these are is decided when a window starts; which samples, when they come in, a run at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary
 
 from aioloader.core.entry import Entry, failed_in
+from aioloader.core.limit import Slots
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.thread_step import ThreadJob
 from aioloader.executors.current_sample import SampleContext, current_sample
@@ -20,10 +23,11 @@ from aioloader.insight.meters import ConsumerMeter
 from aioloader.insight.trace_file import TraceFile, Track
 
 if TYPE_CHECKING:
+    from aioloader.engine.node import Node
     from aioloader.engine.steps import Step
     from aioloader.engine.window import Window
 
-__all__ = ["StepTrace", "TracedConsumer", "TracedEntry", "TracedJob", "Tracer"]
+__all__ = ["CalledEntry", "StepTrace", "TracedConsumer", "TracedEntry", "TracedJob", "Tracer"]
 
 NOTICEABLE_SECONDS: Final = 1e-3  # of waits that take less, one in n is written
 OF_BATCHES: Final = 10  # times as many batches are traced as samples
@@ -41,6 +45,7 @@ class Tracer:
         self.file = file
         self.every = every
         self._consumer = file.track("consumer")
+        self._last: WeakKeyDictionary[Node, StepTrace] = WeakKeyDictionary()  # the last step of each window
 
     def consumer(self, epoch: int) -> "TracedConsumer":
         """Counts for an epoch that begins."""
@@ -50,48 +55,42 @@ class Tracer:
         return meter
 
     def watch(self, window: "Window", steps: Sequence["Step"]) -> None:
-        """Trace what a window does, which is about to start."""
+        """Trace what a window does, which is about to start; the one before it is traced by now."""
+        trace: StepTrace | None = None
         for step in steps:
             if step.concurrency:
-                step.trace = StepTrace(self.file.track(step.meter.name), self.file.track(f"{step.meter.name}: retries"))
-        accept, chosen = window.accept, _Chosen(self.every)
-
-        def accept_traced(run: list[Entry]) -> None:
-            chosen.choose(run)
-            accept(run)
-
-        window.accept = accept_traced  # type: ignore[method-assign]  # so that others do not even ask
-
-
-class _Chosen:
-    """Chooses one of `every` samples; of batches, which are fewer and take longer, ten times as many."""
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._left = 0  # until the next one
-        self._inherits: bool | None = None  # an earlier window has chosen; None: nothing has come yet
-
-    def choose(self, run: list[Entry]) -> None:
-        if self._inherits is None:
-            self._begin(run[0])
-        if self._inherits:
+                if trace is not None:
+                    trace.after = TracedEntry
+                name = step.meter.name
+                trace = step.trace = StepTrace(self.file.track(name), self.file.track(f"{name}: retries"))
+        if trace is None:
             return
-        if self._left >= len(run):
-            self._left -= len(run)
+        self._last[window] = trace
+        if (before := self._last.get(window.upstream)) is not None:
+            before.after = TracedEntry  # the same samples: nothing is between the two
             return
-        for entry in run[self._left :: self._every]:
-            _mark(entry)
-        self._left = (self._left - len(run)) % self._every
-
-    def _begin(self, first: Entry) -> None:
-        self._inherits = type(first) is TracedEntry
-        if type(first.key) is list:
-            self._every = max(1, self._every // OF_BATCHES)
+        window.accept = _choosing(window.accept, self.every)  # type: ignore[method-assign, assignment]  # so that others do not ask
 
 
-def _mark(entry: Entry) -> None:
-    if type(entry) is Entry and entry.error is None:
-        entry.__class__ = TracedEntry
+def _choosing(accept: Callable[[list[Entry]], None], every: int) -> Callable[[list[Entry]], None]:
+    """`accept`, before which one of `every` samples is chosen; of batches, which take longer, ten times as many."""
+    left: int | None = None  # until the next one; None: nothing has come yet
+
+    def accept_traced(run: list[Entry]) -> None:
+        nonlocal left, every
+        count = len(run)
+        if left is None:
+            left, every = 0, max(1, every // OF_BATCHES) if type(run[0].key) is list else every
+        if left < count:
+            for entry in run[left::every]:
+                if entry.error is None:
+                    entry.__class__ = TracedEntry
+            left = (left - count) % every
+        else:
+            left -= count
+        accept(run)
+
+    return accept_traced
 
 
 class TracedConsumer(ConsumerMeter):
@@ -113,7 +112,14 @@ class TracedConsumer(ConsumerMeter):
 
 
 class StepTrace:
-    """The track of a step, and a second one for attempts that wait and for second calls."""
+    """The track of a step, and a second one for attempts that wait and for second calls.
+
+    Attributes:
+        track: Of its calls.
+        after: What a traced entry becomes when its call has ended: `TracedEntry`, if another step or window follows.
+    """
+
+    after: type[Entry] = Entry
 
     def __init__(self, track: Track, retries: Track) -> None:
         self.track = track
@@ -127,16 +133,17 @@ class StepTrace:
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
-    @property
-    def job(self) -> Callable[..., ThreadJob]:
-        """Makes the jobs of a step in threads."""
-        return partial(TracedJob, self)
+    def job(self, limit: int, slots: Slots | None) -> ThreadJob:
+        """A job of a step in threads."""
+        job = TracedJob(limit, slots)
+        job.trace = self
+        return job
 
     # -- what travels ------------------------------------------------------------------------------------------------
 
     def hop(self, entries: Sequence[Entry], busy_seconds: float) -> None:
         """Some have come back, from a process or an executor: one slice for all, if one of them is traced."""
-        traced = next((entry for entry in entries if type(entry) is TracedEntry), None)
+        traced = next((entry for entry in entries if type(entry) is not Entry), None)
         if traced is not None:
             now = perf_counter()
             if len(entries) == 1:
@@ -152,8 +159,9 @@ class StepTrace:
 
     def retry(self, entry: Entry, error: BaseException, attempt: int, seconds: float) -> None:
         """A sample has failed, and waits for its next attempt."""
-        if type(entry) is TracedEntry:
-            entry.tell()
+        if type(entry) is CalledEntry:
+            entry.since = 0.0  # this attempt is over
+            entry.__class__ = TracedEntry  # type: ignore[assignment]  # mypy: of the type that it was found to be
         now = perf_counter()
         name = f"{_name(entry)} waits for attempt {attempt}"
         self._retries.slice(name, now, now + seconds, after=safe_repr(error))
@@ -165,27 +173,19 @@ class StepTrace:
 
 
 class TracedContext(SampleContext):
-    """Of a worker of an async step that is traced.
+    """Of a worker of an async step that is traced by `trace`."""
 
-    Attributes:
-        trace: Of the step.
-        began: When the call for a traced sample began.
-        open: It is under way.
-    """
-
-    __slots__ = ("began", "open", "trace")
+    __slots__ = ("trace",)
 
     def __init__(self, seed: int | None, trace: StepTrace) -> None:
         super().__init__(seed)
         self.trace = trace
-        self.began = 0.0
-        self.open = False
 
 
 class TracedEntry(Entry):
     """An entry that is traced. It has no attributes of its own, so that any entry can become one.
 
-    What is known of the call under way is in the context of its worker: a batch looks closely at entries with `rare`.
+    While a call is under way, `since` says when it began: nobody else asks for it before the call has ended.
     """
 
     __slots__ = ()
@@ -194,44 +194,47 @@ class TracedEntry(Entry):
     def value(self) -> Any:
         context = current_sample.get()
         if type(context) is TracedContext and context.name is self:  # a call begins, and not somebody weighs it
-            context.began = perf_counter()
-            context.open = True
-        return _VALUE.__get__(self)
+            self.__class__ = CalledEntry  # type: ignore[assignment]
+            _set_since(self, perf_counter())
+        return _value_of(self)
 
     @value.setter
     def value(self, value: Any) -> None:
-        _VALUE.__set__(self, value)
+        _set_value(self, value)
+
+
+class CalledEntry(Entry):
+    """The same while an async function is called for it."""
+
+    __slots__ = ()
 
     @property
     def since(self) -> float:
-        at: float = _SINCE.__get__(self)
-        return at
+        return _since_of(self)
 
     @since.setter
     def since(self, at: float) -> None:
-        _SINCE.__set__(self, at)
-        self.tell()
+        """The call has ended."""
+        began, context = _since_of(self), current_sample.get()
+        if type(context) is TracedContext:
+            trace = context.trace
+            self.__class__ = trace.after  # type: ignore[assignment]
+            attempts = 1 if self.rare is None else self.attempts
+            trace.track.sample(self.key, began, perf_counter(), self.position, attempts)
+        _set_since(self, at)
 
-    def tell(self) -> None:
-        """The call under way has ended, if there is one."""
-        context = current_sample.get()
-        if type(context) is TracedContext and context.name is self and context.open:
-            context.open = False
-            context.trace.track.sample(self.key, context.began, perf_counter(), self.position, self.attempts)
 
-
-_VALUE: Final[Any] = Entry.__dict__["value"]
-_SINCE: Final[Any] = Entry.__dict__["since"]
+_value_of: Final[Callable[[Entry], Any]] = Entry.__dict__["value"].__get__
+_set_value: Final[Callable[[Entry, Any], None]] = Entry.__dict__["value"].__set__
+_since_of: Final[Callable[[Entry], float]] = Entry.__dict__["since"].__get__
+_set_since: Final[Callable[[Entry, float], None]] = Entry.__dict__["since"].__set__
 
 
 class TracedJob(ThreadJob):
     """Takes the times of samples that are traced, in their thread."""
 
-    __slots__ = ("_trace",)
-
-    def __init__(self, trace: StepTrace, *args: Any) -> None:
-        super().__init__(*args)
-        self._trace = trace
+    __slots__ = ("trace",)
+    trace: StepTrace
 
     def samples(
         self, inbox: Any, sample: SampleContext, consumer: ConsumerMeter | None = None, *, several: bool = False
@@ -242,14 +245,14 @@ class TracedJob(ThreadJob):
     def _timed(self, values: Iterator[Any]) -> Iterator[Any]:
         claimed = self.claimed
         for value in values:
-            if type(claimed[-1]) is not TracedEntry:
+            if type(claimed[-1]) is Entry:
                 yield value
                 continue
             entry, began = claimed[-1], perf_counter()
             try:
                 yield value
             finally:  # the next one is taken, or the hop is over
-                self._trace.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
+                self.trace.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
         del values
 
 

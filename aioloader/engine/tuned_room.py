@@ -44,11 +44,12 @@ class TunedRoom(Room):
     """`factor` times what `inner` has, or `floor` if that is more, as far as a budget allows: one place in any case.
 
     Args:
-        inner: The room without tuning.
+        inner: See below.
         budget: Which it shares with others; None: there is none.
         mean: What an entry weighs, as far as that is known from earlier epochs.
 
     Attributes:
+        inner: The room without tuning.
         floor: See above.
         factor: See above.
         held_back: The budget has been the limit.
@@ -56,7 +57,7 @@ class TunedRoom(Room):
 
     def __init__(self, inner: Room, budget: BytesBudget | None, mean: MeanBytes) -> None:
         super().__init__(0)
-        self._inner = inner
+        self.inner = inner
         self._budget = budget
         self.mean = mean
         self.floor = 0
@@ -70,19 +71,19 @@ class TunedRoom(Room):
 
     @property
     def width(self) -> int:  # type: ignore[override]  # a plain attribute where it does not change
-        return self._inner.width
+        return self.inner.width
 
     @property
     def widest(self) -> int:  # type: ignore[override]  # a plain attribute where it does not change
-        return self._inner.widest
+        return self.inner.widest
 
     def now(self, asked: int) -> int:
-        return self.within(max(self._inner.now(asked), self.floor) * self.factor)
+        return self.within(max(self.inner.now(asked), self.floor) * self.factor)
 
     @property
     def untuned(self) -> int:
         """Places without tuning."""
-        return self._inner.now(1 << 30)
+        return self.inner.now(1 << 30)
 
     def within(self, places: int) -> int:
         """As many of `places` as the budget allows."""
@@ -96,7 +97,7 @@ class TunedRoom(Room):
         return max(1, min(places, allowed))
 
     def gave(self, entries: Sequence[Entry]) -> None:
-        self._inner.gave(entries)
+        self.inner.gave(entries)
         if self._budget is not None:
             for entry in entries:
                 if entry.error is None:
@@ -104,17 +105,17 @@ class TunedRoom(Room):
 
     @property
     def elastic(self) -> bool:
-        return self._inner.elastic
+        return self.inner.elastic
 
     @property
     def may_grow(self) -> bool:
-        return self._inner.may_grow
+        return self.inner.may_grow
 
     def look(self) -> None:
-        self._inner.look()
+        self.inner.look()
 
     def refresh(self) -> None:
-        self._inner.refresh()
+        self.inner.refresh()
 
     def close(self) -> None:
         """It counts no more."""

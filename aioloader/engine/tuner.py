@@ -85,7 +85,7 @@ class Tuner:
     Args:
         seconds: How long to measure.
         memory_bytes: Of finished samples and batches; None: as without tuning.
-        drop_in: See `Knobs`.
+        prefetch: See `Knobs`.
         bounded: See `Knobs`.
         ended: Called once, on the loop, when a search has come to its end.
         clock: Gives seconds.
@@ -102,14 +102,14 @@ class Tuner:
         seconds: float,
         memory_bytes: int | None,
         *,
-        drop_in: bool,
+        prefetch: bool,
         bounded: bool,
         ended: Callable[[], None],
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         self.seconds = seconds
         self.budget = None if memory_bytes is None else BytesBudget(memory_bytes)
-        self.knobs = Knobs(drop_in=drop_in, bounded=bounded, budget=self.budget)
+        self.knobs = Knobs(prefetch=prefetch, bounded=bounded, budget=self.budget)
         self.phase: Phase = "waiting"
         self.found: Found | None = None
         self.spent = 0.0
@@ -141,9 +141,26 @@ class Tuner:
 
     # -- what a run tells --------------------------------------------------------------------------------------------
 
-    def join(self, window: "Window", run: "Run", steps: Sequence[Step]) -> None:
-        """A window is about to begin, on its loop."""
+    def adopt(self, run: "Run") -> None:
+        """Tune an epoch that is under way, on its loop, in place of who has tuned it so far."""
+        before, run.tuner = run.tuner, self
+        if before is self:
+            return
+        if before is not None:
+            before.end(run)
+        if self.over or run.stopping or not run.started:  # what is to begin says so itself
+            return
+        for window in list(run.windows):
+            self.join(window, run)
+            window.resize()
+        self.begin(run)
+
+    def join(self, window: "Window", run: "Run") -> None:
+        """A window is about to begin, on its loop, or has begun."""
+        steps = window.parts
         with self._lock:
+            if window.closed:
+                return
             self.knobs.join(window, run, steps, fixed=self.over)
             if run is not self._run:
                 self._run, self._windows = run, []
@@ -165,7 +182,7 @@ class Tuner:
     def end(self, run: "Run") -> None:
         """An epoch has ended, on its loop, and its windows are closed."""
         with self._lock:
-            self.knobs.forget_closed()
+            self.knobs.forget(run)
             if run is self._run:
                 self._run, self._windows, self._before = None, [], None
                 if self._timer is not None:
@@ -221,7 +238,7 @@ class Tuner:
         if not run.consumer.batches:
             return True
         self.stages = [stage for stage in self.knobs.stages.values() if stage.most > 1]
-        self.rooms = [room for room in self.knobs.rooms.values() if room.changes and not room.elastic]
+        self.rooms = [room for room in self.knobs.rooms.values() if room.argument and not room.elastic]
         if not self.stages and not self.rooms:
             self.phase = "nothing"
             return False

@@ -1,14 +1,15 @@
 """What `loader.autotune()` returns: how far the search is, and what it has found."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 from weakref import ref
 
 from aioloader.core.checks import check_count
 from aioloader.core.climbing import FAILING
-from aioloader.engine.knobs import RoomKnob
+from aioloader.core.written import Written
+from aioloader.engine.knobs import RoomKnob, StageKnob
 from aioloader.engine.tuner import Tuner
 from aioloader.insight.units import amount, duration, nbytes
 
@@ -62,10 +63,10 @@ class Tuning:
         self._loader = ref(loader)
         self._memory_bytes = memory_bytes
         self._tell = tell
-        self._settings: tuple[Tuned, ...] = ()
+        self._changes: tuple[_Change, ...] = ()
         self._limit = ""
-        drop_in = loader._kind == "DataLoader"
-        self.tuner = Tuner(seconds, memory_bytes, drop_in=drop_in, bounded=bounded, ended=self._ended)
+        prefetch = loader._kind == "Pipeline"
+        self.tuner = Tuner(seconds, memory_bytes, prefetch=prefetch, bounded=bounded, ended=self._ended)
 
     @property
     def finished(self) -> bool:
@@ -75,7 +76,7 @@ class Tuning:
     @property
     def settings(self) -> tuple[Tuned, ...]:
         """What to write; empty before the end, and where nothing was better beyond noise."""
-        return self._settings
+        return tuple(change.tuned for change in self._changes)
 
     @property
     def rate_before(self) -> float | None:
@@ -100,7 +101,7 @@ class Tuning:
         """What was found as plain dictionaries, lists and numbers."""
         return {
             "finished": self.finished,
-            "settings": [asdict(one) for one in self._settings],
+            "settings": [asdict(one) for one in self.settings],
             "rate_before": self.rate_before,
             "rate_after": self.rate_after,
             "limit": self._limit,
@@ -110,7 +111,7 @@ class Tuning:
         """On the loop of an epoch."""
         if self.tuner.found is not None:
             self._limit = self.tuner.limit
-            self._settings = tuple(_settings(self.tuner))
+            self._changes = tuple(_changes(self.tuner))
         if self._tell is not None:
             try:
                 self._tell(str(self))
@@ -130,15 +131,15 @@ class Tuning:
             return f"autotune: {duration(tuner.spent)} of {duration(tuner.seconds)} measured, not finished"
         before, after = found.before.rate, found.after.rate
         took = f"{found.points} settings measured in {duration(tuner.spent)}"
-        if not self._settings:
+        if not self._changes:
             head = (
                 f"autotune: keep what is written, {amount(before)} batches/s: nothing was better beyond noise ({took})"
             )
         else:
             gain = f", {after / before:.2g} times" if before else ""
             head = f"autotune: {amount(before)} -> {amount(after)} batches/s{gain} ({took}). Write:"
-        lines = [head, *_lines(self._settings)]
-        if found.before.failed >= FAILING and self._settings:
+        lines = [head, *_lines(self._changes)]
+        if found.before.failed >= FAILING and self._changes:
             lines.append(
                 f"Calls that fail or are tried again: {found.before.failed:.0%} -> {found.after.failed:.0%} of all."
             )
@@ -163,9 +164,16 @@ def check_memory(memory_bytes: object) -> int | None:
     return check_count("memory_bytes", memory_bytes, least=1, hint="autotune(memory_bytes=2 << 30) is 2 GiB")
 
 
-def _settings(tuner: Tuner) -> list[Tuned]:
+@dataclass(frozen=True)
+class _Change:
+    """A value that is worth changing, and where it is written: nowhere but for `.prefetch(n)`."""
+
+    tuned: Tuned
+    written: tuple[Written, ...] = ()
+
+
+def _changes(tuner: Tuner) -> list[_Change]:
     """What differs from what is written."""
-    drop_in = tuner.knobs.drop_in
     rooms = list(tuner.knobs.rooms.values())
     # No more calls than there is room for: `ahead` is at least `concurrency`.
     most = {stage.key: room.places for room in rooms if room.held_back for stage in room.stages}
@@ -173,58 +181,46 @@ def _settings(tuner: Tuner) -> list[Tuned]:
     for stage in tuner.stages:
         value = min(stage.value, most.get(stage.key, stage.value))
         if value != stage.start:
-            threads = drop_in and stage.key[2] == "sync"
-            argument = "num_workers" if threads else "concurrency"
-            found.append(Tuned("" if drop_in else stage.name, argument, stage.start, value))
-    for room in rooms:
-        if one := (_prefetch_factor if drop_in else _room)(room):
-            found.append(one)
-    return [one for one in found if one.before != one.after]
+            found.append(_change(stage, stage.written[0].width, stage.start, value, stage.written))
+    found += [change for room in rooms if (change := _change_of_room(room)) is not None]
+    return [one for one in found if one.tuned.before != one.tuned.after]
 
 
-def _room(room: RoomKnob) -> Tuned | None:
+def _change(stage: StageKnob, argument: str, before: int, after: int, written: tuple[Written, ...]) -> _Change:
+    return _Change(Tuned("" if written[0].of_loader else stage.name, argument, before, after), written)
+
+
+def _change_of_room(room: RoomKnob) -> _Change | None:
     places = room.places
-    if room.prefetch:
-        return Tuned("", "prefetch", room.base, places)
-    if room.changes and (room.held_back or (room.value > 1 and not room.elastic)):
-        return Tuned(room.name, "ahead", room.untuned, places)
+    match room.argument:
+        case "prefetch":
+            return _Change(Tuned("", "prefetch", room.base, places))
+        case "ahead" if room.held_back or (room.value > 1 and not room.elastic):
+            stage = room.stages[0]
+            return _change(stage, "ahead", room.untuned, places, _first_with_room(stage))
+        case "prefetch_factor" if room.held_back or room.value > 1:
+            stage = room.stages[0]
+            before, after = max(1, room.base // stage.start), max(1, places // stage.value)
+            return _change(stage, "prefetch_factor", before, after, _first_with_room(stage))
     return None
 
 
-def _prefetch_factor(room: RoomKnob) -> Tuned | None:
-    if not room.changes or (room.value == 1 and not room.held_back):
-        return None
-    (stage, *_) = room.stages
-    return Tuned("", "prefetch_factor", max(1, room.base // stage.start), max(1, room.places // stage.value))
+def _first_with_room(stage: StageKnob) -> tuple[Written, ...]:
+    return tuple(written for written in stage.written if written.room)[:1]
 
 
-def _lines(settings: tuple[Tuned, ...]) -> list[str]:
-    by_stage: dict[str, list[Tuned]] = {}
-    for one in settings:
-        by_stage.setdefault("prefetch" if one.argument == "prefetch" else one.stage, []).append(one)
-    lines = []
-    for stage, several in by_stage.items():
-        was = ", ".join(f"{one.argument} was {one.before}" for one in several)
-        arguments = ", ".join(f"{one.argument}={one.after}" for one in several)
-        if stage == "prefetch":
-            written = f".prefetch({several[0].after})"
-        elif stage:
-            written = _written(stage, arguments)
-        else:
-            written = f"DataLoader(..., {arguments})"
-        lines.append(f"    {written:<58}  # {was}")
-    return lines
-
-
-def _written(stage: str, arguments: str) -> str:
-    """A stage with arguments, as it is written in a pipeline."""
-    parts = stage.split(" + ")
-    name = next((part for part in parts if part.startswith("map(")), parts[0])
-    if name.startswith(("map(", "filter(")):
-        return f".{name[:-1]}, {arguments})"
-    source = name.removesuffix("[...]")
-    return (
-        f"{source.removesuffix('.fetch')}(..., {arguments})"
-        if name.endswith(".fetch")
-        else f"Pipeline({source}, {arguments})"
-    )
+def _lines(changes: Sequence[_Change]) -> list[str]:
+    """What to write, a line for each call."""
+    by_call: dict[Written, list[Tuned]] = {}
+    for change in changes:
+        for written in change.written:
+            by_call.setdefault(written, []).append(change.tuned)
+    lines = [
+        (written(", ".join(f"{one.argument}={one.after}" for one in several)), several)
+        for written, several in by_call.items()
+    ]
+    lines += [(f".prefetch({one.tuned.after})", [one.tuned]) for one in changes if not one.written]
+    return [
+        f"    {text:<58}  # {', '.join(f'{one.argument} was {one.before}' for one in several)}"
+        for text, several in lines
+    ]

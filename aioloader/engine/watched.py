@@ -43,7 +43,7 @@ class Watched(LoaderHooks, Generic[T_co]):
         self._before_epochs: list[Callable[[Stats], None]] = []
         self._tracer: Tracer | None = None  # of epochs that begin from now on
         self._trace: Trace | None = None  # its file
-        self._tuner: Tuner | None = None  # of epochs that begin from now on
+        self._tuner: Tuner | None = None  # of epochs from now on
 
     def _watch(self, progress: Progress, meters: list[StageMeter]) -> None:
         """`stats` is about this epoch from now on."""
@@ -84,13 +84,14 @@ class Watched(LoaderHooks, Generic[T_co]):
         seconds: float = 30.0,
         tell: Callable[[str], object] | None = print,
     ) -> Tuning:
-        """Find better values for concurrency, `ahead` and `prefetch` in the epochs that begin from now on.
+        """Find better values for concurrency, `ahead` and `prefetch` while epochs run.
 
-        It returns at once. The search happens in your own loop, `for` or `async for`, with the batches that you take at
-        your pace: widths and rooms change while it runs, and nothing else. Samples, their order, errors and states are
-        those without it. After `seconds` in which batches were taken or waited for, or earlier when no change helps, it
-        says what to write; the loader keeps these values for its later epochs. Unless they are better than the values
-        that were written beyond noise, those stay.
+        It returns at once, and begins in the epoch that is under way, or else in the next one. The search happens in
+        your own loop, `for` or `async for`, with the batches that you take at your pace: widths and rooms change while
+        it runs, and nothing else. Samples, their order, errors and states are those without it. After `seconds` in
+        which batches were taken or waited for, or earlier when no change helps, it says what to write; the loader keeps
+        these values for its later epochs. Unless they are better than the values that were written beyond noise, those
+        stay.
 
         ```python
         tuning = loader.autotune(memory_bytes=2 << 30)
@@ -105,7 +106,7 @@ class Watched(LoaderHooks, Generic[T_co]):
 
         Args:
             memory_bytes: Finished samples and batches take no more, by the running mean of what they weigh; of each
-                window there is one in any case. It holds for these epochs from the beginning, and after the search.
+                window there is one in any case. It holds from now on, in all epochs to come, and after the search.
                 Default: as without tuning.
             seconds: How long to search, at most.
             tell: Called once with the text at the end, on the event loop of the epoch; None: nobody is told.
@@ -122,7 +123,11 @@ class Watched(LoaderHooks, Generic[T_co]):
             before, self._tuner = self._tuner, tuning.tuner
         if before is not None:
             before.stop()
+        self._tune_newest(tuning.tuner)
         return tuning
+
+    def _tune_newest(self, tuner: Tuner) -> None:
+        """Let `tuner` begin with the newest epoch, if that is under way."""
 
     def _nothing_to_tune(self) -> str | None:
         """Why `autotune` could change nothing, if that is known."""

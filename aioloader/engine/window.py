@@ -120,12 +120,17 @@ class Window(Node):
 
     @property
     def places(self) -> Room | None:
-        """How many entries it holds, and how that may change; set it before `start` has gone on to the steps."""
+        """How many entries it holds, and how that may change; where that is set after the start, `resize` says so."""
         return self._room
 
     @places.setter
     def places(self, room: Room) -> None:
         self._room = room
+
+    @property
+    def parts(self) -> Sequence[Step]:
+        """The steps that have a meter."""
+        return self._parts
 
     @property
     def occupied(self) -> int:
@@ -165,8 +170,10 @@ class Window(Node):
         self.upstream.start(run, self.wake)
         if self.admission is not None and self.begins:
             self.admission.add(self)
-        if run.tuner is not None and self._parts:
-            run.tuner.join(self, run, self._parts)
+        if self._parts:
+            run.joined_by(self)
+            if run.tuner is not None:
+                run.tuner.join(self, run)
         if not self._steps and run.meters:
             run.meters[-1].ahead = self.room
         for step in self._parts:

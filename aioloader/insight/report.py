@@ -1,6 +1,7 @@
 """`loader.report(path)`: one page on the newest epoch, which opens without a network."""
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from aioloader.masking import masked
 __all__ = ["page", "write_report"]
 
 BUSY: Final = 0.7  # a stage busier than this has no free place when a sample comes
+_WORD_ENDS: Final = re.compile(r"[_.(](?=\w)")
 _KINDS: Final = {
     "source": "a source",
     "async": "awaited on the loop",
@@ -86,6 +88,11 @@ def _text(text: str) -> str:
     return escape(masked(text))
 
 
+def _name(stage: StageStats) -> str:
+    """Its name, which may be broken where a word of it ends."""
+    return _WORD_ENDS.sub(r"\g<0><wbr>", _text(stage.name))
+
+
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +107,7 @@ def _pipeline(stats: Stats) -> str:
         f"batches/s</p>{_bar('waits', stats.waited_fraction, share)}</li>"
     )
     legend = (
-        "<p class='note'>Samples go from left to right. <b>busy</b>: of what its places could have done; <b>ready</b>: "
+        "<p class='note'>Samples go along the arrows. <b>busy</b>: of what its places could have done; <b>ready</b>: "
         "finished ones that wait now, of those that there is room for. A stage whose places are busy and that has "
         "little ready is the limit; one with much ready waits for a slow sample, or for the stage after it.</p>"
     )
@@ -112,7 +119,7 @@ def _box(stage: StageStats, stats: Stats, *, limit: bool) -> str:
     places = (
         f", {amount(stage.concurrency)} {'place' if stage.concurrency == 1 else 'places'}" if stage.concurrency else ""
     )
-    lines = [f"<h3>{_text(stage.name)}</h3>", f"<p class='kind'>{what}{places}</p>"]
+    lines = [f"<h3>{_name(stage)}</h3>", f"<p class='kind'>{what}{places}</p>"]
     lines.append(f"<p class='rate'>{amount(rate(stage.samples, stats.seconds))}<small> per second</small></p>")
     if stage.concurrency:
         lines.append(_bar("busy", stage.utilization, f"{stage.utilization:.0%}"))
@@ -158,7 +165,7 @@ def _times(stats: Stats) -> str:
     if not longest:
         return "<p>Nothing has been measured yet.</p>"
     lines = "".join(
-        f"<tr><th>{_text(stage.name)}</th><td class='spent'><i><b style='width:{work / longest * 100:.1f}%'></b>"
+        f"<tr><th>{_name(stage)}</th><td class='spent'><i><b style='width:{work / longest * 100:.1f}%'></b>"
         f"<u style='width:{waited / longest * 100:.1f}%'></u></i></td><td>{duration(work)}</td>"
         f"<td>{duration(waited) if waited else ''}</td></tr>"
         for stage, work, waited in rows
@@ -199,4 +206,4 @@ def _outcome_lines(stats: Stats) -> Iterator[str]:
         if policies is not None and policies.rate_wait_seconds:
             said.append(f"held up by its rate for {duration(policies.rate_wait_seconds)}")
         if said:
-            yield f"<tr><th>{_text(stage.name)}</th><td>{_text(', '.join(said))}</td></tr>"
+            yield f"<tr><th>{_name(stage)}</th><td>{_text(', '.join(said))}</td></tr>"

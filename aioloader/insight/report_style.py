@@ -51,5 +51,9 @@ pre { font-size: .8rem; line-height: 1.4; margin: 0; }
 .waits text { font-size: 11px; fill: var(--soft); }
 .waits line { stroke: var(--line); }
 .waits rect { fill: var(--wait); }
+@media (max-width: 34rem) { .pipeline { display: grid; padding: 0; gap: 1.6rem; }
+  .box { max-width: none; } .box + .box::before { content: "\\2193"; left: 50%; top: -.85rem; }
+  tbody th { min-width: 0; } .times .spent { width: 20%; min-width: 2.5rem; } th, td { padding-right: .5rem; }
+  .waits text { font-size: 19px; } .waits text.between { display: none; } }
 @media print { body { max-width: none; } }
 """

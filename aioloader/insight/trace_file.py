@@ -60,22 +60,24 @@ class Track:
         """Something happened, now."""
         self._file.add((self, name, perf_counter(), None, None, 1, about))
 
-    def lane(self, began: float, ended: float | None) -> tuple[int, bool] | None:
-        """The number of a lane, and whether it is a new one; None: there is none. Under the lock of the file."""
-        ends = self._ends
-        if ended is None:
-            if ends:
-                return self._number << 12, False
-            ends.append(began)
-            return self._number << 12, True
+    def lane(self, began: float, ended: float | None) -> int:
+        """The number of a lane; -1: there is none. Under the lock of the file."""
+        first, ends = self._number << 12, self._ends
+        if ended is None:  # it has no duration: the first lane, whatever is there
+            if not ends:
+                self._file.introduce(self.name, first, 0)
+                ends.append(began)
+            return first
         for lane, end in enumerate(ends):
             if end <= began:
                 ends[lane] = ended
-                return (self._number << 12) + lane, False
-        if len(ends) >= LANES:
-            return None
+                return first + lane
+        lane = len(ends)
+        if lane >= LANES:
+            return -1
+        self._file.introduce(self.name, first + lane, lane)
         ends.append(ended)
-        return (self._number << 12) + len(ends) - 1, True
+        return first + lane
 
 
 class TraceFile:
@@ -103,6 +105,7 @@ class TraceFile:
         self.events: deque[Event] = deque()  # any thread appends
         self._lines: list[str] = []
         self._pid = os.getpid()
+        self._process = f'"pid":{self._pid},'
         self._began = self._flushed = perf_counter()
         first = {"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": masked(process)}}
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -132,29 +135,28 @@ class TraceFile:
 
     def _format(self, event: Event) -> None:
         track, key, began, ended, position, attempts, about = event
-        if (place := track.lane(began, ended)) is None:
+        if (tid := track.lane(began, ended)) < 0:
             self.dropped += 1
             return
-        tid, is_new = place
-        if is_new:
-            self._introduce(track, tid)
-        if type(key) is int and ended is not None and attempts == 1 and position is not None:  # most of them
-            at, took = int((began - self._began) * 1e7), int((ended - began) * 1e7)  # floats take long to write
+        # Tenths of microseconds, cut off and not rounded: what has ended before another one begins must not overlap it,
+        # or it is not shown. And floats take long to write.
+        at = int((began - self._began) * 1e7)
+        took = -1 if ended is None else max(0, int((ended - began) * 1e7))
+        if type(key) is int and attempts == 1 and position is not None and took >= 0:  # most of them
             self._lines.append(
-                f',\n{{"name":"{key}","ph":"X","dur":{took // 10}.{took % 10},"pid":{self._pid},"tid":{tid},'
+                f',\n{{"name":"{key}","ph":"X","dur":{took // 10}.{took % 10},{self._process}"tid":{tid},'
                 f'"ts":{at // 10}.{at % 10},"args":{{"position":{position}}}}}'
             )
             return
-        what = '"ph":"i","s":"t"' if ended is None else f'"ph":"X","dur":{max(0.0, ended - began) * 1e6:.1f}'
+        what = '"ph":"i","s":"t"' if took < 0 else f'"ph":"X","dur":{took // 10}.{took % 10}'
         args = _args(key, position, attempts) if about is None else json.dumps(_plain(about))
         self._lines.append(
-            f',\n{{"name":{_name(key)},{what},"pid":{self._pid},"tid":{tid},"ts":{(began - self._began) * 1e6:.1f},'
-            f'"args":{args}}}'
+            f',\n{{"name":{_name(key)},{what},{self._process}"tid":{tid},"ts":{at // 10}.{at % 10},"args":{args}}}'
         )
 
-    def _introduce(self, track: Track, tid: int) -> None:
-        lane = tid & 0xFFF
-        name = masked(track.name) if not lane else f"{masked(track.name)} · {lane + 1}"
+    def introduce(self, name: str, tid: int, lane: int) -> None:
+        """A lane of the track `name` has the thread number `tid` from now on. Under the lock."""
+        name = masked(name) if not lane else f"{masked(name)} · {lane + 1}"
         for kind, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
             event = {"ph": "M", "name": kind, "pid": self._pid, "tid": tid, "args": args}
             self._lines.append(f",\n{json.dumps(event)}")

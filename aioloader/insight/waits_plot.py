@@ -12,10 +12,10 @@ Waited: TypeAlias = tuple[float, float]
 """When a batch was asked for, in seconds of the epoch, and how many seconds it took."""
 
 WIDTH: Final = 640
-HEIGHT: Final = 190
-LEFT: Final = 56
+HEIGHT: Final = 196
+LEFT: Final = 72  # for the labels of a narrow screen, which are larger
 BOTTOM: Final = 26
-TOP: Final = 8
+TOP: Final = 14
 COLUMNS: Final = 240
 LEAST: Final = 1e-6  # seconds; less is drawn as this
 
@@ -42,7 +42,8 @@ def waits_plot(waits: Sequence[Waited]) -> str:
     )
     grid = "".join(
         f"<line x1='{LEFT}' x2='{WIDTH}' y1='{y_of(10.0**power):.1f}' y2='{y_of(10.0**power):.1f}'/>"
-        f"<text x='{LEFT - 8}' y='{y_of(10.0**power) + 4:.1f}' text-anchor='end'>{_label(power)}</text>"
+        f"<text{_class(high - power)} x='{LEFT - 8}' y='{y_of(10.0**power) + 4:.1f}' text-anchor='end'>"
+        f"{_label(power)}</text>"
         for power in range(low, high + 1)
     )
     times = "".join(
@@ -63,6 +64,11 @@ def _columns(waits: Sequence[Waited], begin: float, end: float) -> dict[int, flo
         column = min(COLUMNS - 1, int((asked - begin) / (end - begin) * COLUMNS))
         columns[column] = max(columns.get(column, 0.0), waited)
     return columns
+
+
+def _class(number: int) -> str:
+    """Of a label; every second one is left out where there is no place."""
+    return " class='between'" if number % 2 else ""
 
 
 def _label(power: int) -> str:

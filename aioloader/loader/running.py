@@ -15,6 +15,7 @@ from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.pausing import Paused
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
+from aioloader.engine.tuner import Tuner
 from aioloader.loader.states import Resumable
 from aioloader.plan.parts import streams_of
 from aioloader.plan.unsplit import gives_all, several_ranks, warn_of_unsplit
@@ -93,6 +94,14 @@ class Running(Resumable[T_co]):
     def _opened(self, delivery: Delivery) -> None:
         with self._lock:
             self._deliveries.add(delivery)
+            tuner = self._tuner
+        if tuner is not None:  # it may have come since the run was made
+            delivery.tune(tuner)
+
+    def _tune_newest(self, tuner: Tuner) -> None:
+        for delivery in self._alive():
+            if delivery.progress.meter is self._consumer:
+                delivery.tune(tuner)
 
     def _alive(self) -> list[Delivery]:
         with self._lock:  # another thread may begin an epoch meanwhile

@@ -11,6 +11,7 @@ from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
 from aioloader.core.mixture import MixControl, Mixes
+from aioloader.core.written import Written
 from aioloader.device import Transfer
 from aioloader.engine.admission import Admission
 from aioloader.engine.call_gate import CallGate
@@ -308,6 +309,7 @@ class PlanBuilder:
                     dataset=data.data,
                     ahead=ahead,
                     ahead_bytes=ahead_bytes,
+                    written=Written(f"Pipeline({type(data.data).__name__}"),
                 )
             )
         node: KeySource | StreamSource

@@ -1,5 +1,6 @@
 """The plan of a source whose samples are fetched by key."""
 
+from aioloader.core.written import Written
 from aioloader.plan.plan import Plan, Single
 from aioloader.sources.fetch import FetchSource
 from aioloader.sources.resolve import Indexable, StreamData
@@ -27,6 +28,7 @@ def fetching(source: FetchSource, data: Indexable | StreamData, sampler: StreamD
             ahead=source.ahead,
             ahead_bytes=source.ahead_bytes,
             policies=None if planned else source.policies,  # then they are for the requests that are planned
+            written=Written(f"{kind}(..."),
         )
     ]
     if source.finishes:

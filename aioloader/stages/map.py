@@ -12,6 +12,7 @@ from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
 from aioloader.core.policies import Policies
 from aioloader.core.rate import Rate
+from aioloader.core.written import Written
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps
 from aioloader.engine.ops import InProcesses, Op
@@ -45,6 +46,7 @@ class Map(Stage):
         grows: More than `ahead` while a slow one at the front holds finished ones up.
         max_overtaken: With `ordered=False`: results that may overtake a slower sample.
         policies: What is done about calls that fail, take long, or are too many.
+        written: Where its arguments are written, where that is no `map` of a pipeline; None: nowhere.
     """
 
     fn: Callable[[Any], Any]
@@ -62,6 +64,7 @@ class Map(Stage):
     grows: bool = False
     max_overtaken: int | None = None
     policies: Policies | None = None
+    written: Written | None = None
 
     exact_in_any_order = True
     passes = True
@@ -130,6 +133,7 @@ class Map(Stage):
                 grows=self.grows,
                 max_overtaken=self.max_overtaken,
                 policies=self.policies,
+                written=self.written if self.name else Written(f".{self.label[:-1]}", room="ahead"),
             )
         )
 
@@ -204,6 +208,7 @@ class Filter(Stage):
                 predicate=True,
                 flexible=self.concurrency is None,
                 max_dropped_in_a_row=self.max_dropped_in_a_row,
+                written=None if self.name else Written(f".{self.label[:-1]}"),
             )
         )
 
