@@ -20,7 +20,11 @@ from tests._work import DeadlyHoles, collate_deadly
 from tests.test_ray_readers import gone, pids, plain, plus_one, slowly, tell, wait_for
 from tests.test_skip_errors import lines_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.filterwarnings("ignore:.* actors of in_ray run"),  # they take long on a busy machine
+]
 
 PARTS = 4
 
@@ -300,7 +304,6 @@ def test_an_epoch_after_a_death_is_as_the_one_before(ray_cluster: RayCluster, fa
             assert plain(collect(loader, face)) == whole
 
 
-@pytest.mark.filterwarnings("ignore:no actor of in_ray")  # they take long to start on a busy machine
 def test_actors_of_other_parts_make_room_for_the_new_ones(ray_cluster: RayCluster) -> None:
     """A state may be of another number of parts; the actors of before hold all CPUs."""
     with Pipeline(range(96)).batch(3).in_ray(actors=4, num_cpus=2) as loader:
