@@ -123,7 +123,9 @@ def test_without_its_head_a_cluster_is_told_of(tmp_path: Path, how: str) -> None
 
 
 @on_both_faces
-def test_a_consumer_that_waits_is_told_when_the_connection_ends(ray_cluster: RayCluster, face: Face) -> None:
+def test_a_consumer_that_waits_is_told_when_the_connection_ends(
+    ray_cluster: RayCluster, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once; no answer would ever come, and Ray is not called any more, or it would begin a cluster."""
 
     def waits(sample: int) -> int:
@@ -131,6 +133,7 @@ def test_a_consumer_that_waits_is_told_when_the_connection_ends(ray_cluster: Ray
             time.sleep(600)
         return sample
 
+    monkeypatch.setattr("aioloader.executors.ray.readers.SETTLE_SECONDS", 0.0)  # nothing else is due
     with Pipeline(range(100)).map(waits).in_ray(1, parts=1) as loader, Steps(loader, face) as steps:
         assert steps.next() == 0
         asked = Started(steps.next)
@@ -206,14 +209,6 @@ def test_a_rank_that_goes_costs_the_others_nothing(ray_cluster: RayCluster, how:
 def test_parts_of_a_rank_that_was_killed_end_in_the_pool(ray_cluster: RayCluster, tmp_path: Path) -> None:
     """When somebody begins an epoch there: nobody else would ever end them."""
     mark = tmp_path / "closed"
-
-    def noted() -> Any:
-        try:
-            yield from range(1000)
-        finally:
-            with mark.open("a") as file:
-                file.write("x")
-
     pool = RayPool("orphans")
     try:
         with small_pool(pool) as keeper:
@@ -237,9 +232,11 @@ def test_parts_of_a_rank_that_was_killed_end_in_the_pool(ray_cluster: RayCluster
 
 
 NOTED = """
+import itertools
+
 def noted():
     try:
-        yield from range(1000)
+        yield from itertools.count()
     finally:
         open({path!r}, "a").close()
 """
