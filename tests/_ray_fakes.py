@@ -17,7 +17,7 @@ from aioloader.engine.ray_server import RayServing
 from aioloader.engine.travel import unpacked
 from aioloader.executors.processes.stream_worker import Arrived, Failure, Heard, StreamEnded, StreamWorkerDied
 from aioloader.executors.ray import reader_seats, readers, stores
-from aioloader.executors.ray.actors import Place
+from aioloader.executors.ray.actors import Place, Shortage
 from aioloader.executors.ray.owners import Owner
 from aioloader.executors.ray.reader import ReaderActor
 from aioloader.executors.ray.readers import Readers, ReadersTerms
@@ -172,6 +172,7 @@ class Bench:
         begun: Tells that one of them runs.
         heard: Of each part.
         told: Tells of each why it has died before it ran.
+        late: Tells of each why it does not run yet.
         named: Those of pools that live.
         killed: Those that were ended.
         store_bytes: The size of the object store of the node.
@@ -193,6 +194,7 @@ class Bench:
         self.actors: list[FakeActor] = [] if beside is None else beside.actors
         self.ready: list[Callable[[], None]] = [] if beside is None else beside.ready
         self.told: list[Callable[[BaseException], None]] = []
+        self.late: list[Callable[[Shortage], None]] = []
         self.named: dict[str, FakeActor] = {} if beside is None else beside.named
         self.killed: list[FakeActor] = [] if beside is None else beside.killed
         self.heard: dict[int, list[Heard]] = {}
@@ -220,6 +222,7 @@ class Bench:
                 self.named[name] = actor
         number = self.actors.index(actor)
         self.told.append(lambda error: ready(actor, error))
+        self.late.append(lambda why: late(actor, why))
         self.ready.append(lambda: ready(actor, Place(number, "node", "id")))
         return actor
 

@@ -20,7 +20,11 @@ from tests._work import DeadlyHoles, collate_deadly
 from tests.test_ray_readers import gone, pids, plain, plus_one, slowly, tell, wait_for
 from tests.test_skip_errors import lines_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    pytest.mark.filterwarnings("ignore:.* actors of in_ray run"),  # they take long on a busy machine
+]
 
 PARTS = 4
 
@@ -119,7 +123,9 @@ def test_without_its_head_a_cluster_is_told_of(tmp_path: Path, how: str) -> None
 
 
 @on_both_faces
-def test_a_consumer_that_waits_is_told_when_the_connection_ends(ray_cluster: RayCluster, face: Face) -> None:
+def test_a_consumer_that_waits_is_told_when_the_connection_ends(
+    ray_cluster: RayCluster, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once; no answer would ever come, and Ray is not called any more, or it would begin a cluster."""
 
     def waits(sample: int) -> int:
@@ -127,6 +133,7 @@ def test_a_consumer_that_waits_is_told_when_the_connection_ends(ray_cluster: Ray
             time.sleep(600)
         return sample
 
+    monkeypatch.setattr("aioloader.executors.ray.readers.SETTLE_SECONDS", 0.0)  # nothing else is due
     with Pipeline(range(100)).map(waits).in_ray(1, parts=1) as loader, Steps(loader, face) as steps:
         assert steps.next() == 0
         asked = Started(steps.next)
@@ -202,14 +209,6 @@ def test_a_rank_that_goes_costs_the_others_nothing(ray_cluster: RayCluster, how:
 def test_parts_of_a_rank_that_was_killed_end_in_the_pool(ray_cluster: RayCluster, tmp_path: Path) -> None:
     """When somebody begins an epoch there: nobody else would ever end them."""
     mark = tmp_path / "closed"
-
-    def noted() -> Any:
-        try:
-            yield from range(1000)
-        finally:
-            with mark.open("a") as file:
-                file.write("x")
-
     pool = RayPool("orphans")
     try:
         with small_pool(pool) as keeper:
@@ -233,9 +232,11 @@ def test_parts_of_a_rank_that_was_killed_end_in_the_pool(ray_cluster: RayCluster
 
 
 NOTED = """
+import itertools
+
 def noted():
     try:
-        yield from range(1000)
+        yield from itertools.count()
     finally:
         open({path!r}, "a").close()
 """
@@ -300,7 +301,6 @@ def test_an_epoch_after_a_death_is_as_the_one_before(ray_cluster: RayCluster, fa
             assert plain(collect(loader, face)) == whole
 
 
-@pytest.mark.filterwarnings("ignore:no actor of in_ray")  # they take long to start on a busy machine
 def test_actors_of_other_parts_make_room_for_the_new_ones(ray_cluster: RayCluster) -> None:
     """A state may be of another number of parts; the actors of before hold all CPUs."""
     with Pipeline(range(96)).batch(3).in_ray(actors=4, num_cpus=2) as loader:

@@ -11,6 +11,7 @@ import pytest
 from aioloader import Pipeline, WorkerDiedError
 from aioloader.executors.processes.stream_worker import Failure, StreamEnded
 from aioloader.executors.ray import lookout, reader
+from aioloader.executors.ray.actors import Shortage
 from aioloader.executors.ray.owners import Owner
 from aioloader.executors.ray.reader import ReaderActor
 from aioloader.executors.ray.thread import RayThread
@@ -155,6 +156,27 @@ def test_a_pool_whose_actor_cannot_be_reached_waits_for_the_cluster_to_say_so(be
         there.thread.call_due()
         there.settle()
     assert there.heard[0] == []
+
+
+def test_actors_that_find_no_room_are_told_of(bench: Callable[..., Bench]) -> None:
+    """Once; nobody would know why it is slow. One that no node could ever hold ends the epoch if none runs."""
+    there = bench(Pipeline(range(12)).map(plus_one), actors=2)
+    stream = there.open(0)
+    there.settle()
+    there.ready[0]()
+    words = "1 of 2 actors of in_ray run: the cluster is busy; .* Those that run do all the work until then"
+    with pytest.warns(RuntimeWarning, match=words):
+        there.late[1](Shortage("the cluster is busy", hopeless=False))
+    there.late[1](Shortage("no node has that", hopeless=True))
+    there.read_all(0, stream)
+    assert there.samples(0) == [1, 3, 5, 7, 9, 11]
+    other = bench(Pipeline(range(12)).map(plus_one))
+    other.open(0)
+    other.settle()
+    with pytest.warns(RuntimeWarning, match="0 of 1 actors of in_ray run"):
+        other.late[0](Shortage("the cluster is busy", hopeless=False))
+    other.late[0](Shortage("no node has that", hopeless=True))
+    assert "0 of 1 actors of in_ray run: no node has that" in str(failure(other, 0))
 
 
 # -- who is to blame ---------------------------------------------------------------------------------------------------

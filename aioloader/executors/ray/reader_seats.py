@@ -240,16 +240,16 @@ class Seats(Generic[S]):
         if seat.actor is not actor or self._ended or self._is_late is None:
             return
         self._is_late()
-        if self.running():
-            return
-        text = f"no actor of in_ray(actors={self.wanted}) runs yet: {shortage.words}"
-        if shortage.hopeless:
+        running = len(self.running())
+        text = f"{running} of {self.wanted} actors of in_ray run: {shortage.words}"
+        if shortage.hopeless and not running:
             for one in self._seats:  # the next epoch asks again
                 self.dismiss(one)
             raise ValueError(f"{text}; ask for less, or add nodes to the cluster")
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{text}; ask for less, or end what holds it", RuntimeWarning, stacklevel=2)
+            others = ". Those that run do all the work until then" if running else ""
+            warnings.warn(f"{text}; ask for less, or end what holds it{others}", RuntimeWarning, stacklevel=2)
 
     def lose(self, seat: ActorSeat[S], actor: Any, error: BaseException) -> None:
         """An actor is lost, or cannot be reached, as it shows first when its node is gone: it may live on."""
