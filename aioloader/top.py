@@ -19,7 +19,7 @@ from rich.text import Text
 from aioloader.insight.units import amount, duration
 from aioloader.masking import masked
 
-__all__ = ["Loader", "Stage", "address", "parse", "run", "view"]
+__all__ = ["LoaderView", "StageView", "address", "parse", "run", "view"]
 
 NARROW: Final = 120  # columns; with fewer, some are left out, for the names of stages
 SHORTEST: Final = 12  # characters of a name that is cut
@@ -31,7 +31,7 @@ Values = dict[str, float]
 
 
 @dataclass
-class Stage:
+class StageView:
     """One stage, as it was scraped."""
 
     name: str
@@ -39,12 +39,12 @@ class Stage:
 
 
 @dataclass
-class Loader:
+class LoaderView:
     """One loader, as it was scraped."""
 
     name: str
     values: Values = field(default_factory=dict)
-    stages: dict[int, Stage] = field(default_factory=dict)
+    stages: dict[int, StageView] = field(default_factory=dict)
 
 
 def run(url: str, *, interval: float, once: bool, console: Console | None = None) -> int:
@@ -100,23 +100,23 @@ def address(url: str) -> str:
     return url if parts.path.strip("/") else f"{url.rstrip('/')}/metrics"
 
 
-def parse(text: str) -> dict[str, Loader]:
+def parse(text: str) -> dict[str, LoaderView]:
     """The loaders in an exposition.
 
     Raises:
         ValueError: There are none, or it is no exposition.
     """
-    loaders: dict[str, Loader] = {}
+    loaders: dict[str, LoaderView] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             name = sample.labels.get("loader")
             if name is None or not sample.name.startswith("aioloader_"):
                 continue
-            loader = loaders.setdefault(name, Loader(name))
+            loader = loaders.setdefault(name, LoaderView(name))
             key, values = sample.name.removeprefix("aioloader_"), loader.values
             if "position" in sample.labels:
                 key, position = key.removeprefix("stage_"), int(sample.labels["position"])
-                values = loader.stages.setdefault(position, Stage(sample.labels["stage"])).values
+                values = loader.stages.setdefault(position, StageView(sample.labels["stage"])).values
             if quantile := sample.labels.get("quantile"):
                 key = f"{key}/{quantile}"
             values[key] = sample.value
@@ -125,7 +125,7 @@ def parse(text: str) -> dict[str, Loader]:
     return loaders
 
 
-def _scrape(url: str) -> dict[str, Loader]:
+def _scrape(url: str) -> dict[str, LoaderView]:
     with urlopen(url, timeout=TIMEOUT_SECONDS) as answer:
         return parse(answer.read().decode("utf-8", "replace"))
 
@@ -137,7 +137,7 @@ def _reason(error: BaseException) -> str:
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def view(before: Mapping[str, Loader], now: Mapping[str, Loader], seconds: float, width: int) -> RenderableType:
+def view(before: Mapping[str, LoaderView], now: Mapping[str, LoaderView], seconds: float, width: int) -> RenderableType:
     """All loaders.
 
     Args:
@@ -150,8 +150,8 @@ def view(before: Mapping[str, Loader], now: Mapping[str, Loader], seconds: float
     return Group(*chain.from_iterable(parts))
 
 
-def _loader(before: Loader | None, now: Loader, seconds: float, width: int) -> Iterator[RenderableType]:
-    values = _Difference({} if before is None else before.values, now.values, seconds)
+def _loader(before: LoaderView | None, now: LoaderView, seconds: float, width: int) -> Iterator[RenderableType]:
+    values = _Change({} if before is None else before.values, now.values, seconds)
     waits = values.share("batch_wait_seconds_sum", "active_seconds_total")
     line = Text(f"  epoch {now.values.get('epoch', 0):.0f}")
     line.append(f"  {values.per_second('batches_total')} batches/s")
@@ -171,7 +171,7 @@ def _loader(before: Loader | None, now: Loader, seconds: float, width: int) -> I
     yield Text("")
 
 
-def _table(before: Loader | None, now: Loader, seconds: float, *, wide: bool) -> Table:
+def _table(before: LoaderView | None, now: LoaderView, seconds: float, *, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 2 if wide else 1, 0, 0), header_style="dim", expand=True)
     table.add_column("stage", ratio=1, overflow="ellipsis", no_wrap=True)
     for name, least in (("at work", 7), ("ready", 9), ("samples/s", 9)):
@@ -184,12 +184,12 @@ def _table(before: Loader | None, now: Loader, seconds: float, *, wide: bool) ->
     table.add_column("failed", justify="right", no_wrap=True, min_width=6)
     for position, stage in sorted(now.stages.items()):
         known = None if before is None else before.stages.get(position)
-        same = known if known is not None and known.name == stage.name else Stage("")
-        table.add_row(*_row(stage, _Difference(same.values, stage.values, seconds), wide=wide))
+        same = known if known is not None and known.name == stage.name else StageView("")
+        table.add_row(*_row(stage, _Change(same.values, stage.values, seconds), wide=wide))
     return table
 
 
-def _row(stage: Stage, change: "_Difference", *, wide: bool) -> Iterator[RenderableType]:
+def _row(stage: StageView, change: "_Change", *, wide: bool) -> Iterator[RenderableType]:
     values = stage.values
     places = values.get("concurrency", 0)
     yield stage.name
@@ -219,7 +219,7 @@ def _busy(share: float | None, *, wide: bool) -> RenderableType:
     return Text.assemble(("█" * blocks, style), ("░" * (10 - blocks), "dim"), f" {share:>4.0%}")
 
 
-class _Difference:
+class _Change:
     """How values have changed between two looks."""
 
     def __init__(self, before: Mapping[str, float], now: Mapping[str, float], seconds: float) -> None:
