@@ -151,7 +151,7 @@ def view(before: Mapping[str, LoaderView], now: Mapping[str, LoaderView], second
 
 
 def _loader(before: LoaderView | None, now: LoaderView, seconds: float, width: int) -> Iterator[RenderableType]:
-    values = _Change({} if before is None else before.values, now.values, seconds)
+    values = _Difference({} if before is None else before.values, now.values, seconds)
     waits = values.share("batch_wait_seconds_sum", "active_seconds_total")
     line = Text(f"  epoch {now.values.get('epoch', 0):.0f}")
     line.append(f"  {values.per_second('batches_total')} batches/s")
@@ -185,11 +185,11 @@ def _table(before: LoaderView | None, now: LoaderView, seconds: float, *, wide: 
     for position, stage in sorted(now.stages.items()):
         known = None if before is None else before.stages.get(position)
         same = known if known is not None and known.name == stage.name else StageView("")
-        table.add_row(*_row(stage, _Change(same.values, stage.values, seconds), wide=wide))
+        table.add_row(*_row(stage, _Difference(same.values, stage.values, seconds), wide=wide))
     return table
 
 
-def _row(stage: StageView, change: "_Change", *, wide: bool) -> Iterator[RenderableType]:
+def _row(stage: StageView, change: "_Difference", *, wide: bool) -> Iterator[RenderableType]:
     values = stage.values
     places = values.get("concurrency", 0)
     yield stage.name
@@ -219,7 +219,7 @@ def _busy(share: float | None, *, wide: bool) -> RenderableType:
     return Text.assemble(("█" * blocks, style), ("░" * (10 - blocks), "dim"), f" {share:>4.0%}")
 
 
-class _Change:
+class _Difference:
     """How values have changed between two looks."""
 
     def __init__(self, before: Mapping[str, float], now: Mapping[str, float], seconds: float) -> None:
