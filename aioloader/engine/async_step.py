@@ -276,7 +276,8 @@ class AsyncStep(Step):
                 result = await fn(entry.value)
                 if call is not None and call.touched:
                     result = await call.guard.outcome(call, result, None)
-                dropped = predicate and not result
+                if predicate:
+                    refused = not result
             except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
                 failure: BaseException | None = error
                 if call is not None and call.touched:
@@ -304,11 +305,12 @@ class AsyncStep(Step):
                     if call is not None and call.guard.measured:
                         call.ended()
                 entry.since = began  # else it took no time to speak of
-                if dropped:
+                if not predicate:
+                    entry.value = result
+                    forward(entry)
+                elif refused:
                     self._drop(entry, nothing=entry.value is None)
                 else:
-                    if not predicate:
-                        entry.value = result
                     forward(entry)
                 del result  # else an idle worker would keep its last sample alive
             count += 1
