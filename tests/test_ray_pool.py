@@ -66,7 +66,7 @@ class FakeActor:
         self.refs: list[FakeRef] = []
         self.run = self
 
-    def remote(self, payload: Any) -> FakeRef:
+    def remote(self, payload: Any, inbox: Any = None) -> FakeRef:
         self.refs.append(FakeRef(payload))
         return self.refs[-1]
 
