@@ -66,7 +66,7 @@ class FakeActor:
         self.refs: list[FakeRef] = []
         self.run = self
 
-    def remote(self, payload: Any) -> FakeRef:
+    def remote(self, payload: Any, inbox: Any = None) -> FakeRef:
         self.refs.append(FakeRef(payload))
         return self.refs[-1]
 
@@ -166,6 +166,20 @@ def test_the_first_of_the_queue_is_to_blame_in_whatever_order_ray_fails_them(one
     assert isinstance(one.outcomes["b"], ChunkResult)
 
 
+def test_nobody_is_sure_where_an_answer_may_have_died_with_its_actor(one: Cluster) -> None:
+    """Ray had not sent it when the next call ended the actor: the first one is made again alone, whatever `retries`."""
+    one.submit("a")
+    one.submit("b")
+    for ref in one.begun[0].refs:
+        ref.fail(DEAD())
+    assert isinstance(one.outcomes["a"], Died)
+    assert not one.outcomes["a"].sure
+    (again,) = one.begun[1].refs
+    again.fail(DEAD())
+    assert isinstance(one.outcomes["b"], Died)
+    assert one.outcomes["b"].sure
+
+
 def test_what_is_never_heard_of_holds_nobody_up(one: Cluster) -> None:
     """Ray may never say what became of the first call, for instance while its node cannot be reached."""
     one.submit("a")
@@ -213,6 +227,7 @@ def test_an_actor_that_awaits_may_have_been_at_all_of_them(monkeypatch: pytest.M
     for ref in cluster.begun[0].refs:
         ref.fail(DEAD())
     assert [type(outcome) for outcome in cluster.outcomes.values()] == [Died, Died]
+    assert not any(outcome.sure for outcome in cluster.outcomes.values())  # type: ignore[union-attr]
     cluster.submit("a again", alone=True)
     cluster.submit("b again", alone=True)
     assert len(cluster.begun[1].refs) == 1

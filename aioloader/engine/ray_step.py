@@ -171,8 +171,7 @@ class RayStep(ProcessStep):
         if self._too_many_deaths(death):
             return
         unstamp(chunk, 0, len(chunk))  # their newest beginning counts
-        # Of calls that are awaited side by side nobody knows which it was, unless one was alone.
-        exact = len(chunk) == 1 and not (self._awaits and id(chunk[0]) not in self._losses)
+        exact = len(chunk) == 1 and death.sure
         for entry in chunk:
             losses = self._losses.pop(id(entry), 0) + 1
             if exact and losses > self._retries:
@@ -183,7 +182,7 @@ class RayStep(ProcessStep):
 
     def _too_many_deaths(self, death: Died) -> bool:
         self._deaths += 1
-        chances = 1 + max(self._retries, int(self._awaits))
+        chances = 1 + max(self._retries, 1)  # nobody may be sure before it is alone
         if self._deaths <= chances * self.concurrency + MORE_DEATHS:
             return False
         self._run.fail(

@@ -39,6 +39,7 @@ class Died:
     """The worker died, for `reason`, while it worked on the value with the index `at` of the task.
 
     `expired`: it was killed, since that took too long. `sample`: the value is a batch, and it was at that sample of it.
+    `sure`: it was this task, and no other one that it had.
     """
 
     slot: int
@@ -47,6 +48,7 @@ class Died:
     at: int
     expired: bool = False
     sample: int | None = None
+    sure: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 from aioloader.executors.processes.worker_pool import Died, Outcome
@@ -18,7 +19,8 @@ class Wreck:
     Ray fails all calls that it had been sent, all alike, and in any order; and of what had been answered before, the
     large results are still on their way. An actor for sync functions works on one call after the other, so the first
     one that it had not answered is to blame, and those after it had not begun. So nothing is decided before those in
-    front are known. One that awaits may have been at all of them.
+    front are known. But an answer may have died with the actor, if it died right after it: where others were behind
+    it, that is not sure. One that awaits may have been at all of them.
 
     Args:
         calls: By their refs, in the order of sending.
@@ -28,7 +30,7 @@ class Wreck:
 
     def __init__(self, calls: Iterable[tuple[Any, Task]], died: Died, *, one_by_one: bool) -> None:
         self.calls = OrderedDict(calls)
-        self._died = died
+        self._died = replace(died, sure=len(self.calls) == 1)
         self._one_by_one = one_by_one
         self._known: dict[Any, Outcome | None] = {}  # None: it was made, and its result is lost
 
@@ -59,9 +61,10 @@ class Wreck:
             if outcome is None:
                 again.append(task)
                 continue
-            told.append((task, outcome))
             if self._one_by_one and isinstance(outcome, Died):
+                told.append((task, replace(outcome, sure=not self.calls)))
                 again += self.calls.values()
                 self.calls.clear()
                 break
+            told.append((task, outcome))
         return told, again
