@@ -34,6 +34,7 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
+CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 FENCE = re.compile(r"^\s*```(\w*)$")
 
 
@@ -51,5 +52,13 @@ def fences(_app: Any, _what: str, _name: str, _of: Any, _options: Any, lines: li
     lines[:] = found
 
 
+def signature(
+    _app: Any, _what: str, _name: str, _of: Any, _options: Any, text: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Defaults as they are written: those of dataclasses are known by their reprs alone."""
+    return text and CLASS.sub(r"\1", text).replace("<factory>", "..."), returns
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", fences, priority=100)  # before napoleon
