@@ -255,6 +255,29 @@ def test_a_failed_sample_costs_no_other_one(window: int | None, face: Face) -> N
         assert names(collect(loader, face)) == names(kept)
 
 
+@on_both_faces
+@pytest.mark.parametrize(
+    ("sample", "error", "match"),
+    [
+        ({"text": "x"}, ValueError, r"its field 'ids', and this one has none of that name, got the fields \['text'\]"),
+        ([1, 2], ValueError, r"none of that name, got \[1, 2\]; name another one"),
+        ({"ids": 3}, TypeError, "here by ids, must be an integer of at least 1, and that field has no length: object"),
+        ({"ids": []}, ValueError, "here by ids, must be an integer of at least 1, got 0"),
+    ],
+)
+def test_a_field_that_tells_no_length_is_named(sample: Any, error: type[Exception], match: str, face: Face) -> None:
+    """As an error of its sample alone, in `pack` as well."""
+    good = {"ids": [1, 2]}
+    samples = Pipeline(range(3)).map([good, sample, good].__getitem__)
+    for loader in (samples.batch_by_length(8, "ids", collate_fn=list), samples.pack(8, length="ids")):
+        with Steps(loader, face) as steps:
+            first, second = steps.outcomes()
+        with pytest.raises(error, match=match):
+            raise first
+        assert "key 1," in notes(first)
+        assert not isinstance(second, Exception)
+
+
 def test_in_order_an_error_is_between_its_neighbours() -> None:
     """After those before it, and before those after it."""
     loader = Pipeline(DOCUMENTS[:6]).map(fails).batch_by_length(1000, len, window=None, collate_fn=list)

@@ -13,7 +13,8 @@ import pytest
 
 from aioloader import Pipeline, ReadAllWarning, StateError, UnevenWarning
 from aioloader.sources import Lines, ParquetRows
-from aioloader.sources.chunks import FIRST_RANGE_BYTES, RANGE_BYTES, Pace
+from aioloader.sources.chunks import RANGE_BYTES
+from aioloader.sources.pace import FIRST_RANGE_BYTES, LONGER, Pace
 from aioloader.testing import assert_resumes_exactly
 from tests._servers import HttpServer
 from tests._support import Face, Steps, collect, on_both_faces, wait_until
@@ -127,6 +128,27 @@ def test_a_resume_reads_what_is_to_come(http_server: HttpServer, kind: Format) -
 
 
 @pytest.mark.parametrize("kind", FORMATS[:2], ids=repr)
+@pytest.mark.parametrize("taken", [6, 33, 70, 120])
+@on_both_faces
+def test_little_is_asked_for_again_after_a_resume(
+    http_server: HttpServer, kind: Format, taken: int, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the reader was stopped: ranges, and what waits of them parsed, are a small part of what is read."""
+    monkeypatch.setattr(Pace, "starved", lambda _: None)  # a consumer that never waits, however slow the machine is
+    files = served(kind, http_server, padding=100_000)
+    source = kind.source(list(files), store=http_server.store(), interleave=2)
+    first, second = Pipeline(source).prefetch(0), Pipeline(source).prefetch(0)
+    with Steps(first, face) as steps:
+        steps.rest(taken)
+        state = first.state_dict()
+    second.load_state_dict(json.loads(json.dumps(state)))
+    assert len(collect(second, face)) == FILES * PER_FILE - taken
+    asked = bytes_asked_for(http_server)
+    assert sum(asked.values()) <= 1.05 * sum(map(len, files.values()))
+    del source, first, second
+
+
+@pytest.mark.parametrize("kind", FORMATS[:2], ids=repr)
 @on_both_faces
 def test_of_a_file_that_is_open_ahead_the_first_range_is_asked_for(
     http_server: HttpServer, kind: Format, face: Face
@@ -150,15 +172,64 @@ def test_of_a_file_that_is_open_ahead_the_first_range_is_asked_for(
 
 @pytest.mark.parametrize(
     ("files", "megabytes", "lanes", "kilobytes"),
-    [(4, 7, 2, 256), (100, 100, 1, 8192), (4, 64, 2, 1638), (1, 1, 1, 256)],
+    [(4, 7, 2, 89), (100, 100, 1, 8192), (4, 64, 2, 819), (1, 1, 1, 16)],
 )
 def test_ranges_are_short_where_a_reader_reads_little(files: int, megabytes: int, lanes: int, kilobytes: int) -> None:
+    """Those of a consumer that waits, too: what it had asked for ahead is a small part of what it reads."""
     pace = Pace(lanes, files)
     assert pace.range_bytes(RANGE_BYTES, None) == FIRST_RANGE_BYTES
     assert pace.range_bytes(RANGE_BYTES, megabytes << 20) >> 10 == kilobytes
+    short = pace.range_bytes(RANGE_BYTES, megabytes << 20)
     for _ in range(9):  # it waits nevertheless
         pace.starved()
-    assert pace.range_bytes(RANGE_BYTES, None) == pace.range_bytes(RANGE_BYTES, megabytes << 20) == RANGE_BYTES
+    assert pace.range_bytes(RANGE_BYTES, None) == LONGER * FIRST_RANGE_BYTES
+    assert pace.range_bytes(RANGE_BYTES, megabytes << 20) == min(RANGE_BYTES, LONGER * short)
+    assert pace.ahead_bytes == short
+
+
+@on_both_faces
+@pytest.mark.parametrize("batch_rows", [None, 10])
+def test_of_parquet_a_resume_asks_again_for_the_row_groups_that_are_open(
+    http_server: HttpServer, batch_rows: int | None, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part of one cannot be decoded: so what is asked for twice is one of each open file, and the footers of these.
+
+    The next one is fetched when a range's worth of this one is left, and not before.
+    """
+    monkeypatch.setattr(Pace, "starved", lambda _: None)  # a consumer that never waits, however slow the machine is
+    rows, groups = 100, 8
+    for file in "abcd":
+        out = io.BytesIO()
+        table = pa.table({"text": [f"{file}{row:03}" + "x" * 2000 for row in range(rows * groups)]})
+        pq.write_table(table, out, rows, compression="none", use_dictionary=False, write_statistics=False)
+        http_server.files[f"{file}.parquet"] = out.getvalue()
+    source = ParquetRows(sorted(http_server.files), store=http_server.store(), interleave=2, batch_rows=batch_rows)
+    chunks = pq.ParquetFile(io.BytesIO(http_server.files["a.parquet"])).metadata
+    starts = [chunks.row_group(group).column(0).data_page_offset for group in range(groups)]
+
+    def asked() -> dict[str, list[int]]:
+        """The row groups of each file that were asked for, in order; -1: its footer."""
+        found: dict[str, list[int]] = {}
+        for method, path, span in http_server.requests:
+            if method == "GET":
+                start = int(span.removeprefix("bytes=").partition("-")[0])
+                found.setdefault(path[0], []).append(starts.index(start) if start in starts else -1)
+        http_server.requests.clear()
+        return found
+
+    def read(loader: Pipeline, count: int | None) -> Any:
+        with Steps(loader, face) as steps:
+            assert len(steps.rest(count)) == count or count is None
+            return json.loads(json.dumps(loader.state_dict()))
+
+    taken = 2 * (3 * rows + 10) // (batch_rows or 1)  # of each lane three row groups and ten rows
+    state = read(Pipeline(source).prefetch(0), taken)
+    assert asked() == {file: [-1, 0, 1, 2, 3] for file in "ab"}
+    again = Pipeline(source).prefetch(0)
+    again.load_state_dict(state)
+    read(again, None)
+    assert asked() == {file: [-1, *range(3 if file in "ab" else 0, groups)] for file in "abcd"}
+    del source, again
 
 
 def test_small_row_groups_are_read_together_only_where_there_are_many(

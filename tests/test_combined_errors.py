@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from aioloader import Pipeline
 from aioloader.core.entry import DONE, LAST, ONE_LOST, Entry
-from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
+from aioloader.engine.combine import InterleaveNode, MergeNode, ZipNode
+from aioloader.engine.mix_node import MixNode
 from aioloader.engine.node import Kick, Node
 from tests._support import Face, Steps, notes, on_both_faces
 

@@ -60,6 +60,17 @@ def broken_off(content: bytes, path: str, size: int = 1 << 20) -> tuple[bytes, s
     return b"".join(found), str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.tar.xz", "https://host/a.tar.LZ4", "a.txt.zip"])
+@pytest.mark.parametrize("source", [Lines, TarShards])
+def test_what_nothing_here_decompresses_is_refused_by_its_name(name: str, source: Any) -> None:
+    """Read as it is, it would be a file without samples, or one that is broken."""
+    with pytest.raises(
+        ValueError,
+        match=rf"{name.rpartition('/')[2]}: files may be compressed by gzip .* got one that ends in '\.\w+'; ",
+    ):
+        source(name)
+
+
 # -- what comes --------------------------------------------------------------------------------------------------------
 
 

@@ -293,6 +293,54 @@ def test_what_each_source_has_given_is_told(face: Face) -> None:
 
 
 @on_both_faces
+@pytest.mark.parametrize("repeated", [False, True])
+def test_what_each_source_has_given_is_in_the_state(repeated: bool, face: Face) -> None:
+    """So statistics count on after a resume, as if there had been none."""
+
+    def make() -> Pipeline:
+        loader = named({"web": 3, "code": 1}, 40)
+        return batched(loader.repeat(2) if repeated else loader)
+
+    def given(loader: Pipeline) -> dict[str, int]:
+        told = [stage for stage in loader.stats().stages if stage.name.startswith("mix: ")]
+        assert len(told) in (0, 2), "one for each source, however many rounds there were"
+        return {stage.name: stage.samples for stage in told}
+
+    loader = make()
+    with Steps(loader, face) as steps:
+        steps.rest(9)
+        state = json.loads(json.dumps(loader.state_dict()))
+    again = make()
+    again.load_state_dict(state)
+    with Steps(again, face) as steps:
+        head = given(again)
+        first = steps.next()
+        assert sum(given(again).values()) >= 40
+        steps.rest()
+    assert first
+    assert given(again) == ({"mix: web": 80, "mix: code": 80} if repeated else {"mix: web": 40, "mix: code": 40})
+    assert sum(head.values()) in (0, 36)  # before the first batch nothing runs
+
+
+def test_a_state_from_before_counts_were_in_it_is_loaded() -> None:
+    """As one that was saved by an earlier version."""
+    loader = batched(named({"web": 3, "code": 1}, 40))
+    steps = iter(loader)
+    head = [next(steps) for _ in range(9)]
+    state = loader.state_dict()
+    varying = json.loads(state["cursor"]["json"])
+    assert sum(varying["cursor"][4]) == 36
+    again = batched(named({"web": 3, "code": 1}, 40))
+    again.load_state_dict({**state, "cursor": {"json": json.dumps(varying | {"cursor": varying["cursor"][:3]})}})
+    assert head + list(again) == list(batched(named({"web": 3, "code": 1}, 40)))
+    loader.close()
+    for broken in ([0], [0, -1], "xx"):
+        varying["cursor"][4] = broken
+        with pytest.raises(ValueError, match="cursor"):
+            again.load_state_dict({**state, "cursor": {"json": json.dumps(varying)}})
+
+
+@on_both_faces
 def test_epochs_of_each_source_are_told(face: Face) -> None:
     """How often it has been gone through, in a mix that ends after so many samples."""
     sources: dict[str, Any] = {
@@ -455,6 +503,23 @@ def test_schedules_that_are_none(points: Any, error: type[Exception], said: str)
     for make in (Schedule.steps, Schedule.linear):
         with pytest.raises(error, match=said):
             make(points)
+
+
+@pytest.mark.parametrize(("step", "error"), [(-1, ValueError), (0.5, TypeError), ("1", TypeError)])
+def test_a_schedule_has_weights_from_step_0_on(step: Any, error: type[Exception]) -> None:
+    """Before that there are none, and none between two steps."""
+    for make in (Schedule.steps, Schedule.linear):
+        schedule = make({0: {"a": 1}, 10: {"a": 2}})
+        with pytest.raises(error, match="the step of a Schedule must be"):
+            schedule(step)
+        assert schedule(0) == {"a": 1}
+        assert schedule(10**12) == {"a": 2}
+
+
+@pytest.mark.parametrize("weights", [{"a": 1, "b": 1}, Schedule.steps({0: {"a": 1, "b": 1}}), lambda _: {"a": 1}])
+def test_weights_by_names_need_sources_with_names(weights: Any) -> None:
+    with pytest.raises(TypeError, match=r"are for sources with names, got a list of 2; write Pipeline\.mix\({'a'"):
+        Pipeline.mix([range(3), range(3)], weights)
 
 
 def test_set_weights_where_there_is_no_such_mix() -> None:

@@ -366,6 +366,30 @@ def test_a_row_names_its_documents(face: Face) -> None:
         assert tuple(map(tuple, info.keys)) == batch.keys
 
 
+@on_both_faces
+def test_a_row_names_the_sources_of_its_documents(face: Face) -> None:
+    """Wherever it is mixed, and in batches of rows for each row."""
+
+    def pack(source: Any) -> Pipeline:
+        return Pipeline(source).pack(SEQ_LEN)
+
+    def mix(first: Any, second: Any) -> Pipeline:
+        return Pipeline.mix({"a": first, "b": second}, {"a": 1, "b": 2})
+
+    for rows in (pack(mix(documents(), documents())), mix(pack(documents()), pack(documents()))):
+        seen = set()
+        for row, info in collect(rows.with_info(), face):
+            assert info.sources == tuple(key.source for key in info.keys)
+            assert len(info.sources) == len(row.keys)
+            seen.update(info.sources)
+        assert seen == {0, 1}
+        for batch, info in collect(rows.batch(2).with_info(), face):
+            assert info.sources == tuple(tuple(key.source for key in keys) for keys in info.keys)
+            assert list(map(len, info.sources)) == list(map(len, batch.keys))
+        for _, info in collect(rows.batch(2).unbatch().unbatch().with_info(), face):
+            assert info.sources in ((0,), (1,))
+
+
 # -- what is no document -----------------------------------------------------------------------------------------------
 
 
@@ -451,6 +475,15 @@ def test_what_is_too_long_may_be_left_out() -> None:
     (row,) = loader
     assert row.keys == (1,)
     assert sum(stage.dropped for stage in loader.stats().stages) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.5])
+def test_a_padding_that_integers_cannot_hold_is_told(value: float) -> None:
+    """Floats can."""
+    with Steps(Pipeline([[1, 2]]).pack(4, pad_value=value), "for") as steps:
+        assert f"of dtype torch.int64 cannot hold the padding {value!r}" in str(steps.outcomes()[0])
+    (row,) = Pipeline([[1.0, 2.0]]).pack(3, pad_value=value)
+    assert repr(row.tokens[2].item()) == repr(value)
 
 
 # -- ranks and resume --------------------------------------------------------------------------------------------------

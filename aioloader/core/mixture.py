@@ -99,7 +99,12 @@ class Schedule:
         return Schedule("linear", points)
 
     def __call__(self, step: int) -> dict[str, float]:
-        """The weights at a step."""
+        """The weights at a step.
+
+        Raises:
+            TypeError, ValueError: It is no integer of at least 0.
+        """
+        check_count("the step of a Schedule", step, least=0)
         return dict(zip(self.names, self._at_step(step), strict=True))
 
     def _at_step(self, step: int) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from aioloader.core.checks import check_integer
-from aioloader.core.mixture import Mixture
+from aioloader.core.mixture import Mixture, Schedule
 from aioloader.core.typevars import T_co
 from aioloader.loader import Loader
 from aioloader.pipeline.described import Described
@@ -175,6 +175,11 @@ def _mix_by_names(sources: Mapping[str, Any], weights: Any, seed: int) -> Plan:
 
 
 def _weights(weights: Any, count: int) -> tuple[float, ...]:
+    if isinstance(weights, Mapping | Schedule) or callable(weights):
+        raise TypeError(
+            f"weights by names, a Schedule or a function of the step are for sources with names, got a list of "
+            f"{count}; write Pipeline.mix({{'a': ..., 'b': ...}}, weights)"
+        )
     try:
         values = tuple(weights)
     except TypeError:

@@ -15,9 +15,10 @@ from aioloader.core.written import Written
 from aioloader.device import Transfer
 from aioloader.engine.admission import Admission
 from aioloader.engine.call_gate import CallGate
-from aioloader.engine.combine import InterleaveNode, MergeNode, MixNode, ZipNode
+from aioloader.engine.combine import InterleaveNode, MergeNode, ZipNode
 from aioloader.engine.fuse import FusedOps, exactly
 from aioloader.engine.key_source import KeySource
+from aioloader.engine.mix_node import MixNode
 from aioloader.engine.node import Node
 from aioloader.engine.ops import Op
 from aioloader.engine.process_stream import OwnProcessNode

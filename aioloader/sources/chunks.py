@@ -14,60 +14,18 @@ from aioloader.errors import BrokenDataError
 from aioloader.masking import mask_message
 from aioloader.sources.file_events import FileGrowth, folders_of_links
 from aioloader.sources.marks import MARK_BYTES
+from aioloader.sources.pace import Pace
 from aioloader.sources.ranges import Range, RequestedRange, check_length, checked_size
 from aioloader.sources.requests import Requests
 from aioloader.sources.stores import Version
 
-__all__ = ["RANGE_BYTES", "READ_BYTES", "Pace", "file_chunks", "object_chunks"]
+__all__ = ["RANGE_BYTES", "READ_BYTES", "file_chunks", "object_chunks"]
 
 READ_BYTES: Final = 1 << 20
 """How much of a file is read at once: a thousand rows of a kilobyte share the cost of a hop."""
 
 RANGE_BYTES: Final = 8 << 20
 """How much of an object one request reads: long compared with its latency, small enough to be retried."""
-
-FIRST_RANGE_BYTES: Final = 256 << 10
-"""How much the first request reads, when nothing is known of the object: enough for its first samples. And the least
-that later ones read, however little data there is."""
-
-RANGES_PER_EPOCH: Final = 80
-"""A range has an eightieth of what the reader reads in an epoch, at most, as long as that is fast enough."""
-
-
-class Pace:
-    """How far ahead of its consumer a reader asks for bytes of objects.
-
-    A reader that is stopped and goes on elsewhere asks once more for what it had asked for ahead. So that this is a
-    small share of all that it reads, ranges are short where it reads little in all; where it reads 640 MiB, they are as
-    long as they may be. Two short ranges under way are not enough for a consumer that is faster than the latency allows
-    (17 MB/s for 30 ms): each time that it waits for longer than `STALL_SECONDS`, ranges are twice as long from then on.
-    A training that waits for nothing keeps the short ones. With 30 ms of latency and a consumer that does nothing, 112
-    MB took 0.5 s by long ranges from the first one on, and 2.7 by short ones alone.
-
-    Args:
-        lanes: How many files are read side by side.
-        files: How many files the reader has; those that are not known yet are taken to be as long as others.
-    """
-
-    def __init__(self, lanes: int, files: int) -> None:
-        self.lanes = lanes
-        self._files = files
-        self._factor = 1
-
-    def range_bytes(self, most: int, size: int | None) -> int:
-        """How long the next range is.
-
-        Args:
-            most: At most.
-            size: Of the object; None: it is not known yet.
-        """
-        share = 0 if size is None else size * self._files // (RANGES_PER_EPOCH * self.lanes)
-        return min(most, max(FIRST_RANGE_BYTES, share) * self._factor)
-
-    def starved(self) -> None:
-        """The consumer has waited for bytes, though some had been asked for ahead."""
-        if FIRST_RANGE_BYTES * self._factor < RANGE_BYTES:
-            self._factor *= 2
 
 
 class _OpenFile:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, Protocol
 
 from aioloader.errors import BrokenDataError
+from aioloader.masking import masked
 
 __all__ = ["MAX_WINDOW_BYTES", "Decompressor", "decompressor_for", "is_compressed"]
 
@@ -41,6 +42,10 @@ class Decompressor(Protocol):
         """
 
 
+_OTHERS: Final = (".bz2", ".tbz2", ".tbz", ".xz", ".txz", ".lzma", ".lz4", ".zip", ".7z")
+"""What others compress by. As plain text or tar it would be an error that says nothing of it."""
+
+
 def is_compressed(path: str) -> bool:
     """Whether `path` ends in `.gz`, `.tgz` or `.zst`."""
     return path.lower().endswith((".gz", ".tgz", ".zst"))
@@ -55,8 +60,14 @@ def decompressor_for(path: str, max_window_bytes: int = MAX_WINDOW_BYTES) -> Dec
 
     Raises:
         ImportError: No installed package reads `.zst`.
+        ValueError: It is compressed in a way that nothing here reads.
     """
     lower = path.lower()
+    if lower.endswith(_OTHERS):
+        raise ValueError(
+            f"{masked(path)}: files may be compressed by gzip (.gz, .tgz) or zstd (.zst), got one that ends in "
+            f"{lower[lower.rindex('.') :]!r}; compress it by one of these, or decompress it"
+        )
     if lower.endswith((".gz", ".tgz")):
         return _Frames(_Gzip, "gzip")
     if lower.endswith(".zst"):

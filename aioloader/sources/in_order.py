@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.sources.interleave import Lane
-from aioloader.sources.read_ahead import Ahead, Quota
+from aioloader.sources.read_ahead import Ahead, QuotaRule
 
 __all__ = ["InOrder"]
 
@@ -31,6 +31,7 @@ class InOrder(Lane, Generic[P]):
         open_ahead: How many parts after the current one are open.
         lists_ahead: How many lists may be ready, per open part.
         quota_of: How many entries of a part may be ready instead.
+        may_open: Whether parts are opened ahead at this moment; None: they always are.
         starved: Called when entries other than the first were waited for, see `Ahead`.
 
     Attributes:
@@ -47,7 +48,8 @@ class InOrder(Lane, Generic[P]):
         *,
         open_ahead: int,
         lists_ahead: int,
-        quota_of: Callable[[P], Quota | None] | None = None,
+        quota_of: Callable[[P], QuotaRule | None] | None = None,
+        may_open: Callable[[], bool] | None = None,
         starved: Callable[[], object] | None = None,
     ) -> None:
         self._context = context
@@ -56,6 +58,7 @@ class InOrder(Lane, Generic[P]):
         self._most_open = open_ahead + 1
         self._lists_ahead = lists_ahead
         self._quota_of = quota_of
+        self._may_open = may_open
         self._starved = starved
         self._has_given = False
         self._threads = cycle([context.threads(1) for _ in range(self._most_open)])
@@ -71,7 +74,8 @@ class InOrder(Lane, Generic[P]):
         return reader.take()
 
     async def begin(self) -> None:
-        while self._has_more_parts and len(self._open) < self._most_open:
+        ahead = self._may_open is None or self._may_open()
+        while self._has_more_parts and len(self._open) < (self._most_open if ahead else 1):
             await self._open_next()
 
     async def read(self, limit: int) -> list[Entry]:

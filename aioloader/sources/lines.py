@@ -11,7 +11,6 @@ from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.core.typevars import T_co
-from aioloader.sources.chunks import Pace
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for, is_compressed
 from aioloader.sources.file_events import require_watchfiles
 from aioloader.sources.file_order import FileOrder
@@ -20,7 +19,8 @@ from aioloader.sources.in_order import InOrder
 from aioloader.sources.line_parser import Decode, LineParser, LineStart
 from aioloader.sources.marks import read_mark
 from aioloader.sources.options import LinesOptions
-from aioloader.sources.parsing import parsed, stored_chunks
+from aioloader.sources.pace import Pace
+from aioloader.sources.parsing import OffsetQuota, parsed, stored_chunks
 from aioloader.sources.paths import Paths
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import find_stored_files
@@ -176,11 +176,23 @@ class Lines(FileSource[_Start, T_co]):
         def read(part: _Part, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
             return self._read_file(part, thread, pace, turn, requests)
 
+        def quota_of(part: _Part) -> OffsetQuota | None:
+            stored = self._files[part[1]].store is not None
+            return OffsetQuota(lambda: pace.ahead_bytes) if stored else None
+
         def open_lane(at: int, start: _Start) -> InOrder[_Part]:
             # One that is followed is opened when those before it have been read.
             ahead = 0 if self.follow else 1
             parts = self._parts(order, at, start)
-            return InOrder(context, parts, read, open_ahead=ahead, lists_ahead=1, starved=pace.starved)
+            return InOrder(
+                context,
+                parts,
+                read,
+                open_ahead=ahead,
+                lists_ahead=1,
+                quota_of=quota_of,
+                starved=pace.starved,
+            )
 
         return open_lane
 

@@ -13,16 +13,17 @@ from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import EntryReader, SourceContext
 from aioloader.errors import BrokenDataError
 from aioloader.memory.pool import BatchMemory
-from aioloader.sources.chunks import Pace
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.file_source import FileSource
 from aioloader.sources.interleave import Lane
+from aioloader.sources.pace import Pace
 from aioloader.sources.parquet_batches import BatchCutter
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import open_input
 from aioloader.sources.parquet_lanes import ParquetLane, ParquetStart, ends_within
+from aioloader.sources.parquet_spans import SPAN_BYTES
 from aioloader.sources.paths import Paths
-from aioloader.sources.read_ahead import Ahead
+from aioloader.sources.read_ahead import Ahead, ByteQuota
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile, find_stored_files
 
@@ -139,13 +140,22 @@ class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
         if self.batch_rows is None:
             return super().open_files(context, cursor)
         order = self.order_of(context)
-        pieces = self.side_by_side(self._opener(context, order), cursor, partial(ends_within, self.batch_rows))
-        return _Batches(context, pieces, self.batch_rows, in_turn=order.lanes > 1)
+        pace = self._pace(order)
+        pieces = self.side_by_side(self._lanes_of(context, order, pace), cursor, partial(ends_within, self.batch_rows))
+        return _Batches(context, pieces, self.batch_rows, pace, in_turn=order.lanes > 1)
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, ParquetStart], Lane]:
+        return self._lanes_of(context, order, self._pace(order))
+
+    def _pace(self, order: FileOrder) -> Pace | None:
+        stored = any(file.store is not None for file in self._files)
+        return Pace(order.lanes, len(order.numbers)) if stored else None
+
+    def _lanes_of(
+        self, context: SourceContext, order: FileOrder, pace: Pace | None
+    ) -> Callable[[int, ParquetStart], Lane]:
         requests = self._requests.begin_for_threads(context)
         footers = _Footers(self, order, requests, context)
-        pace = Pace(order.lanes, len(order.numbers))
 
         def open_lane(at: int, start: ParquetStart) -> ParquetLane:
             footer_of = footers.of_position
@@ -191,21 +201,49 @@ def _check_columns(columns: object) -> tuple[str, ...]:
 class _Batches(Ahead):
     """Batches of rows, cut from pieces in a thread."""
 
-    def __init__(self, context: SourceContext, pieces: EntryReader, batch_rows: int, *, in_turn: bool) -> None:
+    def __init__(
+        self, context: SourceContext, pieces: EntryReader, batch_rows: int, pace: Pace | None, *, in_turn: bool
+    ) -> None:
         self._pieces = pieces
+        self._batch_rows = batch_rows
+        self._pace = pace
+        self._fetched_bytes: int | None = None  # of the file that was read last
+        self._fetched = None if pace is None else ByteQuota(self._may_wait)
+        self._given = False
         self._thread = context.threads(1)
         self._memory = BatchMemory()
         self._cutter = BatchCutter(batch_rows, self._memory, in_turn=in_turn)
-        super().__init__(context, self._entries, lists=2)
+        super().__init__(context, self._entries, lists=2, quota=self._fetched, starved=self._has_waited)
+
+    def _may_wait(self) -> int:
+        """How many bytes of batches may be ready while more are fetched."""
+        return 0 if self._pace is None else self._pace.range_bytes(SPAN_BYTES, self._fetched_bytes)
+
+    def _has_waited(self) -> None:
+        if self._given and self._pace is not None:
+            self._pace.starved()
+
+    def _count(self, piece: Entry) -> None:
+        """How much was fetched for a batch of such pieces."""
+        if self._fetched is not None and piece.error is None:
+            footer = piece.value.footer
+            self._fetched_bytes = footer.fetched_bytes
+            self._fetched.entry_bytes = self._batch_rows * footer.fetched_row_bytes
+
+    @property
+    def _pieces_at_once(self) -> int:
+        return PIECES_AT_ONCE if self._fetched is None else min(PIECES_AT_ONCE, self._fetched.left)
 
     async def aclose(self) -> None:
         self._memory.close()
         await self._pieces.aclose()
 
     async def _entries(self) -> AsyncGenerator[list[Entry]]:
-        while pieces := await self._pieces.read(PIECES_AT_ONCE):
+        while pieces := await self._pieces.read(self._pieces_at_once):
+            self._count(pieces[-1])
             if entries := await self._thread.call(self._cutter.feed, pieces):
                 yield entries
+                self._given = True
         if entries := await self._thread.call(self._cutter.flush):
             yield entries
 

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, pairwise
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ __all__ = ["Footer", "Numbers", "read_end", "row_bytes", "same_columns", "select
 LENGTH_BYTES: Final = 8
 """The length of the footer and the mark after it."""
 
-END_SHARE: Final = 64
+END_SHARE: Final = 256
 LEAST_END_BYTES: Final = 4 << 10
 END_BYTES: Final = 64 << 10
 """How much of the end is read first; most footers are smaller."""
@@ -72,6 +73,16 @@ class Footer:
     def path(self) -> str:
         """What the file is called, for keys and errors."""
         return self.file.name
+
+    @cached_property
+    def fetched_bytes(self) -> int:
+        """Of the columns that are read, as they are in the file."""
+        return sum(stop - start for places in self.chunks for start, stop in places)
+
+    @property
+    def fetched_row_bytes(self) -> float:
+        """Of a row, on average."""
+        return self.fetched_bytes / max(1, self.starts[-1])
 
     @property
     def end(self) -> tuple[int, int, int]:

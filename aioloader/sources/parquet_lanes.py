@@ -11,12 +11,12 @@ from typing import Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.sources.chunks import Pace
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.in_order import InOrder
+from aioloader.sources.pace import FIRST_RANGE_BYTES, Pace
 from aioloader.sources.parquet_footer import Footer
-from aioloader.sources.parquet_spans import SPAN_BYTES, Span, SpanReader, fetched_bytes, spans_of
-from aioloader.sources.read_ahead import Ahead, failed
+from aioloader.sources.parquet_spans import SPAN_BYTES, Span, SpanReader, spans_of
+from aioloader.sources.read_ahead import Ahead, ByteQuota, failed
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile
 
@@ -24,6 +24,9 @@ __all__ = ["ParquetLane", "ParquetStart", "ends_within"]
 
 SPANS_AHEAD: Final = 2
 """Spans that are open after the one being handed out; of each of several lanes one."""
+
+LEAST_SPAN_BYTES: Final = 64 << 10
+"""Row groups of an object that are smaller are fetched together in any case."""
 
 PIECES_AHEAD: Final = 4
 """Decoded pieces that wait per span."""
@@ -56,7 +59,7 @@ class ParquetLane(Ahead):
         footer_of: Reads and checks the footer of the file at a position.
         files: All of the source.
         requests: Make those for objects.
-        pace: How far ahead objects are read.
+        pace: How far ahead objects are read; None: nothing is in a store.
         batch_rows: Entries are pieces of rows for batches of so many; None: rows.
     """
 
@@ -69,7 +72,7 @@ class ParquetLane(Ahead):
         footer_of: Callable[[int], Coroutine[Any, Any, Footer]],
         files: tuple[StoredFile, ...],
         requests: Requests,
-        pace: Pace,
+        pace: Pace | None,
         batch_rows: int | None,
     ) -> None:
         self._order = order
@@ -81,16 +84,39 @@ class ParquetLane(Ahead):
         self._first_open = 0  # files before this position have ended, some of them with an error
         several = order.lanes > 1
         self._cuts = batch_rows if several else None
+        self._span: Span | None = None  # that the newest entries are of
+        self._fetched = None if pace is None else ByteQuota(self._may_wait)
+        self._given = False
         self._reader: InOrder[_Part] = InOrder(
             context,
             self._spans(at, start),
             self._read_span,
             open_ahead=1 if several else SPANS_AHEAD,
             lists_ahead=PIECES_AHEAD,
-            starved=pace.starved,
+            may_open=None if pace is None else self._may_open,
+        )
+        super().__init__(
+            context, self._entries, lists=1 if several else 2, quota=self._fetched, starved=self._has_waited
         )
 
-        super().__init__(context, self._entries, lists=1 if several else 2)
+    def _may_open(self) -> bool:
+        """Whether the next span is fetched before its turn: it is about as large as this one."""
+        if self._pace is None or self._span is None:
+            return False
+        footer = self._span.footer
+        if footer.file.store is None:
+            return True
+        return self._pace.may_fetch(int(self._span.rows * footer.fetched_row_bytes), footer.fetched_bytes)
+
+    def _may_wait(self) -> int:
+        """How many bytes of rows may be ready while more are fetched. Pieces are batches ahead already, see there."""
+        if self._pace is None or self._batch_rows is not None:
+            return 0
+        return FIRST_RANGE_BYTES if self._span is None else self._span_bytes(self._pace, self._span.footer)
+
+    def _has_waited(self) -> None:
+        if self._given and self._pace is not None and self._batch_rows is None:
+            self._pace.starved()
 
     async def aclose(self) -> None:
         self._requests.close()  # those of all lanes: threads that wait for an answer wait no longer
@@ -99,7 +125,17 @@ class ParquetLane(Ahead):
         async with aclosing(self._reader):
             while entries := await self._reader.read(ROWS_AT_ONCE):
                 if self._goes_on(entries):
+                    self._count(entries[0])
                     yield entries
+                    self._given = True
+
+    def _count(self, entry: Entry) -> None:
+        """How much was fetched for one of these entries."""
+        _, span = self._reader.part
+        if self._fetched is not None and isinstance(span, Span):
+            self._span = span
+            rows = 1 if self._batch_rows is None or entry.error is not None else entry.value.rows.num_rows
+            self._fetched.entry_bytes = rows * span.footer.fetched_row_bytes
 
     def _goes_on(self, entries: list[Entry]) -> bool:
         """Whether the file that these are of had not ended before them."""
@@ -127,10 +163,12 @@ class ParquetLane(Ahead):
 
     def _fetched_at_once(self, footer: Footer) -> Callable[[], float]:
         """Of objects, what a resume would ask for again; files have no bound of their own."""
-        if footer.file.store is None:
+        if footer.file.store is None or self._pace is None:
             return lambda: inf
-        size = sum(fetched_bytes(footer, group) for group in range(len(footer.chunks)))
-        return partial(self._pace.range_bytes, SPAN_BYTES, size)
+        return partial(self._span_bytes, self._pace, footer)
+
+    def _span_bytes(self, pace: Pace, footer: Footer) -> int:
+        return max(LEAST_SPAN_BYTES, pace.range_bytes(SPAN_BYTES, footer.fetched_bytes))
 
     async def _read_span(self, part: _Part, thread: SourceThreads, _turn: Event) -> AsyncGenerator[list[Entry]]:
         _, span = part

@@ -28,6 +28,11 @@ class Span:
     last: int
     start: int
 
+    @property
+    def rows(self) -> int:
+        """How many there are in its row groups."""
+        return self.footer.starts[self.last + 1] - self.footer.starts[self.first]
+
 
 def spans_of(footer: Footer, start: int, fetched_at_once: Callable[[], float]) -> Iterator[Span]:
     """The rows of a file from number `start` on, in spans of one large row group, or of several small ones.

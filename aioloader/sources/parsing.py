@@ -10,15 +10,16 @@ from typing import Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, Pace, file_chunks, object_chunks
+from aioloader.sources.chunks import RANGE_BYTES, READ_BYTES, file_chunks, object_chunks
 from aioloader.sources.compressed import decompressor_for, is_compressed
 from aioloader.sources.marks import Trail
-from aioloader.sources.read_ahead import Quota, failed
+from aioloader.sources.pace import Pace
+from aioloader.sources.read_ahead import ByteQuota, Quota, failed
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.stores import Version
 
-__all__ = ["Parser", "parsed", "stored_chunks"]
+__all__ = ["OffsetQuota", "Parser", "parsed", "stored_chunks"]
 
 PARSE_SECONDS: Final = 0.001
 """How long one hop into the thread may parse: some hundred rows of JSON, or one slow sample. With five times that, a
@@ -126,6 +127,18 @@ class Parser(ABC):
     @abstractmethod
     def _finish(self) -> list[Entry]:
         """The entries that the end of the content completes."""
+
+
+class OffsetQuota(ByteQuota):
+    """The same of entries whose cursors have the offset after them as their second part."""
+
+    _at: int | None = None
+
+    def saw(self, entries: list[Entry]) -> None:
+        offset: int = entries[-1].cursor[1]
+        if self._at is not None and offset > self._at:  # else the last one leads to the next file
+            self.entry_bytes = (offset - self._at) / len(entries)
+        self._at = offset
 
 
 def stored_chunks(

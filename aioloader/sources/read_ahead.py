@@ -4,29 +4,45 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from aioloader.core.entry import Entry
 from aioloader.core.sizes import MeanBytes
 from aioloader.core.source import SourceContext
 from aioloader.sources.interleave import Lane
 
-__all__ = ["Ahead", "Quota", "failed"]
+__all__ = ["Ahead", "ByteQuota", "Quota", "QuotaRule", "failed"]
 
 
 STALL_SECONDS: Final = 0.02
 """As long as the shortest latencies of stores far away, and long compared with what parsing takes."""
 
 
-class Quota:
+class QuotaRule(Protocol):
     """How many entries one reader may have ready.
+
+    Attributes:
+        left: How many the next list may have.
+    """
+
+    left: int
+
+    def allows(self, ready: int) -> bool:
+        """Whether more may be read while so many are ready; sets `left`."""
+
+    def saw(self, entries: list[Entry]) -> None:
+        """These have been read."""
+
+
+class Quota:
+    """So many entries, or as many as are so large.
 
     Args:
         most: Entries; None: as many as `nbytes` are enough for.
         nbytes: Bytes of samples, by their running mean; None: they are not counted.
 
     Attributes:
-        left: How many the next list may have.
+        left: See `QuotaRule`.
     """
 
     def __init__(self, most: int | None, nbytes: float | None) -> None:
@@ -36,7 +52,6 @@ class Quota:
         self.left = 1
 
     def allows(self, ready: int) -> bool:
-        """Whether more may be read while so many are ready; sets `left`."""
         places = self._most
         if self._nbytes is not None:
             places = max(1, self._bytes.places(self._nbytes) or 1)
@@ -46,10 +61,34 @@ class Quota:
         return self.left > 0
 
     def saw(self, entries: list[Entry]) -> None:
-        """These have been read."""
         if self._nbytes is not None:
             for entry in entries:
                 self._bytes.saw(entry.value)
+
+
+class ByteQuota:
+    """As many entries as took fewer bytes to fetch than may be ahead; when none is ready, more are read in any case.
+
+    Args:
+        most: Gives these bytes: they change while the reader reads.
+
+    Attributes:
+        left: See `QuotaRule`.
+        entry_bytes: What an entry took; set by whoever knows.
+    """
+
+    def __init__(self, most: Callable[[], int]) -> None:
+        self._most = most
+        self.left = 1
+        self.entry_bytes = 0.0
+
+    def allows(self, ready: int) -> bool:
+        room = self._most() - ready * self.entry_bytes
+        self.left = max(1, int(room / self.entry_bytes)) if self.entry_bytes else 1
+        return room > 0 or not ready
+
+    def saw(self, entries: list[Entry]) -> None:
+        pass
 
 
 class Ahead(Lane):
@@ -72,7 +111,7 @@ class Ahead(Lane):
         make: Callable[[], AsyncGenerator[list[Entry]]],
         *,
         lists: int = 1,
-        quota: Quota | None = None,
+        quota: QuotaRule | None = None,
         made_all: Callable[[], object] | None = None,
         starved: Callable[[], object] | None = None,
     ) -> None:

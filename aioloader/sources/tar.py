@@ -14,14 +14,14 @@ from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import SourceContext, SourceThreads
 from aioloader.errors import BrokenDataError
-from aioloader.sources.chunks import Pace
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.file_source import FileSource
 from aioloader.sources.in_order import InOrder
 from aioloader.sources.marks import read_mark
-from aioloader.sources.parsing import Parser, parsed, stored_chunks
-from aioloader.sources.read_ahead import Quota, failed
+from aioloader.sources.pace import Pace
+from aioloader.sources.parsing import OffsetQuota, Parser, parsed, stored_chunks
+from aioloader.sources.read_ahead import Quota, QuotaRule, failed
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile, find_stored_files
 from aioloader.sources.stores import Version, read_version
@@ -195,22 +195,25 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
             def read(samples: _Samples, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
                 return samples.read(thread, pace, turn)
 
+            def quota_of(samples: _Samples) -> QuotaRule | None:
+                return self._quota(samples, pace)
+
             return InOrder(
                 context,
                 self._parsers(order, at, start, requests),
                 read,
                 open_ahead=self._open_ahead,
                 lists_ahead=LISTS_AHEAD,
-                quota_of=self._quota,
+                quota_of=quota_of,
                 starved=pace.starved,
             )
 
         return open_lane
 
-    def _quota(self, samples: "_Samples") -> Quota | None:
+    def _quota(self, samples: "_Samples", pace: Pace) -> QuotaRule | None:
         """How many samples of an archive may be ready; None: for the number of lists to say."""
         if self.ahead is None and self._ahead_bytes is None:
-            return None
+            return OffsetQuota(lambda: pace.ahead_bytes) if samples.is_stored else None
         archives = self.interleave * (self._open_ahead + 1)
         most = None if self.ahead is None else self.ahead // archives
         samples.quota = Quota(most, None if self._ahead_bytes is None else self._ahead_bytes / archives)
@@ -259,6 +262,11 @@ class _Samples(Parser):
         self._broken: str | None = None  # why the current sample is broken
         self._member: Member | None = None  # the current one, whose content is still coming
         self._extension = ""  # that of the current member
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the archive is in a store."""
+        return self._shard.store is not None
 
     def read(self, thread: SourceThreads, pace: Pace, turn: Event) -> AsyncGenerator[list[Entry]]:
         """The entries of the archive, read in `thread`."""

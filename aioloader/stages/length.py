@@ -1,6 +1,6 @@
 """How long a sample is, as the user says it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -35,10 +35,10 @@ class Length:
         """Tokens, at least 1.
 
         Raises:
-            TypeError: The function gives no integer.
-            ValueError: It gives less than 1.
+            TypeError: The function gives no integer, or the field has no length.
+            ValueError: It gives less than 1, or there is no such field.
         """
-        told = len(sample[self.of]) if isinstance(self.of, str) else self.of(sample)
+        told = self._of_field(sample, self.of) if isinstance(self.of, str) else self.of(sample)
         if type(told) is not int:
             if isinstance(told, bool) or not hasattr(told, "__index__"):
                 raise TypeError(f"{self._rule}, got {safe_repr(told, 80)} of type {type(told).__name__}")
@@ -46,6 +46,22 @@ class Length:
         if told < 1:
             raise ValueError(f"{self._rule}, got {told}; leave empty samples out, for instance with filter()")
         return told
+
+    def _of_field(self, sample: Any, name: str) -> int:
+        try:
+            field = sample[name]
+        except Exception as error:
+            there = (
+                f"the fields {safe_repr(list(sample), 80)}" if isinstance(sample, Mapping) else safe_repr(sample, 80)
+            )
+            raise ValueError(
+                f"the length of a sample is that of its field {name!r}, and this one has none of that name, got "
+                f"{there}; name another one, or pass a function of the sample"
+            ) from error
+        try:
+            return len(field)
+        except TypeError as error:
+            raise TypeError(f"{self._rule}, and that field has no length: {error}") from None
 
     @property
     def _rule(self) -> str:

@@ -97,7 +97,7 @@ def _holds(dtype: torch.dtype, value: Any) -> bool:
     if dtype is torch.bool:
         return value in (0, 1)
     limits = torch.iinfo(dtype)
-    return bool(value == int(value) and limits.min <= value <= limits.max)
+    return bool(limits.min <= value <= limits.max and value == int(value))  # NaN is in no limits, nor is infinity
 
 
 @dataclass(slots=True)
