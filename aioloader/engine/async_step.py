@@ -269,7 +269,7 @@ class AsyncStep(Step):
                 entry.begun = consumer.batches  # in another thread that may have got more since the last sample
             sample.name = entry
             if call is not None:
-                call.began = now = perf_counter()
+                call.began = now = perf_counter() if count else began  # which is now
                 if not call.guard.watched:
                     call.guard.watch(now)
             try:
