@@ -178,6 +178,7 @@ INTERNAL = {
     "ContenderError": "the demo's own, for its exit code",
     "LostError": "a subclass of BrokenDataError; a sample that a cache has lost is made again",
     "NullsError": "caught where it is raised",
+    "SegmentsGoneError": "caught: what an actor had made is made again",
 }
 
 

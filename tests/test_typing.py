@@ -93,7 +93,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("typing")
     checkout = folder / "checkout"
     checkout.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "aioloader"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "aioloader"):
         (checkout / name).symlink_to(ROOT / name)
     build = "import setuptools.build_meta as backend; backend.build_editable('..')"
     subprocess.run([sys.executable, "-c", build], cwd=checkout, check=True, capture_output=True, timeout=120)
