@@ -171,7 +171,7 @@ def test_another_process_with_the_same_number_is_not_taken_for_it(there: Outbox)
     here = inbox()
     with pytest.raises(SegmentsGoneError, match="another one"):
         here.unpack(other, None)
-    with pytest.raises(SegmentsGoneError, match="not known"):  # named by an answer that was lost
+    with pytest.raises(SegmentsGoneError, match="was lost"):  # named by an answer that was lost
         here.unpack(answer._replace(new=[]), None)
     assert Inbox.of(os.getpid(), file._replace(inode=file.inode + 1)) is None
 
@@ -259,7 +259,7 @@ def test_segments_are_what_is_used_here(monkeypatch: pytest.MonkeyPatch, name: s
         mapped.append(1)
         return Mapping(*args, **others)
 
-    monkeypatch.setattr("aioloader.executors.ray.same_host.Mapping", counted)
+    monkeypatch.setattr("aioloader.executors.processes.segments.Mapping", counted)
     with loaders()[name] as loader:
         for _ in range(5):
             for batch in loader:

@@ -1,4 +1,4 @@
-"""Where the user writes the arguments of a stage, for whoever advises other values."""
+"""Where the user writes the arguments of a stage, so that advice can name the call."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ __all__ = ["Written"]
 
 @dataclass(frozen=True, eq=False)  # two that read alike are two calls
 class Written:
-    """A call of the user's that takes how many calls a stage has at once.
+    """The call in the user's program that says how many calls a stage has at once.
 
     Attributes:
         call: The call as it is written, up to where arguments are added: `.map(fetch`.

@@ -74,7 +74,7 @@ class ByteQuota:
 
     Attributes:
         left: See `QuotaRule`.
-        entry_bytes: What an entry took; set by whoever knows.
+        entry_bytes: What an entry took, once that is known.
     """
 
     def __init__(self, most: Callable[[], int]) -> None:

@@ -10,18 +10,30 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import prod
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
 from aioloader.executors.processes.layout import aligned
-from aioloader.executors.processes.wire import SMALL_BYTES
+from aioloader.executors.processes.wire import SMALL_BYTES, encode
 from aioloader.memory.mapping import Mapping
 
-__all__ = ["Arena", "BufferPlace", "SharedSegment", "create_file", "shared_memory", "use_arena"]
+__all__ = [
+    "SHARED_BYTES",
+    "Arena",
+    "BufferPlace",
+    "MappedSegments",
+    "SharedSegment",
+    "create_file",
+    "shared_memory",
+    "use_arena",
+]
 
+SHARED_BYTES: Final = 1 << 15  # smaller results go with the message, which is cheaper than a segment
 MAX_FREE: Final = 8  # free segments that a worker keeps; only a consumer that keeps its batches needs more
 
 
@@ -97,6 +109,22 @@ class Arena:
         except OSError:  # no memory to share: the tensor goes through the socket
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(segment.view[offset : offset + size], dtype=dtype).view(tuple(shape))
+
+    def encode(self, value: Any) -> tuple[bytes, list[memoryview]]:
+        """See `wire.encode`; what cannot be pickled is not sent."""
+        try:
+            return encode(value)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def place(self, buffers: Sequence[memoryview]) -> list[BufferPlace] | None:
+        """`put`; None: they are too small for that, or there is no memory to share, and they go another way."""
+        if sum(buffer.nbytes for buffer in buffers) >= SHARED_BYTES:
+            with suppress(OSError):
+                return self.put(buffers)
+        self.abandon()
+        return None
 
     def put(self, buffers: Sequence[memoryview]) -> list[BufferPlace]:
         """The place of each buffer. Those that are not in a segment are copied into one.
@@ -187,6 +215,44 @@ class Arena:
         segment.filled = 0
         self._current.append(segment)
         return segment
+
+
+class MappedSegments:
+    """The segments of a worker, as the process maps them that gets its results."""
+
+    def __init__(self) -> None:
+        self._mappings: dict[int, Mapping] = {}
+        self._freed: deque[int] = deque()  # appended to by the thread that drops the last view, whichever it is
+
+    def map(self, number: int, size: int, fd: int) -> None:
+        """A segment is new; closes its descriptor.
+
+        Raises:
+            OSError: It cannot be mapped.
+        """
+        try:
+            self._mappings[number] = Mapping(fd, size, lockable=True)
+        finally:
+            os.close(fd)
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """The worker has released these. What is in use stays mapped."""
+        for number in numbers:
+            self._mappings.pop(number, None)
+
+    def buffers(self, places: Sequence[tuple[int, int, int]]) -> list[memoryview]:
+        """What is at `places`. Its segments are in use as long as a view of it lives.
+
+        Raises:
+            KeyError: One of them is not mapped.
+        """
+        segments = {segment: self._mappings[segment] for segment, _, _ in places}
+        lent = {number: mapping.lend(self._freed.append, number) for number, mapping in segments.items()}
+        return [lent[number][offset : offset + size] for number, offset, size in places]
+
+    def freed(self) -> list[int]:
+        """Those that are free since the last call; the worker must be told of each once."""
+        return [self._freed.popleft() for _ in range(len(self._freed))]
 
 
 def _rounded(size: int) -> int:

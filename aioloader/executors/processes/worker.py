@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -22,13 +22,11 @@ from aioloader.executors.epochs import Copies, Epochs
 from aioloader.executors.processes.cells import ProgressCells
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
 from aioloader.executors.processes.layout import Layout, lay_out, open_buffers
-from aioloader.executors.processes.segments import Arena, BufferPlace, use_arena
+from aioloader.executors.processes.segments import SHARED_BYTES, Arena, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
 from aioloader.memory.mapping import Mapping
 
 __all__ = ["Program", "Work", "WorkerLink", "adopt_surroundings", "main", "settings_of_this_process"]
-
-SHARED_BYTES: Final = 1 << 15  # smaller results go through the socket, which is cheaper than a segment
 
 
 class Program(Protocol):
@@ -167,23 +165,14 @@ class WorkerLink:
             Exception: `value` cannot be pickled; nothing has been sent.
         """
         arena = self.arena
-        try:
-            stream, buffers = encode(value)
-        except BaseException:
-            arena.abandon()
-            raise
+        stream, buffers = arena.encode(value)
         body = [memoryview(stream)]
         if len(stream) >= SHARED_BYTES:  # then the main process need not read it from the socket, piece by piece
             buffers += body
             body = []
         new: list[tuple[int, int, int]] = []
-        places: list[BufferPlace] | None = None
         layout: Sequence[tuple[int, ...]]
-        if sum(buffer.nbytes for buffer in buffers) >= SHARED_BYTES:
-            with contextlib.suppress(OSError):
-                places = arena.put(buffers)
-        if places is None:
-            arena.abandon()
+        if (places := arena.place(buffers)) is None:
             layout, body = lay_out([*buffers, *body])
         else:
             layout = places

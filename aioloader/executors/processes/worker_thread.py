@@ -14,9 +14,9 @@ from weakref import WeakSet
 
 from aioloader.executors.processes.fork_server import ForkServer, describe_exit, forget_fork_server
 from aioloader.executors.processes.layout import open_buffers
+from aioloader.executors.processes.segments import MappedSegments
 from aioloader.executors.processes.wire import Connection, Message, decode
 from aioloader.executors.processes.worker import settings_of_this_process
-from aioloader.memory.mapping import Mapping
 
 __all__ = ["Worker", "WorkerOwner", "WorkerThread", "end_all_processes", "forget_all_processes"]
 
@@ -58,8 +58,7 @@ class Worker:
         self._worker_thread = worker_thread
         self._connection = connection
         self._open = True
-        self._mappings: dict[int, Mapping] = {}
-        self._freed: deque[int] = deque()  # appended to by the thread that drops the last view, whichever it is
+        self._segments = MappedSegments()
 
     def send(self, head: tuple[Any, ...], pieces: Sequence[Any] = (), fds: Sequence[int] = ()) -> None:
         """Send a message, now or as soon as the worker's socket takes it. Does nothing when the worker has died."""
@@ -73,7 +72,7 @@ class Worker:
 
     def freed(self) -> list[int]:
         """The segments that have become free since the last call; the worker must be told of each once."""
-        return [self._freed.popleft() for _ in range(len(self._freed))]
+        return self._segments.freed()
 
     def unpack(self, message: Message) -> Any:
         """The value of a message of `WorkerLink.send`. Its tensors share memory with the worker.
@@ -82,20 +81,15 @@ class Worker:
             Exception: The value cannot be unpickled here.
         """
         *_, layout, new, forgotten = message.head
-        for number in forgotten:
-            self._mappings.pop(number, None)
+        segments = self._segments
+        segments.forget(forgotten)
         for (number, size), fd in zip(new, message.fds, strict=True):
-            try:
-                self._mappings[number] = Mapping(fd, size, lockable=True)
-            finally:
-                os.close(fd)
+            segments.map(number, size, fd)
         body = memoryview(message.body)
         if len(layout[0]) == 2:
             buffers = open_buffers(body, layout)
         else:
-            used = {number for number, _, _ in layout}
-            lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
-            buffers = [lent[number][offset : offset + size] for number, offset, size in layout]
+            buffers = segments.buffers(layout)
             if body:
                 buffers.append(body)
         stream = buffers.pop()

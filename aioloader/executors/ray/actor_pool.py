@@ -60,7 +60,7 @@ class ActorPool:
     where chunks are quick. So a chunk never waits for an actor that may never come.
 
     What when an actor dies? `Wreck` says who is to blame; the others are sent elsewhere. That an idle actor has died is
-    only noticed with the next chunk, which is blamed for it: once, which `retries` bears.
+    only noticed with the next chunk, which is blamed for it: once, which `retries` allows for.
 
     A lost node shows as an actor that is unavailable first, and it may come back. Nobody waits for that: it is given up
     and killed at once, and what it says later is for tasks that it does not have any more.

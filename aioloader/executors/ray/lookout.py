@@ -15,9 +15,9 @@ SILENT_SECONDS: Final = 40.0  # without a head, after which an epoch ends: Ray e
 
 
 class Lookout:
-    """Looks whether Ray is there, for whoever has asked it for something. In the thread of `RayThread`.
+    """Looks whether Ray is still there while calls wait for it. In the thread of `RayThread`.
 
-    After a `ray.shutdown()` of the user's no call of before is ever answered, and nobody is told. Without a head actors
+    After `ray.shutdown()` no earlier call is ever answered, and nobody is told. Without a head actors
     work on, and it may come back; if not, Ray ends this process, so the program is told while it can still save its
     state.
 

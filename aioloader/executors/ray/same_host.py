@@ -15,20 +15,15 @@ lost as one in the store of a lost node is. A process that has got the number of
 
 import os
 import sys
-from collections import deque
-from contextlib import suppress
 from functools import cache
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from aioloader.core.memory import Alloc
-from aioloader.executors.processes.segments import Arena, BufferPlace, create_file
-from aioloader.executors.processes.wire import decode, encode
+from aioloader.executors.processes.segments import Arena, BufferPlace, MappedSegments, create_file
+from aioloader.executors.processes.wire import decode
 from aioloader.executors.ray.values import Packed, encoded, nbytes_of, unpack
-from aioloader.memory.mapping import Mapping
 
 __all__ = ["Answer", "InSegments", "Inbox", "OpenFile", "Outbox", "SegmentsGoneError", "Told", "answer_bytes", "probe"]
-
-SHARED_BYTES: Final = 1 << 15  # smaller results go with the answer
 
 
 class SegmentsGoneError(Exception):
@@ -126,17 +121,8 @@ class Outbox:
             Exception: Whatever pickling a user's object raises.
         """
         arena = self.arena
-        try:
-            stream, buffers = encode(value)
-        except BaseException:
-            arena.abandon()
-            raise
-        places: list[BufferPlace] | None = None
-        if sum(buffer.nbytes for buffer in buffers) >= SHARED_BYTES:
-            with suppress(OSError):
-                places = arena.put(buffers)
-        if places is None:
-            arena.abandon()
+        stream, buffers = arena.encode(value)
+        if (places := arena.place(buffers)) is None:
             return encoded(stream, buffers)
         new = []
         for number, size, fd in arena.hand_over(places):
@@ -160,8 +146,7 @@ class Inbox:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._mappings: dict[int, Mapping] = {}
-        self._freed: deque[int] = deque()  # appended to by the thread that drops the last view, whichever it is
+        self._segments = MappedSegments()
         self._log: list[int] = []
         self._begin = 0  # of the log: what comes before is known to the actor
 
@@ -178,7 +163,7 @@ class Inbox:
 
     def told(self) -> Told:
         """What the next call brings."""
-        self._log += [self._freed.popleft() for _ in range(len(self._freed))]
+        self._log += self._segments.freed()
         return self._begin, tuple(self._log)
 
     def unpack(self, answer: Answer, alloc: Alloc | None) -> Any:
@@ -195,29 +180,22 @@ class Inbox:
         if not isinstance(answer, InSegments):
             return unpack(answer, alloc)
         self._hear(answer)
-        used = {place.segment for place in answer.places}
-        if not used <= self._mappings.keys():  # an answer that named them has been lost
-            raise SegmentsGoneError("segments that are not known")
-        lent = {number: self._mappings[number].lend(self._freed.append, number) for number in used}
-        return decode(answer.stream, [lent[number][offset : offset + size] for number, offset, size in answer.places])
+        try:
+            buffers = self._segments.buffers(answer.places)
+        except KeyError as error:
+            raise SegmentsGoneError(f"the answer that named segment {error} was lost") from error
+        return decode(answer.stream, buffers)
 
     def _hear(self, answer: InSegments) -> None:
         if answer.known > self._begin:
             del self._log[: answer.known - self._begin]
             self._begin = answer.known
-        for number in answer.forgotten:
-            self._mappings.pop(number, None)
+        self._segments.forget(answer.forgotten)
         for number, size, file in answer.new:
             try:
-                fd = file.open(self._pid)
+                self._segments.map(number, size, file.open(self._pid))
             except OSError as error:
                 raise SegmentsGoneError(f"the memory of process {self._pid} cannot be mapped: {error}") from error
-            try:
-                self._mappings[number] = Mapping(fd, size, lockable=True)
-            except OSError as error:
-                raise SegmentsGoneError(str(error)) from error
-            finally:
-                os.close(fd)
             self._log.append(-number)
 
 

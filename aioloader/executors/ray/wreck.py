@@ -19,7 +19,7 @@ class Wreck:
     Ray fails all calls that it had been sent, all alike, and in any order; and of what had been answered before, the
     large results are still on their way. An actor for sync functions works on one call after the other, so the first
     one that it had not answered is to blame, and those after it had not begun. So nothing is decided before those in
-    front are known. But an answer may have died with the actor, if it died right after it: where others were behind
+    front are known. But an answer may have died with the actor, if it died right after it: where others came after
     it, that is not sure. One that awaits may have been at all of them.
 
     Args:
