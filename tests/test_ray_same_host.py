@@ -101,6 +101,12 @@ def test_small_results_go_with_the_answer(there: Outbox) -> None:
     assert not isinstance(answer, InSegments)
     ones, word = inbox().unpack(answer, None)
     assert (float(ones.sum()), word) == (100, "few")
+    for number in range(20):  # made in a segment, which is free again
+        small = there.arena.alloc((2048,), torch.float32).fill_(number)
+        assert not isinstance(there.pack(small), InSegments)
+    large_one = there.pack(there.arena.alloc((SIZE,), torch.float32).fill_(7))
+    assert isinstance(large_one, InSegments)
+    assert large_one.places[0].segment <= 2, "small results have left no segments behind"
 
 
 def test_what_cannot_be_pickled_leaves_the_segments_free(there: Outbox) -> None:

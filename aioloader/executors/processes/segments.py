@@ -181,6 +181,11 @@ class Arena:
             segment.close()
         return [segment.number for segment in gone]
 
+    def close(self) -> None:
+        """Close what is still open: nothing is sent any more. What is mapped elsewhere stays there."""
+        for segment in (*self._free, *self._current):
+            segment.close()
+
     def _find(self, buffer: memoryview) -> BufferPlace | None:
         if not self._current:
             return None

@@ -135,6 +135,7 @@ class Outbox:
         for fd in self._files.values():
             os.close(fd)
         self._files.clear()
+        self.arena.close()
 
 
 class Inbox:
