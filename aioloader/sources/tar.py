@@ -189,7 +189,7 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder["_Samples"]]:
         requests = self._requests.begin(context)
-        pace = Pace(order.lanes, len(order.numbers))
+        pace = Pace(order.lanes, len(order.numbers), lambda: context.consumer_starves)
 
         def open_lane(at: int, start: _Start) -> InOrder[_Samples]:
             def read(samples: _Samples, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
