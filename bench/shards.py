@@ -53,7 +53,13 @@ def write_parquet(path: Path, first: int, samples: int, nbytes: int) -> None:
 
     rows = numpy.random.default_rng(first).bytes(samples * nbytes)
     column = pa.array([rows[at : at + nbytes] for at in range(0, len(rows), nbytes)])
-    pq.write_table(pa.table({"row": column}), path, row_group_size=max(1, samples // GROUPS), compression="none")
+    pq.write_table(
+        pa.table({"row": column}),
+        path,
+        row_group_size=max(1, samples // GROUPS),
+        compression="none",
+        write_statistics=False,
+    )
 
 
 FORMATS: Final[dict[str, tuple[Any, Callable[..., None]]]] = {

@@ -39,6 +39,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each store is far away, and each look for more samples is a wait."""
+    monkeypatch.setattr(pace, "FAR_SECONDS", -1)
+    monkeypatch.setattr(read_ahead, "STALL_SECONDS", -1)
+
+
+def far_away(*args: Any, **more: Any) -> Pace:
+    ours = Pace(*args, **more)
+    ours.answered(0.03)
+    return ours
+
+
 @pytest.mark.parametrize(
     ("files", "megabytes", "lanes", "kilobytes"),
     [(4, 7, 2, 89), (100, 100, 1, 8192), (4, 64, 2, 819), (1, 1, 1, 16)],
@@ -47,7 +60,7 @@ def test_ranges_are_short_where_a_reader_reads_little(
     clock: Clock, files: int, megabytes: int, lanes: int, kilobytes: int
 ) -> None:
     """Those of a consumer that waits, too: what it had asked for ahead is a small part of what it reads."""
-    ours = Pace(lanes, files)
+    ours = far_away(lanes, files)
     assert ours.range_bytes(RANGE_BYTES, None) == FIRST_RANGE_BYTES
     assert ours.range_bytes(RANGE_BYTES, megabytes << 20) >> 10 == kilobytes
     short = ours.range_bytes(RANGE_BYTES, megabytes << 20)
@@ -61,7 +74,7 @@ def test_ranges_are_short_where_a_reader_reads_little(
 
 def test_ranges_grow_further_while_a_consumer_does_little_but_wait(clock: Clock) -> None:
     """A stop costs it more then, once; each epoch costs it less. When it has got to work, they are as before."""
-    ours = Pace(lanes=2, files=4)
+    ours = far_away(lanes=2, files=4)
     short = ours.range_bytes(RANGE_BYTES, 4 << 20)
     lengths = []
     for _ in range(2 + WAITS + 3):
@@ -80,12 +93,26 @@ def test_ranges_grow_further_while_a_consumer_does_little_but_wait(clock: Clock)
 def test_a_wait_for_bytes_changes_nothing_while_batches_lie_ready() -> None:
     """It holds nobody up: a training that takes its time keeps the short ranges."""
     starves = False
-    ours = Pace(lanes=2, files=4, starves=lambda: starves)
+    ours = far_away(lanes=2, files=4, starves=lambda: starves)
     short = ours.range_bytes(RANGE_BYTES, 4 << 20)
     for _ in range(9):
         ours.starved(0.03)
     assert ours.range_bytes(RANGE_BYTES, 4 << 20) == short
     starves = True
+    ours.starved(0.03)
+    assert ours.range_bytes(RANGE_BYTES, 4 << 20) == 2 * short
+
+
+def test_a_wait_for_a_store_nearby_changes_nothing() -> None:
+    """A machine that is busy makes its reader wait now and then; some answers come at once."""
+    ours = Pace(lanes=2, files=4)
+    short = ours.range_bytes(RANGE_BYTES, 4 << 20)
+    ours.starved(0.03)  # nothing is known of it
+    for seconds in (0.03, 0.002, *[0.03] * (pace.ANSWERS - 1)):
+        ours.answered(seconds)
+    ours.starved(0.03)
+    assert ours.range_bytes(RANGE_BYTES, 4 << 20) == short
+    ours.answered(0.03)
     ours.starved(0.03)
     assert ours.range_bytes(RANGE_BYTES, 4 << 20) == 2 * short
 
@@ -138,13 +165,13 @@ def four_files(server: HttpServer, groups: int = GROUPS) -> list[list[int]]:
 
 
 @on_both_faces
+@pytest.mark.usefixtures("far")
 @pytest.mark.parametrize("batch_rows", [None, 20])
 @pytest.mark.parametrize("taken", [0.31, 0.375, 0.44])
 def test_of_parquet_little_is_asked_for_again_of_a_consumer_that_waits(
     http_server: HttpServer, taken: float, batch_rows: int | None, face: Face, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Now and then, that is: of each open file two row groups more than the one that is given out, at most."""
-    monkeypatch.setattr(read_ahead, "STALL_SECONDS", -1)  # so each time that a list is asked for
     monkeypatch.setattr(pace, "WAITS", 1 << 60)
     starts, stops = four_files(http_server)
     source = ParquetRows(sorted(http_server.files), store=http_server.store(), interleave=2, batch_rows=batch_rows)
@@ -164,12 +191,12 @@ def test_of_parquet_little_is_asked_for_again_of_a_consumer_that_waits(
 
 
 @on_both_faces
+@pytest.mark.usefixtures("far")
 def test_row_groups_are_fetched_side_by_side_for_a_consumer_that_waits(
     http_server: HttpServer, clock: Clock, face: Face, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More of them for one that does little else, and never two of them in one request where there are few."""
     starts, stops = four_files(http_server)
-    monkeypatch.setattr(read_ahead, "STALL_SECONDS", -1)
     assert clock.now == 0  # it stands still, so waits are all that there is
     source = ParquetRows(sorted(http_server.files), store=http_server.store())
     most: dict[int, int] = {}

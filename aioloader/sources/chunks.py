@@ -280,7 +280,8 @@ class _OpenObject:
         stop = self._asked = start + size if first else min(start + size, self.end)
 
         def begin() -> Range:
-            return Range(self._store, self._key, start, stop, self._version.condition)
+            told = None if self._pace is None else self._pace.answered
+            return Range(self._store, self._key, start, stop, self._version.condition, told)
 
         if self._requests is None:
             return begin()

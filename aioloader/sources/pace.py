@@ -1,5 +1,6 @@
 """How far ahead of its consumer a reader asks a store for bytes."""
 
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 from typing import Final
@@ -25,6 +26,12 @@ HURRIED: Final = 8
 WAITS: Final = 4
 """As many waits tell that it does."""
 
+FAR_SECONDS: Final = 0.008
+"""A store whose answers take longer to begin, all of the latest `ANSWERS`, is far away."""
+
+ANSWERS: Final = 12
+"""On a machine that is busy, some of so many come at once."""
+
 OPEN_PER_EPOCH: Final = 30
 """Of what cannot be divided, such a part of what the reader reads in an epoch is open at a time, for a consumer that
 waits now and then: what is read now, and what comes next. For one that does little else it is twice as much."""
@@ -38,7 +45,8 @@ class Pace:
     long as they may be. A training that waits for nothing keeps the short ones. Where they are not enough for consumer
     and latency, which only a wait tells, they get twice as long with each wait, up to `LONGER` times. A wait counts
     when it is longer than `STALL_SECONDS` and the consumer has nothing else: a reader that waits while batches lie
-    ready holds nobody up.
+    ready holds nobody up. And when the store is far away: one nearby on a busy machine makes a reader wait, too, and
+    asking it for more at once does not help.
 
     That bounds the rate: a fortieth of the epoch for each answer, behind 30 ms 1.2 s for an epoch, however short it is.
     It is right for a training that waits a little, and wrong for a consumer that takes all it can get: what latency
@@ -62,6 +70,7 @@ class Pace:
         self._since = 0.0  # ranges are `LONGER` times as long, or more
         self._waits = 0  # since then
         self._waited_seconds = 0.0
+        self._answers: deque[float] = deque(maxlen=ANSWERS)
         self.ahead_bytes = FIRST_RANGE_BYTES
 
     @property
@@ -85,9 +94,17 @@ class Pace:
         self.ahead_bytes = min(most, max(LEAST_RANGE_BYTES, size * self._files // (RANGES_PER_EPOCH * self.lanes)))
         return self.ahead_bytes
 
+    def answered(self, seconds: float) -> None:
+        """The store's answer to a request took so long to begin."""
+        self._answers.append(seconds)
+
+    @property
+    def _is_far(self) -> bool:
+        return min(self._answers, default=0.0) > FAR_SECONDS
+
     def starved(self, seconds: float) -> None:
         """Bytes were waited for, though some had been asked for ahead: by the consumer, if it has nothing else."""
-        if not self._starves():
+        if not self._is_far or not self._starves():
             return
         if self._factor < LONGER:
             self._factor *= 2

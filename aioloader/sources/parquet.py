@@ -154,6 +154,7 @@ class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
         self, context: SourceContext, order: FileOrder, pace: Pace | None
     ) -> Callable[[int, ParquetStart], Lane]:
         requests = self._requests.begin_for_threads(context)
+        requests.told = None if pace is None else pace.answered
         footers = _Footers(self, order, requests, context)
 
         def open_lane(at: int, start: ParquetStart) -> ParquetLane:
