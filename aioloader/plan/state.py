@@ -376,7 +376,9 @@ def _difference(now: Shape, then: Any, where: str = "") -> str | None:
                     return _length_difference(mine, its.get(key), where)
                 if mine["stage"] == its["stage"] == "source" and mine.get("kind") == its.get("kind"):
                     return _source_difference(mine, its, key, where)
-                return f"{place} is {_words(mine)}, and was {_words(its)}"
+                if (words := _words(mine)) == _words(its):
+                    return f"{place}, {words}, has {key}={mine[key]!r}, and had {key}={its.get(key)!r}"[:300]
+                return f"{place} is {words}, and was {_words(its)}"
     if len(here) != len(there):
         longer, verb = (here, "is") if len(here) > len(there) else (there, "was")
         return (
