@@ -7,7 +7,7 @@ from contextvars import Context
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import Entry
+from aioloader.core.entry import DONE, Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.policy_log import Waiting
@@ -48,6 +48,11 @@ class AsyncStep(Step):
     There is no task per sample: a worker that finishes one sample takes the next, and when `fn` does not suspend, a
     single worker does them all without a turn of the loop. Workers are started and woken only as they are needed.
     Under a `Limit` one that gets no slot waits like one without samples, and is woken when the step is granted one.
+
+    Samples that a worker finishes without waiting are only put down, and the window is told of them together: while
+    the worker does not wait, nobody else runs who could miss them. It tells before it waits for more; and where it
+    waits in the function instead, the loop's next turn does, before anything else (`_turned`, which is always on its
+    way while a worker goes on without waiting).
     """
 
     calls_on_loop = True
@@ -73,6 +78,7 @@ class AsyncStep(Step):
         self._runner: object = None  # the worker that ran last; None: since then the loop has had a turn
         self._turn_seen = True  # nobody waits to be told of the next turn
         self._samples: set[SampleContext] = set()  # one per worker
+        self._done: list[Entry] = []  # finished, but the window does not know
 
     def obey(self, policies: Policies) -> None:
         super().obey(policies)
@@ -221,9 +227,10 @@ class AsyncStep(Step):
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
+        gated, plain = slot is not None or guard is not None, guard is None and not predicate
+        put_down = self._done.append if plain and self._window.takes_many(forward) else forward
         # What is tried again has begun before.
         fresh, stamps, consumer = self.fresh and self.retrying is None, self.stamps, run.consumer
-        gated = slot is not None or guard is not None
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
         woken = began = sample.since = self._counted(0, 0.0)
@@ -234,6 +241,8 @@ class AsyncStep(Step):
                 sample.since = began
                 if call is not None:
                     call.rest()
+                if self._done:
+                    self._settle()
                 self._ran_out(began - woken)
                 if inbox is not self.inbox:
                     self._end(sample)
@@ -254,13 +263,18 @@ class AsyncStep(Step):
                 woken = began = sample.since = self._counted(0, 0.0)
                 resumed = True
                 continue
-            if gated and (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot, call):
-                began, count = self._counted(count, began), 0
-                sample.name = sample.rng = None
-                await self._wait()
-                woken = began = sample.since = self._counted(0, 0.0)
-                resumed = True
-                continue
+            if gated:
+                if (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot, call):
+                    began, count = self._counted(count, began), 0
+                    sample.name = sample.rng = None
+                    await self._wait()
+                    woken = began = sample.since = self._counted(0, 0.0)
+                    resumed = True
+                    continue
+                if call is not None:
+                    call.began = now = perf_counter() if count else began  # which is now
+                    if not call.guard.watched:
+                        call.guard.watch(now)
             entry = inbox.popleft()
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
@@ -268,16 +282,12 @@ class AsyncStep(Step):
             if fresh or (stamps and entry.begun < 0):
                 entry.begun = consumer.batches  # in another thread that may have got more since the last sample
             sample.name = entry
-            if call is not None:
-                call.began = now = perf_counter() if count else began  # which is now
-                if not call.guard.watched:
-                    call.guard.watch(now)
             try:
                 result = await fn(entry.value)
-                if call is not None and call.touched:
-                    result = await call.guard.outcome(call, result, None)
-                if predicate:
-                    refused = not result
+                if not plain:
+                    if call is not None and call.touched:
+                        result = await call.guard.outcome(call, result, None)
+                    refused = predicate and not result
             except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
                 failure: BaseException | None = error
                 if call is not None and call.touched:
@@ -307,7 +317,7 @@ class AsyncStep(Step):
                 entry.since = began  # else it took no time to speak of
                 if not predicate:
                     entry.value = result
-                    forward(entry)
+                    (forward if resumed else put_down)(entry)
                 elif refused:
                     self._drop(entry, nothing=entry.value is None)
                 else:
@@ -371,6 +381,17 @@ class AsyncStep(Step):
     def _turned(self) -> None:
         self._turn_seen = True
         self._runner = None
+        if self._done:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the window know what has been put down."""
+        done = self._done
+        for entry in done:
+            entry.state = DONE
+        count = len(done)
+        done.clear()
+        self._window.finished_in_place(count)
 
     def _counted(self, count: int, began: float) -> float:
         """Add `count` samples since `began` to the meter; returns the time."""

@@ -186,7 +186,7 @@ class MemoryCacheStep(CacheStep):
 
     def _look_up(self) -> bool:
         """The same at half the cost where this is the last step of the window, as it mostly is: a hit is done."""
-        if not self._window.ordered or self._forward != self._window.finished:
+        if not self._window.takes_many(self._forward):
             return super()._look_up()
         entries = list(self.inbox)
         self.inbox.clear()

@@ -21,7 +21,7 @@ from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.room import Growth, Room
 from aioloader.engine.skipping import SkipRule
-from aioloader.engine.steps import Step, bind_in_a_row
+from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.insight.gauges import WaitMeter
 from aioloader.insight.meters import Why
 
@@ -60,7 +60,10 @@ class Window(Node):
         hands_out: What leaves goes to the consumer. It waits until that has it, and `handed_out` is called.
         queued: Gives how much of that waits now, where the consumer is in another thread.
         bounded: The user has said how much it holds.
+        one_by_one: `finished` has to be told of each entry, also of those that are finished in order.
     """
+
+    one_by_one = False
 
     admission: Admission | None = None
     in_a_row: InARow | None = None
@@ -598,11 +601,17 @@ class Window(Node):
         if self.admission is not None:
             self.admission.changed()
 
+    def takes_many(self, forward: Forward) -> bool:
+        """Whether what a step gives to `forward` may be told by `finished_in_place`, many entries at a time."""
+        return self.ordered and not self.one_by_one and forward == self.finished
+
     def finished_in_place(self, count: int) -> None:
         """`count` entries of an ordered window are done, and their `state` says so already."""
         self.under_way -= count
         if self._slots[0].state:
             self._kick()
+        elif self._occupied >= self._full_at:
+            self.wake()
         if self.under_way == self._aside:
             self.wake()
 
