@@ -49,10 +49,10 @@ class AsyncStep(Step):
     single worker does them all without a turn of the loop. Workers are started and woken only as they are needed.
     Under a `Limit` one that gets no slot waits like one without samples, and is woken when the step is granted one.
 
-    Samples that a worker finishes without waiting are only put down, and the window is told of them together: while
-    the worker does not wait, nobody else runs who could miss them. It tells before it waits for more; and where it
-    waits in the function instead, the loop's next turn does, before anything else (`_turned`, which is always on its
-    way while a worker goes on without waiting).
+    A worker only puts down what it has finished, and the window is told of many samples together: until the worker
+    waits, nobody else runs who could miss them. It tells before it waits for more; and where it waits in the function
+    instead, the loop's next turn does, before anything else (`_turned`, which is on its way from the moment in which a
+    worker begins a sample).
     """
 
     calls_on_loop = True
@@ -218,6 +218,7 @@ class AsyncStep(Step):
 
     async def _work(self, context: Context, inbox: deque[Entry], slot: "_Slot | None" = None) -> None:
         run, fn, forward, predicate = self._run, self._fn, self._forward, self._predicate
+        window, meter, tap = self._window, self.meter, self.tap
         me = current_task()
         assert me is not None
         sample = SampleContext(self._seed) if self.trace is None else self.trace.context(self._seed)
@@ -228,12 +229,12 @@ class AsyncStep(Step):
         self._samples.add(sample)
         clean = context.copy()
         gated, plain = slot is not None or guard is not None, guard is None and not predicate
-        put_down = self._done.append if plain and self._window.takes_many(forward) else forward
+        put_down = self._done.append if plain and window.takes_many(forward) else forward
         # What is tried again has begun before.
         fresh, stamps, consumer = self.fresh and self.retrying is None, self.stamps, run.consumer
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
-        woken = began = sample.since = self._counted(0, 0.0)
+        woken = began = sample.since = window.now = perf_counter()
         resumed = True  # others may have run since the last sample
         while True:
             if not inbox:
@@ -247,8 +248,8 @@ class AsyncStep(Step):
                 if inbox is not self.inbox:
                     self._end(sample)
                     return
-                if self.tap is not None and self.tap.waiting:
-                    self.tap.pump(at_hand=guard is None or not (guard.crowded and guard.full))
+                if tap is not None and tap.waiting:
+                    tap.pump(at_hand=guard is None or not (guard.crowded and guard.full))
                 if inbox:
                     continue
                 if slot is not None:
@@ -260,15 +261,17 @@ class AsyncStep(Step):
                     self._samples.discard(sample)
                     return
                 await self._wait()
-                woken = began = sample.since = self._counted(0, 0.0)
+                woken = began = sample.since = window.now = perf_counter()
                 resumed = True
                 continue
             if gated:
                 if (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot, call):
                     began, count = self._counted(count, began), 0
                     sample.name = sample.rng = None
+                    if self._done:
+                        self._settle()
                     await self._wait()
-                    woken = began = sample.since = self._counted(0, 0.0)
+                    woken = began = sample.since = window.now = perf_counter()
                     resumed = True
                     continue
                 if call is not None:
@@ -278,7 +281,14 @@ class AsyncStep(Step):
             entry = inbox.popleft()
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
-                self._runs(me)
+                self._runner = me
+                if self._turn_seen:
+                    self._watch_turn()
+                if inbox:
+                    if self._idle or self._workers < self.concurrency:
+                        self._summon()
+                elif tap is not None and tap.waiting:
+                    tap.pump()
             if fresh or (stamps and entry.begun < 0):
                 entry.begun = consumer.batches  # in another thread that may have got more since the last sample
             sample.name = entry
@@ -310,14 +320,17 @@ class AsyncStep(Step):
                 del failure
             else:
                 if self._runner is not me:  # it has suspended: what follows happens now
-                    began, count = self._counted(count + 1, began), -1
-                    sample.since, resumed = began, True
+                    now = window.now = perf_counter()  # as in `_counted`, which this is too often for
+                    meter.samples += count + 1
+                    meter.busy_seconds += now - began
+                    sample.since = began = now
+                    count, resumed = -1, True
                     if call is not None and call.guard.measured:
                         call.ended()
                 entry.since = began  # else it took no time to speak of
                 if not predicate:
                     entry.value = result
-                    (forward if resumed else put_down)(entry)
+                    put_down(entry)
                 elif refused:
                     self._drop(entry, nothing=entry.value is None)
                 else:
@@ -335,6 +348,8 @@ class AsyncStep(Step):
             self._counted(count, began)
             if call is not None:
                 call.rest()
+            if self._done:
+                self._settle()
             self._coming += 1
             self._start_worker()
             return
@@ -363,20 +378,14 @@ class AsyncStep(Step):
         if self.inbox:
             self._summon()
 
-    def _runs(self, me: "Task[Any]") -> None:
+    def _watch_turn(self) -> None:
         """A worker begins a sample after others may have run. As long as none does, it reads no clock.
 
         If it is the only one that works, nobody else would tell it that it has been suspended: so the loop's next turn
         does.
         """
-        self._runner = me
-        if self._turn_seen:
-            self._turn_seen = False
-            self._run.after_turn(self._turned)
-        if self.inbox:
-            self._summon()
-        elif self.tap is not None and self.tap.waiting:
-            self.tap.pump()
+        self._turn_seen = False
+        self._run.after_turn(self._turned)
 
     def _turned(self) -> None:
         self._turn_seen = True
