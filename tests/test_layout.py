@@ -7,12 +7,16 @@ import ast
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import aioloader
+from aioloader.stages.base import Stage
+from docs.list_files import PAGE, page, shown_in_design
 
 PACKAGE = Path(aioloader.__file__).parent
 DESIGN = PACKAGE.parent / "docs" / "design.md"
@@ -217,16 +221,48 @@ def test_only_engine_and_executors_start_threads() -> None:
 
 def test_the_design_shows_the_tree_as_it_is() -> None:
     """The block in its part on layout names each folder and file of the package once."""
-    text = DESIGN.read_text(encoding="utf-8")
-    tree = re.search(r"```\naioloader/\n(.*?)```", text, re.DOTALL)
-    assert tree is not None
-    shown = re.findall(r"^  (\S+)", tree[1].partition("\ntests/")[0], re.MULTILINE)
     there = [
         f"{path.name}/" if path.is_dir() else path.name
         for path in PACKAGE.iterdir()
         if path.name not in {"__pycache__", "py.typed"}
     ]
-    assert sorted(shown) == sorted(there)
+    assert sorted(shown_in_design()) == sorted(there)
+
+
+def test_each_file_has_its_line() -> None:
+    """`docs/files.md` is what its program makes of the docstrings, and these begin with a line that ends there."""
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python docs/list_files.py`"
+    open_ended = [line for line in page().splitlines() if line.startswith("- `") and not line.endswith(".")]
+    assert not open_ended
+
+
+def test_files_that_the_design_names_are_there() -> None:
+    """By their paths, from the package or the repository; those of stages by their names, in the table of stages."""
+    prose = re.sub(r"```.*?```", "", DESIGN.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", prose))
+    assert len(named) > 50
+    folders = (PACKAGE, PACKAGE.parent, PACKAGE / "stages")
+    assert not {name for name in named if not any((folder / name).is_file() for folder in folders)}
+
+
+def test_the_design_says_what_each_stage_adds() -> None:
+    """The table of stages names the file of each."""
+    _, _, table = DESIGN.read_text(encoding="utf-8").partition("| stage, file in `stages/` | adds |")
+    assert table
+    named = {
+        name
+        for row in table.partition("\n\n")[0].splitlines()
+        for name in re.findall(r"(\w+)\.py", row.split(" | ")[0])
+    }
+    assert named == {stage.__module__.rpartition(".")[2] for stage in stages_below(Stage)}
+
+
+def stages_below(stage: type[Any]) -> Iterator[type[Any]]:
+    """Those of the package that are descriptions of something to be built."""
+    for below in stage.__subclasses__():
+        yield from stages_below(below)
+        if below.__module__.startswith("aioloader.") and not isabstract(below):
+            yield below
 
 
 def test_what_docstrings_document_is_there() -> None:
