@@ -46,10 +46,11 @@ IMPORTS: dict[str, set[str]] = {
         "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
         "stages",
     },
-    "drop_in": {"core", "device", "engine", "errors", "executors", "insight", "plan", "sources", "stages"},
-    "dataloader": {
-        "core", "device", "drop_in", "engine", "executors", "loader", "plan", "signatures", "sources", "torch_shims",
+    "drop_in": {
+        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
+        "torch_shims",
     },
+    "dataloader": {"core", "device", "drop_in", "executors", "signatures", "sources", "torch_shims"},
     "integrations": {"core", "engine", "errors", "loader"},
     "testing": {"core", "device", "errors", "memory"},
     "doctor": {"core", "engine", "executors"},
