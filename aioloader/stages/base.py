@@ -142,6 +142,8 @@ class Stage(ABC):
         keeps_samples: It changes no sample and runs no user code: what comes out is what came in.
         same_each_epoch: If its input is the same in each epoch, in the same order, then so is its output.
         only_reads: What it makes has no part of its input in it: a cache need not copy what it hands to this stage.
+        part_by_part: What it makes of each part of its input is as good as what it makes of all of it: `in_ray` runs it
+            once for each part. One that counts its input, such as `enumerate`, does not.
         encloses: It builds what is before it itself, maybe several times.
         caches: It keeps samples for later epochs, so that reading its input again is no surprise.
         passes: It gives each entry on or leaves it out, at once: a fold that waits for others before it gives one, or
@@ -160,6 +162,7 @@ class Stage(ABC):
         must_be_last: Nothing can be done to its output here.
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
         functions: The user's functions that work for it.
+        executor: Where they run, as the user has said; None: in threads of ours, or on the loop.
         limit: The limit on its concurrency that others may share.
         rate: How many of its calls begin in a second, which others may share.
     """
@@ -168,6 +171,7 @@ class Stage(ABC):
     keeps_samples: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     only_reads: ClassVar[bool] = False
+    part_by_part: ClassVar[bool] = False
     encloses: ClassVar[bool] = False
     caches: ClassVar[bool] = False
     passes: ClassVar[bool] = False
@@ -183,6 +187,7 @@ class Stage(ABC):
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()
+    executor: Any = None
     limit: Limit | None = None
     rate: Rate | None = None
 

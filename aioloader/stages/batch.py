@@ -101,6 +101,7 @@ class Batch(FoldStage):
     exact_in_any_order = True
     passes = True
     batches = True
+    part_by_part = True
 
     @property
     def gathers(self) -> int:  # type: ignore[override]  # a plain attribute where it is always one
@@ -274,6 +275,7 @@ class Unbatch(FoldStage):
     collated: bool
 
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def label(self) -> str:

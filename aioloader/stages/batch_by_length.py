@@ -58,6 +58,7 @@ class BatchByLength(Stage):
     collate: CollateWith = field(default_factory=CollateWith)
 
     batches = True
+    part_by_part = True
 
     def __post_init__(self) -> None:
         check_count("max_tokens", self.budget.max_tokens, least=1)

@@ -69,6 +69,7 @@ class Map(Stage):
     exact_in_any_order = True
     passes = True
     makes_anew = True
+    part_by_part = True
 
     @property
     def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
@@ -173,6 +174,7 @@ class Filter(Stage):
     passes = True
     only_selects = True
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
@@ -220,6 +222,7 @@ class FlatMap(Stage):
     fn: Callable[[Any], Any]
 
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def label(self) -> str:

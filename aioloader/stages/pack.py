@@ -65,6 +65,7 @@ class Pack(Stage):
     pad_to: int = 1
 
     same_each_epoch = True
+    part_by_part = True
 
     def __post_init__(self) -> None:
         check_count("seq_len", self.seq_len, least=1)

@@ -28,6 +28,7 @@ class Repeat(Stage):
     exact_in_any_order = True
     passes = True
     same_each_epoch = True
+    part_by_part = True
     encloses = True
 
     @property

@@ -74,6 +74,7 @@ class Shard(FoldStage):
     exact_in_any_order = True  # which it refuses, see `ranks.check_one_order`
     keeps_samples = True
     same_each_epoch = True
+    part_by_part = True
     reorders = True
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class SkipErrors(FoldStage):
     passes = True
     keeps_samples = True
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def label(self) -> str:
