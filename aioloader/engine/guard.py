@@ -358,6 +358,11 @@ class Guard:
         self._rings_at = inf
         if self._durations.enough:
             self._work_out()
+        self._ring(self._look(now))
+        self.watched = False
+
+    def _look(self, now: float) -> float:
+        """Do about each call what is due; returns when the next look is, if no call begins before that."""
         following = inf
         late: list[GuardedCall] = []
         for record in self._records:
@@ -378,8 +383,7 @@ class Guard:
             if record.hedged != record.began:
                 again = min(again, now + self._after)  # by then those that are only a little late will have ended
             following = min(following, again)
-        self._ring(following)
-        self.watched = False
+        return following
 
     def _cancel(self, call: GuardedCall) -> None:
         call.touched = call.cancelled = True
