@@ -9,8 +9,7 @@ from torch.utils.data import default_convert
 from aioloader.core.memory import Alloc
 from aioloader.core.written import Written
 from aioloader.drop_in.arguments import Arguments
-from aioloader.engine.ops import InProcesses
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import InProcesses, OnRay
 from aioloader.executors.epochs import epochs_of
 from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.segments import shared_memory

@@ -9,8 +9,7 @@ from aioloader.core.entry import LAST, Entry, presentable
 from aioloader.engine.node import Node
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import Run
-from aioloader.engine.tuner import Tuner
-from aioloader.engine.window import Window
+from aioloader.engine.run_protocols import Output, RunTuner
 from aioloader.errors import LoaderClosedError
 
 __all__ = ["Delivery", "InlineDelivery", "Receive", "RunDelivery"]
@@ -30,7 +29,7 @@ class Delivery:
     def __init__(self, progress: Progress, receive: Receive | None) -> None:
         self.progress = progress
         self._receive = receive
-        self._output: Window | None = None  # where entries wait until they are handed out
+        self._output: Output | None = None  # where entries wait until they are handed out
         self._in_hand = 0  # batches that `take_ready` took, and nobody has used yet
 
     def ends_with(self, iterator: object) -> None:
@@ -39,7 +38,7 @@ class Delivery:
     def start(self) -> None:
         """Begin, once it is known to those who may close it."""
 
-    def tune(self, tuner: Tuner) -> None:
+    def tune(self, tuner: RunTuner) -> None:
         """Let `tuner` find better values from now on, if there is anything to change. From any thread."""
 
     def _hand_out(self, entry: Entry, asked: float) -> Any:
@@ -106,7 +105,7 @@ class RunDelivery(Delivery):
     def ends_with(self, iterator: object) -> None:
         finalize(iterator, self.run.leave).atexit = False  # the exit hook of `loop_thread` also waits
 
-    def tune(self, tuner: Tuner) -> None:
+    def tune(self, tuner: RunTuner) -> None:
         self.run.be_tuned(tuner)
 
     def _take_failure(self, end: BaseException) -> BaseException:

@@ -19,8 +19,8 @@ from aioloader.engine.retrying import Turn
 from aioloader.executors.current_sample import SampleContext, current_sample
 
 if TYPE_CHECKING:
-    from aioloader.engine.async_step import AsyncStep
     from aioloader.engine.run import Run
+    from aioloader.engine.steps import Step
 
 __all__ = ["Guard", "GuardedCall"]
 
@@ -134,7 +134,7 @@ class Guard:
         self._durations = Durations(self._percentile or 0)
         self._turn: Turn | None = None
 
-    def bind(self, run: "Run", step: "AsyncStep") -> None:
+    def bind(self, run: "Run", step: "Step") -> None:
         """Join a run; `step` says how many calls may be under way, and its meter counts."""
         self._run = run
         self._step = step

@@ -10,9 +10,9 @@ from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.executor_step import ExecutorStep
-from aioloader.engine.ops import InProcesses, Op
+from aioloader.engine.ops import InProcesses, OnRay, Op
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
-from aioloader.engine.ray_step import OnRay, ray_step
+from aioloader.engine.ray_step import ray_step
 from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ThreadStep
 from aioloader.engine.turns import TurnStep

@@ -20,14 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from aioloader.core.forks import tell_of_fork
 from aioloader.executors.threads import call_loop
-
-if TYPE_CHECKING:
-    from aioloader.engine.run import Run
 
 __all__ = ["Pausable", "Paused", "Pauses", "RunPause", "Told"]
 
@@ -52,6 +49,17 @@ class Pausable(Protocol):
 
     def go_on(self) -> None:
         """Begin samples again."""
+
+
+class PausableRun(Protocol):
+    """A run, as far as a pause needs it; see `Run`."""
+
+    loop: asyncio.AbstractEventLoop
+    pausing: "RunPause"
+    stopping: bool
+    foreign: bool
+
+    def guarded(self, callback: Callable[..., None], *args: Any) -> None: ...
 
 
 class Told:
@@ -80,7 +88,7 @@ class Pauses:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may pause, too
         self._blocks: dict[object, int] = {}  # with the thread that entered each
-        self._runs: WeakSet[Run] = WeakSet()
+        self._runs: WeakSet[PausableRun] = WeakSet()
         tell_of_fork(self)
 
     def _forked(self) -> None:
@@ -92,12 +100,12 @@ class Pauses:
     def __bool__(self) -> bool:
         return bool(self._blocks)
 
-    def watch(self, run: "Run") -> None:
+    def watch(self, run: PausableRun) -> None:
         """Pause `run`, too."""
         with self._lock:
             self._runs.add(run)
 
-    def enter(self) -> "tuple[object, list[Run]]":
+    def enter(self) -> tuple[object, list[PausableRun]]:
         """Begin a block; returns it, and the runs that are to be asked."""
         block = object()
         with self._lock:
@@ -124,7 +132,7 @@ class RunPause:
         paused: No sample begins.
     """
 
-    def __init__(self, run: "Run", pauses: Pauses) -> None:
+    def __init__(self, run: PausableRun, pauses: Pauses) -> None:
         self.paused = False
         self._run = run
         self._pauses = pauses
@@ -315,7 +323,7 @@ class Paused:
                 f"processes that answer there, and neither could go on meanwhile; write `async with {call}`"
             )
 
-    def _enter(self) -> "list[Run]":
+    def _enter(self) -> list[PausableRun]:
         block, runs = self._pauses.enter()
         self._entered.append(block)
         return runs

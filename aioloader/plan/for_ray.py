@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from aioloader.core.source import CursorSource
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import OnRay
 from aioloader.errors import StateError
 from aioloader.executors.ray.pool import RayPool
 from aioloader.executors.ray.workers import RayWorkers

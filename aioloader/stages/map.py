@@ -15,8 +15,7 @@ from aioloader.core.rate import Rate
 from aioloader.core.written import Written
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps
-from aioloader.engine.ops import InProcesses, Op
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import InProcesses, OnRay, Op
 from aioloader.executors.ray.cluster import check_named
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared

@@ -1,0 +1,43 @@
+"""What a run asks of its last window, and of who tunes or traces it: so that imports go one way."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from aioloader.core.entry import Entry
+from aioloader.engine.admission import Admission
+
+__all__ = ["Output", "RunTracer", "RunTuner"]
+
+
+class Output(Protocol):
+    """The last window of a run: it holds what is made ahead, until that is handed out. See `Window`."""
+
+    ended: bool
+    admission: Admission | None
+    hands_out: bool
+    queued: Callable[[], int] | None
+
+    @property
+    def room(self) -> int: ...
+    def start(self, run: Any, kick: Callable[[], None]) -> None: ...
+    def poll(self, limit: int) -> list[Entry]: ...
+    def take_finished(self) -> list[Entry]: ...
+    def lend(self, count: int) -> None: ...
+    def give_back(self, count: int) -> None: ...
+    def handed_out(self, entry: Entry, now: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class RunTuner(Protocol):
+    """Who measures a run and changes it; see `Tuner`."""
+
+    def adopt(self, run: Any) -> None: ...
+    def join(self, window: Any, run: Any) -> None: ...
+    def begin(self, run: Any) -> None: ...
+    def end(self, run: Any) -> None: ...
+
+
+class RunTracer(Protocol):
+    """Who traces some samples of it; see `Tracer`."""
+
+    def watch(self, window: Any, steps: Any) -> None: ...
