@@ -428,7 +428,7 @@ class DataLoader(DropInLoader[T_co]):
 
 def _shown_order(shuffle: bool | None, sampler: object, batch_sampler: object, shard: bool) -> str:
     """What decides the order, as in a call."""
-    said = ["shuffle=True"] if shuffle else []
+    parts = ["shuffle=True"] if shuffle else []
     for name, value in (("sampler", sampler), ("batch_sampler", batch_sampler)):
-        said += [] if value is None else [f"{name}={type(value).__name__}"]
-    return ", ".join(said + (["shard=True"] if shard else []))
+        parts += [] if value is None else [f"{name}={type(value).__name__}"]
+    return ", ".join(parts + (["shard=True"] if shard else []))

@@ -128,11 +128,11 @@ class DropInLoader(Loader[T_co]):
 
     def __repr__(self) -> str:
         """With what decides the order: somebody who forgot `shuffle` sees it here."""
-        said = [type(self.dataset).__name__, f"batch_size={self.batch_size}"]
-        said += [self._order] if self._order else []
-        said += [f"num_workers={self.num_workers}"]
-        said += [] if self.seed is None else [f"seed={self.seed}"]
-        return f"DataLoader({', '.join(said)})"
+        parts = [type(self.dataset).__name__, f"batch_size={self.batch_size}"]
+        parts += [self._order] if self._order else []
+        parts += [f"num_workers={self.num_workers}"]
+        parts += [] if self.seed is None else [f"seed={self.seed}"]
+        return f"DataLoader({', '.join(parts)})"
 
     # -- iteration ---------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class PlacedNode(Node):
         self._numbered = True  # that position is known, and will be the same in other epochs
         self._ready = False  # the cache is open, and the position to resume at has been found in it
         self._begun = False  # the upstream has been started
-        self._whole = True  # no error so far
+        self._complete = True  # no error so far
 
     @property
     def extra_room(self) -> int:
@@ -73,12 +73,12 @@ class PlacedNode(Node):
             self._numbered = False
         for entry in run:
             if entry.error is not None:
-                self._whole = False
+                self._complete = False
             entry.kept_as = at_position(self._position) if self._numbered else None
             self._position += 1
         if self._upstream.ended:
             self.ended = True
-            if self._numbered and self._whole:
+            if self._numbered and self._complete:
                 self._store.put_end(self._position)
         return run
 

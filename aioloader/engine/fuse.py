@@ -85,7 +85,7 @@ class FusedOps:
             again: Entries may be sent back to the first map: an `AgainWindow` is returned.
         """
         log = self._order_log(order_name)
-        groups = self._groups(again=again, apart=log is None and (room is None or self.batches))
+        groups = self._groups(again=again, separate=log is None and (room is None or self.batches))
         unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
         numbering = CompletionCursor(unordered_input=self.unordered_input) if unordered else None
         node = upstream
@@ -126,12 +126,12 @@ class FusedOps:
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
         return window
 
-    def _groups(self, *, again: bool, apart: bool) -> "list[list[Op | CacheOp]]":
+    def _groups(self, *, again: bool, separate: bool) -> "list[list[Op | CacheOp]]":
         """The ops of each window."""
         if again:
             first = next(at for at, op in enumerate(self.ops) if self.batches or not self._is_before_maps(op))
             return [group for group in (self.ops[:first], self.ops[first:]) if group]
-        return _apart(self.ops, batches=self.batches) if apart else [self.ops]
+        return _separated(self.ops, batches=self.batches) if separate else [self.ops]
 
     @staticmethod
     def _is_before_maps(op: Op | CacheOp) -> bool:
@@ -204,7 +204,7 @@ def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
     return None if bounds is None or bounds.ahead is None else max(1, bounds.ahead)
 
 
-def _apart(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
+def _separated(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
     """The ops of each of several windows: one with a bound of its own is in a window of its own.
 
     What the user left to us may be with it, and so may what makes the batches: they are large, and need no places of
@@ -249,8 +249,8 @@ def _places_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
 
 def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
     """How far results may overtake each other in the window of `ops`: as each of them says."""
-    said = [op.max_overtaken for op in ops if isinstance(op, Op) and op.max_overtaken is not None]
-    return Overtaking(min(said)) if said else None
+    bounds = [op.max_overtaken for op in ops if isinstance(op, Op) and op.max_overtaken is not None]
+    return Overtaking(min(bounds)) if bounds else None
 
 
 def _places(room: int, width: int, *, grows: bool, nbytes: int | None) -> Room | None:

@@ -104,8 +104,8 @@ class _Steps:
 
 def _written(ops: Sequence[Op]) -> tuple[Written, ...]:
     """Where the concurrency of `ops` is written, which share a step: at each that does not follow another one."""
-    said = [op.written for op in ops if not op.flexible and op.written is not None]
-    return tuple(said or [op.written for op in ops if op.written is not None][:1])
+    own = [op.written for op in ops if not op.flexible and op.written is not None]
+    return tuple(own or [op.written for op in ops if op.written is not None][:1])
 
 
 def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:

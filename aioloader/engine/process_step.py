@@ -151,10 +151,10 @@ class ProcessStep(SyncStep):
         super().hold()
         self._holds += 1
         self._pool_held = False
-        said = partial(call_loop, self._run.loop, self._run.guarded, self._pool_said, self._holds)
-        self._pool.hold(self, said)
+        rested = partial(call_loop, self._run.loop, self._run.guarded, self._pool_rests, self._holds)
+        self._pool.hold(self, rested)
 
-    def _pool_said(self, holds: int, still: bool) -> None:
+    def _pool_rests(self, holds: int, still: bool) -> None:
         """The pool is held; or also, it has no call under way."""
         if self.closed or not self.paused or holds != self._holds:
             return

@@ -46,13 +46,13 @@ def outcomes(stage: StageStats) -> list[str]:
         (stage.hits, "hit", "hits"),
         (stage.misses, "miss", "misses"),
     ]
-    said = [f"{amount(count)} {one if count == 1 else several}" for count, one, several in counts if count]
+    words = [f"{amount(count)} {one if count == 1 else several}" for count, one, several in counts if count]
     if stage.cached_bytes:
-        said.append(f"{nbytes(stage.cached_bytes)} cached")
+        words.append(f"{nbytes(stage.cached_bytes)} cached")
     if stage.under_way and stage.oldest_seconds >= 1:
         key = f" (key {_cut(stage.oldest_key, 40)})" if stage.oldest_key else ""
-        said.append(f"one has been under way for {duration(stage.oldest_seconds)}{key}")
-    return said
+        words.append(f"one has been under way for {duration(stage.oldest_seconds)}{key}")
+    return words
 
 
 def rate(count: float, seconds: float) -> float:

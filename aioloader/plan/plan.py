@@ -145,7 +145,7 @@ def may_tune(plan: Plan) -> bool:
     loads = (part.source.data for part in walk(plan) if isinstance(part.source, Single))
     loads_by_key = any(isinstance(data, Indexable) and data.load is not None for data in loads)
     calls = any(stage.functions for part in walk(plan) for stage in part.stages)
-    return loads_by_key or calls or flow_of(plan).batch_size is not None or flow_of(plan).whole
+    return loads_by_key or calls or flow_of(plan).batch_size is not None or flow_of(plan).one_a_step
 
 
 def walk(plan: Plan) -> Iterator[Plan]:

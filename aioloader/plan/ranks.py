@@ -74,8 +74,8 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None, *, begun: boo
     if ranks.by_file and not begun:
         return
     now = f"rank {ranks.rank} of {ranks.world_size}"
-    whole = elastic and flow.elastic and flow.global_batch is None
-    counts_samples = global_batch is None and not whole and not ranks.because
+    one_a_step = elastic and flow.elastic and flow.global_batch is None
+    counts_samples = global_batch is None and not one_a_step and not ranks.because
     if world_size != ranks.world_size and counts_samples and not ranks.by_file:
         raise StateError(
             f"the state is of world_size={world_size}, and this is {now}: without batch() a step is one sample for "

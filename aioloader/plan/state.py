@@ -216,7 +216,7 @@ def _nested(value: Any) -> bool:
     level = [value]
     for _ in range(MOST_NESTED):
         inner = [part for part in level if isinstance(part, list | dict)]
-        level = [part for whole in inner for part in (whole.values() if isinstance(whole, dict) else whole)]
+        level = [part for outer in inner for part in (outer.values() if isinstance(outer, dict) else outer)]
         if not level:
             return False
     return True

@@ -290,7 +290,7 @@ class Unbatch(FoldStage):
     def flow(self, before: Flow) -> Flow:
         # A batch that the default collate has made has as many rows as samples; others may have any number.
         shared = Shared.SAME_WORLD if self.collated else Shared.SAME_RANK
-        return replace(before.counted().limited(shared, self.label).closed(), batch_size=None, whole=False)
+        return replace(before.counted().limited(shared, self.label).closed(), batch_size=None, one_a_step=False)
 
     def fold(self, this_pass: Pass) -> Fold:
         return _UnbatchFold(self.collated, this_pass.epoch)

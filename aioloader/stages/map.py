@@ -239,7 +239,7 @@ class FlatMap(Stage):
 
     def flow(self, before: Flow) -> Flow:
         limited = before.counted().limited(Shared.SAME_RANK, self.label).closed()
-        return replace(limited, batch_size=None, whole=False)  # a batch gives any number of samples, of any size
+        return replace(limited, batch_size=None, one_a_step=False)  # a batch gives any number of samples, of any size
 
     def build(self, builder: Builder) -> None:
         unordered_input = bool(builder.flow.completion_order)

@@ -118,7 +118,7 @@ class Pack(Stage):
 
     def flow(self, before: Flow) -> Flow:
         after = before.counted().limited(Shared.SAME_RANK, self.label).closed()
-        return replace(after, batch_size=None, collated=False, whole=True)
+        return replace(after, batch_size=None, collated=False, one_a_step=True)
 
     def build(self, builder: Builder) -> None:
         padding = Padding(self.pad_value)

@@ -122,7 +122,7 @@ class Shard(FoldStage):
         return f"shard({rank}, {world_size}{'' if self.by == 'sample' else f', by={self.by!r}'})"
 
     @property
-    def said(self) -> bool:
+    def by_numbers(self) -> bool:
         """Whether the user has said by numbers which rank of how many this is."""
         return self.rank is not None
 
