@@ -53,7 +53,7 @@ class Pool(Protocol):
 class Run:
     """One epoch on its way.
 
-    The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a
+    The story of an end. What wants one (the consumer after its last batch, `close()`, the garbage collector, a
     failure of our own) completes `_stop`. The supervisor then cancels all tasks: workers and pumps get
     `CancelledError` in whatever they await (`Pump` says when), pumps close the user's generators, each in its own
     task. Then threads are told to end. Both are waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop

@@ -28,7 +28,7 @@ class Channel(ChannelQueue[T], CursorSource[T]):
     loader has read ahead and not handed out when its iterator is closed, or its `take(n)` is complete, go back to the
     front of the channel, in order, and come in the next epoch.
 
-    Whoever makes a sample only to wait with it for room holds one that grows old. `reserve` takes the place first:
+    A sample that is made first and then waits for room grows old. `reserve` takes the place before it is made:
 
     ```python
     with await channel.reserve() as slot:
