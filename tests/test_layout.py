@@ -211,6 +211,37 @@ def test_only_the_surface_imports_the_two_descriptions() -> None:
     assert users <= {"__init__", "__main__", "demo", "doctor"}
 
 
+ASK_OF_STAGES = {
+    "pipeline/described.py": ["To"],
+    "plan/agreeing.py": ["Shard"],
+    "plan/by_file.py": ["Map", "Shard", "Shard"],
+    "plan/for_ray.py": ["InRay", "InRay", "InRay"],
+    "plan/mixing.py": ["Repeat"],
+    "plan/uneven.py": ["Shard"],
+}
+"""Who asks of which class a stage is, since the question is of that stage alone. What is asked of any stage it says
+itself, in its own file, with a default in `stages/base.py` that promises little."""
+
+
+def test_a_stage_says_itself_what_it_means() -> None:
+    """Outside `stages/` nobody asks of which class one is, but in these places."""
+    kinds = {stage.__name__ for stage in stages_below(Stage)} | {"Stage", "FoldStage"}
+    asked: dict[str, list[str]] = {}
+    for path in MODULES:
+        if name_of(path).startswith("stages/"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            classes: ast.AST | None = None
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                classes = node.args[1]
+            elif isinstance(node, ast.MatchClass):
+                classes = node.cls
+            found = [] if classes is None else [part.id for part in ast.walk(classes) if isinstance(part, ast.Name)]
+            if of_stages := kinds.intersection(found):
+                asked.setdefault(name_of(path), []).extend(of_stages)
+    assert {name: sorted(of) for name, of in asked.items()} == ASK_OF_STAGES
+
+
 def test_only_device_knows_cuda() -> None:
     """`torch.cuda` stands in device/, and in the fake of it, nowhere else."""
     found = []

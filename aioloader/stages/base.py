@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from aioloader.core.address import Address
 from aioloader.core.limit import Limit
@@ -21,7 +21,12 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
 
-__all__ = ["Builder", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
+__all__ = ["Builder", "Evenness", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
+
+
+Evenness = Literal["kept", "lost", "given"]
+"""What becomes of ranks that have as many samples each: they still do; they may not any more; or they do from here on,
+whatever came in."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,15 @@ class Stage(ABC):
         Raises:
             UnknownLengthError: Only running it tells.
         """
+
+    @property
+    def evenness(self) -> Evenness:
+        """See there; right for any stage that has a length."""
+        try:
+            self.length(1)
+        except UnknownLengthError:
+            return "lost"
+        return "kept"
 
     def shape(self) -> dict[str, Any] | None:
         """What a state says of this stage, and must find again: all that decides which sample comes when.

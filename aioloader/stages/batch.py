@@ -16,7 +16,7 @@ from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
 from aioloader.engine.ops import Op
 from aioloader.executors.partial import over_partial, over_partial_async
-from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
+from aioloader.stages.base import Builder, Evenness, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
@@ -280,6 +280,10 @@ class Unbatch(FoldStage):
     @property
     def label(self) -> str:
         return "unbatch()"
+
+    @property
+    def evenness(self) -> Evenness:
+        return "kept" if self.collated else "lost"
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError("unbatch() gives as many samples as the batches turn out to hold")

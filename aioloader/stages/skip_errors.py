@@ -39,6 +39,7 @@ class SkipErrors(FoldStage):
     keeps_samples = True
     same_each_epoch = True
     part_by_part = True
+    evenness = "kept"  # what is left out should not happen
 
     @property
     def label(self) -> str:
