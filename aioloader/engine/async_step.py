@@ -370,7 +370,7 @@ class AsyncStep(Step):
         return slot is None or slot.ready()
 
     def go_on(self) -> None:
-        """A call has ended, and nobody is on the way who would begin the next one."""
+        """A call or a worker has ended, and nobody is on the way who would begin the next call."""
         if self.closed or self.paused:
             return
         if self.tap is not None:
@@ -421,8 +421,7 @@ class AsyncStep(Step):
         """A worker ends, since its step follows a limit now, for which others ask, see `follow_limit`."""
         self._samples.discard(sample)
         self._workers -= 1
-        if self.inbox and not (self.closed or self.paused):
-            self._summon()
+        self.go_on()
 
     async def _wait(self) -> None:
         future = self._run.loop.create_future()
