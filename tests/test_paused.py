@@ -149,6 +149,47 @@ def test_drained_it_is_entered_when_none_is_under_way(kind: str, face: Face) -> 
 
 
 @on_both_faces
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_calls_whose_samples_nobody_wants_any_more_are_waited_for_too(kind: str, face: Face) -> None:
+    """`take` has all that it wants, and calls for more than that are still under way."""
+    work, later = Work(), Work()
+    stream = Pipeline(lambda: iter(range(20)))
+    taken = stream.map(work.function(kind), concurrency=4).take(3)
+    loader = taken.map(later.function("async"), concurrency=3).batch(1, collate_fn=list).prefetch(1)
+    later.gate.open_all()
+    with Steps(loader, face) as steps:
+        first = steps.ask()
+        steps.until_arrived(work.gate, 4)
+        work.gate.open(0, 1, 2)
+        assert first() == [0]
+        steps.until_arrived(later.gate, 3)  # `take` has all three, and there is no room for the last batch
+
+        async def enter() -> None:
+            entering = asyncio.ensure_future(paused.__aenter__())
+            await turns()
+            assert not entering.done()
+            work.gate.open_all()
+            await entering
+
+        paused = loader.paused(drain=True)
+        if face == "for":
+            entering = Started(paused.__enter__)
+            settle(steps, face)
+            assert entering.is_alive()
+            assert work.under_way
+            work.gate.open_all()
+            entering.outcome()
+        else:
+            steps.do(enter)
+        assert work.under_way == 0
+        if face == "for":
+            paused.__exit__()
+        else:
+            steps.do(paused.__aexit__)
+        assert steps.rest() == [[1], [2]]
+
+
+@on_both_faces
 def test_blocks_nest_and_overlap(face: Face) -> None:
     """The last one that is left lets samples begin, in whatever thread."""
     work = Work()

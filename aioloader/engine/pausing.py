@@ -37,7 +37,7 @@ class Pausable(Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether it is over, and counts no more."""
+        """Whether it is over: no sample begins any more. It counts until it is `still`."""
 
     @property
     def quiet(self) -> bool:
@@ -45,7 +45,7 @@ class Pausable(Protocol):
 
     @property
     def still(self) -> bool:
-        """Paused and quiet: whether none is under way either."""
+        """Paused and quiet, or closed: whether none is under way either."""
 
     def pause(self) -> None:
         """Begin no sample."""
@@ -198,7 +198,8 @@ class RunPause:
         """`member` is a part of the run that pauses."""
         if self._exempts or self._over:
             return
-        self._members = [one for one in self._members if not one.closed]  # an endless `repeat` comes here for ever
+        # An endless `repeat` comes here for ever.
+        self._members = [one for one in self._members if not (one.closed and one.still)]
         self._members.append(member)
         if self.paused:
             member.pause()
@@ -239,9 +240,8 @@ class RunPause:
     def look(self) -> None:
         """Something may have come to rest."""
         if self._waiting and self.paused:
-            members = [member for member in self._members if not member.closed]
-            quiet = all(member.quiet for member in members)
-            self._answer(quiet=quiet, still=quiet and all(member.still for member in members))
+            quiet = all(member.closed or member.quiet for member in self._members)
+            self._answer(quiet=quiet, still=quiet and all(member.still for member in self._members))
 
     def _answer(self, *, quiet: bool, still: bool) -> None:
         waiting, self._waiting = self._waiting, []
