@@ -10,8 +10,9 @@ A sample has begun when the first step of its window has taken it. What waits fo
 
 The story of a block. It is noted in `Pauses` first, then each run that there is by then is asked on its own loop, which
 answers when it is *quiet* (no sample begins any more) or *still* (none is under way either). A run that begins later
-finds the note before it starts a node. A run answers at once if it is over, and also when it is lost: what is to answer
-does so when it is thrown away, as it is when a loop is closed or a run is collected.
+finds the note before it starts a node. One that is ending is still when it has ended: calls that were cancelled clean
+up, and those in threads go on. A run answers at once if it is over, and also when it is lost: what is to answer does so
+when it is thrown away, as it is when a loop is closed or a run is collected.
 """
 
 import asyncio
@@ -188,8 +189,12 @@ class RunPause:
         self._thread = threading.get_ident()
         self.settle()
 
+    def stop(self) -> None:
+        """It ends: nothing begins any more, and what is under way is cancelled, or waited for."""
+        self._answer(quiet=True, still=False)
+
     def end(self) -> None:
-        """It ends."""
+        """It has ended."""
         self._over = True
         self._members.clear()
         self._answer(quiet=True, still=True)
@@ -218,7 +223,7 @@ class RunPause:
     def settle(self) -> None:
         """Pause or go on, as the blocks say."""
         wanted = bool(self._pauses)
-        if self._over or wanted == self.paused:
+        if self._over or self._run.stopping or wanted == self.paused:
             return
         self.paused = wanted
         if not wanted:
@@ -230,7 +235,7 @@ class RunPause:
                 member.go_on()
 
     def _asked(self, told: Told, drain: bool) -> None:
-        if self._over or self._run.stopping:
+        if self._over or (self._run.stopping and not drain):
             told()
             return
         self._waiting.append((drain, told))
@@ -239,7 +244,7 @@ class RunPause:
 
     def look(self) -> None:
         """Something may have come to rest."""
-        if self._waiting and self.paused:
+        if self._waiting and self.paused and not self._run.stopping:  # `end` will say so
             quiet = all(member.closed or member.quiet for member in self._members)
             self._answer(quiet=quiet, still=quiet and all(member.still for member in self._members))
 

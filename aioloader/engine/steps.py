@@ -242,7 +242,7 @@ class Step(ABC):
 
     @property
     def rests(self) -> bool:
-        """Closed: whether none of its calls is under way, if it waits for them at all. It tells `Window.rested` then."""
+        """Closed: whether none of its calls is under way, if it waits for them. It tells `Window.rested` then."""
         return True
 
     def hold(self) -> None:
