@@ -117,6 +117,10 @@ class AsyncStep(Step):
             free = min(free, self.concurrency - self._guard.busy + self.extra_room)
         return free if self.slots is None else min(free, 1)
 
+    @property
+    def rests(self) -> bool:
+        return not self.at_hand()
+
     def at_hand(self) -> list[tuple[Any, float]]:
         # The name is read before the time, and a worker writes the time first: it is never older than its sample.
         names = [(sample.name, sample.since) for sample in self._samples.copy()]
@@ -259,6 +263,7 @@ class AsyncStep(Step):
                 sample.name = sample.rng = None
                 if self.closed:
                     self._samples.discard(sample)
+                    window.rested()
                     return
                 await self._wait()
                 woken = began = sample.since = window.now = perf_counter()
@@ -370,7 +375,7 @@ class AsyncStep(Step):
         return slot is None or slot.ready()
 
     def go_on(self) -> None:
-        """A call has ended, and nobody is on the way who would begin the next one."""
+        """A call or a worker has ended, and nobody is on the way who would begin the next call."""
         if self.closed or self.paused:
             return
         if self.tap is not None:
@@ -421,8 +426,9 @@ class AsyncStep(Step):
         """A worker ends, since its step follows a limit now, for which others ask, see `follow_limit`."""
         self._samples.discard(sample)
         self._workers -= 1
-        if self.inbox and not (self.closed or self.paused):
-            self._summon()
+        if self.closed:
+            self._window.rested()
+        self.go_on()
 
     async def _wait(self) -> None:
         future = self._run.loop.create_future()

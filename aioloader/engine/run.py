@@ -339,7 +339,7 @@ class Run:
             self.failure = self.failure or error
         finally:
             self.stopping = True
-            self.pausing.end()
+            self.pausing.stop()
             self.output.close()  # idle workers end by themselves
             if self.tuner is not None:
                 self.tuner.end(self)
@@ -353,6 +353,7 @@ class Run:
                     await self._end_threads()
                 finally:
                     self._over = True
+                    self.pausing.end()
                     self._settle()
                     kick()
 

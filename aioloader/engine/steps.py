@@ -249,6 +249,11 @@ class Step(ABC):
         """Whether no sample begins any more, since it pauses."""
         return True
 
+    @property
+    def rests(self) -> bool:
+        """Closed: whether none of its calls is under way, if it waits for them. It tells `Window.rested` then."""
+        return True
+
     def hold(self) -> None:
         """Begin no entry, until `let_go`. Those that are under way go on."""
         self.paused = True

@@ -104,6 +104,8 @@ class SyncStep(Step):
             self.tap.pump()
         if not self._active:
             self.meter.idle.wait_for("input")
+        if self.closed:
+            self._window.rested()
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""

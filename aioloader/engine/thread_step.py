@@ -81,6 +81,10 @@ class ThreadStep(SyncStep):
         overdue = perf_counter() - CHUNK_SECONDS
         return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)
 
+    @property
+    def rests(self) -> bool:
+        return not self.at_hand()
+
     def at_hand(self) -> list[tuple[Any, float]]:
         return [(entry.key, job.since) for job in self._jobs.copy() for entry in job.under_way()]
 

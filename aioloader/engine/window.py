@@ -313,7 +313,9 @@ class Window(Node):
 
     @property
     def still(self) -> bool:
-        return self._closed or self.under_way == self._aside
+        if self._closed:  # what is left counts no more, but for calls: `take` has all that it wants while some go on
+            return all(step.rests for step in self._parts)
+        return self.under_way == self._aside
 
     def pause(self) -> None:
         self._paused = True
@@ -332,6 +334,11 @@ class Window(Node):
         for step in self._parts:
             if step.retrying is not None:
                 step.retrying.pause(paused=self._paused)
+
+    def rested(self) -> None:
+        """A call of a step that is closed has ended."""
+        if self._paused:
+            self._run.soon(self._run.pausing.look)
 
     def set_aside(self, count: int) -> None:
         """`count` entries that came in turn out not to have begun; negative: they may begin again."""
