@@ -8,7 +8,7 @@ import pytest
 
 from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.worker_pool import Broken, Died, Outcome
-from aioloader.executors.ray import actor_pool, actors, stores
+from aioloader.executors.ray import actor_pool, actors, hiring, stores
 from aioloader.executors.ray.actor_pool import ActorPool
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.program import Parcel, RayProgram
@@ -85,7 +85,8 @@ class Cluster:
         self.starts = True
         self.outcomes: dict[str, Outcome] = {}
         self.thread = FakeThread()
-        monkeypatch.setattr(actor_pool, "begin_actor", self._begin)
+        monkeypatch.setattr(hiring, "begin_actor", self._begin)
+        monkeypatch.setattr(hiring, "kill_actor", self.killed.append)
         monkeypatch.setattr(actor_pool, "kill_actor", self.killed.append)
         monkeypatch.setattr(stores, "look", lambda: ("id", {"id": (1 << 20, 1 << 20)}))
         monkeypatch.setattr(ray, "put", lambda value: value)
@@ -99,7 +100,7 @@ class Cluster:
         if self.starts:
             seat = ready.args[1]
             seat.handle = actor
-            seat.runs(Place(len(self.begun), "node", "id"))
+            seat.runs(Place(len(self.begun), "node", "id"), None)
         return actor
 
     def submit(self, name: str, samples: int = 1, *, quick: bool = True, alone: bool = False) -> None:
