@@ -34,7 +34,6 @@ __all__ = ["OnRay", "RayStep", "ray_step"]
 CHUNK_SECONDS: Final = 0.02  # the work that one call of an actor should be worth: it costs about a millisecond
 CHUNK_BYTES: Final = 16 << 20  # of results, at most
 QUEUE_SECONDS: Final = 0.1  # chunks that take longer are not queued after one another
-NEAR: Final = 4  # so much less of both is enough where all actors have lines: they are as near as worker processes
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class OnRay:
 class RayStep(ProcessStep):
     """Runs calls in actors, in chunks, as `ProcessStep` does in worker processes.
 
-    A hop costs about a millisecond, and more on a network, so a chunk is worth twenty; and five, as in processes, where
-    all actors are on this host.
+    A call of Ray costs about a millisecond, and more on a network, so a chunk is worth twenty.
 
     What when an actor dies? Nobody knows at which sample of its chunk it was, since what it knew died with it. So each
     of them is made again alone, in an actor that has nothing else. One whose actor dies again, more often than
@@ -124,7 +122,7 @@ class RayStep(ProcessStep):
         cost = self._seconds_each
         if cost is None or self.timeout is not None:
             return 1
-        size = max(1, min(CHUNK_SAMPLES, int(self._worth(CHUNK_SECONDS) / max(cost, 1e-9))))
+        size = max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
         if sample_bytes := self._actors.sample_bytes:
             size = max(1, min(size, int(CHUNK_BYTES / sample_bytes)))
         return size if self._elastic else min(size, max(1, self.meter.room // (2 * self.concurrency)))
@@ -133,10 +131,7 @@ class RayStep(ProcessStep):
     def _quick(self) -> bool:
         """Whether chunks are done so soon that one may wait after another one in the same actor."""
         cost = self._seconds_each
-        return self.timeout is None and cost is not None and cost * self._size < self._worth(QUEUE_SECONDS)
-
-    def _worth(self, seconds: float) -> float:
-        return seconds / NEAR if self._actors.is_near else seconds
+        return self.timeout is None and cost is not None and cost * self._size < QUEUE_SECONDS
 
     @property
     def _places(self) -> int:

@@ -100,8 +100,6 @@ class ActorPool:
         """The mean size of what comes back for a sample; read in any thread."""
         self.seconds_each: float | None = None
         """What a sample costs, as its step has found out; for the step of the next epoch."""
-        self.is_near = False
-        """All actors that run have lines, over which a chunk costs no more than one of a worker process; likewise."""
         self.ended: Future[None] | None = None
 
     # -- in any thread -----------------------------------------------------------------------------------------------
@@ -206,7 +204,6 @@ class ActorPool:
 
     def runs(self, seat: Seat) -> None:
         """An actor may be sent chunks."""
-        self.is_near = all(seat.line is not None for seat in self._seats if seat.place is not None)
         self._assign()
 
     # -- in the thread: tasks ----------------------------------------------------------------------------------------
