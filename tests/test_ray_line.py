@@ -96,7 +96,12 @@ class Both:
             self.numbers += 1
             stream, buffers = encode(payload)
             chunks.append((self.numbers, *lay_out([*buffers, memoryview(stream)])))
-        self.thread.call(lambda: [self.line.send_chunk(*chunk) for chunk in chunks])
+
+        def send() -> None:
+            for chunk in chunks:
+                self.line.send_chunk(*chunk)
+
+        self.thread.call(send)
 
     def value(self, message: Message) -> Any:
         """Of an answer."""
@@ -290,7 +295,12 @@ def test_actors_of_this_host_have_lines_where_they_can_call(monkeypatch: pytest.
     """Else they are called as everywhere: one in a network of its own has no way back."""
     sent: list[int] = []
     send = Line.send_chunk
-    monkeypatch.setattr(Line, "send_chunk", lambda self, *args: [sent.append(args[0]), send(self, *args)])
+
+    def noted(self: Line, number: int, *args: Any) -> None:
+        sent.append(number)
+        send(self, number, *args)
+
+    monkeypatch.setattr(Line, "send_chunk", noted)
 
     class Elsewhere(Line):
         def __init__(self, *args: Any, **others: Any) -> None:
@@ -310,10 +320,13 @@ def test_actors_of_this_host_have_lines_where_they_can_call(monkeypatch: pytest.
 def test_no_socket_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs nobody listens any more, and after the end there is no line."""
     made: list[Line] = []
-    init = Line.__init__
-    monkeypatch.setattr(
-        Line, "__init__", lambda self, *args, **others: [made.append(self), init(self, *args, **others)][0]
-    )
+    begin = Line.__init__
+
+    def noted(self: Line, *args: Any, **others: Any) -> None:
+        begin(self, *args, **others)
+        made.append(self)
+
+    monkeypatch.setattr(Line, "__init__", noted)
 
     def sockets() -> list[str]:
         """Those of these lines, as the kernel lists them."""

@@ -311,10 +311,10 @@ class ActorPool:
         if kind == "lost":
             return NotSent(value)
         result = RayResult(value, *numbers)
-        self._count(seat, result, answer_bytes(packed))
+        self._note(seat, result, answer_bytes(packed))
         return result
 
-    def _count(self, seat: Seat, result: RayResult, nbytes: int) -> None:
+    def _note(self, seat: Seat, result: RayResult, nbytes: int) -> None:
         tried = len(result.outcomes)
         seat.count(tried, result.busy_seconds, nbytes)
         if tried:
@@ -347,7 +347,7 @@ class ActorPool:
         if kind == "lost":
             return NotSent(value)
         result = RayResult(value, *numbers[:2])
-        self._count(seat, result, result_bytes(message))
+        self._note(seat, result, result_bytes(message))
         return result
 
     # -- in the thread: losses ---------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ class ActorPool:
         if wreck.calls:
             self._thread.later(SETTLE_SECONDS, self.safely, self._give_up, wreck)
 
-    def ended(self, seat: Seat, handle: Any) -> None:
+    def hung_up(self, seat: Seat, handle: Any) -> None:
         """The line to an actor has ended. Ray says why, unless it has gone itself."""
         self._thread.later(SETTLE_SECONDS, self.safely, self.left, seat, handle, None)
 

@@ -49,7 +49,7 @@ class Employer(Protocol):
     def received(self, seat: Seat, handle: Any, message: Message) -> None:
         """An actor has sent something over its line."""
 
-    def ended(self, seat: Seat, handle: Any) -> None:
+    def hung_up(self, seat: Seat, handle: Any) -> None:
         """An actor has hung up, or has died."""
 
     def left(self, seat: Seat, handle: Any, error: BaseException | None) -> None:
@@ -177,7 +177,7 @@ class Hiring:
                 place.pid,
                 up=partial(safely, self._runs, seat, place, inbox),
                 received=partial(safely, employer.received, seat, handle),
-                ended=partial(safely, employer.ended, seat, handle),
+                ended=partial(safely, employer.hung_up, seat, handle),
             )
         except OSError:  # no more sockets
             self._runs(seat, place, inbox)
