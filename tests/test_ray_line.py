@@ -185,6 +185,8 @@ def test_chunks_that_are_forgotten_before_they_begin_are_not_run(both: Both) -> 
     both.send("wait", "second", "third")
     assert both.runner.begun.get(timeout=DEADLINE) == "wait"
     both.thread.call(both.line.forget, [1, 2])
+    both.thread.call(both.told.put, "told")
+    assert both.next() == "told"
     both.runner.go.set()
     answers = [both.next() for _ in range(3)]
     assert [answer.head[:2] for answer in answers] == [("done", 1), ("skipped", [2]), ("done", 3)]
