@@ -13,19 +13,30 @@ import pytest
 import torch
 
 from aioloader import Pipeline
-from aioloader.executors.chunk import ChunkResult
+from aioloader.executors.chunk import Call, ChunkResult
+from aioloader.executors.processes import segments
 from aioloader.executors.processes.layout import lay_out
 from aioloader.executors.processes.wire import Message, encode
 from aioloader.executors.ray import hiring
+from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.chunk_actor import ChunkActor
+from aioloader.executors.ray.chunk_runner import ChunkRunner
 from aioloader.executors.ray.line import Line, call_back, result_bytes
 from aioloader.executors.ray.line_server import serve_line
+from aioloader.executors.ray.program import RayProgram
 from aioloader.executors.ray.thread import RayThread
+from aioloader.executors.ray.values import pack
 from tests._support import DEADLINE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets, and who calls, are Linux")
 
 SIZE = 1 << 15  # elements; a result of this size goes in segments
+
+
+@pytest.fixture(autouse=True)
+def arena_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An actor has its results made in segments; here it is a thread of the test."""
+    monkeypatch.setattr(segments, "_arena", None)
 
 
 class Runner:
@@ -190,6 +201,52 @@ def test_chunks_that_are_forgotten_before_they_begin_are_not_run(both: Both) -> 
     both.runner.go.set()
     answers = [both.next() for _ in range(3)]
     assert [answer.head[:2] for answer in answers] == [("done", 1), ("skipped", [2]), ("done", 3)]
+
+
+@pytest.mark.parametrize("at", ["call", "sending"])
+def test_an_actor_that_ray_ends_answers_nothing(both: Both, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    """Where it was is no error of the sample, which is made again elsewhere; a message may be half sent."""
+    end = SystemExit(1)
+    end.ray_terminate_msg = "The process receives a SIGTERM."  # type: ignore[attr-defined]
+    runner = ChunkRunner(0, Place(1, "node", "id"))
+    runner.load(
+        pack(
+            RayProgram(
+                (Call(call_to_end, predicate=False, label="map"),), 1.0, None, (), torch.get_num_threads(), "float32"
+            )
+        )
+    )
+
+    def ends(*_: Any) -> None:
+        raise end
+
+    monkeypatch.setattr(
+        f"{__name__}.on_call" if at == "call" else "aioloader.executors.ray.line_server.WorkerLink.send", ends
+    )
+    connection = call_back(both.line.name)
+    ended: SimpleQueue[Any] = SimpleQueue()
+
+    def serve() -> None:
+        try:
+            serve_line(connection, runner)
+        except SystemExit as error:
+            ended.put(error)
+
+    both.actor = threading.Thread(target=serve, daemon=True)
+    both.actor.start()
+    assert both.next() == "up"
+    both.send(([None], (), None, [7]))
+    assert both.next() == "ended"
+    assert ended.get(timeout=DEADLINE) is end
+
+
+def on_call() -> None:
+    """Replaced by the test."""
+
+
+def call_to_end(key: int) -> int:
+    on_call()
+    return key
 
 
 def test_nobody_else_is_listened_to(both: Both) -> None:

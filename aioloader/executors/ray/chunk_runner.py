@@ -27,7 +27,7 @@ from aioloader.executors.processes.segments import use_arena
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.line import call_back
-from aioloader.executors.ray.line_server import serve_line
+from aioloader.executors.ray.line_server import is_end, serve_line
 from aioloader.executors.ray.program import RayProgram
 from aioloader.executors.ray.same_host import Answer, Outbox, Told
 from aioloader.executors.ray.values import Packed, pack, unpack
@@ -120,14 +120,22 @@ class ChunkRunner:
         return True
 
     def made(self, payload: Any) -> ChunkResult:
-        """See `RunsChunks`."""
+        """See `RunsChunks`.
+
+        Raises:
+            SystemExit: Ray ends this process. It is no outcome of the sample at hand.
+        """
         calls, keys, values = self._open(payload)
         if self._broken is not None:
             return ChunkResult(self._all_broken(), 0.0, 0.0)
         sample = SampleContext()
         seed = calls[0].seed if self._program.seeds_each else None
         named = _named(keys, values, sample, seed)
-        return apply_chunk(calls, named, self._program.budget_seconds, sample=sample)
+        result = apply_chunk(calls, named, self._program.budget_seconds, sample=sample)
+        for outcome in result.outcomes:
+            if type(outcome) is Failed and is_end(outcome.error):
+                raise outcome.error
+        return result
 
     def _hear(self, told: Told | None) -> None:
         if told is None:
@@ -169,13 +177,17 @@ class ChunkRunner:
                 outcome.error = portable(outcome.error, self.where)
         try:
             return send(outcomes)
-        except BaseException:
+        except BaseException as error:
+            if is_end(error):
+                raise
             return send([self._portable_outcome(outcome) for outcome in outcomes])
 
     def _portable_outcome(self, outcome: Any) -> Any:
         try:
             encode(outcome)
         except BaseException as error:
+            if is_end(error):
+                raise
             label = self._program.calls[-1].label
             refused = cannot_travel(f"what {label} returned", error, by_value=can_pickle_by_value())
             return Failed(portable(refused, self.where), label)

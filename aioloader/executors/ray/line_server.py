@@ -10,7 +10,7 @@ from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.wire import Connection, Message, decode
 from aioloader.executors.processes.worker import WorkerLink
 
-__all__ = ["RunsChunks", "serve_line"]
+__all__ = ["RunsChunks", "is_end", "serve_line"]
 
 
 class RunsChunks(Protocol):
@@ -26,12 +26,23 @@ class RunsChunks(Protocol):
         """Call `send` with outcomes that can be pickled."""
 
 
+def is_end(error: BaseException) -> bool:
+    """Whether Ray ends this process by raising `error` wherever it is: it was told SIGTERM, or `exit_actor()`.
+
+    It does so when its program has ended, too. Whoever took that for an error of a sample would raise it in a training
+    loop; and a message that it interrupts must be the last one.
+    """
+    return isinstance(error, SystemExit) and hasattr(error, "ray_terminate_msg")
+
+
 def serve_line(connection: Connection, runner: RunsChunks) -> None:
     """Until the other process hangs up, or has ended."""
     link = WorkerLink(connection)  # results are made in its segments from now on
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        _Server(link, runner).serve()
-    connection.close()
+    try:
+        with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            _Server(link, runner).serve()
+    finally:
+        connection.close()
 
 
 class _Server:
@@ -62,6 +73,8 @@ class _Server:
         try:
             payload = decode(stream, buffers)
         except BaseException as error:
+            if is_end(error):
+                raise
             self._link.send(("lost", number), self._runner.refused(error))
             return
         result = self._runner.made(payload)
