@@ -132,14 +132,14 @@ def test_arguments_are_the_actors_own() -> None:
     assert all(float(sample.sum()) == 0 for sample in samples)
 
 
-def die_once(marks: str) -> Callable[[int], int]:
+def die_once(marks: str, how: signal.Signals = signal.SIGKILL) -> Callable[[int], int]:
     """A function whose process dies with key 20, the first time."""
 
     def fn(key: int) -> int:
         mark = Path(marks) / "died"
         if key == 20 and not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return key
 
     return fn
@@ -153,6 +153,16 @@ def test_a_sample_that_kills_its_actor_once_is_made_again(tmp_path: Path) -> Non
         batches, infos = zip(*loader, strict=True)
         assert torch.cat(batches).tolist() == list(range(60))
         assert max(info.attempts for info in infos) == 2
+        assert sum(actor.restarts for actor in loader.stats().stages[1].actors) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("distance")
+def test_an_actor_that_is_told_to_end_is_one_that_died(tmp_path: Path) -> None:
+    """Ray raises SystemExit in it, wherever it is: that is no error of the sample there."""
+    fn = die_once(str(tmp_path), signal.SIGTERM)
+    with Pipeline(range(60)).map(fn, executor="ray", concurrency=2) as loader:
+        assert list(loader) == list(range(60))
         assert sum(actor.restarts for actor in loader.stats().stages[1].actors) == 1
 
 
