@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from aioloader.executors.processes.worker_pool import Broken, Died, Outcome
 from aioloader.executors.ray import actor_pool, actors, hiring, stores
 from aioloader.executors.ray.actor_pool import ActorPool
 from aioloader.executors.ray.actors import Place
+from aioloader.executors.ray.chunk_actor import ChunkActor
 from aioloader.executors.ray.program import Parcel, RayProgram
+from aioloader.executors.ray.same_host import Inbox
+from aioloader.executors.ray.seats import Seat, Task
 from aioloader.executors.ray.values import pack
 from aioloader.ray import RayWorkers
 
@@ -471,6 +475,134 @@ def test_a_call_over_a_line_that_takes_too_long_costs_its_actor(near: Cluster) -
     assert near.lines[0].hung_up
     near.lines[1].answer(0, "made")
     assert isinstance(near.outcomes["b"], ChunkResult)
+
+
+INBOX = Inbox(1)
+
+
+class Asked:
+    """An actor on this host that is asked to call, and who asks: a seat that is filled.
+
+    Attributes:
+        calls: Of its methods, by their names.
+        line: That it is to call.
+        told: What the pool hears.
+    """
+
+    closed = False
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, FakeRef]] = []
+        self.told: list[Any] = []
+        self.killed: list[Any] = []
+        self.begun: list[Any] = []
+        self.line: Any = None
+        self.lines = 0
+        self.seat = Seat(0, 1)
+        monkeypatch.setattr(hiring, "begin_actor", self._begin)
+        monkeypatch.setattr(hiring, "kill_actor", self.killed.append)
+        monkeypatch.setattr(hiring, "Line", self._line)
+        monkeypatch.setattr(Inbox, "of", lambda *_: INBOX)
+        monkeypatch.setattr(ray, "put", lambda value: value)
+        program = RayProgram((), 1.0, None, (), 1, "float32")
+        thread: Any = FakeThread()
+        hiring.Hiring(thread, ChunkActor, RayWorkers(), [self.seat], lambda: program, self).fill()
+
+    def _begin(self, *args: Any, ready: Any, **more: Any) -> "Asked":
+        self.begun.append(ready)
+        return self
+
+    def _line(self, thread: Any, pid: int, *, up: Any, **more: Any) -> "Asked":
+        self.lines += 1
+        self.up = up
+        self.line = SimpleNamespace(name=b"name", is_up=True, close=lambda: self.told.append("hung up"), read=list)
+        return self.line  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*args: Any) -> FakeRef:
+            self.calls.append((name, FakeRef(args)))
+            return self.calls[-1][1]
+
+        return SimpleNamespace(remote=remote)
+
+    def safely(self, fn: Callable[..., None], *args: Any) -> None:
+        fn(*args)
+
+    def has_gone(self) -> bool:
+        return False
+
+    def give_up(self, error: BaseException) -> None:
+        raise error
+
+    def runs(self, seat: Seat) -> None:
+        self.told.append("runs")
+
+    def received(self, *args: Any) -> None: ...
+
+    def hung_up(self, *args: Any) -> None: ...
+
+    def left(self, seat: Seat, handle: Any, error: BaseException | None) -> None:
+        self.told.append(error)
+
+    def starts(self) -> FakeRef:
+        """It runs and has its functions; returns the call in which it serves."""
+        self.begun[-1](self, Place(1, "node", "id"))
+        name, loads = self.calls[-1]
+        assert name == "load"
+        loads._future.set_result(None)
+        name, serves = self.calls[-1]
+        assert name == "serve"
+        assert serves.payload == (b"name",)
+        return serves
+
+
+def test_an_actor_runs_when_it_has_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that it has no way to get anything."""
+    asked = Asked(monkeypatch)
+    serves = asked.starts()
+    assert asked.told == []
+    assert not asked.seat.has_room(Task("owner", Parcel((), True, False), print, b"", []))
+    asked.up()
+    assert asked.told == ["runs"]
+    assert asked.seat.line is asked.line
+    error = DEAD()
+    serves.fail(error)
+    assert asked.told == ["runs", error]
+
+
+def test_an_actor_that_cannot_call_runs_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in a network of its own."""
+    asked = Asked(monkeypatch)
+    asked.starts()._future.set_result(False)
+    assert asked.told == ["hung up", "runs"]
+    assert asked.seat.line is None
+    assert asked.seat.inbox is INBOX
+
+
+def test_an_actor_that_dies_before_it_calls_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one that did not start."""
+    asked = Asked(monkeypatch)
+    asked.starts().fail(DEAD())
+    assert asked.told == ["hung up"]
+    assert len(asked.begun) == 2
+    assert asked.killed == [asked]
+    asked.starts()
+    asked.up()
+    assert asked.told == ["hung up", "runs"]
+
+
+def test_where_there_are_no_more_sockets_chunks_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not so quick, but it works."""
+    asked = Asked(monkeypatch)
+
+    def none(*_: Any, **__: Any) -> Any:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(hiring, "Line", none)
+    asked.begun[-1](asked, Place(1, "node", "id"))
+    asked.calls[-1][1]._future.set_result(None)
+    assert asked.told == ["runs"]
+    assert asked.seat.line is None
 
 
 def test_words_of_ray_are_one_line() -> None:
