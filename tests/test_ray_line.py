@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests._support import DEADLINE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets, and who calls, are Linux")
 
+SERVER = "aioloader.executors.ray.line_server"
 SIZE = 1 << 15  # elements; a result of this size goes in segments
 
 
@@ -203,7 +205,7 @@ def test_chunks_that_are_forgotten_before_they_begin_are_not_run(both: Both) -> 
     assert [answer.head[:2] for answer in answers] == [("done", 1), ("skipped", [2]), ("done", 3)]
 
 
-@pytest.mark.parametrize("at", ["call", "sending"])
+@pytest.mark.parametrize("at", [f"{__name__}.on_call", f"{SERVER}.decode", f"{SERVER}.WorkerLink.send"])
 def test_an_actor_that_ray_ends_answers_nothing(both: Both, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     """Where it was is no error of the sample, which is made again elsewhere; a message may be half sent."""
     end = SystemExit(1)
@@ -217,12 +219,7 @@ def test_an_actor_that_ray_ends_answers_nothing(both: Both, monkeypatch: pytest.
         )
     )
 
-    def ends(*_: Any) -> None:
-        raise end
-
-    monkeypatch.setattr(
-        f"{__name__}.on_call" if at == "call" else "aioloader.executors.ray.line_server.WorkerLink.send", ends
-    )
+    monkeypatch.setattr(at, Mock(side_effect=[end, None]))
     connection = call_back(both.line.name)
     ended: SimpleQueue[Any] = SimpleQueue()
 

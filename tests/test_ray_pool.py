@@ -423,6 +423,8 @@ def test_nobody_is_to_blame_for_the_death_of_an_idle_actor(near: Cluster) -> Non
     near.submit("a")
     near.lines[0].answer(0, "made")
     near.lines[0].dies(DEAD())
+    for fn, args in near.thread.due:  # it need not be waited for any more
+        fn(*args)
     assert len(near.begun) == 1
     assert near.pool.actors()[0].restarts == 1
     near.submit("b")
@@ -454,6 +456,19 @@ def test_lines_take_no_room_in_the_object_store(near: Cluster) -> None:
     near.submit("b")
     near.submit("c")
     assert len(near.lines[0].chunks) == 3
+
+
+def test_only_what_is_called_fills_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an actor on this host has is not in it."""
+    cluster = Cluster(monkeypatch, 2, lines=True)
+    far = cluster.pool._seats[1]
+    far.line = None
+    cluster.submit("a")
+    cluster.lines[0].answer(0, bytes(400_000))
+    cluster.submit("b")
+    cluster.submit("c")
+    assert len(cluster.lines[0].chunks) == 2
+    assert len(cluster.begun[1].refs) == 1
 
 
 def test_a_line_that_ends_with_the_connection_says_so(near: Cluster) -> None:
