@@ -19,7 +19,8 @@ from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
 from aioloader.executors.partial import KeysLeft, LeavesOut, LeftOut
 from aioloader.executors.processes.worker_pool import Died, Outcome
 from aioloader.executors.processes.worker_thread import WorkerThread
-from aioloader.executors.ray.actor_pool import ActorPool, RayResult
+from aioloader.executors.ray.actor_pool import ActorPool
+from aioloader.executors.ray.answers import RayResult
 from aioloader.executors.ray.program import Parcel, RayProgram
 from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.executors.ray.workers import RayWorkers

@@ -3,45 +3,36 @@
 from asyncio import Future
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
 from aioloader.errors import LoaderClosedError, WorkerDiedError
-from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.layout import lay_out
 from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
 from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
 from aioloader.executors.ray.actors import cancel_call, end_actors, is_loss, kill_actor, result_is_lost, words_of
+from aioloader.executors.ray.answers import Answers
 from aioloader.executors.ray.chunk_actor import AsyncChunkActor, ChunkActor
 from aioloader.executors.ray.cluster import Membership
 from aioloader.executors.ray.hiring import Hiring
-from aioloader.executors.ray.line import Line, result_bytes
+from aioloader.executors.ray.line import Line
 from aioloader.executors.ray.lookout import Lookout
 from aioloader.executors.ray.program import Parcel, RayProgram
-from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError, answer_bytes
+from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError
 from aioloader.executors.ray.seats import Seat, Task
 from aioloader.executors.ray.stores import Stores
 from aioloader.executors.ray.thread import RayThread
-from aioloader.executors.ray.values import encoded, unpack
+from aioloader.executors.ray.values import encoded
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.executors.ray.wreck import SETTLE_SECONDS, Wreck
 from aioloader.insight.actors import ActorStats
-from aioloader.memory.pool import BatchMemory
 
-__all__ = ["ASYNC_CALLS", "ActorPool", "RayResult"]
+__all__ = ["ASYNC_CALLS", "ActorPool"]
 
 ASYNC_CALLS: Final = 16  # side by side in one actor that awaits
 MOST_LOSSES: Final = 5  # of a result that was made, before it counts as if its actor had died
-
-
-@dataclass(slots=True)
-class RayResult(ChunkResult):
-    """The result of a chunk in an actor; and how many of its calls were cancelled since their time was up."""
-
-    timeouts: int = 0
 
 
 class ActorPool:
@@ -88,7 +79,7 @@ class ActorPool:
         )
         self._last_number = 0  # of a chunk that went over a line
         self._membership: Membership | None = None
-        self._memory = BatchMemory()
+        self._answers = Answers()
         self._held: dict[Hashable, tuple[Callable[[bool], None], list[bool]]] = {}
         self._stores = Stores()
         self._lookout = Lookout(
@@ -96,8 +87,6 @@ class ActorPool:
         )
         self.closed = False
         self._broken: BaseException | None = None
-        self.sample_bytes = 0.0
-        """The mean size of what comes back for a sample; read in any thread."""
         self.seconds_each: float | None = None
         """What a sample costs, as its step has found out; for the step of the next epoch."""
         self.ended: Future[None] | None = None
@@ -107,6 +96,11 @@ class ActorPool:
     @property
     def count(self) -> int:
         return self._count
+
+    @property
+    def sample_bytes(self) -> float:
+        """The mean size of what comes back for a sample."""
+        return self._answers.sample_bytes
 
     @property
     def gone(self) -> bool:
@@ -285,7 +279,7 @@ class ActorPool:
         elif error is not None and ref in seat.load and is_loss(error):
             self._lost(seat, handle, ref, error)
         elif (task := seat.take(ref)) is not None:  # else it was taken from an actor that was given up: nobody listens
-            outcome = NotSent(error) if error is not None else self._outcome(seat, inbox, future.result())
+            outcome = NotSent(error) if error is not None else self._answers.of_call(seat, inbox, future.result())
             del future
             if outcome is None:
                 self._result_lost(
@@ -295,31 +289,6 @@ class ActorPool:
                 task.done(outcome)
         self._check_held()
         self._assign()
-
-    def _outcome(self, seat: Seat, inbox: Inbox | None, answer: tuple[Any, ...]) -> Outcome | None:
-        """What an actor answered, in memory that is ours alone; None: it is lost."""
-        kind, packed, *numbers = answer
-        alloc = self._memory.alloc
-        try:
-            value = unpack(packed, alloc) if inbox is None else inbox.unpack(packed, alloc)
-        except SegmentsGoneError:
-            if seat.inbox is inbox:  # not of an actor that came after it
-                seat.inbox = None  # the rest goes through the object store
-            return None
-        except BaseException as error:
-            return NotSent(cannot_travel("a result", error, by_value=can_pickle_by_value()))
-        if kind == "lost":
-            return NotSent(value)
-        result = RayResult(value, *numbers)
-        self._note(seat, result, answer_bytes(packed))
-        return result
-
-    def _note(self, seat: Seat, result: RayResult, nbytes: int) -> None:
-        tried = len(result.outcomes)
-        seat.count(tried, result.busy_seconds, nbytes)
-        if tried:
-            each = nbytes / tried
-            self.sample_bytes = each if not self.sample_bytes else (self.sample_bytes + each) / 2
 
     def received(self, seat: Seat, handle: Any, message: Message) -> None:
         """An actor has sent something over its line."""
@@ -331,24 +300,12 @@ class ActorPool:
                 seat.take(number)
         else:
             task = seat.take(rest[0])
-            outcome = self._outcome_over(line, seat, message)
+            outcome = self._answers.of_message(seat, line, message)
             self._assign()  # first: the actor need not wait for the rest
             if task is not None and not task.forgotten:
                 task.done(outcome)
         self._check_held()
         self._assign()
-
-    def _outcome_over(self, line: Line, seat: Seat, message: Message) -> Outcome:
-        kind, _, *numbers = message.head
-        try:
-            value = line.unpack(message)
-        except BaseException as error:
-            return NotSent(cannot_travel("a result", error, by_value=can_pickle_by_value()))
-        if kind == "lost":
-            return NotSent(value)
-        result = RayResult(value, *numbers[:2])
-        self._note(seat, result, result_bytes(message))
-        return result
 
     # -- in the thread: losses ---------------------------------------------------------------------------------------
 
@@ -414,7 +371,7 @@ class ActorPool:
         """More is heard of a lost actor."""
         error = future.exception()
         if error is None:
-            wreck.answered(ref, self._outcome(seat, inbox, future.result()))
+            wreck.answered(ref, self._answers.of_call(seat, inbox, future.result()))
         elif result_is_lost(error):
             wreck.answered(ref, None)
         else:
@@ -538,4 +495,4 @@ class ActorPool:
             for handle in starting:  # they are at nothing of the user's
                 kill_actor(handle)
             end_actors(running)
-        self._memory.close()
+        self._answers.close()
