@@ -21,7 +21,8 @@ from aioloader.executors.epochs import Epochs, with_set_epoch
 from aioloader.executors.partial import KeysLeft, LeavesOut, LeftOut
 from aioloader.executors.processes.worker_pool import Died, Outcome
 from aioloader.executors.processes.worker_thread import WorkerThread
-from aioloader.executors.ray.actor_pool import ActorPool, RayResult
+from aioloader.executors.ray.actor_pool import ActorPool
+from aioloader.executors.ray.answers import RayResult
 from aioloader.executors.ray.program import Parcel, RayProgram
 from aioloader.executors.ray.thread import ray_thread_of
 
@@ -38,7 +39,7 @@ QUEUE_SECONDS: Final = 0.1  # chunks that take longer are not queued after one a
 class RayStep(ProcessStep):
     """Runs calls in actors, in chunks, as `ProcessStep` does in worker processes.
 
-    A hop costs about a millisecond, and more on a network, so a chunk is worth twenty.
+    A call of Ray costs about a millisecond, and more on a network, so a chunk is worth twenty.
 
     What when an actor dies? Nobody knows at which sample of its chunk it was, since what it knew died with it. So each
     of them is made again alone, in an actor that has nothing else. One whose actor dies again, more often than
