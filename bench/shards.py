@@ -3,7 +3,7 @@
 How many bytes all ranks read together, of the bytes that there are: tar, lines and Parquet, 16 files of one length,
 where samples and where files are dealt. From files that is by the counters of the process (`/proc/self/io`), from a
 server that speaks S3 by what it was asked for; there each rank is stopped in the middle, too, and goes on in a new
-loader: what it had read ahead is asked for again, of Parquet whole row groups, of which there are eight in a file. How
+loader: what it had read ahead is asked for again, of Parquet whole row groups, of which each of 4 ranks has 128. How
 many of 8 archives the first 300 of 1,600 samples come from. And how long the first batch takes after a resume at 90 %
 of an archive, beside torchdata's `StatefulDataLoader` over webdataset, which reads again what is before it.
 """
@@ -29,7 +29,9 @@ FILES: Final = 16
 BATCH: Final = 32
 BY_FILE: Final = {1: "by file, 1 rank"} | {world_size: f"by file, {world_size} ranks" for world_size in (2, 4, 8)}
 REPEATS: Final = 5
-STOPS: Final = 0.375, 0.5  # of an epoch, in the middle of files and between two
+STOPS: Final = 0.375, 0.44, 0.5  # of an epoch, in the middle of files and between two
+NBYTES: Final = 2000  # of a sample: four batches of them, which lie ready, are a hundredth of what one of 4 ranks reads
+GROUPS: Final = 32  # row groups of a file
 
 
 def write_tar(path: Path, first: int, samples: int, nbytes: int) -> None:
@@ -51,7 +53,13 @@ def write_parquet(path: Path, first: int, samples: int, nbytes: int) -> None:
 
     rows = numpy.random.default_rng(first).bytes(samples * nbytes)
     column = pa.array([rows[at : at + nbytes] for at in range(0, len(rows), nbytes)])
-    pq.write_table(pa.table({"row": column}), path, row_group_size=max(1, samples // 8), compression="none")
+    pq.write_table(
+        pa.table({"row": column}),
+        path,
+        row_group_size=max(1, samples // GROUPS),
+        compression="none",
+        write_statistics=False,
+    )
 
 
 FORMATS: Final[dict[str, tuple[Any, Callable[..., None]]]] = {
@@ -82,7 +90,7 @@ def write_all(folder: Path, samples: int) -> None:
     """The files of each format, of so many samples."""
     for suffix, (_, write) in FORMATS.items():
         for number in range(FILES):
-            write(folder / f"{number:02}.{suffix}", number * samples, samples, 8000)
+            write(folder / f"{number:02}.{suffix}", number * samples, samples, NBYTES)
 
 
 def read_once(report: Report, folder: Path) -> None:
@@ -241,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder, files = Path(name), Path(name, "files")
         files.mkdir()
-        samples = pick(options, full=800, quick=200, smallest=20)
+        samples = pick(options, full=3200, quick=800, smallest=64)
         write_all(files, samples)
         read_once(report, files)
         from_server(report, files, samples)

@@ -13,8 +13,7 @@ import pytest
 
 from aioloader import Pipeline, ReadAllWarning, StateError, UnevenWarning
 from aioloader.sources import Lines, ParquetRows
-from aioloader.sources.chunks import RANGE_BYTES
-from aioloader.sources.pace import FIRST_RANGE_BYTES, LONGER, Pace
+from aioloader.sources.pace import FIRST_RANGE_BYTES, Pace
 from aioloader.testing import assert_resumes_exactly
 from tests._servers import HttpServer
 from tests._support import Face, Steps, collect, on_both_faces, wait_until
@@ -134,7 +133,7 @@ def test_little_is_asked_for_again_after_a_resume(
     http_server: HttpServer, kind: Format, taken: int, face: Face, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the reader was stopped: ranges, and what waits of them parsed, are a small part of what is read."""
-    monkeypatch.setattr(Pace, "starved", lambda _: None)  # a consumer that never waits, however slow the machine is
+    monkeypatch.setattr(Pace, "starved", lambda *_: None)  # a consumer that never waits, however slow the machine is
     files = served(kind, http_server, padding=100_000)
     source = kind.source(list(files), store=http_server.store(), interleave=2)
     first, second = Pipeline(source).prefetch(0), Pipeline(source).prefetch(0)
@@ -170,23 +169,6 @@ def test_of_a_file_that_is_open_ahead_the_first_range_is_asked_for(
     }
 
 
-@pytest.mark.parametrize(
-    ("files", "megabytes", "lanes", "kilobytes"),
-    [(4, 7, 2, 89), (100, 100, 1, 8192), (4, 64, 2, 819), (1, 1, 1, 16)],
-)
-def test_ranges_are_short_where_a_reader_reads_little(files: int, megabytes: int, lanes: int, kilobytes: int) -> None:
-    """Those of a consumer that waits, too: what it had asked for ahead is a small part of what it reads."""
-    pace = Pace(lanes, files)
-    assert pace.range_bytes(RANGE_BYTES, None) == FIRST_RANGE_BYTES
-    assert pace.range_bytes(RANGE_BYTES, megabytes << 20) >> 10 == kilobytes
-    short = pace.range_bytes(RANGE_BYTES, megabytes << 20)
-    for _ in range(9):  # it waits nevertheless
-        pace.starved()
-    assert pace.range_bytes(RANGE_BYTES, None) == LONGER * FIRST_RANGE_BYTES
-    assert pace.range_bytes(RANGE_BYTES, megabytes << 20) == min(RANGE_BYTES, LONGER * short)
-    assert pace.ahead_bytes == short
-
-
 @on_both_faces
 @pytest.mark.parametrize("batch_rows", [None, 10])
 def test_of_parquet_a_resume_asks_again_for_the_row_groups_that_are_open(
@@ -196,7 +178,7 @@ def test_of_parquet_a_resume_asks_again_for_the_row_groups_that_are_open(
 
     The next one is fetched when a range's worth of this one is left, and not before.
     """
-    monkeypatch.setattr(Pace, "starved", lambda _: None)  # a consumer that never waits, however slow the machine is
+    monkeypatch.setattr(Pace, "starved", lambda *_: None)  # a consumer that never waits, however slow the machine is
     rows, groups = 100, 8
     for file in "abcd":
         out = io.BytesIO()
@@ -236,7 +218,7 @@ def test_small_row_groups_are_read_together_only_where_there_are_many(
     tmp_path: Path, http_server: HttpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of objects; those that are read ahead are asked for again by a resume."""
-    monkeypatch.setattr(Pace, "starved", lambda _: None)  # a consumer that never waits, however slow the machine is
+    monkeypatch.setattr(Pace, "starved", lambda *_: None)  # a consumer that never waits, however slow the machine is
     rows = [{"text": "x" * 1000 + str(number)} for number in range(4000)]
     for group in range(2):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{group}.parquet", 100, compression="none")

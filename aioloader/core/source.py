@@ -161,7 +161,7 @@ class SourceContext(ABC):
     """What a reader may use while it is open: its loop, threads that end with it, and tasks that end with it.
 
     The loader makes it. Its methods are called on the loop. `handed_out` and `shared` are what `Channel` takes samples
-    back with, and may still change.
+    back with, and may still change; so may `consumer_starves`.
     """
 
     @property
@@ -178,6 +178,14 @@ class SourceContext(ABC):
     @abstractmethod
     def handed_out(self) -> Any:
         """The cursor of the last entry that reached the consumer, as the last stage made it; None: none did yet."""
+
+    @property
+    def consumer_starves(self) -> bool:
+        """Whether no batch lies ready for the consumer, who has had one: what a reader waits for, it waits for, too.
+
+        True where nobody can tell.
+        """
+        return True
 
     @abstractmethod
     def shared(self, owner: object, make: Callable[[], E]) -> E:

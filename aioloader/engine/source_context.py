@@ -58,6 +58,13 @@ class RunSourceContext(SourceContext):
     def handed_out(self) -> Any:
         return self._run.progress.cursor
 
+    @property
+    def consumer_starves(self) -> bool:
+        output = self._run.output
+        if output.hands_out and not self._run.consumer.batches:
+            return False  # the first batch takes its time; whether the others come in time nobody knows yet
+        return not output.held and not (output.queued is not None and output.queued())
+
     def shared(self, owner: object, make: Callable[[], E]) -> E:
         if owner not in self._run.shared:
             self._run.shared[owner] = make()

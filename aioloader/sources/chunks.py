@@ -254,6 +254,8 @@ class _OpenObject:
         if self._turn is not None and at != self._start:
             await self._turn.wait()
         self._request, self._ahead = self._ahead or self._begin(), None
+        if self._pace is not None and self._pace.hurries and at != self._start and self._asked < self.end:
+            self._ahead = self._begin()
 
         def answered(meta: Any) -> int:
             self.end = end = self._check(meta, at)
@@ -278,7 +280,8 @@ class _OpenObject:
         stop = self._asked = start + size if first else min(start + size, self.end)
 
         def begin() -> Range:
-            return Range(self._store, self._key, start, stop, self._version.condition)
+            told = None if self._pace is None else self._pace.answered
+            return Range(self._store, self._key, start, stop, self._version.condition, told)
 
         if self._requests is None:
             return begin()

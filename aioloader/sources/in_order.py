@@ -2,7 +2,7 @@
 
 from asyncio import Event
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from itertools import cycle
 from typing import Generic, TypeVar
@@ -31,7 +31,7 @@ class InOrder(Lane, Generic[P]):
         open_ahead: How many parts after the current one are open.
         lists_ahead: How many lists may be ready, per open part.
         quota_of: How many entries of a part may be ready instead.
-        may_open: Whether parts are opened ahead at this moment; None: they always are.
+        may_open: Whether one more part is opened while these are; None: always.
         starved: Called when entries other than the first were waited for, see `Ahead`.
 
     Attributes:
@@ -49,8 +49,8 @@ class InOrder(Lane, Generic[P]):
         open_ahead: int,
         lists_ahead: int,
         quota_of: Callable[[P], QuotaRule | None] | None = None,
-        may_open: Callable[[], bool] | None = None,
-        starved: Callable[[], object] | None = None,
+        may_open: Callable[[Sequence[P]], bool] | None = None,
+        starved: Callable[[float], object] | None = None,
     ) -> None:
         self._context = context
         self._parts = parts
@@ -73,9 +73,15 @@ class InOrder(Lane, Generic[P]):
         self.part, reader = self._open[0]
         return reader.take()
 
+    @property
+    def open_parts(self) -> int:
+        """How many are open now."""
+        return len(self._open)
+
     async def begin(self) -> None:
-        ahead = self._may_open is None or self._may_open()
-        while self._has_more_parts and len(self._open) < (self._most_open if ahead else 1):
+        while self._has_more_parts and len(self._open) < self._most_open:
+            if self._open and self._may_open is not None and not self._may_open([part for part, _ in self._open]):
+                return
             await self._open_next()
 
     async def read(self, limit: int) -> list[Entry]:
@@ -110,9 +116,9 @@ class InOrder(Lane, Generic[P]):
         )
         self._open.append((part, reader))
 
-    def _waited(self) -> None:
+    def _waited(self, seconds: float) -> None:
         if self._has_given and self._starved is not None:
-            self._starved()
+            self._starved(seconds)
 
     async def aclose(self) -> None:
         await self._parts.aclose()

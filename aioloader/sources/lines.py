@@ -171,7 +171,7 @@ class Lines(FileSource[_Start, T_co]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder[_Part]]:
         requests = self._requests.begin(context)
-        pace = Pace(order.lanes, len(order.numbers))
+        pace = Pace(order.lanes, len(order.numbers), lambda: context.consumer_starves)
 
         def read(part: _Part, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
             return self._read_file(part, thread, pace, turn, requests)

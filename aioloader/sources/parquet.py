@@ -21,7 +21,6 @@ from aioloader.sources.parquet_batches import BatchCutter
 from aioloader.sources.parquet_footer import Footer, Numbers, read_end, row_bytes, same_columns, selected
 from aioloader.sources.parquet_input import open_input
 from aioloader.sources.parquet_lanes import ParquetLane, ParquetStart, ends_within
-from aioloader.sources.parquet_spans import SPAN_BYTES
 from aioloader.sources.paths import Paths
 from aioloader.sources.read_ahead import Ahead, ByteQuota
 from aioloader.sources.requests import Requests
@@ -140,26 +139,26 @@ class ParquetRows(FileSource[ParquetStart, dict[str, Any]]):
         if self.batch_rows is None:
             return super().open_files(context, cursor)
         order = self.order_of(context)
-        pace = self._pace(order)
+        pace = self._pace(context, order)
         pieces = self.side_by_side(self._lanes_of(context, order, pace), cursor, partial(ends_within, self.batch_rows))
         return _Batches(context, pieces, self.batch_rows, pace, in_turn=order.lanes > 1)
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, ParquetStart], Lane]:
-        return self._lanes_of(context, order, self._pace(order))
+        return self._lanes_of(context, order, self._pace(context, order))
 
-    def _pace(self, order: FileOrder) -> Pace | None:
+    def _pace(self, context: SourceContext, order: FileOrder) -> Pace | None:
         stored = any(file.store is not None for file in self._files)
-        return Pace(order.lanes, len(order.numbers)) if stored else None
+        return Pace(order.lanes, len(order.numbers), lambda: context.consumer_starves) if stored else None
 
     def _lanes_of(
         self, context: SourceContext, order: FileOrder, pace: Pace | None
     ) -> Callable[[int, ParquetStart], Lane]:
         requests = self._requests.begin_for_threads(context)
+        requests.told = None if pace is None else pace.answered
         footers = _Footers(self, order, requests, context)
 
         def open_lane(at: int, start: ParquetStart) -> ParquetLane:
-            footer_of = footers.of_position
-            return ParquetLane(context, order, at, start, footer_of, self.files, requests, pace, self.batch_rows)
+            return ParquetLane(context, order, at, start, footers, self.files, requests, pace, self.batch_rows)
 
         return open_lane
 
@@ -207,7 +206,6 @@ class _Batches(Ahead):
         self._pieces = pieces
         self._batch_rows = batch_rows
         self._pace = pace
-        self._fetched_bytes: int | None = None  # of the file that was read last
         self._fetched = None if pace is None else ByteQuota(self._may_wait)
         self._given = False
         self._thread = context.threads(1)
@@ -217,18 +215,16 @@ class _Batches(Ahead):
 
     def _may_wait(self) -> int:
         """How many bytes of batches may be ready while more are fetched."""
-        return 0 if self._pace is None else self._pace.range_bytes(SPAN_BYTES, self._fetched_bytes)
+        return 0 if self._pace is None else self._pace.ahead_bytes
 
-    def _has_waited(self) -> None:
+    def _has_waited(self, seconds: float) -> None:
         if self._given and self._pace is not None:
-            self._pace.starved()
+            self._pace.starved(seconds)
 
     def _count(self, piece: Entry) -> None:
         """How much was fetched for a batch of such pieces."""
         if self._fetched is not None and piece.error is None:
-            footer = piece.value.footer
-            self._fetched_bytes = footer.fetched_bytes
-            self._fetched.entry_bytes = self._batch_rows * footer.fetched_row_bytes
+            self._fetched.entry_bytes = self._batch_rows * piece.value.footer.fetched_row_bytes
 
     @property
     def _pieces_at_once(self) -> int:
@@ -258,7 +254,7 @@ class _Footers:
 
     All files must have the columns of the first; where its types say little (nulls), those of the next ones count. So
     footers are read at once, but compared in order, whichever lane asks first, and after a resume too. As soon as all
-    types are known, later files cannot add to them, and no file is looked at before its turn.
+    types are known, later files cannot add to them, and no file is looked at before its turn, or shortly before that.
     """
 
     def __init__(self, source: ParquetRows, order: FileOrder, requests: Requests, context: SourceContext) -> None:
@@ -292,6 +288,11 @@ class _Footers:
                 if len(self._known) == at + 1:
                     self._known.append(self._known[-1])
                 raise
+
+    def expect(self, at: int) -> None:
+        """See `Footers`: two answers of a store later it is there."""
+        if at < len(self._order.numbers):
+            self._load(at).add_done_callback(lambda loaded: loaded.cancelled() or loaded.exception())  # or nobody asks
 
     def _load(self, at: int) -> "Future[_Loaded]":
         if at not in self._loading:

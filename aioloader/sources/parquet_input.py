@@ -17,6 +17,7 @@ from functools import cached_property
 from io import FileIO
 from operator import itemgetter
 from stat import S_ISDIR, S_ISREG
+from time import perf_counter
 from typing import Any, ClassVar, Final
 
 from aioloader.errors import BrokenDataError
@@ -207,7 +208,10 @@ class _Object(Input):
         """
         import obstore
 
+        began = perf_counter()
         answer = await obstore.get_async(self._store, self._key, options=options)
+        if self._requests.told is not None:
+            self._requests.told(perf_counter() - began)
         if self.version.difference(answer.meta) is not None:
             return answer.meta, None
         return answer.meta, _of_length(await answer.bytes_async(), length, options["range"][0])

@@ -1,12 +1,12 @@
 """Parquet files one after the other, in spans of row groups that are read ahead: what is read side by side."""
 
 from asyncio import Event
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any, Final
+from typing import Final, Protocol
 
 from aioloader.core.entry import Entry
 from aioloader.core.source import SourceContext, SourceThreads
@@ -24,6 +24,12 @@ __all__ = ["ParquetLane", "ParquetStart", "ends_within"]
 
 SPANS_AHEAD: Final = 2
 """Spans that are open after the one being handed out; of each of several lanes one."""
+
+STORED_SPANS_AHEAD: Final = 7
+"""Those of objects, of each lane, at most: how many there are `Pace` says."""
+
+GROUPS_BEFORE_NEXT: Final = 2
+"""When so many row groups of an object are left, the footer of the next one is asked for."""
 
 LEAST_SPAN_BYTES: Final = 64 << 10
 """Row groups of an object that are smaller are fetched together in any case."""
@@ -48,6 +54,21 @@ _Part = tuple[int, Span | Entry]
 """The position of a file, and a span of it, or the error of a file that cannot be read."""
 
 
+class Footers(Protocol):
+    """The footers of the files of an order."""
+
+    async def of_position(self, at: int) -> Footer:
+        """Read and check the one of the file at that position.
+
+        Raises:
+            Exception: The file cannot be read, or is not as expected.
+        """
+        raise NotImplementedError
+
+    def expect(self, at: int) -> None:
+        """Begin to read that one, if there is such a file: it is asked for soon."""
+
+
 class ParquetLane(Ahead):
     """Every `order.lanes`-th file of an order. After an error that ended a file, its rest is left out.
 
@@ -56,7 +77,7 @@ class ParquetLane(Ahead):
         order: The files.
         at: The position of the first one.
         start: Where to begin in that.
-        footer_of: Reads and checks the footer of the file at a position.
+        footers: Those of the files.
         files: All of the source.
         requests: Make those for objects.
         pace: How far ahead objects are read; None: nothing is in a store.
@@ -69,14 +90,14 @@ class ParquetLane(Ahead):
         order: FileOrder,
         at: int,
         start: ParquetStart,
-        footer_of: Callable[[int], Coroutine[Any, Any, Footer]],
+        footers: Footers,
         files: tuple[StoredFile, ...],
         requests: Requests,
         pace: Pace | None,
         batch_rows: int | None,
     ) -> None:
         self._order = order
-        self._footer_of = footer_of
+        self._footers = footers
         self._files = files
         self._requests = requests
         self._batch_rows = batch_rows
@@ -91,7 +112,7 @@ class ParquetLane(Ahead):
             context,
             self._spans(at, start),
             self._read_span,
-            open_ahead=1 if several else SPANS_AHEAD,
+            open_ahead=STORED_SPANS_AHEAD if pace is not None else 1 if several else SPANS_AHEAD,
             lists_ahead=PIECES_AHEAD,
             may_open=None if pace is None else self._may_open,
         )
@@ -99,24 +120,26 @@ class ParquetLane(Ahead):
             context, self._entries, lists=1 if several else 2, quota=self._fetched, starved=self._has_waited
         )
 
-    def _may_open(self) -> bool:
-        """Whether the next span is fetched before its turn: it is about as large as this one."""
-        if self._pace is None or self._span is None:
+    def _may_open(self, parts: Sequence[_Part]) -> bool:
+        """Whether one more span is fetched while these are open: it is taken to be as large as the last of them."""
+        spans = [span for _, span in parts if isinstance(span, Span)]
+        if self._pace is None or not spans or len(spans) < len(parts):
             return False
-        footer = self._span.footer
+        footer = spans[-1].footer
         if footer.file.store is None:
-            return True
-        return self._pace.may_fetch(int(self._span.rows * footer.fetched_row_bytes), footer.fetched_bytes)
+            return len(spans) <= 1
+        nbytes = sum(span.fetched_bytes for span in (*spans, spans[-1]))
+        return self._pace.may_open(nbytes, footer.fetched_bytes)
 
     def _may_wait(self) -> int:
         """How many bytes of rows may be ready while more are fetched. Pieces are batches ahead already, see there."""
-        if self._pace is None or self._batch_rows is not None:
+        if self._pace is None or self._batch_rows is not None or self._reader.open_parts > 1:
             return 0
-        return FIRST_RANGE_BYTES if self._span is None else self._span_bytes(self._pace, self._span.footer)
+        return FIRST_RANGE_BYTES if self._span is None else self._pace.ahead_bytes
 
-    def _has_waited(self) -> None:
+    def _has_waited(self, seconds: float) -> None:
         if self._given and self._pace is not None and self._batch_rows is None:
-            self._pace.starved()
+            self._pace.starved(seconds)
 
     async def aclose(self) -> None:
         self._requests.close()  # those of all lanes: threads that wait for an answer wait no longer
@@ -150,7 +173,7 @@ class ParquetLane(Ahead):
         """What to read, in order."""
         for at, number in self._order.places(first):
             try:
-                footer = await self._footer_of(at)
+                footer = await self._footers.of_position(at)
                 row = _first_row(footer, start)
             except Exception as error:
                 yield at, failed(error, (at + self._order.lanes, 0, 0), self._files[number].name)
@@ -158,6 +181,8 @@ class ParquetLane(Ahead):
                 for span in spans_of(footer, row, self._fetched_at_once(footer)):
                     if at < self._first_open:
                         break
+                    if footer.file.store is not None and span.last >= len(footer.sizes) - GROUPS_BEFORE_NEXT:
+                        self._footers.expect(footer.after)
                     yield at, span
             start = ParquetStart()
 
@@ -168,7 +193,7 @@ class ParquetLane(Ahead):
         return partial(self._span_bytes, self._pace, footer)
 
     def _span_bytes(self, pace: Pace, footer: Footer) -> int:
-        return max(LEAST_SPAN_BYTES, pace.range_bytes(SPAN_BYTES, footer.fetched_bytes))
+        return max(LEAST_SPAN_BYTES, pace.share_bytes(SPAN_BYTES, footer.fetched_bytes))
 
     async def _read_span(self, part: _Part, thread: SourceThreads, _turn: Event) -> AsyncGenerator[list[Entry]]:
         _, span = part

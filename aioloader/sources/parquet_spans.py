@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any, Final
 
@@ -28,10 +29,10 @@ class Span:
     last: int
     start: int
 
-    @property
-    def rows(self) -> int:
-        """How many there are in its row groups."""
-        return self.footer.starts[self.last + 1] - self.footer.starts[self.first]
+    @cached_property
+    def fetched_bytes(self) -> int:
+        """Of its row groups: see the function of this name."""
+        return sum(fetched_bytes(self.footer, group) for group in range(self.first, self.last + 1))
 
 
 def spans_of(footer: Footer, start: int, fetched_at_once: Callable[[], float]) -> Iterator[Span]:
@@ -40,20 +41,21 @@ def spans_of(footer: Footer, start: int, fetched_at_once: Callable[[], float]) -
     Args:
         footer: Of the file.
         start: The first row.
-        fetched_at_once: Gives with how many bytes that are fetched a span is complete, too.
+        fetched_at_once: Gives how many bytes several row groups have that are fetched together, at most.
     """
     starts = footer.starts
     first, last, size, fetched = None, 0, 0, 0
     for group in range(len(starts) - 1):
         if starts[group + 1] <= start:
             continue
-        first = group if first is None else first
-        size += footer.sizes[group]
-        fetched += fetched_bytes(footer, group)
-        last = group
-        if size >= SPAN_BYTES or fetched >= fetched_at_once():
+        more = fetched_bytes(footer, group)
+        if first is not None and (size >= SPAN_BYTES or fetched + more > fetched_at_once()):
             yield Span(footer, first, last, max(start, starts[first]))
             first, size, fetched = None, 0, 0
+        first = group if first is None else first
+        size += footer.sizes[group]
+        fetched += more
+        last = group
     if first is not None:
         yield Span(footer, first, last, max(start, starts[first]))
 

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 from aioloader.errors import BrokenDataError
@@ -16,9 +17,24 @@ class Range:
     """A request for a range of an object: the answer, and then its body.
 
     obstore's awaitables are futures, so both make progress without a task that awaits them.
+
+    Args:
+        store: A store of obstore.
+        key: The object's.
+        start, stop: Which bytes.
+        condition: Options of the request, so that it is of one version.
+        told: Called with how many seconds the answer took to begin.
     """
 
-    def __init__(self, store: Any, key: str, start: int, stop: int, condition: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        store: Any,
+        key: str,
+        start: int,
+        stop: int,
+        condition: dict[str, Any],
+        told: Callable[[float], object] | None = None,
+    ) -> None:
         import obstore
 
         self._store = store
@@ -29,10 +45,14 @@ class Range:
         answer: Any = obstore.get_async(store, key, options=options)
         self._answer = answer
         self._body: Any = None
+        self._began = perf_counter()
+        self._told = told
         self._answer.add_done_callback(self._read_body)
 
     def _read_body(self, answer: Any) -> None:
         if self._body is None and not answer.cancelled() and answer.exception() is None:
+            if self._told is not None:
+                self._told(perf_counter() - self._began)
             self._body = answer.result().bytes_async()
             self._body.add_done_callback(lambda body: body.cancelled() or body.exception())  # it may never be awaited
 

@@ -102,7 +102,7 @@ class Ahead(Lane):
         lists: How many lists may be ready; the generator is not resumed while there are that many.
         quota: How many entries may be ready, instead of `lists`.
         made_all: Called when the generator has ended, and its last entries may not be taken yet.
-        starved: Called when entries were waited for, `STALL_SECONDS` or longer.
+        starved: Called when entries were waited for, `STALL_SECONDS` or longer, with how many these were.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Ahead(Lane):
         lists: int = 1,
         quota: QuotaRule | None = None,
         made_all: Callable[[], object] | None = None,
-        starved: Callable[[], object] | None = None,
+        starved: Callable[[float], object] | None = None,
     ) -> None:
         self._make = make
         self._made_all = made_all
@@ -184,8 +184,9 @@ class Ahead(Lane):
             return await self._lists.get()
         began = perf_counter()
         entries = await self._lists.get()
-        if perf_counter() - began > STALL_SECONDS:
-            self._starved()
+        waited = perf_counter() - began
+        if waited > STALL_SECONDS:
+            self._starved(waited)
         return entries
 
     def _took(self, count: int) -> None:

@@ -167,7 +167,12 @@ class Requests:
         policies: What is done about them.
         name: Of the source, for errors.
         context: The reader's.
+
+    Attributes:
+        told: Called with how many seconds an answer took to begin, where the reader wants to know.
     """
+
+    told: Callable[[float], object] | None = None
 
     def __init__(self, policies: Policies, name: str, context: SourceContext) -> None:
         self._name = name

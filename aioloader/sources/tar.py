@@ -178,7 +178,7 @@ class TarShards(FileSource[Start, dict[str, Any]]):
 
     def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, Start], InOrder[TarParser]]:
         requests = self._requests.begin(context)
-        pace = Pace(order.lanes, len(order.numbers))
+        pace = Pace(order.lanes, len(order.numbers), lambda: context.consumer_starves)
 
         def open_lane(at: int, start: Start) -> InOrder[TarParser]:
             def read(samples: TarParser, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
