@@ -1,30 +1,21 @@
 """`DataLoader`: torch's constructor and meaning, over our engine."""
 
-import warnings
 from collections.abc import Callable, Coroutine
-from dataclasses import fields, replace
-from functools import cached_property
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import torch
 import torch.utils.data
 from torch import Tensor
 
 from aioloader.core.checks import check_integer
-from aioloader.core.memory import Alloc
-from aioloader.core.policies import Hedge, Policies, Rate, Retry
+from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
-from aioloader.device import DeviceLike, Transfer, check_device, open_transfer, why_not_pinned
-from aioloader.drop_in.arguments import Arguments, WorkerType, is_async_iterable, worker_type_of
-from aioloader.drop_in.inline import inline_nodes
-from aioloader.drop_in.plan import plan_of
-from aioloader.engine.delivery import InlineDelivery, SyncDelivery
-from aioloader.engine.faces import AsyncBatches
+from aioloader.device import DeviceLike, check_device
+from aioloader.drop_in.arguments import Arguments, is_async_iterable, worker_type_of
+from aioloader.drop_in.loader import DropInLoader
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.ray.workers import RayWorkers, actors_for
-from aioloader.loader import Loader
-from aioloader.plan.plan import Plan
 from aioloader.signatures import (
     AsyncIndexed,
     Data,
@@ -40,19 +31,15 @@ from aioloader.signatures import (
 from aioloader.sources.epoch_sampling import EpochSampling
 from aioloader.sources.rank_sampler import RankSampler, check_shards
 from aioloader.sources.resolve import check_dataset
-from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
+from aioloader.torch_shims import AsyncStandIn
 
 __all__ = ["DataLoader"]
 
 K = TypeVar("K")
 S = TypeVar("S")
 
-_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
-_SHOWN = frozenset(field.name for field in fields(Arguments)) - {"torch_loader", "actors", "bounded"}
-"""Arguments that are attributes of the loader."""
 
-
-class DataLoader(Loader[T_co]):
+class DataLoader(DropInLoader[T_co]):
     """A drop-in for `torch.utils.data.DataLoader`: the same arguments, the same batches for the same seed.
 
     It is no subclass of torch's: trainers rebuild a subclass as a plain one. Two things are different, unless
@@ -114,36 +101,6 @@ class DataLoader(Loader[T_co]):
     Raises:
         ValueError, TypeError: For the same arguments as torch's.
     """
-
-    _knob = "num_workers"
-    _kind = "DataLoader"
-    _arguments: Arguments
-    _sampling: EpochSampling
-
-    # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
-    dataset: Any
-    batch_size: int | None
-    drop_last: bool
-    num_workers: int
-    collate_fn: Callable[[list[Any]], Any] | None
-    pin_memory: bool
-    timeout: float
-    worker_init_fn: Callable[[int], None] | None
-    multiprocessing_context: Any
-    prefetch_factor: int | None
-    persistent_workers: bool
-    pin_memory_device: str
-    in_order: bool
-
-    # And our own.
-    device: Any
-    concurrency: int
-    ahead: int | None
-    ahead_bytes: int | None
-    worker_type: WorkerType
-    skip_errors: Skip | None
-    policies: Policies | None
-    shard: bool
 
     @overload
     def __init__(
@@ -468,142 +425,10 @@ class DataLoader(Loader[T_co]):
         self._timeout = timeout or None
         self._timeout_message = "DataLoader timed out after {seconds} seconds"
 
-    def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
-        self._arguments, self._sampling = arguments, sampling
-        self.__dict__.pop("_plan", None)
-
-    @cached_property
-    def _plan(self) -> Plan:  # type: ignore[override]  # a plain attribute where it cannot change
-        return plan_of(self._arguments, self._sampling)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
-            return getattr(arguments, name)
-        if name == "sampler":
-            raise AttributeError(
-                "DataLoader shows no attribute 'sampler', since trainers replace what they find there; "
-                "call loader.set_epoch(epoch), which reaches your sampler"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED:
-            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
-        if name in _SHOWN:
-            self._is_made_of(replace(self._arguments, **{name: value}), self._sampling)
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """See torch."""
-        return self._sampling.generator
-
-    @generator.setter
-    def generator(self, generator: torch.Generator | None) -> None:
-        self._sampling.generator = generator
-        self._fixed = None
-
-    @property
-    def seed(self) -> int | None:
-        """With it the order depends on the seed and the epoch alone."""
-        return self._sampling.seed
-
-    @property
-    def batch_sampler(self) -> BatchSamplerView:
-        """A view of the batch sampler, for trainers: `batch_sampler.sampler.set_epoch(n)` reaches the loader."""
-        return BatchSamplerView(self._arguments.torch_loader.batch_sampler, self.__len__, self.set_epoch)
-
-    def __len__(self) -> int:
-        """Batches per epoch.
-
-        Raises:
-            TypeError: The dataset has no length.
-        """
-        return len(self._arguments.torch_loader)
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __repr__(self) -> str:
-        """With what decides the order: somebody who forgot `shuffle` sees it here."""
-        said = [type(self.dataset).__name__, f"batch_size={self.batch_size}"]
-        said += [self._order] if self._order else []
-        said += [f"num_workers={self.num_workers}"]
-        said += [] if self.seed is None else [f"seed={self.seed}"]
-        return f"DataLoader({', '.join(said)})"
-
-    # -- iteration ---------------------------------------------------------------------------------------------------
-
-    def __aiter__(self) -> AsyncBatches[T_co]:
-        return super().__aiter__()
-
-    def _check_usable(self) -> None:
-        if self.timeout and self.num_workers == 0:
-            # The type that torch's iterator raises.
-            raise AssertionError(f"timeout needs num_workers > 0, got timeout={self.timeout} with num_workers=0")
-        if self.pin_memory and self.device is None and (reason := why_not_pinned()) is not None:
-            warnings.warn(
-                f"'pin_memory' argument is set as true but {reason}, then device pinned memory won't be used.",
-                stacklevel=3,
-            )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next epoch be number `epoch`, and tell the samplers and the dataset that have a `set_epoch`."""
-        super().set_epoch(epoch)
-        self._sampling.set_epoch(epoch)
-
-    def _plan_of_epoch(self, alloc: Alloc, *, pins: bool) -> Plan:
-        return plan_of(self._arguments, self._sampling, alloc, pins=pins)
-
-    def _open_delivery(self) -> SyncDelivery | InlineDelivery:
-        if not self._arguments.inline:
-            return super()._open_delivery()
-        with self._beginning() as progress:
-            transfer = self._opened_transfer()
-            this_pass, alloc = self._pass(progress), self._alloc(transfer)
-            node, meters = inline_nodes(self._arguments, self._plan, progress, this_pass, transfer, alloc)
-        self._watch(progress, meters)
-        return InlineDelivery(node, progress, self._receiver())
-
-    def _open_transfer(self) -> Transfer | None:
-        return open_transfer(self.device) if self.device is not None or self.pin_memory else None
-
-    def _nothing_to_tune(self) -> str | None:
-        if self._arguments.in_processes:
-            return "here worker processes load the samples; measure other num_workers epoch by epoch"
-        if not (self.num_workers or self._arguments.awaited):
-            return "num_workers=0 loads them in your own thread; pass num_workers=2 or more"
-        return None
-
-    @property
-    def _bounded(self) -> bool:
-        return self.ahead is not None or self.ahead_bytes is not None
-
-    @property
-    def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
-        if self._arguments.iterable:
-            return "use Pipeline(dataset).shard(), whose map and batch do the rest"
-        return "pass sampler=DistributedSampler(dataset), or shard=True, which deals the same keys"
-
-    def _detached(self) -> Self:
-        again = super()._detached()
-        sampling, skip = self._sampling.detached(), self.skip_errors
-        if skip is not None:
-            skip = replace(skip, report=None)  # it is written down already
-        copied = sampling.dataset.dataset if isinstance(sampling.dataset, AsyncStandIn) else sampling.dataset
-        again._is_made_of(replace(self._arguments, dataset=copied, skip_errors=skip), sampling)
-        return again
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state.pop("_plan", None)
-        return state
-
 
 def _shown_order(shuffle: bool | None, sampler: object, batch_sampler: object, shard: bool) -> str:
     """What decides the order, as in a call."""
-    said = ["shuffle=True"] if shuffle else []
+    parts = ["shuffle=True"] if shuffle else []
     for name, value in (("sampler", sampler), ("batch_sampler", batch_sampler)):
-        said += [] if value is None else [f"{name}={type(value).__name__}"]
-    return ", ".join(said + (["shard=True"] if shard else []))
+        parts += [] if value is None else [f"{name}={type(value).__name__}"]
+    return ", ".join(parts + (["shard=True"] if shard else []))

@@ -16,10 +16,10 @@ from aioloader.errors import BrokenDataError
 from aioloader.executors.apart import run_apart
 from aioloader.masking import mask_message, masked
 from aioloader.sources.chunks import READ_BYTES, object_chunks
-from aioloader.sources.indexed_tar import archives_of
 from aioloader.sources.paths import expand_braces
+from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.stores import Version, open_store
-from aioloader.sources.tar import TarShards, _Archive
+from aioloader.sources.tar import TarShards, archives_of
 from aioloader.sources.tar_index import SUFFIX, TarIndex, encode_index, other_version
 from aioloader.sources.tar_index_files import check_indexable, file_mark, read_index
 from aioloader.sources.tar_samples import changed
@@ -70,7 +70,7 @@ def _say(text: str, stream: TextIO | None = None) -> None:
 # -- which archives ----------------------------------------------------------------------------------------------------
 
 
-def _find(urls: Sequence[str]) -> tuple[_Archive, ...]:
+def _find(urls: Sequence[str]) -> tuple[StoredFile, ...]:
     found: list[str] = []
     for url in urls:
         for one in expand_braces(url):
@@ -131,7 +131,7 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 # -- what is done to each ----------------------------------------------------------------------------------------------
 
 
-def _write(archive: _Archive) -> None:
+def _write(archive: StoredFile) -> None:
     check_indexable(archive)
     index, broken = _scanned(archive, None)
     content = encode_index(index)
@@ -150,7 +150,7 @@ def _warn(text: str) -> None:
     _say(f"aioloader: warning: {masked(text)} (it raises in its place, as it does without an index)", sys.stderr)
 
 
-def _check(archive: _Archive) -> None:
+def _check(archive: StoredFile) -> None:
     """Raises BrokenDataError if the index is not that of the archive."""
     index, _ = read_index(archive)
     now, _ = _scanned(archive, index)
@@ -162,7 +162,7 @@ def _check(archive: _Archive) -> None:
     _say(f"{archive.name}{SUFFIX}: fits, {len(index)} samples")
 
 
-def _scanned(archive: _Archive, index: TarIndex | None) -> tuple[TarIndex, list[str]]:
+def _scanned(archive: StoredFile, index: TarIndex | None) -> tuple[TarIndex, list[str]]:
     """The index of an archive as it is now, and what is wrong with samples in it.
 
     Args:
@@ -222,7 +222,7 @@ def _replace(path: str, content: bytes) -> None:
         raise
 
 
-def _put(archive: _Archive, content: bytes) -> None:
+def _put(archive: StoredFile, content: bytes) -> None:
     import obstore
 
     try:

@@ -126,6 +126,14 @@ def ray_cluster(running_ray_cluster: "RayCluster") -> "Iterator[RayCluster]":
     running_ray_cluster.heal()
 
 
+@pytest.fixture(params=["near", "far"])
+def distance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where actors are: on this host, as in truth, or as if on another one."""
+    if request.param == "far":
+        monkeypatch.setattr("aioloader.executors.ray.same_host.Inbox.of", lambda *_: None)
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def running_http_server() -> "Iterator[HttpServer]":
     """Part of `http_server`."""

@@ -20,9 +20,9 @@ from aioloader import LoaderClosedError, Pipeline, RankError, StateError
 from aioloader.core.entry import Entry
 from aioloader.engine import agreement
 from aioloader.engine.agreement import Agreement, Have, Question, _newest
-from aioloader.engine.delivery import SyncDelivery
 from aioloader.engine.faces import Batches
 from aioloader.engine.progress import Progress
+from aioloader.engine.sync_delivery import SyncDelivery
 from aioloader.pipeline import described
 from aioloader.plan.plan import Plan
 from aioloader.stages.shard import Shard

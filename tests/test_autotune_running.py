@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aioloader import DataLoader, Hedge, Limit, Pipeline
+from aioloader import DataLoader, Hedge, Limit, Pipeline, Rate
 from aioloader.engine import tuner as tuner_module
 from aioloader.engine.knobs import StageKnob
 from aioloader.engine.tuning import Tuning
@@ -234,6 +234,25 @@ def test_a_second_call_gives_back_only_a_slot_that_it_had() -> None:
             assert limit.under_way == 3, "all but the one that began before"
 
     asyncio.run(main())
+
+
+@on_both_faces
+def test_what_waits_for_its_rate_goes_on_with_other_workers(face: Face) -> None:
+    """All workers end with the samples that they have, and nothing comes in that would let in what waits."""
+    gate = Gate()
+
+    async def request(key: int) -> int:
+        await gate.passing(key)
+        return key
+
+    loader = Pipeline(range(3)).map(request, concurrency=2, rate=Rate(1e9, burst=2)).batch(1)
+    with Steps(loader, face) as steps:
+        first = steps.ask()
+        comes_to(steps, face, lambda: gate.standing == 2)
+        adopted(steps, quiet(loader, 600.0), face)
+        gate.open_all()
+        assert first().tolist() == [0]
+        assert [batch.tolist() for batch in steps.rest()] == [[key] for key in range(1, 3)]
 
 
 # -- only what can be written ------------------------------------------------------------------------------------------

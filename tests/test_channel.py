@@ -882,7 +882,7 @@ def test_a_sync_send_whose_time_is_over_as_room_comes(room_comes: bool, monkeypa
 
     sender = channel.sender_sync()
     with monkeypatch.context() as patched:
-        patched.setattr("aioloader.sources.channel.threading.Event", JustThen)
+        patched.setattr("aioloader.sources.channel_queue.threading.Event", JustThen)
         with contextlib.nullcontext() if room_comes else pytest.raises(TimeoutError, match="was not sent"):
             sender.send(1, timeout=5)
     channel.close()
@@ -901,7 +901,7 @@ def test_ctrl_c_as_room_comes_ends_a_sync_send_that_has_not_sent(monkeypatch: py
 
     sender = channel.sender_sync()
     with monkeypatch.context() as patched:
-        patched.setattr("aioloader.sources.channel.threading.Event", JustThen)
+        patched.setattr("aioloader.sources.channel_queue.threading.Event", JustThen)
         with pytest.raises(KeyboardInterrupt):
             sender.send(1)
     channel.send_nowait(2)

@@ -195,7 +195,7 @@ def test_a_slot_that_is_collected_just_before_somebody_waits_wakes_it(
         else:
             (await channel.reserve()).send(1)
 
-    monkeypatch.setattr("aioloader.sources.channel.WaitingTask", Late)
+    monkeypatch.setattr("aioloader.sources.channel_queue.WaitingTask", Late)
     with pytest.warns(ResourceWarning, match="was dropped unused"):
         run(main)
     assert taken(channel, 1) == [1]

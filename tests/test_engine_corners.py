@@ -1,8 +1,10 @@
 """Corners of the engine in which something once went wrong."""
 
 import asyncio
+import contextvars
 import dataclasses
 import gc
+import random
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
@@ -10,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from aioloader import Pipeline
+from aioloader import Pipeline, SampleCancelledError
 from aioloader.engine.reading import ThreadReader
 from aioloader.engine.sync_cursor import SyncCursor
 from aioloader.testing import Gate
-from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, run, turns
+from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run, turns
 
 
 class Sample:
@@ -362,3 +364,56 @@ def test_a_thread_that_begins_late_gives_its_first_sample_at_once() -> None:
             await asyncio.to_thread(late.thread.join)
 
     assert run(main) == [(1, 1)]
+
+
+@on_both_faces
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize("held", [1, 5, 6])
+def test_what_is_finished_without_waiting_is_delivered_while_the_next_sample_waits(
+    face: Face, concurrency: int, held: int
+) -> None:
+    """A worker tells the window of many samples together; one that waits must not keep those before it."""
+    gate = Gate()
+
+    async def fetch(key: int) -> int:
+        if key >= held:
+            await gate.passing(key)
+        return key
+
+    with Steps(Pipeline(range(8)).map(fetch, concurrency=concurrency), face) as steps:
+        assert [steps.next() for _ in range(held)] == list(range(held))
+        gate.open_all()
+        assert steps.rest() == list(range(held, 8))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_samples_that_wait_fail_or_soil_the_context_among_such_that_do_not(seed: int) -> None:
+    """Whatever ends a worker's run of samples that do not wait, each sample is told of once."""
+    chance = random.Random(seed)
+    weights = {"at once": 20, "waits": chance.choice([1, 5]), "fails": 1, "soils": 1, "cancels itself": 1}
+    kinds = chance.choices([*weights], [*weights.values()], k=80)
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+
+    async def fetch(key: int) -> int:
+        kind = kinds[key]
+        if kind == "waits":
+            for _ in range(key % 4 + 1):
+                await asyncio.sleep(0)
+        elif kind == "fails":
+            raise OSError(key)
+        elif kind == "soils":
+            variable.set(key)
+        elif kind == "cancels itself":
+            raise asyncio.CancelledError
+        return key
+
+    concurrency = chance.choice([1, 2, 7, 64])
+    loader = Pipeline(range(80)).map(fetch, concurrency=concurrency, ahead=chance.choice([None, 64, 200]))
+    if filtered := chance.random() < 0.5:
+        loader = loader.filter(lambda key: key % 5 != 0)
+    with Steps(loader, chance.choice(FACES)) as steps:
+        outcomes = steps.outcomes()
+    errors = {"fails": OSError, "cancels itself": SampleCancelledError}
+    expected = [errors.get(kind, key) for key, kind in enumerate(kinds) if kind in errors or not filtered or key % 5]
+    assert [type(one) if isinstance(one, Exception) else one for one in outcomes] == expected
+    assert loader.stats().stages[1].samples == 80

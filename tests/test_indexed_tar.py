@@ -770,9 +770,9 @@ def test_an_object_with_another_etag_in_its_place_is_refused_and_a_copy_is_not(f
 def indexed(store: Any, key: str, folder: Path) -> None:
     """Write the index of an object beside it, as the command does for a URL."""
     from aioloader.indexer import _write
-    from aioloader.sources.tar import _Archive
+    from aioloader.sources.stored_files import StoredFile
 
-    _write(_Archive(key, store, key))
+    _write(StoredFile(key, store, key))
 
 
 @on_both_faces

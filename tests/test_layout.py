@@ -6,13 +6,17 @@ Read from the source with `ast`, so that an import inside a function or under `T
 import ast
 import re
 from collections.abc import Iterator
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
+from inspect import isabstract
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import aioloader
+from aioloader.stages.base import Stage
+from docs.list_files import PAGE, page, shown_in_design
 
 PACKAGE = Path(aioloader.__file__).parent
 DESIGN = PACKAGE.parent / "docs" / "design.md"
@@ -42,10 +46,11 @@ IMPORTS: dict[str, set[str]] = {
         "cache", "core", "device", "engine", "executors", "insight", "loader", "plan", "signatures", "sources",
         "stages",
     },
-    "drop_in": {"core", "device", "engine", "errors", "executors", "insight", "plan", "sources", "stages"},
-    "dataloader": {
-        "core", "device", "drop_in", "engine", "executors", "loader", "plan", "signatures", "sources", "torch_shims",
+    "drop_in": {
+        "core", "device", "engine", "errors", "executors", "insight", "loader", "plan", "sources", "stages",
+        "torch_shims",
     },
+    "dataloader": {"core", "device", "drop_in", "executors", "signatures", "sources", "torch_shims"},
     "integrations": {"core", "engine", "errors", "loader"},
     "testing": {"core", "device", "errors", "memory"},
     "doctor": {"core", "engine", "executors"},
@@ -180,10 +185,61 @@ def test_the_one_way_has_no_circle() -> None:
     tuple(TopologicalSorter(IMPORTS).static_order())
 
 
+def test_no_two_modules_need_each_other() -> None:
+    """Neither when they run nor for their types: each can be read after those that it imports.
+
+    The one exception: methods of `Pipeline` are in several files, and what they return is a `Pipeline`.
+    """
+    places = {path: ("aioloader", *path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES}
+    modules = {".".join(place).removesuffix(".__init__"): path for path, place in places.items()}
+    imports = {
+        name: {other for other in imported(tree_of(path)) if other in modules} - {name}
+        for name, path in modules.items()
+    }
+    for name in imports:
+        if name.startswith("aioloader.pipeline."):
+            imports[name].discard("aioloader.pipeline.pipeline")
+    try:
+        tuple(TopologicalSorter(imports).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
 def test_only_the_surface_imports_the_two_descriptions() -> None:
     """`pipeline` and `dataloader` are for users, for `__init__` and for the command line."""
     users = {part for part, others in IMPORTS.items() if others & {"pipeline", "dataloader"}}
     assert users <= {"__init__", "__main__", "demo", "doctor"}
+
+
+ASK_OF_STAGES = {
+    "pipeline/described.py": ["To"],
+    "plan/agreeing.py": ["Shard"],
+    "plan/by_file.py": ["Map", "Shard", "Shard"],
+    "plan/for_ray.py": ["InRay", "InRay", "InRay"],
+    "plan/mixing.py": ["Repeat"],
+    "plan/uneven.py": ["Shard"],
+}
+"""Who asks of which class a stage is, since the question is of that stage alone. What is asked of any stage it says
+itself, in its own file, with a default in `stages/base.py` that promises little."""
+
+
+def test_a_stage_says_itself_what_it_means() -> None:
+    """Outside `stages/` nobody asks of which class one is, but in these places."""
+    kinds = {stage.__name__ for stage in stages_below(Stage)} | {"Stage", "FoldStage"}
+    asked: dict[str, list[str]] = {}
+    for path in MODULES:
+        if name_of(path).startswith("stages/"):
+            continue
+        for node in ast.walk(tree_of(path)):
+            classes: ast.AST | None = None
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                classes = node.args[1]
+            elif isinstance(node, ast.MatchClass):
+                classes = node.cls
+            found = [] if classes is None else [part.id for part in ast.walk(classes) if isinstance(part, ast.Name)]
+            if of_stages := kinds.intersection(found):
+                asked.setdefault(name_of(path), []).extend(of_stages)
+    assert {name: sorted(of) for name, of in asked.items()} == ASK_OF_STAGES
 
 
 def test_only_device_knows_cuda() -> None:
@@ -217,16 +273,48 @@ def test_only_engine_and_executors_start_threads() -> None:
 
 def test_the_design_shows_the_tree_as_it_is() -> None:
     """The block in its part on layout names each folder and file of the package once."""
-    text = DESIGN.read_text(encoding="utf-8")
-    tree = re.search(r"```\naioloader/\n(.*?)```", text, re.DOTALL)
-    assert tree is not None
-    shown = re.findall(r"^  (\S+)", tree[1].partition("\ntests/")[0], re.MULTILINE)
     there = [
         f"{path.name}/" if path.is_dir() else path.name
         for path in PACKAGE.iterdir()
         if path.name not in {"__pycache__", "py.typed"}
     ]
-    assert sorted(shown) == sorted(there)
+    assert sorted(shown_in_design()) == sorted(there)
+
+
+def test_each_file_has_its_line() -> None:
+    """`docs/files.md` is what its program makes of the docstrings, and these begin with a line that ends there."""
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python docs/list_files.py`"
+    open_ended = [line for line in page().splitlines() if line.startswith("- `") and not line.endswith(".")]
+    assert not open_ended
+
+
+def test_files_that_the_design_names_are_there() -> None:
+    """By their paths, from the package or the repository; those of stages by their names, in the table of stages."""
+    prose = re.sub(r"```.*?```", "", DESIGN.read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", prose))
+    assert len(named) > 50
+    folders = (PACKAGE, PACKAGE.parent, PACKAGE / "stages")
+    assert not {name for name in named if not any((folder / name).is_file() for folder in folders)}
+
+
+def test_the_design_says_what_each_stage_adds() -> None:
+    """The table of stages names the file of each."""
+    _, _, table = DESIGN.read_text(encoding="utf-8").partition("| stage, file in `stages/` | adds |")
+    assert table
+    named = {
+        name
+        for row in table.partition("\n\n")[0].splitlines()
+        for name in re.findall(r"(\w+)\.py", row.split(" | ")[0])
+    }
+    assert named == {stage.__module__.rpartition(".")[2] for stage in stages_below(Stage)}
+
+
+def stages_below(stage: type[Any]) -> Iterator[type[Any]]:
+    """Those of the package that are descriptions of something to be built."""
+    for below in stage.__subclasses__():
+        yield from stages_below(below)
+        if below.__module__.startswith("aioloader.") and not isabstract(below):
+            yield below
 
 
 def test_what_docstrings_document_is_there() -> None:

@@ -158,3 +158,9 @@ def test_a_cache_behind_it_is_refused() -> None:
     """Nobody said that each epoch gives the same samples in the same order."""
     with pytest.raises(ValueError, match=r"cache\(\) after each\(3\) cannot tell samples apart"):
         each(Pipeline(numbers)).cache(memory_bytes=1 << 20)
+
+
+def test_actors_refuse_to_run_it_part_by_part() -> None:
+    """Nobody said that it makes of each part what it makes of the whole."""
+    with pytest.raises(ValueError, match=r"each\(3\) would count in each of them; put it after in_ray\(\)"):
+        each(Pipeline(range(6))).in_ray(actors=0, parts=2)

@@ -18,7 +18,7 @@ from aioloader import DataLoader, Limit, Pipeline, Rate
 from aioloader.engine.pausing import Paused
 from aioloader.sources import Channel
 from aioloader.testing import Gate
-from tests._support import Face, Started, Steps, collect, on_both_faces, run, turns, workers
+from tests._support import Face, Started, Steps, collect, on_both_faces, run, turns, until, wait_until, workers
 
 KINDS = ("async", "threads")
 
@@ -146,6 +146,47 @@ def test_drained_it_is_entered_when_none_is_under_way(kind: str, face: Face) -> 
         else:
             steps.do(paused.__aexit__)
         assert steps.rest() == list(range(1, 20))
+
+
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_whose_samples_nobody_wants_any_more_are_waited_for_too(kind: str, face: Face) -> None:
+    """`take` has all that it wants, and calls for more than that are still under way."""
+    work, later = Work(), Work()
+    stream = Pipeline(lambda: iter(range(20)))
+    taken = stream.map(work.function(kind), concurrency=4).take(3)
+    loader = taken.map(later.function("async"), concurrency=3).batch(1, collate_fn=list).prefetch(1)
+    later.gate.open_all()
+    with Steps(loader, face) as steps:
+        first = steps.ask()
+        steps.until_arrived(work.gate, 4)
+        work.gate.open(0, 1, 2)
+        assert first() == [0]
+        steps.until_arrived(later.gate, 3)  # `take` has all three, and there is no room for the last batch
+
+        async def enter() -> None:
+            entering = asyncio.ensure_future(paused.__aenter__())
+            await turns()
+            assert not entering.done()
+            work.gate.open_all()
+            await entering
+
+        paused = loader.paused(drain=True)
+        if face == "for":
+            entering = Started(paused.__enter__)
+            settle(steps, face)
+            assert entering.is_alive()
+            assert work.under_way
+            work.gate.open_all()
+            entering.outcome()
+        else:
+            steps.do(enter)
+        assert work.under_way == 0
+        if face == "for":
+            paused.__exit__()
+        else:
+            steps.do(paused.__aexit__)
+        assert steps.rest() == [[1], [2]]
 
 
 @on_both_faces
@@ -329,6 +370,66 @@ def test_closing_ends_the_wait(face: Face) -> None:
             steps.do(close)
     work.gate.open_all()
     assert collect(loader, face) == list(range(9))
+
+
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_that_end_with_their_run_are_under_way_until_they_have_ended(kind: str, face: Face) -> None:
+    """A consumer has left its loop: a call that is cancelled cleans up, and one in a thread goes on."""
+    gate, under_way = Gate(), set[int]()
+
+    async def awaited(key: int) -> int:
+        under_way.add(key)
+        try:
+            if key:
+                await asyncio.Event().wait()
+        finally:
+            await gate.passing(key)
+            under_way.discard(key)
+        return key
+
+    def in_thread(key: int) -> int:
+        under_way.add(key)
+        gate.pass_sync(key)
+        under_way.discard(key)
+        return key
+
+    loader = Pipeline(range(9)).map(awaited if kind == "async" else in_thread, concurrency=2)
+    gate.open(0)
+    with Steps(loader, face) as steps:
+        assert steps.next() == 0
+        if kind == "threads":
+            steps.until_arrived(gate, 3)
+        paused = loader.paused(drain=True)
+        if face == "for":
+            if kind == "async":
+                wait_until(lambda: under_way == {1, 2})
+            closing = Started(loader.close)
+            steps.until_arrived(gate, 3)
+            entering = Started(paused.__enter__)
+            settle(steps, face)
+            assert entering.is_alive()
+            gate.open_all()
+            entering.outcome()
+            assert not under_way
+            paused.__exit__()
+            closing.outcome()
+        else:
+
+            async def close() -> None:
+                await until(lambda: under_way == {1, 2})
+                closing = asyncio.ensure_future(loader.aclose())
+                await gate.until_arrived(3)
+                entering = asyncio.ensure_future(paused.__aenter__())
+                await turns(100)
+                assert not entering.done()
+                gate.open_all()
+                await entering
+                assert not under_way
+                await paused.__aexit__()
+                await closing
+
+            steps.do(close)
 
 
 def test_another_loop_may_pause_it() -> None:

@@ -37,6 +37,7 @@ def nodes_of(loader: Pipeline) -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("distance")
 def test_a_node_that_dies_loses_nothing(ray_cluster: RayCluster) -> None:
     """Complete, in order, none twice: what its actor had is made again elsewhere."""
     with Pipeline(range(1500)).map(slowly, executor="ray", concurrency=2).batch(10) as loader:
@@ -57,6 +58,7 @@ def test_a_node_that_dies_loses_nothing(ray_cluster: RayCluster) -> None:
     print("longest gap", max(gaps[1:]))
 
 
+@pytest.mark.usefixtures("distance")
 @on_both_faces
 def test_close_during_a_long_call_does_not_wait_for_it(face: Any) -> None:
     """After a grace the actors are killed, and nothing of the loader is left."""
@@ -84,6 +86,7 @@ def sleep_thirty(key: int) -> int:
     return key
 
 
+@pytest.mark.usefixtures("distance")
 def test_a_shutdown_in_the_middle_is_told_once(ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of before is ever answered: the consumer does not wait for ever, and a later epoch works again."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -100,6 +103,7 @@ def test_a_shutdown_in_the_middle_is_told_once(ray_cluster: RayCluster, monkeypa
         assert list(loader) == list(range(1000))
 
 
+@pytest.mark.usefixtures("distance")
 def test_a_replacement_that_finds_no_room_holds_nobody_up(ray_cluster: RayCluster) -> None:
     """After a node is lost, those that run do all the work: chunks wait for no actor that may never come."""
     cpus = 4

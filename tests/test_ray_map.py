@@ -81,6 +81,7 @@ def test_values_errors_and_random_numbers_are_those_of_threads(fn: Callable[[int
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 def test_a_filter_and_maps_side_by_side_cross_once() -> None:
     """They share the actors, and one chunk."""
     workers = RayWorkers(cpus=1)
@@ -121,6 +122,7 @@ def test_what_is_delivered_is_nobody_elses_memory() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 def test_arguments_are_the_actors_own() -> None:
     """A function may write to what it gets: the sample here stays as it was."""
     samples = [torch.zeros(1 << 18) for _ in range(4)]
@@ -130,14 +132,14 @@ def test_arguments_are_the_actors_own() -> None:
     assert all(float(sample.sum()) == 0 for sample in samples)
 
 
-def die_once(marks: str) -> Callable[[int], int]:
+def die_once(marks: str, how: signal.Signals = signal.SIGKILL) -> Callable[[int], int]:
     """A function whose process dies with key 20, the first time."""
 
     def fn(key: int) -> int:
         mark = Path(marks) / "died"
         if key == 20 and not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return key
 
     return fn
@@ -154,6 +156,16 @@ def test_a_sample_that_kills_its_actor_once_is_made_again(tmp_path: Path) -> Non
         assert sum(actor.restarts for actor in loader.stats().stages[1].actors) == 1
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("distance")
+def test_an_actor_that_is_told_to_end_is_one_that_died(tmp_path: Path) -> None:
+    """Ray raises SystemExit in it, wherever it is: that is no error of the sample there."""
+    fn = die_once(str(tmp_path), signal.SIGTERM)
+    with Pipeline(range(60)).map(fn, executor="ray", concurrency=2) as loader:
+        assert list(loader) == list(range(60))
+        assert sum(actor.restarts for actor in loader.stats().stages[1].actors) == 1
+
+
 def always(key: int) -> int:
     if key == 7:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -161,6 +173,7 @@ def always(key: int) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_sample_that_always_kills_fails_at_its_place(retries: int) -> None:
     """By name, after so many deaths more than it may survive, and nobody beside it."""
@@ -182,6 +195,7 @@ def sleep_at_three(key: int) -> int:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 def test_a_call_that_takes_too_long_costs_its_actor() -> None:
     """It is killed and replaced, and the sample fails by `TimeoutError`."""
     with Pipeline(range(8)).map(sleep_at_three, executor="ray", concurrency=2, timeout=1.0) as loader:
@@ -217,6 +231,7 @@ class Unpicklable:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 def test_what_cannot_travel_fails_at_its_place() -> None:
     """Samples, results and functions, with the reason."""
     with Pipeline([1, Unpicklable(), 3]).map(lambda sample: sample, executor="ray", concurrency=1) as loader:
@@ -262,6 +277,7 @@ def test_what_ends_a_program_is_raised_here(kind: type[BaseException], is_async:
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 def test_a_state_goes_on_with_any_number_of_actors_and_elsewhere() -> None:
     """2 actors, then 4, then 1, then threads, at every step."""
 
@@ -326,6 +342,7 @@ def test_without_a_cluster_the_first_batch_says_so(ray_cluster: RayCluster, monk
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("distance")
 def test_a_pause_begins_nothing_in_actors() -> None:
     """It is entered when the actors have nothing that could begin, and all goes on after it."""
     loader = Pipeline(range(400)).map(slow, executor="ray", concurrency=2)

@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aioloader.executors.chunk import ChunkResult
+from aioloader.executors.processes.wire import Message, decode, encode
 from aioloader.executors.processes.worker_pool import Broken, Died, Outcome
-from aioloader.executors.ray import actor_pool, actors, stores
+from aioloader.executors.ray import actor_pool, actors, hiring, stores
 from aioloader.executors.ray.actor_pool import ActorPool
 from aioloader.executors.ray.actors import Place
+from aioloader.executors.ray.chunk_actor import ChunkActor
 from aioloader.executors.ray.program import Parcel, RayProgram
+from aioloader.executors.ray.same_host import Inbox
+from aioloader.executors.ray.seats import Seat, Task
 from aioloader.executors.ray.values import pack
 from aioloader.ray import RayWorkers
 
@@ -71,21 +76,79 @@ class FakeActor:
         return self.refs[-1]
 
 
+class FakeLine:
+    """To an actor on this host: remembers what it was sent.
+
+    Attributes:
+        chunks: Their numbers.
+        forgotten: Numbers of those that need not begin.
+        unread: What it has said, and nobody has read.
+        hung_up: By the pool.
+    """
+
+    is_up = True
+
+    def __init__(self, pool: ActorPool, seat: Any) -> None:
+        self.chunks: list[int] = []
+        self.forgotten: list[int] = []
+        self.unread: list[Message] = []
+        self.hung_up = False
+        self._pool, self._seat, self._handle = pool, seat, seat.handle
+
+    def send_chunk(self, number: int, layout: Any, pieces: Any) -> None:
+        self.chunks.append(number)
+
+    def forget(self, numbers: list[int]) -> None:
+        self.forgotten += numbers
+
+    def unpack(self, message: Message) -> Any:
+        return decode(message.body)
+
+    def close(self) -> None:
+        self.is_up, self.hung_up = False, True
+
+    def says(self, *head: Any, value: Any = None) -> None:
+        """Nobody reads it yet."""
+        self.unread.append(Message((*head, [(0, 1)], [], []), bytearray(encode(value)[0]), []))
+
+    def answer(self, at: int, *outcomes: Any) -> None:
+        """To a chunk."""
+        self.says("done", self.chunks[at], 0.0, 0.0, value=list(outcomes))
+        self.read()
+
+    def read(self) -> None:
+        while self.unread and not self.hung_up:
+            self._pool.received(self._seat, self._handle, self.unread.pop(0))
+
+    def dies(self, error: BaseException | None = None) -> None:
+        """The line ends, and Ray says why; or it does not."""
+        self.is_up = False
+        self._pool.hung_up(self._seat, self._handle)
+        if error is not None:
+            self._pool.left(self._seat, self._handle, error)
+
+
 class Cluster:
     """A pool whose actors run at once, or when the test says so.
 
     Attributes:
         begun: All that were asked for.
         killed: Those that were ended.
+        lines: Those to actors of this host, which all are if the test says so.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, width: int, *, awaits: bool = False) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, width: int, *, awaits: bool = False, lines: bool = False
+    ) -> None:
         self.begun: list[FakeActor] = []
+        self.lines: list[FakeLine] = []
+        self.near = lines
         self.killed: list[FakeActor] = []
         self.starts = True
         self.outcomes: dict[str, Outcome] = {}
         self.thread = FakeThread()
-        monkeypatch.setattr(actor_pool, "begin_actor", self._begin)
+        monkeypatch.setattr(hiring, "begin_actor", self._begin)
+        monkeypatch.setattr(hiring, "kill_actor", self.killed.append)
         monkeypatch.setattr(actor_pool, "kill_actor", self.killed.append)
         monkeypatch.setattr(stores, "look", lambda: ("id", {"id": (1 << 20, 1 << 20)}))
         monkeypatch.setattr(ray, "put", lambda value: value)
@@ -99,7 +162,10 @@ class Cluster:
         if self.starts:
             seat = ready.args[1]
             seat.handle = actor
-            seat.runs(Place(len(self.begun), "node", "id"))
+            if self.near:
+                self.lines.append(FakeLine(self.pool, seat))
+                seat.line = self.lines[-1]
+            seat.runs(Place(len(self.begun), "node", "id"), None)
         return actor
 
     def submit(self, name: str, samples: int = 1, *, quick: bool = True, alone: bool = False) -> None:
@@ -114,6 +180,12 @@ class Cluster:
 def one(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """With one actor, for sync calls."""
     return Cluster(monkeypatch, 1)
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The same on this host."""
+    return Cluster(monkeypatch, 1, lines=True)
 
 
 DEAD = exceptions.ActorDiedError
@@ -296,6 +368,256 @@ def test_what_is_over_is_told_once(one: Cluster) -> None:
     assert isinstance(one.outcomes["b"], Broken)
     assert one.killed == []
     assert len(one.begun) == 1
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_dies_with_a_line_is_the_first_that_was_not_answered(near: Cluster) -> None:
+    """Whatever was read of it before: the second one had not begun, and Ray need not be asked for its fate."""
+    for name in "abc":
+        near.submit(name)
+    (line,) = near.lines
+    assert len(line.chunks) == 2
+    assert not near.begun[0].refs
+    line.says("done", line.chunks[0], 0.0, 0.0, value=["made"])
+    line.dies(DEAD())
+    assert isinstance(near.outcomes["a"], ChunkResult)
+    assert isinstance(near.outcomes["b"], Died)
+    assert "died: The actor died" in near.outcomes["b"].reason
+    assert near.outcomes["b"].sure
+    assert near.killed == near.begun[:1]
+    assert line.hung_up
+    near.lines[1].answer(0, "made")
+    assert isinstance(near.outcomes["c"], ChunkResult)
+    near.submit("b again", alone=True)
+    near.lines[1].dies(DEAD())
+    assert isinstance(near.outcomes["b again"], Died)
+    assert near.outcomes["b again"].sure
+
+
+def test_ray_is_waited_for_if_not_long(near: Cluster) -> None:
+    """It says how an actor has died. Meanwhile nothing is sent to it."""
+    near.submit("a")
+    (line,) = near.lines
+    line.dies()
+    near.submit("b")
+    assert near.outcomes == {}
+    assert len(line.chunks) == 1
+    due, near.thread.due = near.thread.due, []
+    for fn, args in due:
+        fn(*args)
+    assert isinstance(near.outcomes["a"], Died)
+    assert "its connection has ended" in near.outcomes["a"].reason
+    near.lines[1].answer(0, "made")
+    assert isinstance(near.outcomes["b"], ChunkResult)
+    near.pool.left(line._seat, line._handle, DEAD())  # so late
+    near.submit("c")
+    near.lines[1].answer(1, "made")
+    assert isinstance(near.outcomes["c"], ChunkResult)
+    assert near.killed == near.begun[:1]
+
+
+def test_nobody_is_to_blame_for_the_death_of_an_idle_actor(near: Cluster) -> None:
+    """And none is asked for in its place before it has something to do."""
+    near.submit("a")
+    near.lines[0].answer(0, "made")
+    near.lines[0].dies(DEAD())
+    for fn, args in near.thread.due:  # it need not be waited for any more
+        fn(*args)
+    assert len(near.begun) == 1
+    assert near.pool.actors()[0].restarts == 1
+    near.submit("b")
+    near.lines[1].answer(0, "made")
+    assert isinstance(near.outcomes["b"], ChunkResult)
+
+
+def test_forgotten_chunks_free_their_places_when_the_actor_says_so(near: Cluster) -> None:
+    """It knows which of them it has begun."""
+    near.submit("a")
+    near.submit("b")
+    (line,) = near.lines
+    near.pool.forget("owner")
+    assert line.forgotten == line.chunks
+    near.submit("c")
+    assert len(line.chunks) == 2
+    line.says("skipped", line.chunks[1:])
+    line.read()
+    assert len(line.chunks) == 3
+    line.answer(0, "late")
+    line.answer(2, "made")
+    assert list(near.outcomes) == ["c"]
+
+
+def test_lines_take_no_room_in_the_object_store(near: Cluster) -> None:
+    """It has a megabyte, of which a quarter is ours."""
+    near.submit("a")
+    near.lines[0].answer(0, bytes(900_000))
+    near.submit("b")
+    near.submit("c")
+    assert len(near.lines[0].chunks) == 3
+
+
+def test_only_what_is_called_fills_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an actor on this host has is not in it."""
+    cluster = Cluster(monkeypatch, 2, lines=True)
+    far = cluster.pool._seats[1]
+    far.line = None
+    cluster.submit("a")
+    cluster.lines[0].answer(0, bytes(400_000))
+    cluster.submit("b")
+    cluster.submit("c")
+    assert len(cluster.lines[0].chunks) == 2
+    assert len(cluster.begun[1].refs) == 1
+
+
+def test_a_line_that_ends_with_the_connection_says_so(near: Cluster) -> None:
+    """It is no death of a sample."""
+    near.submit("a")
+    near.thread.alive = False
+    near.lines[0].dies(DEAD())
+    assert isinstance(near.outcomes["a"], Broken)
+    assert "the connection to Ray has ended" in str(near.outcomes["a"].error)
+
+
+def test_a_call_over_a_line_that_takes_too_long_costs_its_actor(near: Cluster) -> None:
+    """It is hung up, and what waited after it goes elsewhere."""
+    near.submit("a")
+    near.submit("b")
+    near.pool.expire("owner", 0.0)
+    assert isinstance(near.outcomes["a"], Died)
+    assert near.outcomes["a"].expired
+    assert near.lines[0].hung_up
+    near.lines[1].answer(0, "made")
+    assert isinstance(near.outcomes["b"], ChunkResult)
+
+
+INBOX = Inbox(1)
+
+
+class Asked:
+    """An actor on this host that is asked to call, and who asks: a seat that is filled.
+
+    Attributes:
+        calls: Of its methods, by their names.
+        line: That it is to call.
+        told: What the pool hears.
+    """
+
+    closed = False
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, FakeRef]] = []
+        self.told: list[Any] = []
+        self.killed: list[Any] = []
+        self.begun: list[Any] = []
+        self.line: Any = None
+        self.lines = 0
+        self.seat = Seat(0, 1)
+        monkeypatch.setattr(hiring, "begin_actor", self._begin)
+        monkeypatch.setattr(hiring, "kill_actor", self.killed.append)
+        monkeypatch.setattr(hiring, "Line", self._line)
+        monkeypatch.setattr(Inbox, "of", lambda *_: INBOX)
+        monkeypatch.setattr(ray, "put", lambda value: value)
+        program = RayProgram((), 1.0, None, (), 1, "float32")
+        thread: Any = FakeThread()
+        hiring.Hiring(thread, ChunkActor, RayWorkers(), [self.seat], lambda: program, self).fill()
+
+    def _begin(self, *args: Any, ready: Any, **more: Any) -> "Asked":
+        self.begun.append(ready)
+        return self
+
+    def _line(self, thread: Any, pid: int, *, up: Any, **more: Any) -> "Asked":
+        self.lines += 1
+        self.up = up
+        self.line = SimpleNamespace(name=b"name", is_up=True, close=lambda: self.told.append("hung up"), read=list)
+        return self.line  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        def remote(*args: Any) -> FakeRef:
+            self.calls.append((name, FakeRef(args)))
+            return self.calls[-1][1]
+
+        return SimpleNamespace(remote=remote)
+
+    def safely(self, fn: Callable[..., None], *args: Any) -> None:
+        fn(*args)
+
+    def has_gone(self) -> bool:
+        return False
+
+    def give_up(self, error: BaseException) -> None:
+        raise error
+
+    def runs(self, seat: Seat) -> None:
+        self.told.append("runs")
+
+    def received(self, *args: Any) -> None: ...
+
+    def hung_up(self, *args: Any) -> None: ...
+
+    def left(self, seat: Seat, handle: Any, error: BaseException | None) -> None:
+        self.told.append(error)
+
+    def starts(self) -> FakeRef:
+        """It runs and has its functions; returns the call in which it serves."""
+        self.begun[-1](self, Place(1, "node", "id"))
+        name, loads = self.calls[-1]
+        assert name == "load"
+        loads._future.set_result(None)
+        name, serves = self.calls[-1]
+        assert name == "serve"
+        assert serves.payload == (b"name",)
+        return serves
+
+
+def test_an_actor_runs_when_it_has_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that it has no way to get anything."""
+    asked = Asked(monkeypatch)
+    serves = asked.starts()
+    assert asked.told == []
+    assert not asked.seat.has_room(Task("owner", Parcel((), True, False), print, b"", []))
+    asked.up()
+    assert asked.told == ["runs"]
+    assert asked.seat.line is asked.line
+    error = DEAD()
+    serves.fail(error)
+    assert asked.told == ["runs", error]
+
+
+def test_an_actor_that_cannot_call_runs_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in a network of its own."""
+    asked = Asked(monkeypatch)
+    asked.starts()._future.set_result(False)
+    assert asked.told == ["hung up", "runs"]
+    assert asked.seat.line is None
+    assert asked.seat.inbox is INBOX
+
+
+def test_an_actor_that_dies_before_it_calls_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one that did not start."""
+    asked = Asked(monkeypatch)
+    asked.starts().fail(DEAD())
+    assert asked.told == ["hung up"]
+    assert len(asked.begun) == 2
+    assert asked.killed == [asked]
+    asked.starts()
+    asked.up()
+    assert asked.told == ["hung up", "runs"]
+
+
+def test_where_there_are_no_more_sockets_chunks_are_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not so quick, but it works."""
+    asked = Asked(monkeypatch)
+
+    def none(*_: Any, **__: Any) -> Any:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(hiring, "Line", none)
+    asked.begun[-1](asked, Place(1, "node", "id"))
+    asked.calls[-1][1]._future.set_result(None)
+    assert asked.told == ["runs"]
+    assert asked.seat.line is None
 
 
 def test_words_of_ray_are_one_line() -> None:

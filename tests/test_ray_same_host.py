@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from aioloader import DataLoader, Pipeline
+from aioloader.executors.ray import hiring
 from aioloader.executors.ray.same_host import (
     Answer,
     Inbox,
@@ -205,9 +206,15 @@ def test_a_probe_is_one_file() -> None:
 # -- a cluster ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["segments", "store"])
+def no_line(*_: Any, **__: Any) -> None:
+    raise OSError("no more sockets")
+
+
+@pytest.fixture(params=["line", "segments", "store"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How results come: from a node on this host, or as from another one."""
+    """How results come: from a node on this host, over a line or not, or as from another one."""
+    if request.param == "segments":
+        monkeypatch.setattr(hiring, "Line", no_line)
     if request.param == "store":
         monkeypatch.setattr(Inbox, "of", lambda *_: None)
     return str(request.param)
@@ -242,7 +249,7 @@ def loaders() -> dict[str, Any]:
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("name", ["map", "async map", "DataLoader", "in_ray"])
 def test_what_comes_is_nobody_elses(way: str, name: str) -> None:
-    """Written to at once, and kept beyond the epoch and the actors: the same on both ways."""
+    """Written to at once, and kept beyond the epoch and the actors: the same on all ways."""
     with loaders()[name] as loader:
         kept = []
         for _ in range(3):
@@ -256,7 +263,7 @@ def test_what_comes_is_nobody_elses(way: str, name: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("name", ["map", "in_ray"])
+@pytest.mark.parametrize("name", ["map", "async map", "DataLoader", "in_ray"])
 def test_segments_are_what_is_used_here(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Nodes of this host: large results do come in segments, and these are used again."""
     mapped: list[int] = []
@@ -291,6 +298,7 @@ def killed_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[i
         return unpack(self, answer, alloc)
 
     monkeypatch.setattr(Inbox, "unpack", dies)
+    monkeypatch.setattr(hiring, "Line", no_line)  # over one, files come with the answer
     yield victims
     assert victims
 

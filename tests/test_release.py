@@ -96,12 +96,19 @@ def pythons() -> Iterator[str]:
         return
     folders = [Path(folder) for folder in os.get_exec_path()]
     folders += Path("~/.pyenv/versions").expanduser().glob("*/bin")
-    found: dict[int, str] = {sys.version_info.minor: sys.executable}
+    found: dict[int, list[str]] = {sys.version_info.minor: [sys.executable]}
     for folder in folders:
         for file in folder.glob("python3.*"):
             if (match := re.fullmatch(r"python3\.(\d+)", file.name)) and int(match[1]) >= 11:
-                found.setdefault(int(match[1]), str(file))
-    yield from dict.fromkeys([found[min(found)], found[max(found)]])
+                found.setdefault(int(match[1]), []).append(str(file))
+    versions = sorted(found)
+    yield from dict.fromkeys([first_that_runs(found, versions), first_that_runs(found, versions[::-1])])
+
+
+def first_that_runs(found: dict[int, list[str]], versions: list[int]) -> str:
+    """The first Python that is there: what stands on the path may be no more than a word that there is none."""
+    here = (python for version in versions for python in found[version])
+    return next(python for python in here if not subprocess.run([python, "-c", ""], capture_output=True).returncode)
 
 
 QUICKSTART = """

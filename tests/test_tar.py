@@ -28,7 +28,8 @@ from PIL import Image
 
 from aioloader import BrokenDataError, Pipeline
 from aioloader.sources import DecodeSample, TarShards
-from aioloader.sources.tar import _Archive, _Limits, _Samples
+from aioloader.sources.stored_files import StoredFile
+from aioloader.sources.tar_parser import TarLimits, TarParser
 from aioloader.testing import Gate
 from tests._cursor_sources import Opened, assert_opens_at_every_cursor, outcomes
 from tests._servers import HttpServer, S3Server
@@ -331,7 +332,7 @@ def test_where_the_pieces_end_makes_no_difference(members: Members, format: str,
 
     def entries(content: bytes, cuts: Iterable[int]) -> list[Any]:
         bounds = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
-        parser = _Samples(_Archive("a.tar", None, "a.tar"), 0, (0, None, None), DecodeSample(False))
+        parser = TarParser(StoredFile("a.tar", None, "a.tar"), 0, (0, None, None), DecodeSample(False))
         found: list[Any] = []
         try:
             for start, stop in pairwise(bounds):
@@ -669,9 +670,9 @@ def test_a_member_that_says_to_be_longer_than_the_archive(tmp_path: Path, size: 
     )
 
 
-def in_pieces(pieces: Iterable[bytes], limits: _Limits) -> tuple[list[Any], int]:
+def in_pieces(pieces: Iterable[bytes], limits: TarLimits) -> tuple[list[Any], int]:
     """What an archive has that comes in `pieces`, and how many bytes were held for it at most."""
-    parser = _Samples(_Archive("a.tar.gz", None, "a.tar.gz"), 0, (0, None, None), DecodeSample(False), limits)
+    parser = TarParser(StoredFile("a.tar.gz", None, "a.tar.gz"), 0, (0, None, None), DecodeSample(False), limits)
     found: list[Any] = []
     tracemalloc.start()
     try:
@@ -714,7 +715,7 @@ def test_what_is_passed_over_is_not_held() -> None:
         (text(4), 1),
         zeros,
     )
-    found, held = in_pieces(pieces, _Limits(member_bytes=1 << 20))
+    found, held = in_pieces(pieces, TarLimits(member_bytes=1 << 20))
     assert keys([found[0], found[3]]) == ["1", "4"]
     assert "the member '2.bin' at byte 1024 has 67108864 bytes" in found[1]
     assert "has 67108864 bytes, and at most 1048576 are allowed" in found[2]

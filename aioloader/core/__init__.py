@@ -1,1 +1,1 @@
-"""Words of everybody: what has no room of its own, and imports nothing but errors."""
+"""What everything else uses, from entries to checks of arguments; it imports nothing but errors and masking."""

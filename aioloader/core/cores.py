@@ -4,13 +4,13 @@ import os
 
 __all__ = ["usable_cores", "use_cores"]
 
-_said: int | None = None
+_told: int | None = None
 
 
 def usable_cores() -> int:
     """How many cores this process may use."""
-    if _said is not None:
-        return _said
+    if _told is not None:
+        return _told
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
@@ -19,5 +19,5 @@ def usable_cores() -> int:
 
 def use_cores(count: int) -> None:
     """Let this process use so many: it has been given no more, though it may run on all."""
-    global _said
-    _said = count
+    global _told
+    _told = count

@@ -39,8 +39,8 @@ class Retry:
     The n-th wait is `wait_initial * 2 ** (n - 1)` seconds and up to `jitter` more by chance, `wait_max` at most. Where
     the error says how long to wait (an attribute `retry_after`, or the header `Retry-After` of its response), it is
     that long at least. A sample that waits keeps its slot and its place, and takes no concurrency from others. After
-    the last attempt, the user's own exception stands at the place of the sample, with a note that says how many there
-    were.
+    the last attempt, the user's own exception is raised at the place of the sample, with a note that says how many
+    there were.
 
     Args:
         attempts: Calls for one sample, at least 1: 3 means two retries.

@@ -18,7 +18,7 @@ class Skip:
 
     Past a limit, `TooManySkippedError` is raised at the place of the sample that is one too many, with that sample's
     error as its cause. So is every further error, as long as the limit is passed: `max_errors` until the epoch ends,
-    `max_share` until the share has fallen again. Whoever goes on gets the good samples all the same.
+    `max_share` until the share has fallen again. If you go on all the same, the good samples still come.
 
     Args:
         on: The exception types that are left out, one or a tuple; errors of other types are raised in their place.
@@ -89,7 +89,7 @@ def _check_share(share: object) -> float:
 
 
 def _check_report(report: object) -> Path:
-    """The path of a report, as one that does not depend on the working directory of whoever writes it.
+    """The path of a report, as one that does not depend on the working directory of the process that writes it.
 
     Raises:
         TypeError: It is no path.

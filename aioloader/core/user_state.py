@@ -46,18 +46,20 @@ def _encode(value: Any) -> Any:
     if isinstance(value, list):
         return [_encode(part) for part in value]
     if isinstance(value, dict):
-        if all(isinstance(key, str) and not key.startswith("~") for key in value):
-            return {key: _encode(part) for key, part in value.items()}
-        return {"~dict": [[_encode(key), _encode(part)] for key, part in value.items()]}
-    if type(value) is tuple:
-        return {"~tuple": [_encode(part) for part in value]}
-    if type(value) in (set, frozenset):
+        return _encode_dict(value)
+    if type(value) in (tuple, set, frozenset):
         return {f"~{type(value).__name__}": [_encode(part) for part in value]}
     if isinstance(value, bytes | bytearray):
         return {"~bytes": b64encode(value).decode()}
     if isinstance(value, torch.Tensor):
         return {"~tensor": _tensor(value)}
     raise TypeError(f"a {type(value).__name__} in a state")
+
+
+def _encode_dict(value: dict[Any, Any]) -> dict[str, Any]:
+    if all(isinstance(key, str) and not key.startswith("~") for key in value):
+        return {key: _encode(part) for key, part in value.items()}
+    return {"~dict": [[_encode(key), _encode(part)] for key, part in value.items()]}
 
 
 def _tensor(tensor: torch.Tensor) -> list[Any]:

@@ -9,8 +9,7 @@ from torch.utils.data import default_convert
 from aioloader.core.memory import Alloc
 from aioloader.core.written import Written
 from aioloader.drop_in.arguments import Arguments
-from aioloader.engine.ops import InProcesses
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import InProcesses, OnRay
 from aioloader.executors.epochs import epochs_of
 from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.executors.processes.segments import shared_memory
@@ -67,7 +66,7 @@ def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
         policies=of.policies,
         written=WORKERS,
     )
-    return [fetch, _convert(of, alloc)] if _converts_apart(of) else [fetch]
+    return [fetch, _convert(of, alloc)] if _converts_separately(of) else [fetch]
 
 
 def stages_in_workers(of: Arguments, data: Sampled) -> list[Stage]:
@@ -91,7 +90,7 @@ def stages_in_workers(of: Arguments, data: Sampled) -> list[Stage]:
     else:
         fetch = fetch_call(of, shared_memory)
     load = Map(fetch, False, of.num_workers, of.in_order, executor=place, name="fetch", policies=of.policies)
-    return [load, _convert(of, shared_memory)] if _converts_apart(of) else [load]
+    return [load, _convert(of, shared_memory)] if _converts_separately(of) else [load]
 
 
 def last_stages(of: Arguments, *, pins: bool) -> list[Stage]:
@@ -122,8 +121,8 @@ def fetch_call(of: Arguments, alloc: Alloc | None, dataset: Any = None) -> Calla
     """
     dataset = of.dataset if dataset is None else dataset
     if not of.batched:
-        apart = _converts_apart(of) and type(dataset) is not TriedInPlace
-        return FetchOne(dataset, None if apart else of.collate_fn or default_convert)
+        separate = _converts_separately(of) and type(dataset) is not TriedInPlace
+        return FetchOne(dataset, None if separate else of.collate_fn or default_convert)
     if of.collates_async:
         return FetchBatch(dataset, None, Group, of.leaves_out)
     return FetchBatch(dataset, of.collate_fn, Collate(alloc), of.leaves_out)
@@ -206,7 +205,7 @@ def _collates_with(of: Arguments) -> Callable[[int], None] | None:
     return of.worker_init_fn
 
 
-def _converts_apart(of: Arguments) -> bool:
+def _converts_separately(of: Arguments) -> bool:
     """Whether what is done to a sample that was loaded alone is no part of the load, which may be repeated."""
     return of.collates_async or (of.policies is not None and not of.batched)
 

@@ -1,10 +1,7 @@
 """Admission: the consumer decides when samples may begin."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from aioloader.engine.node import Node
+from typing import Protocol
 
 __all__ = ["Admission", "AdmissionGate", "ConsumerAdmission", "RemoteAdmission"]
 
@@ -14,6 +11,12 @@ class AdmissionGate(Protocol):
 
     def wake(self) -> None:
         """More may begin, or fewer."""
+
+
+class HoldsSamples(Protocol):
+    """Where samples are alive; see `Node`."""
+
+    def alive(self, size: int) -> int: ...
 
 
 def _nobody() -> int:
@@ -27,7 +30,7 @@ class Admission:
         output: The last node of those that samples are alive in.
     """
 
-    output: "Node"
+    output: HoldsSamples
 
     def __init__(self) -> None:
         self._gates: list[AdmissionGate] = []

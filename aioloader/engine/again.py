@@ -23,6 +23,7 @@ __all__ = ["AgainWindow", "CheckWindow"]
 class AgainWindow(Window):
     """A window whose entries may come back, to be begun again with what came in."""
 
+    one_by_one = True
     check: "CheckWindow"
 
     def __init__(self, *args: Any, **others: Any) -> None:
@@ -84,6 +85,7 @@ class AgainWindow(Window):
 class CheckWindow(Window):
     """Lets pass what its predicate keeps, and sends the rest back; it begins only what it is asked for."""
 
+    one_by_one = True
     upstream: AgainWindow
 
     @property

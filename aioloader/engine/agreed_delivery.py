@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.core.entry import Entry
 from aioloader.engine.agreement import Agreement, Question
-from aioloader.engine.delivery import AsyncDelivery, Receive, SyncDelivery
+from aioloader.engine.async_delivery import AsyncDelivery
+from aioloader.engine.delivery import Receive
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.run import Run
+from aioloader.engine.sync_delivery import SyncDelivery
 from aioloader.errors import RankError
 from aioloader.executors.threads import call_loop
 

@@ -7,7 +7,7 @@ from contextvars import Context
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from aioloader.core.entry import Entry
+from aioloader.core.entry import DONE, Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.policy_log import Waiting
@@ -48,6 +48,11 @@ class AsyncStep(Step):
     There is no task per sample: a worker that finishes one sample takes the next, and when `fn` does not suspend, a
     single worker does them all without a turn of the loop. Workers are started and woken only as they are needed.
     Under a `Limit` one that gets no slot waits like one without samples, and is woken when the step is granted one.
+
+    A worker only puts down what it has finished, and the window is told of many samples together: until the worker
+    waits, nobody else runs who could miss them. It tells before it waits for more; and where it waits in the function
+    instead, the loop's next turn does, before anything else (`_turned`, which is on its way from the moment in which a
+    worker begins a sample).
     """
 
     calls_on_loop = True
@@ -73,6 +78,7 @@ class AsyncStep(Step):
         self._runner: object = None  # the worker that ran last; None: since then the loop has had a turn
         self._turn_seen = True  # nobody waits to be told of the next turn
         self._samples: set[SampleContext] = set()  # one per worker
+        self._done: list[Entry] = []  # finished, but the window does not know
 
     def obey(self, policies: Policies) -> None:
         super().obey(policies)
@@ -110,6 +116,10 @@ class AsyncStep(Step):
         if self._guard is not None and self._guard.crowded:
             free = min(free, self.concurrency - self._guard.busy + self.extra_room)
         return free if self.slots is None else min(free, 1)
+
+    @property
+    def rests(self) -> bool:
+        return not self.at_hand()
 
     def at_hand(self) -> list[tuple[Any, float]]:
         # The name is read before the time, and a worker writes the time first: it is never older than its sample.
@@ -212,6 +222,7 @@ class AsyncStep(Step):
 
     async def _work(self, context: Context, inbox: deque[Entry], slot: "_Slot | None" = None) -> None:
         run, fn, forward, predicate = self._run, self._fn, self._forward, self._predicate
+        window, meter, tap = self._window, self.meter, self.tap
         me = current_task()
         assert me is not None
         sample = SampleContext(self._seed) if self.trace is None else self.trace.context(self._seed)
@@ -221,12 +232,13 @@ class AsyncStep(Step):
         current_sample.set(sample)  # in this task's own context
         self._samples.add(sample)
         clean = context.copy()
+        gated, plain = slot is not None or guard is not None, guard is None and not predicate
+        put_down = self._done.append if plain and window.takes_many(forward) else forward
         # What is tried again has begun before.
         fresh, stamps, consumer = self.fresh and self.retrying is None, self.stamps, run.consumer
-        gated = slot is not None or guard is not None
         self._coming -= 1
         count = 0  # samples since `began`, not yet in the meter
-        woken = began = sample.since = self._counted(0, 0.0)
+        woken = began = sample.since = window.now = perf_counter()
         resumed = True  # others may have run since the last sample
         while True:
             if not inbox:
@@ -234,12 +246,14 @@ class AsyncStep(Step):
                 sample.since = began
                 if call is not None:
                     call.rest()
+                if self._done:
+                    self._settle()
                 self._ran_out(began - woken)
                 if inbox is not self.inbox:
                     self._end(sample)
                     return
-                if self.tap is not None and self.tap.waiting:
-                    self.tap.pump(at_hand=guard is None or not (guard.crowded and guard.full))
+                if tap is not None and tap.waiting:
+                    tap.pump(at_hand=guard is None or not (guard.crowded and guard.full))
                 if inbox:
                     continue
                 if slot is not None:
@@ -249,35 +263,46 @@ class AsyncStep(Step):
                 sample.name = sample.rng = None
                 if self.closed:
                     self._samples.discard(sample)
+                    window.rested()
                     return
                 await self._wait()
-                woken = began = sample.since = self._counted(0, 0.0)
+                woken = began = sample.since = window.now = perf_counter()
                 resumed = True
                 continue
-            if gated and (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot, call):
-                began, count = self._counted(count, began), 0
-                sample.name = sample.rng = None
-                await self._wait()
-                woken = began = sample.since = self._counted(0, 0.0)
-                resumed = True
-                continue
+            if gated:
+                if (guard is None or guard.crowded or slot is not None) and not self._may_begin(slot, call):
+                    began, count = self._counted(count, began), 0
+                    sample.name = sample.rng = None
+                    if self._done:
+                        self._settle()
+                    await self._wait()
+                    woken = began = sample.since = window.now = perf_counter()
+                    resumed = True
+                    continue
+                if call is not None:
+                    call.began = now = perf_counter() if count else began  # which is now
+                    if not call.guard.watched:
+                        call.guard.watch(now)
             entry = inbox.popleft()
             if resumed:  # else the workers summoned before are still on their way
                 resumed = False
-                self._runs(me)
+                self._runner = me
+                if self._turn_seen:
+                    self._watch_turn()
+                if inbox:
+                    if self._idle or self._workers < self.concurrency:
+                        self._summon()
+                elif tap is not None and tap.waiting:
+                    tap.pump()
             if fresh or (stamps and entry.begun < 0):
                 entry.begun = consumer.batches  # in another thread that may have got more since the last sample
             sample.name = entry
-            if call is not None:
-                call.began = now = perf_counter() if count else began  # which is now
-                if not call.guard.watched:
-                    call.guard.watch(now)
             try:
                 result = await fn(entry.value)
-                if call is not None and call.touched:
-                    result = await call.guard.outcome(call, result, None)
-                if predicate:
-                    refused = not result
+                if not plain:
+                    if call is not None and call.touched:
+                        result = await call.guard.outcome(call, result, None)
+                    refused = predicate and not result
             except BaseException as error:  # SystemExit too is for the consumer; raised here, it would end the loop
                 failure: BaseException | None = error
                 if call is not None and call.touched:
@@ -300,14 +325,17 @@ class AsyncStep(Step):
                 del failure
             else:
                 if self._runner is not me:  # it has suspended: what follows happens now
-                    began, count = self._counted(count + 1, began), -1
-                    sample.since, resumed = began, True
+                    now = window.now = perf_counter()  # as in `_counted`, which this is too often for
+                    meter.samples += count + 1
+                    meter.busy_seconds += now - began
+                    sample.since = began = now
+                    count, resumed = -1, True
                     if call is not None and call.guard.measured:
                         call.ended()
                 entry.since = began  # else it took no time to speak of
                 if not predicate:
                     entry.value = result
-                    forward(entry)
+                    put_down(entry)
                 elif refused:
                     self._drop(entry, nothing=entry.value is None)
                 else:
@@ -325,6 +353,8 @@ class AsyncStep(Step):
             self._counted(count, began)
             if call is not None:
                 call.rest()
+            if self._done:
+                self._settle()
             self._coming += 1
             self._start_worker()
             return
@@ -345,7 +375,7 @@ class AsyncStep(Step):
         return slot is None or slot.ready()
 
     def go_on(self) -> None:
-        """A call has ended, and nobody is on the way who would begin the next one."""
+        """A call or a worker has ended, and nobody is on the way who would begin the next call."""
         if self.closed or self.paused:
             return
         if self.tap is not None:
@@ -353,24 +383,29 @@ class AsyncStep(Step):
         if self.inbox:
             self._summon()
 
-    def _runs(self, me: "Task[Any]") -> None:
+    def _watch_turn(self) -> None:
         """A worker begins a sample after others may have run. As long as none does, it reads no clock.
 
         If it is the only one that works, nobody else would tell it that it has been suspended: so the loop's next turn
         does.
         """
-        self._runner = me
-        if self._turn_seen:
-            self._turn_seen = False
-            self._run.after_turn(self._turned)
-        if self.inbox:
-            self._summon()
-        elif self.tap is not None and self.tap.waiting:
-            self.tap.pump()
+        self._turn_seen = False
+        self._run.after_turn(self._turned)
 
     def _turned(self) -> None:
         self._turn_seen = True
         self._runner = None
+        if self._done:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the window know what has been put down."""
+        done = self._done
+        for entry in done:
+            entry.state = DONE
+        count = len(done)
+        done.clear()
+        self._window.finished_in_place(count)
 
     def _counted(self, count: int, began: float) -> float:
         """Add `count` samples since `began` to the meter; returns the time."""
@@ -391,8 +426,9 @@ class AsyncStep(Step):
         """A worker ends, since its step follows a limit now, for which others ask, see `follow_limit`."""
         self._samples.discard(sample)
         self._workers -= 1
-        if self.inbox and not (self.closed or self.paused):
-            self._summon()
+        if self.closed:
+            self._window.rested()
+        self.go_on()
 
     async def _wait(self) -> None:
         future = self._run.loop.create_future()

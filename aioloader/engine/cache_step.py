@@ -23,6 +23,7 @@ from aioloader.core.cores import usable_cores
 from aioloader.core.entry import DONE, DROPPED, UNDER_WAY, Entry, places_of
 from aioloader.engine.cache_opening import Opening
 from aioloader.engine.cache_stream_node import PlacedNode
+from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.engine.thread_step import ThreadStep
 from aioloader.executors.chunk import DROP, Call, Stop
@@ -30,7 +31,6 @@ from aioloader.insight.meters import StageMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
-    from aioloader.engine.window import Window
 
 __all__ = ["CacheOp"]
 
@@ -94,7 +94,7 @@ class CacheStep(Step):
     def parts(self) -> list[Step]:
         return [*(part for step in self._inner for part in step.parts), self]
 
-    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+    def bind(self, run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
         bind_in_a_row(self._inner, run, window, self._made, self._not_made)
         self._make = self._inner[0].accept if self._inner else self._made
         super().bind(run, window, forward, finished)
@@ -186,7 +186,7 @@ class MemoryCacheStep(CacheStep):
 
     def _look_up(self) -> bool:
         """The same at half the cost where this is the last step of the window, as it mostly is: a hit is done."""
-        if not self._window.ordered or self._forward != self._window.finished:
+        if not self._window.takes_many(self._forward):
             return super()._look_up()
         entries = list(self.inbox)
         self.inbox.clear()
@@ -253,7 +253,7 @@ class DiskCacheStep(CacheStep):
     def parts(self) -> list[Step]:
         return [*super().parts[:-1], self._disk]
 
-    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+    def bind(self, run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
         self._disk.bind(run, window, forward, finished)
         self.meter = self._disk.meter
         super().bind(run, window, forward, finished)

@@ -43,7 +43,7 @@ class PlacedNode(Node):
         self._numbered = True  # that position is known, and will be the same in other epochs
         self._ready = False  # the cache is open, and the position to resume at has been found in it
         self._begun = False  # the upstream has been started
-        self._whole = True  # no error so far
+        self._complete = True  # no error so far
 
     @property
     def extra_room(self) -> int:
@@ -64,35 +64,21 @@ class PlacedNode(Node):
         self._opening = Opening(run, self._store, self._pipeline, kick)
 
     def poll(self, limit: int) -> list[Entry]:
-        if self._opening is None or not self._opening.done or self.ended:
+        if not self._begun and (entries := self._from_cache(limit)):
+            return entries
+        if not self._begun or self.ended:
             return []
-        if (error := self._opening.error) is not None:
-            self.ended = True
-            return [Entry.last(error, self._resume_at, 0)]
-        if not self._ready:
-            self._ready = True
-            self._find_position()
-        if not self._begun:
-            if entries := self._kept(limit):
-                return entries
-            if self._store.find(END) == self._position and self._numbered:
-                self.ended = True
-                return []
-            self._begun = True
-            if self._resume_at is not None:
-                self._upstream.resume(self._resume_at)
-            self._start_upstream()
         run = self._upstream.poll(limit)
         if self._upstream.gaps:  # samples after it, and the end, may have other numbers in another epoch
             self._numbered = False
         for entry in run:
             if entry.error is not None:
-                self._whole = False
+                self._complete = False
             entry.kept_as = at_position(self._position) if self._numbered else None
             self._position += 1
         if self._upstream.ended:
             self.ended = True
-            if self._numbered and self._whole:
+            if self._numbered and self._complete:
                 self._store.put_end(self._position)
         return run
 
@@ -108,8 +94,29 @@ class PlacedNode(Node):
             self._lost = LostSamples(self._run, self._store, self._again)
         self._lost.make(entry, made)
 
-    def _start_upstream(self) -> None:
+    def _from_cache(self, limit: int) -> list[Entry]:
+        """What comes before the stream is read. When that is all, the epoch ends, or the stream begins."""
+        if self._opening is None or not self._opening.done or self.ended:
+            return []
+        if (error := self._opening.error) is not None:
+            self.ended = True
+            return [Entry.last(error, self._resume_at, 0)]
+        if not self._ready:
+            self._ready = True
+            self._find_position()
+        if entries := self._kept(limit):
+            return entries
+        if self._store.find(END) == self._position and self._numbered:
+            self.ended = True
+        else:
+            self._begin_upstream()
+        return []
+
+    def _begin_upstream(self) -> None:
         """Start the stream, later than other nodes, and put its meters where they would have been."""
+        self._begun = True
+        if self._resume_at is not None:
+            self._upstream.resume(self._resume_at)
         meters = self._run.meters
         count = len(meters)
         self._upstream.start(self._run, self._kick)

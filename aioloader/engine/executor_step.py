@@ -66,6 +66,10 @@ class ExecutorStep(SyncStep):
     def quiet(self) -> bool:
         return all(len(chunk.entries) == 1 for chunk in self._chunks)
 
+    @property
+    def rests(self) -> bool:
+        return not self._chunks  # also of those that the executor is yet to begin
+
     def hold(self) -> None:
         super().hold()
         for chunk in list(self._chunks):

@@ -15,11 +15,13 @@ from typing import Any
 from aioloader.core.forks import tell_of_fork
 from aioloader.core.typevars import T_co
 from aioloader.engine.agreed_delivery import AgreedAsyncDelivery, AgreedSyncDelivery
-from aioloader.engine.delivery import AsyncDelivery, Delivery, InlineDelivery, Receive, SyncDelivery
+from aioloader.engine.async_delivery import AsyncDelivery
+from aioloader.engine.delivery import Delivery, InlineDelivery, Receive
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import Run
 from aioloader.engine.starving import sync_delivery
+from aioloader.engine.sync_delivery import SyncDelivery
 
 __all__ = ["AsyncBatches", "Batches", "LoaderHooks"]
 

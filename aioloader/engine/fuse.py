@@ -85,40 +85,22 @@ class FusedOps:
             again: Entries may be sent back to the first map: an `AgainWindow` is returned.
         """
         log = self._order_log(order_name)
-        groups = self._groups(again=again, apart=log is None and (room is None or self.batches))
-        unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
-        numbering = CompletionCursor(unordered_input=self.unordered_input) if unordered else None
+        groups = self._groups(again=again, separate=log is None and (room is None or self.batches))
+        completions = self._completions(groups, log, again=again)
+        never_waits = self.first and not any(op.is_async for op in self.ops)
         node = upstream
         for number, ops in enumerate(groups):
             is_last = number == len(groups) - 1
-            early = (last and is_last) or (self.first and not any(op.is_async for op in self.ops))
-            exact, budget = (room, nbytes) if is_last else (None, None)
-            follows = self.batches and exact is None and any(isinstance(op.concurrency, Limit) for op in ops)
-            if self.batches:
-                exact, budget = _room_of_batches(ops, exact, budget)
-            bounds = _Bounds.of(ops) if exact is None else None
-            ops, in_a_row = counted(ops, in_cursors=not unordered)
-            steps = steps_of(ops, _limit(exact, bounds), processes, follows=follows)
-            places: Room | None
-            if exact is not None and follows and budget is None:
-                places = Room(exact, partial(_places_of_batches, ops))
-            elif exact is not None:
-                places = _places(exact, max(op.width for op in ops), grows=grows, nbytes=budget)
-            elif bounds is not None:
-                places = bounds.room
-            else:
+            asked = _Asked.of(ops, *((room, nbytes) if is_last else (None, None)), batches=self.batches)
+            ops, in_a_row = counted(ops, in_cursors=not completions)
+            steps = steps_of(ops, asked.limit, processes, follows=asked.follows)
+            places = asked.room(ops, grows=grows)
+            if not asked.stated:
+                early = (last and is_last) or never_waits
                 places = StepsRoom(node, steps, finished if is_last else None, early=early)
             kind = AgainWindow if again and is_last else Window
-            completion = None
-            if numbering is not None and unordered[0] <= number <= unordered[-1]:
-                completion = CompletionOrder(
-                    numbering,
-                    log,
-                    _overtaking(ops),
-                    numbers=number == unordered[0],
-                    names=number == unordered[-1] and not again,
-                )
-            node = window = kind(node, steps, room=places, ordered=number not in unordered, completion=completion)
+            ordered = all(op.ordered for op in ops)
+            node = window = kind(node, steps, room=places, ordered=ordered, completion=completions.get(number))
             window.in_a_row = in_a_row
             window.bounded = any(isinstance(op, Op) and op.bounded for op in ops)
             window.admission, window.begins = admission, begins and not number
@@ -126,12 +108,32 @@ class FusedOps:
             window.stamps = not self.batches or (isinstance(ops[0], Op) and ops[0].dataset is not None)
         return window
 
-    def _groups(self, *, again: bool, apart: bool) -> "list[list[Op | CacheOp]]":
+    def _completions(
+        self, groups: "list[list[Op | CacheOp]]", log: Recorded | Replayed | None, *, again: bool
+    ) -> dict[int, CompletionOrder]:
+        """The order of completion of those of the windows, by number, that have one: they share one numbering."""
+        unordered = [number for number, ops in enumerate(groups) if not all(op.ordered for op in ops)]
+        if not unordered:
+            return {}
+        numbering = CompletionCursor(unordered_input=self.unordered_input)
+        first, last = unordered[0], unordered[-1]
+        return {
+            number: CompletionOrder(
+                numbering,
+                log,
+                _overtaking(groups[number]),
+                numbers=number == first,
+                names=number == last and not again,
+            )
+            for number in range(first, last + 1)
+        }
+
+    def _groups(self, *, again: bool, separate: bool) -> "list[list[Op | CacheOp]]":
         """The ops of each window."""
         if again:
             first = next(at for at, op in enumerate(self.ops) if self.batches or not self._is_before_maps(op))
             return [group for group in (self.ops[:first], self.ops[first:]) if group]
-        return _apart(self.ops, batches=self.batches) if apart else [self.ops]
+        return _separated(self.ops, batches=self.batches) if separate else [self.ops]
 
     @staticmethod
     def _is_before_maps(op: Op | CacheOp) -> bool:
@@ -197,14 +199,52 @@ class _Bounds:
         return GrowingRoom(self.ahead, self.least, self.ahead) if self.grows else exactly(self.ahead)
 
 
-def _limit(room: int | None, bounds: _Bounds | None) -> int | None:
-    """How many entries a window holds, when that is exact."""
-    if room is not None:
-        return max(1, room)
-    return None if bounds is None or bounds.ahead is None else max(1, bounds.ahead)
+@dataclass(frozen=True)
+class _Asked:
+    """What room one window is to have, as far as that is not for its steps to say.
+
+    Attributes:
+        exact: So many entries.
+        nbytes: Of finished ones, at most.
+        follows: `exact` is what the ops need, and they have a `Limit`, which may change.
+        bounds: What the user has said of the ops.
+    """
+
+    exact: int | None
+    nbytes: int | None
+    follows: bool
+    bounds: _Bounds | None
+
+    @classmethod
+    def of(cls, ops: "Sequence[Op | CacheOp]", exact: int | None, nbytes: int | None, *, batches: bool) -> "_Asked":
+        """Of the window of `ops`; for the other arguments see `FusedOps.window`."""
+        follows = batches and exact is None and any(isinstance(op.concurrency, Limit) for op in ops)
+        if batches:
+            exact, nbytes = _room_of_batches(ops, exact, nbytes)
+        return cls(exact, nbytes, follows, _Bounds.of(ops) if exact is None else None)
+
+    @property
+    def stated(self) -> bool:
+        """Whether it is known by now."""
+        return self.exact is not None or self.bounds is not None
+
+    @property
+    def limit(self) -> int | None:
+        """How many entries the window holds, when that is exact."""
+        if self.exact is not None:
+            return max(1, self.exact)
+        return None if self.bounds is None or self.bounds.ahead is None else max(1, self.bounds.ahead)
+
+    def room(self, ops: "Sequence[Op | CacheOp]", *, grows: bool) -> Room | None:
+        """The room, if it is `stated`; None: nothing is begun before it is asked for."""
+        if self.exact is None:
+            return None if self.bounds is None else self.bounds.room
+        if self.follows and self.nbytes is None:
+            return Room(self.exact, partial(_places_of_batches, ops))
+        return _places(self.exact, max(op.width for op in ops), grows=grows, nbytes=self.nbytes)
 
 
-def _apart(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
+def _separated(ops: "Sequence[Op | CacheOp]", *, batches: bool) -> "list[list[Op | CacheOp]]":
     """The ops of each of several windows: one with a bound of its own is in a window of its own.
 
     What the user left to us may be with it, and so may what makes the batches: they are large, and need no places of
@@ -249,8 +289,8 @@ def _places_of_batches(ops: "Sequence[Op | CacheOp]") -> int:
 
 def _overtaking(ops: "Sequence[Op | CacheOp]") -> Overtaking | None:
     """How far results may overtake each other in the window of `ops`: as each of them says."""
-    said = [op.max_overtaken for op in ops if isinstance(op, Op) and op.max_overtaken is not None]
-    return Overtaking(min(said)) if said else None
+    bounds = [op.max_overtaken for op in ops if isinstance(op, Op) and op.max_overtaken is not None]
+    return Overtaking(min(bounds)) if bounds else None
 
 
 def _places(room: int, width: int, *, grows: bool, nbytes: int | None) -> Room | None:

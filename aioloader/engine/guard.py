@@ -19,8 +19,8 @@ from aioloader.engine.retrying import Turn
 from aioloader.executors.current_sample import SampleContext, current_sample
 
 if TYPE_CHECKING:
-    from aioloader.engine.async_step import AsyncStep
     from aioloader.engine.run import Run
+    from aioloader.engine.steps import Step
 
 __all__ = ["Guard", "GuardedCall"]
 
@@ -134,7 +134,7 @@ class Guard:
         self._durations = Durations(self._percentile or 0)
         self._turn: Turn | None = None
 
-    def bind(self, run: "Run", step: "AsyncStep") -> None:
+    def bind(self, run: "Run", step: "Step") -> None:
         """Join a run; `step` says how many calls may be under way, and its meter counts."""
         self._run = run
         self._step = step
@@ -358,6 +358,11 @@ class Guard:
         self._rings_at = inf
         if self._durations.enough:
             self._work_out()
+        self._ring(self._look(now))
+        self.watched = False
+
+    def _look(self, now: float) -> float:
+        """Do about each call what is due; returns when the next look is, if no call begins before that."""
         following = inf
         late: list[GuardedCall] = []
         for record in self._records:
@@ -378,8 +383,7 @@ class Guard:
             if record.hedged != record.began:
                 again = min(again, now + self._after)  # by then those that are only a little late will have ended
             following = min(following, again)
-        self._ring(following)
-        self.watched = False
+        return following
 
     def _cancel(self, call: GuardedCall) -> None:
         call.touched = call.cancelled = True

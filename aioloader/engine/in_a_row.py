@@ -9,6 +9,7 @@ from aioloader.core.cursors import as_count
 from aioloader.core.entry import DONE, DROPPED, Entry, annotate, stop_of
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.cache_step import CacheOp
+from aioloader.engine.step_protocols import StepWindow
 from aioloader.errors import NothingPassesError
 from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
@@ -16,7 +17,6 @@ from aioloader.insight.meters import StageMeter
 if TYPE_CHECKING:
     from aioloader.engine.ops import Op
     from aioloader.engine.run import Run
-    from aioloader.engine.window import Window
 
 __all__ = ["InARow", "counted"]
 
@@ -54,7 +54,7 @@ class InARow:
         self._counts = [as_count(count) for count in cursor[2:]]
         return cursor[1]
 
-    def start(self, run: "Run", window: "Window", meters: Sequence[StageMeter]) -> None:
+    def start(self, run: "Run", window: StepWindow, meters: Sequence[StageMeter]) -> None:
         """Begin.
 
         Args:

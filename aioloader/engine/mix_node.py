@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from aioloader.core.cursors import as_count, cursor_parts, cursor_sequence
 from aioloader.core.entry import LAST, ONE_LOST, Entry
-from aioloader.core.mixture import MixControl, WeightBlock, in_repetitions
+from aioloader.core.mix_control import MixControl, in_repetitions
+from aioloader.core.mixture import WeightBlock
 from aioloader.core.safe_text import add_note
 from aioloader.core.seeds import BLOCK, random_of_block
 from aioloader.engine.combine import InputsNode, distinct
@@ -115,42 +116,20 @@ class MixNode(InputsNode):
 
     def _poll(self, limit: int) -> list[Entry]:
         taken: list[Entry] = []
-        while self._to_try:
-            if len(taken) == limit or not self._try(self._to_try[0], taken):
-                return taken
-            del self._to_try[0]
-            self._weigh()
+        if self._to_try and not self._try_all(limit, taken):
+            return taken
+        control = self._control
         while len(taken) < limit:
-            if self._next_input is None and self._control is not None:
-                place = self._repetitions, self._draws
-                if (number := self._control.missing(place)) is not None:
-                    if not self._has_weights(self._control, number):
-                        break
-                    continue
-                if not self.ended and (failure := self._control.failure(place)) is not None:
-                    last = Entry.last(failure, tuple(self._cursors), None)
-                    last.cursor = self._cursor(last, self._draws, self._lost)
-                    taken.append(last)
-                    self._end()
-                    break
-                self._control.place = (self._repetitions, self._draws + 1)  # before: who sets weights now is too late
-                if self._is_changed(self._control):
-                    self._weigh()
-                if not (self.ended or self._bounds[-1]) and self._until is not None:
-                    if self._control.mixture.by_function is not None:
-                        self._end()
-                        break
-                    self._skip_to(self._until)
-                    continue
-            if self.ended:
+            draws = self._next_input is None
+            if (draws and control is not None and not self._may_draw(control, taken)) or self.ended:
                 break
             index = self._draw()
             upstream = self._upstreams[index]
             run = [self._tried.pop(index)] if index in self._tried else upstream.poll(1)
             if run:
                 entry = self._emit(run[0], index)
-                if entry.error is not None and self._control is not None:
-                    add_note(entry.error, f"aioloader: source {self._control.mixture.names[index]!r} of the mix")
+                if entry.error is not None and control is not None:
+                    add_note(entry.error, f"aioloader: source {control.mixture.names[index]!r} of the mix")
                 failed = entry.state == ONE_LOST  # which is no sample: it is drawn again, after a resume at least
                 if self._meters and not failed:  # by names
                     self._counts[index] += 1
@@ -168,6 +147,30 @@ class MixNode(InputsNode):
             else:
                 break
         return taken
+
+    def _may_draw(self, control: MixControl, taken: list[Entry]) -> bool:
+        """Whether the weights of the next draw are known, and leave something to draw from; else it may have ended."""
+        while True:
+            place = self._repetitions, self._draws
+            if (number := control.missing(place)) is not None:
+                if not self._has_weights(control, number):
+                    return False
+                continue
+            if not self.ended and (failure := control.failure(place)) is not None:
+                last = Entry.last(failure, tuple(self._cursors), None)
+                last.cursor = self._cursor(last, self._draws, self._lost)
+                taken.append(last)
+                self._end()
+                return False
+            control.place = (self._repetitions, self._draws + 1)  # before: who sets weights now is too late
+            if control.version != self._version or (self._until is not None and self._draws >= self._until):
+                self._weigh()
+            if self.ended or self._bounds[-1] or self._until is None:
+                return True
+            if control.mixture.by_function is not None:
+                self._end()
+                return False
+            self._skip_to(self._until)
 
     def _has_weights(self, control: MixControl, number: int) -> bool:
         """Whether the user's function has said its weights for block `number`; it is asked if it was not."""
@@ -192,9 +195,6 @@ class MixNode(InputsNode):
             return (*cursor, tuple(sorted(lost)), tuple(self._counts))
         return (*cursor, tuple(sorted(lost))) if lost else cursor
 
-    def _is_changed(self, control: MixControl) -> bool:
-        return control.version != self._version or (self._until is not None and self._draws >= self._until)
-
     def _weigh(self) -> None:
         """Work out where each source's part of the draws ends; nothing is left where none has a weight."""
         if self._control is not None:
@@ -203,6 +203,15 @@ class MixNode(InputsNode):
         out = {*self._over, *self._lost}
         self._bounds = list(accumulate(0.0 if index in out else weight for index, weight in enumerate(self._given)))
         self.ended = not self._bounds[-1] and not self._to_try and (self._until is None or len(out) == len(self._given))
+
+    def _try_all(self, limit: int, taken: list[Entry]) -> bool:
+        """Ask all sources that had failed before a resume; False: one does not know yet, or `taken` is full."""
+        while self._to_try:
+            if len(taken) == limit or not self._try(self._to_try[0], taken):
+                return False
+            del self._to_try[0]
+            self._weigh()
+        return True
 
     def _try(self, index: int, taken: list[Entry]) -> bool:
         """Ask a source that had failed before a resume; False: it does not know yet."""

@@ -10,9 +10,9 @@ from aioloader.engine.async_step import AsyncStep
 from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.executor_step import ExecutorStep
-from aioloader.engine.ops import InProcesses, Op
+from aioloader.engine.ops import InProcesses, OnRay, Op
 from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
-from aioloader.engine.ray_step import OnRay, ray_step
+from aioloader.engine.ray_step import ray_step
 from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ThreadStep
 from aioloader.engine.turns import TurnStep
@@ -42,51 +42,70 @@ def steps_of(
         processes: See `FusedOps.window`.
         follows: It will hold more when there is more concurrency, see `Limit`.
     """
-    steps: list[Step] = []
-    together: list[Op] = []
+    steps = _Steps(limit, processes, follows=follows)
+    for at, op in enumerate(ops):
+        if isinstance(op, CacheOp):
+            steps.close()
+            steps.made = [op.around(steps.made, limit)]
+        elif op.many is not None:
+            width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
+            steps.put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op)
+        elif op.in_place:
+            steps.close()
+            steps.put(InPlaceStep(op.fn, op.label), op)
+        elif op.is_async and not isinstance(op.executor, OnRay):
+            steps.close()
+            width = _narrowed(op.concurrency, limit)
+            steps.put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
+            steps.made[-1].stop = op.stop
+        else:
+            steps.share_hop(op)
+    steps.close()
+    return steps.made
 
-    def put(step: Step, *ops: Op) -> None:
+
+class _Steps:
+    """The steps so far; for the arguments see `steps_of`.
+
+    Attributes:
+        made: They.
+    """
+
+    def __init__(self, limit: int | None, processes: Callable[[], WorkerThread], *, follows: bool) -> None:
+        self.made: list[Step] = []
+        self._limit = limit
+        self._processes = processes
+        self._follows = follows
+        self._together: list[Op] = []  # sync ops that will share a step
+
+    def put(self, step: Step, *ops: Op) -> None:
+        """Append `step`, which calls `ops`."""
         op = ops[0]
         step.meter.address = op.address
         step.written = _written(ops)
         if op.policies is not None:
             step.obey(op.policies)
-        if not follows:
-            step.most = limit
-        steps.append(step)
+        if not self._follows:
+            step.most = self._limit
+        self.made.append(step)
 
-    def close() -> None:
-        if together:
-            put(_sync_step(tuple(together), limit, processes), *together)
-            together.clear()
+    def share_hop(self, op: Op) -> None:
+        """Call the sync `op` in a step with those before it, if they have one place."""
+        if self._together and not _same_place(self._together, op):
+            self.close()
+        self._together.append(op)
 
-    for at, op in enumerate(ops):
-        if isinstance(op, CacheOp):
-            close()
-            steps = [op.around(steps, limit)]
-        elif op.many is not None:
-            width = _narrowed(_width_beside(op, ops[at + 1 :]), limit)
-            put(BulkLoadStep(op.call, op.many, width, elastic=limit is None), op)
-        elif op.in_place:
-            close()
-            put(InPlaceStep(op.fn, op.label), op)
-        elif op.is_async and not isinstance(op.executor, OnRay):
-            close()
-            width = _narrowed(op.concurrency, limit)
-            put(AsyncStep(op.fn, width, op.label, predicate=op.predicate, seed=op.seed), op)
-            steps[-1].stop = op.stop
-        else:
-            if together and not _same_place(together, op):
-                close()
-            together.append(op)
-    close()
-    return steps
+    def close(self) -> None:
+        """Make the step of the sync ops that are together so far."""
+        if self._together:
+            self.put(_sync_step(tuple(self._together), self._limit, self._processes), *self._together)
+            self._together.clear()
 
 
 def _written(ops: Sequence[Op]) -> tuple[Written, ...]:
     """Where the concurrency of `ops` is written, which share a step: at each that does not follow another one."""
-    said = [op.written for op in ops if not op.flexible and op.written is not None]
-    return tuple(said or [op.written for op in ops if op.written is not None][:1])
+    own = [op.written for op in ops if not op.flexible and op.written is not None]
+    return tuple(own or [op.written for op in ops if op.written is not None][:1])
 
 
 def _narrowed(width: int | Limit, limit: int | None) -> int | Limit:

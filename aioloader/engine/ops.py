@@ -11,12 +11,12 @@ from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit, width_of
 from aioloader.core.policies import Policies
 from aioloader.core.written import Written
-from aioloader.engine.ray_step import OnRay
 from aioloader.engine.turns import Turns
 from aioloader.executors.chunk import Call, Stop
 from aioloader.executors.epochs import Epochs, epochs_of
+from aioloader.executors.ray.workers import RayWorkers
 
-__all__ = ["PROCESSES", "InProcesses", "Op"]
+__all__ = ["PROCESSES", "InProcesses", "OnRay", "Op"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,24 @@ class InProcesses:
 
 PROCESSES: Final = InProcesses()
 """The usual place. Neighbouring stages that run here are sent to the workers together."""
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """Runs functions in actors of a Ray cluster.
+
+    Args:
+        workers: What the actors need.
+        prepare: See `InProcesses`.
+        epochs: See there.
+        seeds_each: The global generators are seeded for each call, so that what is drawn from them does not depend on
+            who makes it.
+    """
+
+    workers: RayWorkers
+    prepare: Callable[[], Callable[[int], None] | None] | None = None
+    epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
+    seeds_each: bool = False
 
 
 @dataclass(eq=False)

@@ -10,8 +10,9 @@ A sample has begun when the first step of its window has taken it. What waits fo
 
 The story of a block. It is noted in `Pauses` first, then each run that there is by then is asked on its own loop, which
 answers when it is *quiet* (no sample begins any more) or *still* (none is under way either). A run that begins later
-finds the note before it starts a node. A run answers at once if it is over, and also when it is lost: what is to answer
-does so when it is thrown away, as it is when a loop is closed or a run is collected.
+finds the note before it starts a node. One that is ending is still when it has ended: calls that were cancelled clean
+up, and those in threads go on. A run answers at once if it is over, and also when it is lost: what is to answer does so
+when it is thrown away, as it is when a loop is closed or a run is collected.
 """
 
 import asyncio
@@ -20,14 +21,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 from aioloader.core.forks import tell_of_fork
 from aioloader.executors.threads import call_loop
-
-if TYPE_CHECKING:
-    from aioloader.engine.run import Run
 
 __all__ = ["Pausable", "Paused", "Pauses", "RunPause", "Told"]
 
@@ -37,7 +35,7 @@ class Pausable(Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether it is over, and counts no more."""
+        """Whether it is over: no sample begins any more. It counts until it is `still`."""
 
     @property
     def quiet(self) -> bool:
@@ -45,13 +43,24 @@ class Pausable(Protocol):
 
     @property
     def still(self) -> bool:
-        """Paused and quiet: whether none is under way either."""
+        """Paused and quiet, or closed: whether none is under way either."""
 
     def pause(self) -> None:
         """Begin no sample."""
 
     def go_on(self) -> None:
         """Begin samples again."""
+
+
+class PausableRun(Protocol):
+    """A run, as far as a pause needs it; see `Run`."""
+
+    loop: asyncio.AbstractEventLoop
+    pausing: "RunPause"
+    stopping: bool
+    foreign: bool
+
+    def guarded(self, callback: Callable[..., None], *args: Any) -> None: ...
 
 
 class Told:
@@ -80,7 +89,7 @@ class Pauses:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a signal handler may pause, too
         self._blocks: dict[object, int] = {}  # with the thread that entered each
-        self._runs: WeakSet[Run] = WeakSet()
+        self._runs: WeakSet[PausableRun] = WeakSet()
         tell_of_fork(self)
 
     def _forked(self) -> None:
@@ -92,12 +101,12 @@ class Pauses:
     def __bool__(self) -> bool:
         return bool(self._blocks)
 
-    def watch(self, run: "Run") -> None:
+    def watch(self, run: PausableRun) -> None:
         """Pause `run`, too."""
         with self._lock:
             self._runs.add(run)
 
-    def enter(self) -> "tuple[object, list[Run]]":
+    def enter(self) -> tuple[object, list[PausableRun]]:
         """Begin a block; returns it, and the runs that are to be asked."""
         block = object()
         with self._lock:
@@ -124,7 +133,7 @@ class RunPause:
         paused: No sample begins.
     """
 
-    def __init__(self, run: "Run", pauses: Pauses) -> None:
+    def __init__(self, run: PausableRun, pauses: Pauses) -> None:
         self.paused = False
         self._run = run
         self._pauses = pauses
@@ -188,8 +197,12 @@ class RunPause:
         self._thread = threading.get_ident()
         self.settle()
 
+    def stop(self) -> None:
+        """It ends: nothing begins any more, and what is under way is cancelled, or waited for."""
+        self._answer(quiet=True, still=False)
+
     def end(self) -> None:
-        """It ends."""
+        """It has ended."""
         self._over = True
         self._members.clear()
         self._answer(quiet=True, still=True)
@@ -198,7 +211,8 @@ class RunPause:
         """`member` is a part of the run that pauses."""
         if self._exempts or self._over:
             return
-        self._members = [one for one in self._members if not one.closed]  # an endless `repeat` comes here for ever
+        # An endless `repeat` comes here for ever.
+        self._members = [one for one in self._members if not (one.closed and one.still)]
         self._members.append(member)
         if self.paused:
             member.pause()
@@ -217,7 +231,7 @@ class RunPause:
     def settle(self) -> None:
         """Pause or go on, as the blocks say."""
         wanted = bool(self._pauses)
-        if self._over or wanted == self.paused:
+        if self._over or self._run.stopping or wanted == self.paused:
             return
         self.paused = wanted
         if not wanted:
@@ -229,7 +243,7 @@ class RunPause:
                 member.go_on()
 
     def _asked(self, told: Told, drain: bool) -> None:
-        if self._over or self._run.stopping:
+        if self._over or (self._run.stopping and not drain):
             told()
             return
         self._waiting.append((drain, told))
@@ -238,10 +252,9 @@ class RunPause:
 
     def look(self) -> None:
         """Something may have come to rest."""
-        if self._waiting and self.paused:
-            members = [member for member in self._members if not member.closed]
-            quiet = all(member.quiet for member in members)
-            self._answer(quiet=quiet, still=quiet and all(member.still for member in members))
+        if self._waiting and self.paused and not self._run.stopping:  # `end` will say so
+            quiet = all(member.closed or member.quiet for member in self._members)
+            self._answer(quiet=quiet, still=quiet and all(member.still for member in self._members))
 
     def _answer(self, *, quiet: bool, still: bool) -> None:
         waiting, self._waiting = self._waiting, []
@@ -315,7 +328,7 @@ class Paused:
                 f"processes that answer there, and neither could go on meanwhile; write `async with {call}`"
             )
 
-    def _enter(self) -> "list[Run]":
+    def _enter(self) -> list[PausableRun]:
         block, runs = self._pauses.enter()
         self._entered.append(block)
         return runs

@@ -11,6 +11,7 @@ from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
+from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import SyncStep
 from aioloader.errors import WorkerDiedError
@@ -23,7 +24,6 @@ from aioloader.executors.threads import call_loop
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
-    from aioloader.engine.window import Window
 
 __all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "MORE_DEATHS", "ProcessStep", "hint", "named", "unstamp", "who"]
 
@@ -120,7 +120,7 @@ class ProcessStep(SyncStep):
             found.append((names[at] if at < len(names) else None, since))
         return found
 
-    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+    def bind(self, run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
         self._pool = self._make_pool()
         if self.limit is not None:
             self.most = self._pool.count if self.most is None else min(self.most, self._pool.count)
@@ -151,10 +151,10 @@ class ProcessStep(SyncStep):
         super().hold()
         self._holds += 1
         self._pool_held = False
-        said = partial(call_loop, self._run.loop, self._run.guarded, self._pool_said, self._holds)
-        self._pool.hold(self, said)
+        rested = partial(call_loop, self._run.loop, self._run.guarded, self._pool_rests, self._holds)
+        self._pool.hold(self, rested)
 
-    def _pool_said(self, holds: int, still: bool) -> None:
+    def _pool_rests(self, holds: int, still: bool) -> None:
         """The pool is held; or also, it has no call under way."""
         if self.closed or not self.paused or holds != self._holds:
             return

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from aioloader.core.entry import NOT_READ, ONE_LOST, Entry, begun_each_of, places_of, read_after
-from aioloader.core.mixture import Mixes
+from aioloader.core.mix_control import Mixes
 from aioloader.insight.batch_info import BatchInfo
 from aioloader.insight.meters import ConsumerMeter
 

@@ -11,53 +11,35 @@ from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, width_of
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
+from aioloader.engine.ops import OnRay, Op
 from aioloader.engine.process_step import CHUNK_SAMPLES, MORE_DEATHS, ProcessStep, named, unstamp
+from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import Call, ChunkResult
-from aioloader.executors.epochs import Epochs, epochs_of, with_set_epoch
+from aioloader.executors.epochs import Epochs, with_set_epoch
 from aioloader.executors.partial import KeysLeft, LeavesOut, LeftOut
 from aioloader.executors.processes.worker_pool import Died, Outcome
 from aioloader.executors.processes.worker_thread import WorkerThread
-from aioloader.executors.ray.actor_pool import ActorPool, RayResult
+from aioloader.executors.ray.actor_pool import ActorPool
+from aioloader.executors.ray.answers import RayResult
 from aioloader.executors.ray.program import Parcel, RayProgram
 from aioloader.executors.ray.thread import ray_thread_of
-from aioloader.executors.ray.workers import RayWorkers
 
 if TYPE_CHECKING:
-    from aioloader.engine.ops import Op
     from aioloader.engine.run import Run
-    from aioloader.engine.window import Window
 
-__all__ = ["OnRay", "RayStep", "ray_step"]
+__all__ = ["RayStep", "ray_step"]
 
 CHUNK_SECONDS: Final = 0.02  # the work that one call of an actor should be worth: it costs about a millisecond
 CHUNK_BYTES: Final = 16 << 20  # of results, at most
 QUEUE_SECONDS: Final = 0.1  # chunks that take longer are not queued after one another
 
 
-@dataclass(frozen=True)
-class OnRay:
-    """Runs functions in actors of a Ray cluster.
-
-    Args:
-        workers: What the actors need.
-        prepare: See `InProcesses`.
-        epochs: See there.
-        seeds_each: The global generators are seeded for each call, so that what is drawn from them does not depend on
-            who makes it.
-    """
-
-    workers: RayWorkers
-    prepare: Callable[[], Callable[[int], None] | None] | None = None
-    epochs: Callable[[Sequence[Any]], Epochs] = epochs_of
-    seeds_each: bool = False
-
-
 class RayStep(ProcessStep):
     """Runs calls in actors, in chunks, as `ProcessStep` does in worker processes.
 
-    A hop costs about a millisecond, and more on a network, so a chunk is worth twenty.
+    A call of Ray costs about a millisecond, and more on a network, so a chunk is worth twenty.
 
     What when an actor dies? Nobody knows at which sample of its chunk it was, since what it knew died with it. So each
     of them is made again alone, in an actor that has nothing else. One whose actor dies again, more often than
@@ -107,7 +89,7 @@ class RayStep(ProcessStep):
         if self._awaits and self.timeout is not None:
             self.timeout = 2 * self.timeout + 5.0  # its own loop cancels it in time, unless the function blocks it
 
-    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+    def bind(self, run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
         self.meter.actors = self._actors.actors
         self._seconds_each = self._actors.seconds_each  # as in the epoch before: its first chunks are large enough

@@ -8,14 +8,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 from aioloader.core.entry import Entry, stop_of, tries_of
 from aioloader.core.policies import Attempts, Retry
 from aioloader.core.rate import Rate
-
-if TYPE_CHECKING:
-    from aioloader.engine.steps import Step
+from aioloader.engine.step_protocols import WaitingStep
 
 __all__ = ["Retrying", "Tap", "Turn"]
 
@@ -28,7 +25,7 @@ class Retrying:
         step: The step.
     """
 
-    def __init__(self, retry: Retry, step: "Step") -> None:
+    def __init__(self, retry: Retry, step: WaitingStep) -> None:
         self._attempts = Attempts(retry)
         self._step = step
         self._waiting: list[tuple[float, int, Entry, float]] = []  # a heap of when, a number, who, and since
@@ -129,7 +126,7 @@ class Turn:
         come: Called when it is there.
     """
 
-    def __init__(self, rate: Rate, step: "Step", come: Callable[[], None]) -> None:
+    def __init__(self, rate: Rate, step: WaitingStep, come: Callable[[], None]) -> None:
         self._rate = rate
         self._step = step
         self._come = come
@@ -183,7 +180,7 @@ class Tap:
         throttled: How many could begin, if the rate let them.
     """
 
-    def __init__(self, rate: Rate, step: "Step") -> None:
+    def __init__(self, rate: Rate, step: WaitingStep) -> None:
         self.rate = rate
         self._step = step
         self._turn = Turn(rate, step, self.pump)

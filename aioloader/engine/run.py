@@ -7,22 +7,18 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio._backends._asyncio
 from anyio import move_on_after
 
 from aioloader.core.forks import tell_of_fork
+from aioloader.core.source import RunListener
 from aioloader.engine.pausing import Pauses, RunPause
 from aioloader.engine.progress import Progress
+from aioloader.engine.run_protocols import Output, RunTracer, RunTuner
 from aioloader.executors.threads import TakesJobs, Threads, call_loop
 from aioloader.insight.meters import StageMeter, ThreadClock
-
-if TYPE_CHECKING:
-    from aioloader.core.source import RunListener
-    from aioloader.engine.tracing import Tracer
-    from aioloader.engine.tuner import Tuner
-    from aioloader.engine.window import Window
 
 BACKEND: Final = anyio._backends._asyncio
 """What closing needs is imported by now. anyio imports its backend when it is first used: that may be in a thread, and
@@ -57,7 +53,7 @@ class Pool(Protocol):
 class Run:
     """One epoch on its way.
 
-    The story of an end. Whoever wants one (the consumer after its last batch, `close()`, the garbage collector, a
+    The story of an end. What wants one (the consumer after its last batch, `close()`, the garbage collector, a
     failure of our own) completes `_stop`. The supervisor then cancels all tasks: workers and pumps get
     `CancelledError` in whatever they await (`Pump` says when), pumps close the user's generators, each in its own
     task. Then threads are told to end. Both are waited for, `CLOSE_SECONDS` at most. A cancelled supervisor (the loop
@@ -74,7 +70,7 @@ class Run:
     """
 
     def __init__(
-        self, output: "Window", epoch: int, progress: Progress | None = None, pauses: Pauses | None = None
+        self, output: Output, epoch: int, progress: Progress | None = None, pauses: Pauses | None = None
     ) -> None:
         self.output = output
         self.progress = Progress(epoch) if progress is None else progress
@@ -94,9 +90,9 @@ class Run:
         self.pausing = RunPause(self, Pauses() if pauses is None else pauses)
         self.loop: asyncio.AbstractEventLoop
         self.private_loop = False  # it is the loader's, as under `for`
-        self.tracer: Tracer | None = None  # set before it starts
-        self.tuner: Tuner | None = None  # likewise, or by itself, see `Tuner.adopt`
-        self.windows: list[Window] = []  # those with steps that have started, and are not closed
+        self.tracer: RunTracer | None = None  # set before it starts
+        self.tuner: RunTuner | None = None  # likewise, or by itself, see `Tuner.adopt`
+        self.windows: list[Any] = []  # those with steps that have started, and are not closed
         self._pools: list[Pool] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._end_when_closed: set[asyncio.Task[None]] = set()
@@ -181,7 +177,7 @@ class Run:
         self.meters.append(meter)
         return meter
 
-    def joined_by(self, window: "Window") -> None:
+    def joined_by(self, window: Any) -> None:
         """A window with steps begins."""
         self.windows = [one for one in self.windows if not one.closed]  # an endless `repeat` comes here for ever
         self.windows.append(window)
@@ -293,7 +289,7 @@ class Run:
         if not self._stop.done():
             self._stop.set_result(None)
 
-    def be_tuned(self, tuner: "Tuner") -> None:
+    def be_tuned(self, tuner: RunTuner) -> None:
         """Let `tuner` measure and change it from now on, if it is not over. From any thread, once it has a loop."""
         call_loop(self.loop, self.guarded, tuner.adopt, self)
 
@@ -343,7 +339,7 @@ class Run:
             self.failure = self.failure or error
         finally:
             self.stopping = True
-            self.pausing.end()
+            self.pausing.stop()
             self.output.close()  # idle workers end by themselves
             if self.tuner is not None:
                 self.tuner.end(self)
@@ -357,6 +353,7 @@ class Run:
                     await self._end_threads()
                 finally:
                     self._over = True
+                    self.pausing.end()
                     self._settle()
                     kick()
 

@@ -7,9 +7,10 @@ from time import perf_counter
 from typing import Any, Final
 from weakref import WeakMethod
 
-from aioloader.engine.delivery import Receive, SyncDelivery
+from aioloader.engine.delivery import Receive
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.run import Run
+from aioloader.engine.sync_delivery import SyncDelivery
 
 __all__ = ["BlockingDelivery", "sync_delivery"]
 

@@ -14,14 +14,13 @@ from aioloader.core.policies import Policies
 from aioloader.core.policy_log import Waiting
 from aioloader.core.written import Written
 from aioloader.engine.retrying import Retrying, Tap
+from aioloader.engine.step_protocols import StepWindow, TraceOfStep
 from aioloader.executors.chunk import Stop
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
-    from aioloader.engine.tracing import StepTrace
-    from aioloader.engine.window import Window
 
 __all__ = ["Forward", "InPlaceStep", "Step", "bind_in_a_row"]
 
@@ -71,7 +70,7 @@ class Step(ABC):
     stop: Stop | None = None
     fresh: bool = False
     tells_end: bool = False
-    trace: "StepTrace | None" = None
+    trace: TraceOfStep | None = None
     written: tuple[Written, ...] = ()
     bound: bool = False
 
@@ -88,10 +87,17 @@ class Step(ABC):
         """The steps with a meter of their own: this one, unless it is made of others."""
         return [self]
 
-    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
-        """Join a run; entries go to `forward`, but failed and dropped ones to `finished`."""
+    def bind(self, run: "Run", window: Any, forward: Forward, finished: Forward) -> None:
+        """Join a run; entries go to `forward`, but failed and dropped ones to `finished`.
+
+        Args:
+            run: It.
+            window: A `StepWindow`.
+            forward: The next step, or the window.
+            finished: Of the window.
+        """
         self._run = run
-        self._window = window
+        self._window: StepWindow = window
         self._forward = forward
         self._finished = finished
         self.bound = True
@@ -180,6 +186,9 @@ class Step(ABC):
         """Call `callback` on the loop."""
         return self._run.loop.call_later(seconds, self._run.guarded, callback)
 
+    def go_on(self) -> None:  # noqa: B027 - most have no second calls
+        """There may be a place for one more call."""
+
     # -- a limit that is shared --------------------------------------------------------------------------------------
 
     def _join(self, limit: Limit) -> None:
@@ -238,6 +247,11 @@ class Step(ABC):
     @property
     def quiet(self) -> bool:
         """Whether no sample begins any more, since it pauses."""
+        return True
+
+    @property
+    def rests(self) -> bool:
+        """Closed: whether none of its calls is under way, if it waits for them. It tells `Window.rested` then."""
         return True
 
     def hold(self) -> None:
@@ -321,7 +335,7 @@ def _taken_from(inbox: deque[Entry]) -> Iterable[Entry]:
             return
 
 
-def bind_in_a_row(steps: Sequence[Step], run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+def bind_in_a_row(steps: Sequence[Step], run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
     """Bind `steps` so that each forwards to the next one, and the last one to `forward`."""
     for step, following in zip_longest(steps, steps[1:]):
         step.bind(run, window, forward if following is None else following.accept, finished)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any, Final
 
-from aioloader.core.entry import Entry
+from aioloader.core.entry import DONE, Entry
 from aioloader.core.limit import Limit
 from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.steps import Step
@@ -104,12 +104,15 @@ class SyncStep(Step):
             self.tap.pump()
         if not self._active:
             self.meter.idle.wait_for("input")
+        if self.closed:
+            self._window.rested()
 
     def _settle(self, entries: Iterable[Entry], outcomes: Sequence[Any]) -> None:
         """Send samples on with their outcomes."""
         self.meter.samples += len(outcomes)  # first: a budget of retries is a share of them
         now = self._window.now = perf_counter()
-        forward = self._forward
+        forward, done = self._forward, 0
+        together = self._window.takes_many(forward)
         for entry, outcome in zip(entries, outcomes, strict=False):
             entry.since = now
             if type(outcome) is Refusal:
@@ -123,7 +126,13 @@ class SyncStep(Step):
                 self._fail(entry, outcome.error, outcome.label)
             else:
                 entry.value = outcome
-                forward(entry)
+                if together:
+                    entry.state = DONE
+                    done += 1
+                else:
+                    forward(entry)
+        if done:
+            self._window.finished_in_place(done)
 
     def _lost(self, entries: Sequence[Entry], error: BaseException) -> None:
         """A hop never ran, or did not come back."""

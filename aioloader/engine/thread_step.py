@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.engine.node import CHUNK_SECONDS
+from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import CHUNK_SAMPLES, SyncStep
 from aioloader.errors import SampleCancelledError
@@ -22,7 +23,6 @@ from aioloader.insight.meters import ConsumerMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
-    from aioloader.engine.window import Window
 
 __all__ = ["ThreadJob", "ThreadStep"]
 
@@ -81,10 +81,14 @@ class ThreadStep(SyncStep):
         overdue = perf_counter() - CHUNK_SECONDS
         return sum(job.began < overdue and len(job.outcomes) < len(job.claimed) for job in self._jobs)
 
+    @property
+    def rests(self) -> bool:
+        return not self.at_hand()
+
     def at_hand(self) -> list[tuple[Any, float]]:
         return [(entry.key, job.since) for job in self._jobs.copy() for entry in job.under_way()]
 
-    def bind(self, run: "Run", window: "Window", forward: Forward, finished: Forward) -> None:
+    def bind(self, run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
         if self._executor is None:
             self._threads = run.threads(self.concurrency, self._thread_name, self._initializer)

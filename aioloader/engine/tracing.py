@@ -20,7 +20,7 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.engine.thread_step import ThreadJob
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import ConsumerMeter
-from aioloader.insight.trace_file import TraceFile, Track
+from aioloader.insight.trace_file import FLUSH_EVENTS, TraceFile, Track
 
 if TYPE_CHECKING:
     from aioloader.engine.node import Node
@@ -69,11 +69,12 @@ class Tracer:
         if (before := self._last.get(window.upstream)) is not None:
             before.after = TracedEntry  # the same samples: nothing is between the two
             return
-        window.accept = _choosing(window.accept, self.every)  # type: ignore[method-assign, assignment]  # so that others do not ask
+        window.accept = _choosing(window.accept, self.every, self.file)  # type: ignore[method-assign, assignment]  # so that others do not ask
 
 
-def _choosing(accept: Callable[[list[Entry]], None], every: int) -> Callable[[list[Entry]], None]:
+def _choosing(accept: Callable[[list[Entry]], None], every: int, file: TraceFile) -> Callable[[list[Entry]], None]:
     """`accept`, before which one of `every` samples is chosen; of batches, which take longer, ten times as many."""
+    events = file.events
     left: int | None = None  # until the next one; None: nothing has come yet
 
     def accept_traced(run: list[Entry]) -> None:
@@ -86,6 +87,8 @@ def _choosing(accept: Callable[[list[Entry]], None], every: int) -> Callable[[li
                 if entry.error is None:
                     entry.__class__ = TracedEntry
             left = (left - count) % every
+            if len(events) >= FLUSH_EVENTS:  # entries add theirs without a look
+                file.flush()
         else:
             left -= count
         accept(run)
@@ -116,6 +119,7 @@ class StepTrace:
 
     Attributes:
         track: Of its calls.
+        events: Of its file.
         after: What a traced entry becomes when its call has ended: `TracedEntry`, if another step or window follows.
     """
 
@@ -123,6 +127,7 @@ class StepTrace:
 
     def __init__(self, track: Track, retries: Track) -> None:
         self.track = track
+        self.events = track.file.events
         self._retries = retries
 
     # -- async calls -------------------------------------------------------------------------------------------------
@@ -183,10 +188,7 @@ class TracedContext(SampleContext):
 
 
 class TracedEntry(Entry):
-    """An entry that is traced. It has no attributes of its own, so that any entry can become one.
-
-    While a call is under way, `since` says when it began: nobody else asks for it before the call has ended.
-    """
+    """An entry that is traced. It has no attributes of its own, so that any entry can become one."""
 
     __slots__ = ()
 
@@ -195,7 +197,7 @@ class TracedEntry(Entry):
         context = current_sample.get()
         if type(context) is TracedContext and context.name is self:  # a call begins, and not somebody weighs it
             self.__class__ = CalledEntry  # type: ignore[assignment]
-            _set_since(self, perf_counter())
+            _set_since(self, (context.trace, perf_counter()))
         return _value_of(self)
 
     @value.setter
@@ -204,30 +206,32 @@ class TracedEntry(Entry):
 
 
 class CalledEntry(Entry):
-    """The same while an async function is called for it."""
+    """The same while an async function is called for it.
+
+    In the place of `since`, for which nobody asks before the call has ended, is where it is traced and when it began.
+    """
 
     __slots__ = ()
 
     @property
     def since(self) -> float:
-        return _since_of(self)
+        began: float = _since_of(self)[1]
+        return began
 
     @since.setter
     def since(self, at: float) -> None:
         """The call has ended."""
-        began, context = _since_of(self), current_sample.get()
-        if type(context) is TracedContext:
-            trace = context.trace
-            self.__class__ = trace.after  # type: ignore[assignment]
-            attempts = 1 if self.rare is None else self.attempts
-            trace.track.sample(self.key, began, perf_counter(), self.position, attempts)
+        trace, began = _since_of(self)
+        self.__class__ = trace.after
+        attempts = 1 if self.rare is None else self.attempts
+        trace.events.append((trace.track, self.key, began, perf_counter(), self.position, attempts, None))
         _set_since(self, at)
 
 
 _value_of: Final[Callable[[Entry], Any]] = Entry.__dict__["value"].__get__
 _set_value: Final[Callable[[Entry, Any], None]] = Entry.__dict__["value"].__set__
-_since_of: Final[Callable[[Entry], float]] = Entry.__dict__["since"].__get__
-_set_since: Final[Callable[[Entry, float], None]] = Entry.__dict__["since"].__set__
+_since_of: Final[Callable[[Entry], Any]] = Entry.__dict__["since"].__get__
+_set_since: Final[Callable[[Entry, Any], None]] = Entry.__dict__["since"].__set__
 
 
 class TracedJob(ThreadJob):

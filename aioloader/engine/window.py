@@ -21,7 +21,7 @@ from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
 from aioloader.engine.room import Growth, Room
 from aioloader.engine.skipping import SkipRule
-from aioloader.engine.steps import Step, bind_in_a_row
+from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.insight.gauges import WaitMeter
 from aioloader.insight.meters import Why
 
@@ -60,7 +60,10 @@ class Window(Node):
         hands_out: What leaves goes to the consumer. It waits until that has it, and `handed_out` is called.
         queued: Gives how much of that waits now, where the consumer is in another thread.
         bounded: The user has said how much it holds.
+        one_by_one: `finished` has to be told of each entry, also of those that are finished in order.
     """
+
+    one_by_one = False
 
     admission: Admission | None = None
     in_a_row: InARow | None = None
@@ -310,7 +313,9 @@ class Window(Node):
 
     @property
     def still(self) -> bool:
-        return self._closed or self.under_way == self._aside
+        if self._closed:  # what is left counts no more, but for calls: `take` has all that it wants while some go on
+            return all(step.rests for step in self._parts)
+        return self.under_way == self._aside
 
     def pause(self) -> None:
         self._paused = True
@@ -329,6 +334,11 @@ class Window(Node):
         for step in self._parts:
             if step.retrying is not None:
                 step.retrying.pause(paused=self._paused)
+
+    def rested(self) -> None:
+        """A call of a step that is closed has ended."""
+        if self._paused:
+            self._run.soon(self._run.pausing.look)
 
     def set_aside(self, count: int) -> None:
         """`count` entries that came in turn out not to have begun; negative: they may begin again."""
@@ -598,11 +608,17 @@ class Window(Node):
         if self.admission is not None:
             self.admission.changed()
 
+    def takes_many(self, forward: Forward) -> bool:
+        """Whether what a step gives to `forward` may be told by `finished_in_place`, many entries at a time."""
+        return self.ordered and not self.one_by_one and forward == self.finished
+
     def finished_in_place(self, count: int) -> None:
         """`count` entries of an ordered window are done, and their `state` says so already."""
         self.under_way -= count
         if self._slots[0].state:
             self._kick()
+        elif self._occupied >= self._full_at:
+            self.wake()
         if self.under_way == self._aside:
             self.wake()
 

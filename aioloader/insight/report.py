@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from aioloader.insight.report_style import STYLE
-from aioloader.insight.stats import StageStats, Stats
-from aioloader.insight.stats_table import headline, outcomes, rate
+from aioloader.insight.stats import StageStats, Stats, headline
+from aioloader.insight.stats_table import outcomes, rate
 from aioloader.insight.units import amount, duration
 from aioloader.insight.waits_plot import Waited, waits_plot
 from aioloader.masking import masked

@@ -9,12 +9,14 @@ from anyio.to_thread import run_sync
 
 from aioloader.core.forks import tell_of_fork
 from aioloader.core.typevars import T_co
-from aioloader.engine.delivery import AsyncDelivery, Delivery, SyncDelivery
+from aioloader.engine.async_delivery import AsyncDelivery
+from aioloader.engine.delivery import Delivery
 from aioloader.engine.faces import AsyncBatches, Batches
 from aioloader.engine.loop_thread import LoopThread
 from aioloader.engine.pausing import Paused
 from aioloader.engine.progress import Progress
 from aioloader.engine.run import CLOSE_SECONDS, Run
+from aioloader.engine.sync_delivery import SyncDelivery
 from aioloader.engine.tuner import Tuner
 from aioloader.loader.states import Resumable
 from aioloader.plan.parts import streams_of

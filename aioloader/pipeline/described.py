@@ -61,7 +61,7 @@ class Described(Loader[T_co]):
         return None if self._alone else agreeing_group(self._plan)
 
     def _tell_of_ranks(self, world_size: int) -> None:
-        if cost := cost_of_samples(self._plan, lambda shard: not shard.said):
+        if cost := cost_of_samples(self._plan, lambda shard: not shard.by_numbers):
             warn_of_cost(cost)
         if world_size and self._agreeing() is None and (why := uneven_files(self._plan) or uneven_stage(self._plan)):
             warn_of_uneven(why)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, Literal, TypeAlias
 
-from aioloader.engine.ops import PROCESSES, InProcesses
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import PROCESSES, InProcesses, OnRay
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.sources.resolve import describe

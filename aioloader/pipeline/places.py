@@ -11,10 +11,8 @@ from aioloader.core.typevars import T_co
 from aioloader.device import DeviceLike, check_device
 from aioloader.executors.processes.fork_server import check_processes
 from aioloader.pipeline.described import Described
-from aioloader.plan.parts import limits_of, rates_of, samplers_of, streams_of
+from aioloader.plan.elsewhere import check_may_leave
 from aioloader.plan.plan import before_cache
-from aioloader.sources.resolve import describe
-from aioloader.sources.sampler_order import draws_globally, generators_of
 from aioloader.stages.cache import Cache
 from aioloader.stages.device import PinMemory, To
 from aioloader.stages.in_process import OwnProcess
@@ -83,28 +81,7 @@ class Placing(Described[T_co]):
         for stage in self._plan.stages:
             if stage.here_only:
                 raise ValueError(f"in_process() must come before {stage.label}, got {self!r}; put it first, once")
-        for stream in streams_of(self._plan):
-            if stream.single_use:
-                raise ValueError(
-                    f"in_process() sends its source to another process, but {describe(stream.make)} is at work here; "
-                    f"pass the generator function itself (without calling it)"
-                )
-        for label, limit in limits_of(self._plan):
-            raise ValueError(
-                f"in_process() sends {label} to another process, which cannot share its {limit!r} with this one; pass "
-                f"concurrency={limit.value}, or put that stage after in_process()"
-            )
-        for label, rate in rates_of(self._plan):
-            raise ValueError(
-                f"in_process() sends {label} to another process, which cannot share its {rate!r} with this one; put "
-                f"that stage after in_process(), or leave the rate out"
-            )
-        for sampler in samplers_of(self._plan):
-            if draws_globally(sampler) or generators_of(sampler):
-                raise ValueError(
-                    f"in_process() leaves this process's random generators behind, but {describe(sampler)} draws from "
-                    f"one; use shuffle(seed=...) instead of it"
-                )
+        check_may_leave(self._plan, "in_process()", "another process")
         return self._then(OwnProcess())
 
     def pin_memory(self) -> "Pipeline[T_co]":

@@ -76,7 +76,7 @@ class Sharding(Described[T_co]):
         if shard.by == "sample":
             check_one_order(self._plan)
         pipeline = self._then(shard)
-        if cost := cost_of_samples(pipeline._plan, lambda stage: stage is shard and shard.said):
+        if cost := cost_of_samples(pipeline._plan, lambda stage: stage is shard and shard.by_numbers):
             warn_of_cost(cost)
         return pipeline
 

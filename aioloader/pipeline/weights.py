@@ -7,7 +7,8 @@ from typing import Any
 from torch import empty, int64
 
 from aioloader.core.checks import check_count
-from aioloader.core.mixture import Mixes, check_changes, check_weights
+from aioloader.core.mix_control import Mixes, check_changes
+from aioloader.core.mixture import check_weights
 from aioloader.core.typevars import T_co
 from aioloader.engine.progress import Progress
 from aioloader.loader import Loader

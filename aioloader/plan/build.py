@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from aioloader.core.memory import Alloc
-from aioloader.core.mixture import Mixes
+from aioloader.core.mix_control import Mixes
 from aioloader.device import Transfer
 from aioloader.engine.window import Window
 from aioloader.executors.processes.worker_thread import WorkerThread

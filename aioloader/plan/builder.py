@@ -10,7 +10,7 @@ from aioloader.core.address import Address
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
 from aioloader.core.memory import Alloc
-from aioloader.core.mixture import MixControl, Mixes
+from aioloader.core.mix_control import MixControl, Mixes
 from aioloader.core.written import Written
 from aioloader.device import Transfer
 from aioloader.engine.admission import Admission

@@ -6,20 +6,18 @@ from dataclasses import replace
 from typing import Any, Final
 
 from aioloader.core.source import CursorSource
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import OnRay
 from aioloader.errors import StateError
 from aioloader.executors.ray.pool import RayPool
 from aioloader.executors.ray.workers import RayWorkers
-from aioloader.plan.parts import limits_of, rates_of, samplers_of, streams_of
+from aioloader.plan.elsewhere import check_may_leave
+from aioloader.plan.parts import streams_of
 from aioloader.plan.plan import Plan, flows_of, walk
 from aioloader.plan.ranks import check_one_order
 from aioloader.plan.state import contents_of
-from aioloader.sources.resolve import describe, source_name
-from aioloader.sources.sampler_order import draws_globally, generators_of
-from aioloader.stages.cache import Cache
+from aioloader.sources.resolve import source_name
+from aioloader.stages.base import Stage
 from aioloader.stages.in_ray import InRay
-from aioloader.stages.map import Filter, Map
-from aioloader.stages.select import Enumerate, SkipFirst, Take
 
 __all__ = ["check_in_ray", "check_pool", "scaled", "with_parts_of", "workers_for"]
 
@@ -41,12 +39,8 @@ def check_in_ray(plan: Plan, shown: str) -> None:
     for stage in plan.stages:
         if stage.here_only or stage.on_device:
             raise ValueError(f"in_ray() must come before {stage.label}, got {shown}; put it first, once")
+    check_may_leave(plan, "in_ray()", "other processes")
     for stream in streams_of(plan):
-        if stream.single_use:
-            raise ValueError(
-                f"in_ray() sends its source to other processes, but {describe(stream.make)} is at work here; pass the "
-                f"generator function itself (without calling it)"
-            )
         if isinstance(stream.make, CursorSource) and (stream.make.live or not stream.make.replayable):
             raise ValueError(
                 f"in_ray() reads its source in other processes, in parts, and what comes into "
@@ -55,51 +49,39 @@ def check_in_ray(plan: Plan, shown: str) -> None:
             )
     for part in walk(plan):
         for stage in part.stages:
-            executor = stage.executor if isinstance(stage, Map | Filter) else None
-            if isinstance(executor, OnRay):
-                raise ValueError(
-                    f"in_ray() runs {stage.label} in actors, got one that runs in actors of its own; leave its "
-                    f"executor out, or put it after in_ray()"
-                )
-            if isinstance(executor, Executor):
-                raise ValueError(
-                    f"in_ray() sends {stage.label} to other processes, and its executor, {executor!r}, is one of this "
-                    f"process; leave it out, or put that stage after in_ray()"
-                )
-    for label, limit in limits_of(plan):
-        raise ValueError(
-            f"in_ray() sends {label} to other processes, which cannot share its {limit!r} with this one; pass "
-            f"concurrency={limit.value}, or put that stage after in_ray()"
-        )
-    for label, rate in rates_of(plan):
-        raise ValueError(
-            f"in_ray() sends {label} to other processes, which cannot share its {rate!r} with this one; put that stage "
-            f"after in_ray(), or leave the rate out"
-        )
-    for sampler in samplers_of(plan):
-        if draws_globally(sampler) or generators_of(sampler):
-            raise ValueError(
-                f"in_ray() leaves this process's random generators behind, but {describe(sampler)} draws from one; use "
-                f"shuffle(seed=...) instead of it"
-            )
-    for part in walk(plan):
+            _check_executor(stage)
         _check_parts(part)
     check_one_order(plan)
+
+
+def _check_executor(stage: Stage) -> None:
+    """Refuse a stage whose function runs where an actor cannot have it."""
+    if isinstance(stage.executor, OnRay):
+        raise ValueError(
+            f"in_ray() runs {stage.label} in actors, got one that runs in actors of its own; leave its "
+            f"executor out, or put it after in_ray()"
+        )
+    if isinstance(stage.executor, Executor):
+        raise ValueError(
+            f"in_ray() sends {stage.label} to other processes, and its executor, {stage.executor!r}, is one of this "
+            f"process; leave it out, or put that stage after in_ray()"
+        )
 
 
 def _check_parts(plan: Plan) -> None:
     """Refuse stages that would mean another thing in each part."""
     for stage, before in zip(plan.stages, flows_of(plan), strict=False):
-        if isinstance(stage, Enumerate) or (isinstance(stage, Take | SkipFirst) and not before.by_key):
-            raise ValueError(
-                f"in_ray() runs what is before it once for each part, and {stage.label} would count in each of them; "
-                f"put it after in_ray()"
-            )
-        if isinstance(stage, Cache) and not before.keyed:
+        if stage.part_by_part or (stage.reorders and before.by_key) or (stage.caches and before.keyed):
+            continue
+        if stage.caches:
             raise ValueError(
                 "in_ray() runs what is before it once for each part, and cache() would know samples by their positions "
                 "in it, which each part has; put cache() after in_ray(), or right after maps of an indexable source"
             )
+        raise ValueError(
+            f"in_ray() runs what is before it once for each part, and {stage.label} would count in each of them; "
+            f"put it after in_ray()"
+        )
 
 
 def check_pool(pool: Any) -> str | None:

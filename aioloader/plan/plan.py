@@ -15,7 +15,7 @@ from aioloader.sources.resolve import Indexable, StreamData, describe_content, s
 from aioloader.sources.sampled import Sampled
 from aioloader.sources.sampler_order import generators_of, is_repeatable
 from aioloader.stages.base import Stage, UnknownLengthError
-from aioloader.stages.flow import STRENGTH, Again, Flow, Guarantee, Shared, Steps
+from aioloader.stages.flow import STRENGTH, Again, Flow, Guarantee, Ranks, Shared, Steps
 from aioloader.stages.part import Part
 
 __all__ = [
@@ -145,7 +145,7 @@ def may_tune(plan: Plan) -> bool:
     loads = (part.source.data for part in walk(plan) if isinstance(part.source, Single))
     loads_by_key = any(isinstance(data, Indexable) and data.load is not None for data in loads)
     calls = any(stage.functions for part in walk(plan) for stage in part.stages)
-    return loads_by_key or calls or flow_of(plan).batch_size is not None or flow_of(plan).whole
+    return loads_by_key or calls or flow_of(plan).batch_size is not None or flow_of(plan).one_a_step
 
 
 def walk(plan: Plan) -> Iterator[Plan]:
@@ -241,11 +241,25 @@ def _combined(source: Combined) -> Flow:
     dealt = [(part.ranks, part.batch_size) for part in parts if part.ranks is not None]
     if not dealt:
         return flow
+    in_step = source.how == "zip" and len(dealt) == len(parts)
+    return _dealt(flow, dealt, label, as_they_come=bool(as_they_come), in_step=in_step)
+
+
+def _dealt(flow: Flow, dealt: list[tuple[Ranks, int | None]], label: str, *, as_they_come: bool, in_step: bool) -> Flow:
+    """`flow` of several sources, of which some were dealt to ranks.
+
+    Args:
+        flow: What is known of it otherwise.
+        dealt: The ranks of each that was, and the size of its batches.
+        label: How they are combined.
+        as_they_come: In an order that time decides.
+        in_step: One of each at a time, and all were dealt.
+    """
     ranks, batch_size = max(dealt, key=lambda one: one[0].shared)
     flow = replace(flow, ranks=ranks, batch_size=batch_size)
     if as_they_come or any((its.rank, its.world_size) != (ranks.rank, ranks.world_size) for its, _ in dealt):
         return flow.limited(Shared.SAME_RANK, label)
-    if source.how == "zip" and len(dealt) == len(parts) and len({size for _, size in dealt}) == 1:
+    if in_step and len({size for _, size in dealt}) == 1:
         return flow
     return flow.limited(Shared.SAME_WORLD, label)
 

@@ -14,7 +14,7 @@ from aioloader.errors import StateError
 from aioloader.plan.plan import Combined, Plan, flow_of, flows_of, walk, with_ranks
 from aioloader.sources.resolve import StreamData
 from aioloader.sources.sampler_order import chain_of
-from aioloader.stages.flow import Ranks, Shared
+from aioloader.stages.flow import Flow, Ranks, Shared
 
 __all__ = ["batch_of_all_ranks", "check_one_order", "check_shard_state", "is_sharded", "is_shared", "shard_state"]
 
@@ -74,19 +74,9 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None, *, begun: boo
     if ranks.by_file and not begun:
         return
     now = f"rank {ranks.rank} of {ranks.world_size}"
-    whole = elastic and flow.elastic and flow.global_batch is None
-    counts_samples = global_batch is None and not whole and not ranks.because
-    if world_size != ranks.world_size and counts_samples and not ranks.by_file:
-        raise StateError(
-            f"the state is of world_size={world_size}, and this is {now}: without batch() a step is one sample for "
-            f"each rank, and these ranks would make others; start {world_size} ranks, or add batch() from the beginning"
-        )
-    if world_size != ranks.world_size and not (elastic and flow.elastic):
-        after = f"after {ranks.because} " if ranks.because else ""
-        raise StateError(
-            f"the state is of world_size={world_size}, and this is {now}: {after}a position of one rank is none "
-            f"of another number of ranks; start {world_size} ranks{_cure(ranks)}"
-        )
+    if world_size != ranks.world_size:
+        its = f"the state is of world_size={world_size}, and this is {now}"
+        _check_other_world(flow, ranks, elastic and flow.elastic, global_batch, its, f"start {world_size} ranks")
     if rank is not None and rank != ranks.rank:
         raise StateError(
             f"the state is that of rank {rank} of {world_size}, and this is {now}: after {ranks.because} each rank "
@@ -98,6 +88,23 @@ def check_shard_state(plan: Plan, state: Mapping[str, Any] | None, *, begun: boo
         raise StateError(
             f"the state has a global batch of {its}, and this pipeline one of {ours}: its batches would be others than "
             f"those that were to come; {_way_out(global_batch, ranks.world_size)}"
+        )
+
+
+def _check_other_world(
+    flow: Flow, ranks: Ranks, elastic: bool, global_batch: int | None, its: str, way_out: str
+) -> None:
+    """Refuse a state of another number of ranks, unless steps are what both it and this plan count."""
+    one_a_step = elastic and flow.global_batch is None
+    if global_batch is None and not (one_a_step or ranks.because or ranks.by_file):
+        raise StateError(
+            f"{its}: without batch() a step is one sample for each rank, and these ranks would make others; {way_out}, "
+            f"or add batch() from the beginning"
+        )
+    if not elastic:
+        after = f"after {ranks.because} " if ranks.because else ""
+        raise StateError(
+            f"{its}: {after}a position of one rank is none of another number of ranks; {way_out}{_cure(ranks)}"
         )
 
 

@@ -216,7 +216,7 @@ def _nested(value: Any) -> bool:
     level = [value]
     for _ in range(MOST_NESTED):
         inner = [part for part in level if isinstance(part, list | dict)]
-        level = [part for whole in inner for part in (whole.values() if isinstance(whole, dict) else whole)]
+        level = [part for outer in inner for part in (outer.values() if isinstance(outer, dict) else outer)]
         if not level:
             return False
     return True
@@ -361,30 +361,36 @@ def _difference(now: Shape, then: Any, where: str = "") -> str | None:
         return f"the description in the state is broken: {then!r}"[:300]
     here, there = ([part for part in shape if not _is_ordered_map(part)] for shape in (now, then))
     for number, (mine, its) in enumerate(zip(here, there, strict=False)):
-        place = f"{where}stage {number}"
-        if mine["stage"] != its["stage"]:
-            return f"{place} is {_words(mine)}, and was {_words(its)}"
-        for key in [key for key in mine if key != "name"]:
-            if key == "sources":
-                difference = _sources_difference(mine[key], its.get(key), place)
-                if difference is not None:
-                    return difference
-            elif mine[key] != its.get(key):
-                if key == "arguments":
-                    return _arguments_difference(mine[key], its.get(key), place)
-                if key == "length":
-                    return _length_difference(mine, its.get(key), where)
-                if mine["stage"] == its["stage"] == "source" and mine.get("kind") == its.get("kind"):
-                    return _source_difference(mine, its, key, where)
-                if (words := _words(mine)) == _words(its):
-                    return f"{place}, {words}, has {key}={mine[key]!r}, and had {key}={its.get(key)!r}"[:300]
-                return f"{place} is {words}, and was {_words(its)}"
+        if (difference := _stage_difference(mine, its, number, where)) is not None:
+            return difference
     if len(here) != len(there):
         longer, verb = (here, "is") if len(here) > len(there) else (there, "was")
         return (
             f"{where}stage {min(len(here), len(there))} {verb} {_words(longer[min(len(here), len(there))])}, and "
             + ("there was none" if verb == "is" else "there is none now")
         )
+    return None
+
+
+def _stage_difference(mine: dict[str, Any], its: dict[str, Any], number: int, where: str) -> str | None:
+    place = f"{where}stage {number}"
+    if mine["stage"] != its["stage"]:
+        return f"{place} is {_words(mine)}, and was {_words(its)}"
+    for key in [key for key in mine if key != "name"]:
+        then = its.get(key)
+        if key == "sources":
+            if (difference := _sources_difference(mine[key], then, place)) is not None:
+                return difference
+        elif mine[key] != then:
+            if key == "arguments":
+                return _arguments_difference(mine[key], then, place)
+            if key == "length":
+                return _length_difference(mine, then, where)
+            if mine["stage"] == "source" and mine.get("kind") == its.get("kind"):
+                return _source_difference(mine, its, key, where)
+            if (words := _words(mine)) == _words(its):
+                return f"{place}, {words}, has {key}={mine[key]!r}, and had {key}={then!r}"[:300]
+            return f"{place} is {words}, and was {_words(its)}"
     return None
 
 

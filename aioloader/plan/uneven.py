@@ -1,11 +1,7 @@
 """Stages that leave ranks with different numbers of batches. Pure."""
 
 from aioloader.plan.plan import Combined, Plan
-from aioloader.stages.base import Stage, UnknownLengthError
-from aioloader.stages.batch import Unbatch
-from aioloader.stages.select import Take
 from aioloader.stages.shard import UNCOUNTED, Shard
-from aioloader.stages.skip_errors import SkipErrors
 
 __all__ = ["uneven_stage"]
 
@@ -33,19 +29,8 @@ def _look(plan: Plan) -> tuple[bool, str]:
         if isinstance(stage, Shard):
             # who has said "keep" knows, and with "agree" all end together
             dealt, label = stage.even not in UNCOUNTED, ""
-        elif isinstance(stage, Take) or (stage.encloses and not _counted(stage)):
-            label = ""  # so many, or without end
-        elif dealt and not label and not _counted(stage):
+        elif stage.evenness == "given":
+            label = ""
+        elif dealt and not label and stage.evenness == "lost":
             label = stage.label
     return dealt, label
-
-
-def _counted(stage: Stage) -> bool:
-    """Whether ranks that give it as many samples get as many; what `skip_errors` leaves out should not happen."""
-    if isinstance(stage, SkipErrors) or (isinstance(stage, Unbatch) and stage.collated):
-        return True
-    try:
-        stage.length(1)
-    except UnknownLengthError:
-        return False
-    return True

@@ -1,13 +1,11 @@
 """The reader of a `Channel` for one epoch of a loader."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from aioloader.core.entry import Entry
 from aioloader.core.source import EntryReader, SourceContext
 from aioloader.sources.channel_ledger import ChannelLedger
-
-if TYPE_CHECKING:
-    from aioloader.sources.channel import Channel
+from aioloader.sources.channel_queue import ChannelQueue
 
 __all__ = ["ChannelReader"]
 
@@ -15,7 +13,7 @@ __all__ = ["ChannelReader"]
 class ChannelReader(EntryReader):
     """Takes samples out of a channel as they are asked for."""
 
-    def __init__(self, channel: "Channel", context: SourceContext, ledger: ChannelLedger) -> None:
+    def __init__(self, channel: ChannelQueue[Any], context: SourceContext, ledger: ChannelLedger) -> None:
         self._channel = channel
         self._context = context
         self._ledger = ledger

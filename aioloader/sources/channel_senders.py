@@ -2,16 +2,14 @@
 
 import asyncio
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Self
+from typing import Generic, Self
 from weakref import WeakSet
 
 from aioloader.core.typevars import T
 from aioloader.errors import ChannelClosedError
+from aioloader.sources.channel_queue import ChannelQueue
 from aioloader.sources.channel_slot import Slot
 from aioloader.sources.channel_waiting import WaitingThread
-
-if TYPE_CHECKING:
-    from aioloader.sources.channel import Channel
 
 __all__ = ["Handle", "Sender", "SyncSender"]
 
@@ -26,7 +24,7 @@ class Handle(Generic[T]):
     consumer; with its place, others would wait for ever.
     """
 
-    def __init__(self, channel: "Channel[T]") -> None:
+    def __init__(self, channel: ChannelQueue[T]) -> None:
         self._channel = channel
         self._open = True
         self._slots: WeakSet[Slot[T]] = WeakSet()
@@ -40,7 +38,7 @@ class Handle(Generic[T]):
     def reserve_nowait(self) -> Slot[T]:
         """See `Channel.reserve_nowait`."""
         self._check_open()
-        return self._channel._reserve_nowait(self)
+        return self._channel._reserve_nowait(self._slot)
 
     def close(self) -> None:
         """Close this sender, and give back its unused slots; closing the last one closes the channel. Idempotent."""
@@ -56,6 +54,15 @@ class Handle(Generic[T]):
         for slot in slots:
             slot.release()
         self._channel._count_handle(-1, error)
+
+    def _slot(self) -> Slot[T]:
+        """For a place that was taken or promised, under the lock; given back where this was closed meanwhile."""
+        if not self._open:
+            self._channel._give_back()
+            self._check_open()
+        slot = Slot(self._channel, self._check_open)
+        self._slots.add(slot)
+        return slot
 
     def _check_open(self) -> None:
         if not self._open:
@@ -83,7 +90,7 @@ class Sender(Handle[T]):
     async def reserve(self) -> Slot[T]:
         """See `Channel.reserve`."""
         self._check_open()
-        return await self._channel._reserve(self)
+        return await self._channel._reserve(self._slot)
 
     async def __aenter__(self) -> Self:
         return self
@@ -101,7 +108,7 @@ class SyncSender(Handle[T]):
         """Put `sample` into the channel; block until there is room.
 
         Args:
-            sample: Tthing.
+            sample: What to put there.
             timeout: The most seconds to wait; None means no limit.
 
         Raises:
@@ -142,13 +149,13 @@ class SyncSender(Handle[T]):
         channel = self._channel
         with channel._lock:
             if channel._take_place():
-                return channel._slot(self)
+                return self._slot()
             waiting = channel._wait_for_place(WaitingThread())
         try:
             waiting.woken.wait(timeout)
             with channel._lock:
                 if channel._claim(waiting):
-                    return channel._slot(self)
+                    return self._slot()
         except BaseException:
             channel._withdraw(waiting)
             raise

@@ -1,14 +1,12 @@
 """A place in a `Channel` that is taken before its sample is made."""
 
 import warnings
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self
+from typing import Any, Generic, Self
 
 from aioloader.core.typevars import T
-
-if TYPE_CHECKING:
-    from aioloader.sources.channel import Channel
-    from aioloader.sources.channel_senders import Handle
+from aioloader.sources.channel_queue import ChannelQueue
 
 __all__ = ["Slot"]
 
@@ -28,12 +26,10 @@ class Slot(Generic[T]):
     `ResourceWarning`.
     """
 
-    def __init__(self, channel: "Channel[T]", sender: "Handle[T] | None" = None) -> None:
+    def __init__(self, channel: ChannelQueue[T], check_sender: Callable[[], None] | None = None) -> None:
         self._channel = channel
-        self._sender = sender
+        self._check_sender = check_sender  # raises once the sender that reserved it is closed
         self._held = True  # guarded by the channel's lock
-        if sender is not None:
-            sender._slots.add(self)
 
     def send(self, sample: T) -> None:
         """Put `sample` into the channel, at once.
@@ -52,8 +48,8 @@ class Slot(Generic[T]):
                     raise channel._refusal("the sample was not sent")
                 channel._fill(sample)
                 return
-        if self._sender is not None:
-            self._sender._check_open()
+        if self._check_sender is not None:
+            self._check_sender()
         raise RuntimeError("this slot has been used or released: it is for one sample; reserve another one")
 
     def release(self) -> None:

@@ -7,6 +7,7 @@ error and never another sample.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from os import fstat
 from typing import Any, Final, NamedTuple
@@ -18,12 +19,14 @@ from aioloader.executors.apart import in_thread
 from aioloader.sources.fetch import FetchSource, NamedSamples, PlannedKeys
 from aioloader.sources.paths import names_of
 from aioloader.sources.requests import RequestPolicies, store_policies
-from aioloader.sources.tar import TarShards, _Archive
+from aioloader.sources.stored_files import StoredFile
+from aioloader.sources.tar_decode import DecodeSample
 from aioloader.sources.tar_index_files import read_indexes
+from aioloader.sources.tar_parser import TarLimits
 from aioloader.sources.tar_ranges import ArchiveRanges, PlannedRanges, Wanted
 from aioloader.sources.tar_samples import TarSamples
 
-__all__ = ["IndexedTarFiles", "IndexedTarObjects", "archives_of", "open_indexed"]
+__all__ = ["IndexedTarFiles", "IndexedTarObjects", "ToldOfTar", "open_indexed"]
 
 CONCURRENCY: Final = 64
 
@@ -31,16 +34,44 @@ WINDOW_BYTES: Final = 64 << 20
 """The samples of a window are read at once where they are neighbours, and held until they are wanted."""
 
 
+@dataclass(frozen=True)
+class ToldOfTar:
+    """What `TarShards` was told of its archives, as far as it means the same with an index.
+
+    Attributes:
+        files: They, in order.
+        decode: See `TarShards`, as for the others.
+        limits: How large members and samples may be.
+        requests: What is done about those that fail.
+        open_ahead: Archives that are open ahead.
+        ahead: See there.
+        ahead_bytes: See there.
+    """
+
+    files: tuple[StoredFile, ...]
+    decode: DecodeSample
+    limits: TarLimits
+    requests: RequestPolicies
+    open_ahead: int
+    ahead: int | None
+    ahead_bytes: int | None
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The paths and URLs of the archives, in order."""
+        return tuple(file.url for file in self.files)
+
+
 def open_indexed(
-    kind: type[TarShards], *arguments: Any, concurrency: int | None = None, **others: Any
+    told: Callable[..., ToldOfTar], *arguments: Any, concurrency: int | None = None, **others: Any
 ) -> "IndexedTarFiles | IndexedTarObjects":
     """The source of `TarShards(shards, index=True, ...)`.
 
     Args:
-        kind: `TarShards`.
-        arguments: See there.
-        concurrency: See there.
-        others: See there.
+        told: Checks what `TarShards` is called with.
+        arguments: Of `TarShards`.
+        concurrency: Of `TarShards`.
+        others: Of `TarShards`.
 
     Raises:
         FileNotFoundError: There is no archive, or it has no index.
@@ -52,8 +83,8 @@ def open_indexed(
                 f"TarShards(index=True) has its samples in any order: Pipeline(...).shuffle() is the true shuffle, and "
                 f"{name}={others[name]!r} is for archives without an index; leave it out"
             )
-    tar = kind(*arguments, **others)
-    archives = archives_of(tar)
+    tar = told(*arguments, **others)
+    archives = tar.files
     stored = [archive for archive in archives if archive.store is not None]
     if stored and len(stored) < len(archives):
         local = next(archive.name for archive in archives if archive.store is None)
@@ -62,7 +93,7 @@ def open_indexed(
             f"{stored[0].name}; make two sources, and combine them with Pipeline.mix or Pipeline.interleave"
         )
     policies = store_policies(*(others.get(name) for name in ("retry", "timeout", "hedge", "rate")))
-    samples = TarSamples(archives, read_indexes(archives, policies), tar._decode, tar._limits)
+    samples = TarSamples(archives, read_indexes(archives, policies), tar.decode, tar.limits)
     if stored:
         concurrency = CONCURRENCY if concurrency is None else check_count("concurrency", concurrency, least=1)
         return IndexedTarObjects(samples, tar, policies, concurrency)
@@ -74,12 +105,7 @@ def open_indexed(
     return IndexedTarFiles(samples, tar)
 
 
-def archives_of(tar: TarShards) -> tuple[_Archive, ...]:
-    """The archives of a source without an index."""
-    return tar._files
-
-
-def _identity(samples: TarSamples, tar: TarShards) -> dict[str, Any]:
+def _identity(samples: TarSamples, tar: ToldOfTar) -> dict[str, Any]:
     return {**names_of(tar.urls), "samples": samples.checksum}
 
 
@@ -91,11 +117,11 @@ class IndexedTarFiles(NamedSamples):
         tar: What the user has said of them.
     """
 
-    def __init__(self, samples: TarSamples, tar: TarShards) -> None:
+    def __init__(self, samples: TarSamples, tar: ToldOfTar) -> None:
         self.samples = samples
         self.names = _Names(samples)
         self._identity = _identity(samples, tar)
-        self.ahead, self.ahead_bytes = tar.ahead, tar._ahead_bytes
+        self.ahead, self.ahead_bytes = tar.ahead, tar.ahead_bytes
         self.urls = tar.urls
 
     def identity(self) -> dict[str, Any]:
@@ -155,11 +181,11 @@ class IndexedTarObjects(FetchSource[dict[str, Any]]):
 
     finishes = True
 
-    def __init__(self, samples: TarSamples, tar: TarShards, policies: Policies | None, concurrency: int) -> None:
+    def __init__(self, samples: TarSamples, tar: ToldOfTar, policies: Policies | None, concurrency: int) -> None:
         self.samples = samples
         self.urls = tar.urls
         self.policies = policies
-        self.ahead, self.ahead_bytes = tar.ahead, tar._ahead_bytes
+        self.ahead, self.ahead_bytes = tar.ahead, tar.ahead_bytes
         self.concurrency = concurrency if self.ahead is None else min(concurrency, self.ahead)
         self._keys = _Keys(samples, tar)
         self._unplanned = ArchiveRanges(samples, None)
@@ -201,15 +227,15 @@ class IndexedTarObjects(FetchSource[dict[str, Any]]):
 class _Keys(PlannedKeys):
     """The numbers of the samples, and how their requests are planned."""
 
-    def __init__(self, samples: TarSamples, tar: TarShards) -> None:
+    def __init__(self, samples: TarSamples, tar: ToldOfTar) -> None:
         self._samples = samples
         self.names = _Names(samples)
         self._identity = _identity(samples, tar)
-        self._requests: RequestPolicies = tar._requests
+        self._requests: RequestPolicies = tar.requests
         # What waits besides the window that is being used is the beginning of the next one: so half for each.
         self._most_keys = None if tar.ahead is None else max(1, tar.ahead // 2)
-        self._most_bytes = WINDOW_BYTES if tar._ahead_bytes is None else tar._ahead_bytes / 2
-        self._ranges_ahead = tar._open_ahead
+        self._most_bytes = WINDOW_BYTES if tar.ahead_bytes is None else tar.ahead_bytes / 2
+        self._ranges_ahead = tar.open_ahead
 
     def identity(self) -> dict[str, Any]:
         return self._identity

@@ -1,11 +1,8 @@
 """`TarShards`: samples in tar archives, in the layout of WebDataset."""
 
-import re
 from asyncio import Event
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 from os import PathLike
-from time import perf_counter
 from typing import Any, Final, Self
 
 from aioloader.core.checks import check_ahead, check_count
@@ -13,47 +10,34 @@ from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.policies import Hedge, Rate, Retry
 from aioloader.core.source import SourceContext, SourceThreads
-from aioloader.errors import BrokenDataError
 from aioloader.sources.compressed import MAX_WINDOW_BYTES, decompressor_for
 from aioloader.sources.file_order import FileOrder
 from aioloader.sources.file_source import FileSource
 from aioloader.sources.in_order import InOrder
 from aioloader.sources.marks import read_mark
 from aioloader.sources.pace import Pace
-from aioloader.sources.parsing import OffsetQuota, Parser, parsed, stored_chunks
-from aioloader.sources.read_ahead import Quota, QuotaRule, failed
+from aioloader.sources.parsing import OffsetQuota
+from aioloader.sources.read_ahead import Quota, QuotaRule
 from aioloader.sources.requests import Requests
 from aioloader.sources.stored_files import StoredFile, find_stored_files
-from aioloader.sources.stores import Version, read_version
-from aioloader.sources.tar_blocks import BLOCK
+from aioloader.sources.stores import read_version
 from aioloader.sources.tar_decode import DecodeSample, Decoding
-from aioloader.sources.tar_format import BrokenHeaderError, EndMark, Member, TarMembers
 from aioloader.sources.tar_index import without_indexes
+from aioloader.sources.tar_parser import (
+    BEGINNING,
+    MAX_MEMBER_BYTES,
+    MAX_SAMPLE_BYTES,
+    Start,
+    TarLimits,
+    TarParser,
+)
 
-__all__ = ["TarShards"]
-
-_Start = tuple[int, int | None, str | None]  # byte offset, mark, version
-_BEGINNING: Final[_Start] = (0, None, None)
+__all__ = ["TarShards", "archives_of"]
 
 LISTS_AHEAD: Final = 2  # per open archive, each of a few milliseconds of work
 
-MAX_MEMBER_BYTES: Final = 256 << 20
-MAX_SAMPLE_BYTES: Final = 1 << 30
 
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    """The most that is accepted: see the arguments of `TarShards`."""
-
-    member_bytes: int = MAX_MEMBER_BYTES
-    sample_bytes: int = MAX_SAMPLE_BYTES
-    window_bytes: int = MAX_WINDOW_BYTES
-
-
-_Archive = StoredFile
-
-
-class TarShards(FileSource[_Start, dict[str, Any]]):
+class TarShards(FileSource[Start, dict[str, Any]]):
     """Samples from tar archives, in the layout of WebDataset: neighbouring members with the same key are one sample.
 
     The key of a member is its folders and its name up to the first dot, the rest is the extension, in lower case. A
@@ -117,9 +101,14 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
         if not index:
             return super().__new__(cls)
         # What has a length and indices is another kind of source.
-        from aioloader.sources.indexed_tar import open_indexed
+        from aioloader.sources.indexed_tar import ToldOfTar, open_indexed
 
-        indexed: Any = open_indexed(cls, *arguments, **others)
+        def told(*arguments: Any, **others: Any) -> ToldOfTar:
+            tar = cls(*arguments, **others)
+            files, ahead, ahead_bytes = tar._files, tar.ahead, tar._ahead_bytes
+            return ToldOfTar(files, tar._decode, tar._limits, tar._requests, tar._open_ahead, ahead, ahead_bytes)
+
+        indexed: Any = open_indexed(told, *arguments, **others)
         return indexed  # type: ignore[no-any-return]  # of the same samples
 
     def __init__(
@@ -172,7 +161,7 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
         self._open_ahead = -(-open_ahead // self.interleave)
         if self.ahead is not None and self.interleave * (1 + self._open_ahead) > self.ahead:
             self._open_ahead -= 1
-        self._limits = _Limits(
+        self._limits = TarLimits(
             check_count("max_member_bytes", max_member_bytes, least=1),
             check_count("max_sample_bytes", max_sample_bytes, least=1),
             check_count("max_window_bytes", max_window_bytes, least=1),
@@ -183,21 +172,21 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
         """The paths and URLs of the archives, in order."""
         return tuple(file.url for file in self._files)
 
-    def _parse(self, cursor: object) -> tuple[Any, _Start]:
+    def _parse(self, cursor: object) -> tuple[Any, Start]:
         if cursor is None:
-            return 0, _BEGINNING
+            return 0, BEGINNING
         index, offset, mark, version = cursor_parts(cursor, 4)
         return index, (as_count(offset), read_mark(mark), read_version(version))
 
-    def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, _Start], InOrder["_Samples"]]:
+    def _opener(self, context: SourceContext, order: FileOrder) -> Callable[[int, Start], InOrder[TarParser]]:
         requests = self._requests.begin(context)
         pace = Pace(order.lanes, len(order.numbers), lambda: context.consumer_starves)
 
-        def open_lane(at: int, start: _Start) -> InOrder[_Samples]:
-            def read(samples: _Samples, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
+        def open_lane(at: int, start: Start) -> InOrder[TarParser]:
+            def read(samples: TarParser, thread: SourceThreads, turn: Event) -> AsyncGenerator[list[Entry]]:
                 return samples.read(thread, pace, turn)
 
-            def quota_of(samples: _Samples) -> QuotaRule | None:
+            def quota_of(samples: TarParser) -> QuotaRule | None:
                 return self._quota(samples, pace)
 
             return InOrder(
@@ -212,7 +201,7 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
 
         return open_lane
 
-    def _quota(self, samples: "_Samples", pace: Pace) -> QuotaRule | None:
+    def _quota(self, samples: TarParser, pace: Pace) -> QuotaRule | None:
         """How many samples of an archive may be ready; None: for the number of lists to say."""
         if self.ahead is None and self._ahead_bytes is None:
             return OffsetQuota(lambda: pace.ahead_bytes) if samples.is_stored else None
@@ -222,205 +211,15 @@ class TarShards(FileSource[_Start, dict[str, Any]]):
         return samples.quota
 
     async def _parsers(
-        self, order: FileOrder, at: int, start: _Start, requests: Requests | None
-    ) -> AsyncGenerator["_Samples"]:
+        self, order: FileOrder, at: int, start: Start, requests: Requests | None
+    ) -> AsyncGenerator[TarParser]:
         """A parser for each archive of a lane from position `at` on; the first begins at `start`."""
         for position, number in order.places(at):
             file = self._files[number]
-            yield _Samples(file, position, start, self._decode, self._limits, requests, lanes=order.lanes)
-            start = _BEGINNING
+            yield TarParser(file, position, start, self._decode, self._limits, requests, lanes=order.lanes)
+            start = BEGINNING
 
 
-class _Samples(Parser):
-    """The samples of one archive.
-
-    A sample is complete as soon as a header names a member of another one, or the archive has ended; faults after that
-    do not affect it. The remaining members of a broken sample are not read.
-    """
-
-    def __init__(
-        self,
-        shard: StoredFile,
-        index: int,
-        start: _Start,
-        decode: DecodeSample,
-        limits: _Limits = _Limits(),
-        requests: Requests | None = None,
-        *,
-        lanes: int = 1,
-    ) -> None:
-        offset, mark, version = start
-        super().__init__(shard.name, offset, mark, limits.window_bytes)
-        self._shard = shard
-        self._requests = requests
-        self.version = Version(shard.store, shard.key, version)
-        self._limits = limits
-        self._index = index
-        self._lanes = lanes
-        self._decode = decode
-        self._members = TarMembers(offset)
-        self._sample: dict[str, Any] | None = None  # the current one, whose members are still coming
-        self._sample_bytes = 0
-        self._broken: str | None = None  # why the current sample is broken
-        self._member: Member | None = None  # the current one, whose content is still coming
-        self._extension = ""  # that of the current member
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether the archive is in a store."""
-        return self._shard.store is not None
-
-    def read(self, thread: SourceThreads, pace: Pace, turn: Event) -> AsyncGenerator[list[Entry]]:
-        """The entries of the archive, read in `thread`."""
-        chunks = stored_chunks(self._shard, self.version, self, thread, self._requests, pace, turn)
-        return parsed(chunks, self, thread, after=(self._index + self._lanes, *_BEGINNING))
-
-    def _feed(self, piece: bytes) -> None:
-        self._members.feed(piece)
-
-    def _take(self, entries: list[Entry], deadline: float) -> bool:
-        members = self._members
-        while True:
-            if self._member is None:
-                try:
-                    member = members.next()
-                except BrokenHeaderError as error:
-                    self._begin(entries, error.name, error.offset)
-                    raise
-                if member is None:
-                    return False
-                if isinstance(member, EndMark):
-                    self._complete(entries, member.offset)
-                    continue
-                extension = self._begin(entries, member.name, member.offset)
-                if extension is None or self._broken is not None or not self._expects(member, extension):
-                    continue
-                self._member, self._extension = member, extension
-            if not self._add_content():
-                return False
-            if perf_counter() > deadline or self._has_enough(entries):
-                return True
-
-    def _begin(self, entries: list[Entry], name: str, offset: int) -> str | None:
-        """Begin the member `name` at `offset`, and its sample if need be; its extension, or None if it is left out."""
-        split = _split_name(name)
-        if split is None:
-            return None
-        key, extension = split
-        if self._sample is None or self._sample["__key__"] != key:
-            self._complete(entries, offset)
-            self._sample = {"__key__": key, "__url__": self.path}
-            self._sample_bytes = 0
-        return extension
-
-    def _expects(self, member: Member, extension: str) -> bool:
-        """Whether to read the content of `member`: not if it breaks the sample, or is a hard link."""
-        assert self._sample is not None
-        key = self._sample["__key__"]
-        self._sample_bytes += BLOCK + len(member.name) + member.size
-        if member.fault is not None:
-            self._break(f"{member} cannot be read: {member.fault}")
-        elif _UNSAFE.search(member.name):
-            self._break(
-                f"the name {member.name!r} at byte {member.offset} leads out of the archive, and names must be "
-                f"relative and without '..'; nothing is extracted to disk, but pack it again"
-            )
-        elif extension in self._sample:
-            self._break(
-                f"the sample {key!r} has two members {extension!r}, the second one {member.name!r} at byte "
-                f"{member.offset}; each extension may come once in a sample"
-            )
-        elif member.size > self._limits.member_bytes:
-            self._break(
-                f"{member} has {member.size} bytes, and at most {self._limits.member_bytes} are allowed; pass a larger "
-                f"max_member_bytes"
-            )
-        elif self._sample_bytes > self._limits.sample_bytes:
-            self._break(
-                f"the sample {key!r} has {self._sample_bytes} bytes up to {member}, and at most "
-                f"{self._limits.sample_bytes} are allowed; pass a larger max_sample_bytes, unless the names have a dot "
-                f"too early: what is before the first one is the key"
-            )
-        elif member.link is not None:
-            self._link(member, member.link, extension)
-        else:
-            return True
-        return False
-
-    def _link(self, member: Member, target: str, extension: str) -> None:
-        """Copy the content of a hard link from the member that has it.
-
-        Only within the same sample: a resume begins at a sample, and would not find members before it.
-        """
-        assert self._sample is not None
-        key, other = _split_name(target) or (None, "")
-        content = self._sample.get(other) if key == self._sample["__key__"] else None
-        if isinstance(content, bytes):
-            self._sample[extension] = content
-        else:
-            self._break(
-                f"{member} is a hard link to {target!r}, which is not a member before it in the same sample; pack it "
-                f"again with tar --hard-dereference"
-            )
-
-    def _add_content(self) -> bool:
-        """Add the content of the current member; False if it is not complete yet."""
-        assert self._sample is not None
-        try:
-            content = self._members.content()
-        except BrokenDataError as error:
-            self._break(f"{self._member} cannot be read: {error}")
-        else:
-            if content is None:
-                return False
-            self._sample[self._extension] = content
-        self._member = None
-        return True
-
-    def _break(self, why: str) -> None:
-        """Mark the sample as broken, and drop its members."""
-        assert self._sample is not None
-        self._broken = why
-        self._sample = {"__key__": self._sample["__key__"]}
-
-    def _complete(self, entries: list[Entry], offset: int) -> None:
-        """Add the entry of the current sample: the next one, or the end, is at `offset`."""
-        sample, self._sample = self._sample, None
-        if sample is None:
-            return
-        cursor = (self._index, offset, self.trail.mark(offset), self.version.mark)
-        key = f"{self.path}:{sample['__key__']}"
-        broken, self._broken = self._broken, None
-        if broken is None:
-            try:
-                entries.append(Entry(self._decode(sample), cursor, key, 0))
-                return
-            except BaseException as error:  # also SystemExit and the like: the consumer gets it, in this position
-                raised: BaseException = error
-        else:
-            raised = BrokenDataError(f"{self.path}: {broken}")
-        entries.append(failed(raised, cursor, key))
-
-    def _finish(self) -> list[Entry]:
-        self._members.finish()
-        return []
-
-    def _named(self, error: BrokenDataError) -> BrokenDataError:
-        named = super()._named(error)
-        if self._sample is None:
-            return named
-        why = "may lack members and is left out" if self._broken is None else f"is left out: {self._broken}"
-        return BrokenDataError(f"{named}; the sample {self._sample['__key__']!r} {why}")
-
-
-_UNSAFE: Final = re.compile(r"^/|^[A-Za-z]:[\\/]|(^|[\\/])\.\.([\\/]|$)")
-_META: Final = re.compile(r"__[^/]*__($|/)")
-
-
-def _split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension; None for names that WebDataset leaves out."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    if not dot or not stem or _META.match(name):
-        return None
-    return f"{folder}{slash}{stem}", extension.lower()
+def archives_of(tar: TarShards) -> tuple[StoredFile, ...]:
+    """The archives of a source without an index."""
+    return tar._files

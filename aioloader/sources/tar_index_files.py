@@ -13,7 +13,7 @@ from aioloader.errors import BrokenDataError
 from aioloader.executors.apart import run_apart
 from aioloader.masking import mask_message
 from aioloader.sources.compressed import is_compressed
-from aioloader.sources.tar import _Archive
+from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.tar_index import SUFFIX, TarIndex, decode_index, mark_of, name_of, other_version
 from aioloader.sources.tar_samples import changed
 
@@ -28,7 +28,7 @@ Seen = tuple[int, int] | None
 """Size and time of change of a file, in nanoseconds."""
 
 
-def check_indexable(archive: _Archive) -> None:
+def check_indexable(archive: StoredFile) -> None:
     """Refuse compressed archives.
 
     Raises:
@@ -46,7 +46,7 @@ def file_mark(path: str, status: os.stat_result) -> str:
     return mark_of(os.path.realpath(path), str(status.st_mtime_ns))
 
 
-def read_indexes(archives: Sequence[_Archive], policies: Policies | None) -> list[tuple[TarIndex, Seen]]:
+def read_indexes(archives: Sequence[StoredFile], policies: Policies | None) -> list[tuple[TarIndex, Seen]]:
     """The index of each archive, and what its file was when they were compared.
 
     Args:
@@ -66,7 +66,7 @@ def read_indexes(archives: Sequence[_Archive], policies: Policies | None) -> lis
     async def read_all() -> list[tuple[TarIndex, Seen]]:
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def read(archive: _Archive) -> tuple[TarIndex, Seen]:
+        async def read(archive: StoredFile) -> tuple[TarIndex, Seen]:
             async with places:
                 return await _read_object(archive, policies), None
 
@@ -75,12 +75,12 @@ def read_indexes(archives: Sequence[_Archive], policies: Policies | None) -> lis
     return run_apart(read_all)
 
 
-def read_index(archive: _Archive) -> tuple[TarIndex, Seen]:
+def read_index(archive: StoredFile) -> tuple[TarIndex, Seen]:
     """The same for one archive."""
     return read_indexes([archive], None)[0]
 
 
-def _read_file(archive: _Archive) -> tuple[TarIndex, Seen]:
+def _read_file(archive: StoredFile) -> tuple[TarIndex, Seen]:
     try:
         content = Path(archive.key + SUFFIX).read_bytes()
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def _read_file(archive: _Archive) -> tuple[TarIndex, Seen]:
     return index, (status.st_size, status.st_mtime_ns)
 
 
-async def _read_object(archive: _Archive, policies: Policies | None) -> TarIndex:
+async def _read_object(archive: StoredFile, policies: Policies | None) -> TarIndex:
     import obstore
 
     key = archive.key + SUFFIX
@@ -135,14 +135,14 @@ async def _requested(request: Callable[[], Awaitable[T]], policies: Policies | N
         await asyncio.sleep(seconds)
 
 
-def _missing(archive: _Archive) -> FileNotFoundError:
+def _missing(archive: StoredFile) -> FileNotFoundError:
     return FileNotFoundError(
         f"{archive.name} has no index: there is no {name_of(archive.name)}{SUFFIX} beside it; write it once: "
         f"python -m aioloader index {archive.name}, or leave index=True out, which reads archives from front to back"
     )
 
 
-def _check_name(index: TarIndex, archive: _Archive) -> None:
+def _check_name(index: TarIndex, archive: StoredFile) -> None:
     if index.archive != name_of(archive.key):
         raise BrokenDataError(
             f"{archive.name}{SUFFIX} is the index of another archive, of {index.archive!r}; write it again, also after "

@@ -13,10 +13,11 @@ from aioloader.core.entry import Entry
 from aioloader.core.keys import PartKey
 from aioloader.errors import BrokenDataError
 from aioloader.sources.joined import ArchiveRange
-from aioloader.sources.tar import _BEGINNING, _Archive, _Limits, _Samples
+from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.tar_blocks import BLOCK
 from aioloader.sources.tar_decode import DecodeSample
 from aioloader.sources.tar_index import TarIndex
+from aioloader.sources.tar_parser import BEGINNING, TarLimits, TarParser
 
 __all__ = ["TarSamples", "changed"]
 
@@ -38,10 +39,10 @@ class TarSamples:
 
     def __init__(
         self,
-        archives: Sequence[_Archive],
+        archives: Sequence[StoredFile],
         indexes: Sequence[tuple[TarIndex, tuple[int, int] | None]],
         decode: DecodeSample,
-        limits: _Limits,
+        limits: TarLimits,
     ) -> None:
         self.archives = tuple(archives)
         self.indexes = tuple(index for index, _ in indexes)
@@ -119,8 +120,8 @@ class TarSamples:
         return sample
 
     def _parsed(self, archive: int, start: int, pieces: Sequence[Any]) -> list[Entry]:
-        _, mark, version = _BEGINNING
-        parser = _Samples(self.archives[archive], archive, (start, mark, version), self._decode, self._limits)
+        _, mark, version = BEGINNING
+        parser = TarParser(self.archives[archive], archive, (start, mark, version), self._decode, self._limits)
         entries: list[Entry] = []
         for piece in _with_end(pieces):
             entries += parser.parse(piece)

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from aioloader.core.entry import Entry
-from aioloader.sources.tar import _BEGINNING, _Archive, _Samples
+from aioloader.sources.stored_files import StoredFile
 from aioloader.sources.tar_decode import DecodeSample
 from aioloader.sources.tar_index import TarIndex, name_of
+from aioloader.sources.tar_parser import BEGINNING, TarParser
 
 __all__ = ["Scan"]
 
@@ -22,9 +23,9 @@ class Scan:
         read: The bytes so far.
     """
 
-    def __init__(self, archive: _Archive) -> None:
+    def __init__(self, archive: StoredFile) -> None:
         self._archive = archive
-        self._parser = _Samples(archive, 0, _BEGINNING, DecodeSample(False))
+        self._parser = TarParser(archive, 0, BEGINNING, DecodeSample(False))
         self._starts = [0]
         self._keys: list[str] = []
         self.broken: list[str] = []

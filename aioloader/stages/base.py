@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from aioloader.core.address import Address
 from aioloader.core.limit import Limit
@@ -21,7 +21,12 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.key_order import KeyOrder
 
-__all__ = ["Builder", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
+__all__ = ["Builder", "Evenness", "FoldStage", "Pass", "Stage", "UnknownLengthError", "order_of"]
+
+
+Evenness = Literal["kept", "lost", "given"]
+"""What becomes of ranks that have as many samples each: they still do; they may not any more; or they do from here on,
+whatever came in."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,8 @@ class Stage(ABC):
         keeps_samples: It changes no sample and runs no user code: what comes out is what came in.
         same_each_epoch: If its input is the same in each epoch, in the same order, then so is its output.
         only_reads: What it makes has no part of its input in it: a cache need not copy what it hands to this stage.
+        part_by_part: What it makes of each part of its input is as good as what it makes of all of it: `in_ray` runs it
+            once for each part. One that counts its input, such as `enumerate`, does not.
         encloses: It builds what is before it itself, maybe several times.
         caches: It keeps samples for later epochs, so that reading its input again is no surprise.
         passes: It gives each entry on or leaves it out, at once: a fold that waits for others before it gives one, or
@@ -160,6 +167,7 @@ class Stage(ABC):
         must_be_last: Nothing can be done to its output here.
         cache_label: What a cache after it says of it. A cache on disk belongs to one such pipeline.
         functions: The user's functions that work for it.
+        executor: Where they run, as the user has said; None: in threads of ours, or on the loop.
         limit: The limit on its concurrency that others may share.
         rate: How many of its calls begin in a second, which others may share.
     """
@@ -168,6 +176,7 @@ class Stage(ABC):
     keeps_samples: ClassVar[bool] = False
     same_each_epoch: ClassVar[bool] = False
     only_reads: ClassVar[bool] = False
+    part_by_part: ClassVar[bool] = False
     encloses: ClassVar[bool] = False
     caches: ClassVar[bool] = False
     passes: ClassVar[bool] = False
@@ -183,6 +192,7 @@ class Stage(ABC):
     on_device: ClassVar[bool] = False
     must_be_last: ClassVar[bool] = False
     functions: tuple[Any, ...] = ()
+    executor: Any = None
     limit: Limit | None = None
     rate: Rate | None = None
 
@@ -207,6 +217,15 @@ class Stage(ABC):
         Raises:
             UnknownLengthError: Only running it tells.
         """
+
+    @property
+    def evenness(self) -> Evenness:
+        """See there; right for any stage that has a length."""
+        try:
+            self.length(1)
+        except UnknownLengthError:
+            return "lost"
+        return "kept"
 
     def shape(self) -> dict[str, Any] | None:
         """What a state says of this stage, and must find again: all that decides which sample comes when.

@@ -16,7 +16,7 @@ from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
 from aioloader.engine.ops import Op
 from aioloader.executors.partial import over_partial, over_partial_async
-from aioloader.stages.base import Builder, FoldStage, Pass, UnknownLengthError
+from aioloader.stages.base import Builder, Evenness, FoldStage, Pass, UnknownLengthError
 from aioloader.stages.collate import Collate
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
@@ -101,6 +101,7 @@ class Batch(FoldStage):
     exact_in_any_order = True
     passes = True
     batches = True
+    part_by_part = True
 
     @property
     def gathers(self) -> int:  # type: ignore[override]  # a plain attribute where it is always one
@@ -274,10 +275,15 @@ class Unbatch(FoldStage):
     collated: bool
 
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def label(self) -> str:
         return "unbatch()"
+
+    @property
+    def evenness(self) -> Evenness:
+        return "kept" if self.collated else "lost"
 
     def length(self, upstream: int) -> int:
         raise UnknownLengthError("unbatch() gives as many samples as the batches turn out to hold")
@@ -288,7 +294,7 @@ class Unbatch(FoldStage):
     def flow(self, before: Flow) -> Flow:
         # A batch that the default collate has made has as many rows as samples; others may have any number.
         shared = Shared.SAME_WORLD if self.collated else Shared.SAME_RANK
-        return replace(before.counted().limited(shared, self.label).closed(), batch_size=None, whole=False)
+        return replace(before.counted().limited(shared, self.label).closed(), batch_size=None, one_a_step=False)
 
     def fold(self, this_pass: Pass) -> Fold:
         return _UnbatchFold(self.collated, this_pass.epoch)

@@ -58,6 +58,7 @@ class BatchByLength(Stage):
     collate: CollateWith = field(default_factory=CollateWith)
 
     batches = True
+    part_by_part = True
 
     def __post_init__(self) -> None:
         check_count("max_tokens", self.budget.max_tokens, least=1)
@@ -111,7 +112,7 @@ class BatchByLength(Stage):
     def flow(self, before: Flow) -> Flow:
         after = before if self.exact_in_any_order else before.counted()
         after = after.limited(Shared.SAME_RANK, self.label).closed()
-        return replace(after, batch_size=None, collated=self.collate.fn is None, whole=True)
+        return replace(after, batch_size=None, collated=self.collate.fn is None, one_a_step=True)
 
     def build(self, builder: Builder) -> None:
         checks = builder.fused.checks

@@ -87,8 +87,8 @@ class Flow:
         guarantee_if_cut: The same if a later stage ends the epoch before its source does.
         batch_size: Samples per batch on this rank; None: they are not batched.
         collated: The newest batches among them come from the default collate.
-        whole: They are rows or batches of no fixed number of samples: a step is one of them for each rank, and those to
-            come are the same, however many ranks they are dealt to.
+        one_a_step: They are rows or batches of no fixed number of samples: a step is one of them for each rank, and
+            those to come are the same, however many ranks they are dealt to.
         ranks: None: all ranks get all samples.
         steady: There are as many batches per epoch, whatever the number of ranks.
         steps: The maps and filters right before this place.
@@ -104,7 +104,7 @@ class Flow:
     guarantee_if_cut: Guarantee = "exact"
     batch_size: int | None = None
     collated: bool = False
-    whole: bool = False
+    one_a_step: bool = False
     ranks: Ranks | None = None
     steady: bool = True
     steps: Steps = Steps()
@@ -112,7 +112,7 @@ class Flow:
     @property
     def elastic(self) -> bool:
         """Whether any number of ranks can go on, with the same global batch: steps are what is counted."""
-        counted = self.batch_size is not None or self.whole
+        counted = self.batch_size is not None or self.one_a_step
         return self.ranks is not None and self.ranks.shared is Shared.ANY_WORLD and counted
 
     @property

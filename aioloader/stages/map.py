@@ -15,8 +15,7 @@ from aioloader.core.rate import Rate
 from aioloader.core.written import Written
 from aioloader.engine.flat_map_node import FlatMapNode
 from aioloader.engine.fuse import FusedOps
-from aioloader.engine.ops import InProcesses, Op
-from aioloader.engine.ray_step import OnRay
+from aioloader.engine.ops import InProcesses, OnRay, Op
 from aioloader.executors.ray.cluster import check_named
 from aioloader.stages.base import Builder, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
@@ -69,6 +68,7 @@ class Map(Stage):
     exact_in_any_order = True
     passes = True
     makes_anew = True
+    part_by_part = True
 
     @property
     def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
@@ -173,6 +173,7 @@ class Filter(Stage):
     passes = True
     only_selects = True
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def limit(self) -> Limit | None:  # type: ignore[override]  # a plain attribute where there is none
@@ -220,6 +221,7 @@ class FlatMap(Stage):
     fn: Callable[[Any], Any]
 
     same_each_epoch = True
+    part_by_part = True
 
     @property
     def label(self) -> str:
@@ -237,7 +239,7 @@ class FlatMap(Stage):
 
     def flow(self, before: Flow) -> Flow:
         limited = before.counted().limited(Shared.SAME_RANK, self.label).closed()
-        return replace(limited, batch_size=None, whole=False)  # a batch gives any number of samples, of any size
+        return replace(limited, batch_size=None, one_a_step=False)  # a batch gives any number of samples, of any size
 
     def build(self, builder: Builder) -> None:
         unordered_input = bool(builder.flow.completion_order)

@@ -65,6 +65,7 @@ class Pack(Stage):
     pad_to: int = 1
 
     same_each_epoch = True
+    part_by_part = True
 
     def __post_init__(self) -> None:
         check_count("seq_len", self.seq_len, least=1)
@@ -117,7 +118,7 @@ class Pack(Stage):
 
     def flow(self, before: Flow) -> Flow:
         after = before.counted().limited(Shared.SAME_RANK, self.label).closed()
-        return replace(after, batch_size=None, collated=False, whole=True)
+        return replace(after, batch_size=None, collated=False, one_a_step=True)
 
     def build(self, builder: Builder) -> None:
         padding = Padding(self.pad_value)

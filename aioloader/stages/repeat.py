@@ -10,7 +10,7 @@ from aioloader.core.entry import LAST, ONE_LOST, Entry
 from aioloader.core.keys import PartKey, each_key
 from aioloader.engine.fuse import FusedOps
 from aioloader.engine.node import Kick, Node
-from aioloader.stages.base import Builder, Stage, UnknownLengthError
+from aioloader.stages.base import Builder, Evenness, Stage, UnknownLengthError
 from aioloader.stages.flow import Flow, Shared
 
 if TYPE_CHECKING:
@@ -28,11 +28,16 @@ class Repeat(Stage):
     exact_in_any_order = True
     passes = True
     same_each_epoch = True
+    part_by_part = True
     encloses = True
 
     @property
     def label(self) -> str:
         return f"repeat({'' if self.times is None else self.times})"
+
+    @property
+    def evenness(self) -> Evenness:
+        return "given" if self.times is None else "kept"
 
     def length(self, upstream: int) -> int:
         if self.times is None:

@@ -41,6 +41,7 @@ class Take(FoldStage):
     keeps_samples = True
     same_each_epoch = True
     reorders = True
+    evenness = "given"
 
     @property
     def label(self) -> str:

@@ -74,6 +74,7 @@ class Shard(FoldStage):
     exact_in_any_order = True  # which it refuses, see `ranks.check_one_order`
     keeps_samples = True
     same_each_epoch = True
+    part_by_part = True
     reorders = True
 
     def __post_init__(self) -> None:
@@ -121,7 +122,7 @@ class Shard(FoldStage):
         return f"shard({rank}, {world_size}{'' if self.by == 'sample' else f', by={self.by!r}'})"
 
     @property
-    def said(self) -> bool:
+    def by_numbers(self) -> bool:
         """Whether the user has said by numbers which rank of how many this is."""
         return self.rank is not None
 

@@ -31,6 +31,7 @@ class Shuffle(FoldStage):
     seed: int
 
     keeps_samples = True
+    part_by_part = True
 
     @property
     def reorders(self) -> bool:  # type: ignore[override]  # a plain attribute where it is always so

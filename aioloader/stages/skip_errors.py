@@ -38,6 +38,8 @@ class SkipErrors(FoldStage):
     passes = True
     keeps_samples = True
     same_each_epoch = True
+    part_by_part = True
+    evenness = "kept"  # what is left out should not happen
 
     @property
     def label(self) -> str:

@@ -6,20 +6,18 @@ page-locked memory is used again when its copies are done. It proves that a *seq
 rules, not that CUDA follows them.
 """
 
-import ctypes
 import random
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from aioloader.device._tree import is_dense, memory_of, takes_non_blocking
 from aioloader.memory.mapping import Mapping
-from aioloader.testing.device_memory import FakeMemory, address_of
+from aioloader.testing.device_memory import FakeMemory, address_of, checksum
+from aioloader.testing.device_methods import DeviceMethods
 from aioloader.testing.device_streams import FakeStream, Launch, Operation
 
 __all__ = ["FakeBackend", "FakeEvent"]
@@ -140,7 +138,7 @@ class FakeBackend:
 
     def pin_object(self, value: Any) -> Any:
         """Call the object's own `pin_memory()`, in which `Tensor.pin_memory()` pins on this backend."""
-        with _DeviceMethods(self, None):
+        with DeviceMethods(pin=self.pin):
             return value.pin_memory()
 
     def owns(self, tensor: torch.Tensor) -> bool:
@@ -185,13 +183,13 @@ class FakeBackend:
                 origin.uses.add(stream)
             if locked is not None:
                 source = locked
-            before = _checksum(source)
+            before = checksum(source)
 
             def run() -> None:
                 if locked is not None and not self._memory.in_shared(locked):
                     self.problems.append(f"a source was unlocked before its copy on {stream.name} had run")
                     return
-                if _checksum(source) != before:
+                if checksum(source) != before:
                     self.problems.append(f"a source was overwritten before its copy on {stream.name} had run")
                 target.copy_(source)
 
@@ -202,7 +200,7 @@ class FakeBackend:
 
     def move_object(self, value: Any, stream: FakeStream) -> Any:
         """Call the object's own `to`, in which `Tensor.to` copies to this device."""
-        with _DeviceMethods(self, stream):
+        with DeviceMethods(pin=self.pin, to=lambda tensor: tensor if self.owns(tensor) else self.copy(tensor, stream)):
             if takes_non_blocking(value.to):
                 return value.to(self.device, non_blocking=True)
             return value.to(self.device)
@@ -436,29 +434,6 @@ class FakeBackend:
             if used_before:
                 block.poison()
             return self._memory.hand_out(block, like)
-
-
-class _DeviceMethods(TorchFunctionMode):
-    """Redirects `Tensor.to` and `Tensor.pin_memory` to the fake device while an object's own method runs."""
-
-    def __init__(self, backend: FakeBackend, stream: FakeStream | None) -> None:
-        super().__init__()
-        self._backend = backend
-        self._stream = stream
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.pin_memory:
-            return self._backend.pin(args[0])
-        if func is torch.Tensor.to and self._stream is not None:
-            return args[0] if self._backend.owns(args[0]) else self._backend.copy(args[0], self._stream)
-        return func(*args, **(kwargs or {}))
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    dense = tensor.contiguous()
-    return zlib.crc32((ctypes.c_uint8 * (dense.numel() * dense.element_size())).from_address(dense.data_ptr()))
 
 
 def _nothing() -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+import zlib
 from collections import deque
 from typing import Final, TypeAlias
 
@@ -11,7 +12,7 @@ from aioloader.core.memory import memory_at
 from aioloader.device._tree import memory_of
 from aioloader.testing.device_streams import FakeStream
 
-__all__ = ["FakeMemory", "MemoryBlock", "MemoryPool", "address_of"]
+__all__ = ["FakeMemory", "MemoryBlock", "MemoryPool", "address_of", "checksum"]
 
 POISON: Final = 0xA5
 """Every byte of a block is set to this before the block is used again."""
@@ -147,3 +148,9 @@ class FakeMemory:
 def address_of(tensor: torch.Tensor) -> int:
     """The address of the storage of `tensor`."""
     return tensor.untyped_storage().data_ptr()
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """Of the bytes of `tensor`."""
+    dense = tensor.contiguous()
+    return zlib.crc32((ctypes.c_uint8 * (dense.numel() * dense.element_size())).from_address(dense.data_ptr()))

@@ -18,8 +18,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 
-from aioloader.executors.processes.layout import aligned
-from aioloader.executors.processes.wire import SMALL_BYTES, encode
+from aioloader.executors.processes.layout import aligned, open_buffers
+from aioloader.executors.processes.wire import SMALL_BYTES, Message, decode, encode
 from aioloader.memory.mapping import Mapping
 
 __all__ = [
@@ -254,6 +254,27 @@ class MappedSegments:
         segments = {segment: self._mappings[segment] for segment, _, _ in places}
         lent = {number: mapping.lend(self._freed.append, number) for number, mapping in segments.items()}
         return [lent[number][offset : offset + size] for number, offset, size in places]
+
+    def unpack(self, message: Message) -> Any:
+        """The value of a message of `WorkerLink.send`. Its tensors share memory with the worker.
+
+        Raises:
+            OSError: A new segment cannot be mapped.
+            Exception: The value cannot be unpickled here.
+        """
+        *_, layout, new, forgotten = message.head
+        self.forget(forgotten)
+        for (number, size), fd in zip(new, message.fds, strict=True):
+            self.map(number, size, fd)
+        body = memoryview(message.body)
+        if len(layout[0]) == 2:
+            buffers = open_buffers(body, layout)
+        else:
+            buffers = self.buffers(layout)
+            if body:
+                buffers.append(body)
+        stream = buffers.pop()
+        return decode(stream, buffers)
 
     def freed(self) -> list[int]:
         """Those that are free since the last call; the worker must be told of each once."""

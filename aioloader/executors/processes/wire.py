@@ -9,6 +9,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, Final, NamedTuple
@@ -300,6 +301,12 @@ class Connection:
         self._head, self._body = None, bytearray()
         self._filling = memoryview(self._header)
         return message
+
+    def hang_up(self) -> None:
+        """End the connection, in all processes that have it: a forked child may have this end, too."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def close(self) -> None:
         """Close the socket, and the descriptors that still wait to be sent or taken."""

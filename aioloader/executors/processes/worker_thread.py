@@ -13,9 +13,8 @@ from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from aioloader.executors.processes.fork_server import ForkServer, describe_exit, forget_fork_server
-from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.segments import MappedSegments
-from aioloader.executors.processes.wire import Connection, Message, decode
+from aioloader.executors.processes.wire import Connection, Message
 from aioloader.executors.processes.worker import settings_of_this_process
 
 __all__ = ["Worker", "WorkerOwner", "WorkerThread", "end_all_processes", "forget_all_processes"]
@@ -75,25 +74,8 @@ class Worker:
         return self._segments.freed()
 
     def unpack(self, message: Message) -> Any:
-        """The value of a message of `WorkerLink.send`. Its tensors share memory with the worker.
-
-        Raises:
-            Exception: The value cannot be unpickled here.
-        """
-        *_, layout, new, forgotten = message.head
-        segments = self._segments
-        segments.forget(forgotten)
-        for (number, size), fd in zip(new, message.fds, strict=True):
-            segments.map(number, size, fd)
-        body = memoryview(message.body)
-        if len(layout[0]) == 2:
-            buffers = open_buffers(body, layout)
-        else:
-            buffers = segments.buffers(layout)
-            if body:
-                buffers.append(body)
-        stream = buffers.pop()
-        return decode(stream, buffers)
+        """See `MappedSegments.unpack`."""
+        return self._segments.unpack(message)
 
     @property
     def given_up(self) -> bool:

@@ -1,66 +1,51 @@
 """A pool of actors that run one program and share the chunks submitted to it: `WorkerPool`, on a Ray cluster."""
 
-import warnings
 from asyncio import Future
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
 from aioloader.errors import LoaderClosedError, WorkerDiedError
-from aioloader.executors.chunk import ChunkResult
-from aioloader.executors.processes.failures import BY_VALUE, cannot_travel
-from aioloader.executors.processes.wire import can_pickle_by_value
+from aioloader.executors.processes.failures import cannot_travel
+from aioloader.executors.processes.layout import lay_out
+from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
 from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
-from aioloader.executors.ray.actors import (
-    MOST_START_FAILURES,
-    Place,
-    Shortage,
-    begin_actor,
-    cancel_call,
-    end_actors,
-    is_loss,
-    kill_actor,
-    result_is_lost,
-    words_of,
-)
+from aioloader.executors.ray.actors import cancel_call, end_actors, is_loss, kill_actor, result_is_lost, words_of
+from aioloader.executors.ray.answers import Answers
 from aioloader.executors.ray.chunk_actor import AsyncChunkActor, ChunkActor
 from aioloader.executors.ray.cluster import Membership
+from aioloader.executors.ray.hiring import Hiring
+from aioloader.executors.ray.line import Line
 from aioloader.executors.ray.lookout import Lookout
 from aioloader.executors.ray.program import Parcel, RayProgram
-from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError, answer_bytes
+from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError
 from aioloader.executors.ray.seats import Seat, Task
 from aioloader.executors.ray.stores import Stores
 from aioloader.executors.ray.thread import RayThread
-from aioloader.executors.ray.values import Packed, pack, unpack
+from aioloader.executors.ray.values import encoded
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.executors.ray.wreck import SETTLE_SECONDS, Wreck
 from aioloader.insight.actors import ActorStats
-from aioloader.memory.pool import BatchMemory
 
-__all__ = ["ASYNC_CALLS", "ActorPool", "RayResult"]
+__all__ = ["ASYNC_CALLS", "ActorPool"]
 
 ASYNC_CALLS: Final = 16  # side by side in one actor that awaits
 MOST_LOSSES: Final = 5  # of a result that was made, before it counts as if its actor had died
 
 
-@dataclass(slots=True)
-class RayResult(ChunkResult):
-    """The result of a chunk in an actor; and how many of its calls were cancelled since their time was up."""
-
-    timeouts: int = 0
-
-
 class ActorPool:
     """At most so many actors as are needed for `width` chunks at once. They stay until the loader is closed.
+
+    How a chunk goes: over a line, to an actor for sync functions on this host (see `Line`); else it is a call of Ray.
 
     Who gets what: only an actor that runs is sent anything, at most twice what it works on at once, and that only
     where chunks are quick. So a chunk never waits for an actor that may never come.
 
     What when an actor dies? `Wreck` says who is to blame; the others are sent elsewhere. That an idle actor has died is
-    only noticed with the next chunk, which is blamed for it: once, which `retries` allows for.
+    noticed at once where it has a line, and else only with the next chunk, which is blamed for it: once, which
+    `retries` allows for. A line ends before Ray tells of the death, and how it came; that is waited for, if not long.
 
     A lost node shows as an actor that is unavailable first, and it may come back. Nobody waits for that: it is given up
     and killed at once, and what it says later is for tasks that it does not have any more.
@@ -83,27 +68,25 @@ class ActorPool:
         awaits: bool,
     ) -> None:
         self._thread = thread
-        self._make_program = make_program
         self._workers = workers
-        self._kind = AsyncChunkActor if awaits else ChunkActor
         side_by_side = min(ASYNC_CALLS, width) if awaits else 1
         self._seats = [Seat(number, side_by_side) for number in range(-(-width // side_by_side))]
         self._count = width
         self._waiting: deque[Task] = deque()
         self._wrecks: dict[Any, Wreck] = {}  # by the refs of calls of lost actors of which more is to be heard
-        self._program: Any = None  # in the object store
+        self._hiring = Hiring(
+            thread, AsyncChunkActor if awaits else ChunkActor, workers, self._seats, make_program, self
+        )
+        self._last_number = 0  # of a chunk that went over a line
         self._membership: Membership | None = None
-        self._memory = BatchMemory()
+        self._answers = Answers()
         self._held: dict[Hashable, tuple[Callable[[bool], None], list[bool]]] = {}
         self._stores = Stores()
         self._lookout = Lookout(
-            thread, waits=self._waits, has_gone=self._has_gone, fail=self._break, seen=self._stores.learn
+            thread, waits=self._waits, has_gone=self.has_gone, fail=self.give_up, seen=self._stores.learn
         )
-        self._told = False
-        self._closed = False
+        self.closed = False
         self._broken: BaseException | None = None
-        self.sample_bytes = 0.0
-        """The mean size of what comes back for a sample; read in any thread."""
         self.seconds_each: float | None = None
         """What a sample costs, as its step has found out; for the step of the next epoch."""
         self.ended: Future[None] | None = None
@@ -113,6 +96,11 @@ class ActorPool:
     @property
     def count(self) -> int:
         return self._count
+
+    @property
+    def sample_bytes(self) -> float:
+        """The mean size of what comes back for a sample."""
+        return self._answers.sample_bytes
 
     @property
     def gone(self) -> bool:
@@ -160,25 +148,23 @@ class ActorPool:
         """It ends with the loader."""
 
     def _call(self, fn: Callable[..., None], *args: Any) -> None:
-        self._thread.call(self._safely, fn, *args)
+        self._thread.call(self.safely, fn, *args)
 
     # -- in the thread: actors ---------------------------------------------------------------------------------------
 
-    def _safely(self, fn: Callable[..., None], *args: Any) -> None:
+    def safely(self, fn: Callable[..., None], *args: Any) -> None:
         """Whatever fails here must fail tasks: who waits for them would wait for ever."""
         try:
             fn(*args)
         except BaseException as error:
-            self._break(error)
+            self.give_up(error)
 
     def _begin_anew(self) -> None:
         """A run begins: connect, and try again what had been given up. What fails fails the tasks of the run."""
-        if self._closed:
+        if self.closed:
             return
-        self._told = False
         self._broken = None
-        for seat in self._seats:
-            seat.start_failures = 0
+        self._hiring.begin_anew()
         try:
             membership = self._thread.join_cluster(self._workers.address)
             if membership is not self._membership:  # another connection: actors of an old one are gone with it
@@ -186,144 +172,54 @@ class ActorPool:
                 self._membership = membership
                 self._stores.learn()
         except BaseException as error:
-            self._break(error)
+            self.give_up(error)
         else:
             self._fill()
 
     def _fill(self) -> None:
         """Ask for the actors that are missing."""
-        missing = [seat for seat in self._seats if seat.handle is None and seat.start_failures <= MOST_START_FAILURES]
-        if not missing or self._closed or self._has_gone():
-            return
-        self._lookout.watch()
-        try:
-            for seat in missing:
-                self._begin(seat)
-        except BaseException as error:
-            self._break(error)
+        if self._hiring.fill():
+            self._lookout.watch()
 
-    def _has_gone(self) -> bool:
+    def has_gone(self) -> bool:
         """Whether the connection has ended. Asked before each use: Ray would join any cluster that it finds instead."""
         if self._broken is not None:
             return True
         if self._membership is not None and self._membership.alive:
             return False
-        self._break(
+        self.give_up(
             WorkerDiedError("the connection to Ray has ended, and with it all Ray workers; call ray.init again")
         )
         return True
 
     def _start_over(self) -> None:
         self._requeue([*self._take_wrecked(), *(task for seat in self._seats for _, task in seat.vacate())])
-        self._program = None
+        self._hiring.forget_program()
 
-    def _begin(self, seat: Seat) -> None:
-        """Ask for an actor."""
-        import ray
-
-        if self._program is None:
-            self._program = ray.put(self._packed_program())
-        options: dict[str, Any] = {} if seat.side_by_side == 1 else {"max_concurrency": seat.side_by_side}
-        seat.handle = begin_actor(
-            self._thread,
-            self._kind,
-            (seat.number,),
-            self._workers,
-            ready=partial(self._safely, self._ready, seat),
-            late=partial(self._safely, self._is_late, seat),
-            **options,
-        )
-
-    def _packed_program(self) -> Packed:
-        program = self._make_program()
-        try:
-            return pack(program)
-        except Exception as error:
-            if not can_pickle_by_value():
-                error.add_note(f"aioloader: {BY_VALUE}")
-            raise
-
-    def _ready(self, seat: Seat, handle: Any, place: Place | BaseException) -> None:
-        """An actor runs, or has died before."""
-        if seat.handle is not handle or self._closed:
-            kill_actor(handle)
-        elif self._has_gone():
-            pass
-        elif isinstance(place, BaseException):
-            self._not_started(seat, place)
-        else:
-            loaded = handle.load.remote(self._program).future()
-            loaded.add_done_callback(partial(self._call, self._loaded, seat, handle, place))
-
-    def _loaded(self, seat: Seat, handle: Any, place: Place, future: Any) -> None:
-        """It has its functions, or cannot have them."""
-        if seat.handle is not handle or self._closed:
-            kill_actor(handle)
-            return
-        error = future.exception()
-        if error is not None:
-            self._not_started(seat, error)
-        elif (refused := future.result()) is not None:
-            self._break(unpack(refused))
-        else:
-            seat.runs(place)
-            self._assign()
-
-    def _not_started(self, seat: Seat, error: BaseException) -> None:
-        """Try again, if not for ever."""
-        handle = seat.handle
-        seat.vacate()
-        kill_actor(handle)
-        seat.restarts += 1
-        seat.start_failures += 1
-        if self._has_gone():
-            return
-        if seat.start_failures <= MOST_START_FAILURES:
-            self._fill()
-        elif all(seat.start_failures > MOST_START_FAILURES or seat.handle is None for seat in self._seats):
-            died = WorkerDiedError(
-                f"Ray workers die before they run, {seat.start_failures} in a row; the last one: {words_of(error)}; is "
-                f"aioloader installed on all nodes, or in runtime_env?"
-            )
-            died.__cause__ = error
-            self._break(died)
-
-    def _is_late(self, seat: Seat, handle: Any, why: Shortage) -> None:
-        """It does not run yet: say so once, or give up where it never will."""
-        if self._closed or seat.handle is not handle or self._has_gone():
-            return
-        running = sum(seat.place is not None for seat in self._seats)
-        if why.hopeless and not running:
-            self._break(ValueError(f"no Ray worker can begin: {why.words}; ask for less in RayWorkers, or add nodes"))
-        elif not self._told:
-            self._told = True
-            warnings.warn(
-                f"{running} of {len(self._seats)} Ray workers run: {why.words}; lower concurrency, or end what holds "
-                f"them. Those that run do all the work until then",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def runs(self, seat: Seat) -> None:
+        """An actor may be sent chunks."""
+        self._assign()
 
     # -- in the thread: tasks ----------------------------------------------------------------------------------------
 
     def _submit(self, owner: Hashable, parcel: Parcel, done: Callable[[Outcome], None]) -> None:
-        if self._closed or self._thread.closed:
+        if self.closed or self._thread.closed:
             done(Broken(LoaderClosedError("the loader was closed while its Ray workers had something to do")))
             return
         if self._broken is not None:
             done(Broken(self._broken))
             return
         try:
-            packed = pack(parcel.payload)
+            stream, buffers = encode(parcel.payload)
         except BaseException as error:
             done(NotSent(cannot_travel("a sample", error, by_value=can_pickle_by_value())))
             return
-        self._waiting.append(Task(owner, parcel, done, packed))
+        self._waiting.append(Task(owner, parcel, done, stream, buffers))
         self._assign()
 
     def _assign(self) -> None:
         """Send waiting chunks to actors."""
-        if self._closed or self._held or not self._waiting or self._has_gone():
+        if self.closed or self._held or not self._waiting:
             return
         self._lookout.watch()
         self._fill()
@@ -333,18 +229,31 @@ class ActorPool:
             if not fitting:
                 return
             seat = min(fitting, key=lambda seat: len(seat.load))
-            if not self._fits_store(task, idle=not seat.load):
+            if seat.line is not None:
+                self._waiting.popleft()
+                self._send_over(seat.line, seat, task)
+                continue
+            if self.has_gone() or not self._fits_store(task, idle=not seat.load):
                 return
             self._waiting.popleft()
             self._send(seat, task)
 
+    def _send_over(self, line: Line, seat: Seat, task: Task) -> None:
+        """Over a line."""
+        self._last_number += 1
+        task.since = perf_counter()
+        seat.load[self._last_number] = task
+        line.send_chunk(self._last_number, *lay_out([*task.buffers, memoryview(task.stream)]))
+
     def _send(self, seat: Seat, task: Task) -> None:
+        """As a call of Ray."""
         handle, inbox = seat.handle, seat.inbox
         try:
-            ref = handle.run.remote(task.packed, None if inbox is None else inbox.told())
+            packed = encoded(task.stream, task.buffers)
+            ref = handle.run.remote(packed, None if inbox is None else inbox.told())
         except BaseException as error:
             self._waiting.appendleft(task)
-            self._break(error)
+            self.give_up(error)
             return
         task.since = perf_counter()
         seat.load[ref] = task
@@ -355,7 +264,7 @@ class ActorPool:
 
         One may be under way in any case, and an `idle` actor gets one where twice as much would be there.
         """
-        others = [other for seat in self._seats for other in seat.load.values()]
+        others = [other for seat in self._seats if seat.line is None for other in seat.load.values()]
         share = self._stores.share()
         if not others or share is None:
             return True
@@ -370,7 +279,7 @@ class ActorPool:
         elif error is not None and ref in seat.load and is_loss(error):
             self._lost(seat, handle, ref, error)
         elif (task := seat.take(ref)) is not None:  # else it was taken from an actor that was given up: nobody listens
-            outcome = NotSent(error) if error is not None else self._outcome(seat, inbox, future.result())
+            outcome = NotSent(error) if error is not None else self._answers.of_call(seat, inbox, future.result())
             del future
             if outcome is None:
                 self._result_lost(
@@ -381,27 +290,22 @@ class ActorPool:
         self._check_held()
         self._assign()
 
-    def _outcome(self, seat: Seat, inbox: Inbox | None, answer: tuple[Any, ...]) -> Outcome | None:
-        """What an actor answered, in memory that is ours alone; None: it is lost."""
-        kind, packed, *numbers = answer
-        alloc = self._memory.alloc
-        try:
-            value = unpack(packed, alloc) if inbox is None else inbox.unpack(packed, alloc)
-        except SegmentsGoneError:
-            if seat.inbox is inbox:  # not of an actor that came after it
-                seat.inbox = None  # the rest goes through the object store
-            return None
-        except BaseException as error:
-            return NotSent(cannot_travel("a result", error, by_value=can_pickle_by_value()))
-        if kind == "lost":
-            return NotSent(value)
-        result = RayResult(value, *numbers)
-        tried, nbytes = len(value), answer_bytes(packed)
-        seat.count(tried, result.busy_seconds, nbytes)
-        if tried:
-            each = nbytes / tried
-            self.sample_bytes = each if not self.sample_bytes else (self.sample_bytes + each) / 2
-        return result
+    def received(self, seat: Seat, handle: Any, message: Message) -> None:
+        """An actor has sent something over its line."""
+        line = seat.line
+        assert line is not None
+        kind, *rest = message.head
+        if kind == "skipped":
+            for number in rest[0]:
+                seat.take(number)
+        else:
+            task = seat.take(rest[0])
+            outcome = self._answers.of_message(seat, line, message)
+            self._assign()  # first: the actor need not wait for the rest
+            if task is not None and not task.forgotten:
+                task.done(outcome)
+        self._check_held()
+        self._assign()
 
     # -- in the thread: losses ---------------------------------------------------------------------------------------
 
@@ -414,8 +318,11 @@ class ActorPool:
             assert task is not None
             self._result_lost(task, died)
             return
-        if self._has_gone():
-            return
+        if not self.has_gone():
+            self._wrecked(seat, handle, died, ref)
+
+    def _wrecked(self, seat: Seat, handle: Any, died: Died, ref: Any) -> None:
+        """An actor is given up; `ref` is the first of its calls that is known to be lost with it."""
         tasks = seat.vacate()
         seat.restarts += 1
         kill_actor(handle)
@@ -425,7 +332,32 @@ class ActorPool:
         self._settle(wreck)
         self._fill()
         if wreck.calls:
-            self._thread.later(SETTLE_SECONDS, self._safely, self._give_up, wreck)
+            self._thread.later(SETTLE_SECONDS, self.safely, self._give_up, wreck)
+
+    def hung_up(self, seat: Seat, handle: Any) -> None:
+        """The line to an actor has ended. Ray says why, unless it has gone itself."""
+        self._thread.later(SETTLE_SECONDS, self.safely, self.left, seat, handle, None)
+
+    def left(self, seat: Seat, handle: Any, error: BaseException | None) -> None:
+        """An actor has died, or serves its line no more: the first chunk that it had not answered was its death."""
+        if seat.handle is not handle or self.closed:  # that has been seen to
+            return
+        line, place = seat.line, seat.place
+        assert line is not None
+        assert place is not None
+        line.read()  # what it has said before
+        if seat.handle is not handle or self.has_gone():
+            return
+        why = "its connection has ended" if error is None else words_of(error)
+        died = Died(seat.number, place.pid, f"{seat.name} died: {why}", 0)
+        if seat.load:
+            self._wrecked(seat, handle, died, next(iter(seat.load)))
+            self._check_held()
+            self._assign()
+        else:  # nobody is to blame, and the next chunk asks for another one
+            seat.vacate()
+            seat.restarts += 1
+            kill_actor(handle)
 
     def _result_lost(self, task: Task, outcome: Outcome) -> None:
         """A chunk was made, and is made again; too often, and this is what becomes of it."""
@@ -439,7 +371,7 @@ class ActorPool:
         """More is heard of a lost actor."""
         error = future.exception()
         if error is None:
-            wreck.answered(ref, self._outcome(seat, inbox, future.result()))
+            wreck.answered(ref, self._answers.of_call(seat, inbox, future.result()))
         elif result_is_lost(error):
             wreck.answered(ref, None)
         else:
@@ -494,17 +426,21 @@ class ActorPool:
         for ref, wreck in self._wrecks.items():
             wreck.calls[ref].forgotten |= wreck.calls[ref].owner == owner
         for seat in self._seats:
-            for number, (ref, task) in enumerate(seat.load.items()):
-                if task.owner == owner:
-                    task.forgotten = True
-                    if number >= seat.side_by_side:  # not begun
+            refs = [ref for ref, task in seat.load.items() if task.owner == owner]
+            for ref in refs:
+                seat.load[ref].forgotten = True
+            if seat.line is None:
+                for ref in list(seat.load)[seat.side_by_side :]:  # not begun
+                    if ref in refs:
                         cancel_call(ref)
+            elif refs:
+                seat.line.forget(refs)  # it answers with those that it had not begun
         self._assign()
 
     def _waits(self) -> bool:
-        return bool(self._waiting or self._wrecks or any(seat.load for seat in self._seats)) and not self._closed
+        return bool(self._waiting or self._wrecks or any(seat.load for seat in self._seats)) and not self.closed
 
-    def _break(self, error: BaseException) -> None:
+    def give_up(self, error: BaseException) -> None:
         """No actor can run any task, until the next run begins."""
         self._broken = error
         connected = self._membership is not None and self._membership.alive
@@ -516,7 +452,8 @@ class ActorPool:
             seat.start_failures = 0
             if handle is not None and connected:
                 kill_actor(handle)
-        self._membership = self._program = None
+        self._membership = None
+        self._hiring.forget_program()
         for task in failed:
             if not task.forgotten:
                 task.done(Broken(error))
@@ -547,15 +484,15 @@ class ActorPool:
 
     def end(self) -> None:
         """See `RayOwner`."""
-        self._closed = True
+        self.closed = True
         self._waiting.clear()
         running = [seat.handle for seat in self._seats if seat.place is not None]
         starting = [seat.handle for seat in self._seats if seat.handle is not None and seat.place is None]
         for seat in self._seats:
             seat.vacate()
-        self._program = None
+        self._hiring.forget_program()
         if self._membership is not None and self._membership.alive:
             for handle in starting:  # they are at nothing of the user's
                 kill_actor(handle)
             end_actors(running)
-        self._memory.close()
+        self._answers.close()

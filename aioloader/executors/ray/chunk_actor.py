@@ -28,6 +28,10 @@ class ChunkActor(ActorBase):
         """See `ChunkRunner`."""
         return self._runner.run(payload, told)
 
+    def serve(self, name: bytes) -> bool:
+        """See `ChunkRunner`."""
+        return self._runner.serve(name)
+
 
 class AsyncChunkActor(ActorBase):
     """Awaits chunks of async calls, several side by side.

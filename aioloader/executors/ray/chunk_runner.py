@@ -8,30 +8,34 @@ import os
 import random
 import sys
 from asyncio import CancelledError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
 from aioloader.core.keys import key_text
 from aioloader.core.seeds import derive_seed
 from aioloader.errors import SampleCancelledError
-from aioloader.executors.chunk import DROP, NOTHING, Call, Failed, Refusal, apply_chunk
+from aioloader.executors.chunk import DROP, NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
 from aioloader.executors.current_sample import KeyOnly, SampleContext, current_sample
 from aioloader.executors.epochs import Copies
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
 from aioloader.executors.processes.segments import use_arena
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.ray.actors import Place
+from aioloader.executors.ray.line import call_back
+from aioloader.executors.ray.line_server import is_end, serve_line
 from aioloader.executors.ray.program import RayProgram
 from aioloader.executors.ray.same_host import Answer, Outbox, Told
 from aioloader.executors.ray.values import Packed, pack, unpack
 from aioloader.memory.pool import BatchMemory
 
 __all__ = ["AsyncChunkRunner", "ChunkRunner"]
+
+T = TypeVar("T")
 
 NOT_THERE: Final = (
     "the modules of a function must be there on all nodes: install them, or pass "
@@ -96,16 +100,42 @@ class ChunkRunner:
         """
         self._hear(told)
         try:
-            calls, keys, values = self._open(payload)
+            chunk = unpack(payload, self._memory.alloc)
         except BaseException as error:
-            return self._refused(error)
+            return "lost", pack(self.refused(error))
+        result = self.made(chunk)
+        return "done", self._packed(result.outcomes), result.busy_seconds, result.cpu_seconds, 0
+
+    def serve(self, name: bytes) -> bool:
+        """Run chunks that come over a line, until the process there hangs up; False: it cannot be reached.
+
+        Args:
+            name: Of the line.
+        """
+        try:
+            connection = call_back(name)
+        except OSError:
+            return False
+        serve_line(connection, self)
+        return True
+
+    def made(self, payload: Any) -> ChunkResult:
+        """See `RunsChunks`.
+
+        Raises:
+            SystemExit: Ray ends this process. It is no outcome of the sample at hand.
+        """
+        calls, keys, values = self._open(payload)
         if self._broken is not None:
-            return self._all_broken()
+            return ChunkResult(self._all_broken(), 0.0, 0.0)
         sample = SampleContext()
         seed = calls[0].seed if self._program.seeds_each else None
         named = _named(keys, values, sample, seed)
         result = apply_chunk(calls, named, self._program.budget_seconds, sample=sample)
-        return "done", self._packed(result.outcomes), result.busy_seconds, result.cpu_seconds, 0
+        for outcome in result.outcomes:
+            if type(outcome) is Failed and is_end(outcome.error):
+                raise outcome.error
+        return result
 
     def _hear(self, told: Told | None) -> None:
         if told is None:
@@ -119,8 +149,8 @@ class ChunkRunner:
         use_arena(outbox.arena)  # results are made one at a time: a batch is collated where it is sent from
         return outbox
 
-    def _open(self, payload: Packed) -> tuple[list[Call], Sequence[Any], Sequence[Any]]:
-        seeds, epochs, keys, values = unpack(payload, self._memory.alloc)
+    def _open(self, payload: Any) -> tuple[list[Call], Sequence[Any], Sequence[Any]]:
+        seeds, epochs, keys, values = payload
         try:
             self._copies.tell(epochs)
         except BaseException as error:
@@ -128,28 +158,36 @@ class ChunkRunner:
         calls = [replace(call, seed=seed) for call, seed in zip(self._program.calls, seeds, strict=True)]
         return calls, values if keys is None else keys, values
 
-    def _refused(self, error: BaseException) -> tuple[Any, ...]:
-        return "lost", pack(portable(error, f"{self.where}, which unpickles samples"))
+    def refused(self, error: BaseException) -> BaseException:
+        """See `RunsChunks`."""
+        return portable(error, f"{self.where}, which unpickles samples")
 
-    def _all_broken(self) -> tuple[Any, ...]:
+    def _all_broken(self) -> list[Any]:
         broken, self._broken = self._broken, None
         assert broken is not None
-        return "done", self._packed([Failed(broken, self._program.calls[0].label)]), 0.0, 0.0, 0
+        return [Failed(broken, self._program.calls[0].label)]
 
     def _packed(self, outcomes: list[Any]) -> Answer:
+        return self.sent(pack if self._outbox is None else self._outbox.pack, outcomes)
+
+    def sent(self, send: Callable[[list[Any]], T], outcomes: list[Any]) -> T:
+        """See `RunsChunks`."""
         for outcome in outcomes:
             if type(outcome) is Failed:
                 outcome.error = portable(outcome.error, self.where)
-        send = pack if self._outbox is None else self._outbox.pack
         try:
             return send(outcomes)
-        except BaseException:
+        except BaseException as error:
+            if is_end(error):
+                raise
             return send([self._portable_outcome(outcome) for outcome in outcomes])
 
     def _portable_outcome(self, outcome: Any) -> Any:
         try:
             encode(outcome)
         except BaseException as error:
+            if is_end(error):
+                raise
             label = self._program.calls[-1].label
             refused = cannot_travel(f"what {label} returned", error, by_value=can_pickle_by_value())
             return Failed(portable(refused, self.where), label)
@@ -166,11 +204,12 @@ class AsyncChunkRunner(ChunkRunner):
         """See `ChunkRunner.run`."""
         self._hear(told)
         try:
-            calls, keys, values = self._open(payload)
+            chunk = unpack(payload, self._memory.alloc)
         except BaseException as error:
-            return self._refused(error)
+            return "lost", pack(self.refused(error))
+        calls, keys, values = self._open(chunk)
         if self._broken is not None:
-            return self._all_broken()
+            return "done", self._packed(self._all_broken()), 0.0, 0.0, 0
         outcomes: list[Any] = []
         timeouts: list[None] = []
         began = perf_counter()

@@ -8,9 +8,9 @@ from typing import Any
 
 from aioloader.executors.processes.worker_pool import Outcome
 from aioloader.executors.ray.actors import Place
+from aioloader.executors.ray.line import Line
 from aioloader.executors.ray.program import Parcel
 from aioloader.executors.ray.same_host import Inbox
-from aioloader.executors.ray.values import Packed, nbytes_of
 from aioloader.insight.actors import ActorStats
 
 __all__ = ["Seat", "Task"]
@@ -24,8 +24,9 @@ class Task:
         owner: Identifies it for `forget`.
         parcel: It.
         done: Called once with its outcome, unless it is forgotten.
-        packed: What is sent.
-        nbytes: The size of that.
+        stream: What is sent: a pickle,
+        buffers: and the memory of its tensors and arrays.
+        nbytes: The size of both.
         since: When the actor began it, as far as that is known.
         forgotten: Nobody wants its outcome any more.
         losses: How often its result was lost after it had been made.
@@ -34,13 +35,14 @@ class Task:
     owner: Hashable
     parcel: Parcel
     done: Callable[[Outcome], None]
-    packed: Packed
+    stream: bytes
+    buffers: list[memoryview]
     since: float = 0.0
     forgotten: bool = False
     losses: int = 0
 
     def __post_init__(self) -> None:
-        self.nbytes = nbytes_of(self.packed)
+        self.nbytes = len(self.stream) + sum(buffer.nbytes for buffer in self.buffers)
 
     @property
     def size(self) -> int:
@@ -56,6 +58,7 @@ class Seat:
         handle: Of the actor; None: none has been asked for.
         place: Where it runs; None: it does not run yet.
         inbox: For what it sends in segments; None: it is on another host, or does not run yet.
+        line: To it, over which it gets chunks; None: there is none, and chunks are calls of Ray.
         load: What it has been sent and has not answered, in the order of sending.
         restarts: How many actors were lost in this place.
         start_failures: How many in a row died before they ran.
@@ -67,6 +70,7 @@ class Seat:
         self.handle: Any = None
         self.place: Place | None = None
         self.inbox: Inbox | None = None
+        self.line: Line | None = None
         self.load: OrderedDict[Any, Task] = OrderedDict()
         self.restarts = 0
         self.start_failures = 0
@@ -81,17 +85,24 @@ class Seat:
         """Of the actor, for texts."""
         return f"Ray worker {self.number}" if self.place is None else f"Ray worker {self.number} ({self.place})"
 
-    def runs(self, place: Place) -> None:
+    def runs(self, place: Place, inbox: Inbox | None) -> None:
         """It has begun to run."""
         self.place = place
-        self.inbox = Inbox.of(place.pid, place.file)
+        self.inbox = inbox
         self.start_failures = 0
         self._began = perf_counter()
+
+    def hang_up(self) -> None:
+        """It gets nothing more over its line."""
+        line, self.line = self.line, None
+        if line is not None:
+            line.close()
 
     def vacate(self) -> list[tuple[Any, Task]]:
         """Its actor is lost or not wanted any more; returns what it had."""
         if self.place is not None:
             self._ran_seconds += perf_counter() - self._began
+        self.hang_up()
         self.handle = self.place = self.inbox = None
         tasks = list(self.load.items())
         self.load = OrderedDict()
@@ -99,7 +110,7 @@ class Seat:
 
     def has_room(self, task: Task) -> bool:
         """Whether `task` may be sent to it now."""
-        if self.place is None:
+        if self.place is None or (self.line is not None and not self.line.is_up):  # that one has died
             return False
         if not self.load:
             return True
