@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from aioloader import Pipeline
+from aioloader import Pipeline, StateError
 from aioloader.stages.length_plan import OpenBatch, TokenBudget, plan_window
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Steps, collect, notes, on_both_faces
@@ -520,3 +520,22 @@ def test_max_staleness_cannot_hold_with_it() -> None:
     """It waits for more samples than may begin."""
     with pytest.raises(ValueError, match="waits for more samples"):
         Pipeline(DOCUMENTS).map(list).batch_by_length(64, len).max_staleness(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"window": 21}, "window=21, and had window=20"),
+        ({"window": None}, "window=None, and had window=20"),
+        ({"max_tokens": 65}, "max_tokens=65, and had max_tokens=64"),
+        ({"too_long": "drop"}, "too_long='drop', and had too_long='alone'"),
+    ],
+)
+def test_a_state_of_other_arguments_is_told_by_what_differs(how: dict[str, Any], told: str) -> None:
+    """And not by two names that are the same."""
+    loader = by_length()
+    with Steps(loader, "for") as steps:
+        steps.next()
+        state = loader.state_dict()
+    with pytest.raises(StateError, match=rf"stage 1, batch_by_length\(len\), has {told}"):
+        by_length(**how).load_state_dict(state)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from itertools import pairwise
 from typing import Any, Final
 
@@ -12,12 +13,14 @@ import pytest
 from aioloader import Pipeline
 from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
+from aioloader.engine.source_context import RunSourceContext
 from aioloader.sources import ParquetRows, TarShards, pace, read_ahead
 from aioloader.sources.chunks import RANGE_BYTES
 from aioloader.sources.pace import FIRST_RANGE_BYTES, HURRIED, LONGER, WAITS, Pace
 from tests._servers import HttpServer
 from tests._support import Face, Steps, on_both_faces, wait_until
-from tests.test_by_file import TAR, bytes_asked_for, served
+from tests.test_by_file import PARQUET, TAR, bytes_asked_for, served
+from tests.test_file_order import FORMATS, Format
 
 GROUPS: Final = 32
 ROWS: Final = 100  # of a row group
@@ -233,3 +236,33 @@ def test_two_ranges_are_under_way_for_a_consumer_that_does_little_but_wait(
         assert all(second == last + 1 for (_, last), (second, _) in pairwise(its))
         assert its[0][0] == 0
         assert its[-1][1] + 1 >= len(files[path])
+
+
+@pytest.mark.parametrize("kind", FORMATS, ids=repr)
+@pytest.mark.usefixtures("far")
+def test_each_source_asks_whether_its_consumer_has_nothing(
+    http_server: HttpServer, kind: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it has something, no wait of the reader makes what is under way any more."""
+    if kind is PARQUET:
+        four_files(http_server)
+    else:
+        served(kind, http_server, padding=100_000)
+    longest, most = [], []
+    for starves in (False, True):
+        http_server.requests.clear()
+        monkeypatch.setattr(RunSourceContext, "consumer_starves", starves)
+        source = kind.source(sorted(http_server.files), store=http_server.store())
+        open_now = set()
+        with Steps(Pipeline(source).prefetch(0), "for") as steps:
+            for _ in range(8):
+                steps.rest(ROWS if kind is PARQUET else 10)
+                open_now.add(sum(method == "GET" for method, _, _ in http_server.requests))
+        spans = re.findall(r"bytes=(\d+)-(\d+)", str(http_server.requests))
+        longest.append(max(int(last) - int(first) for first, last in spans))
+        most.append(max(open_now))
+    if kind is PARQUET:
+        assert most[0] <= 1 + 8 + 1 < most[1]  # the footer, the row groups that were given out, and the next one
+    else:
+        assert 3 * longest[0] < longest[1]
+    del source

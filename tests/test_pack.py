@@ -235,6 +235,26 @@ def test_rows_have_a_dtype_that_holds_all_their_documents() -> None:
     mixed = [np.array([7], dtype=np.uint16), np.array([-1]), np.array([1 << 31], dtype=np.uint32)]
     (row,) = Pipeline(mixed).pack(3)
     assert row.tokens.tolist() == [7, -1, 1 << 31]
+    large = (1 << 24) + 1  # torch's rule says float32, which does not have it
+    (row,) = Pipeline([torch.tensor([large]), torch.tensor([0.5])]).pack(2)
+    assert row.tokens.tolist() == [large, 0.5]
+    (row,) = Pipeline([torch.tensor([3]), torch.tensor([0.5])]).pack(2)
+    assert row.tokens.dtype == torch.float32
+
+
+@on_both_faces
+@pytest.mark.parametrize(
+    "mixed",
+    [[torch.tensor([(1 << 53) + 1]), torch.tensor([0.5])], [np.array([(1 << 64) - 1], dtype=np.uint64), np.array([1])]],
+    ids=["int64 and float", "uint64 and int64"],
+)
+def test_a_row_whose_tokens_no_dtype_holds_is_an_error(mixed: list[Any], face: Face) -> None:
+    """No token is changed; others come."""
+    with Steps(Pipeline([*mixed, [1, 2]]).pack(2), face) as steps:
+        first, row = steps.outcomes()
+    with pytest.raises(ValueError, match=r"no dtype holds all tokens of a row, of .*torch\.int64"):
+        raise first
+    assert row.tokens.tolist() == [1, 2]
 
 
 @on_both_faces
@@ -400,6 +420,7 @@ def test_a_row_names_the_sources_of_its_documents(face: Face) -> None:
         ([], {}, ValueError, "at least 1 token, got 0"),
         (torch.zeros(2, 2), {}, ValueError, r"one dimension, got shape \[2, 2\]"),
         (torch.tensor(3), {}, ValueError, "one dimension"),
+        (torch.ones(3).to_sparse(), {}, TypeError, "must be dense, got layout torch.sparse_coo"),
         ("text", {}, TypeError, "tokenize it in a map before"),
         (7, {}, TypeError, "list of numbers"),
         (None, {}, TypeError, "list of numbers"),

@@ -216,7 +216,9 @@ def test_another_pipeline_inside_a_combination() -> None:
     refused(
         Pipeline.mix([range(3), Pipeline(range(4)).take(2)], [1, 2]), state, "source 1 of stage 0, stage 1 is take.n=2."
     )
-    refused(Pipeline.mix([range(3), Pipeline(range(4)).take(3)], [1, 3]), state, "stage 0 is mix")
+    refused(
+        Pipeline.mix([range(3), Pipeline(range(4)).take(3)], [1, 3]), state, "stage 0, mix of 2 sources, has weights="
+    )
     refused(Pipeline.mix([range(3)], [1]), state, "stage 0 has 1 sources, and had 2")
 
 

@@ -431,3 +431,9 @@ def test_an_interrupt_ends_what_is_run_apart() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_apart(hangs)
     assert cleaned == ["aioloader-apart"]
+
+
+def test_where_an_index_is_cannot_be_said(tmp_path: Path) -> None:
+    """It is beside its archive: a path would be taken for True."""
+    with pytest.raises(TypeError, match=r"index must be True or False, got 'a\.tar\.index'; the index of"):
+        TarShards(tmp_path / "a.tar", index="a.tar.index")  # type: ignore[arg-type]

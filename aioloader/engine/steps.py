@@ -342,7 +342,7 @@ def bind_in_a_row(steps: Sequence[Step], run: "Run", window: StepWindow, forward
 
 
 class InPlaceStep(Step):
-    """Calls `fn` on the loop. Only for functions of ours that take less time than a hop and never raise."""
+    """Calls `fn` on the loop. Only for functions of ours that take less time than a hop."""
 
     def __init__(self, fn: Callable[[Any], Any], name: str) -> None:
         super().__init__(StageMeter(name, "sync"), 1)
@@ -350,8 +350,12 @@ class InPlaceStep(Step):
 
     def accept(self, entry: Entry) -> None:
         self.meter.samples += 1
-        entry.value = self._fn(entry.value)
-        self._forward(entry)
+        try:
+            entry.value = self._fn(entry.value)
+        except Exception as error:
+            self._fail(entry, error, self.meter.name)
+        else:
+            self._forward(entry)
 
     def dispatch(self) -> None:
         if self.paused:

@@ -388,7 +388,9 @@ def _stage_difference(mine: dict[str, Any], its: dict[str, Any], number: int, wh
                 return _length_difference(mine, then, where)
             if mine["stage"] == "source" and mine.get("kind") == its.get("kind"):
                 return _source_difference(mine, its, key, where)
-            return f"{place} is {_words(mine)}, and was {_words(its)}"
+            if (words := _words(mine)) == _words(its):
+                return f"{place}, {words}, has {key}={mine[key]!r}, and had {key}={then!r}"[:300]
+            return f"{place} is {words}, and was {_words(its)}"
     return None
 
 

@@ -96,6 +96,8 @@ class TarShards(FileSource[Start, dict[str, Any]]):
     _words = ("archive", "they")
 
     def __new__(cls, *arguments: Any, index: bool = False, **others: Any) -> Self:
+        if not isinstance(index, bool):
+            raise TypeError(f"index must be True or False, got {index!r}; the index of an archive is beside it")
         if not index:
             return super().__new__(cls)
         # What has a length and indices is another kind of source.

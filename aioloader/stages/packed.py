@@ -161,6 +161,8 @@ def _tokens_of(value: object, name: str | None) -> Tensor:
             f"type {type(value).__name__}; tokenize it in a map before, and leave out there what is not one value per "
             f"token"
         )
+    if value.layout is not torch.strided:
+        raise TypeError(f"{_what(name)} must be dense, got layout {value.layout}; call to_dense() in a map before")
     if value.ndim != 1:
         raise ValueError(f"{_what(name)} must have one dimension, got shape {list(value.shape)}; flatten it before")
     tokens: Tensor = value.detach() if value.requires_grad else value
@@ -247,12 +249,31 @@ class MakeRow:
 
 
 def _of_one_dtype(parts: list[Tensor]) -> list[Tensor]:
-    """The same in a dtype that holds them all."""
+    """The same in a dtype that holds them all.
+
+    Raises:
+        ValueError: There is none: torch's rule for integers with floats would round large tokens.
+    """
     try:
         dtype = reduce(torch.promote_types, [part.dtype for part in parts])
     except RuntimeError:  # torch has no such dtype for some of the unsigned ones
         dtype = torch.float64 if any(part.dtype.is_floating_point for part in parts) else torch.int64
+    if not all(_keeps(dtype, part) for part in parts):
+        dtype = torch.float64
+        if not all(_keeps(dtype, part) for part in parts):
+            told = ", ".join(sorted({str(part.dtype) for part in parts}))
+            raise ValueError(f"no dtype holds all tokens of a row, of {told}; convert the documents in a map before")
     return [part.to(dtype) for part in parts]
+
+
+def _keeps(dtype: torch.dtype, part: Tensor) -> bool:
+    """Whether each value of `part` is the same in `dtype`, which torch has chosen for it."""
+    if part.dtype.is_floating_point or part.dtype.is_complex or part.dtype == dtype:
+        return True
+    held = part.to(dtype)
+    if part.dtype == torch.uint64 and bool((held < 0).any()):
+        return False
+    return torch.equal(held.to(part.dtype), part)
 
 
 def collate_packed(rows: Sequence[Packed], *, collate_fn_map: Any = None) -> Packed:
