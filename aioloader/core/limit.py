@@ -372,7 +372,19 @@ class _Ledger:
 
     def _changed(self) -> None:
         self._news.extend(self.members)
+        self._take_back_granted()
         self.grant()
+
+    def _take_back_granted(self) -> None:
+        """There are fewer: what is granted and not taken is no call yet, and waits again, before all others."""
+        for slots in [*self.members]:
+            while slots.granted and self.used > self.value:
+                slots.granted -= 1
+                self.granted -= 1
+                self.used -= 1
+                if not slots.waits:
+                    slots.waits = True
+                    self._queue.appendleft(slots)
 
     def grant(self) -> None:
         """Give free slots to those that wait, one each: they take more themselves if there are more."""
