@@ -254,6 +254,7 @@ class _Ledger:
         self.members: WeakSet[Slots] = WeakSet()
         self.lock = threading.Lock()
         self._mail: deque[Callable[[], None]] = deque()
+        self._changing = False  # there is word of another value in it
         self._news: deque[Slots] = deque()  # they are to be told, when the lock is free again
         self._queue: deque[Slots] = deque()  # they wait, the longest first
 
@@ -267,7 +268,9 @@ class _Ledger:
     def change(self, value: int) -> None:
         """Another value, from now on. Safe anywhere."""
         self.value = value
-        self.send(self._changed)
+        if not self._changing:  # else what is in the mailbox will find this value, however many come meanwhile
+            self._changing = True
+            self.send(self._changed)
 
     def settle(self) -> None:
         """Do what has been sent, unless somebody else is about to. Safe anywhere."""
@@ -371,8 +374,21 @@ class _Ledger:
         self.grant()
 
     def _changed(self) -> None:
+        self._changing = False  # before it looks
         self._news.extend(self.members)
+        self._take_back_granted()
         self.grant()
+
+    def _take_back_granted(self) -> None:
+        """There are fewer: what is granted and not taken is no call yet, and waits again, before all others."""
+        for slots in [*self.members] if self.granted and self.used > self.value else ():
+            while slots.granted and self.used > self.value:
+                slots.granted -= 1
+                self.granted -= 1
+                self.used -= 1
+                if not slots.waits:
+                    slots.waits = True
+                    self._queue.appendleft(slots)
 
     def grant(self) -> None:
         """Give free slots to those that wait, one each: they take more themselves if there are more."""
