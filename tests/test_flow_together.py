@@ -36,7 +36,8 @@ class Case:
         self.samples = draw.randrange(1, 45)
         self.limits = [Limit(draw.choice((1, 2, 3, 8))) for _ in range(2)]
         self.most = [limit.value for limit in self.limits]  # calls that may be under way in each
-        self.maps: list[int | Limit] = [draw.choice((1, 3, 30, *self.limits)) for _ in range(draw.choice((1, 2, 3)))]
+        widths: tuple[int | Limit, ...] = (1, 3, 30, *self.limits)
+        self.maps = [draw.choice(widths) for _ in range(draw.choice((1, 2, 3)))]
         self.attempts = [draw.choice((None, 2, 4)) for _ in self.maps]
         self.rates = [draw.choice((None, None, 3.0, 1000.0)) for _ in self.maps]
         self.at_once, self.soils = draw.choice((0.0, 0.5, 0.9)), draw.choice((0.0, 0.3))
