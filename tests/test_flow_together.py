@@ -8,6 +8,7 @@ import asyncio
 import contextvars
 import random
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,10 @@ class Busy(Exception):  # noqa: N818 - the model speaks of it as a value
 
 class Broken(Exception):  # noqa: N818
     """What is not."""
+
+
+async def collate(samples: list[int]) -> list[int]:
+    return samples
 
 
 class Case:
@@ -92,19 +97,28 @@ class Case:
     def keeps(self, key: int) -> bool:
         return not self.fate(key, "refused", self.refuses)
 
+    # All of it is on the loop, so that no thread has a say in the order.
+
+    async def keys(self) -> AsyncIterator[int]:
+        for key in range(self.samples):
+            yield key
+
+    async def passes(self, key: int) -> bool:
+        return self.keeps(key)
+
     @property
     def pipeline(self) -> Pipeline:
-        pipeline: Pipeline = Pipeline(lambda: iter(range(self.samples)))
+        pipeline: Pipeline = Pipeline(self.keys)
         for number, width in enumerate(self.maps):
             attempts, rate = self.attempts[number], self.rates[number]
             retry = None if attempts is None else Retry(attempts, on=Busy, wait_initial=0.2, wait_max=1.0)
             pipeline = pipeline.map(
                 self.map(number), concurrency=width, retry=retry, rate=None if rate is None else Rate(rate)
             )
-        pipeline = pipeline.filter(self.keeps)
+        pipeline = pipeline.filter(self.passes)
         if self.taken is not None:
             pipeline = pipeline.take(self.taken)
-        pipeline = pipeline.batch(self.size, collate_fn=list).prefetch(self.prefetch)
+        pipeline = pipeline.batch(self.size, collate_fn=collate).prefetch(self.prefetch)
         return pipeline if self.staleness is None else pipeline.max_staleness(self.staleness)
 
     def outcomes(self) -> list[Any]:
