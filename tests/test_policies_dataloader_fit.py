@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from aioloader import DataLoader, Hedge, Rate, Retry, Skip, sample_rng
-from tests._support import Face, Steps, collect, on_both_faces, until
+from tests._support import DEADLINE, Face, Steps, collect, on_both_faces, until
 
 AT_ONCE = Retry(3, ConnectionError, wait_initial=0, jitter=0)
 
@@ -40,6 +40,21 @@ class Numbers(Dataset[Any]):
 class NumbersLater(Numbers):
     async def __getitem__(self, key: int) -> Any:
         await asyncio.sleep(0)
+        return self.load(key)
+
+
+class NumbersInTwo(Numbers):
+    """The first sample of a thread waits for that of another one: threads start when there is work for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._both = threading.Barrier(2)
+        self._thread = threading.local()
+
+    def __getitem__(self, key: int) -> Any:
+        if not hasattr(self._thread, "begun"):
+            self._thread.begun = True
+            self._both.wait(DEADLINE)
         return self.load(key)
 
 
@@ -202,7 +217,7 @@ def test_ctrl_c_gives_a_turn_of_the_rate_back(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("retry", [None, 3])
 def test_worker_init_fn_is_called_once_for_each_worker(retry: Any, size: int | None, face: Face) -> None:
     calls: list[int] = []
-    loader = DataLoader(Numbers(), batch_size=size, num_workers=2, worker_init_fn=calls.append, retry=retry)
+    loader = DataLoader(NumbersInTwo(), batch_size=size, num_workers=2, worker_init_fn=calls.append, retry=retry)
     collect(loader, face)
     assert sorted(calls) == [0, 1]
 
