@@ -245,8 +245,12 @@ def test_rows_have_a_dtype_that_holds_all_their_documents() -> None:
 @on_both_faces
 @pytest.mark.parametrize(
     "mixed",
-    [[torch.tensor([(1 << 53) + 1]), torch.tensor([0.5])], [np.array([(1 << 64) - 1], dtype=np.uint64), np.array([1])]],
-    ids=["int64 and float", "uint64 and int64"],
+    [
+        [torch.tensor([(1 << 53) + 1]), torch.tensor([0.5])],
+        [torch.tensor([(1 << 24) + 1]), torch.tensor([1j])],
+        [np.array([(1 << 64) - 1], dtype=np.uint64), np.array([1])],
+    ],
+    ids=["int64 and float", "int64 and complex", "uint64 and int64"],
 )
 def test_a_row_whose_tokens_no_dtype_holds_is_an_error(mixed: list[Any], face: Face) -> None:
     """No token is changed; others come."""

@@ -1,4 +1,4 @@
-"""About how much memory a sample takes, told without running code of the user's."""
+"""About how much memory a sample takes, told without running code of the user."""
 
 from collections.abc import Iterable
 from itertools import islice

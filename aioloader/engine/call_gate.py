@@ -1,4 +1,4 @@
-"""Calls of the user's functions that begin one by one, each with leave: to find the one that ends its process.
+"""Calls of a user's functions that begin one by one, each with leave: to find the one that ends its process.
 
 Whoever grants the leave is in another process, and outlives the call. When the process dies, the call that has got
 leave last is the one that it has died of.

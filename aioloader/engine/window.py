@@ -63,8 +63,6 @@ class Window(Node):
         one_by_one: `finished` has to be told of each entry, also of those that are finished in order.
     """
 
-    one_by_one = False
-
     admission: Admission | None = None
     in_a_row: InARow | None = None
     rule: SkipRule | None = None
@@ -75,6 +73,7 @@ class Window(Node):
     hands_out = False
     queued: Callable[[], int] | None = None
     bounded = False
+    one_by_one = False
 
     def __init__(
         self,

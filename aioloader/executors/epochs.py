@@ -1,4 +1,4 @@
-"""`set_epoch` for copies: objects that were sent to a worker process follow the epoch of the user's originals."""
+"""`set_epoch` for copies: objects that were sent to a worker process follow the epoch of their originals."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence

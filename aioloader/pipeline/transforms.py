@@ -1,4 +1,4 @@
-"""The stages that make other samples: functions of the user's."""
+"""The stages that make other samples, by functions of the user."""
 
 from collections.abc import AsyncIterable, Callable, Coroutine, Iterable
 from os import PathLike

@@ -268,9 +268,12 @@ def _of_one_dtype(parts: list[Tensor]) -> list[Tensor]:
 
 def _keeps(dtype: torch.dtype, part: Tensor) -> bool:
     """Whether each value of `part` is the same in `dtype`, which torch has chosen for it."""
-    if part.dtype.is_floating_point or part.dtype.is_complex or part.dtype == dtype:
+    if part.dtype.is_complex:
+        return dtype.is_complex
+    if part.dtype.is_floating_point or part.dtype == dtype:
         return True
     held = part.to(dtype)
+    held = held.real if dtype.is_complex else held
     if part.dtype == torch.uint64 and bool((held < 0).any()):
         return False
     return torch.equal(held.to(part.dtype), part)

@@ -5,7 +5,7 @@ GIL, and through the object store. Between two processes of one host nothing of 
 can be mapped here (see `same_host`) is asked once to `serve`: it calls back on a Unix socket, and gets chunks over it
 as a worker process does, with large results in segments. Ray has placed it, and tells how it has ended.
 
-The name of the socket is in no file system (it is an abstract one), and whoever calls must be that very process: the
+The name of the socket is in no file system (it is an abstract one), and the caller must be that very process: the
 system says so. Where the actor cannot call, since it is in a network namespace of its own, `serve` returns, and
 chunks are calls of Ray as on another host.
 

@@ -29,7 +29,7 @@ class RunsChunks(Protocol):
 def is_end(error: BaseException) -> bool:
     """Whether Ray ends this process by raising `error` wherever it is: it was told SIGTERM, or `exit_actor()`.
 
-    It does so when its program has ended, too. Whoever took that for an error of a sample would raise it in a training
+    It does so when its program has ended, too. Taken for an error of a sample it would be raised in a training
     loop; and a message that it interrupts must be the last one.
     """
     return isinstance(error, SystemExit) and hasattr(error, "ray_terminate_msg")
