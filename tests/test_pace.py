@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Hashable
 from itertools import pairwise
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from aioloader.engine.source_context import RunSourceContext
 from aioloader.sources import ParquetRows, TarShards, pace, read_ahead
 from aioloader.sources.chunks import RANGE_BYTES
 from aioloader.sources.pace import FIRST_RANGE_BYTES, HURRIED, LONGER, WAITS, Pace
+from aioloader.testing import Gate
 from tests._servers import HttpServer
 from tests._support import Face, Steps, on_both_faces, wait_until
 from tests.test_by_file import PARQUET, TAR, bytes_asked_for, served
@@ -223,7 +225,7 @@ def test_row_groups_are_fetched_side_by_side_for_a_consumer_that_waits(
 def test_two_ranges_are_under_way_for_a_consumer_that_does_little_but_wait(
     http_server: HttpServer, face: Face, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one is asked for before the last one is answered, and each byte once."""
+    """Each byte is asked for once."""
     files = served(TAR, http_server, padding=150_000)
     monkeypatch.setattr(Pace, "hurries", True)
     with Steps(Pipeline(TarShards(list(files), store=http_server.store())).prefetch(0), face) as steps:
@@ -236,6 +238,31 @@ def test_two_ranges_are_under_way_for_a_consumer_that_does_little_but_wait(
         assert all(second == last + 1 for (_, last), (second, _) in pairwise(its))
         assert its[0][0] == 0
         assert its[-1][1] + 1 >= len(files[path])
+
+
+class FirstPasses(Gate):
+    """The first one that comes need not wait."""
+
+    come = 0
+
+    async def passing(self, key: Hashable = None) -> None:
+        self.come += 1
+        if self.come > 1:
+            await super().passing(key)
+
+
+def test_for_such_a_consumer_a_range_is_asked_for_before_the_one_before_it_is_answered(
+    http_server: HttpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that, one request at a time is under way for a file, but for the bytes that still come."""
+    served(TAR, http_server, padding=20_000)
+    monkeypatch.setattr(Pace, "hurries", True)
+    http_server.gate = gate = FirstPasses()
+    with Steps(Pipeline(TarShards(["a.tar"], store=http_server.store())).prefetch(0), "for") as steps:
+        steps.next()
+        wait_until(lambda: gate.standing == 2)
+        gate.open_all()
+        assert len(steps.rest()) == 19
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=repr)

@@ -15,7 +15,7 @@ import pytest
 from aioloader import DataLoader, Hedge, Pipeline, Retry
 from aioloader.core.entry import Entry
 from aioloader.engine.tracing import CalledEntry, TracedEntry
-from aioloader.insight.trace_file import TraceFile
+from aioloader.insight.trace_file import FLUSH_EVENTS, TraceFile
 from aioloader.stages import batch as batch_module
 from aioloader.stages.group import group_entries
 from tests._support import Face, Steps, collect, on_both_faces
@@ -283,6 +283,21 @@ def test_what_is_not_traced_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> Non
         delivery = steps._iterator._delivery
         assert "accept" not in vars(delivery.run.output)
         assert all(step.trace is None for step in delivery.run.output._parts)
+
+
+def test_what_waits_to_be_written_is_bounded_before_the_first_batch(tmp_path: Path) -> None:
+    """Calls add what they have without a look at how much there is."""
+    most = 0
+
+    async def fetch(key: int) -> int:
+        nonlocal most
+        most = max(most, len(trace._file.events))
+        return key
+
+    loader = Pipeline(range(8 * FLUSH_EVENTS)).map(fetch, concurrency=4).batch(8 * FLUSH_EVENTS)
+    with loader.trace(tmp_path / "trace.json", every=1) as trace:
+        assert len(list(loader)) == 1
+    assert FLUSH_EVENTS // 2 < most < 2 * FLUSH_EVENTS
 
 
 @on_both_faces
