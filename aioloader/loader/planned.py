@@ -1,5 +1,6 @@
 """A loader as far as its plan says: what runs in an epoch, and what that depends on."""
 
+from functools import cached_property
 from secrets import randbits
 from typing import Any, Final
 from weakref import finalize
@@ -159,7 +160,12 @@ class Planned(Watched[T_co]):
         plan = self._plan
         if plan.seed is not None or self._sampled is not None:
             return plan.seed
-        return 0 if is_sharded(plan) or is_shared(plan) else None
+        return 0 if self._for_ranks else None
+
+    @cached_property
+    def _for_ranks(self) -> bool:
+        """Whether its samples are dealt to ranks, or shared by several; asked often."""
+        return is_sharded(self._plan) or is_shared(self._plan)
 
     def _sample_seed(self) -> int:
         """For the random numbers of samples: the user's seed, else one that is drawn once for this loader."""

@@ -17,7 +17,7 @@ from aioloader.plan.lengths import sure_length
 from aioloader.plan.parts import generators_in, global_draws
 from aioloader.plan.plan import with_ranks
 from aioloader.plan.ranks import is_sharded, shard_state
-from aioloader.plan.state import check_fits, contents_of, lengths_of, make_state, ranges_of, shape_of, with_lengths
+from aioloader.plan.state import check_fits, contents_of, make_state, ranges_of, shape_of, source_lengths, with_lengths
 from aioloader.sources.sampler_order import packed, unpacked
 from aioloader.sources.stand_in import StandIn, stand_in
 from aioloader.stages.flow import STRENGTH, Guarantee
@@ -100,7 +100,7 @@ class Resumable(Planned[T_co]):
             others = {number: steps for number, steps in self._leave_out.items() if steps}
             self._leave_out = {epoch: progress.skipped_steps} | others
             with suppress(Exception):  # the dataset's own `__len__`, which may never be needed
-                progress.lengths = lengths_of(shape_of(self._plan_of_state))
+                progress.lengths = source_lengths(self._plan)
             before_stand_in = self._stand_in
             self._stand_in = self._stands_in(progress, loaded)
             self._progress = progress

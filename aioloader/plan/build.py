@@ -9,11 +9,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.plan.admission import admission_of
 from aioloader.plan.builder import NO_DRAWS, PlanBuilder, output_of
-from aioloader.plan.plan import (
-    Plan,
-    flow_of,
-    with_ranks,
-)
+from aioloader.plan.plan import Plan, with_ranks
 from aioloader.sources.sampler_order import Draws
 from aioloader.stages.base import Pass
 
@@ -42,7 +38,6 @@ def build(
         mixes: The weights of sources that are mixed by names; None: those of the plan.
     """
     plan = with_ranks(plan)
-    live = bool(flow_of(plan).timed)
     admission = admission_of(plan)
     builder = PlanBuilder(
         plan,
@@ -50,7 +45,6 @@ def build(
         transfer,
         alloc,
         processes,
-        live=live,
         draws=draws,
         admission=admission,
         mixes=Mixes({}) if mixes is None else mixes,

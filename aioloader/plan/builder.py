@@ -64,7 +64,8 @@ class PlanBuilder:
     """See `Builder`; it has built `plan` when it is there.
 
     Attributes:
-        live: Time decides which samples a batch holds, so that none is read early.
+        live: Time decides which samples a batch holds, so that none is read early; in `plan`, or in one that it is a
+            part of.
         path: The inputs on the way to `plan`, see `Address`.
         warns: Say so when a source is read again only to drop samples.
         functions: How many of the user's functions there were so far.
@@ -100,6 +101,7 @@ class PlanBuilder:
     def __post_init__(self) -> None:
         stages = self.plan.stages
         flows = flows_of(self.plan)  # before each stage
+        self.live = self.live or bool(flows[-1].timed)
         self.alloc = next((memory for stage in stages if (memory := stage.memory()) is not None), self.alloc)
         first = max((at for at, stage in enumerate(stages) if stage.encloses), default=None)
         if first is None:

@@ -24,7 +24,7 @@ def sure_length(plan: Plan, *, resumed: bool) -> int | None:
     try:
         length = length_of(plan)
         # A short last batch in which a sample failed is not dropped: its error is one more.
-        return length if told or length == length_of(keeping_last(plan)) else None
+        return length if told or (whole := keeping_last(plan)) is plan or length == length_of(whole) else None
     except TypeError:
         return None
 

@@ -1,6 +1,7 @@
 """The user's objects in a plan, and plans with others in their places."""
 
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 from torch import Generator
@@ -98,8 +99,12 @@ def keeping_last(plan: Plan) -> Plan:
     """`plan` without any `drop_last`."""
     source = plan.source
     if isinstance(source, Combined):
-        source = replace(source, plans=tuple(keeping_last(inner) for inner in source.plans))
-    return replace(plan, source=source, stages=tuple(stage.keeping_last() for stage in plan.stages))
+        plans = tuple(keeping_last(inner) for inner in source.plans)
+        source = source if all(map(is_, plans, source.plans)) else replace(source, plans=plans)
+    stages = tuple(stage.keeping_last() for stage in plan.stages)
+    if source is plan.source and all(map(is_, stages, plan.stages)):
+        return plan
+    return replace(plan, source=source, stages=stages)
 
 
 def with_streams(plan: Plan, others: dict[int, Any]) -> Plan:

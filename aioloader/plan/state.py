@@ -28,10 +28,10 @@ __all__ = [
     "check_fits",
     "contents_of",
     "identity_of",
-    "lengths_of",
     "make_state",
     "ranges_of",
     "shape_of",
+    "source_lengths",
     "with_lengths",
 ]
 
@@ -273,20 +273,26 @@ def _sampled(data: Sampled) -> Shape:
     return [*shape, {"stage": "skip_errors"}] if data.skips else shape
 
 
-def lengths_of(shape: Shape) -> list[int | None]:
+def source_lengths(plan: Plan) -> list[int | None]:
+    """Of its datasets, as in its shape."""
+    data = sampled_of(plan)
+    return _lengths_of([_source(plan.source)] if data is None else _sampled(data))
+
+
+def _lengths_of(shape: Shape) -> list[int | None]:
     """Of the datasets in `shape`, in order."""
     found: list[int | None] = []
     for part in shape:
         if "length" in part:
             found.append(part["length"])
         for inner in part.get("sources", ()):
-            found += lengths_of(inner)
+            found += _lengths_of(inner)
     return found
 
 
 def with_lengths(shape: Shape, lengths: Sequence[int | None]) -> Shape:
     """`shape` as it was when its datasets had these `lengths`; as it is, if they are of another one."""
-    if len(lengths) != len(lengths_of(shape)):
+    if len(lengths) != len(_lengths_of(shape)):
         return shape
     left = iter(lengths)
 

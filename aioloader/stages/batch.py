@@ -144,7 +144,7 @@ class Batch(FoldStage):
         return replace(after, batch_size=batch_size, steady=steady, collated=self.collate.fn is None)
 
     def keeping_last(self) -> "Batch":
-        return replace(self, drop_last=False)
+        return replace(self, drop_last=False) if self.drop_last else self
 
     def fold(self, this_pass: Pass) -> "BatchFold":
         return BatchFold(self.batch_size, drop_last=self.drop_last)
