@@ -81,6 +81,10 @@ class Node(ABC):
         """Whether no call has begun for any of its entries, so that nobody need look, see `Entry.begun`."""
         return False
 
+    def feeds_batches(self, size: int) -> bool:
+        """What it gives becomes batches of `size`, before it starts; whether nobody else has it by then."""
+        return False
+
     def alive(self, size: int) -> int:
         """Samples that have begun and are still here, or in the nodes before, see `Admission`.
 

@@ -11,7 +11,7 @@ from aioloader.engine.bulk_load_step import BulkLoadStep
 from aioloader.engine.cache_step import CacheOp
 from aioloader.engine.executor_step import ExecutorStep
 from aioloader.engine.ops import InProcesses, OnRay, Op
-from aioloader.engine.process_step import CHUNK_SECONDS, ProcessStep
+from aioloader.engine.process_step import CHUNK_SECONDS, LONGER, ProcessStep
 from aioloader.engine.ray_step import ray_step
 from aioloader.engine.steps import InPlaceStep, Step
 from aioloader.engine.thread_step import ThreadStep
@@ -158,7 +158,7 @@ def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op],
     def program() -> Work:
         prepare = None if place.prepare is None else place.prepare()
         epochs = place.epochs(with_set_epoch(op.fn for op in together))
-        return Work(tuple(op.call for op in together), 2 * CHUNK_SECONDS, prepare, epochs)
+        return Work(tuple(op.call for op in together), LONGER * CHUNK_SECONDS, prepare, epochs)
 
     if not place.kept:
         return make()

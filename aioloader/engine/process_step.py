@@ -11,6 +11,8 @@ from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
+from aioloader.core.sizes import MeanBytes
+from aioloader.engine.node import MOST_EARLY
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import SyncStep
@@ -19,17 +21,20 @@ from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.chunk_pool import ChunkPool
 from aioloader.executors.epochs import Epochs
 from aioloader.executors.partial import LeavesOut
+from aioloader.executors.processes.stacked import STACKED_FROM
 from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
 from aioloader.executors.threads import call_loop
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "MORE_DEATHS", "ProcessStep", "hint", "named", "unstamp", "who"]
+__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "LONGER", "MORE_DEATHS", "ProcessStep", "hint", "named", "unstamp", "who"]
 
 CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
+LONGER: Final = 3  # times as long as it should be: then a worker gives the rest of its chunk back
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
+MOST_WHOLE_BYTES: Final = 64 << 20  # of a batch that is made in one chunk
 EXPIRY_SECONDS: Final = 0.01  # between two looks at who has taken too long, at least
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
 
@@ -54,7 +59,10 @@ class ProcessStep(SyncStep):
     A hop costs about 0.2 ms of both sides, so a chunk is worth five milliseconds. A worker has the next chunk
     before it is done with one; not so where chunks take long, for then nothing is gained, and a sample would wait
     after another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
-    chunk turns out to take twice as long as it should, and the rest goes on elsewhere.
+    chunk turns out to take three times as long as it should, and the rest goes on elsewhere.
+
+    Samples that become large batches travel by whole batches, where that is about as much work as a chunk should be:
+    what lies side by side in shared memory is a batch where it is (`stacked_in_place`), and one copy is saved.
 
     What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? It has noted
     which sample it was at: that one fails, at its place; or, where failed samples are left out of their batches, that
@@ -77,6 +85,9 @@ class ProcessStep(SyncStep):
             repeatable.
         owned: The workers end with the run.
     """
+
+    chunk_seconds = CHUNK_SECONDS
+    queue_seconds = QUEUE_SECONDS
 
     def __init__(
         self,
@@ -108,6 +119,14 @@ class ProcessStep(SyncStep):
         self.timeout: float | None = None
         self._timeout_name = ""
         self._expiry: TimerHandle | None = None
+        self._batch_size = 0  # samples of the batches that are made of what it gives; 0: not known, or of no interest
+        self._sent = 0  # samples, those aside that were sent again: where in their batches the next ones are
+        self._bytes = MeanBytes()  # of a sample, where that is of interest
+        self._whole = False  # a chunk is a batch
+
+    def feeds_batches(self, size: int) -> bool:
+        self._batch_size = 0 if self.selects else size
+        return not self.selects
 
     def obey(self, policies: Policies) -> None:
         super().obey(policies)
@@ -125,6 +144,12 @@ class ProcessStep(SyncStep):
         if self.limit is not None:
             self.most = self._pool.count if self.most is None else min(self.most, self._pool.count)
         super().bind(run, window, forward, finished)
+        if not self._in_turn:  # its first chunks are as large as those of the epoch before
+            self._seconds_each, self._bytes.now = self._pool.learned
+            self._whole = self._makes_whole_batches()
+            if self._elastic:
+                self._extra_room = self._room_for_hops
+                window.resize()
         if self._owned:
             self._pool.end_on(run.loop)
             run.own(self._pool)
@@ -185,17 +210,63 @@ class ProcessStep(SyncStep):
         cost = self._seconds_each
         if cost is None or self._in_turn or self.timeout is not None:
             return 1
-        size = max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
+        size = max(1, min(CHUNK_SAMPLES, int(self.chunk_seconds / max(cost, 1e-9))))
+        if self._whole:
+            return self._batch_size
+        size = self._fitting(size)
         return size if self._elastic else min(size, max(1, self.meter.room // (2 * self.concurrency)))
+
+    def _fitting(self, size: int) -> int:
+        """How many of `size` samples travel together."""
+        return size
+
+    def _makes_whole_batches(self) -> bool:
+        """Whether a chunk is to be a batch, by what is known now."""
+        of, each, cost = self._batch_size, self._bytes.now, self._seconds_each
+        if each is None or cost is None or not self._elastic or of * (self.concurrency + 1) > MOST_EARLY:
+            return False
+        longest = (LONGER if self._whole else LONGER - 1) * self.chunk_seconds  # not back and forth
+        return of * cost <= longest and STACKED_FROM <= of * each <= MOST_WHOLE_BYTES
+
+    @property
+    def _quick(self) -> bool:
+        """Whether chunks are done so soon that one may wait after another one in the same worker."""
+        cost = self._seconds_each
+        return self.timeout is None and cost is not None and cost * self._size < self.queue_seconds
 
     @property
     def _places(self) -> int:
         """Chunks that may be under way."""
         if self._in_turn:
             return max(self.concurrency, self.meter.room)
-        cost = self._seconds_each
-        quick = cost is not None and cost * self._size < QUEUE_SECONDS
-        return self.concurrency * 2 if quick else self.concurrency
+        return self.concurrency * 2 if self._quick else self.concurrency
+
+    @property
+    def _room_for_hops(self) -> int:
+        return self._places * self._size - self.concurrency  # each worker has the next chunk, where it has use for it
+
+    @property
+    def _next_size(self) -> int:
+        """Samples for the next chunk; 0: it waits for more.
+
+        As batches are taken, samples come in by as many, and a hop for each of these would cost more than it carries.
+        So while all workers have something to do, a chunk waits until it is half as large as it could be. The next one
+        that comes back makes an end of waiting.
+        """
+        size, waiting, idle = self._size, len(self.inbox), self.concurrency - self._active
+        fair = -(-waiting // (self._places - self._active))
+        if not self._elastic:
+            return min(size, fair)
+        least = min(size, self.meter.room // self._places) // 2
+        if self._whole:
+            least = size - self._sent % size  # which makes a batch complete
+            if waiting >= least:
+                return least
+        if fair >= least:
+            return min(size, fair)
+        if idle <= 0:
+            return least if waiting >= least else 0
+        return min(least, -(-waiting // idle))
 
     def dispatch(self) -> None:
         self._scheduled = False
@@ -204,6 +275,9 @@ class ProcessStep(SyncStep):
             return
         inbox = self.inbox
         while (self._again or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
+            size = self._next_size
+            if not size and not self._again:
+                return
             if self.slots is not None and not self.slots.take():
                 return
             slot = None
@@ -211,8 +285,8 @@ class ProcessStep(SyncStep):
                 entry, slot = self._again.popleft()
                 chunk = Sent([entry])
             else:
-                fair = -(-len(inbox) // (self._places - self._active))
-                chunk = Sent([inbox.popleft() for _ in range(min(self._size, fair))])
+                chunk = Sent([inbox.popleft() for _ in range(size)])
+                self._sent += size
             self._begins()
             if self._in_turn and slot is None:
                 slot = self._next_slot()
@@ -260,6 +334,7 @@ class ProcessStep(SyncStep):
     def _not_begun(self, chunk: list[Entry], at: int) -> None:
         """What comes from index `at` on in `chunk` was not begun, and goes first, elsewhere."""
         unstamp(chunk, at, len(chunk))
+        self._sent -= len(chunk) - at
         self.inbox.extendleft(reversed(chunk[at:]))
 
     def _payload(self, chunk: list[Entry]) -> Any:
@@ -285,8 +360,12 @@ class ProcessStep(SyncStep):
             case ChunkResult():
                 self._deaths = 0
                 tried = len(outcome.outcomes)
+                if tried and self._batch_size:
+                    self._bytes.saw(outcome.outcomes[-1])
+                    self._whole = self._makes_whole_batches()
                 self._not_begun(chunk, tried)  # its time was up
                 self._landed(chunk[:tried], outcome)
+                self._pool.learned = self._seconds_each, self._bytes.now
             case NotSent(error):
                 self._lost(chunk, error)
             case Broken(error):

@@ -12,7 +12,7 @@ from aioloader.core.limit import Limit, width_of
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.ops import OnRay, Op
-from aioloader.engine.process_step import CHUNK_SAMPLES, MORE_DEATHS, ProcessStep, named, unstamp
+from aioloader.engine.process_step import LONGER, MORE_DEATHS, ProcessStep, named, unstamp
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.errors import WorkerDiedError
@@ -58,6 +58,9 @@ class RayStep(ProcessStep):
         awaits: The calls are async.
     """
 
+    chunk_seconds = CHUNK_SECONDS
+    queue_seconds = QUEUE_SECONDS
+
     def __init__(
         self,
         calls: Sequence[Call],
@@ -92,32 +95,18 @@ class RayStep(ProcessStep):
     def bind(self, run: "Run", window: StepWindow, forward: Forward, finished: Forward) -> None:
         super().bind(run, window, forward, finished)
         self.meter.actors = self._actors.actors
-        self._seconds_each = self._actors.seconds_each  # as in the epoch before: its first chunks are large enough
 
     def close(self) -> None:
         super().close()
         self._losses.clear()
         self._searches.clear()
 
-    @property
-    def _size(self) -> int:
-        cost = self._seconds_each
-        if cost is None or self.timeout is not None:
-            return 1
-        size = max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
-        if sample_bytes := self._actors.sample_bytes:
-            size = max(1, min(size, int(CHUNK_BYTES / sample_bytes)))
-        return size if self._elastic else min(size, max(1, self.meter.room // (2 * self.concurrency)))
+    def _fitting(self, size: int) -> int:
+        sample_bytes = self._actors.sample_bytes
+        return size if not sample_bytes else max(1, min(size, int(CHUNK_BYTES / sample_bytes)))
 
-    @property
-    def _quick(self) -> bool:
-        """Whether chunks are done so soon that one may wait after another one in the same actor."""
-        cost = self._seconds_each
-        return self.timeout is None and cost is not None and cost * self._size < QUEUE_SECONDS
-
-    @property
-    def _places(self) -> int:
-        return self.concurrency * 2 if self._quick else self.concurrency
+    def _makes_whole_batches(self) -> bool:
+        return self._actors.on_this_host and super()._makes_whole_batches()
 
     def dispatch(self) -> None:
         if self._losses and not self.paused:  # a pause may have put them among the others
@@ -144,7 +133,6 @@ class RayStep(ProcessStep):
         if isinstance(outcome, RayResult):
             self.meter.timeouts += outcome.timeouts
         super()._back(chunk, slot, outcome)
-        self._actors.seconds_each = self._seconds_each
 
     def _died(self, chunk: list[Entry], slot: int | None, death: Died) -> None:
         if death.expired:
@@ -267,7 +255,7 @@ def ray_step(
         prepare = None if place.prepare is None else place.prepare()
         return RayProgram(
             tuple(op.call for op in together),
-            2 * CHUNK_SECONDS,
+            LONGER * CHUNK_SECONDS,
             prepare,
             place.epochs(with_set_epoch(op.fn for op in together)),
             max(1, int(place.workers.cpus)),

@@ -123,6 +123,10 @@ class Step(ABC):
         """How many samples beyond `places` may be started because they are cheap."""
         return 0
 
+    def feeds_batches(self, size: int) -> bool:
+        """See `Node.feeds_batches`, of the last step of a window."""
+        return False
+
     @abstractmethod
     def accept(self, entry: Entry) -> None:
         """Take an entry from the step before."""

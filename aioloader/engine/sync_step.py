@@ -83,6 +83,11 @@ class SyncStep(Step):
             return 1
         return max(1, min(CHUNK_SAMPLES, int(CHUNK_SECONDS / max(cost, 1e-9))))
 
+    @property
+    def _room_for_hops(self) -> int:
+        """What the hops that may be under way have use for, beside a place for each call."""
+        return 2 * self.concurrency * (self._size - 1)
+
     def _landed(self, entries: Iterable[Entry], result: ChunkResult, settled: int = 0) -> None:
         """A hop is over; back on the loop. The first `settled` of its samples went on before."""
         self._active -= 1
@@ -95,7 +100,7 @@ class SyncStep(Step):
         if tried and result.busy_seconds:
             each = result.busy_seconds / tried
             self._seconds_each = each if self._seconds_each is None else (self._seconds_each + each) / 2
-            extra_room = 2 * self.concurrency * (self._size - 1) if self._elastic else 0
+            extra_room = self._room_for_hops if self._elastic else 0
             if extra_room != self._extra_room:
                 self._extra_room = extra_room
                 self._window.resize()

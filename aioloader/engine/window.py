@@ -154,6 +154,9 @@ class Window(Node):
         here = any(step.meter.gaps for step in self._parts) or (self.rule is not None and self.rule.gaps)
         return here or self.upstream.gaps
 
+    def feeds_batches(self, size: int) -> bool:
+        return self.ordered and bool(self._steps) and self._steps[-1].feeds_batches(size)
+
     def resume(self, cursor: Any) -> None:
         if self.rule is not None:
             cursor = self.rule.resume(cursor)

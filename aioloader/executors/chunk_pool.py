@@ -13,6 +13,8 @@ class ChunkPool(Protocol):
     """See `WorkerPool`, whose methods these are."""
 
     ended: "Future[None] | None"
+    learned: tuple[float | None, float | None]
+    """The seconds and the bytes of a sample, as the step of an epoch has found out; for that of the next one."""
 
     @property
     def count(self) -> int:

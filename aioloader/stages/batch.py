@@ -52,11 +52,11 @@ class CollateWith:
         """The name of the step."""
         return f"collate({callable_name(self.fn)})" if self.fn is not None else "collate"
 
-    def op(self, alloc: Alloc | None) -> Op:
-        """What does it; the default collate puts batches into memory of `alloc`."""
+    def op(self, alloc: Alloc | None, *, sole: bool = False) -> Op:
+        """What does it; for `alloc` and `sole` see `Collate`."""
         fn: Callable[[Any], Any]
         if self.fn is None:
-            fn = CollateAny(None, Collate(alloc))
+            fn = CollateAny(None, Collate(alloc, sole=sole))
         else:
             fn = CollateAsync(self.fn) if self.is_async else CollateAny(self.fn)
         if self.partial:
@@ -72,10 +72,10 @@ class CollateWith:
             thread_name="aioloader-collate",
         )
 
-    def build(self, builder: Builder, checks: Sequence[Op]) -> None:
-        """Collate the groups that `builder.node` gives, after `checks` of `FusedOps`."""
+    def build(self, builder: Builder, checks: Sequence[Op], *, sole: bool = False) -> None:
+        """Collate the groups that `builder.node` gives, after `checks` of `FusedOps`; for `sole` see `Collate`."""
         builder.fused = FusedOps(batches=True)
-        for op in (*checks, self.op(builder.alloc)):
+        for op in (*checks, self.op(builder.alloc, sole=sole)):
             builder.fused.add(op)
 
 
@@ -154,11 +154,14 @@ class Batch(FoldStage):
             return
         checks = builder.fused.checks
         node, fold = builder.close(), self.fold(builder.this_pass)
+        sole = False
         if self.max_wait is None:
             builder.node = FoldNode(node, fold)
+            # A device takes batches from page-locked memory, and a user's function expects samples.
+            sole = self.collate.fn is None and builder.transfer is None and node.feeds_batches(self.batch_size)
         else:
             builder.node = TimedFoldNode(node, fold, self.max_wait, self.label)
-        self.collate.build(builder, checks)
+        self.collate.build(builder, checks, sole=sole)
 
     def _build_of_keys(self, builder: Builder) -> bool:
         """Of a dataset that loads many samples at once: batch the keys, and load and collate a batch in one step.

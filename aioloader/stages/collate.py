@@ -10,6 +10,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import add_note, safe_repr, safe_repr_list
+from aioloader.executors.processes.stacked import stacked_in_place
 from aioloader.stages.packed import Packed, collate_packed
 
 __all__ = ["DEFAULT", "Collate", "collate_samples", "named"]
@@ -26,12 +27,14 @@ class Collate:
         alloc: Where stacked tensors and arrays go; None is fresh memory, as `torch.stack` takes it. Numbers become
             tensors in fresh memory always: they are small. So do tensors for which `torch.stack(out=...)` would not
             give what `torch.stack` gives, see `_stack`.
+        sole: Nobody else has the samples: those that lie one after the other become a batch where they are.
 
     The types that a user added to torch's `default_collate_fn_map` keep their functions.
     """
 
-    def __init__(self, alloc: Alloc | None = None) -> None:
+    def __init__(self, alloc: Alloc | None = None, *, sole: bool = False) -> None:
         self.alloc = alloc
+        self.sole = sole
         self._from_bytes: int = getattr(alloc, "from_bytes", 0)  # below, its memory is as fresh as any
 
     @property
@@ -78,6 +81,8 @@ class Collate:
         if first.is_nested or first.layout is not torch.strided:
             stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors)  # refused, with torch's words
             return stacked
+        if self.sole and (batch := stacked_in_place(tensors)) is not None:
+            return batch
         out = None
         if (
             self.alloc is not None

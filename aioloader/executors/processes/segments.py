@@ -133,14 +133,17 @@ class Arena:
             OSError: There is no memory to share.
         """
         places = [self._find(buffer) for buffer in buffers]
-        wanted = sum(aligned(b.nbytes) for b, place in zip(buffers, places, strict=True) if place is None)
-        if wanted:
-            segment, offset = self._reserve(wanted)
-            for index, (buffer, place) in enumerate(zip(buffers, places, strict=True)):
-                if place is None:
-                    segment.view[offset : offset + buffer.nbytes] = buffer
-                    places[index] = BufferPlace(segment.number, offset, buffer.nbytes)
-                    offset += aligned(buffer.nbytes)
+        alike: dict[int, list[int]] = {}  # those of one size lie side by side, see `stacked_in_place`
+        for index, place in enumerate(places):
+            if place is None:
+                alike.setdefault(buffers[index].nbytes, []).append(index)
+        if alike:
+            segment, start = self._reserve(sum(aligned(size * len(found)) for size, found in alike.items()))
+            for size, found in alike.items():
+                for offset, index in zip(range(start, start + size * len(found), size), found, strict=True):
+                    segment.view[offset : offset + size] = buffers[index]
+                    places[index] = BufferPlace(segment.number, offset, size)
+                start += aligned(size * len(found))
         return [place for place in places if place is not None]
 
     def hand_over(self, places: Sequence[BufferPlace]) -> list[tuple[int, int, int]]:

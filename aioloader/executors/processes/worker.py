@@ -21,6 +21,7 @@ from aioloader.executors.current_sample import KeyOnly, SampleContext
 from aioloader.executors.epochs import Copies, Epochs
 from aioloader.executors.processes.cells import ProgressCells
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
+from aioloader.executors.processes.freed_memory import keep_freed_memory
 from aioloader.executors.processes.layout import Layout, lay_out, open_buffers
 from aioloader.executors.processes.segments import SHARED_BYTES, Arena, use_arena
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
@@ -52,6 +53,7 @@ def main(sock: socket.socket, settings: dict[str, Any]) -> NoReturn:
     status = 1
     try:
         _adopt(settings)
+        keep_freed_memory()
         channel = WorkerLink(Connection(sock))
         program, slot = channel.get_program()
         if program is not None:

@@ -112,6 +112,7 @@ class WorkerPool:
         self._held: dict[Hashable, _Hold] = {}  # by owner
         self._killed: set[Worker] = set()  # since a value took too long
         self._loop: Any = None
+        self.learned: tuple[float | None, float | None] = None, None  # see `ChunkPool`
         self.ended: Future[None] | None = None
 
     # -- in any thread -----------------------------------------------------------------------------------------------

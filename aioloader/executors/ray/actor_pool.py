@@ -87,8 +87,7 @@ class ActorPool:
         )
         self.closed = False
         self._broken: BaseException | None = None
-        self.seconds_each: float | None = None
-        """What a sample costs, as its step has found out; for the step of the next epoch."""
+        self.learned: tuple[float | None, float | None] = None, None  # see `ChunkPool`
         self.ended: Future[None] | None = None
 
     # -- in any thread -----------------------------------------------------------------------------------------------
@@ -101,6 +100,11 @@ class ActorPool:
     def sample_bytes(self) -> float:
         """The mean size of what comes back for a sample."""
         return self._answers.sample_bytes
+
+    @property
+    def on_this_host(self) -> bool:
+        """Whether all actors that run have lines."""
+        return all(seat.line is not None for seat in self._seats if seat.place is not None)
 
     @property
     def gone(self) -> bool:

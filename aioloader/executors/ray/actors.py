@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
+from aioloader.executors.processes.freed_memory import keep_freed_memory
 from aioloader.executors.ray.same_host import OpenFile, probe
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.workers import RayWorkers
@@ -57,6 +58,7 @@ class ActorBase:
         """Where it runs. The first call, which says that it does."""
         import ray
 
+        keep_freed_memory()
         context = ray.get_runtime_context()
         return Place(os.getpid(), ray.util.get_node_ip_address(), context.get_node_id(), probe())
 
