@@ -243,7 +243,10 @@ class ProcessStep(SyncStep):
 
     @property
     def _room_for_hops(self) -> int:
-        return self._places * self._size - self.concurrency  # each worker has the next chunk, where it has use for it
+        # Each worker has the next chunk, where it has use for it. If these are batches, there is room for just these: a
+        # sample more would travel alone, and the batches that it and the others are in would be copied.
+        beside = self.concurrency + (max(1, self.concurrency // 2) if self._whole else 0)  # which `StepsRoom` adds
+        return self._places * self._size - beside
 
     @property
     def _next_size(self) -> int:
@@ -258,7 +261,7 @@ class ProcessStep(SyncStep):
         if not self._elastic:
             return min(size, fair)
         least = min(size, self.meter.room // self._places) // 2
-        if self._whole:
+        if self._whole and self.meter.room >= size * self.concurrency:
             least = size - self._sent % size  # which makes a batch complete
             if waiting >= least:
                 return least
