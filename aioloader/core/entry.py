@@ -212,12 +212,12 @@ class Entry:
 
 def places_of(entry: Entry) -> list[int | None] | None:
     """The positions of a batch's samples; None: it was not made of entries."""
-    return getattr(entry, "places", None)
+    return None if entry.rare is None else entry.rare.get("places")
 
 
 def begun_each_of(entry: Entry) -> list[int] | None:
     """`Entry.begun` for each of a batch's samples; None: it was not made of entries."""
-    each = getattr(entry, "begun_each", None)
+    each = None if entry.rare is None else entry.rare.get("begun_each")
     return [entry.begun] * len(each) if each and each[0] < 0 <= entry.begun else each
 
 
@@ -228,12 +228,12 @@ def earliest(begun: list[int]) -> int:
 
 def tries_of(entry: Entry) -> tuple[Any, int, float] | None:
     """See `Entry.tries`; None: it has not been tried again."""
-    return getattr(entry, "tries", None)
+    return None if entry.rare is None else entry.rare.get("tries")
 
 
 def stop_of(entry: Entry) -> Any:
     """Where an entry was dropped or failed, see `Stop`; None: nobody has said so."""
-    return getattr(entry, "stop", None)
+    return None if entry.rare is None else entry.rare.get("stop")
 
 
 def failed_in(entry: Entry) -> str:

@@ -143,6 +143,7 @@ def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[]
         calls,
         width,
         elastic=limit is None,
+        light=all(op.light for op in together),
         executor=executor,
         thread_name=leading.thread_name,
         initializer=next((op.initializer for op in together if op.initializer), None),

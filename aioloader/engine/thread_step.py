@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
@@ -24,7 +24,10 @@ from aioloader.insight.meters import ConsumerMeter
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["ThreadJob", "ThreadStep"]
+__all__ = ["LIGHT_SECONDS", "ThreadJob", "ThreadStep"]
+
+LIGHT_SECONDS: Final = 4e-5
+"""CPU time of a call that takes no longer than its way into a thread and back."""
 
 
 class ThreadStep(SyncStep):
@@ -42,10 +45,14 @@ class ThreadStep(SyncStep):
     that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
     results before it, which nobody knows of. `_look_again`, two milliseconds after a hop began, sees to both.
 
+    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours: nothing else
+    of the user's runs there, neither his code nor what he has set for his thread (grad mode, default device).
+
     Args:
         calls: See `SyncStep`.
         concurrency: Threads.
         elastic: See `SyncStep`.
+        light: They are no functions of the user's.
         executor: The user's pool of threads; None: threads of ours, which end with the window.
         thread_name: Names our threads.
         initializer: Called in each of our threads with its number.
@@ -59,11 +66,14 @@ class ThreadStep(SyncStep):
         concurrency: int | Limit,
         *,
         elastic: bool = True,
+        light: bool = False,
         executor: ThreadPoolExecutor | None = None,
         thread_name: str = "aioloader-map",
         initializer: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(calls, concurrency, elastic=elastic)
+        self._light = light
+        self._cpu_each: float | None = None  # what a call costs, as far as it is known
         self._executor = executor
         self._thread_name = thread_name
         self._initializer = initializer
@@ -115,6 +125,9 @@ class ThreadStep(SyncStep):
             self._set_aside()
             return
         waiting = len(self.inbox)
+        if self._light and self._cpu_each is not None and self._cpu_each < LIGHT_SECONDS and self._run.private_loop:
+            self._work_here()
+            return
         size = self._size
         if size == 1:
             self._wake(self._active + waiting, 1)
@@ -153,9 +166,7 @@ class ThreadStep(SyncStep):
         while self._active < min(wanted, self.concurrency) and not (self.closed or self._run.stopping):
             if slots is not None and not slots.take():
                 return
-            self._begins()
-            job = ThreadJob(limit, slots) if self.trace is None else self.trace.job(limit, slots)
-            self._jobs.add(job)
+            job = self._begun_job(limit, slots)
             if self._threads is not None:
                 self._threads.submit(partial(self._work, job))
                 continue
@@ -168,8 +179,28 @@ class ThreadStep(SyncStep):
                 return
             future.add_done_callback(partial(self._cancelled, job))
 
+    def _begun_job(self, limit: int, slots: Slots | None = None) -> "ThreadJob":
+        """One more hop begins."""
+        self._begins()
+        job = ThreadJob(limit, slots) if self.trace is None else self.trace.job(limit, slots)
+        self._jobs.add(job)
+        return job
+
+    def _work_here(self) -> None:
+        """On the loop."""
+        if self.inbox and not (self.closed or self._run.stopping):
+            job = self._begun_job(CHUNK_SAMPLES)
+            self._reported(job, self._made(job))
+
     def _work(self, job: "ThreadJob", broken: BaseException | None = None) -> None:
         """In a thread."""
+        result = self._made(job, broken)
+        job.leave()
+        call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
+        del job, result  # as in `apply_chunk`
+
+    def _made(self, job: "ThreadJob", broken: BaseException | None = None) -> ChunkResult:
+        """Make the calls of `job`."""
         sample = SampleContext()
         samples = job.samples(self.inbox, sample, self._run.consumer if self.stamps else None)
         if broken is None:
@@ -177,12 +208,15 @@ class ThreadStep(SyncStep):
         else:
             failures = [Failed(broken, self._calls[0].label) for _ in islice(samples, 1)]
             result = ChunkResult(list(failures), 0.0, 0.0)
-        job.leave()
-        call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
-        del job, samples, sample, result  # as in `apply_chunk`
+        try:
+            return result
+        finally:
+            del job, samples, sample, result  # as in `apply_chunk`
 
     def _reported(self, job: "ThreadJob", result: ChunkResult) -> None:
         self._jobs.discard(job)
+        if self._light and result.outcomes:
+            self._cpu_each = result.cpu_seconds / len(result.outcomes)
         self._landed(job.claimed[job.settled :], result, job.settled)
 
     def _refused(self, job: "ThreadJob", error: BaseException) -> None:

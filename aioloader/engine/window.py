@@ -475,25 +475,24 @@ class Window(Node):
 
     def _grown(self, room: Room, growth: Growth) -> int:
         """How many more entries may come in, see `Growth`."""
+        if (self.ordered and (not self._slots or self._slots[0].state)) or self.upstream.live:
+            return 0
         resting = sum(len(step.retrying) for step in self._parts if step.retrying is not None)
         idle = room.width - self.under_way + resting
-        if not self.ordered and resting and not self._replays and not self.upstream.live:
-            taken = self._occupied + self._lent
+        if not self.ordered:
+            if not resting or self._replays:
+                return 0
             most = min(room.now(self._asked) + resting, growth.most(room.widest, islice(self._slots, 4)))
-            if (more := min(idle, most - taken)) > 0:
-                self._tell_room(taken + more)
-            return more
-        if not self.ordered or not self._slots or self.upstream.live:
-            return 0
-        if self._slots[0].state or idle <= 0:
-            return 0
-        if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
-            if self._front_timer is None:
-                self._front_timer = self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
-            return 0
+        else:
+            if idle <= 0:
+                return 0
+            if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
+                if self._front_timer is None:
+                    self._front_timer = self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
+                return 0
+            most = growth.most(room.widest, islice(self._slots, 1, 5))
         taken = self._occupied + self._lent
-        more = min(idle, growth.most(room.widest, islice(self._slots, 1, 5)) - taken)
-        if more > 0:
+        if (more := min(idle, most - taken)) > 0:
             self._tell_room(taken + more)
         return more
 

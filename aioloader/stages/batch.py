@@ -68,6 +68,7 @@ class CollateWith:
             self.label,
             self.is_async,
             self.workers or usable_cores(),
+            light=self.fn is None and self.initializer is None,
             initializer=self.initializer,
             thread_name="aioloader-collate",
         )

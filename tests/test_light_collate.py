@@ -1,0 +1,110 @@
+"""A default collate that takes less time than a way into a thread is called on the loop of `for`, and nowhere else."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data._utils import collate as torch_collate
+
+from aioloader import Pipeline
+from aioloader.engine import thread_step
+from aioloader.stages import collate
+from tests._support import Face, Steps, collect, notes, on_both_faces
+
+BATCHES = 100
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The names of the threads in which the default collate was called."""
+    names: list[str] = []
+    called = collate.Collate.__call__
+
+    def noting(self: collate.Collate, samples: Any, keys: Any = None) -> Any:
+        names.append(threading.current_thread().name)
+        return called(self, samples, keys)
+
+    monkeypatch.setattr(collate.Collate, "__call__", noting)
+    return names
+
+
+def take_as_light(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Whatever takes less than so many seconds."""
+    monkeypatch.setattr(thread_step, "LIGHT_SECONDS", seconds)
+
+
+def test_a_light_collate_is_called_on_the_loop(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
+    """After the first one, which shows what it takes."""
+    take_as_light(monkeypatch, 60.0)
+    batches = list(Pipeline(range(4 * BATCHES)).batch(4))
+    assert torch.cat(batches).tolist() == list(range(4 * BATCHES))
+    assert len(threads) == BATCHES
+    assert threads[0].startswith("aioloader-collate")
+    assert set(threads[4:]) == {"aioloader-loop"}
+
+
+def test_one_that_takes_longer_is_called_in_threads(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
+    """So that the loop goes on meanwhile."""
+    take_as_light(monkeypatch, 0.0)
+    list(Pipeline(range(4 * BATCHES)).batch(4))
+    assert all(name.startswith("aioloader-collate") for name in threads)
+
+
+def test_a_loop_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
+    """There it would be called under what the user has set for that thread, and hold up his tasks."""
+    take_as_light(monkeypatch, 60.0)
+
+    async def main() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [batch async for batch in Pipeline(range(4 * BATCHES)).batch(4)]
+
+    batches = asyncio.run(main())
+    assert not any(batch.is_inference() for batch in batches)
+    assert all(name.startswith("aioloader-collate") for name in threads)
+
+
+def test_a_users_function_is_called_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However quick it is: nobody knows what it waits for."""
+    take_as_light(monkeypatch, 60.0)
+    names: list[str] = []
+
+    def own(samples: list[int]) -> torch.Tensor:
+        names.append(threading.current_thread().name)
+        return torch.tensor(samples)
+
+    list(Pipeline(range(40)).batch(4, collate_fn=own))
+    assert all(name.startswith("aioloader-collate") for name in names)
+
+
+@on_both_faces
+def test_errors_come_at_their_place(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the note that names the samples; the epoch goes on."""
+    take_as_light(monkeypatch, 60.0)
+    rows: list[Any] = [torch.zeros(2 if row != 41 else 3) for row in range(80)]
+    with Steps(Pipeline(rows).batch(4), face) as steps:
+        outcomes = steps.outcomes()
+    error = outcomes.pop(10)
+    assert isinstance(error, RuntimeError)
+    assert "key 41" in notes(error)
+    assert [batch.shape for batch in outcomes] == [(4, 2)] * 19
+
+
+@on_both_faces
+def test_what_ends_programs_is_raised_in_the_loop_body(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a function for a type of the user's raises it on our loop."""
+    take_as_light(monkeypatch, 60.0)
+
+    class Word(str):
+        __slots__ = ()
+
+    def exits(words: list[Word], *, collate_fn_map: object = None) -> list[str]:
+        if "20" in words:
+            raise SystemExit(3)
+        return list(words)
+
+    monkeypatch.setitem(torch_collate.default_collate_fn_map, Word, exits)
+    with pytest.raises(SystemExit, match="3"):
+        collect(Pipeline([Word(row) for row in range(40)]).batch(4), face)
