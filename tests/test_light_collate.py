@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ BATCHES = 100
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the threads in which the default collate was called."""
     names: list[str] = []
     called = collate.Collate.__call__
