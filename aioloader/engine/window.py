@@ -87,6 +87,7 @@ class Window(Node):
         self.upstream = upstream
         self._steps = tuple(steps)
         self._parts = [part for step in steps for part in step.parts]
+        self._retrying = [part.retrying for part in self._parts if part.retrying is not None]
         self._room = room
         self._full_at = 1 << 62  # entries with which it is full, where it may grow
         self._told_room = 0  # the most there was, for statistics
@@ -333,9 +334,8 @@ class Window(Node):
             self.wake()
 
     def _pause_retrying(self) -> None:
-        for step in self._parts:
-            if step.retrying is not None:
-                step.retrying.pause(paused=self._paused)
+        for retrying in self._retrying:
+            retrying.pause(paused=self._paused)
 
     def rested(self) -> None:
         """A call of a step that is closed has ended."""
@@ -475,16 +475,15 @@ class Window(Node):
 
     def _grown(self, room: Room, growth: Growth) -> int:
         """How many more entries may come in, see `Growth`."""
-        if (self.ordered and (not self._slots or self._slots[0].state)) or self.upstream.live:
+        resting = sum(map(len, self._retrying))
+        if (idle := room.width - self.under_way + resting) <= 0 or self.upstream.live:
             return 0
-        resting = sum(len(step.retrying) for step in self._parts if step.retrying is not None)
-        idle = room.width - self.under_way + resting
         if not self.ordered:
             if not resting or self._replays:
                 return 0
             most = min(room.now(self._asked) + resting, growth.most(room.widest, islice(self._slots, 4)))
         else:
-            if idle <= 0:
+            if not self._slots or self._slots[0].state:
                 return 0
             if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
                 if self._front_timer is None:
