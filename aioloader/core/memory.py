@@ -32,10 +32,9 @@ def tensor_over(
         offset: Bytes to leave out at the start; a multiple of the dtype's size.
         strides: Where the elements lie in some other order than that of a contiguous tensor; without gaps.
     """
-    nbytes = prod(shape) * dtype.itemsize
-    storage = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=offset).untyped_storage()
-    # Not `.view(dtype).view(shape)`: the result would be a view, with a `_base` and the rules that autograd has for it.
-    tensor: torch.Tensor = torch.empty(0, dtype=dtype, device="cpu")
+    tensor = torch.frombuffer(memory, dtype=dtype, count=prod(shape), offset=offset)
+    storage = tensor.untyped_storage()
+    # Not `.view(shape)`: the result would be a view, with a `_base` and the rules that autograd has for it.
     if strides is None:
         return tensor.set_(storage, 0, tuple(shape))  # type: ignore[call-overload, no-any-return]  # it is optional
     return tensor.set_(storage, 0, tuple(shape), strides)
