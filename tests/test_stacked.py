@@ -1,9 +1,8 @@
 """Batches of what worker processes have put into shared memory sample after sample: no copy, and nobody else has it."""
 
 import random
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,12 +13,10 @@ from torch.utils.data._utils import collate as torch_collate
 
 from aioloader import Pipeline
 from aioloader.engine import op_steps
-from aioloader.executors.chunk import Call, ChunkResult, apply_chunk
-from aioloader.executors.processes.segments import Arena, MappedSegments
+from aioloader.executors.chunk import Call
 from aioloader.executors.processes.stacked import MOST_KEPT, STACKED_FROM, stacked_in_place
-from aioloader.executors.processes.wire import decode
-from aioloader.executors.processes.worker_pool import Outcome
 from aioloader.stages import collate
+from tests._played import PlayedPool, Worker
 from tests._support import Face, collect, on_both_faces
 
 SIZE = 8
@@ -88,22 +85,6 @@ def fork_server() -> Iterator[None]:
 
 
 # -- tensors in a segment ----------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A worker and the process that gets its results, both in this one."""
-
-    def __init__(self) -> None:
-        self.arena = Arena()
-        self.mapped = MappedSegments()
-
-    def sends(self, value: Any) -> Any:
-        stream, buffers = self.arena.encode(value)
-        places = self.arena.place(buffers)
-        assert places is not None
-        for number, size, fd in self.arena.hand_over(places):
-            self.mapped.map(number, size, fd)
-        return decode(stream, self.mapped.buffers(places, samples=len(value)))
 
 
 @pytest.fixture
@@ -272,7 +253,7 @@ def test_parts_of_a_batch_share_no_memory(fn: Callable[[int], Any], face: Face, 
 
 
 @on_both_faces
-def test_batches_share_no_memory_where_their_samples_do(face: Face, played: "Callable[..., PlayedPool]") -> None:
+def test_batches_share_no_memory_where_their_samples_do(face: Face, played: Callable[..., PlayedPool]) -> None:
     """A function gives the same tensor for several keys, and these travel together."""
     pool = played(one_of_eight, 1e-6)
     pool.worker = Worker()
@@ -326,77 +307,12 @@ def test_a_resume_in_the_middle_gives_the_rest(face: Face, counted: "Counter[boo
 # -- how large chunks are ----------------------------------------------------------------------------------------------
 
 
-class PlayedPool:
-    """Workers that are played by one thread, which does tasks in an order of its own and says what they took.
-
-    Args:
-        count: How many.
-        calls: What they do.
-        seconds_each: What they say of a sample.
-        order: Chooses whose task is done next.
-    """
-
-    def __init__(self, count: int, calls: tuple[Call, ...], seconds_each: float, order: random.Random) -> None:
-        self.count = count
-        self.ended = None
-        self.learned: tuple[float | None, float | None] = None, None
-        self.sizes: list[tuple[int, int]] = []  # how many chunks were under way, and how large the next one was
-        self.worker: Worker | None = None  # results travel through its memory
-        self._calls = calls
-        self._seconds_each = seconds_each
-        self._order = order
-        self._tasks: deque[tuple[list[Any], Callable[[Outcome], None]]] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._play)
-        self._thread.start()
-
-    def submit(self, owner: Hashable, values: Any, done: Callable[[Outcome], None], slot: int | None = None) -> None:
-        with self._changed:
-            self.sizes.append((len(self._tasks), len(values[3])))
-            self._tasks.append((values[3], done))
-            self._changed.notify()
-
-    def _play(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._closed)
-                if self._closed:
-                    return
-                at = self._order.randrange(min(len(self._tasks), self.count))
-                values, done = self._tasks[at]
-                outcomes = apply_chunk(self._calls, values, 60.0).outcomes
-                if self.worker is not None:
-                    self.worker.arena.take_back(self.worker.mapped.freed())
-                    outcomes = self.worker.sends(outcomes)
-                del self._tasks[at]
-            done(ChunkResult(outcomes, self._seconds_each * len(outcomes), 0.0))
-
-    def prepare(self) -> None: ...
-
-    def forget(self, owner: Hashable) -> None:
-        with self._changed:
-            self._tasks.clear()
-
-    def at_work(self, owner: Hashable) -> list[tuple[Any, int, float]]:
-        return []
-
-    def alive(self) -> list[str]:
-        return []
-
-    def end(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., PlayedPool]]:
     pools = []
 
     def play(fn: Callable[[int], Any], seconds_each: float, seed: int = 0) -> PlayedPool:
-        pool = PlayedPool(2, (Call(fn, False, "fn", None),), seconds_each, random.Random(seed))
+        pool = PlayedPool(2, (Call(fn, False, "fn", None),), lambda: seconds_each, random.Random(seed))
         pools.append(pool)
         monkeypatch.setattr(op_steps, "_worker_pool", lambda *_: pool)
         return pool
@@ -448,4 +364,17 @@ def test_samples_that_take_long_travel_by_what_they_cost(
     assert max(size for _, size in pool.sizes) == size
     assert max(under_way for under_way, _ in pool.sizes) == (1 if seconds_each > 0.1 else 3)
     assert loader.stats().stages[1].room == (3 if seconds_each > 0.1 else 4 * size + 1)
+    loader.close()
+
+
+def test_with_a_timeout_samples_travel_alone_and_workers_have_the_next_one(played: Callable[..., PlayedPool]) -> None:
+    """Each is timed by itself; which is no reason to wait for the next one, nor to have less room."""
+    pool = played(image, 1e-5)
+    loader = Pipeline(range(200)).map(image, executor="process", concurrency=2, timeout=600.0).batch(SIZE)
+    for _ in range(2):
+        pool.sizes.clear()
+        assert [int(sample[0, 0, 0]) for batch in loader for sample in batch] == list(range(200))
+    assert {size for _, size in pool.sizes} == {1}
+    assert max(under_way for under_way, _ in pool.sizes) == 3
+    assert loader.stats().stages[1].room == 5
     loader.close()
