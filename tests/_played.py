@@ -49,7 +49,7 @@ class PlayedPool:
         sizes: How many chunks were under way at each, and how large it was.
         worker: Results travel through its memory; None: they do not.
         cuts: The share of chunks whose time is up before they are done.
-        fatal: A worker dies with these samples, once.
+        fatal: A worker dies with these samples, once in each epoch.
     """
 
     def __init__(
@@ -63,42 +63,47 @@ class PlayedPool:
         self.worker: Worker | None = None
         self.cuts = 0.0
         self.fatal: set[int] = set()
+        self._died: set[tuple[Hashable, int]] = set()
         self._calls = calls
         self._seconds_each = seconds_each
         self._order = order
-        self._queues: list[deque[tuple[list[Any], Callable[[Outcome], None]]]] = [deque() for _ in range(count)]
+        self._queues: list[deque[tuple[Hashable, list[Any], Callable[[Outcome], None]]]] = [
+            deque() for _ in range(count)
+        ]
         self._changed = threading.Condition()
-        self._held = False
+        self._holding: set[Hashable] = set()
         self._closed = False
         self._thread = threading.Thread(target=self._play)
         self._thread.start()
 
     def submit(self, owner: Hashable, values: Any, done: Callable[[Outcome], None], slot: int | None = None) -> None:
         with self._changed:
-            under_way = sum(map(len, self._queues))
+            under_way = sum(other == owner for queue in self._queues for other, _, _ in queue)
+            samples = sum(len(sent) for queue in self._queues for other, sent, _ in queue if other == owner)
             assert under_way < QUEUED * self.count
+            assert samples + len(values[3]) <= owner.meter.room  # type: ignore[attr-defined]  # the step
             self.sizes.append((under_way, len(values[3])))
-            min(self._queues, key=len).append((values[3], done))
+            min(self._queues, key=len).append((owner, values[3], done))
             self._changed.notify()
 
     def _play(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: (any(self._queues) and not self._held) or self._closed)
+                self._changed.wait_for(lambda: (any(self._queues) and not self._holding) or self._closed)
                 if self._closed:
                     return
                 slot = self._order.choice([slot for slot, queue in enumerate(self._queues) if queue])
-                values, done = self._queues[slot][0]
-                outcome = self._outcome(slot, values)
+                owner, values, done = self._queues[slot][0]
+                outcome = self._outcome(owner, slot, values)
                 self._queues[slot].popleft()
-            done(outcome)
+                done(outcome)
 
-    def _outcome(self, slot: int, values: list[Any]) -> Outcome:
+    def _outcome(self, owner: Hashable, slot: int, values: list[Any]) -> Outcome:
         if self._order.random() < self.cuts:
             values = values[: self._order.randint(1, len(values))]
         for at, value in enumerate(values):
-            if value in self.fatal:
-                self.fatal.discard(value)
+            if value in self.fatal and (owner, value) not in self._died:
+                self._died.add((owner, value))
                 return Died(slot, 1, "has died", at)
         outcomes = apply_chunk(self._calls, values, 60.0).outcomes
         if self.worker is not None:
@@ -109,22 +114,24 @@ class PlayedPool:
 
     def hold(self, owner: Hashable, said: Callable[[bool], None]) -> None:
         with self._changed:
-            self._held = True
+            self._holding.add(owner)
         said(False)
         said(True)
 
     def let_go(self, owner: Hashable) -> None:
         with self._changed:
-            self._held = False
+            self._holding.discard(owner)
             self._changed.notify()
 
     def expire(self, owner: Hashable, seconds: float) -> None: ...
 
     def forget(self, owner: Hashable) -> None:
         with self._changed:
-            self._held = False
+            self._holding.discard(owner)
             for queue in self._queues:
-                queue.clear()
+                for task in [task for task in queue if task[0] == owner]:
+                    queue.remove(task)
+            self._changed.notify()
 
     def at_work(self, owner: Hashable) -> list[tuple[Any, int, float]]:
         return []
