@@ -119,8 +119,8 @@ class ProcessStep(SyncStep):
         self.timeout: float | None = None
         self._timeout_name = ""
         self._expiry: TimerHandle | None = None
-        self._batch_size = 0  # samples of the batches that are made of what it gives; 0: not known, or of no interest
-        self._sent = 0  # samples, those aside that were sent again: where in their batches the next ones are
+        self._batch_size = 0  # of the batches that are made of what it gives; 0: none are, or it may drop samples
+        self._sent = 0  # samples, each counted once: this says where in its batch the next one is
         self._bytes = MeanBytes()  # of a sample, where that is of interest
         self._whole = False  # a chunk is a batch
 
