@@ -82,7 +82,7 @@ class Node(ABC):
         return False
 
     def feeds_batches(self, size: int) -> bool:
-        """Told before it starts: what it gives becomes batches of `size`. Returns whether nobody else has it by then."""
+        """Told before it starts that what it gives becomes batches of `size`; whether nobody else has it by then."""
         return False
 
     def alive(self, size: int) -> int:
