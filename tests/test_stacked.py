@@ -1,23 +1,22 @@
 """Batches of what worker processes have put into shared memory sample after sample: no copy, and nobody else has it."""
 
 import random
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data._utils import collate as torch_collate
 
 from aioloader import Pipeline
 from aioloader.engine import op_steps
-from aioloader.executors.chunk import Call, ChunkResult, apply_chunk
-from aioloader.executors.processes.segments import Arena, MappedSegments
+from aioloader.executors.chunk import Call
 from aioloader.executors.processes.stacked import MOST_KEPT, STACKED_FROM, stacked_in_place
-from aioloader.executors.processes.wire import decode
-from aioloader.executors.processes.worker_pool import Outcome
 from aioloader.stages import collate
+from tests._played import PlayedPool, Worker
 from tests._support import Face, collect, on_both_faces
 
 SIZE = 8
@@ -34,6 +33,41 @@ def image(key: int) -> torch.Tensor:
 
 def labelled(key: int) -> dict[str, Any]:
     return {"label": key, "image": image(key), "array": np.full((200, 200), key), "short": np.full(300, key)}
+
+
+def twice(key: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sample = image(key)
+    return sample, sample
+
+
+@cache
+def frame(key: int) -> torch.Tensor:
+    return image(key)
+
+
+def neighbours(key: int) -> dict[str, torch.Tensor]:
+    return {"before": frame(key), "after": frame(key + 1)}
+
+
+def one_of_eight(key: int) -> torch.Tensor:
+    return frame(key % SIZE)
+
+
+class Both:
+    """A sample, and a batch of a user who keeps what it was made of."""
+
+    def __init__(self, value: Any, samples: Any = None) -> None:
+        self.value = value
+        self.samples = samples
+
+
+def both(key: int) -> Both:
+    return Both(image(key))
+
+
+def collate_both(samples: list[Both], *, collate_fn_map: Any) -> Both:
+    values = [sample.value for sample in samples]
+    return Both(torch_collate.collate(values, collate_fn_map=collate_fn_map), values)
 
 
 def fails_at_20(key: int) -> torch.Tensor:
@@ -53,22 +87,6 @@ def fork_server() -> Iterator[None]:
 # -- tensors in a segment ----------------------------------------------------------------------------------------------
 
 
-class Worker:
-    """A worker and the process that gets its results, both in this one."""
-
-    def __init__(self) -> None:
-        self.arena = Arena()
-        self.mapped = MappedSegments()
-
-    def sends(self, value: Any) -> Any:
-        stream, buffers = self.arena.encode(value)
-        places = self.arena.place(buffers)
-        assert places is not None
-        for number, size, fd in self.arena.hand_over(places):
-            self.mapped.map(number, size, fd)
-        return decode(stream, self.mapped.buffers(places))
-
-
 @pytest.fixture
 def worker() -> Iterator[Worker]:
     worker = Worker()
@@ -82,7 +100,7 @@ def test_samples_side_by_side_become_a_batch_where_they_are(worker: Worker) -> N
     expected = torch.stack(samples)
     address = samples[0].data_ptr()
 
-    batch = stacked_in_place(samples)
+    batch = stacked_in_place(samples, [])
 
     assert batch is not None
     assert batch.data_ptr() == address
@@ -103,7 +121,7 @@ def test_what_is_alike_lies_side_by_side_whatever_comes_between(worker: Worker) 
     samples = worker.sends([labelled(key) for key in range(SIZE)])
     for name in ("image", "array"):
         parts = [torch.as_tensor(sample[name]) for sample in samples]
-        batch = stacked_in_place(parts)
+        batch = stacked_in_place(parts, [])
         assert batch is not None
         assert torch.equal(batch, torch.stack(parts))
     for key, sample in enumerate(samples):
@@ -115,29 +133,42 @@ def test_what_is_alike_lies_side_by_side_whatever_comes_between(worker: Worker) 
 def test_sizes_that_are_no_multiple_of_a_cache_line(worker: Worker, dtype: torch.dtype) -> None:
     """They are packed without gaps, and stay aligned to their elements."""
     samples = worker.sends([torch.full((3, 225, 223), key, dtype=dtype) for key in range(SIZE)])
-    batch = stacked_in_place(samples)
+    batch = stacked_in_place(samples, [])
     assert batch is not None
     assert [float(one.real.max()) for one in batch] == list(range(SIZE))
 
 
 def test_anything_else_is_copied(worker: Worker) -> None:
-    """A gap, another order, other shapes, dtypes and layouts, gradients, little of a segment, and plain memory."""
-    samples = worker.sends([image(key) for key in range(4 * SIZE)])
-    eight = samples[:SIZE]
-    assert stacked_in_place(eight) is not None
-    assert stacked_in_place([*samples[: SIZE - 1], samples[SIZE]]) is None
-    assert stacked_in_place(eight[::-1]) is None
-    assert stacked_in_place([*samples[: SIZE - 1], eight[-1].view(-1)]) is None
-    assert stacked_in_place([*samples[: SIZE - 1], eight[-1].view(torch.int32)]) is None
-    assert stacked_in_place([one.transpose(1, 2) for one in eight]) is None
-    assert stacked_in_place([*samples[: SIZE - 1], eight[-1].detach().requires_grad_()]) is None
-    assert stacked_in_place(samples[: STACKED_FROM // samples[0].nbytes]) is None  # smaller than that
-    plain = torch.arange(SIZE * samples[0].numel(), dtype=torch.float32).view(SIZE, *SHAPE)
-    assert stacked_in_place(list(plain)) is None
+    """A gap, another order, other shapes, dtypes and layouts, gradients, some of what came, and plain memory."""
+    samples = worker.sends([image(key) for key in range(SIZE)])
+    but_one, one = samples[:-1], samples[-1]
 
-    many = worker.sends([image(key) for key in range((MOST_KEPT + 1) * SIZE)])
-    assert stacked_in_place(many[:SIZE]) is None  # it would keep five times as much
-    assert stacked_in_place(many[: 2 * SIZE]) is not None
+    def copied(tensors: list[torch.Tensor]) -> bool:
+        return stacked_in_place(tensors, []) is None
+
+    assert not copied(samples)
+    assert copied([*samples[1:], one])
+    assert copied(samples[::-1])
+    assert copied([*but_one, one.view(-1)])
+    assert copied([*but_one, one.view(torch.int32)])
+    assert copied([sample.transpose(1, 2) for sample in samples])
+    assert copied([*but_one, one.detach().requires_grad_()])
+    assert copied([*but_one, one.to_sparse()])
+    assert copied([*but_one, torch.nn.Parameter(one, requires_grad=False)])
+    assert copied([sample.as_subclass(torch.nn.Buffer) for sample in samples])
+    assert copied([sample.to("meta") for sample in samples])
+    assert copied(samples[:-2])  # what is left may be the same tensors
+    few = STACKED_FROM // one.nbytes
+    assert copied(worker.sends([image(key) for key in range(few)]))  # smaller than that
+    plain = torch.arange(SIZE * one.numel(), dtype=torch.float32).view(SIZE, *SHAPE)
+    assert copied(list(plain))
+
+
+def test_a_small_part_of_large_samples_is_copied(worker: Worker) -> None:
+    """Who keeps only that would keep all the rest of them."""
+    for rest, in_place in ((MOST_KEPT - 2, True), (MOST_KEPT, False)):
+        samples = worker.sends([(image(key), torch.zeros(rest, *SHAPE)) for key in range(SIZE)])
+        assert (stacked_in_place([part for part, _ in samples], []) is not None) == in_place
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------
@@ -148,8 +179,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> "Counter[bool]":
     """How many batches were made in place, and how many were not."""
     count: Counter[bool] = Counter()
 
-    def counting(tensors: Any) -> Any:
-        batch = stacked_in_place(tensors)
+    def counting(tensors: Any, taken: Any) -> Any:
+        batch = stacked_in_place(tensors, taken)
         count[batch is not None] += 1
         return batch
 
@@ -210,6 +241,46 @@ def test_a_users_collate_fn_gets_samples(face: Face, counted: "Counter[bool]") -
 
 
 @on_both_faces
+@pytest.mark.parametrize("fn", [twice, neighbours])
+def test_parts_of_a_batch_share_no_memory(fn: Callable[[int], Any], face: Face, counted: "Counter[bool]") -> None:
+    """Where those of its samples do: they are one tensor, or tensors of the neighbours."""
+    with Pipeline(range(64)).map(fn, executor="process", concurrency=2).batch(SIZE) as loader:
+        for batch in until_in_place(loader, face, counted):
+            first, second = batch.values() if isinstance(batch, dict) else batch
+            expected = second.clone()
+            first.add_(1000)
+            assert torch.equal(second, expected)
+
+
+@on_both_faces
+def test_batches_share_no_memory_where_their_samples_do(face: Face, played: Callable[..., PlayedPool]) -> None:
+    """A function gives the same tensor for several keys, and these travel together."""
+    pool = played(one_of_eight, 1e-6)
+    pool.worker = Worker()
+    loader = Pipeline(range(256)).map(number, executor="process", concurrency=2, ahead=16 * SIZE).batch(SIZE)
+    for _ in range(3):
+        for batch in collect(loader, face):
+            assert batch[:, 0, 0, 0].tolist() == list(range(SIZE))
+            batch.add_(1000)
+    assert max(size for _, size in pool.sizes) > SIZE
+    loader.close()
+
+
+@on_both_faces
+def test_a_users_function_for_a_type_keeps_the_samples_as_they_were(
+    face: Face, counted: "Counter[bool]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may put them into the batch beside the tensor that is made of them."""
+    monkeypatch.setitem(torch_collate.default_collate_fn_map, Both, collate_both)
+    with Pipeline(range(32)).map(both, executor="process", concurrency=2).batch(SIZE) as loader:
+        for _ in range(3):
+            for number, batch in enumerate(collect(loader, face)):
+                batch.value.add_(1000)
+                assert [int(one[0, 0, 0]) for one in batch.samples] == [*range(number * SIZE, (number + 1) * SIZE)]
+    assert not counted
+
+
+@on_both_faces
 def test_errors_and_what_is_left_out_are_where_they_were(face: Face, counted: "Counter[bool]") -> None:
     """A sample that fails fails its batch; one that is skipped moves the others up."""
     samples = Pipeline(range(100)).map(fails_at_20, executor="process", concurrency=2)
@@ -236,73 +307,12 @@ def test_a_resume_in_the_middle_gives_the_rest(face: Face, counted: "Counter[boo
 # -- how large chunks are ----------------------------------------------------------------------------------------------
 
 
-class PlayedPool:
-    """Workers that are played by one thread, which does tasks in an order of its own and says what they took.
-
-    Args:
-        count: How many.
-        calls: What they do.
-        seconds_each: What they say of a sample.
-        order: Chooses whose task is done next.
-    """
-
-    def __init__(self, count: int, calls: tuple[Call, ...], seconds_each: float, order: random.Random) -> None:
-        self.count = count
-        self.ended = None
-        self.learned: tuple[float | None, float | None] = None, None
-        self.sizes: list[tuple[int, int]] = []  # how many chunks were under way, and how large the next one was
-        self._calls = calls
-        self._seconds_each = seconds_each
-        self._order = order
-        self._tasks: deque[tuple[list[Any], Callable[[Outcome], None]]] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=self._play)
-        self._thread.start()
-
-    def submit(self, owner: Hashable, values: Any, done: Callable[[Outcome], None], slot: int | None = None) -> None:
-        with self._changed:
-            self.sizes.append((len(self._tasks), len(values[3])))
-            self._tasks.append((values[3], done))
-            self._changed.notify()
-
-    def _play(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._tasks or self._closed)
-                if self._closed:
-                    return
-                at = self._order.randrange(min(len(self._tasks), self.count))
-                values, done = self._tasks[at]
-                outcomes = apply_chunk(self._calls, values, 60.0).outcomes
-                del self._tasks[at]
-            done(ChunkResult(outcomes, self._seconds_each * len(outcomes), 0.0))
-
-    def prepare(self) -> None: ...
-
-    def forget(self, owner: Hashable) -> None:
-        with self._changed:
-            self._tasks.clear()
-
-    def at_work(self, owner: Hashable) -> list[tuple[Any, int, float]]:
-        return []
-
-    def alive(self) -> list[str]:
-        return []
-
-    def end(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join()
-
-
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., PlayedPool]]:
     pools = []
 
     def play(fn: Callable[[int], Any], seconds_each: float, seed: int = 0) -> PlayedPool:
-        pool = PlayedPool(2, (Call(fn, False, "fn", None),), seconds_each, random.Random(seed))
+        pool = PlayedPool(2, (Call(fn, False, "fn", None),), lambda: seconds_each, random.Random(seed))
         pools.append(pool)
         monkeypatch.setattr(op_steps, "_worker_pool", lambda *_: pool)
         return pool
@@ -354,4 +364,17 @@ def test_samples_that_take_long_travel_by_what_they_cost(
     assert max(size for _, size in pool.sizes) == size
     assert max(under_way for under_way, _ in pool.sizes) == (1 if seconds_each > 0.1 else 3)
     assert loader.stats().stages[1].room == (3 if seconds_each > 0.1 else 4 * size + 1)
+    loader.close()
+
+
+def test_with_a_timeout_samples_travel_alone_and_workers_have_the_next_one(played: Callable[..., PlayedPool]) -> None:
+    """Each is timed by itself; which is no reason to wait for the next one, nor to have less room."""
+    pool = played(image, 1e-5)
+    loader = Pipeline(range(200)).map(image, executor="process", concurrency=2, timeout=600.0).batch(SIZE)
+    for _ in range(2):
+        pool.sizes.clear()
+        assert [int(sample[0, 0, 0]) for batch in loader for sample in batch] == list(range(200))
+    assert {size for _, size in pool.sizes} == {1}
+    assert max(under_way for under_way, _ in pool.sizes) == 3
+    assert loader.stats().stages[1].room == 5
     loader.close()

@@ -82,7 +82,7 @@ class Node(ABC):
         return False
 
     def feeds_batches(self, size: int) -> bool:
-        """What it gives becomes batches of `size`, before it starts; whether nobody else has it by then."""
+        """Told before it starts that what it gives becomes batches of `size`; whether nobody else has it by then."""
         return False
 
     def alive(self, size: int) -> int:

@@ -119,8 +119,8 @@ class ProcessStep(SyncStep):
         self.timeout: float | None = None
         self._timeout_name = ""
         self._expiry: TimerHandle | None = None
-        self._batch_size = 0  # samples of the batches that are made of what it gives; 0: not known, or of no interest
-        self._sent = 0  # samples, those aside that were sent again: where in their batches the next ones are
+        self._batch_size = 0  # of the batches that are made of what it gives; 0: none are, or it may drop samples
+        self._sent = 0  # samples, each counted once: this says where in its batch the next one is
         self._bytes = MeanBytes()  # of a sample, where that is of interest
         self._whole = False  # a chunk is a batch
 
@@ -223,7 +223,9 @@ class ProcessStep(SyncStep):
     def _makes_whole_batches(self) -> bool:
         """Whether a chunk is to be a batch, by what is known now."""
         of, each, cost = self._batch_size, self._bytes.now, self._seconds_each
-        if each is None or cost is None or not self._elastic or of * (self.concurrency + 1) > MOST_EARLY:
+        if each is None or cost is None or not self._elastic or self.timeout is not None:
+            return False
+        if of * (self.concurrency + 1) > MOST_EARLY:
             return False
         longest = (LONGER if self._whole else LONGER - 1) * self.chunk_seconds  # not back and forth
         return of * cost <= longest and STACKED_FROM <= of * each <= MOST_WHOLE_BYTES
@@ -232,7 +234,7 @@ class ProcessStep(SyncStep):
     def _quick(self) -> bool:
         """Whether chunks are done so soon that one may wait after another one in the same worker."""
         cost = self._seconds_each
-        return self.timeout is None and cost is not None and cost * self._size < self.queue_seconds
+        return cost is not None and cost * self._size < self.queue_seconds
 
     @property
     def _places(self) -> int:

@@ -105,6 +105,10 @@ class RayStep(ProcessStep):
         sample_bytes = self._actors.sample_bytes
         return size if not sample_bytes else max(1, min(size, int(CHUNK_BYTES / sample_bytes)))
 
+    @property
+    def _quick(self) -> bool:
+        return self.timeout is None and super()._quick  # an actor that is killed takes all that it has with it
+
     def _makes_whole_batches(self) -> bool:
         return self._actors.on_this_host and super()._makes_whole_batches()
 

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ class Collate:
         alloc: Where stacked tensors and arrays go; None is fresh memory, as `torch.stack` takes it. Numbers become
             tensors in fresh memory always: they are small. So do tensors for which `torch.stack(out=...)` would not
             give what `torch.stack` gives, see `_stack`.
-        sole: Nobody else has the samples: those that lie one after the other become a batch where they are.
+        sole: Nobody else has the samples: those that lie one after the other become a batch where they are. Not so
+            where the user has added functions to torch's `default_collate_fn_map`: they may keep what they get.
 
     The types that a user added to torch's `default_collate_fn_map` keep their functions.
     """
@@ -71,17 +73,26 @@ class Collate:
         if self.stacks_tensors:
             # torch's own function takes shared memory where `get_worker_info()` says that this is a worker process:
             # our batches never cross to another process as torch's do.
-            collate_fn_map[torch.Tensor] = self._stack
+            sole = self.sole and all(fn.__module__ == torch_collate.__name__ for fn in collate_fn_map.values())
+            collate_fn_map[torch.Tensor] = partial(self._stack, taken=[] if sole else None)
         collate_fn_map.setdefault(Packed, collate_packed)
         return collate_fn_map
 
-    def _stack(self, tensors: Sequence[torch.Tensor], *, collate_fn_map: object = None) -> torch.Tensor:
-        """Stack `tensors`; numpy arrays come here too, as tensors over their own memory (no copy is made before)."""
+    def _stack(
+        self, tensors: Sequence[torch.Tensor], *, taken: list[tuple[int, int]] | None, collate_fn_map: object = None
+    ) -> torch.Tensor:
+        """Stack `tensors`; numpy arrays come here too, as tensors over their own memory (no copy is made before).
+
+        Args:
+            tensors: One of each sample.
+            taken: See `stacked_in_place`; None: somebody may have the samples.
+            collate_fn_map: Of torch, which passes it on.
+        """
         first = tensors[0]
         if first.is_nested or first.layout is not torch.strided:
             stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors)  # refused, with torch's words
             return stacked
-        if self.sole and (batch := stacked_in_place(tensors)) is not None:
+        if taken is not None and (batch := stacked_in_place(tensors, taken)) is not None:
             return batch
         out = None
         if (

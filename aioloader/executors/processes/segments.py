@@ -248,13 +248,15 @@ class MappedSegments:
         for number in numbers:
             self._mappings.pop(number, None)
 
-    def buffers(self, places: Sequence[tuple[int, int, int]]) -> list[memoryview]:
-        """What is at `places`. Its segments are in use as long as a view of it lives.
+    def buffers(self, places: Sequence[tuple[int, int, int]], samples: int = 0) -> list[memoryview]:
+        """What is at `places`, of so many `samples` (0: not known). Its segments are in use while a view of it lives.
 
         Raises:
             KeyError: One of them is not mapped.
         """
         segments = {segment: self._mappings[segment] for segment, _, _ in places}
+        for mapping in segments.values():
+            mapping.samples = samples
         lent = {number: mapping.lend(self._freed.append, number) for number, mapping in segments.items()}
         return [lent[number][offset : offset + size] for number, offset, size in places]
 
@@ -265,7 +267,7 @@ class MappedSegments:
             OSError: A new segment cannot be mapped.
             Exception: The value cannot be unpickled here.
         """
-        *_, layout, new, forgotten = message.head
+        *_, layout, new, forgotten, samples = message.head
         self.forget(forgotten)
         for (number, size), fd in zip(new, message.fds, strict=True):
             self.map(number, size, fd)
@@ -273,7 +275,7 @@ class MappedSegments:
         if len(layout[0]) == 2:
             buffers = open_buffers(body, layout)
         else:
-            buffers = self.buffers(layout)
+            buffers = self.buffers(layout, samples)
             if body:
                 buffers.append(body)
         stream = buffers.pop()

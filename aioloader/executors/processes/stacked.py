@@ -14,20 +14,31 @@ STACKED_FROM: Final = 1 << 20  # bytes; a copy of less costs nothing to speak of
 MOST_KEPT: Final = 4  # times its size: a batch that is kept keeps the whole segment
 
 
-def stacked_in_place(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """What `torch.stack` makes of `tensors`, in their own memory.
+def stacked_in_place(tensors: Sequence[torch.Tensor], taken: list[tuple[int, int]]) -> torch.Tensor | None:
+    """What `torch.stack` makes of `tensors`, one of each sample of a batch, in their own memory.
 
-    None: they do not lie one after the other in a segment of a worker, or do not take most of it. The result shares
-    their memory, so they must be nobody's else. It keeps them alive, and so the segment.
+    What one worker sent together may share memory: a function may return `(x, x)`, or for several keys the same tensor.
+    So the samples of the batch must be all that came together, and what another part of the batch is made of is copied.
+
+    Args:
+        tensors: Nobody else has them. The result keeps them alive, and so the segment.
+        taken: The memory of other parts of the same batch, from and to which address; gets that of the result.
+
+    Returns:
+        The batch; None: they do not lie one after the other in a segment of a worker, or are not all that is there.
     """
-    first = tensors[0]
-    address, each, count = first.data_ptr(), first.nbytes, len(tensors)
-    if each * count < STACKED_FROM or first.device.type != "cpu":
+    first, count = tensors[0], len(tensors)
+    if any(type(tensor) is not torch.Tensor or tensor.layout is not torch.strided for tensor in tensors):
+        return None
+    if first.device.type != "cpu":
+        return None
+    each, begin = first.nbytes, first.data_ptr()
+    end = begin + each * count
+    if each * count < STACKED_FROM or any(begin < other_end and other < end for other, other_end in taken):
         return None
     for number, tensor in enumerate(tensors):
         if (
-            type(tensor) is not torch.Tensor
-            or tensor.data_ptr() != address + number * each
+            tensor.data_ptr() != begin + number * each
             or tensor.dtype != first.dtype
             or tensor.shape != first.shape
             or tensor.requires_grad
@@ -35,9 +46,9 @@ def stacked_in_place(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
         ):
             return None
     segment = mapping_of(first)
-    if segment is None or segment.size > MOST_KEPT * each * count:
+    if segment is None or segment.samples != count or segment.size > MOST_KEPT * each * count:
         return None
-    if address + each * count > segment.address + segment.size:
+    if end > segment.address + segment.size:
         return None
-    memory = memory_at(address, each * count, owner=list(tensors))
-    return tensor_over(memory, (count, *first.shape), first.dtype)
+    taken.append((begin, end))
+    return tensor_over(memory_at(begin, each * count, owner=list(tensors)), (count, *first.shape), first.dtype)

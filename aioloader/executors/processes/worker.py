@@ -157,11 +157,12 @@ class WorkerLink:
         """Send a message without a value."""
         self._connection.send(head)
 
-    def send(self, head: tuple[Any, ...], value: Any) -> None:
+    def send(self, head: tuple[Any, ...], value: Any, samples: int = 0) -> None:
         """Send `value`, with large tensors and arrays in shared memory.
 
-        To `head` are added: the places of the buffers, the new segments, and the segments to forget. Either all buffers
-        are in the body, with the pickle as the last one, or all are in segments, with a small pickle alone in the body.
+        To `head` are added: the places of the buffers, the new segments, the segments to forget, and `samples`: how
+        many `value` holds, or 0. Either all buffers are in the body, with the pickle as the last one, or all are in
+        segments, with a small pickle alone in the body.
 
         Raises:
             Exception: `value` cannot be pickled; nothing has been sent.
@@ -180,7 +181,7 @@ class WorkerLink:
             layout = places
             new = arena.hand_over(places)
         segments = [(number, size) for number, size, _ in new]
-        self._connection.send((*head, layout, segments, arena.trim()), body, [fd for _, _, fd in new])
+        self._connection.send((*head, layout, segments, arena.trim(), samples), body, [fd for _, _, fd in new])
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ class _ChunkServer:
             if type(outcome) is Failed:
                 outcome.error = portable(outcome.error, self._where)
         try:
-            self._channel.send(("done", number), result)
+            self._channel.send(("done", number), result, len(result[0]))
         except (BrokenPipeError, ConnectionResetError):
             raise
         except BaseException:

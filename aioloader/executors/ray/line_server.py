@@ -79,4 +79,4 @@ class _Server:
             return
         result = self._runner.made(payload)
         head = "done", number, result.busy_seconds, result.cpu_seconds
-        self._runner.sent(partial(self._link.send, head), result.outcomes)
+        self._runner.sent(partial(self._link.send, head, samples=len(result.outcomes)), result.outcomes)
