@@ -92,8 +92,10 @@ def test_errors_come_at_their_place(face: Face, monkeypatch: pytest.MonkeyPatch)
 
 
 @on_both_faces
-def test_what_ends_programs_is_raised_in_the_loop_body(face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a function for a type of the user's raises it on our loop."""
+def test_a_function_for_a_type_is_the_users_too(
+    face: Face, monkeypatch: pytest.MonkeyPatch, threads: list[str]
+) -> None:
+    """It is called in threads; what ends programs is raised in the loop body."""
     take_as_light(monkeypatch, 60.0)
 
     class Word(str):
@@ -107,3 +109,4 @@ def test_what_ends_programs_is_raised_in_the_loop_body(face: Face, monkeypatch: 
     monkeypatch.setitem(torch_collate.default_collate_fn_map, Word, exits)
     with pytest.raises(SystemExit, match="3"):
         collect(Pipeline([Word(row) for row in range(40)]).batch(4), face)
+    assert all(name.startswith("aioloader-collate") for name in threads)

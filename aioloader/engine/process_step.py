@@ -12,6 +12,7 @@ from aioloader.core.limit import Limit, Slots
 from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.sizes import MeanBytes
+from aioloader.engine.deaths import hint, named, who
 from aioloader.engine.node import MOST_EARLY
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
@@ -28,7 +29,7 @@ from aioloader.executors.threads import call_loop
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "LONGER", "MORE_DEATHS", "ProcessStep", "hint", "named", "unstamp", "who"]
+__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "LONGER", "MORE_DEATHS", "ProcessStep", "unstamp"]
 
 CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
@@ -444,18 +445,3 @@ def unstamp(chunk: list[Entry], start: int, stop: int) -> None:
     if isinstance(chunk, Sent):
         for entry, begun in zip(chunk[start:stop], chunk.begun[start:stop], strict=True):
             entry.begun = begun
-
-
-def who(death: Died) -> str:
-    """Which worker died, and how, for a sentence."""
-    return f"worker process {death.slot} (pid {death.pid}) {death.reason}"
-
-
-def hint(death: Died) -> str:
-    """What may help, for the end of a sentence."""
-    return "; if memory ran out, use fewer workers" if "SIGKILL" in death.reason else ""
-
-
-def named(entry: Entry) -> str:
-    """A sample, for a sentence; a batch by its keys."""
-    return f"{'samples' if type(entry.key) is list else 'key'} {safe_repr(entry.key)}"

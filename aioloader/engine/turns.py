@@ -16,7 +16,8 @@ from typing import Any
 from aioloader.core.cursors import as_count, cursor_parts
 from aioloader.core.entry import Entry
 from aioloader.core.source import CursorSource, EntryReader, SourceContext
-from aioloader.engine.process_step import ProcessStep, hint, who
+from aioloader.engine.deaths import hint, who
+from aioloader.engine.process_step import ProcessStep
 from aioloader.errors import WorkerDiedError
 from aioloader.executors.chunk import DROP, Call, ChunkResult, Failed
 from aioloader.executors.epochs import Epochs

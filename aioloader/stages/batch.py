@@ -17,7 +17,7 @@ from aioloader.engine.node import Fold, FoldNode, TimedFoldNode
 from aioloader.engine.ops import Op
 from aioloader.executors.partial import over_partial, over_partial_async
 from aioloader.stages.base import Builder, Evenness, FoldStage, Pass, UnknownLengthError
-from aioloader.stages.collate import Collate
+from aioloader.stages.collate import Collate, torchs_alone
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
 from aioloader.stages.load import CollateAny, CollateAsync, FetchBatch, FetchGroup
@@ -68,7 +68,7 @@ class CollateWith:
             self.label,
             self.is_async,
             self.workers or usable_cores(),
-            light=self.fn is None and self.initializer is None,
+            light=self.fn is None and self.initializer is None and torchs_alone(),
             initializer=self.initializer,
             thread_name="aioloader-collate",
         )

@@ -14,7 +14,7 @@ from aioloader.core.safe_text import add_note, safe_repr, safe_repr_list
 from aioloader.executors.processes.stacked import stacked_in_place
 from aioloader.stages.packed import Packed, collate_packed
 
-__all__ = ["DEFAULT", "Collate", "collate_samples", "named"]
+__all__ = ["DEFAULT", "Collate", "collate_samples", "named", "torchs_alone"]
 
 _DTYPE_AND_GRAD = operator.attrgetter("dtype", "requires_grad")
 
@@ -73,8 +73,7 @@ class Collate:
         if self.stacks_tensors:
             # torch's own function takes shared memory where `get_worker_info()` says that this is a worker process:
             # our batches never cross to another process as torch's do.
-            sole = self.sole and all(fn.__module__ == torch_collate.__name__ for fn in collate_fn_map.values())
-            collate_fn_map[torch.Tensor] = partial(self._stack, taken=[] if sole else None)
+            collate_fn_map[torch.Tensor] = partial(self._stack, taken=[] if self.sole and torchs_alone() else None)
         collate_fn_map.setdefault(Packed, collate_packed)
         return collate_fn_map
 
@@ -102,6 +101,11 @@ class Collate:
         ):
             out = self.alloc((len(tensors), *first.shape), first.dtype)
         return torch.stack(tensors, 0, out=out)  # type: ignore[arg-type]  # torch takes a list or a tuple
+
+
+def torchs_alone() -> bool:
+    """Whether the user has added no function to torch's `default_collate_fn_map`: collating runs none of his."""
+    return all(fn.__module__ == torch_collate.__name__ for fn in torch_collate.default_collate_fn_map.values())
 
 
 def _fresh(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
