@@ -65,6 +65,21 @@ def test_a_loop_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch, thre
     assert all(name.startswith("aioloader-collate") for name in threads)
 
 
+def test_what_a_suspended_function_has_set_is_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's contexts belong to a thread, and here that is the one of our loop: no batch is made under them."""
+    take_as_light(monkeypatch, 60.0)
+
+    async def holds(row: int) -> int:
+        with torch.inference_mode(), torch.device("meta"):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        return row
+
+    batches = list(Pipeline(range(2000)).map(holds, concurrency=64).batch(4))
+    assert not any(batch.is_inference() or batch.is_meta for batch in batches)
+    assert torch.cat(batches).tolist() == list(range(2000))
+
+
 def test_a_users_function_is_called_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """However quick it is: nobody knows what it waits for."""
     take_as_light(monkeypatch, 60.0)

@@ -14,11 +14,12 @@ from aioloader.core.safe_text import safe_repr
 from aioloader.core.sizes import MeanBytes
 from aioloader.engine.deaths import hint, named, who
 from aioloader.engine.node import MOST_EARLY
+from aioloader.engine.room import places_for_finished
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import SyncStep
 from aioloader.errors import WorkerDiedError
-from aioloader.executors.chunk import Call, ChunkResult
+from aioloader.executors.chunk import Call, ChunkResult, Failed
 from aioloader.executors.chunk_pool import ChunkPool
 from aioloader.executors.epochs import Epochs
 from aioloader.executors.partial import LeavesOut
@@ -248,7 +249,7 @@ class ProcessStep(SyncStep):
     def _room_for_hops(self) -> int:
         # Each worker has the next chunk, where it has use for it. If these are batches, there is room for just these: a
         # sample more would travel alone, and the batches that it and the others are in would be copied.
-        beside = self.concurrency + (max(1, self.concurrency // 2) if self._whole else 0)  # which `StepsRoom` adds
+        beside = self.concurrency + (places_for_finished(self.concurrency) if self._whole else 0)
         return self._places * self._size - beside
 
     @property
@@ -366,8 +367,8 @@ class ProcessStep(SyncStep):
             case ChunkResult():
                 self._deaths = 0
                 tried = len(outcome.outcomes)
-                if tried and self._batch_size:
-                    self._bytes.saw(outcome.outcomes[-1])
+                if self._batch_size and tried and type(last := outcome.outcomes[-1]) is not Failed:
+                    self._bytes.saw(last)
                     self._whole = self._makes_whole_batches()
                 self._not_begun(chunk, tried)  # its time was up
                 self._landed(chunk[:tried], outcome)

@@ -11,13 +11,18 @@ from aioloader.engine.node import CHUNK_SECONDS, MOST_EARLY, Node
 from aioloader.engine.steps import Step
 from aioloader.engine.sync_step import SyncStep
 
-__all__ = ["BytesRoom", "GrowingRoom", "Growth", "Room", "StepsRoom"]
+__all__ = ["BytesRoom", "GrowingRoom", "Growth", "Room", "StepsRoom", "places_for_finished"]
 
 FEW: Final = 2  # calls of a cheap sync step that are under way, as a rule: one, and one that follows
 
 WIDEST: Final = 16  # times the concurrency, where a slow sample at the front holds others up
 MOST_BYTES: Final = 256 << 20  # of finished samples, as far as room has grown
 WEIGHED: Final = 16  # one of so many chances to weigh samples is taken: what they are like changes slowly
+
+
+def places_for_finished(widest: int) -> int:
+    """Of samples that wait for a slower one before them, where so many calls may stand side by side."""
+    return max(1, widest // 2)
 
 
 class Growth:
@@ -209,7 +214,7 @@ class StepsRoom(Room):
         places += [min(step.places, FEW) if several and step.extra_room else step.places for step in self._hop]
         self.width = sum(places) or 1
         self.widest = widest = max(places, default=1)
-        self._places = self.width + (max(1, widest // 2) if self._finished is None else self._finished)
+        self._places = self.width + (places_for_finished(widest) if self._finished is None else self._finished)
         self._cheap = min([step.extra_room for step in self._hop], default=0)
         self._found = sum(step.extra_room for step in self._look_ups)
 

@@ -15,6 +15,7 @@ from aioloader.engine.node import CHUNK_SECONDS
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import CHUNK_SAMPLES, SyncStep
+from aioloader.engine.torch_state import NOTHING_SET, context_state
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.chunk import Call, ChunkResult, Failed, apply_chunk
 from aioloader.executors.current_sample import SampleContext
@@ -45,8 +46,9 @@ class ThreadStep(SyncStep):
     that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
     results before it, which nobody knows of. `_look_again`, two milliseconds after a hop began, sees to both.
 
-    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours: nothing else
-    of the user's runs there, neither his code nor what he has set for his thread (grad mode, default device).
+    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours. Async
+    functions of the user's run there, too, and one may be suspended in a `with torch.inference_mode()`, which belongs
+    to the thread: then, as for any other of torch's contexts, a thread makes the calls.
 
     Args:
         calls: See `SyncStep`.
@@ -125,7 +127,7 @@ class ThreadStep(SyncStep):
             self._set_aside()
             return
         waiting = len(self.inbox)
-        if self._light and self._cpu_each is not None and self._cpu_each < LIGHT_SECONDS and self._run.private_loop:
+        if self._light and self._may_work_here:
             self._work_here()
             return
         size = self._size
@@ -185,6 +187,11 @@ class ThreadStep(SyncStep):
         job = ThreadJob(limit, slots) if self.trace is None else self.trace.job(limit, slots)
         self._jobs.add(job)
         return job
+
+    @property
+    def _may_work_here(self) -> bool:
+        cheap = self._cpu_each is not None and self._cpu_each < LIGHT_SECONDS
+        return cheap and self._run.private_loop and context_state() == NOTHING_SET
 
     def _work_here(self) -> None:
         """On the loop."""

@@ -11,9 +11,12 @@ import torch
 
 from aioloader.errors import LeakedContextError
 
-__all__ = ["ContextState", "check_leak", "context_state"]
+__all__ = ["NOTHING_SET", "ContextState", "check_leak", "context_state"]
 
 ContextState = tuple[bool, bool, bool, int]
+
+NOTHING_SET: Final[ContextState] = True, False, False, 0
+"""Of a thread in which nobody has set anything."""
 
 # `torch.device(...)` and friends, as contexts, stand on a stack whose length torch only tells privately.
 _function_modes = getattr(torch._C, "_len_torch_function_stack", lambda: 0)

@@ -103,8 +103,9 @@ class ActorPool:
 
     @property
     def on_this_host(self) -> bool:
-        """Whether all actors that run have lines."""
-        return all(seat.line is not None for seat in self._seats if seat.place is not None)
+        """Whether there are actors that run, and all of them have lines."""
+        lines = [seat.line is not None for seat in self._seats if seat.place is not None]
+        return bool(lines) and all(lines)
 
     @property
     def gone(self) -> bool:
