@@ -455,8 +455,9 @@ class Silent(Node):
         return []
 
 
-def test_a_guest_that_knocks_while_the_host_gives_up_waits_for_it_to_come_again() -> None:
-    """Its host has not seen it yet."""
+@pytest.mark.parametrize(("error", "told"), [(None, "closed"), (TimeoutError("rank 2 is late"), "failed")])
+def test_a_guest_that_knocks_while_the_host_gives_up_is_told_why(error: Exception | None, told: str) -> None:
+    """Its host has not seen it yet. After `closed` it waits for it to come again; after an error it fails, too."""
     terms = ShareTerms("share", ("gives up", os.getpid()), "", (0, 1), 0, 1, True, DEADLINE)
     node = LendingNode(Silent(), terms, Lender())
 
@@ -466,14 +467,16 @@ def test_a_guest_that_knocks_while_the_host_gives_up_waits_for_it_to_come_again(
         node.start(run, lambda: None)
         visitor = meeting.try_door(terms.meeting(0))
         assert visitor is not None
+        if error is not None:
+            node._give_up(error)
         node.close()
         heard: list[Any] = []
-        peer = meeting.Peer(run.loop, visitor, lambda message: heard.append(message.head), lambda: heard.append("gone"))
-        await until(lambda: "gone" in heard)
+        peer = meeting.Peer(run.loop, visitor, lambda message: heard.append(message.head[0]), lambda: heard.append(""))
+        await until(lambda: "" in heard)
         peer.close()
         return heard
 
-    assert asyncio.run(main()) == [("closed",), "gone"]
+    assert asyncio.run(main())[0] == told
 
 
 @on_both_faces
@@ -559,18 +562,6 @@ class LostGuest:
         connection.close()
 
 
-@on_both_faces
-def test_a_guest_that_dies_before_all_have_come_is_told_at_once(face: Face) -> None:
-    """To the host, and to those that wait with it; not when the time is up."""
-    loaders = shared(lambda _: Pipeline(range(6)).batch(2), 4, timeout=1e6)
-    waiting = [Started(partial(outcomes(face), loader)) for loader in loaders[:2]]
-    LostGuest(loaders[0], 2, "batch(2), from the beginning on").come_and_die()
-    for one in waiting:
-        (error,) = one.outcome()
-        assert isinstance(error, WorkerDiedError)
-        assert re.search(r"rank 2 \(pid \d+\), for which rank 0 would have read, has died before all", str(error))
-
-
 @pytest.fixture
 def came(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The ranks that a host has heard of."""
@@ -583,6 +574,19 @@ def came(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(LendingNode, "_welcome", welcomed)
     return came
+
+
+@on_both_faces
+def test_a_guest_that_dies_before_all_have_come_is_told_at_once(face: Face, came: list[int]) -> None:
+    """To the host, and to those that wait with it; not when the time is up. (Who comes later finds nobody.)"""
+    loaders = shared(lambda _: Pipeline(range(6)).batch(2), 4, timeout=1e6)
+    waiting = [Started(partial(outcomes(face), loader)) for loader in loaders[:2]]
+    wait_until(lambda: came == [1])
+    LostGuest(loaders[0], 2, "batch(2), from the beginning on").come_and_die()
+    for one in waiting:
+        (error,) = one.outcome()
+        assert isinstance(error, WorkerDiedError)
+        assert re.search(r"rank 2 \(pid \d+\), for which rank 0 would have read, has died before all", str(error))
 
 
 @on_both_faces

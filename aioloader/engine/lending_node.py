@@ -227,7 +227,11 @@ class LendingNode(Node):
         self._give_up(self._terms.late("rank " + ", ".join(map(str, self._missing()))))
 
     def _give_up(self, error: Exception) -> None:
-        """Fail before all have come, with those that have: they need not wait for themselves to be late."""
+        """Fail before all have come, with those that have: they need not wait for themselves to be late.
+
+        Who knocks at this moment is one of them. Who comes later finds nobody, and waits: the host may begin again.
+        """
+        self._stop_waiting()
         for guest in self._guests:
             guest.peer.send(("failed", error))
         self._run.fail(error)
