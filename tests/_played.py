@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from aioloader.executors.chunk import Call, ChunkResult, apply_chunk
 from aioloader.executors.processes.segments import Arena, MappedSegments
+from aioloader.executors.processes.stacked import stacked
 from aioloader.executors.processes.wire import decode
 from aioloader.executors.processes.worker_pool import Died, Outcome
 
@@ -23,16 +24,18 @@ class Worker:
         self.arena = Arena()
         self.mapped = MappedSegments()
 
-    def sends(self, value: list[Any]) -> list[Any]:
-        """The samples of `value`, as they come out of shared memory."""
+    def sends(self, samples: list[Any], batch: int = 0) -> list[Any]:
+        """`samples` as they come out of shared memory; for `batch` see `stacked`."""
         self.arena.take_back(self.mapped.freed())
-        stream, buffers = self.arena.encode(value)
+        stream, buffers = self.arena.encode(stacked(samples, batch, self.arena.alloc))
         places = self.arena.place(buffers)
-        if places is None:
-            return value
+        received: list[Any]
+        if places is None:  # through the socket
+            received = decode(stream, [bytearray(buffer) for buffer in buffers])
+            return received
         for number, size, fd in self.arena.hand_over(places):
             self.mapped.map(number, size, fd)
-        received: list[Any] = decode(stream, self.mapped.buffers(places, samples=len(value)))
+        received = decode(stream, self.mapped.buffers(places))
         return received
 
 
@@ -67,7 +70,7 @@ class PlayedPool:
         self._calls = calls
         self._seconds_each = seconds_each
         self._order = order
-        self._queues: list[deque[tuple[Hashable, list[Any], Callable[[Outcome], None]]]] = [
+        self._queues: list[deque[tuple[Hashable, list[Any], int, Callable[[Outcome], None]]]] = [
             deque() for _ in range(count)
         ]
         self._changed = threading.Condition()
@@ -78,12 +81,13 @@ class PlayedPool:
 
     def submit(self, owner: Hashable, values: Any, done: Callable[[Outcome], None], slot: int | None = None) -> None:
         with self._changed:
-            under_way = sum(other == owner for queue in self._queues for other, _, _ in queue)
-            samples = sum(len(sent) for queue in self._queues for other, sent, _ in queue if other == owner)
+            under_way = sum(other == owner for queue in self._queues for other, *_ in queue)
+            samples = sum(len(sent) for queue in self._queues for other, sent, *_ in queue if other == owner)
             assert under_way < QUEUED * self.count
             assert samples + len(values[3]) <= owner.meter.room  # type: ignore[attr-defined]  # the step
-            self.sizes.append((under_way, len(values[3])))
-            min(self._queues, key=len).append((owner, values[3], done))
+            *_, samples_sent, batch = values
+            self.sizes.append((under_way, len(samples_sent)))
+            min(self._queues, key=len).append((owner, samples_sent, batch, done))
             self._changed.notify()
 
     def _play(self) -> None:
@@ -93,12 +97,12 @@ class PlayedPool:
                 if self._closed:
                     return
                 slot = self._order.choice([slot for slot, queue in enumerate(self._queues) if queue])
-                owner, values, done = self._queues[slot][0]
-                outcome = self._outcome(owner, slot, values)
+                owner, values, batch, done = self._queues[slot][0]
+                outcome = self._outcome(owner, slot, values, batch)
                 self._queues[slot].popleft()
                 done(outcome)
 
-    def _outcome(self, owner: Hashable, slot: int, values: list[Any]) -> Outcome:
+    def _outcome(self, owner: Hashable, slot: int, values: list[Any], batch: int) -> Outcome:
         if self._order.random() < self.cuts:
             values = values[: self._order.randint(1, len(values))]
         for at, value in enumerate(values):
@@ -107,7 +111,7 @@ class PlayedPool:
                 return Died(slot, 1, "has died", at)
         outcomes = apply_chunk(self._calls, values, 60.0).outcomes
         if self.worker is not None:
-            outcomes = self.worker.sends(outcomes)
+            outcomes = self.worker.sends(outcomes, batch)
         return ChunkResult(outcomes, self._seconds_each() * len(outcomes), 0.0)
 
     def prepare(self) -> None: ...

@@ -109,7 +109,7 @@ class FakeLine:
 
     def says(self, *head: Any, value: Any = None) -> None:
         """Nobody reads it yet."""
-        self.unread.append(Message((*head, [(0, 1)], [], [], 0), bytearray(encode(value)[0]), []))
+        self.unread.append(Message((*head, [(0, 1)], [], []), bytearray(encode(value)[0]), []))
 
     def answer(self, at: int, *outcomes: Any) -> None:
         """To a chunk."""

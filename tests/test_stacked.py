@@ -1,10 +1,10 @@
-"""Batches of what worker processes have put into shared memory sample after sample: no copy, and nobody else has it."""
+"""Samples that worker processes stack before they travel, since they become a batch: it is what it would have been."""
 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -12,15 +12,18 @@ import torch
 from torch.utils.data._utils import collate as torch_collate
 
 from aioloader import Pipeline
+from aioloader.core.sizes import rough_bytes
 from aioloader.engine import op_steps
 from aioloader.executors.chunk import Call
-from aioloader.executors.processes.stacked import MOST_KEPT, STACKED_FROM, stacked_in_place
+from aioloader.executors.processes.stacked import plain_samples, stacked_batch
+from aioloader.memory.mapping import mapping_of
 from aioloader.stages import collate
+from aioloader.stages.collate import Collate
 from tests._played import PlayedPool, Worker
 from tests._support import Face, collect, on_both_faces
 
 SIZE = 8
-SHAPE = (3, 128, 128)  # 196,608 bytes: eight of them are more than STACKED_FROM
+SHAPE = (3, 128, 128)  # 196,608 bytes: eight of them are more than 1 MiB
 
 
 def number(key: int) -> int:
@@ -51,6 +54,11 @@ def neighbours(key: int) -> dict[str, torch.Tensor]:
 
 def one_of_eight(key: int) -> torch.Tensor:
     return frame(key % SIZE)
+
+
+class Point(NamedTuple):
+    image: torch.Tensor
+    key: int
 
 
 class Both:
@@ -94,17 +102,36 @@ def worker() -> Iterator[Worker]:
     worker.arena.close()
 
 
-def test_samples_side_by_side_become_a_batch_where_they_are(worker: Worker) -> None:
-    """The batch is their memory; it keeps the segment, and gives it back when its last view has died."""
-    samples = worker.sends([image(key) for key in range(SIZE)])
-    expected = torch.stack(samples)
-    address = samples[0].data_ptr()
+def the_same(one: Any, other: Any) -> bool:
+    """Equal, and of the same types through and through."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and one.stride() == other.stride()
+            and one.equal(other)
+        )
+    if isinstance(one, np.ndarray):
+        return bool(one.dtype == other.dtype and np.array_equal(one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(map(the_same, one.values(), other.values()))
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(the_same, one, other))
+    return bool(one == other)
 
-    batch = stacked_in_place(samples, [])
 
-    assert batch is not None
-    assert batch.data_ptr() == address
-    assert torch.equal(batch, expected)
+SOLE = Collate(sole=True)
+
+
+def test_samples_come_as_the_batch_that_they_become(worker: Worker) -> None:
+    """It lies in the segment, and gives it back when its last view has died."""
+    samples = worker.sends([image(key) for key in range(SIZE)], SIZE)
+    batch = SOLE(samples)
+
+    assert mapping_of(batch) is not None
+    assert torch.equal(batch, torch.stack([image(key) for key in range(SIZE)]))
     assert batch.is_contiguous()
     assert batch._base is None
     assert not batch.requires_grad
@@ -116,59 +143,101 @@ def test_samples_side_by_side_become_a_batch_where_they_are(worker: Worker) -> N
     assert worker.mapped.freed() == [1]
 
 
-def test_what_is_alike_lies_side_by_side_whatever_comes_between(worker: Worker) -> None:
-    """The images and the arrays of samples that have several parts."""
-    samples = worker.sends([labelled(key) for key in range(SIZE)])
-    for name in ("image", "array"):
-        parts = [torch.as_tensor(sample[name]) for sample in samples]
-        batch = stacked_in_place(parts, [])
-        assert batch is not None
-        assert torch.equal(batch, torch.stack(parts))
-    for key, sample in enumerate(samples):
-        assert sample["label"] == key
-        assert (sample["short"] == key).all()
+Sample = Callable[[int], Any]
+
+PARTS: dict[str, Sample] = {
+    "a large tensor": image,
+    "a small tensor": lambda key: torch.full((2, 3), key),
+    "a tensor without dimensions": lambda key: torch.tensor(key, dtype=torch.bfloat16),
+    "an array": lambda key: np.full((200, 200), key, np.float64),
+    "bools in an array": lambda key: np.full((4, 4), bool(key % 2)),
+    "an array without dimensions": lambda key: np.array(key, np.int16),
+    "a number": number,
+    "a float": lambda key: key / 3,
+    "a bool": lambda key: key % 2 == 0,
+    "a scalar of numpy": lambda key: np.float32(key),
+    "text": lambda key: f"sample {key}",
+    "bytes": lambda key: bytes([key]) * 3000,
+    "transposed": lambda key: torch.arange(key, key + 600).view(20, 30).t(),
+    "a transposed array": lambda key: np.arange(key, key + 600).reshape(20, 30).T,
+    "an array that is read only": lambda key: np.broadcast_to(np.float32(key), (3, 3)),
+    "complex": lambda key: torch.full((3, 3), complex(0, key)).conj(),
+    "a parameter": lambda key: torch.nn.Parameter(torch.full((2,), float(key)), requires_grad=False),
+    "a buffer": lambda key: torch.nn.Buffer(torch.full((2,), float(key))),
+    "nothing in a tensor": lambda _: torch.empty(0, 3),
+    "a named tuple": lambda key: Point(image(key), key),
+    "two dtypes": lambda key: torch.full((3,), key, dtype=torch.float32 if key % 2 else torch.float64),
+    "a deep one": lambda key: [[[[[[torch.tensor([key])]]]]]],
+    "many parts": lambda key: [torch.tensor([key])] * 100,
+    "an empty tuple": lambda _: (),
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.complex128])
-def test_sizes_that_are_no_multiple_of_a_cache_line(worker: Worker, dtype: torch.dtype) -> None:
-    """They are packed without gaps, and stay aligned to their elements."""
-    samples = worker.sends([torch.full((3, 225, 223), key, dtype=dtype) for key in range(SIZE)])
-    batch = stacked_in_place(samples, [])
-    assert batch is not None
-    assert [float(one.real.max()) for one in batch] == list(range(SIZE))
+def made_of(chosen: list[Sample], order: random.Random) -> Sample:
+    """Samples that have these parts, or contain others that do."""
+    if len(chosen) == 1:
+        return chosen[0]
+    cut = order.randint(1, len(chosen) - 1)
+    halves = [made_of(half, order) for half in (chosen[:cut], chosen[cut:])]
+    kind = order.choice([tuple, list, dict])
+    if kind is dict:
+        return lambda key: {"first": halves[0](key), 2: halves[1](key)}
+    return lambda key: kind(half(key) for half in halves)
 
 
-def test_anything_else_is_copied(worker: Worker) -> None:
-    """A gap, another order, other shapes, dtypes and layouts, gradients, some of what came, and plain memory."""
-    samples = worker.sends([image(key) for key in range(SIZE)])
-    but_one, one = samples[:-1], samples[-1]
+@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_the_batch_and_its_samples_are_what_they_would_be(worker: Worker, seed: int) -> None:
+    """Of samples of any shape; also where they end in other batches than those in which they have come."""
+    order = random.Random(seed)
+    names = order.sample(sorted(PARTS), order.randint(1, 6)) if seed >= len(PARTS) else [sorted(PARTS)[seed]]
+    sample = made_of([PARTS[name] for name in names], order)
+    samples = [sample(key) for key in range(2 * SIZE)]
+    one, two = (worker.sends(half, SIZE) for half in (samples[:SIZE], samples[SIZE:]))
 
-    def copied(tensors: list[torch.Tensor]) -> bool:
-        return stacked_in_place(tensors, []) is None
-
-    assert not copied(samples)
-    assert copied([*samples[1:], one])
-    assert copied(samples[::-1])
-    assert copied([*but_one, one.view(-1)])
-    assert copied([*but_one, one.view(torch.int32)])
-    assert copied([sample.transpose(1, 2) for sample in samples])
-    assert copied([*but_one, one.detach().requires_grad_()])
-    assert copied([*but_one, one.to_sparse()])
-    assert copied([*but_one, torch.nn.Parameter(one, requires_grad=False)])
-    assert copied([sample.as_subclass(torch.nn.Buffer) for sample in samples])
-    assert copied([sample.to("meta") for sample in samples])
-    assert copied(samples[:-2])  # what is left may be the same tensors
-    few = STACKED_FROM // one.nbytes
-    assert copied(worker.sends([image(key) for key in range(few)]))  # smaller than that
-    plain = torch.arange(SIZE * one.numel(), dtype=torch.float32).view(SIZE, *SHAPE)
-    assert copied(list(plain))
+    assert the_same(list(plain_samples(one)), samples[:SIZE])
+    assert the_same(SOLE(one), torch_collate.default_collate(samples[:SIZE]))
+    mixed = [*one[3:], *two[:3]]
+    assert the_same(SOLE(mixed), torch_collate.default_collate(samples[3 : SIZE + 3]))
 
 
-def test_a_small_part_of_large_samples_is_copied(worker: Worker) -> None:
-    """Who keeps only that would keep all the rest of them."""
-    for rest, in_place in ((MOST_KEPT - 2, True), (MOST_KEPT, False)):
-        samples = worker.sends([(image(key), torch.zeros(rest, *SHAPE)) for key in range(SIZE)])
-        assert (stacked_in_place([part for part, _ in samples], []) is not None) == in_place
+def test_what_cannot_be_stacked_fails_as_it_would(worker: Worker) -> None:
+    """The error says which samples differ."""
+    for samples in (
+        [torch.zeros(30_000 + key) for key in range(SIZE)],
+        [(image(key), None if key == 2 else key) for key in range(SIZE)],
+        [{"image": image(key), **({"label": key} if key != 2 else {})} for key in range(SIZE)],
+        [[image(key)] * (1 + (key == 2)) for key in range(SIZE)],
+    ):
+        errors = []
+        for came in (samples, worker.sends(samples, SIZE)):
+            with pytest.raises(Exception, match=r".") as caught:
+                SOLE(came, list(range(SIZE)))
+            errors.append((type(caught.value), str(caught.value), caught.value.__notes__))
+        assert errors[0] == errors[1]
+
+
+def test_other_numbers_of_samples_and_other_orders_are_no_batch(worker: Worker) -> None:
+    """Nor what comes without being told how many make one."""
+    samples = worker.sends([image(key) for key in range(SIZE)], SIZE)
+    expected = [image(key) for key in range(SIZE)]
+    for part, of in (
+        (samples[:-1], expected[:-1]),
+        (samples[::-1], expected[::-1]),
+        ([*samples, samples[0]], [*expected, expected[0]]),
+        ([*samples[1:], expected[0]], [*expected[1:], expected[0]]),
+        ([expected[0], *samples[1:]], expected),
+    ):
+        batch = SOLE(part)
+        assert mapping_of(batch) is None
+        assert torch.equal(batch, torch.stack(of))
+    assert [type(sample) for sample in worker.sends(expected, SIZE + 1)] == [torch.Tensor] * SIZE
+
+
+def test_a_sample_in_a_stack_weighs_what_it_would(worker: Worker) -> None:
+    """Room in bytes is counted by it."""
+    samples = [labelled(key) for key in range(SIZE)]
+    assert rough_bytes(worker.sends(samples, SIZE)[0]) == pytest.approx(rough_bytes(samples[0]), rel=0.01)
 
 
 # -- pipelines ---------------------------------------------------------------------------------------------------------
@@ -176,33 +245,33 @@ def test_a_small_part_of_large_samples_is_copied(worker: Worker) -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> "Counter[bool]":
-    """How many batches were made in place, and how many were not."""
+    """How many batches came as such, and how many were made of samples."""
     count: Counter[bool] = Counter()
 
-    def counting(tensors: Any, taken: Any) -> Any:
-        batch = stacked_in_place(tensors, taken)
+    def counting(samples: Any, collate: Any) -> Any:
+        batch = stacked_batch(samples, collate)
         count[batch is not None] += 1
         return batch
 
-    monkeypatch.setattr(collate, "stacked_in_place", counting)
+    monkeypatch.setattr(collate, "stacked_batch", counting)
     return count
 
 
-def until_in_place(loader: Pipeline[Any], face: Face, counted: "Counter[bool]") -> list[Any]:
-    """The batches of an epoch in which some were made in place: whether that pays is measured, and may take epochs."""
+def until_stacked(loader: Pipeline[Any], face: Face, counted: "Counter[bool]") -> list[Any]:
+    """The batches of an epoch in which some came as such: whether that pays is measured, and may take epochs."""
     for _ in range(200):
         counted.clear()
         batches = collect(loader, face)
         if counted[True]:
             return batches
-    raise AssertionError("no batch was made in place")
+    raise AssertionError("no batch came as such")
 
 
 @on_both_faces
 def test_batches_of_process_samples_are_not_copied(face: Face, counted: "Counter[bool]") -> None:
     """They are what they would be otherwise; to write to one changes no other."""
     with Pipeline(range(100)).map(labelled, executor="process", concurrency=2).batch(SIZE) as loader:
-        batches = until_in_place(loader, face, counted)
+        batches = until_stacked(loader, face, counted)
         for number, batch in enumerate(batches):
             keys = torch.arange(number * SIZE, min(100, (number + 1) * SIZE))
             assert torch.equal(batch["label"], keys)
@@ -245,7 +314,7 @@ def test_a_users_collate_fn_gets_samples(face: Face, counted: "Counter[bool]") -
 def test_parts_of_a_batch_share_no_memory(fn: Callable[[int], Any], face: Face, counted: "Counter[bool]") -> None:
     """Where those of its samples do: they are one tensor, or tensors of the neighbours."""
     with Pipeline(range(64)).map(fn, executor="process", concurrency=2).batch(SIZE) as loader:
-        for batch in until_in_place(loader, face, counted):
+        for batch in until_stacked(loader, face, counted):
             first, second = batch.values() if isinstance(batch, dict) else batch
             expected = second.clone()
             first.add_(1000)
@@ -285,7 +354,7 @@ def test_errors_and_what_is_left_out_are_where_they_were(face: Face, counted: "C
     """A sample that fails fails its batch; one that is skipped moves the others up."""
     samples = Pipeline(range(100)).map(fails_at_20, executor="process", concurrency=2)
     with samples.skip_errors().batch(SIZE) as skipping:
-        batches = until_in_place(skipping, face, counted)
+        batches = until_stacked(skipping, face, counted)
         keys = [key for key in range(100) if key != 20]
         assert [int(sample[0, 0, 0]) for batch in batches for sample in batch] == keys
     with samples.batch(SIZE) as failing, pytest.raises(ValueError, match="no image"):
@@ -296,7 +365,7 @@ def test_errors_and_what_is_left_out_are_where_they_were(face: Face, counted: "C
 def test_a_resume_in_the_middle_gives_the_rest(face: Face, counted: "Counter[bool]") -> None:
     """Batches begin where they would have begun."""
     with Pipeline(range(100)).map(image, executor="process", concurrency=2).batch(SIZE) as loader:
-        until_in_place(loader, face, counted)
+        until_stacked(loader, face, counted)
         assert len(collect(loader, face, limit=5)) == 5
         state = loader.state_dict()
         loader.load_state_dict(state)

@@ -51,8 +51,8 @@ class Sent(list[Entry]):
     begun: list[int]
 
 
-Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]]
-"""Seeds of the calls, epochs, names of the samples (None: they name themselves), and the samples."""
+Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any], int]
+"""Seeds of the calls, epochs, names of the samples (None: they name themselves), the samples, and see `stacked`."""
 
 
 class ProcessStep(SyncStep):
@@ -64,7 +64,7 @@ class ProcessStep(SyncStep):
     chunk turns out to take three times as long as it should, and the rest goes on elsewhere.
 
     Samples that become large batches travel by whole batches, where that is about as much work as a chunk should be:
-    what lies side by side in shared memory is a batch where it is (`stacked_in_place`), and one copy is saved.
+    the worker stacks them (`stacked`), and a copy is saved.
 
     What when a worker dies in the middle of a chunk (a segmentation fault, out of memory, `os._exit`)? It has noted
     which sample it was at: that one fails, at its place; or, where failed samples are left out of their batches, that
@@ -136,7 +136,7 @@ class ProcessStep(SyncStep):
 
     def at_hand(self) -> list[tuple[Any, float]]:
         found = []
-        for (_, _, keys, values), at, since in self._pool.at_work(self):
+        for (_, _, keys, values, _), at, since in self._pool.at_work(self):
             names = values if keys is None else keys
             found.append((names[at] if at < len(names) else None, since))
         return found
@@ -350,7 +350,9 @@ class ProcessStep(SyncStep):
         keys = None
         if any(entry.key is not entry.value for entry in chunk):
             keys = [entry.key for entry in chunk]
-        payload: Payload = self._seeds, self._epochs, keys, values
+        size = len(chunk)
+        batch = size if self._whole and size == self._batch_size and not self._sent % size else 0
+        payload: Payload = self._seeds, self._epochs, keys, values, batch
         return payload
 
     def _next_slot(self) -> int:

@@ -156,7 +156,7 @@ class TurnStep(ProcessStep):
         wanted, following = dealt(self._turns.given, self._limits)
         for slot, count in enumerate(wanted):
             if count > self._asked[slot]:
-                payload = (self._seeds, self._epochs, None, [(self._turns.epoch, count - self._asked[slot])])
+                payload = (self._seeds, self._epochs, None, [(self._turns.epoch, count - self._asked[slot])], 0)
                 done = partial(call_loop, self._run.loop, self._run.guarded, self._has_read, slot, self._asked[slot])
                 self._asked[slot] = count
                 self._reading += 1

@@ -44,9 +44,6 @@ class Mapping:
         lockable: `mapping_of` finds it, and so a device may page-lock it. Only for memory that is used by its leases
             alone, and that nobody writes to before the last of them has died.
 
-    Attributes:
-        samples: How many lie in it that came together; 0: not known. Whoever lends it says so.
-
     Page-locked memory is read by the device after the call that queued the copy has returned. Why that is safe:
 
     - *The segment is given back while a copy is under way.* It is given back when its lease dies. `Transfer` keeps the
@@ -73,7 +70,6 @@ class Mapping:
             raise OSError(ctypes.get_errno(), f"cannot map {size} bytes of shared memory")
         self.address: int = address
         self.size = size
-        self.samples = 0
         self._pid = os.getpid()
         self._lockable = lockable
         self._locking = threading.Lock()

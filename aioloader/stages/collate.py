@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -11,7 +12,7 @@ from torch.utils.data._utils import collate as torch_collate
 
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import add_note, safe_repr, safe_repr_list
-from aioloader.executors.processes.stacked import stacked_in_place
+from aioloader.executors.processes.stacked import plain_samples, stacked_batch
 from aioloader.stages.packed import Packed, collate_packed
 
 __all__ = ["DEFAULT", "Collate", "collate_samples", "named", "torchs_alone"]
@@ -28,8 +29,8 @@ class Collate:
         alloc: Where stacked tensors and arrays go; None is fresh memory, as `torch.stack` takes it. Numbers become
             tensors in fresh memory always: they are small. So do tensors for which `torch.stack(out=...)` would not
             give what `torch.stack` gives, see `_stack`.
-        sole: Nobody else has the samples: those that lie one after the other become a batch where they are. Not so
-            where the user has added functions to torch's `default_collate_fn_map`: they may keep what they get.
+        sole: Nobody else has the samples: they may have been stacked where they were made, see `stacked`. Not so where
+            the user has added functions to torch's `default_collate_fn_map`: they get samples.
 
     The types that a user added to torch's `default_collate_fn_map` keep their functions.
     """
@@ -61,8 +62,15 @@ class Collate:
             Exception: What torch raises for these samples (RuntimeError for shapes and lengths, KeyError for missing
                 mapping keys, TypeError for types, IndexError for no samples), with a note that names the samples.
         """
+        collate = partial(torch_collate.collate, collate_fn_map=self._collate_fn_map())
+        if self.sole and samples:
+            if torchs_alone():
+                with suppress(Exception):  # of a small part: then all are samples, and the error says which differ
+                    if (batch := stacked_batch(samples, collate)) is not None:
+                        return batch
+            samples = plain_samples(samples)
         try:
-            return torch_collate.collate(samples, collate_fn_map=self._collate_fn_map())
+            return collate(samples)
         except Exception as error:
             add_note(error, f"aioloader: cannot collate: {_explain(samples, keys)}")
             raise
@@ -73,26 +81,16 @@ class Collate:
         if self.stacks_tensors:
             # torch's own function takes shared memory where `get_worker_info()` says that this is a worker process:
             # our batches never cross to another process as torch's do.
-            collate_fn_map[torch.Tensor] = partial(self._stack, taken=[] if self.sole and torchs_alone() else None)
+            collate_fn_map[torch.Tensor] = self._stack
         collate_fn_map.setdefault(Packed, collate_packed)
         return collate_fn_map
 
-    def _stack(
-        self, tensors: Sequence[torch.Tensor], *, taken: list[tuple[int, int]] | None, collate_fn_map: object = None
-    ) -> torch.Tensor:
-        """Stack `tensors`; numpy arrays come here too, as tensors over their own memory (no copy is made before).
-
-        Args:
-            tensors: One of each sample.
-            taken: See `stacked_in_place`; None: somebody may have the samples.
-            collate_fn_map: Of torch, which passes it on.
-        """
+    def _stack(self, tensors: Sequence[torch.Tensor], *, collate_fn_map: object = None) -> torch.Tensor:
+        """Stack `tensors`; numpy arrays come here too, as tensors over their own memory (no copy is made before)."""
         first = tensors[0]
         if first.is_nested or first.layout is not torch.strided:
             stacked: torch.Tensor = torch_collate.collate_tensor_fn(tensors)  # refused, with torch's words
             return stacked
-        if taken is not None and (batch := stacked_in_place(tensors, taken)) is not None:
-            return batch
         out = None
         if (
             self.alloc is not None

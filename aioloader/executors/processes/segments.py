@@ -133,17 +133,14 @@ class Arena:
             OSError: There is no memory to share.
         """
         places = [self._find(buffer) for buffer in buffers]
-        alike: dict[int, list[int]] = {}  # those of one size lie side by side, see `stacked_in_place`
-        for index, place in enumerate(places):
-            if place is None:
-                alike.setdefault(buffers[index].nbytes, []).append(index)
-        if alike:
-            segment, start = self._reserve(sum(aligned(size * len(found)) for size, found in alike.items()))
-            for size, found in alike.items():
-                for offset, index in zip(range(start, start + size * len(found), size), found, strict=True):
-                    segment.view[offset : offset + size] = buffers[index]
-                    places[index] = BufferPlace(segment.number, offset, size)
-                start += aligned(size * len(found))
+        loose = [index for index, place in enumerate(places) if place is None]
+        if loose:
+            segment, offset = self._reserve(sum(aligned(buffers[index].nbytes) for index in loose))
+            for index in loose:
+                size = buffers[index].nbytes
+                segment.view[offset : offset + size] = buffers[index]
+                places[index] = BufferPlace(segment.number, offset, size)
+                offset += aligned(size)
         return [place for place in places if place is not None]
 
     def hand_over(self, places: Sequence[BufferPlace]) -> list[tuple[int, int, int]]:
@@ -248,15 +245,13 @@ class MappedSegments:
         for number in numbers:
             self._mappings.pop(number, None)
 
-    def buffers(self, places: Sequence[tuple[int, int, int]], samples: int = 0) -> list[memoryview]:
-        """What is at `places`, of so many `samples` (0: not known). Its segments are in use while a view of it lives.
+    def buffers(self, places: Sequence[tuple[int, int, int]]) -> list[memoryview]:
+        """What is at `places`. Its segments are in use while a view of it lives.
 
         Raises:
             KeyError: One of them is not mapped.
         """
         segments = {segment: self._mappings[segment] for segment, _, _ in places}
-        for mapping in segments.values():
-            mapping.samples = samples
         lent = {number: mapping.lend(self._freed.append, number) for number, mapping in segments.items()}
         return [lent[number][offset : offset + size] for number, offset, size in places]
 
@@ -267,7 +262,7 @@ class MappedSegments:
             OSError: A new segment cannot be mapped.
             Exception: The value cannot be unpickled here.
         """
-        *_, layout, new, forgotten, samples = message.head
+        *_, layout, new, forgotten = message.head
         self.forget(forgotten)
         for (number, size), fd in zip(new, message.fds, strict=True):
             self.map(number, size, fd)
@@ -275,7 +270,7 @@ class MappedSegments:
         if len(layout[0]) == 2:
             buffers = open_buffers(body, layout)
         else:
-            buffers = self.buffers(layout, samples)
+            buffers = self.buffers(layout)
             if body:
                 buffers.append(body)
         stream = buffers.pop()

@@ -24,6 +24,7 @@ from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, port
 from aioloader.executors.processes.freed_memory import keep_freed_memory
 from aioloader.executors.processes.layout import Layout, lay_out, open_buffers
 from aioloader.executors.processes.segments import SHARED_BYTES, Arena, use_arena
+from aioloader.executors.processes.stacked import stacked
 from aioloader.executors.processes.wire import Connection, Message, can_pickle_by_value, decode, encode
 from aioloader.memory.mapping import Mapping
 
@@ -157,12 +158,11 @@ class WorkerLink:
         """Send a message without a value."""
         self._connection.send(head)
 
-    def send(self, head: tuple[Any, ...], value: Any, samples: int = 0) -> None:
+    def send(self, head: tuple[Any, ...], value: Any) -> None:
         """Send `value`, with large tensors and arrays in shared memory.
 
-        To `head` are added: the places of the buffers, the new segments, the segments to forget, and `samples`: how
-        many `value` holds, or 0. Either all buffers are in the body, with the pickle as the last one, or all are in
-        segments, with a small pickle alone in the body.
+        To `head` are added: the places of the buffers, the new segments, and the segments to forget. Either all buffers
+        are in the body, with the pickle as the last one, or all are in segments, with a small pickle alone in the body.
 
         Raises:
             Exception: `value` cannot be pickled; nothing has been sent.
@@ -181,7 +181,7 @@ class WorkerLink:
             layout = places
             new = arena.hand_over(places)
         segments = [(number, size) for number, size, _ in new]
-        self._connection.send((*head, layout, segments, arena.trim(), samples), body, [fd for _, _, fd in new])
+        self._connection.send((*head, layout, segments, arena.trim()), body, [fd for _, _, fd in new])
 
 
 @dataclass(frozen=True)
@@ -258,22 +258,21 @@ class _ChunkServer:
         """Run a task; False: it has not begun, since none is to."""
         *buffers, stream = open_buffers(memoryview(body), layout)
         try:
-            seeds, epochs, keys, values = decode(stream, buffers)
+            seeds, epochs, keys, values, batch = decode(stream, buffers)
         except BaseException as error:
             self._channel.send(("lost", number), portable(error, f"{self._where}, which unpickles samples"))
             return True
         if self._channel.progress.held:
             return False
-        result = self._outcomes(seeds, epochs, values if keys is None else keys, values)
-        for outcome in result[0]:
+        outcomes, *seconds = self._outcomes(seeds, epochs, values if keys is None else keys, values)
+        for outcome in outcomes:
             if type(outcome) is Failed:
                 outcome.error = portable(outcome.error, self._where)
         try:
-            self._channel.send(("done", number), result, len(result[0]))
+            self._channel.send(("done", number), (stacked(outcomes, batch, self._channel.arena.alloc), *seconds))
         except (BrokenPipeError, ConnectionResetError):
             raise
         except BaseException:
-            outcomes, *seconds = result
             outcomes = [self._portable_outcome(outcome) for outcome in outcomes]
             self._channel.send(("done", number), (outcomes, *seconds))
         return True

@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import torch
 
 from aioloader.core.keys import key_text
+from aioloader.core.memory import Alloc
 from aioloader.core.seeds import derive_seed
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.chunk import DROP, NOTHING, Call, ChunkResult, Failed, Refusal, apply_chunk
@@ -24,6 +25,7 @@ from aioloader.executors.current_sample import KeyOnly, SampleContext, current_s
 from aioloader.executors.epochs import Copies
 from aioloader.executors.processes.failures import BY_VALUE, cannot_travel, portable
 from aioloader.executors.processes.segments import use_arena
+from aioloader.executors.processes.stacked import stacked
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.line import call_back
@@ -104,7 +106,7 @@ class ChunkRunner:
         except BaseException as error:
             return "lost", pack(self.refused(error))
         result = self.made(chunk)
-        return "done", self._packed(result.outcomes), result.busy_seconds, result.cpu_seconds, 0
+        return "done", self._packed(result.outcomes, chunk[-1]), result.busy_seconds, result.cpu_seconds, 0
 
     def serve(self, name: bytes) -> bool:
         """Run chunks that come over a line, until the process there hangs up; False: it cannot be reached.
@@ -150,7 +152,7 @@ class ChunkRunner:
         return outbox
 
     def _open(self, payload: Any) -> tuple[list[Call], Sequence[Any], Sequence[Any]]:
-        seeds, epochs, keys, values = payload
+        seeds, epochs, keys, values, _ = payload
         try:
             self._copies.tell(epochs)
         except BaseException as error:
@@ -167,16 +169,18 @@ class ChunkRunner:
         assert broken is not None
         return [Failed(broken, self._program.calls[0].label)]
 
-    def _packed(self, outcomes: list[Any]) -> Answer:
-        return self.sent(pack if self._outbox is None else self._outbox.pack, outcomes)
+    def _packed(self, outcomes: list[Any], batch: int) -> Answer:
+        if self._outbox is None:
+            return self.sent(pack, outcomes, batch, self._memory.alloc)
+        return self.sent(self._outbox.pack, outcomes, batch, self._outbox.arena.alloc)
 
-    def sent(self, send: Callable[[list[Any]], T], outcomes: list[Any]) -> T:
+    def sent(self, send: Callable[[Any], T], outcomes: list[Any], batch: int, alloc: Alloc) -> T:
         """See `RunsChunks`."""
         for outcome in outcomes:
             if type(outcome) is Failed:
                 outcome.error = portable(outcome.error, self.where)
         try:
-            return send(outcomes)
+            return send(stacked(outcomes, batch, alloc))
         except BaseException as error:
             if is_end(error):
                 raise
@@ -209,7 +213,7 @@ class AsyncChunkRunner(ChunkRunner):
             return "lost", pack(self.refused(error))
         calls, keys, values = self._open(chunk)
         if self._broken is not None:
-            return "done", self._packed(self._all_broken()), 0.0, 0.0, 0
+            return "done", self._packed(self._all_broken(), 0), 0.0, 0.0, 0
         outcomes: list[Any] = []
         timeouts: list[None] = []
         began = perf_counter()
@@ -217,7 +221,7 @@ class AsyncChunkRunner(ChunkRunner):
             outcomes.append(await self._journey(calls, key, value, timeouts))
             if perf_counter() - began > self._program.budget_seconds:
                 break
-        return "done", self._packed(outcomes), perf_counter() - began, 0.0, len(timeouts)
+        return "done", self._packed(outcomes, chunk[-1]), perf_counter() - began, 0.0, len(timeouts)
 
     def _begin_outbox(self) -> Outbox:
         return Outbox()  # chunks are made side by side: what they make is copied there

@@ -170,6 +170,6 @@ def call_back(name: bytes) -> Connection:
 
 def result_bytes(message: Message) -> int:
     """The size of a result."""
-    *_, layout, _, _, _ = message.head
+    *_, layout, _, _ = message.head
     in_segments = 0 if len(layout[0]) == 2 else sum(place[2] for place in layout)
     return len(message.body) + in_segments

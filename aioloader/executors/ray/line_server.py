@@ -5,6 +5,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
+from aioloader.core.memory import Alloc
 from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.layout import open_buffers
 from aioloader.executors.processes.wire import Connection, Message, decode
@@ -22,8 +23,8 @@ class RunsChunks(Protocol):
     def refused(self, error: BaseException) -> BaseException:
         """What is sent of an error for which a chunk could not be unpickled."""
 
-    def sent(self, send: Any, outcomes: list[Any]) -> Any:
-        """Call `send` with outcomes that can be pickled."""
+    def sent(self, send: Any, outcomes: list[Any], batch: int, alloc: Alloc) -> Any:
+        """Call `send` with outcomes that can be pickled; for `batch` and `alloc` see `stacked`."""
 
 
 def is_end(error: BaseException) -> bool:
@@ -79,4 +80,4 @@ class _Server:
             return
         result = self._runner.made(payload)
         head = "done", number, result.busy_seconds, result.cpu_seconds
-        self._runner.sent(partial(self._link.send, head, samples=len(result.outcomes)), result.outcomes)
+        self._runner.sent(partial(self._link.send, head), result.outcomes, payload[-1], self._link.arena.alloc)
