@@ -420,7 +420,7 @@ def test_samples_of_large_batches_travel_by_batches(face: Face, seed: int, playe
     loader.close()
 
 
-@pytest.mark.parametrize(("seconds_each", "size"), [(0.4, 1), (0.012, 1), (0.0025, 2)])
+@pytest.mark.parametrize(("seconds_each", "size"), [(0.4, 1), (0.012, 1), (0.004, 2)])
 def test_samples_that_take_long_travel_by_what_they_cost(
     seconds_each: float, size: int, played: Callable[..., PlayedPool]
 ) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "LONGER", "MORE_DEATHS", "ProcessStep", "unstamp"]
 
-CHUNK_SECONDS: Final = 0.005  # the work that one hop should be worth
+CHUNK_SECONDS: Final = 0.01  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
 LONGER: Final = 3  # times as long as it should be: then a worker gives the rest of its chunk back
 QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one another
@@ -58,7 +58,8 @@ Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any]
 class ProcessStep(SyncStep):
     """Runs calls in worker processes, in chunks.
 
-    A hop costs about 0.2 ms of both sides, so a chunk is worth five milliseconds. A worker has the next chunk
+    A hop costs about 0.2 ms of both sides, and half a millisecond of this one where workers keep all cores busy and the
+    caches are theirs; so a chunk is worth ten milliseconds. A worker has the next chunk
     before it is done with one; not so where chunks take long, for then nothing is gained, and a sample would wait
     after another one while other workers are idle. What travels cannot be taken back, but a worker stops when its
     chunk turns out to take three times as long as it should, and the rest goes on elsewhere.
