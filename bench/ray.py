@@ -141,6 +141,7 @@ def compare_batches(report: Report, options: Any, opened: ExitStack) -> None:
             Target(MADE_HERE, "time", MADE_BY_PROCESSES, 1.1),
         ],
         unit=MB_PER_SECOND(size),
+        rounds=pick(options, full=9, quick=3, smallest=1),  # of a tenth of a second
     )
 
 
