@@ -18,11 +18,16 @@ QUEUED: Final = 2  # chunks that a worker has at most
 
 
 class Worker:
-    """A worker and the process that gets its results, both in this one."""
+    """A worker and the process that gets its results, both in this one.
+
+    Attributes:
+        new: The segments of the last result that were not known before.
+    """
 
     def __init__(self) -> None:
         self.arena = Arena()
         self.mapped = MappedSegments()
+        self.new: list[tuple[int, int, int]] = []
 
     def sends(self, samples: list[Any], batch: int = 0) -> list[Any]:
         """`samples` as they come out of shared memory; for `batch` see `stacked`."""
@@ -33,7 +38,8 @@ class Worker:
         if places is None:  # through the socket
             received = decode(stream, [bytearray(buffer) for buffer in buffers])
             return received
-        for number, size, fd in self.arena.hand_over(places):
+        self.new = self.arena.hand_over(places)
+        for number, size, fd in self.new:
             self.mapped.map(number, size, fd)
         received = decode(stream, self.mapped.buffers(places))
         return received

@@ -270,6 +270,12 @@ class Opened:
         return sample
 
 
+def wide(index: int) -> dict[str, torch.Tensor]:
+    """A sample of forty parts of 4 KiB and a label of eight bytes."""
+    parts = {f"part {part}": torch.full((1024,), float(index + part)) for part in range(40)}
+    return {**parts, "label": torch.tensor(index)}
+
+
 def many(sample: int) -> list[torch.Tensor]:
     return [torch.full((8,), float(sample + k)) for k in range(100)]
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from aioloader import DataLoader, ReplayWarning, StateError, WorkerDiedError
 from aioloader.engine.turns import dealt
+from aioloader.memory.mapping import mapping_of
 from aioloader.testing import assert_resumes_exactly
 from tests import _work
 from tests._datasets import Broken, Made, MadeInBulk, ShardingStream, Stream, assert_same, join, noisy, pair, record
@@ -263,6 +264,20 @@ def test_many_small_tensors_take_one_segment_or_none() -> None:
         assert psutil.Process().num_fds() < before + 10
     assert len(kept[0]) == 100
     assert torch.equal(kept[3][7], torch.tensor([[6.0] * 8, [7.0] * 8]) + 7)
+
+
+def test_many_parts_take_few_segments_and_labels_none() -> None:
+    """A message takes sixteen descriptors; and whoever keeps the labels of an epoch keeps nothing else of it."""
+    with loader(Made(1024, _work.wide), 256, persistent_workers=True) as ours:
+        for _ in range(3):
+            batches = list(ours)
+            assert [batch["label"][7].item() for batch in batches] == [7, 263, 519, 775]
+            assert all(batch["part 3"].eq(batch["label"][:, None] + 3).all() for batch in batches)
+            assert not [batch for batch in batches if mapping_of(batch["label"]) is not None]
+            assert all(mapping_of(batch["part 3"]) is not None for batch in batches)
+            del batches
+        for pid in workers():
+            assert psutil.Process(pid).num_fds() < 16
 
 
 # -- resume of an IterableDataset that each worker has a part of -------------------------------------------------------

@@ -15,7 +15,7 @@ from aioloader import Pipeline
 from aioloader.core.sizes import rough_bytes
 from aioloader.engine import op_steps
 from aioloader.executors.chunk import Call
-from aioloader.executors.processes.stacked import plain_samples, stacked_batch
+from aioloader.executors.processes.stacked import MOST_KEPT, plain_samples, stacked_batch
 from aioloader.memory.mapping import mapping_of
 from aioloader.stages import collate
 from aioloader.stages.collate import Collate
@@ -217,6 +217,60 @@ def test_what_cannot_be_stacked_fails_as_it_would(worker: Worker) -> None:
         assert errors[0] == errors[1]
 
 
+def test_a_small_part_that_is_kept_keeps_none_of_the_others(worker: Worker) -> None:
+    """The labels of an epoch are not to keep its images."""
+
+    def sample(key: int) -> dict[str, torch.Tensor]:
+        return {"image": torch.full((200, 200), float(key)), "label": torch.tensor(key), "box": torch.full((500,), key)}
+
+    count = 256  # eight bytes of a label come to more than what stays inside a pickle
+    for whole in (count, count, 0):  # in the second result all is in one segment
+        samples = worker.sends([sample(key) for key in range(count)], whole)
+        kept = SOLE(samples)
+        del samples
+        for part in kept.values():
+            segment = mapping_of(part)
+            assert segment is None or segment.size <= MOST_KEPT * part.nbytes
+        assert mapping_of(kept["label"]) is None
+        assert kept["label"].tolist() == list(range(count))
+        assert kept["box"][:, 7].tolist() == list(range(count))
+
+
+def test_samples_of_many_parts_take_few_segments(worker: Worker) -> None:
+    """A message takes sixteen descriptors; also where each result is larger than the one before."""
+    for numel in (1 << 8, 1 << 12, 1 << 15):
+        samples = [{f"x{part}": torch.full((numel,), key) for part in range(40)} for key in range(SIZE)]
+        batch = SOLE(worker.sends(samples, SIZE))
+        assert len(worker.new) <= 12
+        assert all(batch[name].equal(torch.stack([sample[name] for sample in samples])) for name in samples[0])
+        del batch
+    worker.arena.take_back(worker.mapped.freed())
+    assert not worker.arena._lent
+
+
+def test_the_order_of_keys_is_that_of_the_first_sample_of_a_batch(worker: Worker) -> None:
+    def sample(key: int) -> dict[Any, Any]:
+        parts = [("image", image(key)), ("label", key)]
+        return dict(parts if key % 2 else reversed(parts))
+
+    samples = worker.sends([sample(key) for key in range(SIZE)], SIZE)
+    assert list(SOLE(samples)) == ["label", "image"]
+    assert list(SOLE(samples[1:])) == ["image", "label"]
+    keys = [type(key) for key in SOLE(worker.sends([{bool(key) or 1: image(key)} for key in range(SIZE)], SIZE)[1:])]
+    assert keys == [bool]
+
+
+@pytest.mark.parametrize("kind", [list, np.ndarray, torch.Tensor])
+def test_a_map_that_the_user_has_changed_is_followed(
+    worker: Worker, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is one of torch's own functions that does another type now."""
+    monkeypatch.setitem(torch_collate.default_collate_fn_map, kind, torch_collate.collate_str_fn)
+    values = {list: lambda key: [image(key)], np.ndarray: lambda key: image(key).numpy(), torch.Tensor: image}
+    samples = [{"x": values[kind](key)} for key in range(SIZE)]
+    assert the_same(SOLE(worker.sends(samples, SIZE)), torch_collate.default_collate(samples))
+
+
 def test_other_numbers_of_samples_and_other_orders_are_no_batch(worker: Worker) -> None:
     """Nor what comes without being told how many make one."""
     samples = worker.sends([image(key) for key in range(SIZE)], SIZE)
@@ -359,6 +413,34 @@ def test_errors_and_what_is_left_out_are_where_they_were(face: Face, counted: "C
         assert [int(sample[0, 0, 0]) for batch in batches for sample in batch] == keys
     with samples.batch(SIZE) as failing, pytest.raises(ValueError, match="no image"):
         collect(failing, face)
+
+
+@on_both_faces
+@pytest.mark.parametrize("again", [True, False])
+def test_after_an_error_chunks_are_batches_again(
+    face: Face, again: bool, counted: "Counter[bool]", played: Callable[..., PlayedPool]
+) -> None:
+    """Of those that have been sent before it is known, samples are copied."""
+    failing = {20}
+
+    def fn(key: int) -> torch.Tensor:
+        if key in failing:
+            failing.discard(key)
+            raise ValueError("no image")
+        return image(key)
+
+    pool = played(fn, 1e-5)
+    pool.worker = Worker()
+    samples = Pipeline(range(400)).map(fn, executor="process", concurrency=2, retry=4 if again else None)
+    loader = (samples if again else samples.skip_errors()).batch(SIZE)
+    collect(loader, face)
+    counted.clear()
+    failing.add(20)
+    found = [int(sample[0, 0, 0]) for batch in collect(loader, face) for sample in batch]
+    assert found == [key for key in range(400) if key != 20 or again]
+    assert counted[False] <= 8
+    assert counted[True] >= 400 // SIZE - 8
+    loader.close()
 
 
 @on_both_faces

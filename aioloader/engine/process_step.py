@@ -123,7 +123,7 @@ class ProcessStep(SyncStep):
         self._timeout_name = ""
         self._expiry: TimerHandle | None = None
         self._batch_size = 0  # of the batches that are made of what it gives; 0: none are, or it may drop samples
-        self._sent = 0  # samples, each counted once: this says where in its batch the next one is
+        self._sent = 0  # samples that end in batches: this says where in its batch the next one is
         self._bytes = MeanBytes()  # of a sample, where that is of interest
         self._whole = False  # a chunk is a batch
 
@@ -382,6 +382,11 @@ class ProcessStep(SyncStep):
                 self._run.fail(error)
             case Died():
                 self._died(chunk, slot, outcome)
+
+    def _fail(self, entry: Entry, error: BaseException, label: str) -> None:
+        super()._fail(entry, error, label)
+        if entry.error is None or self._window.rule is not None:  # it is sent again, or is left out of its batch
+            self._sent -= 1
 
     def _watch(self, timeout: float) -> None:
         """Look again when a call may have taken too long; it is the workers that know when theirs began."""

@@ -159,7 +159,8 @@ class Batch(FoldStage):
         if self.max_wait is None:
             builder.node = FoldNode(node, fold)
             # A device takes batches from page-locked memory, and a user's function expects samples.
-            sole = self.collate.fn is None and builder.transfer is None and node.feeds_batches(self.batch_size)
+            default = self.collate.fn is None and torchs_alone()
+            sole = default and builder.transfer is None and node.feeds_batches(self.batch_size)
         else:
             builder.node = TimedFoldNode(node, fold, self.max_wait, self.label)
         self.collate.build(builder, checks, sole=sole)

@@ -21,6 +21,8 @@ _DTYPE_AND_GRAD = operator.attrgetter("dtype", "requires_grad")
 
 CollateFnMap = dict[type | tuple[type, ...], Callable[..., Any]]
 
+_MAP: Final = dict(torch_collate.default_collate_fn_map)
+
 
 class Collate:
     """Collates as torch's `default_collate` does, into memory of the caller's choice, and says which samples differ.
@@ -102,8 +104,9 @@ class Collate:
 
 
 def torchs_alone() -> bool:
-    """Whether the user has added no function to torch's `default_collate_fn_map`: collating runs none of his."""
-    return all(fn.__module__ == torch_collate.__name__ for fn in torch_collate.default_collate_fn_map.values())
+    """Whether torch's `default_collate_fn_map` is as torch made it: collating runs no function of the user's."""
+    now = torch_collate.default_collate_fn_map
+    return now == _MAP and all(fn.__module__ == torch_collate.__name__ for fn in now.values())
 
 
 def _fresh(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 SHARED_BYTES: Final = 1 << 15  # smaller results go with the message, which is cheaper than a segment
+MAX_SEGMENTS: Final = 12  # of a result; a message takes sixteen descriptors
+FEW_SEGMENTS: Final = 4  # of a result, from which on the next one is as large as those together
 MAX_FREE: Final = 8  # free segments that a worker keeps; only a consumer that keeps its batches needs more
 
 
@@ -102,12 +104,12 @@ class Arena:
     def alloc(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised memory in a segment for a part of the current result, which is then not copied."""
         size = prod(shape) * dtype.itemsize
-        if size < SMALL_BYTES:
-            return torch.empty(shape, dtype=dtype)
+        if size < SMALL_BYTES or len(self._current) >= MAX_SEGMENTS:
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         try:
             segment, offset = self._reserve(size)
         except OSError:  # no memory to share: the tensor goes through the socket
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return torch.frombuffer(segment.view[offset : offset + size], dtype=dtype).view(tuple(shape))
 
     def encode(self, value: Any) -> tuple[bytes, list[memoryview]]:
@@ -210,6 +212,8 @@ class Arena:
     def _open(self, size: int) -> SharedSegment:
         if not self._current:
             size = max(size, self._last_bytes)  # so that a result like the last one fits into one segment
+        elif len(self._current) >= FEW_SEGMENTS:
+            size = max(size, sum(segment.size for segment in self._current))  # and one of many parts into some
         fitting = [segment for segment in self._free if segment.size >= size]
         segment = min(fitting, key=lambda segment: segment.size, default=None)
         if segment is not None and segment.size <= 4 * max(size, mmap.PAGESIZE):  # a small result must not occupy it
@@ -253,7 +257,9 @@ class MappedSegments:
         """
         segments = {segment: self._mappings[segment] for segment, _, _ in places}
         lent = {number: mapping.lend(self._freed.append, number) for number, mapping in segments.items()}
-        return [lent[number][offset : offset + size] for number, offset, size in places]
+        found = [lent[number][offset : offset + size] for number, offset, size in places]
+        # Whoever keeps the labels of a batch must not keep its images.
+        return [memoryview(bytearray(part)) if part.nbytes < SHARED_BYTES else part for part in found]
 
     def unpack(self, message: Message) -> Any:
         """The value of a message of `WorkerLink.send`. Its tensors share memory with the worker.

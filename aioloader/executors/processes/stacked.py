@@ -17,10 +17,12 @@ import torch
 
 from aioloader.core.memory import Alloc
 from aioloader.core.sizes import rough_bytes
+from aioloader.memory.mapping import mapping_of
 
 __all__ = ["STACKED_FROM", "StackedSample", "plain_samples", "stacked", "stacked_batch"]
 
 STACKED_FROM: Final = 1 << 20  # bytes of a batch; a copy of less costs nothing to speak of
+MOST_KEPT: Final = 4  # times the size of a part of a batch: whoever keeps it keeps its segment
 _DEPTH: Final = 4
 _PARTS: Final = 64  # of a sample, that are looked into
 
@@ -46,7 +48,10 @@ class _Stack(NamedTuple):
         return self.batch[index].numpy() if self.arrays else self.batch[index]
 
     def collated(self, collate: Callable[[Sequence[Any]], Any]) -> Any:
-        return self.batch
+        segment = mapping_of(self.batch)
+        return (
+            self.batch.clone() if segment is not None and segment.size > MOST_KEPT * self.batch.nbytes else self.batch
+        )
 
 
 class _Objects(NamedTuple):
@@ -192,8 +197,8 @@ def _parts(values: Sequence[Any], alloc: Alloc, depth: int) -> _Objects | _Compo
     parts: list[Sequence[Any]]  # lists of parts of dicts, and tuples of others, as torch gives them to itself
     if type(first) is dict:
         keys = list(first)
-        if any(value.keys() != first.keys() for value in values):
-            return _Objects(values)
+        if any(type(key) is not str for key in keys) or any(list(value) != keys for value in values):
+            return _Objects(values)  # torch takes keys, and their order, from the first sample of a batch
         parts = [[value[key] for value in values] for key in keys]
     elif any(len(value) != len(first) for value in values):
         return _Objects(values)
