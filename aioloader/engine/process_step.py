@@ -233,39 +233,37 @@ class ProcessStep(SyncStep):
         longest = (LONGER if self._whole else LONGER - 1) * self.chunk_seconds  # not back and forth
         return of * cost <= longest and STACKED_FROM <= of * each <= MOST_WHOLE_BYTES
 
-    @property
-    def _quick(self) -> bool:
-        """Whether chunks are done so soon that one may wait after another one in the same worker."""
+    def _quick(self, size: int) -> bool:
+        """Whether chunks of `size` are done so soon that one may wait after another one in the same worker."""
         cost = self._seconds_each
-        return cost is not None and cost * self._size < self.queue_seconds
+        return cost is not None and cost * size < self.queue_seconds
 
-    @property
-    def _places(self) -> int:
-        """Chunks that may be under way."""
+    def _places(self, size: int) -> int:
+        """Chunks of `size` that may be under way."""
         if self._in_turn:
             return max(self.concurrency, self.meter.room)
-        return self.concurrency * 2 if self._quick else self.concurrency
+        return self.concurrency * 2 if self._quick(size) else self.concurrency
 
     @property
     def _room_for_hops(self) -> int:
         # Each worker has the next chunk, where it has use for it. If these are batches, there is room for just these: a
         # sample more would travel alone, and the batches that it and the others are in would be copied.
         beside = self.concurrency + (places_for_finished(self.concurrency) if self._whole else 0)
-        return self._places * self._size - beside
+        size = self._size
+        return self._places(size) * size - beside
 
-    @property
-    def _next_size(self) -> int:
-        """Samples for the next chunk; 0: it waits for more.
+    def _next_size(self, size: int, places: int) -> int:
+        """Samples for the next chunk, of `size` at most; 0: it waits for more.
 
         As batches are taken, samples come in by as many, and a hop for each of these would cost more than it carries.
         So while all workers have something to do, a chunk waits until it is half as large as it could be. The next one
         that comes back makes an end of waiting.
         """
-        size, waiting, idle = self._size, len(self.inbox), self.concurrency - self._active
-        fair = -(-waiting // (self._places - self._active))
+        waiting, idle = len(self.inbox), self.concurrency - self._active
+        fair = -(-waiting // (places - self._active))
         if not self._elastic:
             return min(size, fair)
-        least = min(size, self.meter.room // self._places) // 2
+        least = min(size, self.meter.room // places) // 2
         if self._whole and self.meter.room >= size * self.concurrency:
             least = size - self._sent % size  # which makes a batch complete
             if waiting >= least:
@@ -281,9 +279,10 @@ class ProcessStep(SyncStep):
         if self.paused:
             self._set_aside()
             return
-        inbox = self.inbox
-        while (self._again or inbox) and self._active < self._places and not (self.closed or self._run.stopping):
-            size = self._next_size
+        inbox, most = self.inbox, self._size
+        places = self._places(most)
+        while (self._again or inbox) and self._active < places and not (self.closed or self._run.stopping):
+            size = self._next_size(most, places)
             if not size and not self._again:
                 return
             if self.slots is not None and not self.slots.take():

@@ -106,9 +106,8 @@ class RayStep(ProcessStep):
         sample_bytes = self._actors.sample_bytes
         return size if not sample_bytes else max(1, min(size, int(CHUNK_BYTES / sample_bytes)))
 
-    @property
-    def _quick(self) -> bool:
-        return self.timeout is None and super()._quick  # an actor that is killed takes all that it has with it
+    def _quick(self, size: int) -> bool:
+        return self.timeout is None and super()._quick(size)  # an actor that is killed takes all that it has with it
 
     def _makes_whole_batches(self) -> bool:
         return self._actors.on_this_host and super()._makes_whole_batches()
@@ -123,7 +122,7 @@ class RayStep(ProcessStep):
 
     def _payload(self, chunk: list[Entry]) -> Any:
         alone = bool(self._losses) and any(id(entry) in self._losses for entry in chunk)
-        return Parcel(super()._payload(chunk), self._quick, alone)
+        return Parcel(super()._payload(chunk), self._quick(self._size), alone)
 
     def _back(self, chunk: list[Entry], slot: int | None, outcome: Outcome) -> None:
         search = self._searches.get(id(chunk[0])) if self._searches else None
