@@ -206,10 +206,9 @@ class Connection:
         self._header = bytearray(_HEADER.size)
         self._head: bytearray | None = None  # None: the header is being read
         self._body = bytearray()
-        self._reading_body = False
         self._fd_count = 0
         self._fds: list[int] = []
-        self._filling = memoryview(self._header)
+        self._filling = [memoryview(self._header)]
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -269,7 +268,7 @@ class Connection:
                     yield message
                 continue
             try:
-                read, ancillary, _, _ = self._socket.recvmsg_into([self._filling], ancillary_bytes, _RECEIVE_FLAGS)
+                read, ancillary, _, _ = self._socket.recvmsg_into(self._filling, ancillary_bytes, _RECEIVE_FLAGS)
             except BlockingIOError:
                 return
             except ConnectionResetError:
@@ -281,25 +280,24 @@ class Connection:
                     self._fds.extend(fds)
             if not read:
                 raise EOFError
-            self._filling = self._filling[read:]
+            filling = self._filling
+            while filling and read >= len(filling[0]):
+                read -= len(filling.pop(0))
+            if read:
+                filling[0] = filling[0][read:]
 
     def _next_part(self) -> Message | None:
-        """Go on with the next part of a message, after one has been read; returns the message after its last part."""
+        """Go on after the header, or begin with the next one; returns the message that is complete."""
         if self._head is None:
             head_bytes, self._fd_count, body_bytes = _HEADER.unpack(self._header)
             self._head = bytearray(head_bytes)
             self._body = bytearray(body_bytes)
-            self._filling = memoryview(self._head)
-            self._reading_body = False
-            return None
-        if not self._reading_body and self._body:
-            self._reading_body = True
-            self._filling = memoryview(self._body)
+            self._filling = [memoryview(part) for part in (self._head, self._body) if part]
             return None
         fds, self._fds = self._fds[: self._fd_count], self._fds[self._fd_count :]
         message = Message(pickle.loads(self._head), self._body, fds)
         self._head, self._body = None, bytearray()
-        self._filling = memoryview(self._header)
+        self._filling = [memoryview(self._header)]
         return message
 
     def hang_up(self) -> None:
