@@ -169,7 +169,8 @@ def test_after_the_last_attempt_the_error_of_the_store_has_a_note(server: HttpSe
     assert "aioloader: attempt 3 of 3 failed, " in notes(found[0])
     assert found[1:] == (ALL[1:] if make is objects else [])
     failing = {"a.tar", "a.parquet", "o/0"}
-    assert len([path for _, path, _ in server.requests if path in failing]) == 3
+    # One more where the client's kept connection was closed as it wrote, as above.
+    assert 3 <= len([path for _, path, _ in server.requests if path in failing]) <= 4
     assert counts(loader)[0] == 2
     del store, loader, found
 

@@ -62,7 +62,7 @@ class Runner:
     def refused(self, error: BaseException) -> BaseException:
         return error
 
-    def sent(self, send: Callable[[list[Any]], Any], outcomes: list[Any]) -> Any:
+    def sent(self, send: Callable[[list[Any]], Any], outcomes: list[Any], batch: Any, alloc: Any) -> Any:
         return send(outcomes)
 
 
@@ -232,7 +232,7 @@ def test_an_actor_that_ray_ends_answers_nothing(both: Both, monkeypatch: pytest.
     both.actor = threading.Thread(target=serve, daemon=True)
     both.actor.start()
     assert both.next() == "up"
-    both.send(([None], (), None, [7]))
+    both.send(([None], (), None, [7], 0))
     assert both.next() == "ended"
     assert ended.get(timeout=DEADLINE) is end
 

@@ -80,4 +80,5 @@ class _Server:
             return
         result = self._runner.made(payload)
         head = "done", number, result.busy_seconds, result.cpu_seconds
-        self._runner.sent(partial(self._link.send, head), result.outcomes, payload[-1], self._link.arena.alloc)
+        *_, batch = payload
+        self._runner.sent(partial(self._link.send, head), result.outcomes, batch, self._link.arena.alloc)
