@@ -280,11 +280,15 @@ class Connection:
                     self._fds.extend(fds)
             if not read:
                 raise EOFError
-            filling = self._filling
-            while filling and read >= len(filling[0]):
-                read -= len(filling.pop(0))
-            if read:
-                filling[0] = filling[0][read:]
+            self._filled(read)
+
+    def _filled(self, count: int) -> None:
+        """So many bytes have come."""
+        filling = self._filling
+        while filling and count >= len(filling[0]):
+            count -= len(filling.pop(0))
+        if count:
+            filling[0] = filling[0][count:]
 
     def _next_part(self) -> Message | None:
         """Go on after the header, or begin with the next one; returns the message that is complete."""
