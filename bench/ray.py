@@ -113,7 +113,7 @@ def compare_map(
 
 def compare_batches(report: Report, options: Any, opened: ExitStack) -> None:
     """38 MB each."""
-    count = pick(options, full=16, quick=8, smallest=2) * LARGE[0]
+    count = pick(options, full=64, quick=8, smallest=2) * LARGE[0]  # about a third of a second
     size = 4 * LARGE[1] * LARGE[2] * LARGE[3]
 
     def made_there(worker_type: Any) -> Epoch:
@@ -141,7 +141,6 @@ def compare_batches(report: Report, options: Any, opened: ExitStack) -> None:
             Target(MADE_HERE, "time", MADE_BY_PROCESSES, 1.1),
         ],
         unit=MB_PER_SECOND(size),
-        rounds=pick(options, full=9, quick=3, smallest=1),  # of a tenth of a second
     )
 
 
