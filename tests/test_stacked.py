@@ -15,7 +15,7 @@ from aioloader import Pipeline
 from aioloader.core.sizes import rough_bytes
 from aioloader.engine import op_steps
 from aioloader.executors.chunk import Call
-from aioloader.executors.processes.stacked import MOST_KEPT, plain_samples, stacked_batch
+from aioloader.executors.processes.stacked import MOST_KEPT, StackedSample, plain_samples, stacked_batch
 from aioloader.memory.mapping import mapping_of
 from aioloader.stages import collate
 from aioloader.stages.collate import Collate
@@ -246,6 +246,15 @@ def test_samples_of_many_parts_take_few_segments(worker: Worker) -> None:
         del batch
     worker.arena.take_back(worker.mapped.freed())
     assert not worker.arena._lent
+
+
+def test_a_default_device_is_not_that_of_what_travels(worker: Worker) -> None:
+    """A module that the worker has imported may have set one."""
+    samples = [(image(key), torch.tensor(key)) for key in range(SIZE)]
+    with torch.device("meta"):
+        came = worker.sends(samples, SIZE)
+    assert type(came[0]) is StackedSample
+    assert the_same(SOLE(came), torch_collate.default_collate(samples))
 
 
 def test_the_order_of_keys_is_that_of_the_first_sample_of_a_batch(worker: Worker) -> None:
