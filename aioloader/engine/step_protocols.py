@@ -2,11 +2,10 @@
 
 from asyncio import TimerHandle
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from aioloader.core.entry import Entry
-from aioloader.core.limit import Slots
 from aioloader.executors.current_sample import SampleContext
 from aioloader.insight.meters import StageMeter
 
@@ -41,7 +40,7 @@ class TraceOfStep(Protocol):
     """Where some samples of a step are traced; see `StepTrace`."""
 
     def context(self, seed: int | None) -> SampleContext: ...
-    def job(self, limit: int, slots: Slots | None) -> Any: ...
+    def timed(self, entry: Entry) -> Iterator[Any]: ...
     def hop(self, entries: Sequence[Entry], busy_seconds: float) -> None: ...
     def failed(self, entry: Entry, error: BaseException) -> None: ...
     def retry(self, entry: Entry, error: BaseException, attempt: int, seconds: float) -> None: ...

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
 from aioloader.engine.node import CHUNK_SECONDS
-from aioloader.engine.step_protocols import StepWindow
+from aioloader.engine.step_protocols import StepWindow, TraceOfStep
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import CHUNK_SAMPLES, SyncStep
 from aioloader.engine.torch_state import NOTHING_SET, context_state
@@ -184,7 +184,7 @@ class ThreadStep(SyncStep):
     def _begun_job(self, limit: int, slots: Slots | None = None) -> "ThreadJob":
         """One more hop begins."""
         self._begins()
-        job = ThreadJob(limit, slots) if self.trace is None else self.trace.job(limit, slots)
+        job = ThreadJob(limit, slots, self.trace)
         self._jobs.add(job)
         return job
 
@@ -247,6 +247,7 @@ class ThreadJob:
     Args:
         limit: Samples that it may claim.
         slots: Of its step, if that has a `Limit`; it has one of them.
+        trace: Of its step.
 
     Attributes:
         began: When it was asked for.
@@ -256,11 +257,12 @@ class ThreadJob:
         settled: How many of them went on already; the loop's.
     """
 
-    __slots__ = ("_limit", "_slots", "began", "claimed", "outcomes", "settled", "since")
+    __slots__ = ("_limit", "_slots", "_trace", "began", "claimed", "outcomes", "settled", "since")
 
-    def __init__(self, limit: int, slots: Slots | None = None) -> None:
+    def __init__(self, limit: int, slots: Slots | None = None, trace: TraceOfStep | None = None) -> None:
         self._limit = limit
         self._slots = slots
+        self._trace = trace
         self.began = self.since = perf_counter()
         self.claimed: list[Entry] = []
         self.outcomes: list[Any] = []
@@ -284,6 +286,7 @@ class ThreadJob:
         """
         self.since = perf_counter()
         limited = self._slots is not None and not several
+        trace = None if several else self._trace
         for _ in range(self._limit):
             if limited and not self.keeps():
                 return
@@ -295,7 +298,10 @@ class ThreadJob:
                 entry.begun = consumer.batches
             self.claimed.append(entry)
             sample.name = entry
-            yield entry.value
+            if trace is not None and type(entry) is not Entry:
+                yield from trace.timed(entry)
+            else:
+                yield entry.value
 
     def keeps(self) -> bool:
         """Whether another call may begin in its slot: always the first, later ones where nobody waits for it."""

@@ -3,10 +3,10 @@
 A sample that is chosen becomes an entry of another class, one attribute of which tells when it is used: an async step
 takes the `value` when a call begins, and the entry becomes one of a third class; it notes in `since` when the call has
 ended, and after the last step of its window the entry is one as all others again. So nobody pays for it who comes
-later, nor for what is read or written more often. Threads take their samples from a job of another class. Where samples
-travel, to processes and to executors of other kinds, only the journey of a hop is known.
+later, nor for what is read or written more often. Threads look at the class of a sample if their step is traced. Where
+samples travel, to processes and to executors of other kinds, only the journey of a hop is known.
 
-Which these are is decided when a window starts; which samples, when they come in, a run at a time.
+Which samples these are is decided when they come into a window, a run at a time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
 from aioloader.core.entry import Entry, failed_in
-from aioloader.core.limit import Slots
 from aioloader.core.safe_text import safe_repr
-from aioloader.engine.thread_step import ThreadJob
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import ConsumerMeter
 from aioloader.insight.trace_file import FLUSH_EVENTS, TraceFile, Track
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from aioloader.engine.steps import Step
     from aioloader.engine.window import Window
 
-__all__ = ["CalledEntry", "StepTrace", "TracedConsumer", "TracedEntry", "TracedJob", "Tracer"]
+__all__ = ["CalledEntry", "StepTrace", "TracedConsumer", "TracedEntry", "Tracer"]
 
 NOTICEABLE_SECONDS: Final = 1e-3  # of waits that take less, one in n is written
 OF_BATCHES: Final = 10  # times as many batches are traced as samples
@@ -44,14 +42,14 @@ class Tracer:
     def __init__(self, file: TraceFile, every: int) -> None:
         self.file = file
         self.every = every
-        self._consumer = file.track("consumer")
+        self._consumer = file.track("consumer", "batch")
         self._last: WeakKeyDictionary[Node, StepTrace] = WeakKeyDictionary()  # the last step of each window
 
     def consumer(self, epoch: int) -> "TracedConsumer":
         """Counts for an epoch that begins."""
         self._consumer.instant(f"epoch {epoch} begins")
         meter = TracedConsumer()
-        meter.tracer, meter.track = self, self._consumer
+        meter.every, meter.track = self.every, self._consumer
         return meter
 
     def watch(self, window: "Window", steps: Sequence["Step"]) -> None:
@@ -68,50 +66,49 @@ class Tracer:
         self._last[window] = trace
         if (before := self._last.get(window.upstream)) is not None:
             before.after = TracedEntry  # the same samples: nothing is between the two
-            return
-        window.accept = _choosing(window.accept, self.every, self.file)  # type: ignore[method-assign, assignment]  # so that others do not ask
+        else:
+            window.choose = _choosing(self.every, self.file)
 
 
-def _choosing(accept: Callable[[list[Entry]], None], every: int, file: TraceFile) -> Callable[[list[Entry]], None]:
-    """`accept`, before which one of `every` samples is chosen; of batches, which take longer, ten times as many."""
-    events = file.events
+def _choosing(every: int, file: TraceFile) -> Callable[[list[Entry]], None]:
+    """Chooses one of `every` samples; of batches, which take longer, ten times as many."""
     left: int | None = None  # until the next one; None: nothing has come yet
 
-    def accept_traced(run: list[Entry]) -> None:
+    def choose(run: list[Entry]) -> None:
         nonlocal left, every
         count = len(run)
         if left is None:
             left, every = 0, max(1, every // OF_BATCHES) if type(run[0].key) is list else every
-        if left < count:
-            for entry in run[left::every]:
-                if entry.error is None:
-                    entry.__class__ = TracedEntry
-            left = (left - count) % every
-            if len(events) >= FLUSH_EVENTS:  # entries add theirs without a look
-                file.flush()
-        else:
+        if left >= count:
             left -= count
-        accept(run)
+            return
+        chosen = run[left::every]
+        for entry in chosen:
+            entry.__class__ = TracedEntry
+        left = (left - count) % every
+        file.expected += len(chosen)
+        if file.expected >= FLUSH_EVENTS:  # entries add theirs without a look
+            file.flush()
 
-    return accept_traced
+    return choose
 
 
 class TracedConsumer(ConsumerMeter):
     """Writes the waits of the consumer: those that are noticeable, and of the others one in n."""
 
-    tracer: Tracer
+    every: int
     track: Track
 
     def delivered(self, called: float) -> None:
-        super().delivered(called)
-        if self.last_waited_seconds >= NOTICEABLE_SECONDS or not self.batches % self.tracer.every:
+        ConsumerMeter.delivered(self, called)
+        if self.last_waited_seconds >= NOTICEABLE_SECONDS or not self.batches % self.every:
             first = self.batches == 1
             name = "wait for the first batch" if first else "wait"
-            self.track.slice(name, called, called + self.last_waited_seconds, batch=self.batches - 1)
+            self.track.slice(name, called, called + self.last_waited_seconds, self.batches - 1)
 
     def finish(self) -> None:
         super().finish()
-        self.tracer.file.flush()  # who looks at an epoch that is over finds all of it
+        self.track.file.flush()  # who looks at an epoch that is over finds all of it
 
 
 class StepTrace:
@@ -119,7 +116,7 @@ class StepTrace:
 
     Attributes:
         track: Of its calls.
-        events: Of its file.
+        events: On that track.
         after: What a traced entry becomes when its call has ended: `TracedEntry`, if another step or window follows.
     """
 
@@ -127,7 +124,7 @@ class StepTrace:
 
     def __init__(self, track: Track, retries: Track) -> None:
         self.track = track
-        self.events = track.file.events
+        self.events = track.events
         self._retries = retries
 
     # -- async calls -------------------------------------------------------------------------------------------------
@@ -138,11 +135,13 @@ class StepTrace:
 
     # -- threads -----------------------------------------------------------------------------------------------------
 
-    def job(self, limit: int, slots: Slots | None) -> ThreadJob:
-        """A job of a step in threads."""
-        job = TracedJob(limit, slots)
-        job.trace = self
-        return job
+    def timed(self, entry: Entry) -> Iterator[Any]:
+        """Its sample, and the time until the next one is taken, or the hop is over; in the thread."""
+        began = perf_counter()
+        try:
+            yield entry.value
+        finally:
+            self.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
 
     # -- what travels ------------------------------------------------------------------------------------------------
 
@@ -224,7 +223,7 @@ class CalledEntry(Entry):
         trace, began = _since_of(self)
         self.__class__ = trace.after
         attempts = 1 if self.rare is None else self.attempts
-        trace.events.append((trace.track, self.key, began, perf_counter(), self.position, attempts, None))
+        trace.events.append((self.key, began, perf_counter(), self.position, attempts, None))
         _set_since(self, at)
 
 
@@ -232,32 +231,6 @@ _value_of: Final[Callable[[Entry], Any]] = Entry.__dict__["value"].__get__
 _set_value: Final[Callable[[Entry, Any], None]] = Entry.__dict__["value"].__set__
 _since_of: Final[Callable[[Entry], Any]] = Entry.__dict__["since"].__get__
 _set_since: Final[Callable[[Entry, Any], None]] = Entry.__dict__["since"].__set__
-
-
-class TracedJob(ThreadJob):
-    """Takes the times of samples that are traced, in their thread."""
-
-    __slots__ = ("trace",)
-    trace: StepTrace
-
-    def samples(
-        self, inbox: Any, sample: SampleContext, consumer: ConsumerMeter | None = None, *, several: bool = False
-    ) -> Iterator[Any]:
-        values = super().samples(inbox, sample, consumer, several=several)
-        return values if several else self._timed(values)
-
-    def _timed(self, values: Iterator[Any]) -> Iterator[Any]:
-        claimed = self.claimed
-        for value in values:
-            if type(claimed[-1]) is Entry:
-                yield value
-                continue
-            entry, began = claimed[-1], perf_counter()
-            try:
-                yield value
-            finally:  # the next one is taken, or the hop is over
-                self.trace.track.sample(entry.key, began, perf_counter(), entry.position, entry.attempts)
-        del values
 
 
 def _name(entry: Entry) -> str:

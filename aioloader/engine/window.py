@@ -61,6 +61,7 @@ class Window(Node):
         queued: Gives how much of that waits now, where the consumer is in another thread.
         bounded: The user has said how much it holds.
         one_by_one: `finished` has to be told of each entry, also of those that are finished in order.
+        choose: Chooses which entries are traced; None: nobody asks.
     """
 
     admission: Admission | None = None
@@ -74,6 +75,7 @@ class Window(Node):
     queued: Callable[[], int] | None = None
     bounded = False
     one_by_one = False
+    choose: Callable[[list[Entry]], None] | None = None
 
     def __init__(
         self,
@@ -554,6 +556,8 @@ class Window(Node):
                 for entry in run:
                     entry.since = now
             self.under_way += len(run)
+            if self.choose is not None:
+                self.choose(run)
             self._steps[0].take_in(run)
 
     def _before_failure(self, run: list[Entry]) -> list[Entry]:

@@ -4,8 +4,8 @@ import json
 import os
 import threading
 import warnings
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, TypeAlias
@@ -24,8 +24,8 @@ KEY: Final = 80  # characters of a key or an error
 END: Final = b"\n]\n"
 
 
-Event: TypeAlias = "tuple[Track, Any, float, float | None, int | None, int, Mapping[str, Any] | None]"
-"""Where, a name or key, begin and end (None: it has no duration), position, attempts, and what else there is to say."""
+Event: TypeAlias = "tuple[Any, float, float | None, int | None, int, Mapping[str, Any] | None]"
+"""A name or key, begin and end (None: it has no duration), number, attempts, and what else there is to say."""
 
 
 class Track:
@@ -37,53 +37,90 @@ class Track:
         file: Where it is.
         name: What is shown.
         number: Of all tracks, in order.
-        pid: The process, as JSON.
+        pid: The process.
+        counts: What the numbers of its slices are.
 
     Attributes:
-        ends: When the last slice of each lane ended.
-        first: What all slices in its first lane have in common.
+        events: What is to be written; any thread appends.
     """
 
-    def __init__(self, file: "TraceFile", name: str, number: int, pid: str) -> None:
+    def __init__(self, file: "TraceFile", name: str, number: int, pid: int, counts: str) -> None:
         self.file = file
-        self.name = name
-        self.ends: list[float] = []
-        self.first = f'"ph":"X",{pid}"tid":{number << 12},'
-        self._number = number
+        self.events: list[Event] = []
+        self._name = masked(name)
+        self._first = number << 12
+        self._pid = pid
+        self._counts = counts
+        self._ends: list[float] = []  # when the last slice of each lane ended
+        self._shared = f'"ph":"X","pid":{pid},"tid":{self._first},'  # by all slices in the first lane
 
-    def slice(self, name: str, began: float, ended: float, **about: Any) -> None:
+    def slice(self, name: str, began: float, ended: float, number: int | None = None, **about: Any) -> None:
         """Something took from `began` to `ended` (`perf_counter`)."""
-        self.file.add((self, name, began, ended, None, 1, about))
+        self._add((name, began, ended, number, 1, about))
 
     def sample(self, key: Any, began: float, ended: float, position: int | None, attempts: int) -> None:
         """A call for a sample, or for a batch, whose key is a list."""
-        events = self.file.events
-        events.append((self, key, began, ended, position, attempts, None))
-        if len(events) >= FLUSH_EVENTS:
+        self.events.append((key, began, ended, position, attempts, None))
+        if len(self.events) >= FLUSH_EVENTS:
             self.file.flush()
 
     def instant(self, name: str, **about: Any) -> None:
         """Something happened, now."""
-        self.file.add((self, name, perf_counter(), None, None, 1, about))
+        self._add((name, perf_counter(), None, None, 1, about))
 
-    def lane(self, began: float, ended: float | None) -> int:
-        """The number of a lane; -1: there is none. Under the lock of the file."""
-        first, ends = self._number << 12, self.ends
+    def _add(self, event: Event) -> None:
+        self.events.append(event)
+        if len(self.events) >= FLUSH_EVENTS or event[1] - self.file.flushed >= FLUSH_SECONDS:
+            self.file.flush()
+
+    def written(self, start: float) -> Iterator[str]:
+        """All events so far as JSON, with times since `start`; they are let go of. Under the lock of the file."""
+        # Tenths of microseconds are cut off and not rounded: what has ended before another one begins must not overlap
+        # it, or it is not shown. And floats take long to write.
+        events = self.events[:]
+        del self.events[: len(events)]  # others append meanwhile
+        ends, shared, counts = self._ends, self._shared, self._counts
+        for event in events:
+            key, began, ended, number, attempts, about = event
+            seldom = about or number is None or attempts > 1 or type(key) is list
+            if seldom or ended is None or not ends or ends[0] > began:
+                yield from self._written(event, start)
+                continue
+            ends[0] = ended  # what is written most often, in half the time: the call of a sample alone in its stage
+            at, took = int((began - start) * 1e7), int((ended - began) * 1e7)
+            yield (
+                f',\n{{"name":{_name(key)},{shared}"dur":{took // 10}.{took % 10},"ts":{at // 10}.{at % 10},'
+                f'"args":{{"{counts}":{number}}}}}'
+            )
+
+    def _written(self, event: Event, start: float) -> Iterator[str]:
+        key, began, ended, number, attempts, about = event
+        lane = self._lane(began, ended)
+        if lane == LANES:
+            self.file.dropped += 1
+            return
+        tid = self._first + lane
+        if lane == len(self._ends):
+            self._ends.append(began)
+            name = self._name if not lane else f"{self._name} · {lane + 1}"
+            for kind, what in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
+                yield f",\n{json.dumps({'ph': 'M', 'name': kind, 'pid': self._pid, 'tid': tid, 'args': what})}"
+        phase = '"ph":"i","s":"t"'
+        if ended is not None:
+            self._ends[lane] = ended
+            took = max(0, int((ended - began) * 1e7))
+            phase = f'"ph":"X","dur":{took // 10}.{took % 10}'
+        at = int((began - start) * 1e7)
+        args = json.dumps(_plain(about)) if about else _args(key, self._counts, number, attempts)
+        yield (
+            f',\n{{"name":{_name(key)},{phase},"pid":{self._pid},"tid":{tid},"ts":{at // 10}.{at % 10},"args":{args}}}'
+        )
+
+    def _lane(self, began: float, ended: float | None) -> int:
+        """The number of a lane that is free, of a new one if none is, or `LANES`."""
         if ended is None:  # it has no duration: the first lane, whatever is there
-            if not ends:
-                self.file.introduce(self.name, first, 0)
-                ends.append(began)
-            return first
-        for lane, end in enumerate(ends):
-            if end <= began:
-                ends[lane] = ended
-                return first + lane
-        lane = len(ends)
-        if lane >= LANES:
-            return -1
-        self.file.introduce(self.name, first + lane, lane)
-        ends.append(ended)
-        return first + lane
+            return 0
+        return next((lane for lane, end in enumerate(self._ends) if end <= began), len(self._ends))
 
 
 class TraceFile:
@@ -98,21 +135,23 @@ class TraceFile:
         process: What is traced, as it is shown.
         max_bytes: How large it may become.
 
+    Attributes:
+        dropped: Events for which there was no lane.
+        flushed: When it was written last (`perf_counter`).
+        expected: How many samples were chosen since then: so many events come to each track without a look at it.
+
     Raises:
         OSError: It cannot be written.
     """
 
     def __init__(self, path: Path, process: str, max_bytes: int = MAX_BYTES) -> None:
         self.path = path
-        self.dropped = 0
+        self.dropped = self.expected = 0
         self._max_bytes = max_bytes
         self._lock = threading.RLock()  # garbage collection may close the file while its thread is in here
-        self._tracks: list[Track] = []
-        self.events: deque[Event] = deque()  # any thread appends
-        self._lines: list[str] = []
+        self._tracks: dict[str, Track] = {}
         self._pid = os.getpid()
-        self._process = f'"pid":{self._pid},'
-        self._began = self._flushed = perf_counter()
+        self._began = self.flushed = perf_counter()
         first = {"ph": "M", "name": "process_name", "pid": self._pid, "tid": 0, "args": {"name": masked(process)}}
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
         self._out = _Out(descriptor)
@@ -124,46 +163,24 @@ class TraceFile:
         """Whether it takes no more."""
         return not self._finalizer.alive
 
-    def track(self, name: str) -> Track:
-        """The track of this name; a new one is below all others."""
+    @property
+    def waiting(self) -> int:
+        """Events that are not yet written."""
+        return sum(len(track.events) for track in [*self._tracks.values()])
+
+    def track(self, name: str, counts: str = "position") -> Track:
+        """The track of this name, whose slices have numbers of `counts`; a new one is below all others."""
         with self._lock:
-            found = next((track for track in self._tracks if track.name == name), None)
-            if found is None:
-                found = Track(self, name, len(self._tracks) + 1, self._process)
-                self._tracks.append(found)
-            return found
-
-    def add(self, event: Event) -> None:
-        """Add an event; it becomes text when it is written, many at a time."""
-        self.events.append(event)
-        if len(self.events) >= FLUSH_EVENTS or event[2] - self._flushed >= FLUSH_SECONDS:
-            self.flush()
-
-    def _format(self, event: Event) -> None:
-        track, key, began, ended, position, attempts, about = event
-        if (tid := track.lane(began, ended)) < 0:
-            self.dropped += 1
-            return
-        at = int((began - self._began) * 1e7)
-        took = -1 if ended is None else max(0, int((ended - began) * 1e7))
-        what = '"ph":"i","s":"t"' if took < 0 else f'"ph":"X","dur":{took // 10}.{took % 10}'
-        args = _args(key, position, attempts) if about is None else json.dumps(_plain(about))
-        self._lines.append(
-            f',\n{{"name":{_name(key)},{what},{self._process}"tid":{tid},"ts":{at // 10}.{at % 10},"args":{args}}}'
-        )
-
-    def introduce(self, name: str, tid: int, lane: int) -> None:
-        """A lane of the track `name` has the thread number `tid` from now on. Under the lock."""
-        name = masked(name) if not lane else f"{masked(name)} · {lane + 1}"
-        for kind, args in (("thread_name", {"name": name}), ("thread_sort_index", {"sort_index": tid})):
-            event = {"ph": "M", "name": kind, "pid": self._pid, "tid": tid, "args": args}
-            self._lines.append(f",\n{json.dumps(event)}")
+            if name not in self._tracks:
+                self._tracks[name] = Track(self, name, len(self._tracks) + 1, self._pid, counts)
+            return self._tracks[name]
 
     def flush(self) -> None:
         """Write what has come."""
         with self._lock:
             if not self._finalizer.alive:
-                self.events.clear()
+                for track in self._tracks.values():
+                    track.events.clear()
                 return
             if os.getpid() != self._pid:  # a forked child: the file is the parent's
                 self._finalizer.detach()
@@ -178,27 +195,12 @@ class TraceFile:
                 )
 
     def _write(self) -> None:
-        # Tenths of microseconds, cut off and not rounded: what has ended before another one begins must not overlap it,
-        # or it is not shown. And floats take long to write.
-        events, start = self.events, self._began
-        self._flushed = perf_counter()
-        while events:
-            event = events.popleft()
-            track, key, began, ended, position, attempts, about = event
-            ends = track.ends
-            seldom = about or type(key) is not int or attempts > 1 or position is None
-            if seldom or ended is None or not ends or ends[0] > began:
-                self._format(event)
-                continue
-            ends[0] = ended  # what is written most often, in half the time: the call of a sample alone in its stage
-            at, took = int((began - start) * 1e7), int((ended - began) * 1e7)
-            self._lines.append(
-                f',\n{{"name":"{key}",{track.first}"dur":{took // 10}.{took % 10},'
-                f'"ts":{at // 10}.{at % 10},"args":{{"position":{position}}}}}'
-            )
-        lines, self._lines = self._lines, []
+        self.flushed, self.expected = perf_counter(), 0
+        content = "".join([text for track in self._tracks.values() for text in track.written(self._began)])
+        if not self._finalizer.alive:  # it was closed meanwhile, by a garbage collection in this thread
+            return
         try:
-            self._out.write("".join(lines).encode())
+            self._out.write(content.encode())
         except OSError as error:
             self._finalizer()
             warnings.warn(f"the trace in {self.path} ends here, since it cannot be written: {error}", stacklevel=2)
@@ -234,11 +236,16 @@ def _name(key: Any) -> str:
         return f'"{key}"'
     if type(key) is list:
         return f'"{len(key)} samples"'
-    return json.dumps(_cut(_text(key)))
+    return _quoted(key) if type(key) is str else json.dumps(_cut(_text(key)))
 
 
-def _args(key: Any, position: int | None, attempts: int) -> str:
-    parts = [] if position is None else [f'"position":{position}']
+@lru_cache(64)
+def _quoted(text: str) -> str:
+    return json.dumps(_cut(_text(text)))
+
+
+def _args(key: Any, counts: str, number: int | None, attempts: int) -> str:
+    parts = [] if number is None else [f'"{counts}":{number}']
     if type(key) is list and key:
         parts.append(f'"first key":{_name(key[0])},"last key":{_name(key[-1])}')
     if attempts > 1:
