@@ -151,12 +151,16 @@ def fork_server() -> Iterator[None]:
     """
     from multiprocessing import resource_tracker
 
-    from aioloader import Pipeline
+    from aioloader.executors.processes.fork_server import ForkServer
 
     resource_tracker.ensure_running()  # of multiprocessing; it stays
-    with Pipeline(range(1)).map(abs, executor="process", concurrency=1) as keeper:
-        assert list(keeper) == [0]
+    server, _, connection = ForkServer.join()  # as a loader does, but nothing of it is left that has threads
+    with connection:
+        process, deadline = psutil.Process(server._process.pid), time.monotonic() + TEST_SECONDS
+        while not process.children() and time.monotonic() < deadline:  # else it comes in the middle of a test
+            time.sleep(0.01)
         yield
+    server.leave()
 
 
 @pytest.fixture

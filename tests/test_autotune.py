@@ -22,6 +22,8 @@ from aioloader.engine.tuning import Tuning
 from aioloader.testing import Gate
 from tests._support import Face, Steps, collect, on_both_faces, turns, until, wait_until
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 ENDLESS = range(1 << 40)
 QUICK = 0.2  # seconds of a search whose outcome does not matter
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,12 +16,19 @@ from bench._checkout import in_checkout
 from bench._harness import Contender, Epoch, Report, Target, Tick, parser_for
 from bench._measure import race
 
+LONG = {"autotune", "cache", "decode", "failures", "flow", "own_process", "processes", "shards", "share"}
+"""Scripts that take ten seconds or more in small: together half of what all of them take."""
+
+
+def marked(script: str) -> Any:
+    """A script, left out of what is run each time if it takes long, or needs a cluster."""
+    if script.startswith("ray"):
+        return pytest.param(script, marks=pytest.mark.ray)
+    return pytest.param(script, marks=pytest.mark.soak) if script in LONG else script
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "script",
-    [pytest.param(name, marks=pytest.mark.ray) if name.startswith("ray") else name for name in all_benches.SCRIPTS],
-)
+@pytest.mark.parametrize("script", [marked(script) for script in all_benches.SCRIPTS])
 def test_a_script_runs_at_its_smallest_size(script: str) -> None:
     """Each contender gives every sample, each figure is a line of JSON, and a missed target is no failure."""
     on_gpu = script == "gpu"  # without one it says so, and ends

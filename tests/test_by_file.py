@@ -19,6 +19,8 @@ from tests._servers import HttpServer
 from tests._support import Face, Steps, collect, on_both_faces, wait_until
 from tests.test_file_order import FORMATS, Format, in_every_format, names_of
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 FILES: Final = 8
 PER_FILE: Final = 20
 NAMES: Final = sorted(chain(*names_of((PER_FILE,) * FILES)))

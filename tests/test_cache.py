@@ -34,6 +34,8 @@ from aioloader.stages.cache import Cache
 from tests import _work
 from tests._support import Child, Face, Steps, collect, notes, on_both_faces
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 Cached = Callable[[Pipeline], Pipeline]
 
 

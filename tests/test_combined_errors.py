@@ -17,7 +17,7 @@ from aioloader.engine.mix_node import MixNode
 from aioloader.engine.node import Kick, Node
 from tests._support import Face, Steps, notes, on_both_faces
 
-pytestmark = pytest.mark.filterwarnings("ignore::aioloader.ReplayWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::aioloader.ReplayWarning"), pytest.mark.usefixtures("fork_server")]
 
 Combine = Callable[..., Pipeline]
 

@@ -26,6 +26,8 @@ from tests._datasets import Broken, Made, MadeInBulk, ShardingStream, Stream, as
 from tests._states import contents_of, edited
 from tests._support import Face, Started, Steps, collect, notes, on_both_faces, workers
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 SEED = 1234
 
 Arguments = dict[str, Any]

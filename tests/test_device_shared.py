@@ -25,6 +25,8 @@ from tests._segment import LENGTH, Segment
 from tests._support import Face, Started, Steps, on_both_faces, run, workers
 from tests.test_device import SEEDS, WithoutHold
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 class NotClosed(Transfer):
     """Does not wait for its copies when nobody has closed it."""

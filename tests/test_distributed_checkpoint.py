@@ -27,6 +27,8 @@ from aioloader.sources import Lines
 from tests._support import FACES, Child, Face, Steps, collect
 from tests.test_resume import Stateful
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 COUNT = 48
 
 

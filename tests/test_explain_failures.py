@@ -17,6 +17,8 @@ from aioloader.insight.policies import MOST_KINDS, PolicyMeter
 from aioloader.testing import Gate
 from tests._support import DEADLINE, Face, Started, collect, explained, on_both_faces, wait_until
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 HOUR = 3600.0
 LATER = Retry(attempts=2, on=OSError, wait_initial=HOUR, wait_max=HOUR, jitter=0.0)
 AT_ONCE = Retry(attempts=4, on=OSError, wait_initial=0.0, jitter=0.0)

@@ -19,6 +19,8 @@ from tests._failures_model import Broken, Busy, Outcome
 from tests._support import FACES, Face, Steps
 from tests.test_failures_model import named
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 SEEDS = 4
 SOAK_SEEDS = 200
 SAMPLES = 16

@@ -15,6 +15,8 @@ from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Started, Steps, collect, on_both_faces
 from tests._work import tens
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 HOW = ("async", "threads", "process", "in_process")
 
 

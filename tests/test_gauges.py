@@ -26,6 +26,8 @@ from aioloader.sources import Channel
 from aioloader.testing import Gate
 from tests._support import Face, Started, Steps, collect, explained, join_loader_threads, on_both_faces, run, wait_until
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 def stage(loader: Any, name: str) -> StageStats:
     stages: tuple[StageStats, ...] = loader.stats().stages

@@ -18,6 +18,8 @@ from tests._servers import RETRY, HttpServer
 from tests._support import Face, Steps, notes, on_both_faces
 from tests.test_rewritten import archive
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 SECRET = "s3cr3t"
 SIGNED = (
     "https://bucket.s3.amazonaws.com/train/0001.jpg?X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=s3cr3t%2F2026"

@@ -14,6 +14,8 @@ from aioloader import Pipeline
 from aioloader.testing import Gate, assert_resumes_exactly
 from tests._support import Face, Started, Steps, collect, on_both_faces, run, turns, until
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 on_policies = pytest.mark.parametrize("n", [0, 1, 3])
 
 

@@ -31,6 +31,8 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from tests import _work
 from tests._support import Face, Steps, collect, explained, notes, on_both_faces, workers
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 def pipeline(n: int, fn: Any, concurrency: int = 2) -> Pipeline:
     return Pipeline(range(n)).map(fn, executor="process", concurrency=concurrency)

@@ -16,6 +16,8 @@ from aioloader.sources import Channel
 from aioloader.testing import Gate, RecordingSource
 from tests._support import DEADLINE, Face, Started, Steps, collect, on_both_faces, run, turns, until
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 class UnderWay:
     """Counts how many calls are under way, and the most there ever were."""

@@ -17,6 +17,8 @@ from aioloader.errors import SampleCancelledError
 from aioloader.testing import FaultySource, SyncFaultySource, virtual_order
 from tests._support import Face, Steps, collect, join_loader_threads, notes, on_both_faces, run
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 class BrokenSampleError(Exception):
     """What the user's code raises."""

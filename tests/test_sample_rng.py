@@ -17,6 +17,8 @@ import aioloader
 from aioloader import DataLoader, Pipeline, ReplayWarning
 from tests._support import Face, collect, on_both_faces
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 
 def draw(sample: Any) -> tuple[Any, int]:
     """What augmentation does: numbers that the sample decides."""

@@ -23,6 +23,8 @@ from tests._work import (
 )
 from tests.test_skip_errors import BrokenRows, lines_of, stage_of
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 BATCHES = [[0, 1, 3], [4, 5, 6, 7], [12, 13, 14], [16, 17, 18, 19]]
 """Of 20 samples in batches of 4, without 2, 8 to 11, and 15."""
 

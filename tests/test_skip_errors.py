@@ -18,6 +18,8 @@ from aioloader.testing import FaultPlan, Gate, assert_resumes_exactly
 from tests._support import Face, Steps, collect, explained, notes, on_both_faces
 from tests._work import fails_by_seven
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 BAD = (3, 10, 11, 17, 24, 25, 26, 31)
 
 

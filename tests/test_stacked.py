@@ -22,6 +22,8 @@ from aioloader.stages.collate import Collate
 from tests._played import PlayedPool, Worker
 from tests._support import Face, collect, on_both_faces
 
+pytestmark = pytest.mark.usefixtures("fork_server")
+
 SIZE = 8
 SHAPE = (3, 128, 128)  # 196,608 bytes: eight of them are more than 1 MiB
 

@@ -4,6 +4,7 @@ from asyncio import TimerHandle
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import is_
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -347,9 +348,8 @@ class ProcessStep(SyncStep):
     def _payload(self, chunk: list[Entry]) -> Any:
         """For a worker: a `Payload`."""
         values = [entry.value for entry in chunk]
-        keys = None
-        if any(entry.key is not entry.value for entry in chunk):
-            keys = [entry.key for entry in chunk]
+        names = [entry.key for entry in chunk]
+        keys = None if all(map(is_, names, values)) else names
         size = len(chunk)
         batch = size if self._whole and size == self._batch_size and not self._sent % size else 0
         payload: Payload = self._seeds, self._epochs, keys, values, batch

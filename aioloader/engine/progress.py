@@ -40,7 +40,6 @@ class Progress:
     """
 
     __slots__ = (
-        "_begun",
         "_last",
         "_left_out",
         "_step",
@@ -82,9 +81,8 @@ class Progress:
         self._left_out = 0
         self.batch_size: int | None = None
         self.mixes: Mixes | None = None
-        self._last: tuple[Any, int | None, Sequence[int | None] | None, int] = (None, None, None, 1)  # as of an Entry
-        self._begun: tuple[int, int, Sequence[int] | None] = (0, NOT_READ, None)  # batches before it; as of an Entry
-        self._step = 0
+        self._last: Entry | None = None  # that was handed out, of which all is read later but the batch
+        self._step = 0  # its
 
     @property
     def batches(self) -> int:
@@ -100,13 +98,13 @@ class Progress:
         """`entry`, which was asked for at `asked`, is the consumer's now; returns how many seconds it waited."""
         self.history.append(self.cursor)
         self.cursor = entry.cursor
-        self._last = (entry.key, entry.position, places_of(entry), 1 if entry.rare is None else entry.attempts)
-        each = begun_each_of(entry) if type(entry.key) is list else None
-        self._begun = (self.meter.batches, entry.begun, each)
+        self._last = entry
         self._step = self.batches
-        self.source_failed = self.source_failed or entry.state == ONE_LOST
-        self.meter.delivered(asked)
-        return self.meter.last_waited_seconds
+        if entry.state == ONE_LOST:
+            self.source_failed = True
+        meter = self.meter
+        meter.delivered(asked)
+        return meter.last_waited_seconds
 
     def is_skipped(self, entry: Entry) -> bool:
         """Whether `entry` is not to be handed out, and then that step is done."""
@@ -121,19 +119,19 @@ class Progress:
     @property
     def info(self) -> BatchInfo | None:
         """About the last batch that was handed out."""
-        if not self.meter.batches:
+        entry = self._last
+        if entry is None:
             return None
-        key, position, places, attempts = self._last
-        keys = key if type(key) is list else [key]
+        many = type(entry.key) is list
+        keys = entry.key if many else [entry.key]
+        places: Sequence[int | None] | None = places_of(entry)
         if places is None:
-            places = self._positions(position, len(keys)) if type(key) is list else (position,)
+            places = self._positions(entry.position, len(keys)) if many else (entry.position,)
+        begun = (begun_each_of(entry) if many else None) or [entry.begun] * len(keys)
+        before = self.meter.batches - 1
+        ages = tuple(_age(one, before) for one in begun)
         waited = self.meter.last_waited_seconds
-        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), attempts, waited, self._ages(len(keys)))
-
-    def _ages(self, count: int) -> tuple[int | None, ...]:
-        """Those of the `count` samples of the last batch."""
-        before, begun, each = self._begun
-        return tuple(_age(one, before) for one in ([begun] * count if each is None else each))
+        return BatchInfo(self.epoch, self._step, tuple(keys), tuple(places), entry.attempts, waited, ages)
 
     def _positions(self, number: int | None, count: int) -> Sequence[int | None]:
         """Those of `count` samples that a sampler gave as its batch `number`."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RayStep", "ray_step"]
 
-CHUNK_SECONDS: Final = 0.02  # the work that one call of an actor should be worth: it costs about a millisecond
+CHUNK_SECONDS: Final = 0.08  # the work that one call of an actor should be worth: both sides spend a millisecond on it
 CHUNK_BYTES: Final = 16 << 20  # of results, at most
 QUEUE_SECONDS: Final = 0.1  # chunks that take longer are not queued after one another
 

@@ -17,6 +17,7 @@ FEW: Final = 2  # calls of a cheap sync step that are under way, as a rule: one,
 
 WIDEST: Final = 16  # times the concurrency, where a slow sample at the front holds others up
 MOST_BYTES: Final = 256 << 20  # of finished samples, as far as room has grown
+MANY: Final = 32  # arrivals; those of entries that have left are forgotten then, or when somebody asks
 WEIGHED: Final = 16  # one of so many chances to weigh samples is taken: what they are like changes slowly
 
 
@@ -40,10 +41,11 @@ class Growth:
         self._came = 0
         self._arrivals: deque[tuple[int, float]] = deque()  # the number of the first that came together, and when
 
-    def came(self, count: int, held: int) -> None:
-        """So many entries have come in, after the `held` ones that are still there."""
-        self._forget(held)
-        self._arrivals.append((self._came, perf_counter()))
+    def came(self, count: int, held: int, now: float) -> None:
+        """So many entries have come in at `now`, after the `held` ones that are still there."""
+        if len(self._arrivals) >= MANY:
+            self._forget(held)
+        self._arrivals.append((self._came, now))
         self._came += count
 
     def wait(self, held: int, seconds_each: float) -> float:

@@ -13,6 +13,7 @@ from aioloader.insight.meters import StageMeter
 
 __all__ = ["CHUNK_SAMPLES", "SyncStep"]
 
+ODD: Final = {Failed, Refusal}  # kinds of outcomes that are no samples
 CHUNK_SAMPLES: Final = 256  # at most in one hop, so that memory is bounded for samples that cost nothing
 
 
@@ -118,6 +119,12 @@ class SyncStep(Step):
         now = self._window.now = perf_counter()
         forward, done = self._forward, 0
         together = self._window.takes_many(forward)
+        entry: Entry
+        if together and outcomes and not {*map(type, outcomes)} & ODD:  # as a rule
+            for entry, entry.value in zip(entries, outcomes, strict=False):
+                entry.since, entry.state = now, DONE
+            self._window.finished_in_place(len(outcomes))
+            return
         for entry, outcome in zip(entries, outcomes, strict=False):
             entry.since = now
             if type(outcome) is Refusal:

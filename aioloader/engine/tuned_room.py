@@ -131,8 +131,8 @@ class _GrowthWithin(Growth):
         self._inner = inner
         self._room = room
 
-    def came(self, count: int, held: int) -> None:
-        self._inner.came(count, held)
+    def came(self, count: int, held: int, now: float) -> None:
+        self._inner.came(count, held, now)
 
     def wait(self, held: int, seconds_each: float) -> float:
         return self._inner.wait(held, seconds_each)

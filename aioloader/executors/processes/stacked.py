@@ -172,6 +172,8 @@ def stacked_batch(samples: Sequence[Any], collate: Callable[[Sequence[Any]], Any
 
 def plain_samples(samples: Sequence[Any]) -> Sequence[Any]:
     """The samples as they were; their tensors are parts of the stacks."""
+    if StackedSample not in {*map(type, samples)}:  # as a rule
+        return samples
     return [sample.chunk.column.of(sample.index) if type(sample) is StackedSample else sample for sample in samples]
 
 
