@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +18,21 @@ import pytest
 
 from aioloader import Limit, LoaderClosedError, Pipeline, Retry, sample_rng
 from aioloader.core.policies import Budget, retry_after
+from aioloader.engine.steps import Step
 from aioloader.testing import Gate, assert_resumes_exactly
-from tests._support import FACES, Face, Steps, collect, notes, on_both_faces, run, turns, until, wait_until
+from tests._support import (
+    FACES,
+    Face,
+    Steps,
+    collect,
+    join_loader_threads,
+    notes,
+    on_both_faces,
+    run,
+    turns,
+    until,
+    wait_until,
+)
 
 KINDS = ("async", "threads")
 
@@ -219,6 +233,19 @@ def test_after_the_last_attempt_the_users_own_error_is_at_its_place(kind: str, f
     stage = loader.stats().stages[1]
     assert (stage.retries, stage.errors) == (2, 1)
     assert all("attempt" not in notes(error) for error in flaky.errors[:-1])
+
+
+@on_both_faces
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_tried_again_keeps_no_engine_alive(kind: str, face: Face) -> None:
+    """The loader knows its last sample after the epoch; that knew in which step it had failed."""
+    flaky = Flaky({2: 1})
+    loader = Pipeline(range(3)).map(flaky.function(kind), retry=AT_ONCE)
+    assert collect(loader, face) == [0, 1, 2]
+    flaky.errors.clear()  # their tracebacks lead to the step
+    join_loader_threads()
+    gc.collect()
+    assert not [alive for alive in gc.get_objects() if issubclass(type(alive), Step)]
 
 
 @on_both_faces

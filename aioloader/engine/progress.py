@@ -99,6 +99,9 @@ class Progress:
         self.history.append(self.cursor)
         self.cursor = entry.cursor
         self._last = entry
+        if entry.rare is not None:  # these may be large, and nobody asks for them any more
+            entry.rare.pop("origin", None)
+            entry.rare.pop("tries", None)
         self._step = self.batches
         if entry.state == ONE_LOST:
             self.source_failed = True

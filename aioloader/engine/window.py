@@ -19,7 +19,7 @@ from aioloader.engine.completion_order import CompletionOrder
 from aioloader.engine.gauges import let_stamp, show
 from aioloader.engine.in_a_row import InARow
 from aioloader.engine.node import CHUNK_SECONDS, Kick, Node
-from aioloader.engine.room import Room
+from aioloader.engine.room import Growth, Room
 from aioloader.engine.skipping import SkipRule
 from aioloader.engine.steps import Forward, Step, bind_in_a_row
 from aioloader.insight.gauges import WaitMeter
@@ -466,8 +466,8 @@ class Window(Node):
     def _free(self, room: int) -> int:
         """How many entries may come in; while an order is replayed, all up to the one whose turn it is."""
         free = room - self._occupied - self._lent
-        if free <= 0 and self._front_timer is None and self._room is not None:  # else it is not late yet
-            free = self._grown(self._room)
+        if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
+            free = self._grown(self._room, growth)
         if self.begins and self.admission is not None:
             return min(free, self.admission.free // self._stands_for)
         if free <= 0 and self._completion is not None and (to_come := self._completion.to_come):
@@ -475,11 +475,8 @@ class Window(Node):
             self._tell_room(self._occupied + self._lent + free)
         return free
 
-    def _grown(self, room: Room) -> int:
+    def _grown(self, room: Room, growth: Growth) -> int:
         """How many more entries may come in, see `Growth`."""
-        growth = room.growth
-        if growth is None:
-            return 0
         resting = sum(map(len, self._retrying)) if self._retrying else 0
         if (idle := room.width - self.under_way + resting) <= 0 or self.upstream.live:
             return 0
@@ -491,7 +488,8 @@ class Window(Node):
             if not self._slots or self._slots[0].state:
                 return 0
             if (seconds := growth.wait(len(self._slots), self._seconds_each)) > 0:
-                self._front_timer = self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
+                if self._front_timer is None:
+                    self._front_timer = self._run.loop.call_later(seconds, self._run.guarded, self._front_is_late)
                 return 0
             most = growth.most(room.widest, islice(self._slots, 1, 5))
         taken = self._occupied + self._lent
