@@ -25,7 +25,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests._support import until_no_task_left
+from tests._support import until_no_task_left, wait_until
 
 try:
     from pytest_asyncio import fixture as async_fixture
@@ -156,9 +156,8 @@ def fork_server() -> Iterator[None]:
     resource_tracker.ensure_running()  # of multiprocessing; it stays
     server, _, connection = ForkServer.join()  # as a loader does, but nothing of it is left that has threads
     with connection:
-        process, deadline = psutil.Process(server._process.pid), time.monotonic() + TEST_SECONDS
-        while not process.children() and time.monotonic() < deadline:  # else it comes in the middle of a test
-            time.sleep(0.01)
+        process = psutil.Process(server._process.pid)
+        wait_until(lambda: bool(process.children()))  # else it comes in the middle of a test
         yield
     server.leave()
 

@@ -5,7 +5,9 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 import aioloader
 from aioloader import BatchInfo, DataLoader, Pipeline
+from aioloader.core.entry import Entry
+from aioloader.engine.progress import Progress
 from aioloader.sources import Channel, Lines
 from tests._states import contents_of, edited
 from tests._support import Face, Steps, collect, on_both_faces
@@ -397,3 +401,21 @@ def test_random_numbers_of_samples_go_on_after_a_resume() -> None:
     assert_equal(list(other), rest)
     other.load_state_dict(before)
     assert_equal(list(other), first + rest)
+
+
+def test_a_batch_that_was_handed_out_keeps_nothing_of_what_it_was_made_of() -> None:
+    """The loader knows its last entry after the epoch; what came into its functions may be large."""
+
+    class Large:
+        pass
+
+    large = Large()
+    alive = ref(large)
+    entry = Entry("sample", 1, "key", 0)
+    entry.origin = large
+    progress = Progress(0)
+    progress.hand_out(entry, perf_counter())
+    del large
+    assert alive() is None
+    assert progress.info is not None
+    assert progress.info.keys == ("key",)

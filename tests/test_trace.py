@@ -15,7 +15,7 @@ import pytest
 from aioloader import DataLoader, Hedge, Pipeline, Retry
 from aioloader.core.entry import Entry
 from aioloader.engine.tracing import CalledEntry, TracedEntry
-from aioloader.insight.trace_file import FLUSH_EVENTS, TraceFile
+from aioloader.insight.trace_file import FLUSH_EVENTS, TraceFile, Track
 from aioloader.stages import batch as batch_module
 from aioloader.stages.group import group_entries
 from tests._support import Face, Steps, collect, on_both_faces
@@ -78,7 +78,8 @@ def test_one_sample_in_n_is_a_slice(face: Face, make: Callable[[], Pipeline], st
     assert len(collated) == 10, "of batches one in n / 10"
     assert {one["name"] for one in collated} == {"4 samples"}
     waits = events.on("consumer")
-    assert len(waits) <= 10
+    assert 0 < len(waits) <= 10
+    assert all(one["args"].keys() == {"batch"} and one["args"]["batch"] in range(10) for one in waits)
     assert events.on("consumer", "i")[0]["name"] == "epoch 0 begins"
 
 
@@ -353,6 +354,24 @@ def test_slices_that_follow_each_other_at_once_do_not_overlap(tmp_path: Path) ->
     assert len(events.on("map(fetch)")) == 5
     assert len(events.tracks) == 1, "they are in one lane"
     events.check()
+
+
+def test_a_file_that_is_closed_while_it_is_written_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection may close it, in the thread that writes."""
+    file = TraceFile(tmp_path / "trace.json", "loader")
+    track, written = file.track("map(fetch)"), Track.written
+
+    def collected(self: Track, start: float) -> list[str]:
+        file._finalizer()
+        return list(written(self, start))
+
+    track.slice("one", 0.0, 1.0)
+    monkeypatch.setattr(Track, "written", collected)
+    file.flush()
+    assert file.closed
+    Events(tmp_path / "trace.json").check()
 
 
 def test_any_entry_can_become_a_traced_one() -> None:

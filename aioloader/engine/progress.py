@@ -82,7 +82,7 @@ class Progress:
         self.batch_size: int | None = None
         self.mixes: Mixes | None = None
         self._last: Entry | None = None  # that was handed out, of which all is read later but the batch
-        self._step = 0  # its
+        self._step = 0  # the one in which that was
 
     @property
     def batches(self) -> int:
