@@ -113,7 +113,7 @@ def compare_map(
 
 def compare_batches(report: Report, options: Any, opened: ExitStack) -> None:
     """38 MB each."""
-    count = pick(options, full=64, quick=8, smallest=2) * LARGE[0]  # about a third of a second
+    count = pick(options, full=256, quick=8, smallest=2) * LARGE[0]  # more than a second
     size = 4 * LARGE[1] * LARGE[2] * LARGE[3]
 
     def made_there(worker_type: Any) -> Epoch:

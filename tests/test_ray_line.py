@@ -18,7 +18,7 @@ from aioloader.executors.chunk import Call, ChunkResult
 from aioloader.executors.processes import segments
 from aioloader.executors.processes.layout import lay_out
 from aioloader.executors.processes.wire import Message, encode
-from aioloader.executors.ray import hiring
+from aioloader.executors.ray import chunk_runner, hiring
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.chunk_actor import ChunkActor
 from aioloader.executors.ray.chunk_runner import ChunkRunner
@@ -394,3 +394,23 @@ def test_no_socket_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not [one for one in sockets() if " 00010000 " in one]  # listens
         assert sockets()
     assert not sockets()
+
+
+@pytest.mark.parametrize("devices", [False, True])
+def test_generators_are_seeded_as_by_torch(monkeypatch: pytest.MonkeyPatch, devices: bool) -> None:
+    """Before each batch of a `DataLoader`. Those of devices only where there are some: torch takes its time."""
+    seed = (1 << 64) - 7
+    of_devices = Mock()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", of_devices)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: devices)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed & (1 << 63) - 1)
+        expected = torch.rand(3)
+        of_devices.reset_mock()
+        chunk_runner._has_devices.cache_clear()
+        try:
+            chunk_runner._seed(seed)
+        finally:
+            chunk_runner._has_devices.cache_clear()
+        assert torch.equal(torch.rand(3), expected)
+    assert of_devices.called == devices

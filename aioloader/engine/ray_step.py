@@ -40,7 +40,7 @@ QUEUE_SECONDS: Final = 0.1  # chunks that take longer are not queued after one a
 class RayStep(ProcessStep):
     """Runs calls in actors, in chunks, as `ProcessStep` does in worker processes.
 
-    A call of Ray costs about a millisecond, and more on a network, so a chunk is worth twenty.
+    A call of Ray costs about a millisecond, and more on a network, so a chunk is worth eighty.
 
     What when an actor dies? Nobody knows at which sample of its chunk it was, since what it knew died with it. So each
     of them is made again alone, in an actor that has nothing else. One whose actor dies again, more often than

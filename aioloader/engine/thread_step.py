@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LIGHT_SECONDS", "ThreadJob", "ThreadStep"]
 
-LIGHT_SECONDS: Final = 4e-5
-"""CPU time of a call that takes no longer than its way into a thread and back."""
+LIGHT_SECONDS: Final = 1e-4
+"""CPU time of a call that takes no longer than its way into a thread and back, where other processes use all cores."""
 
 
 class ThreadStep(SyncStep):

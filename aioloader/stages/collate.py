@@ -4,7 +4,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -64,18 +63,20 @@ class Collate:
             Exception: What torch raises for these samples (RuntimeError for shapes and lengths, KeyError for missing
                 mapping keys, TypeError for types, IndexError for no samples), with a note that names the samples.
         """
-        collate = partial(torch_collate.collate, collate_fn_map=self._collate_fn_map())
         if self.sole and samples:
             if torchs_alone():
                 with suppress(Exception):  # of a small part: then all are samples, and the error says which differ
-                    if (batch := stacked_batch(samples, collate)) is not None:
+                    if (batch := stacked_batch(samples, self._by_torch)) is not None:
                         return batch
             samples = plain_samples(samples)
         try:
-            return collate(samples)
+            return self._by_torch(samples)
         except Exception as error:
             add_note(error, f"aioloader: cannot collate: {_explain(samples, keys)}")
             raise
+
+    def _by_torch(self, samples: Sequence[Any]) -> Any:
+        return torch_collate.collate(samples, collate_fn_map=self._collate_fn_map())
 
     def _collate_fn_map(self) -> CollateFnMap:
         """The map of torch as it is now, with our function for tensors unless the user put another one there."""
