@@ -29,10 +29,11 @@ class Progress:
         over: The consumer was told that there is no more.
         source_failed: The consumer got the error of one of several sources.
         length: Batches of the epoch; None: only its end tells.
-        lengths: Of its datasets, as they were when it began: its order depends on them, and they may grow meanwhile.
         begun_before: The epoch has begun before: what it draws has been drawn.
         left_global: State of torch's global generator when the order had been drawn; None: it is not drawn from.
         loader_state: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
+        shape: Of its plan when it began, see `shape_of`: its order depends on that, and datasets may grow meanwhile.
+            None: it could not be told.
         skipped_steps: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
         mixes: The weights of sources that are mixed by names; None: nothing was built yet.
@@ -52,12 +53,12 @@ class Progress:
         "history",
         "left_global",
         "length",
-        "lengths",
         "loader_state",
         "meter",
         "mixes",
         "over",
         "resumed",
+        "shape",
         "skipped_steps",
         "source_failed",
     )
@@ -73,7 +74,7 @@ class Progress:
         self.source_failed = False
         self.left_global: Any = None
         self.length: int | None = None
-        self.lengths: list[int | None] = []
+        self.shape: list[dict[str, Any]] | None = None
         self.begun_before = cursor is not None or batches_before > 0
         self.loader_state: dict[str, Any] = {}
         self.skipped_steps: list[range] = []

@@ -84,9 +84,7 @@ class Loader(Running[T_co]):
         again = self._detached()
         random = self._random_state()
         try:
-            again.load_state_dict(
-                self._make_state(progress.epoch, step, cursor, progress.loader_state, progress.lengths)
-            )
+            again.load_state_dict(self._make_state(progress.epoch, step, cursor, progress.loader_state, progress.shape))
             again._leave_out = {}
             again._draws_again = True
             yield again

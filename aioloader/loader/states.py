@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from aioloader.plan.lengths import sure_length
 from aioloader.plan.parts import generators_in, global_draws
 from aioloader.plan.plan import with_ranks
 from aioloader.plan.ranks import is_sharded, shard_state
-from aioloader.plan.state import check_fits, contents_of, make_state, ranges_of, shape_of, source_lengths, with_lengths
+from aioloader.plan.state import Shape, check_fits, contents_of, make_state, ranges_of, shape_of
 from aioloader.sources.sampler_order import packed, unpacked
 from aioloader.sources.stand_in import StandIn, stand_in
 from aioloader.stages.flow import STRENGTH, Guarantee
@@ -100,7 +100,7 @@ class Resumable(Planned[T_co]):
             others = {number: steps for number, steps in self._leave_out.items() if steps}
             self._leave_out = {epoch: progress.skipped_steps} | others
             with suppress(Exception):  # the dataset's own `__len__`, which may never be needed
-                progress.lengths = source_lengths(self._plan)
+                progress.shape = shape_of(self._plan)
             before_stand_in = self._stand_in
             self._stand_in = self._stands_in(progress, loaded)
             self._progress = progress
@@ -245,21 +245,21 @@ class Resumable(Planned[T_co]):
 
     def _state_at(self, progress: Progress, batches: int, cursor: Any) -> dict[str, Any]:
         """The state where the epoch of `progress` had given `batches`, and `cursor` was that of the last one."""
-        random, lengths = dict(progress.loader_state), progress.lengths
+        random = dict(progress.loader_state)
         guarantee = self._guarantee_without_a_source if progress.source_failed else self._guarantee
         if cursor is not None and "drawn" in random:
             random["next"], others_draw = self._next_draws(progress)
             guarantee = max(guarantee, "replayed" if others_draw else "exact", key=STRENGTH.index)
-        return self._make_state(progress.epoch, batches, cursor, random, lengths, guarantee=guarantee)
+        return self._make_state(progress.epoch, batches, cursor, random, progress.shape, guarantee=guarantee)
 
     def _next_draws(self, progress: Progress) -> tuple[str, bool]:
         """What the epoch after one that is under way draws from, and whether that depends on what the program draws."""
         newest = self._progress
         if newest is not None and newest.epoch == progress.epoch + 1:
             return newest.loader_state.get("drawn", progress.loader_state["drawn"]), False
-        now = torch.get_rng_state()
-        left = progress.left_global
-        return packed(self._global_state()), left is not None and not torch.equal(left, now)
+        now, left = torch.get_rng_state(), progress.left_global
+        drawn = now if self._stand_in is None else self._global_state()
+        return packed(drawn), left is not None and bytes(left.numpy()) != bytes(now.numpy())
 
     def _make_state(
         self,
@@ -267,7 +267,7 @@ class Resumable(Planned[T_co]):
         batches: int,
         cursor: Any,
         random: dict[str, Any] | None,
-        lengths: Sequence[int | None] | None = None,
+        shape: Shape | None = None,
         *,
         guarantee: Guarantee | None = None,
     ) -> dict[str, Any]:
@@ -278,19 +278,18 @@ class Resumable(Planned[T_co]):
             batches: See there.
             cursor: See there.
             random: See there.
-            lengths: Of the datasets, where they are not those of now.
+            shape: Of the plan, where it is not that of now.
             guarantee: See there; None: that of now.
         """
         if self._sampled is not None:
             batches, cursor = self._sampled.place(batches, cursor)
-        shape = shape_of(self._plan_of_state)
         return make_state(
             loader=self._kind,
             epoch=epoch,
             batches=batches,
             cursor=cursor,
             guarantee=guarantee or self._guarantee,
-            pipeline=shape if lengths is None else with_lengths(shape, lengths),
+            pipeline=shape_of(self._plan_of_state) if shape is None else shape,
             ranks=shard_state(self._plan_of_state) if self._sampled is None else None,
             random=self._random_kept(random, epoch, batches, cursor),
             left_out=self._leave_out,

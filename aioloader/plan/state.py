@@ -31,8 +31,6 @@ __all__ = [
     "make_state",
     "ranges_of",
     "shape_of",
-    "source_lengths",
-    "with_lengths",
 ]
 
 FORMAT: Final = "aioloader"
@@ -74,7 +72,7 @@ def make_state(
             if number >= epoch
         ],
         "ranks": ranks,
-        "pipeline": _plain(pipeline),
+        "pipeline": pipeline,
     }
     return {
         "format": FORMAT,
@@ -243,7 +241,15 @@ def _plain(value: Any) -> Any:
 
 
 def shape_of(plan: Plan) -> Shape:
-    """The source and the stages of `plan` that decide which sample comes when, and maps for people who read it."""
+    """The source and the stages of `plan` that decide which sample comes when, and maps for people who read it.
+
+    As JSON gives it back.
+    """
+    shape: Shape = _plain(_described(plan))
+    return shape
+
+
+def _described(plan: Plan) -> Shape:
     if (data := sampled_of(plan)) is not None:
         return _sampled(data)  # its arguments, the same however they are carried out
     of_all = batch_of_all_ranks(plan)
@@ -273,43 +279,9 @@ def _sampled(data: Sampled) -> Shape:
     return [*shape, {"stage": "skip_errors"}] if data.skips else shape
 
 
-def source_lengths(plan: Plan) -> list[int | None]:
-    """Of its datasets, as in its shape."""
-    data = sampled_of(plan)
-    return _lengths_of([_source(plan.source)] if data is None else _sampled(data))
-
-
-def _lengths_of(shape: Shape) -> list[int | None]:
-    """Of the datasets in `shape`, in order."""
-    found: list[int | None] = []
-    for part in shape:
-        if "length" in part:
-            found.append(part["length"])
-        for inner in part.get("sources", ()):
-            found += _lengths_of(inner)
-    return found
-
-
-def with_lengths(shape: Shape, lengths: Sequence[int | None]) -> Shape:
-    """`shape` as it was when its datasets had these `lengths`; as it is, if they are of another one."""
-    if len(lengths) != len(_lengths_of(shape)):
-        return shape
-    left = iter(lengths)
-
-    def as_it_was(shape: Shape) -> Shape:
-        return [
-            part
-            | ({"length": next(left)} if "length" in part else {})
-            | ({"sources": [as_it_was(inner) for inner in part["sources"]]} if "sources" in part else {})
-            for part in shape
-        ]
-
-    return as_it_was(shape)
-
-
 def _source(source: Single | Combined) -> dict[str, Any]:
     if isinstance(source, Combined):
-        combined: dict[str, Any] = {"stage": source.how, "sources": [shape_of(plan) for plan in source.plans]}
+        combined: dict[str, Any] = {"stage": source.how, "sources": [_described(plan) for plan in source.plans]}
         if source.how == "mix":
             weights = list(source.weights) if source.mixture is None else repr(source.mixture.schedule)
             combined |= {"weights": weights, "seed": source.seed}
