@@ -9,7 +9,7 @@ from typing import Any, Final
 from aioloader.executors.chunk import Call, ChunkResult, apply_chunk
 from aioloader.executors.processes.segments import Arena, MappedSegments
 from aioloader.executors.processes.stacked import stacked
-from aioloader.executors.processes.wire import decode
+from aioloader.executors.processes.wire import decode, encode
 from aioloader.executors.processes.worker_pool import Died, Outcome
 
 __all__ = ["PlayedPool", "Worker"]
@@ -32,7 +32,7 @@ class Worker:
     def sends(self, samples: list[Any], batch: int = 0) -> list[Any]:
         """`samples` as they come out of shared memory; for `batch` see `stacked`."""
         self.arena.take_back(self.mapped.freed())
-        stream, buffers = self.arena.encode(stacked(samples, batch, self.arena.alloc))
+        stream, buffers = encode(stacked(samples, batch, self.arena.alloc))
         places = self.arena.place(buffers)
         received: list[Any]
         if places is None:  # through the socket

@@ -1,16 +1,22 @@
 """A default collate that takes less time than a way into a thread is called on the loop of `for`, and nowhere else."""
 
 import asyncio
+import pickle
 import threading
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data._utils import collate as torch_collate
 
 from aioloader import Pipeline
 from aioloader.engine import thread_step
+from aioloader.executors.processes.stacked import stacked
 from aioloader.stages import collate
+from aioloader.stages.collate import are_plain
 from tests._support import Face, Steps, collect, notes, on_both_faces
 
 BATCHES = 100
@@ -91,6 +97,100 @@ def test_a_users_function_is_called_in_threads(monkeypatch: pytest.MonkeyPatch) 
 
     list(Pipeline(range(40)).batch(4, collate_fn=own))
     assert all(name.startswith("aioloader-collate") for name in names)
+
+
+class Lazy(Mapping[str, int]):
+    """Reads when it is asked, maybe from a file."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def __init__(self, row: int) -> None:
+        self._row = row
+
+    def __getitem__(self, key: str) -> int:
+        self.asked.add(threading.current_thread().name)
+        return self._row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["row"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Marked(torch.Tensor):
+    """A class of the user's."""
+
+
+class Pair(NamedTuple):
+    """Likewise."""
+
+    first: int
+    second: int
+
+
+def test_methods_of_the_users_are_called_in_threads(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
+    """The default collate calls those of samples. On the loop, they would wait there, or find another loop running."""
+    take_as_light(monkeypatch, 60.0)
+    Lazy.asked.clear()
+    assert len(list(Pipeline(range(BATCHES)).map(Lazy).batch(1))) == BATCHES
+    assert "aioloader-loop" not in Lazy.asked
+    assert "aioloader-loop" not in threads
+
+
+KNOWN: dict[str, Callable[[int], Any]] = {
+    "numbers": float,
+    "NumPy scalars": np.float32,
+    "tensors": lambda row: torch.tensor([row]),
+    "arrays": lambda row: np.array([row]),
+    "tuples": lambda row: (row, torch.tensor(row), str(row)),
+    "nested": lambda row: {"x": [row, (row, {"y": row})]},
+    "text": str,
+}
+OTHERS: dict[str, Callable[[int], Any]] = {
+    "mappings": Lazy,
+    "inside": lambda row: {"x": (row, [Lazy(row)])},
+    "one of them": lambda row: Lazy(row) if row % 4 == 3 else {"row": row},
+    "tensor subclass": lambda row: torch.tensor([row]).as_subclass(Marked),
+    "named tuples": lambda row: Pair(row, row),
+    "numbers of the user's": type("Number", (int,), {}),
+    "deep": lambda row: [[[[[row]]]]],
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in KNOWN.items()])
+def test_samples_of_known_classes_are_plain(make: Callable[[int], Any]) -> None:
+    """Those that torch's collate has functions for."""
+    assert are_plain([make(row) for row in range(8)])
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OTHERS.items()])
+def test_others_are_not(make: Callable[[int], Any]) -> None:
+    """Whatever its methods do, the loop does not."""
+    assert not are_plain([make(row) for row in range(8)])
+
+
+def test_a_mapped_file_is_not_plain(tmp_path: Path) -> None:
+    """To copy from it is to read the file."""
+    assert not are_plain([np.memmap(tmp_path / "rows", "u1", "w+", shape=4)])
+
+
+@pytest.mark.parametrize("make", [int, Lazy], ids=["known", "of the user's"])
+def test_of_stacked_samples_what_is_not_stacked_counts(make: Callable[[int], Any]) -> None:
+    """They come from a worker process."""
+    samples = [(torch.full((1 << 18,), float(row)), make(row)) for row in range(4)]
+    chunk = stacked(samples, 4, lambda shape, dtype: torch.empty(tuple(shape), dtype=dtype))
+    assert are_plain(pickle.loads(pickle.dumps(chunk))) == (make is int)
+
+
+def test_one_that_has_waited_sends_the_next_ones_into_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: list[str]
+) -> None:
+    """Pages of a mapped file cost no time of the processor: only the clock on the wall tells."""
+    take_as_light(monkeypatch, 60.0)
+    monkeypatch.setattr(thread_step, "CHUNK_SECONDS", 0.0)  # all of them have
+    list(Pipeline(range(4 * BATCHES)).batch(4))
+    assert all(name.startswith("aioloader-collate") for name in threads)
 
 
 @on_both_faces

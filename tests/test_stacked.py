@@ -540,3 +540,31 @@ def test_with_a_timeout_samples_travel_alone_and_workers_have_the_next_one(playe
     assert max(under_way for under_way, _ in pool.sizes) == 3
     assert loader.stats().stages[1].room == 5
     loader.close()
+
+
+class CannotTravel:
+    """Nothing that can be pickled."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("it stays where it is")
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_samples_that_are_sent_again_are_as_they_were(before: int) -> None:
+    """One of a chunk cannot be pickled, so the others are sent without it; they lie in the memory of the first try."""
+
+    def made(worker: Worker, count: int) -> list[torch.Tensor]:
+        return [worker.arena.alloc((25_000,), torch.float32).fill_(number) for number in range(count)]
+
+    for count in range(1, 14):
+        for bad in range(count):
+            worker = Worker()
+            for _ in range(2):
+                worker.sends(made(worker, before))  # segments of a size that is not that of what follows
+            samples: list[Any] = made(worker, count)
+            with pytest.raises(TypeError, match="it stays"):
+                worker.sends([*samples[:bad], (samples[bad], CannotTravel()), *samples[bad + 1 :]])
+            received = worker.sends([*samples[:bad], None, *samples[bad + 1 :]])
+            numbers = [None if sample is None else sample[0].item() for sample in received]
+            assert numbers == [*range(bad), None, *range(bad + 1, count)], (count, bad)
+            worker.arena.close()

@@ -143,7 +143,7 @@ def _sync_step(together: Sequence[Op], limit: int | None, processes: Callable[[]
         calls,
         width,
         elastic=limit is None,
-        light=all(op.light for op in together),
+        light=leading.light if len(together) == 1 else None,
         executor=executor,
         thread_name=leading.thread_name,
         initializer=next((op.initializer for op in together if op.initializer), None),

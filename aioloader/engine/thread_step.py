@@ -46,7 +46,8 @@ class ThreadStep(SyncStep):
     that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
     results before it, which nobody knows of. `_look_again`, two milliseconds after a hop began, sees to both.
 
-    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours. Async
+    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours; one that has
+    waited for something, as for pages of a mapped file, sends the next ones back into threads. Async
     functions of the user's run there, too, and one may be suspended in a `with torch.inference_mode()`, which belongs
     to the thread: then, as for any other of torch's contexts, a thread makes the calls.
 
@@ -54,7 +55,7 @@ class ThreadStep(SyncStep):
         calls: See `SyncStep`.
         concurrency: Threads.
         elastic: See `SyncStep`.
-        light: They are no functions of the user's.
+        light: See `Op`.
         executor: The user's pool of threads; None: threads of ours, which end with the window.
         thread_name: Names our threads.
         initializer: Called in each of our threads with its number.
@@ -68,7 +69,7 @@ class ThreadStep(SyncStep):
         concurrency: int | Limit,
         *,
         elastic: bool = True,
-        light: bool = False,
+        light: Callable[[Any], bool] | None = None,
         executor: ThreadPoolExecutor | None = None,
         thread_name: str = "aioloader-map",
         initializer: Callable[[int], None] | None = None,
@@ -127,7 +128,7 @@ class ThreadStep(SyncStep):
             self._set_aside()
             return
         waiting = len(self.inbox)
-        if self._light and self._may_work_here:
+        if self._may_work_here:
             self._work_here()
             return
         size = self._size
@@ -190,8 +191,10 @@ class ThreadStep(SyncStep):
 
     @property
     def _may_work_here(self) -> bool:
-        cheap = self._cpu_each is not None and self._cpu_each < LIGHT_SECONDS
-        return cheap and self._run.private_loop and context_state() == NOTHING_SET
+        light = self._light
+        if light is None or self._cpu_each is None or self._cpu_each >= LIGHT_SECONDS or not self._run.private_loop:
+            return False
+        return all(light(entry.value) for entry in self.inbox) and context_state() == NOTHING_SET
 
     def _work_here(self) -> None:
         """On the loop."""
@@ -222,8 +225,10 @@ class ThreadStep(SyncStep):
 
     def _reported(self, job: "ThreadJob", result: ChunkResult) -> None:
         self._jobs.discard(job)
-        if self._light and result.outcomes:
-            self._cpu_each = result.cpu_seconds / len(result.outcomes)
+        if self._light is not None and result.outcomes:
+            count = len(result.outcomes)
+            waited = result.busy_seconds >= count * CHUNK_SECONDS
+            self._cpu_each = None if waited else result.cpu_seconds / count
         self._landed(job.claimed[job.settled :], result, job.settled)
 
     def _refused(self, job: "ThreadJob", error: BaseException) -> None:

@@ -20,7 +20,7 @@ from aioloader.stages.base import Builder, Evenness, FoldStage, Pass, UnknownLen
 from aioloader.stages.collate import Collate, torchs_alone
 from aioloader.stages.flow import Flow, Shared
 from aioloader.stages.group import group_entries
-from aioloader.stages.load import CollateAny, CollateAsync, FetchBatch, FetchGroup
+from aioloader.stages.load import CollateAny, CollateAsync, FetchBatch, FetchGroup, is_light
 from aioloader.stages.packed import Packed, unpack
 
 __all__ = ["Batch", "BatchFold", "CollateWith", "Unbatch"]
@@ -68,7 +68,7 @@ class CollateWith:
             self.label,
             self.is_async,
             self.workers or usable_cores(),
-            light=self.fn is None and self.initializer is None and torchs_alone(),
+            light=is_light if self.fn is None and self.initializer is None and torchs_alone() else None,
             initializer=self.initializer,
             thread_name="aioloader-collate",
         )

@@ -1,26 +1,31 @@
 """Collate: a list of samples becomes one batch, with the meaning of torch's `default_collate`."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data._utils import collate as torch_collate
 
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import add_note, safe_repr, safe_repr_list
-from aioloader.executors.processes.stacked import plain_samples, stacked_batch
+from aioloader.executors.processes.stacked import StackedSample, plain_samples, stacked_batch
 from aioloader.stages.packed import Packed, collate_packed
 
-__all__ = ["DEFAULT", "Collate", "collate_samples", "named", "torchs_alone"]
+__all__ = ["DEFAULT", "Collate", "are_plain", "collate_samples", "named", "torchs_alone"]
 
 _DTYPE_AND_GRAD = operator.attrgetter("dtype", "requires_grad")
 
 CollateFnMap = dict[type | tuple[type, ...], Callable[..., Any]]
 
 _MAP: Final = dict(torch_collate.default_collate_fn_map)
+
+_NUMBERS: Final = {np.dtype(code).type for code in "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]}
+_PLAIN: Final = {torch.Tensor, np.ndarray, Packed, bool, bytes, float, int, str, type(None), *_NUMBERS}
 
 
 class Collate:
@@ -102,6 +107,30 @@ class Collate:
         ):
             out = self.alloc((len(tensors), *first.shape), first.dtype)
         return torch.stack(tensors, 0, out=out)  # type: ignore[arg-type]  # torch takes a list or a tuple
+
+
+def are_plain(samples: Iterable[Any], depth: int = 4) -> bool:
+    """Whether all of `samples` are of classes whose methods are known, so that collating them runs nothing else.
+
+    A mapping of the user's may read a file in its `__getitem__`, and a subclass of `Tensor` do anything.
+
+    Args:
+        samples: Of a batch.
+        depth: So many containers in each other are looked into.
+    """
+    samples = list(samples)
+    rest = {*map(type, samples)} - _PLAIN
+    if not rest:
+        return True
+    if StackedSample in rest:
+        chunks = {sample.chunk for sample in samples if type(sample) is StackedSample}
+        if not all(are_plain(values, depth) for chunk in chunks for values in chunk.column.objects):
+            return False
+        rest.discard(StackedSample)
+    if not rest <= {dict, list, tuple} or not depth:
+        return False
+    inner = (sample.values() if type(sample) is dict else sample for sample in samples if type(sample) in rest)
+    return are_plain(chain.from_iterable(inner), depth - 1)
 
 
 def torchs_alone() -> bool:

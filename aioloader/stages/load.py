@@ -16,11 +16,20 @@ from aioloader.executors.current_sample import BatchBeingLoaded, BulkLoad, Sampl
 from aioloader.executors.epochs import Holds
 from aioloader.executors.isolated import isolated
 from aioloader.executors.partial import NO_SAMPLES, KeysLeft, LeavesOut, LeftOut, Partial
-from aioloader.stages.collate import DEFAULT, Collate, collate_samples, named
+from aioloader.stages.collate import DEFAULT, Collate, are_plain, collate_samples, named
 from aioloader.stages.group import Group
 from aioloader.stages.load_one import TriedInPlace, one_of
 
-__all__ = ["CollateAny", "CollateAsync", "FetchAsync", "FetchBatch", "FetchGroup", "FetchOne", "LoadsBatches"]
+__all__ = [
+    "CollateAny",
+    "CollateAsync",
+    "FetchAsync",
+    "FetchBatch",
+    "FetchGroup",
+    "FetchOne",
+    "LoadsBatches",
+    "is_light",
+]
 
 
 class LoadsBatches(ABC):
@@ -356,6 +365,15 @@ class CollateAny:
         if isinstance(samples, Group):
             samples, keys = samples.samples, samples.keys
         return collate_samples(samples, keys, self.collate_fn, self.collate)
+
+
+def is_light(samples: Any) -> bool:
+    """Whether the default collate runs nothing of the user's for them: a list or a `Group`, or a `Partial` of one."""
+    if type(samples) is Partial:
+        samples = samples.batch
+    if type(samples) is Group:
+        samples = samples.samples
+    return type(samples) is list and are_plain(samples)
 
 
 @dataclass(frozen=True)

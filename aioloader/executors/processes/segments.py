@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import torch
 
 from aioloader.executors.processes.layout import aligned, open_buffers
-from aioloader.executors.processes.wire import SMALL_BYTES, Message, decode, encode
+from aioloader.executors.processes.wire import SMALL_BYTES, Message, decode
 from aioloader.memory.mapping import Mapping
 
 __all__ = [
@@ -92,6 +92,9 @@ class Arena:
 
     Results are made one at a time: `alloc` and `put` fill segments for the current one, then either `hand_over` lends
     them to the main process or `abandon` frees them.
+
+    What if a result cannot be pickled? It goes once more, without the sample that is to blame, and the others lie where
+    they were. So nothing is freed before something was sent, else they would be written over by each other.
     """
 
     def __init__(self) -> None:
@@ -111,14 +114,6 @@ class Arena:
         except OSError:  # no memory to share: the tensor goes through the socket
             return torch.empty(tuple(shape), dtype=dtype, device="cpu")
         return torch.frombuffer(segment.view[offset : offset + size], dtype=dtype).view(tuple(shape))
-
-    def encode(self, value: Any) -> tuple[bytes, list[memoryview]]:
-        """See `wire.encode`; what cannot be pickled is not sent."""
-        try:
-            return encode(value)
-        except BaseException:
-            self.abandon()
-            raise
 
     def place(self, buffers: Sequence[memoryview]) -> list[BufferPlace] | None:
         """`put`; None: they are too small for that, or there is no memory to share, and they go another way."""

@@ -44,6 +44,11 @@ class _Stack(NamedTuple):
     def nbytes(self) -> int:
         return self.batch.nbytes
 
+    @property
+    def objects(self) -> list[Sequence[Any]]:
+        """The parts that are not stacked."""
+        return []
+
     def of(self, index: int) -> Any:
         return self.batch[index].numpy() if self.arrays else self.batch[index]
 
@@ -62,6 +67,10 @@ class _Objects(NamedTuple):
     @property
     def nbytes(self) -> int:
         return rough_bytes(self.values)
+
+    @property
+    def objects(self) -> list[Sequence[Any]]:
+        return [self.values]
 
     def of(self, index: int) -> Any:
         return self.values[index]
@@ -86,6 +95,10 @@ class _Composed(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(column.nbytes for column in self.columns)
+
+    @property
+    def objects(self) -> list[Sequence[Any]]:
+        return [values for column in self.columns for values in column.objects]
 
     def of(self, index: int) -> Any:
         parts = [column.of(index) for column in self.columns]

@@ -168,7 +168,7 @@ class WorkerLink:
             Exception: `value` cannot be pickled; nothing has been sent.
         """
         arena = self.arena
-        stream, buffers = arena.encode(value)
+        stream, buffers = encode(value)
         body = [memoryview(stream)]
         if len(stream) >= SHARED_BYTES:  # then the main process need not read it from the socket, piece by piece
             buffers += body

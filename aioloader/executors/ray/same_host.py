@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from aioloader.core.memory import Alloc
 from aioloader.executors.processes.segments import Arena, BufferPlace, MappedSegments, create_file
-from aioloader.executors.processes.wire import decode
+from aioloader.executors.processes.wire import decode, encode
 from aioloader.executors.ray.values import Packed, encoded, nbytes_of, unpack
 
 __all__ = ["Answer", "InSegments", "Inbox", "OpenFile", "Outbox", "SegmentsGoneError", "Told", "answer_bytes", "probe"]
@@ -121,7 +121,7 @@ class Outbox:
             Exception: Whatever pickling a user's object raises.
         """
         arena = self.arena
-        stream, buffers = arena.encode(value)
+        stream, buffers = encode(value)
         if (places := arena.place(buffers)) is None:
             return encoded(stream, buffers)
         new = []
