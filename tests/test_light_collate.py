@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from torch.utils.data._utils import collate as torch_collate
 
 from aioloader import Pipeline
+from aioloader.core.entry import Entry
 from aioloader.engine import thread_step
+from aioloader.executors.chunk import Call
 from aioloader.executors.processes.stacked import stacked
 from aioloader.stages import collate
 from aioloader.stages.collate import are_plain
@@ -191,6 +194,22 @@ def test_one_that_has_waited_sends_the_next_ones_into_threads(
     monkeypatch.setattr(thread_step, "CHUNK_SECONDS", 0.0)  # all of them have
     list(Pipeline(range(4 * BATCHES)).batch(4))
     assert all(name.startswith("aioloader-collate") for name in threads)
+
+
+def test_threads_take_samples_while_the_loop_looks_at_them() -> None:
+    """One that was woken for a sample that is not plain goes on with the next ones, meanwhile."""
+
+    def light(value: object) -> bool:
+        if step.inbox:
+            step.inbox.popleft()  # as a thread does, between two looks
+        return True
+
+    step = thread_step.ThreadStep([Call(list, predicate=False, label="collate")], 1, light=light)
+    step._run = Mock(private_loop=True)
+    step._cpu_each = 0.0
+    step.inbox.extend(Entry([row], row, row) for row in range(4))
+    assert step._may_work_here
+    assert not step.inbox
 
 
 @on_both_faces

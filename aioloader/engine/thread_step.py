@@ -194,7 +194,8 @@ class ThreadStep(SyncStep):
         light = self._light
         if light is None or self._cpu_each is None or self._cpu_each >= LIGHT_SECONDS or not self._run.private_loop:
             return False
-        return all(light(entry.value) for entry in self.inbox) and context_state() == NOTHING_SET
+        waiting = self.inbox.copy()  # threads that are under way take from it meanwhile
+        return all(light(entry.value) for entry in waiting) and context_state() == NOTHING_SET
 
     def _work_here(self) -> None:
         """On the loop."""
