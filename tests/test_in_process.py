@@ -316,8 +316,16 @@ def test_what_cannot_go_there_is_refused() -> None:
     assert "cannot cross to another process" in str(error)
 
 
-def test_a_batch_that_cannot_be_pickled_fails_alone() -> None:
-    pipeline = Pipeline(range(4)).map(lambda x: threading.Lock() if x == 2 else x)
+class Unreadable:
+    """Reads a file when it is pickled, which is not there."""
+
+    def __reduce__(self) -> Any:
+        raise FileNotFoundError("no such file")
+
+
+@pytest.mark.parametrize("kind", [threading.Lock, Unreadable])
+def test_a_batch_that_cannot_be_pickled_fails_alone(kind: Callable[[], Any]) -> None:
+    pipeline = Pipeline(range(4)).map(lambda x: kind() if x == 2 else x)
     with pipeline.in_process() as loader, Steps(loader, "for") as steps:
         outcomes = steps.outcomes()
     assert outcomes[:2] + outcomes[3:] == [0, 1, 3]

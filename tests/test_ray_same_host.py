@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from aioloader import DataLoader, Pipeline
+from aioloader.executors.processes.wire import encode
 from aioloader.executors.ray import hiring
 from aioloader.executors.ray.same_host import (
     Answer,
@@ -22,6 +23,7 @@ from aioloader.executors.ray.same_host import (
     InSegments,
     OpenFile,
     Outbox,
+    PartPost,
     SegmentsGoneError,
     answer_bytes,
     probe,
@@ -114,6 +116,28 @@ def test_small_results_go_with_the_answer(there: Outbox) -> None:
     large_one = there.pack(there.arena.alloc((SIZE,), torch.float32).fill_(7))
     assert isinstance(large_one, InSegments)
     assert large_one.places[0].segment <= 2, "small results have left no segments behind"
+
+
+def test_batches_of_a_part_are_made_where_they_are_sent_from() -> None:
+    """From the first read on by a process of this host."""
+    here, post, size = inbox(), PartPost(), 8 * SIZE
+    assert not isinstance(post.pack(*encode([post.alloc((size,), torch.float32).fill_(1)])), InSegments)
+    for number in range(2, 6):
+        post.hear(here.told())
+        batch = post.alloc((size,), torch.float32).fill_(number)
+        address = batch.data_ptr()
+        encoded = encode([batch])
+        del batch
+        answer = post.pack(*encoded)
+        assert isinstance(answer, InSegments)
+        assert answer.places[0].offset == 0
+        again = post._outbox.arena._lent[answer.places[0].segment]  # type: ignore[union-attr]
+        assert again.mapping.address == address
+        (came,) = here.unpack(answer, None)
+        assert (came == number).all()
+        del came
+    post.close()
+    assert post.alloc((size,), torch.float32).shape == (size,)
 
 
 def test_what_cannot_be_pickled_leaves_the_segments_free(there: Outbox) -> None:

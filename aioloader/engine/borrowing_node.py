@@ -118,7 +118,7 @@ class BorrowingNode(Node):
 
     def _arrived(self, places: list[tuple[Any, ...]], loan: tuple[Any, ...], message: Message) -> None:
         try:
-            values, keys = self._borrower.borrow(loan, message.body, message.fds)
+            values, keys, _ = self._borrower.borrow(loan, message.body, message.fds)
         except Exception as error:
             entries = [_unreadable(place, error) for place in places]
         else:

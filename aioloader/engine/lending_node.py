@@ -288,18 +288,8 @@ class LendingNode(Node):
 
     def _lend(self, parcel: EntryParcel) -> tuple[EntryParcel, Loan]:
         """In a thread: to everybody who may be there, this process too; who is gone by then gives it back at once."""
-        borrowers = len(self._terms.ranks)
-        try:
-            loan = self._lender.lend((parcel.values, parcel.keys), borrowers)
-        except OSError:
-            raise
-        except Exception:
-            parcel.refuse()
-            loan = self._lender.lend((parcel.values, parcel.keys), borrowers)
-        parcel.values = []  # this process has its own over the same memory
-        for entry in parcel.taken:
-            entry.value = None
-        return parcel, loan
+        stream, buffers = parcel.encoded()  # this process gets values of its own over the same memory
+        return parcel, self._lender.lend_encoded(stream, buffers, len(self._terms.ranks))
 
     def _lent(self, future: "Future[tuple[EntryParcel, Loan]]") -> None:
         self._lending = False
@@ -315,7 +305,7 @@ class LendingNode(Node):
                 guest.ahead += len(places)
                 guest.borrowed.update(loan.numbers)
                 guest.peer.send(("entries", places, *loan.head), loan.body, loan.fds)
-            values, keys = self._borrower.borrow(loan.head, loan.body, loan.fds)
+            values, keys, _ = self._borrower.borrow(loan.head, loan.body, loan.fds)
         finally:
             loan.close()
         for entry, own in zip(unpacked(places, values, keys), parcel.taken, strict=True):

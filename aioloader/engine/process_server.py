@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import Entry
+from aioloader.core.memory import Alloc
 from aioloader.engine.epoch_stream import EpochStream
 from aioloader.engine.loop_thread import new_event_loop
 from aioloader.engine.pausing import Pauses
@@ -43,10 +44,10 @@ class Serving:
     """The program of a process that pipelines run in.
 
     Args:
-        build: Gives the nodes of one epoch: called with the request, and whether it is resumed.
+        build: Gives the nodes of one epoch: called with the request, whether it is resumed, and where batches go.
     """
 
-    build: Callable[[Any, bool], "Window"]
+    build: Callable[[Any, bool, Alloc], "Window"]
 
     def serve(self, channel: WorkerLink, slot: int) -> None:
         """Until there is no more need of it."""
@@ -57,7 +58,7 @@ class Serving:
 class _EngineServer:
     """Runs epochs on this process's event loop, as many at a time as are asked for."""
 
-    def __init__(self, channel: WorkerLink, build: Callable[[Any, bool], "Window"]) -> None:
+    def __init__(self, channel: WorkerLink, build: Callable[[Any, bool, Alloc], "Window"]) -> None:
         self._channel = channel
         self._build = build
         self._streams: dict[int, EpochStream] = {}
@@ -100,7 +101,7 @@ class _EngineServer:
     def _open(self, number: int, stream: Any, buffers: list[memoryview]) -> None:
         try:
             request, epoch, cursor, room, batches, paused = decode(stream, buffers)
-            window = self._build(request, cursor is not None)
+            window = self._build(request, cursor is not None, self._channel.arena.lend)
             if cursor is not None:
                 window.resume(cursor)
         except BaseException as error:
@@ -158,13 +159,8 @@ class _BatchSender:
 
     def _send_entries(self, number: int, taken: list[Entry], meters: list[StageMeter] | None, where: str) -> None:
         parcel = EntryParcel.of(taken, where)
-        try:
-            self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
-        except OSError:
-            raise
-        except BaseException:
-            parcel.refuse()
-            self._channel.send(("entries", number, parcel.places), (parcel.values, parcel.keys, meters))
+        stream, buffers = parcel.encoded(meters)
+        self._channel.send_encoded(("entries", number, parcel.places), stream, buffers)
 
     def _main(self) -> None:
         try:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from aioloader.core.entry import Entry
+from aioloader.core.memory import Alloc
 from aioloader.engine.call_gate import CallGate
 from aioloader.engine.epoch_stream import EpochStream
 from aioloader.engine.pausing import Pauses, Told
@@ -19,7 +20,7 @@ from aioloader.engine.run import Run
 from aioloader.engine.travel import EntryParcel
 from aioloader.engine.window import Window
 from aioloader.executors.processes.failures import portable
-from aioloader.executors.ray.same_host import Outbox
+from aioloader.executors.ray.same_host import PartPost
 from aioloader.executors.ray.same_host import Told as SegmentsTold
 from aioloader.executors.ray.values import pack
 from aioloader.executors.threads import call_loop
@@ -33,11 +34,11 @@ class RayServing:
     """The program of an actor that parts of a pipeline run in.
 
     Args:
-        build: Gives the nodes of one part: called with the request, whether it is resumed, and what is to be asked
-            before a function of the user's is called.
+        build: Gives the nodes of one part: called with the request, whether it is resumed, what is to be asked before a
+            function of the user's is called, and where batches go.
     """
 
-    build: Callable[[Any, bool, CallGate | None], Window]
+    build: Callable[[Any, bool, CallGate | None, Alloc], Window]
 
     def begin(self, where: str) -> "PartServer":
         """In the actor, which `where` names."""
@@ -47,7 +48,7 @@ class RayServing:
 class PartServer:
     """Runs parts, as many at a time as are asked for. See `ServesParts`."""
 
-    def __init__(self, build: Callable[[Any, bool, CallGate | None], Window], where: str) -> None:
+    def __init__(self, build: Callable[[Any, bool, CallGate | None, Alloc], Window], where: str) -> None:
         self._build = build
         self.where = where
         self._parts: dict[str, _Part] = {}
@@ -56,17 +57,18 @@ class PartServer:
         its, epoch, cursor, batches, paused, suspects = request
         loop = asyncio.get_running_loop()
         gate = CallGate(partial(call_loop, loop), suspects) if suspects is not None else None
-        window = self._build(its, cursor is not None, gate)
+        post = PartPost()
+        window = self._build(its, cursor is not None, gate, post.alloc)
         if cursor is not None:
             window.resume(cursor)
-        self._parts[wire] = _Part(window, epoch, gate, batches=batches, paused=paused, where=self.where)
+        self._parts[wire] = _Part(window, epoch, gate, post, batches=batches, paused=paused, where=self.where)
 
     async def read(self, wire: str, number: int, more: int, handed_out: int, told: SegmentsTold | None = None) -> Any:
         part = self._parts.get(wire)
         if part is None:
             return ("gone",)
         if told is not None:
-            part.hear(told)
+            part.post.hear(told)
         part.stream.grant(more, handed_out)
         return await part.take(number)
 
@@ -106,16 +108,24 @@ class _Part:
     """One part, from `open` to `end`: what it has made waits here for reads, which are answered in their order."""
 
     def __init__(
-        self, window: Window, epoch: int, gate: CallGate | None, *, batches: bool, paused: int, where: str
+        self,
+        window: Window,
+        epoch: int,
+        gate: CallGate | None,
+        post: PartPost,
+        *,
+        batches: bool,
+        paused: int,
+        where: str,
     ) -> None:
         self.gate = gate
+        self.post = post
         self._where = where
         self._made: deque[tuple[list[Entry], list[StageMeter] | None]] = deque()
         self._news: list[StageMeter] | None = None
         self._last: tuple[Any, ...] | None = None  # what all reads get after the end
         self._reads: dict[int, asyncio.Future[Any]] = {}
         self._next = 0
-        self._outbox: Outbox | None = None
         self._pauses = Pauses()
         self._block: object = None
         self._held = self._released = 0  # the newest pause, and the newest one that is over
@@ -123,12 +133,6 @@ class _Part:
         if paused:
             self._hold(paused)
         self.stream = EpochStream(self, 0, run, 0, self._pauses, None, batches=batches)
-
-    def hear(self, told: SegmentsTold) -> None:
-        """Who reads is on this host, and says so with each read."""
-        if self._outbox is None:
-            self._outbox = Outbox()
-        self._outbox.hear(told)
 
     async def take(self, number: int) -> Any:
         """What read number `number` gets."""
@@ -147,13 +151,8 @@ class _Part:
     def _entries(self, taken: list[Entry], meters: list[StageMeter] | None) -> tuple[Any, ...]:
         parcel = EntryParcel.of(taken, self._where)
         meters, self._news = meters or self._news, None
-        send = pack if self._outbox is None else self._outbox.pack
-        try:
-            values = send((parcel.values, parcel.keys, meters))
-        except BaseException:
-            parcel.refuse()
-            values = send((parcel.values, parcel.keys, meters))
-        return "entries", parcel.places, values
+        stream, buffers = parcel.encoded(meters)
+        return "entries", parcel.places, self.post.pack(stream, buffers)
 
     # -- what `EpochStream` tells ------------------------------------------------------------------------------------
 
@@ -204,8 +203,7 @@ class _Part:
 
     def end(self) -> None:
         """Nobody reads any more."""
-        if self._outbox is not None:
-            self._outbox.close()
+        self.post.close()
         if self.gate is not None:
             self.gate.go(None)  # or threads would wait in it for ever
         self.stream.run.request_stop()

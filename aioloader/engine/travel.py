@@ -7,6 +7,7 @@ from typing import Any
 from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
 from aioloader.executors.processes.failures import cannot_travel, portable
 from aioloader.executors.processes.wire import can_pickle_by_value, encode
+from aioloader.insight.meters import StageMeter
 
 __all__ = ["EntryParcel", "unpacked"]
 
@@ -34,8 +35,22 @@ class EntryParcel:
         failed = [entry.error is not None for entry in taken]
         return cls(taken, values, [entry.key for entry in taken], where, failed)
 
-    def refuse(self) -> None:
-        """After something could not be pickled: put errors in the places of such values, and words for such keys."""
+    def encoded(self, meters: list[StageMeter] | None = None) -> tuple[bytes, list[memoryview]]:
+        """Values, keys and counters, see `encode`. The entries have no values any more: what is sent is let go of here.
+
+        Errors are put in the places of values that cannot be pickled, and words for such keys.
+        """
+        try:
+            return encode((self.values, self.keys, meters))
+        except BaseException:
+            self._refuse()
+            return encode((self.values, self.keys, meters))
+        finally:
+            self.values = []
+            for entry in self.taken:
+                entry.value = None
+
+    def _refuse(self) -> None:
         refusals = [_refusal(value, self.where) for value in self.values]
         self.failed = [bad or refusal is not None for bad, refusal in zip(self.failed, refusals, strict=True)]
         self.values = [value if no is None else no for value, no in zip(self.values, refusals, strict=True)]

@@ -20,7 +20,6 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.readers import Readers, ReadersTerms
 from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.executors.ray.workers import RayWorkers
-from aioloader.memory.pool import BatchMemory
 from aioloader.plan.parts import datasets_of, streams_of, with_streams
 from aioloader.plan.plan import Plan, flows_of, functions_of, part_of, walk
 from aioloader.sources.sampler_order import Draws, detached_copies
@@ -53,11 +52,11 @@ class PartProgram:
     build: Callable[..., Window]
     epochs: Epochs = ()
 
-    def __call__(self, request: tuple[int, Pass, Epochs], resumed: bool, gate: CallGate | None) -> Window:
+    def __call__(self, request: tuple[int, Pass, Epochs], resumed: bool, gate: CallGate | None, alloc: Alloc) -> Window:
         """In an actor: the nodes of a part."""
         number, this_pass, epochs = request
         self._copies.tell(epochs)
-        return self.part(number, this_pass, self._memory.alloc, Draws(resumed=resumed), gate)
+        return self.part(number, this_pass, alloc, Draws(resumed=resumed), gate)
 
     def part(
         self,
@@ -84,10 +83,6 @@ class PartProgram:
     @cached_property
     def _copies(self) -> Copies:
         return Copies(functions_of(self.plan), self.epochs)
-
-    @cached_property
-    def _memory(self) -> BatchMemory:
-        return BatchMemory()
 
     @property
     def of_now(self) -> "PartProgram":

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from aioloader.core.address import Address
+from aioloader.core.memory import Alloc
 from aioloader.engine.admission import RemoteAdmission
 from aioloader.engine.process_server import Serving
 from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker
 from aioloader.executors.processes.worker_thread import WorkerThread
-from aioloader.memory.pool import BatchMemory
 from aioloader.plan.plan import (
     Plan,
     functions_of,
@@ -42,7 +42,7 @@ class InProcessProgram:
     size: int | None = None
     epochs: Epochs = ()
 
-    def __call__(self, request: tuple[Pass, Epochs], resumed: bool) -> Window:
+    def __call__(self, request: tuple[Pass, Epochs], resumed: bool, alloc: Alloc) -> Window:
         this_pass, epochs = request
         self._copies.tell(epochs)
         # Nothing is drawn there but by `shuffle`: `Pipeline.in_process` refuses samplers that draw.
@@ -51,7 +51,7 @@ class InProcessProgram:
         window = self.build(
             self.plan,
             this_pass,
-            alloc=self._memory.alloc,
+            alloc=alloc,
             draws=draws,
             path=self.path,
             live=self.live,
@@ -66,10 +66,6 @@ class InProcessProgram:
     @cached_property
     def _copies(self) -> Copies:
         return Copies(functions_of(self.plan), self.epochs)
-
-    @cached_property
-    def _memory(self) -> BatchMemory:
-        return BatchMemory()
 
 
 def worker_of(processes: Callable[[], WorkerThread], key: object, program: InProcessProgram) -> StreamWorker:

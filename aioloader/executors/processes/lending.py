@@ -149,7 +149,10 @@ class Lender:
         Raises:
             Exception: It cannot be pickled.
         """
-        stream, buffers = encode(value)
+        return self.lend_encoded(*encode(value), borrowers)
+
+    def lend_encoded(self, stream: bytes, buffers: list[memoryview], borrowers: int) -> Loan:
+        """The same of what `encode` gives."""
         body = b""
         if len(stream) < SMALL_BYTES:
             body = stream

@@ -161,14 +161,18 @@ class WorkerLink:
     def send(self, head: tuple[Any, ...], value: Any) -> None:
         """Send `value`, with large tensors and arrays in shared memory.
 
-        To `head` are added: the places of the buffers, the new segments, and the segments to forget. Either all buffers
-        are in the body, with the pickle as the last one, or all are in segments, with a small pickle alone in the body.
-
         Raises:
             Exception: `value` cannot be pickled; nothing has been sent.
         """
+        self.send_encoded(head, *encode(value))
+
+    def send_encoded(self, head: tuple[Any, ...], stream: bytes, buffers: list[memoryview]) -> None:
+        """Send what `encode` gives. If nobody else refers to what `Arena.lend` gave for it, it is not copied.
+
+        To `head` are added: the places of the buffers, the new segments, and the segments to forget. Either all buffers
+        are in the body, with the pickle as the last one, or all are in segments, with a small pickle alone in the body.
+        """
         arena = self.arena
-        stream, buffers = encode(value)
         body = [memoryview(stream)]
         if len(stream) >= SHARED_BYTES:  # then the main process need not read it from the socket, piece by piece
             buffers += body

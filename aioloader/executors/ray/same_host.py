@@ -15,15 +15,30 @@ lost as one in the store of a lost node is. A process that has got the number of
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias
+
+import torch
 
 from aioloader.core.memory import Alloc
 from aioloader.executors.processes.segments import Arena, BufferPlace, MappedSegments, create_file
 from aioloader.executors.processes.wire import decode, encode
 from aioloader.executors.ray.values import Packed, encoded, nbytes_of, unpack
+from aioloader.memory.pool import SMALLEST_BYTES, BatchMemory
 
-__all__ = ["Answer", "InSegments", "Inbox", "OpenFile", "Outbox", "SegmentsGoneError", "Told", "answer_bytes", "probe"]
+__all__ = [
+    "Answer",
+    "InSegments",
+    "Inbox",
+    "OpenFile",
+    "Outbox",
+    "PartPost",
+    "SegmentsGoneError",
+    "Told",
+    "answer_bytes",
+    "probe",
+]
 
 
 class SegmentsGoneError(Exception):
@@ -120,8 +135,11 @@ class Outbox:
         Raises:
             Exception: Whatever pickling a user's object raises.
         """
+        return self.pack_encoded(*encode(value))
+
+    def pack_encoded(self, stream: bytes, buffers: list[memoryview]) -> Answer:
+        """The same of what `encode` gives. If nobody else refers to what `Arena.lend` gave for it, it is not copied."""
         arena = self.arena
-        stream, buffers = encode(value)
         if (places := arena.place(buffers)) is None:
             return encoded(stream, buffers)
         new = []
@@ -136,6 +154,41 @@ class Outbox:
             os.close(fd)
         self._files.clear()
         self.arena.close()
+
+
+class PartPost:
+    """Where the batches of a part are made, and sent from: in segments, as soon as a process of this host reads it."""
+
+    def __init__(self) -> None:
+        self._outbox: Outbox | None = None
+
+    def hear(self, told: Told) -> None:
+        """Who reads is on this host, and says so with each read."""
+        if self._outbox is None:
+            self._outbox = Outbox()
+        self._outbox.hear(told)
+
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """See `Alloc`; in any thread."""
+        outbox = self._outbox
+        return _for_other_hosts().alloc(shape, dtype) if outbox is None else outbox.arena.lend(shape, dtype)
+
+    alloc.from_bytes = SMALLEST_BYTES  # type: ignore[attr-defined]  # as both of them
+
+    def pack(self, stream: bytes, buffers: list[memoryview]) -> Answer:
+        """What `encode` gave, which nobody else has."""
+        return encoded(stream, buffers) if self._outbox is None else self._outbox.pack_encoded(stream, buffers)
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        if self._outbox is not None:
+            self._outbox.close()
+
+
+@cache
+def _for_other_hosts() -> BatchMemory:
+    """Of this actor, for all its parts and epochs."""
+    return BatchMemory()
 
 
 class Inbox:
