@@ -7,6 +7,7 @@ empty dicts). So whatever varies is one string of JSON. `docs/checkpoint.md` has
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from aioloader.core.safe_text import safe_repr
@@ -64,7 +65,6 @@ def make_state(
     """
     varying = {
         "cursor": _plain(cursor),
-        "random": _plain(random or {}),
         "left_out": [
             [number, steps.start, steps.stop]
             for number, ranges in sorted(left_out.items())
@@ -81,8 +81,19 @@ def make_state(
         "guarantee": guarantee,
         "epoch": epoch,
         "batches": batches,
-        "cursor": {"json": json.dumps(varying, separators=(",", ":"))},
+        "cursor": {"json": f'{{"random":{_object(random or {})},{_text(varying)[1:]}'},
     }
+
+
+_text: Final = json.JSONEncoder(separators=(",", ":")).encode
+_text_again: Final = lru_cache(maxsize=16)(_text)
+"""Of strings: generators' states are long, and mostly those of the call before."""
+
+
+def _object(parts: Mapping[str, Any]) -> str:
+    """JSON of what draws random numbers."""
+    texts = (_text_again(part) if type(part) is str else _text(_plain(part)) for part in parts.values())
+    return f"{{{','.join(f'{_text_again(str(key))}:{text}' for key, text in zip(parts, texts, strict=True))}}}"
 
 
 def ranges_of(left_out: Any) -> dict[int, list[range]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final
 
 import torch
@@ -218,7 +218,13 @@ def _draws_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 def packed(state: torch.Tensor) -> str:
     """A generator's state as text: 5 KiB of bytes as 6.6 KiB of base64."""
-    return b64encode(bytes(state.numpy())).decode()
+    return _base64(bytes(state.numpy()))
+
+
+@lru_cache(maxsize=16)
+def _base64(state: bytes) -> str:
+    """Mostly that of the call before: then it is the same string, of which the hash is known."""
+    return b64encode(state).decode()
 
 
 def unpacked(text: str) -> torch.Tensor:
