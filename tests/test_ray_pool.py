@@ -10,7 +10,7 @@ import pytest
 from aioloader.executors.chunk import ChunkResult
 from aioloader.executors.processes.wire import Message, decode, encode
 from aioloader.executors.processes.worker_pool import Broken, Died, Outcome
-from aioloader.executors.ray import actor_pool, actors, hiring, stores
+from aioloader.executors.ray import actor_pool, actors, hiring, losses, stores
 from aioloader.executors.ray.actor_pool import ActorPool
 from aioloader.executors.ray.actors import Place
 from aioloader.executors.ray.chunk_actor import ChunkActor
@@ -149,7 +149,8 @@ class Cluster:
         self.thread = FakeThread()
         monkeypatch.setattr(hiring, "begin_actor", self._begin)
         monkeypatch.setattr(hiring, "kill_actor", self.killed.append)
-        monkeypatch.setattr(actor_pool, "kill_actor", self.killed.append)
+        for module in (actor_pool, losses):
+            monkeypatch.setattr(module, "kill_actor", self.killed.append)
         monkeypatch.setattr(stores, "look", lambda: ("id", {"id": (1 << 20, 1 << 20)}))
         monkeypatch.setattr(ray, "put", lambda value: value)
         program = RayProgram((), 1.0, None, (), 1, "float32")
@@ -310,7 +311,7 @@ def test_an_actor_that_awaits_may_have_been_at_all_of_them(monkeypatch: pytest.M
 def test_a_result_that_is_lost_blames_nobody_until_it_is_lost_too_often(one: Cluster) -> None:
     """It had been made, and is made again; the actor lives."""
     one.submit("a")
-    for _ in range(actor_pool.MOST_LOSSES):
+    for _ in range(losses.MOST_LOSSES):
         one.begun[0].refs[-1].fail(exceptions.ObjectLostError("00" * 28, None, ""))
         assert not one.outcomes
         assert not one.killed

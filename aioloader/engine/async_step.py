@@ -15,6 +15,7 @@ from aioloader.core.safe_text import add_note, safe_str
 from aioloader.engine.guard import Guard, GuardedCall
 from aioloader.engine.node import cheap_samples
 from aioloader.engine.steps import Forward, Step
+from aioloader.engine.worker_slot import WorkerSlot
 from aioloader.errors import SampleCancelledError
 from aioloader.executors.current_sample import SampleContext, current_sample
 from aioloader.insight.meters import StageMeter
@@ -214,13 +215,13 @@ class AsyncStep(Step):
         return self._coming > 0
 
     async def _work_in_slots(self, context: Context, inbox: deque[Entry], slots: Slots) -> None:
-        slot = _Slot(slots)
+        slot = WorkerSlot(slots)
         try:
             await self._work(context, inbox, slot)
         finally:
             slot.leave()
 
-    async def _work(self, context: Context, inbox: deque[Entry], slot: "_Slot | None" = None) -> None:
+    async def _work(self, context: Context, inbox: deque[Entry], slot: WorkerSlot | None = None) -> None:
         run, fn, forward, predicate = self._run, self._fn, self._forward, self._predicate
         window, meter, tap = self._window, self.meter, self.tap
         me = current_task()
@@ -359,7 +360,7 @@ class AsyncStep(Step):
             self._start_worker()
             return
 
-    def _may_begin(self, slot: "_Slot | None", call: GuardedCall | None) -> bool:
+    def _may_begin(self, slot: WorkerSlot | None, call: GuardedCall | None) -> bool:
         """Whether a worker may begin a call: there is a place beside second calls, and a slot."""
         guard = self._guard
         if call is not None:
@@ -443,32 +444,3 @@ class AsyncStep(Step):
         while me.cancelling():  # dealt with: when the supervisor cancels, that is another cancellation
             me.uncancel()
         return error
-
-
-class _Slot:
-    """The slot of one worker, if it has one.
-
-    Args:
-        slots: Those of its step.
-    """
-
-    def __init__(self, slots: Slots) -> None:
-        self._slots = slots
-        self._held = False
-
-    def ready(self) -> bool:
-        """Whether a call may begin: there is a slot. One that it has is kept where nobody waits for one."""
-        slots = self._slots
-        if self._held and slots.pressed:
-            self._held = slots.keep()
-        if not self._held:
-            self._held = slots.take()
-        return self._held
-
-    def leave(self, *, idle: bool = False) -> None:
-        """Have no slot. `idle`: nor does the step have use for one."""
-        if self._held:
-            self._held = False
-            self._slots.release()
-        if idle:
-            self._slots.give_back(waits=False)

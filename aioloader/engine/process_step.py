@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import is_
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 from aioloader.core.entry import Entry
 from aioloader.core.limit import Limit, Slots
@@ -16,6 +16,7 @@ from aioloader.core.sizes import MeanBytes
 from aioloader.engine.deaths import hint, named, who
 from aioloader.engine.node import MOST_EARLY
 from aioloader.engine.room import places_for_finished
+from aioloader.engine.sent import Payload, Sent, unstamp
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.engine.sync_step import SyncStep
@@ -31,7 +32,7 @@ from aioloader.executors.threads import call_loop
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "LONGER", "MORE_DEATHS", "ProcessStep", "unstamp"]
+__all__ = ["CHUNK_SAMPLES", "CHUNK_SECONDS", "LONGER", "MORE_DEATHS", "ProcessStep"]
 
 CHUNK_SECONDS: Final = 0.01  # the work that one hop should be worth
 CHUNK_SAMPLES: Final = 1024
@@ -40,20 +41,6 @@ QUEUE_SECONDS: Final = 0.02  # chunks that take longer are not queued after one 
 MOST_WHOLE_BYTES: Final = 64 << 20  # of a batch that is made in one chunk
 EXPIRY_SECONDS: Final = 0.01  # between two looks at who has taken too long, at least
 MORE_DEATHS: Final = 3  # in a row, beyond one for each worker, before the epoch ends
-
-
-class Sent(list[Entry]):
-    """Entries that travel together.
-
-    Attributes:
-        begun: Their `Entry.begun` before.
-    """
-
-    begun: list[int]
-
-
-Payload: TypeAlias = tuple[list[int | None], Epochs, list[Any] | None, list[Any], int]
-"""Seeds of the calls, epochs, names of the samples (None: they name themselves), the samples, and see `stacked`."""
 
 
 class ProcessStep(SyncStep):
@@ -446,10 +433,3 @@ class ProcessStep(SyncStep):
         held.attempts += 1
         self._again.append((held, slot))
         self._landed((), ChunkResult([], 0.0, 0.0))
-
-
-def unstamp(chunk: list[Entry], start: int, stop: int) -> None:
-    """These begin later."""
-    if isinstance(chunk, Sent):
-        for entry, begun in zip(chunk[start:stop], chunk.begun[start:stop], strict=True):
-            entry.begun = begun

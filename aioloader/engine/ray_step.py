@@ -13,7 +13,8 @@ from aioloader.core.policies import Policies
 from aioloader.core.safe_text import safe_repr
 from aioloader.engine.deaths import named
 from aioloader.engine.ops import OnRay, Op
-from aioloader.engine.process_step import LONGER, MORE_DEATHS, ProcessStep, unstamp
+from aioloader.engine.process_step import LONGER, MORE_DEATHS, ProcessStep
+from aioloader.engine.sent import unstamp
 from aioloader.engine.step_protocols import StepWindow
 from aioloader.engine.steps import Forward
 from aioloader.errors import WorkerDiedError

@@ -6,6 +6,7 @@ from typing import Any, Final
 from weakref import finalize
 
 from aioloader.core.cursors import as_count
+from aioloader.core.generator_states import check_draws, check_generators, unpacked
 from aioloader.core.memory import Alloc
 from aioloader.core.safe_text import safe_repr
 from aioloader.core.typevars import T_co
@@ -21,7 +22,7 @@ from aioloader.plan.parts import generators_in, global_draws, sampled_of
 from aioloader.plan.plan import Plan, flow_of, forgets_numbers
 from aioloader.plan.ranks import check_shard_state, is_sharded, is_shared
 from aioloader.sources.sampled import Sampled
-from aioloader.sources.sampler_order import check_draws, check_generators, draws_of, unpacked
+from aioloader.sources.sampler_order import draws_of
 from aioloader.stages.base import Pass
 from aioloader.stages.flow import Guarantee
 from aioloader.stages.rank import has_process_group

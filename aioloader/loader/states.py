@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from aioloader.core.checks import check_count
+from aioloader.core.generator_states import packed, unpacked
 from aioloader.core.typevars import T_co
 from aioloader.engine.progress import Progress
 from aioloader.errors import StateError
@@ -18,7 +19,6 @@ from aioloader.plan.parts import generators_in, global_draws
 from aioloader.plan.plan import with_ranks
 from aioloader.plan.ranks import is_sharded, shard_state
 from aioloader.plan.state import Shape, check_fits, contents_of, make_state, ranges_of, shape_of
-from aioloader.sources.sampler_order import packed, unpacked
 from aioloader.sources.stand_in import StandIn, stand_in
 from aioloader.stages.flow import STRENGTH, Guarantee
 from aioloader.stages.rank import has_process_group

@@ -1,12 +1,11 @@
 """Samplers with random orders: the states they draw from are kept, so that a resumed epoch draws the same keys."""
 
 import threading
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils.data import (
 )
 
 from aioloader.core.forks import after_fork_in_child
-from aioloader.core.safe_text import safe_repr
+from aioloader.core.generator_states import check_generators, packed, unpacked
 from aioloader.core.seeds import derive_seed
 from aioloader.engine.progress import Progress
 from aioloader.engine.resumable import KnowsOrigin, Origin, ask_initial, is_stateful, tells_state
@@ -32,8 +31,6 @@ __all__ = [
     "ReplayableOrder",
     "arguments_of",
     "chain_of",
-    "check_draws",
-    "check_generators",
     "check_place",
     "detached_copies",
     "drawing_from",
@@ -43,9 +40,7 @@ __all__ = [
     "is_plain",
     "is_repeatable",
     "kind_of",
-    "packed",
     "replayable_keys",
-    "unpacked",
 ]
 
 _DRAWING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -214,60 +209,6 @@ def _draws_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if args and isinstance(args[0], torch.Tensor) and kwargs.get("device") is None:
         return args[0].device.type == "cpu"
     return torch.device(kwargs.get("device") or torch.get_default_device()).type == "cpu"
-
-
-def packed(state: torch.Tensor) -> str:
-    """A generator's state as text: 5 KiB of bytes as 6.6 KiB of base64."""
-    return _base64(bytes(state.numpy()))
-
-
-@lru_cache(maxsize=16)
-def _base64(state: bytes) -> str:
-    """Mostly that of the call before: then it is the same string, of which the hash is known."""
-    return b64encode(state).decode()
-
-
-def unpacked(text: str) -> torch.Tensor:
-    """The state that `packed` was given.
-
-    Raises:
-        ValueError: It is not base64.
-    """
-    return torch.frombuffer(bytearray(b64decode(text, validate=True)), dtype=torch.uint8)
-
-
-def check_generators(states: Any, generators: Sequence[torch.Generator]) -> None:
-    """Refuse states that do not fit `generators`.
-
-    Raises:
-        ValueError: Why.
-    """
-    if not isinstance(states, list) or len(states) != len(generators):
-        raise ValueError(f"states of {len(generators)} generators were expected, got {safe_repr(states)}")
-    for its, generator in zip(states, generators, strict=True):
-        _check_generator(its, generator.device)
-
-
-def check_draws(state: Mapping[str, Any]) -> None:
-    """Refuse a state of a loader without the state that the order of its epoch is drawn from.
-
-    Raises:
-        ValueError: Why.
-    """
-    if "drawn" not in state:
-        raise ValueError("'drawn', the state of the global generator that the order is drawn from, is missing")
-    for name in ("drawn", "next"):
-        if name in state:
-            _check_generator(state[name], torch.device("cpu"))
-
-
-def _check_generator(state: Any, device: torch.device) -> None:
-    if not isinstance(state, str):
-        raise ValueError(f"the state of a generator is a string, got {safe_repr(state)}")
-    try:
-        torch.Generator(device=device).set_state(unpacked(state))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the state of a generator is broken: {error}"[:300]) from None
 
 
 def check_place(sampler: Any, origin: Origin | None, since: int, *, in_cursor: bool) -> None:

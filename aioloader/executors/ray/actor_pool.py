@@ -12,13 +12,14 @@ from aioloader.executors.processes.failures import cannot_travel
 from aioloader.executors.processes.layout import lay_out
 from aioloader.executors.processes.wire import Message, can_pickle_by_value, encode
 from aioloader.executors.processes.worker_pool import Broken, Died, NotSent, Outcome
-from aioloader.executors.ray.actors import cancel_call, end_actors, is_loss, kill_actor, result_is_lost, words_of
+from aioloader.executors.ray.actors import cancel_call, end_actors, is_loss, kill_actor, words_of
 from aioloader.executors.ray.answers import Answers
 from aioloader.executors.ray.chunk_actor import AsyncChunkActor, ChunkActor
 from aioloader.executors.ray.cluster import Membership
 from aioloader.executors.ray.hiring import Hiring
 from aioloader.executors.ray.line import Line
 from aioloader.executors.ray.lookout import Lookout
+from aioloader.executors.ray.losses import Losses
 from aioloader.executors.ray.program import Parcel, RayProgram
 from aioloader.executors.ray.same_host import Inbox, SegmentsGoneError
 from aioloader.executors.ray.seats import Seat, Task
@@ -26,13 +27,12 @@ from aioloader.executors.ray.stores import Stores
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.values import encoded
 from aioloader.executors.ray.workers import RayWorkers
-from aioloader.executors.ray.wreck import SETTLE_SECONDS, Wreck
+from aioloader.executors.ray.wreck import SETTLE_SECONDS
 from aioloader.insight.actors import ActorStats
 
 __all__ = ["ASYNC_CALLS", "ActorPool"]
 
 ASYNC_CALLS: Final = 16  # side by side in one actor that awaits
-MOST_LOSSES: Final = 5  # of a result that was made, before it counts as if its actor had died
 
 
 class ActorPool:
@@ -73,13 +73,13 @@ class ActorPool:
         self._seats = [Seat(number, side_by_side) for number in range(-(-width // side_by_side))]
         self._count = width
         self._waiting: deque[Task] = deque()
-        self._wrecks: dict[Any, Wreck] = {}  # by the refs of calls of lost actors of which more is to be heard
         self._hiring = Hiring(
             thread, AsyncChunkActor if awaits else ChunkActor, workers, self._seats, make_program, self
         )
         self._last_number = 0  # of a chunk that went over a line
         self._membership: Membership | None = None
         self._answers = Answers()
+        self._losses = Losses(thread, self._answers, self)
         self._held: dict[Hashable, tuple[Callable[[bool], None], list[bool]]] = {}
         self._stores = Stores()
         self._lookout = Lookout(
@@ -179,10 +179,10 @@ class ActorPool:
         except BaseException as error:
             self.give_up(error)
         else:
-            self._fill()
+            self.fill()
 
-    def _fill(self) -> None:
-        """Ask for the actors that are missing."""
+    def fill(self) -> None:
+        """See `Loser`."""
         if self._hiring.fill():
             self._lookout.watch()
 
@@ -198,7 +198,7 @@ class ActorPool:
         return True
 
     def _start_over(self) -> None:
-        self._requeue([*self._take_wrecked(), *(task for seat in self._seats for _, task in seat.vacate())])
+        self.requeue([*self._losses.take_all(), *(task for seat in self._seats for _, task in seat.vacate())])
         self._hiring.forget_program()
 
     def runs(self, seat: Seat) -> None:
@@ -227,7 +227,7 @@ class ActorPool:
         if self.closed or self._held or not self._waiting:
             return
         self._lookout.watch()
-        self._fill()
+        self.fill()
         while self._waiting:
             task = self._waiting[0]
             fitting = [seat for seat in self._seats if seat.has_room(task)]
@@ -278,22 +278,24 @@ class ActorPool:
 
     def _answered(self, seat: Seat, handle: Any, inbox: Inbox | None, ref: Any, future: Any) -> None:
         """An actor has answered, or Ray in its place."""
+        if not self._losses.hear(seat, inbox, ref, future):
+            self._take(seat, handle, inbox, ref, future)
+        del future
+        self.go_on()
+
+    def _take(self, seat: Seat, handle: Any, inbox: Inbox | None, ref: Any, future: Any) -> None:
+        """The same, of a call that nothing was known of."""
         error = future.exception()
-        if (wreck := self._wrecks.get(ref)) is not None:
-            self._wreck_knows(seat, inbox, wreck, ref, future)
-        elif error is not None and ref in seat.load and is_loss(error):
-            self._lost(seat, handle, ref, error)
+        if error is not None and ref in seat.load and is_loss(error):
+            self._losses.call(seat, handle, ref, error)
         elif (task := seat.take(ref)) is not None:  # else it was taken from an actor that was given up: nobody listens
             outcome = NotSent(error) if error is not None else self._answers.of_call(seat, inbox, future.result())
             del future
             if outcome is None:
-                self._result_lost(
-                    task, NotSent(SegmentsGoneError("the memory of an actor on this host cannot be mapped"))
-                )
+                gone = SegmentsGoneError("the memory of an actor on this host cannot be mapped")
+                self._losses.result(task, NotSent(gone))
             elif not task.forgotten:
                 task.done(outcome)
-        self._check_held()
-        self._assign()
 
     def received(self, seat: Seat, handle: Any, message: Message) -> None:
         """An actor has sent something over its line."""
@@ -309,35 +311,9 @@ class ActorPool:
             self._assign()  # first: the actor need not wait for the rest
             if task is not None and not task.forgotten:
                 task.done(outcome)
-        self._check_held()
-        self._assign()
+        self.go_on()
 
     # -- in the thread: losses ---------------------------------------------------------------------------------------
-
-    def _lost(self, seat: Seat, handle: Any, ref: Any, error: BaseException) -> None:
-        """`ref` failed since its actor was lost, or its result."""
-        name, pid = seat.name, None if seat.place is None else seat.place.pid
-        died = Died(seat.number, pid, f"{name} died: {words_of(error)}", 0)
-        if result_is_lost(error):
-            task = seat.take(ref)
-            assert task is not None
-            self._result_lost(task, died)
-            return
-        if not self.has_gone():
-            self._wrecked(seat, handle, died, ref)
-
-    def _wrecked(self, seat: Seat, handle: Any, died: Died, ref: Any) -> None:
-        """An actor is given up; `ref` is the first of its calls that is known to be lost with it."""
-        tasks = seat.vacate()
-        seat.restarts += 1
-        kill_actor(handle)
-        wreck = Wreck(tasks, died, one_by_one=seat.side_by_side == 1)
-        self._wrecks.update(dict.fromkeys(wreck.calls, wreck))
-        wreck.failed(ref)
-        self._settle(wreck)
-        self._fill()
-        if wreck.calls:
-            self._thread.later(SETTLE_SECONDS, self.safely, self._give_up, wreck)
 
     def hung_up(self, seat: Seat, handle: Any) -> None:
         """The line to an actor has ended. Ray says why, unless it has gone itself."""
@@ -356,52 +332,12 @@ class ActorPool:
         why = "its connection has ended" if error is None else words_of(error)
         died = Died(seat.number, place.pid, f"{seat.name} died: {why}", 0)
         if seat.load:
-            self._wrecked(seat, handle, died, next(iter(seat.load)))
-            self._check_held()
-            self._assign()
+            self._losses.actor(seat, handle, died, next(iter(seat.load)))
+            self.go_on()
         else:  # nobody is to blame, and the next chunk asks for another one
             seat.vacate()
             seat.restarts += 1
             kill_actor(handle)
-
-    def _result_lost(self, task: Task, outcome: Outcome) -> None:
-        """A chunk was made, and is made again; too often, and this is what becomes of it."""
-        task.losses += 1
-        if task.losses <= MOST_LOSSES:
-            self._requeue([task])
-        elif not task.forgotten:
-            task.done(outcome)
-
-    def _wreck_knows(self, seat: Seat, inbox: Inbox | None, wreck: Wreck, ref: Any, future: Any) -> None:
-        """More is heard of a lost actor."""
-        error = future.exception()
-        if error is None:
-            wreck.answered(ref, self._answers.of_call(seat, inbox, future.result()))
-        elif result_is_lost(error):
-            wreck.answered(ref, None)
-        else:
-            wreck.failed(ref)
-        self._settle(wreck)
-
-    def _give_up(self, wreck: Wreck) -> None:
-        wreck.give_up()
-        self._settle(wreck)
-        self._check_held()
-        self._assign()
-
-    def _settle(self, wreck: Wreck) -> None:
-        told, again = wreck.settle()
-        self._wrecks = {ref: other for ref, other in self._wrecks.items() if ref in other.calls}
-        self._requeue(again)
-        for task, outcome in told:
-            if not task.forgotten:
-                task.done(outcome)
-
-    def _take_wrecked(self) -> list[Task]:
-        """What lost actors had, and of which nothing is known."""
-        found = [wreck.calls[ref] for ref, wreck in self._wrecks.items()]
-        self._wrecks = {}
-        return found
 
     def _expire(self, owner: Hashable, seconds: float) -> None:
         for seat in self._seats:
@@ -417,19 +353,17 @@ class ActorPool:
             for _, task in late:
                 if not task.forgotten:
                     task.done(Died(seat.number, pid, name, 0, expired=True))
-            self._requeue([task for ref, task in tasks if (ref, task) not in late])
-        self._check_held()
-        self._assign()
+            self.requeue([task for ref, task in tasks if (ref, task) not in late])
+        self.go_on()
 
-    def _requeue(self, tasks: list[Task]) -> None:
-        """They have not begun, or are made again elsewhere."""
+    def requeue(self, tasks: list[Task]) -> None:
+        """See `Loser`."""
         self._waiting.extendleft(task for task in reversed(tasks) if not task.forgotten)
 
     def _forget(self, owner: Hashable) -> None:
         self._let_go(owner)
         self._waiting = deque(task for task in self._waiting if task.owner != owner)
-        for ref, wreck in self._wrecks.items():
-            wreck.calls[ref].forgotten |= wreck.calls[ref].owner == owner
+        self._losses.forget(owner)
         for seat in self._seats:
             refs = [ref for ref, task in seat.load.items() if task.owner == owner]
             for ref in refs:
@@ -443,13 +377,13 @@ class ActorPool:
         self._assign()
 
     def _waits(self) -> bool:
-        return bool(self._waiting or self._wrecks or any(seat.load for seat in self._seats)) and not self.closed
+        return bool(self._waiting or self._losses.open or any(seat.load for seat in self._seats)) and not self.closed
 
     def give_up(self, error: BaseException) -> None:
         """No actor can run any task, until the next run begins."""
         self._broken = error
         connected = self._membership is not None and self._membership.alive
-        failed = [*self._waiting, *self._take_wrecked()]
+        failed = [*self._waiting, *self._losses.take_all()]
         self._waiting.clear()
         for seat in self._seats:
             handle = seat.handle
@@ -475,6 +409,11 @@ class ActorPool:
         self._held.pop(owner, None)
         self._assign()
 
+    def go_on(self) -> None:
+        """See `Loser`."""
+        self._check_held()
+        self._assign()
+
     def _check_held(self) -> None:
         for said, told in self._held.values():
             if not told and all(
@@ -483,7 +422,7 @@ class ActorPool:
             ):
                 told.append(False)
                 said(False)
-            if len(told) == 1 and not self._wrecks and not any(seat.load for seat in self._seats):
+            if len(told) == 1 and not self._losses.open and not any(seat.load for seat in self._seats):
                 told.append(True)
                 said(True)
 
