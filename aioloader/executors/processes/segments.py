@@ -39,6 +39,7 @@ __all__ = [
 SHARED_BYTES: Final = 1 << 15  # smaller results go with the message, which is cheaper than a segment
 MAX_SEGMENTS: Final = 12  # of a result; a message takes sixteen descriptors
 FEW_SEGMENTS: Final = 4  # of a result, from which on the next one is as large as those together
+MAX_OUT: Final = 256  # batches, or large parts of them, that are being made; each has an open file
 MAX_FREE: Final = 8  # results whose free segments a worker keeps; only a consumer that keeps its batches needs more
 
 
@@ -234,13 +235,24 @@ class Arena:
 
     def _lease(self, size: int) -> memoryview:
         with self._lock:
-            if self._closed:
+            if self._closed or len(self._out) >= MAX_OUT:
                 raise OSError
             self._collect()
+            idle = self._idle()
             segment = self._take(size)
             segment.filled = size
             self._out[segment.number] = segment
+        for other in idle:
+            other.close()
         return segment.mapping.lend(self._died.append, segment.number)
+
+    def _idle(self) -> list[SharedSegment]:
+        """Take away free segments that are too many, and that nobody was told of: of batches that were never sent."""
+        own = sorted((one for one in self._free if one.fd >= 0), key=lambda segment: segment.size)
+        gone = own[: max(0, len(self._free) - self._most_free)]
+        for one in gone:
+            self._free.remove(one)
+        return gone
 
     def _collect(self) -> None:
         """Leases have died."""
@@ -260,7 +272,7 @@ class Arena:
             for place in found.values():
                 sent[place.segment] += place.size
             large = [number for number, size in sent.items() if 2 * size >= self._out[number].filled]
-            for number in large[: MAX_SEGMENTS - len(self._current)]:
+            for number in large[: max(0, MAX_SEGMENTS - len(self._current))]:
                 self._claimed[number] = self._out.pop(number)
             views = {number: segment.view for number, segment in self._claimed.items()}
         for index, (number, offset, size) in found.items():
