@@ -332,6 +332,29 @@ def test_a_batch_that_cannot_be_pickled_fails_alone(kind: Callable[[], Any]) -> 
     assert "a batch cannot cross to another process" in str(outcomes[2])
 
 
+class Flaky:
+    """Cannot be pickled at some attempts."""
+
+    def __init__(self, fails_at: tuple[int, ...]) -> None:
+        self.fails_at = fails_at
+        self.attempts = 0
+
+    def __reduce__(self) -> Any:
+        self.attempts += 1
+        if self.attempts in self.fails_at:
+            raise OSError("not now")
+        return Flaky, (self.fails_at,)
+
+
+@pytest.mark.parametrize("fails_at", [(1,), (1, 3), (2,)])
+def test_what_is_pickled_once_is_not_pickled_again(fails_at: tuple[int, ...]) -> None:
+    pipeline = Pipeline(range(4)).map(lambda x: Flaky(fails_at) if x == 2 else x)
+    with pipeline.in_process() as loader:
+        samples: list[Any] = list(loader)
+    assert samples[:2] + samples[3:] == [0, 1, 3]
+    assert samples[2].fails_at == fails_at
+
+
 def test_sigint_is_not_for_the_other_process() -> None:
     """A Ctrl-C reaches the group of this process alone; and one that is sent to it is ignored."""
     with Pipeline(range(100)).map(_work.pid_of).in_process() as loader:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from aioloader import Pipeline
 from aioloader.executors.processes import segments
 from aioloader.executors.processes.segments import Arena, MappedSegments
 from aioloader.executors.processes.wire import decode, encode
+from aioloader.plan.elsewhere import sends_what_it_collates
 from tests._support import Face, collect, on_both_faces
+
+pytestmark = pytest.mark.usefixtures("fork_server")
 
 SIZE = 1 << 18  # of a batch; of this size its memory is shared
 
@@ -180,6 +184,7 @@ def test_batches_that_are_never_sent_do_not_pile_up(peers: Peers) -> None:
 
 def test_after_the_end_memory_is_torchs_and_no_file_is_open(peers: Peers) -> None:
     kept = peers.batch(1)
+    memory = ref(peers.arena._out[1].mapping)
     files = [segment.fd for segment in peers.arena._out.values()]
     peers.arena.close()
     for fd in files:
@@ -187,7 +192,9 @@ def test_after_the_end_memory_is_torchs_and_no_file_is_open(peers: Peers) -> Non
             os.fstat(fd)
     assert same(peers.batch(2), 2)
     assert same(kept, 1)
-    assert len(peers.arena._out) == 1
+    del kept
+    gc.collect()
+    assert memory() is None, "the arena keeps nothing"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -282,12 +289,70 @@ def test_its_batches_are_collated_where_they_are_sent_from(face: Face) -> None:
                 assert same(batch[1], 2 * number + 1)
 
 
+def has_no_memory_to_share(number: int) -> torch.Tensor:
+    """In the other process."""
+
+    def full(size: int) -> int:
+        raise OSError(28, "no space left on device")
+
+    segments.create_file = full
+    return filled(number)
+
+
+@on_both_faces
+def test_without_memory_to_share_there_all_goes_through_the_socket(face: Face) -> None:
+    """A message is larger than what the socket takes at once, whichever event loop has let it not block."""
+    with Pipeline(range(24)).map(has_no_memory_to_share).batch(2).in_process() as loader:
+        batches = collect(loader, face)
+    assert [float(batch[1, -1]) for batch in batches] == list(range(1, 24, 2))
+
+
+def forks(batch: torch.Tensor) -> torch.Tensor:
+    """The child writes to what it has of the batch."""
+    child = os.fork()
+    if not child:
+        batch.fill_(-1)
+        os._exit(0)
+    os.waitpid(child, 0)
+    return batch
+
+
+@on_both_faces
+def test_what_a_child_of_that_process_writes_is_its_own(face: Face) -> None:
+    with Pipeline(range(8)).map(filled).batch(2).map(forks, concurrency=1).in_process() as loader:
+        batches = collect(loader, face)
+    assert [float(batch[0, 0]) for batch in batches] == list(range(0, 8, 2))
+
+
+def last(batch: Any) -> Any:
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "lent"),
+    [
+        (Pipeline(range(9)).batch(2), True),
+        (Pipeline(range(9)).map(filled).shuffle(seed=1).batch(2, drop_last=True), True),
+        (Pipeline(range(9)).map(filled), False),
+        (Pipeline(range(9)).batch(2).map(last), False),
+        (Pipeline(range(9)).batch(2).cache(memory_bytes=1 << 20), False),
+        (Pipeline(range(9)).batch(2).map(last).batch(2), False),
+        (Pipeline.merge(Pipeline(range(9)).batch(2), Pipeline(range(9)).batch(2)), True),
+        (Pipeline.merge(Pipeline(range(9)).batch(2), Pipeline(range(9)).batch(2).map(last)), False),
+        (Pipeline.merge(Pipeline(range(9)).batch(2), Pipeline(range(9)).batch(2)).batch(2), False),
+        (Pipeline.mix([range(9), range(9)], [1, 2]).batch(2), True),
+    ],
+)
+def test_only_what_nothing_sees_before_it_is_sent_is_made_in_shared_memory(pipeline: Pipeline[Any], lent: bool) -> None:
+    assert sends_what_it_collates(pipeline._plan) == lent
+
+
 kept: list[torch.Tensor] = []
 
 
 def keeps(batch: torch.Tensor) -> torch.Tensor:
-    """The first one of an epoch changes those of the epochs before."""
-    if not batch[0, 0]:
+    """The first one of an epoch, of 12 batches, changes those of the epochs before."""
+    if not len(kept) % 12:
         for one in kept:
             one.fill_(-1)
     kept.append(batch)

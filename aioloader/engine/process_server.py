@@ -69,6 +69,8 @@ class _EngineServer:
         loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = loop.create_future()
         loop.add_reader(self._channel.fileno(), self._readable)
+        # That of uvloop lets the socket not block: then a thread that sends more than it takes would leave the rest.
+        os.set_blocking(self._channel.fileno(), True)
         try:
             await self._over
         finally:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pickle import PickleBuffer
 from typing import Any
 
 from aioloader.core.entry import DONE, Entry, begun_each_of, places_of
+from aioloader.core.safe_text import safe_repr
 from aioloader.executors.processes.failures import cannot_travel, portable
-from aioloader.executors.processes.wire import can_pickle_by_value, encode
+from aioloader.executors.processes.wire import can_pickle_by_value, decode, encode
 from aioloader.insight.meters import StageMeter
 
 __all__ = ["EntryParcel", "unpacked"]
@@ -51,10 +53,18 @@ class EntryParcel:
                 entry.value = None
 
     def _refuse(self) -> None:
-        refusals = [_refusal(value, self.where) for value in self.values]
-        self.failed = [bad or refusal is not None for bad, refusal in zip(self.failed, refusals, strict=True)]
-        self.values = [value if no is None else no for value, no in zip(self.values, refusals, strict=True)]
-        self.keys = [key if _refusal(key, self.where) is None else repr(key)[:200] for key in self.keys]
+        """Pickle each value and each key by itself."""
+        for at, value in enumerate(self.values):
+            try:
+                self.values[at] = _Pickled(value)
+            except BaseException as error:
+                refused = cannot_travel("a batch", error, by_value=can_pickle_by_value())
+                self.values[at], self.failed[at] = portable(refused, self.where), True
+        for at, key in enumerate(self.keys):
+            try:
+                self.keys[at] = _Pickled(key)
+            except BaseException:
+                self.keys[at] = safe_repr(key)[:200]
 
     @property
     def places(self) -> list[tuple[Any, ...]]:
@@ -93,10 +103,11 @@ def unpacked(places: Sequence[tuple[Any, ...]], values: Sequence[Any], keys: Seq
     return entries
 
 
-def _refusal(value: Any, where: str) -> BaseException | None:
-    """Why `value` cannot travel; None: it can."""
-    try:
-        encode(value)
-    except BaseException as error:
-        return portable(cannot_travel("a batch", error, by_value=can_pickle_by_value()), where)
-    return None
+class _Pickled:
+    """What has been pickled, and is not again: its own functions might fail this time."""
+
+    def __init__(self, value: Any) -> None:
+        self._stream, self._buffers = encode(value)
+
+    def __reduce__(self) -> Any:
+        return decode, (self._stream, [PickleBuffer(buffer) for buffer in self._buffers])

@@ -1,11 +1,11 @@
 """What cannot leave this process with the stages before `in_process` or `in_ray`. Pure."""
 
 from aioloader.plan.parts import limits_of, rates_of, samplers_of, streams_of
-from aioloader.plan.plan import Plan
+from aioloader.plan.plan import Combined, Plan, walk
 from aioloader.sources.resolve import describe
 from aioloader.sources.sampler_order import draws_globally, generators_of
 
-__all__ = ["check_may_leave"]
+__all__ = ["check_may_leave", "sends_what_it_collates"]
 
 
 def check_may_leave(plan: Plan, stage: str, where: str) -> None:
@@ -41,3 +41,16 @@ def check_may_leave(plan: Plan, stage: str, where: str) -> None:
                 f"{stage} leaves this process's random generators behind, but {describe(sampler)} draws from one; use "
                 f"shuffle(seed=...) instead of it"
             )
+
+
+def sends_what_it_collates(plan: Plan) -> bool:
+    """Whether the batches of the default collate are sent as they are: then they may be made in shared memory.
+
+    No function sees them there, which might fork: what its child and the consumer write to, they would share.
+    """
+    inner = plan.source.plans if isinstance(plan.source, Combined) else ()
+    if not plan.stages:
+        return bool(inner) and all(map(sends_what_it_collates, inner))
+    *before, last = plan.stages
+    others = [stage for one in inner for part in walk(one) for stage in part.stages]
+    return last.batches and not any(stage.batches for stage in (*before, *others))

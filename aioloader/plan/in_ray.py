@@ -20,6 +20,8 @@ from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.executors.ray.readers import Readers, ReadersTerms
 from aioloader.executors.ray.thread import ray_thread_of
 from aioloader.executors.ray.workers import RayWorkers
+from aioloader.memory.pool import BatchMemory
+from aioloader.plan.elsewhere import sends_what_it_collates
 from aioloader.plan.parts import datasets_of, streams_of, with_streams
 from aioloader.plan.plan import Plan, flows_of, functions_of, part_of, walk
 from aioloader.sources.sampler_order import Draws, detached_copies
@@ -56,6 +58,7 @@ class PartProgram:
         """In an actor: the nodes of a part."""
         number, this_pass, epochs = request
         self._copies.tell(epochs)
+        alloc = alloc if self._lends else self._memory.alloc
         return self.part(number, this_pass, alloc, Draws(resumed=resumed), gate)
 
     def part(
@@ -83,6 +86,14 @@ class PartProgram:
     @cached_property
     def _copies(self) -> Copies:
         return Copies(functions_of(self.plan), self.epochs)
+
+    @cached_property
+    def _lends(self) -> bool:
+        return sends_what_it_collates(self.plan)
+
+    @cached_property
+    def _memory(self) -> BatchMemory:
+        return BatchMemory()
 
     @property
     def of_now(self) -> "PartProgram":

@@ -12,6 +12,8 @@ from aioloader.engine.window import Window
 from aioloader.executors.epochs import Copies, Epochs, epochs_of, with_set_epoch
 from aioloader.executors.processes.stream_worker import StreamWorker
 from aioloader.executors.processes.worker_thread import WorkerThread
+from aioloader.memory.pool import BatchMemory
+from aioloader.plan.elsewhere import sends_what_it_collates
 from aioloader.plan.plan import (
     Plan,
     functions_of,
@@ -51,7 +53,7 @@ class InProcessProgram:
         window = self.build(
             self.plan,
             this_pass,
-            alloc=alloc,
+            alloc=alloc if self._lends else self._memory.alloc,
             draws=draws,
             path=self.path,
             live=self.live,
@@ -66,6 +68,14 @@ class InProcessProgram:
     @cached_property
     def _copies(self) -> Copies:
         return Copies(functions_of(self.plan), self.epochs)
+
+    @cached_property
+    def _lends(self) -> bool:
+        return sends_what_it_collates(self.plan)
+
+    @cached_property
+    def _memory(self) -> BatchMemory:
+        return BatchMemory()
 
 
 def worker_of(processes: Callable[[], WorkerThread], key: object, program: InProcessProgram) -> StreamWorker:

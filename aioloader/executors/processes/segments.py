@@ -39,7 +39,7 @@ __all__ = [
 SHARED_BYTES: Final = 1 << 15  # smaller results go with the message, which is cheaper than a segment
 MAX_SEGMENTS: Final = 12  # of a result; a message takes sixteen descriptors
 FEW_SEGMENTS: Final = 4  # of a result, from which on the next one is as large as those together
-MAX_OUT: Final = 256  # batches, or large parts of them, that are being made; each has an open file
+MAX_OUT: Final = 128  # batches, or large parts of them, that are being made; each has an open file
 MAX_FREE: Final = 8  # results whose free segments a worker keeps; only a consumer that keeps its batches needs more
 
 
@@ -229,15 +229,19 @@ class Arena:
         """Close what is still open: nothing is sent any more. What is mapped elsewhere stays there."""
         with self._lock:
             self._closed = True
-            still = (*self._free, *self._current, *self._sole, *self._claimed.values(), *self._out.values())
+            still = [*self._free, *self._current, *self._sole, *self._claimed.values(), *self._out.values()]
+            for known in (self._free, self._current, self._sole, self._claimed, self._out, self._lent):
+                known.clear()
         for segment in still:
             segment.close()
 
     def _lease(self, size: int) -> memoryview:
         with self._lock:
-            if self._closed or len(self._out) >= MAX_OUT:
+            if self._closed:
                 raise OSError
             self._collect()
+            if len(self._out) >= MAX_OUT:
+                raise OSError
             idle = self._idle()
             segment = self._take(size)
             segment.filled = size
