@@ -242,10 +242,10 @@ class Arena:
             self._collect()
             if len(self._out) >= MAX_OUT:
                 raise OSError
-            idle = self._idle()
             segment = self._take(size)
             segment.filled = size
             self._out[segment.number] = segment
+            idle = self._idle()
         for other in idle:
             other.close()
         return segment.mapping.lend(self._died.append, segment.number)
@@ -264,8 +264,8 @@ class Arena:
             number = self._died.popleft()
             if (segment := self._claimed.pop(number, None)) is not None:
                 self._sole.append(segment)
-            else:
-                self._free.append(self._out.pop(number))
+            elif (segment := self._out.pop(number, None)) is not None:  # else all has been let go of, in `close`
+                self._free.append(segment)
 
     def _claim(self, buffers: list[memoryview]) -> dict[int, BufferPlace]:
         """Which of `buffers` are in segments that nothing else here refers to; each then has one reference less."""
