@@ -332,6 +332,17 @@ def test_a_batch_that_cannot_be_pickled_fails_alone(kind: Callable[[], Any]) -> 
     assert "a batch cannot cross to another process" in str(outcomes[2])
 
 
+def test_tensors_beside_what_cannot_be_pickled_come_as_they_are() -> None:
+    """They travel together, and each is pickled by itself then."""
+    pipeline = Pipeline(range(64)).map(lambda x: threading.Lock() if x == 40 else torch.full((4096,), float(x)))
+    with pipeline.in_process() as loader, Steps(loader, "for") as steps:
+        outcomes = steps.outcomes()
+    assert isinstance(outcomes.pop(40), Exception)
+    for number, tensor in zip([*range(40), *range(41, 64)], outcomes, strict=True):
+        assert (tensor == number).all()
+        tensor.add_(1)
+
+
 class Flaky:
     """Cannot be pickled at some attempts."""
 

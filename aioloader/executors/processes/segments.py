@@ -100,9 +100,9 @@ class Arena:
     What if a result cannot be pickled? It goes once more, without the sample that is to blame, and the others lie where
     they were. So nothing is freed before something was sent, else they would be written over by each other.
 
-    Batches may be made side by side, long before they are sent, or never: `lend` gives each a segment of its own. What
-    is sent of it goes without a copy if nothing here refers to it any more: *a cache, say, must not see what the main
-    process writes to its batch*, nor the other way round. So `put` takes the last references of ours from it, and looks
+    Batches may be made side by side, long before they are sent: `lend` gives each a segment of its own. What is sent
+    of it goes without a copy if nothing here refers to it any more: *who keeps a batch here must not see what the main
+    process writes to it*, nor the other way round. So `put` takes the last references of ours from it, and looks
     whether its lease has died then. If not, it is copied.
 
     Threads: `lend` is called in any, everything else in one of them. A lease may die in any thread, between any two
@@ -245,18 +245,7 @@ class Arena:
             segment = self._take(size)
             segment.filled = size
             self._out[segment.number] = segment
-            idle = self._idle()
-        for other in idle:
-            other.close()
         return segment.mapping.lend(self._died.append, segment.number)
-
-    def _idle(self) -> list[SharedSegment]:
-        """Take away free segments that are too many, and that nobody was told of: of batches that were never sent."""
-        own = sorted((one for one in self._free if one.fd >= 0), key=lambda segment: segment.size)
-        gone = own[: max(0, len(self._free) - self._most_free)]
-        for one in gone:
-            self._free.remove(one)
-        return gone
 
     def _collect(self) -> None:
         """Leases have died."""
