@@ -182,7 +182,7 @@ class ActorPool:
             self.fill()
 
     def fill(self) -> None:
-        """See `losses.Pool`."""
+        """See `TaskPool`."""
         if self._hiring.fill():
             self._lookout.watch()
 
@@ -357,7 +357,7 @@ class ActorPool:
         self.go_on()
 
     def requeue(self, tasks: list[Task]) -> None:
-        """See `losses.Pool`."""
+        """See `TaskPool`."""
         self._waiting.extendleft(task for task in reversed(tasks) if not task.forgotten)
 
     def _forget(self, owner: Hashable) -> None:
@@ -410,7 +410,7 @@ class ActorPool:
         self._assign()
 
     def go_on(self) -> None:
-        """See `losses.Pool`."""
+        """See `TaskPool`."""
         self._check_held()
         self._assign()
 

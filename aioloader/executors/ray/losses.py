@@ -11,12 +11,12 @@ from aioloader.executors.ray.seats import Seat, Task
 from aioloader.executors.ray.thread import RayThread
 from aioloader.executors.ray.wreck import SETTLE_SECONDS, Wreck
 
-__all__ = ["Losses", "Pool"]
+__all__ = ["Losses", "TaskPool"]
 
 MOST_LOSSES: Final = 5  # of a result that was made, before it counts as if its actor had died
 
 
-class Pool(Protocol):
+class TaskPool(Protocol):
     """The pool. All of it is called in the thread of `RayThread`."""
 
     def safely(self, fn: Callable[..., None], *args: Any) -> None:
@@ -44,7 +44,7 @@ class Losses:
         pool: Of the actors.
     """
 
-    def __init__(self, thread: RayThread, answers: Answers, pool: Pool) -> None:
+    def __init__(self, thread: RayThread, answers: Answers, pool: TaskPool) -> None:
         self._thread = thread
         self._answers = answers
         self._pool = pool
