@@ -3,14 +3,30 @@
 import ctypes
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-__all__ = ["Alloc", "memory_at", "tensor_over", "tensor_over_bytes"]
+__all__ = ["Alloc", "IntoMemory", "memory_at", "tensor_over", "tensor_over_bytes"]
 
 Alloc = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 """Gives uninitialised, contiguous host memory of this shape and dtype, for instance page-locked or used before."""
+
+
+class IntoMemory:
+    """A function that makes batches, in memory that an epoch has for them."""
+
+    def into(self, alloc: Alloc | None) -> Self:
+        """The same for one epoch.
+
+        Args:
+            alloc: Where the default collate puts batches, if nothing was said of that; None: into fresh memory.
+        """
+        raise NotImplementedError
+
+    def __call__(self, samples: Any, /) -> Any:
+        """A batch of them."""
+        raise NotImplementedError
 
 
 def tensor_over(

@@ -3,12 +3,10 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cached_property
 from typing import Any, Self
 
 import torch
 
-from aioloader.core.memory import Alloc
 from aioloader.core.policies import Policies
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
@@ -19,6 +17,7 @@ from aioloader.drop_in.plan import plan_of
 from aioloader.engine.delivery import InlineDelivery
 from aioloader.engine.sync_delivery import SyncDelivery
 from aioloader.loader import Loader
+from aioloader.plan.parts import sampled_of
 from aioloader.plan.plan import Plan
 from aioloader.sources.epoch_sampling import EpochSampling
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
@@ -28,6 +27,7 @@ __all__ = ["DropInLoader"]
 _FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
 _SHOWN = frozenset(field.name for field in fields(Arguments)) - {"torch_loader", "actors", "bounded"}
 """Arguments that are attributes of the loader."""
+_OF_TORCH = _SHOWN.union(_FIXED)
 
 
 class DropInLoader(Loader[T_co]):
@@ -71,11 +71,8 @@ class DropInLoader(Loader[T_co]):
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
         self._arguments, self._sampling = arguments, sampling
-        self.__dict__.pop("_plan", None)
-
-    @cached_property
-    def _plan(self) -> Plan:  # type: ignore[override]  # a plain attribute where it cannot change
-        return plan_of(self._arguments, self._sampling)
+        self._plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
+        self._sampled = sampled_of(self._plan)
 
     def __getattr__(self, name: str) -> Any:
         if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
@@ -88,12 +85,12 @@ class DropInLoader(Loader[T_co]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _FIXED:
-            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
-        if name in _SHOWN:
-            self._is_made_of(replace(self._arguments, **{name: value}), self._sampling)
-        else:
+        if name not in _OF_TORCH:
             super().__setattr__(name, value)
+        elif name in _FIXED:
+            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
+        else:
+            self._is_made_of(replace(self._arguments, **{name: value}), self._sampling)
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -151,8 +148,10 @@ class DropInLoader(Loader[T_co]):
         super().set_epoch(epoch)
         self._sampling.set_epoch(epoch)
 
-    def _plan_of_epoch(self, alloc: Alloc, *, pins: bool) -> Plan:
-        return plan_of(self._arguments, self._sampling, alloc, pins=pins)
+    def _plan_of_epoch(self, *, pins: bool) -> Plan:
+        if pins or self._arguments.in_processes:
+            return plan_of(self._arguments, self._sampling, pins=pins)
+        return self._plan
 
     def _open_delivery(self) -> SyncDelivery | InlineDelivery:
         if not self._arguments.inline:
@@ -195,5 +194,8 @@ class DropInLoader(Loader[T_co]):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.pop("_plan", None)
-        return state
+        return {name: value for name, value in state.items() if name not in ("_plan", "_sampled")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._is_made_of(self._arguments, self._sampling)

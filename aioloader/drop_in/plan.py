@@ -2,7 +2,6 @@
 
 from typing import Final
 
-from aioloader.core.memory import Alloc
 from aioloader.drop_in.arguments import Arguments
 from aioloader.drop_in.stages import last_stages, stages_here, stages_in_workers
 from aioloader.engine.turns import Turns
@@ -16,13 +15,12 @@ KEYS_AHEAD: Final = 8
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
 
 
-def plan_of(of: Arguments, sampling: EpochSampling, alloc: Alloc | None = None, *, pins: bool = False) -> Plan:
-    """The plan of one epoch: workers that are seeded as torch's have a base seed in each.
+def plan_of(of: Arguments, sampling: EpochSampling, *, pins: bool = False) -> Plan:
+    """The plan: of one epoch, where workers are seeded as torch's, since they have a base seed in each.
 
     Args:
         of: The arguments.
         sampling: Draws the keys.
-        alloc: Where the default collate puts batches; None: into fresh memory.
         pins: There is page-locked memory.
     """
     data = Sampled(
@@ -35,7 +33,7 @@ def plan_of(of: Arguments, sampling: EpochSampling, alloc: Alloc | None = None, 
         in_order=of.in_order,
         skips=of.skip_errors is not None,
     )
-    stages = stages_in_workers(of, data) if of.in_processes else stages_here(of, alloc)
+    stages = stages_in_workers(of, data) if of.in_processes else stages_here(of)
     return Plan(
         _source(data),
         (*stages, *last_stages(of, pins=pins)),

@@ -36,16 +36,16 @@ WORKERS: Final = Written("DataLoader(...", "num_workers", "prefetch_factor", of_
 AWAITED: Final = Written("DataLoader(...", of_loader=True)
 
 
-def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
+def stages_here(of: Arguments) -> list[Stage]:
     """Where threads of this process, or its event loop, load and collate."""
     if of.iterable and of.batch_size is not None:
         collate = _collate_with(of, _collates_with(of))
         skip: list[Stage] = [] if of.skip_errors is None else [SkipErrors(of.skip_errors)]
         return [*skip, Batch(of.batch_size, of.drop_last, collate)]
     if of.iterable:
-        return [_convert(of, alloc)]
+        return [_convert(of)]
     if of.awaits_samples and not of.batched:
-        return [_await_samples(of, of.in_order), _convert(of, alloc)]
+        return [_await_samples(of, of.in_order), _convert(of)]
     if of.awaits_samples:
         # Samples of one batch may overtake each other only inside it: the join goes by their order.
         return _around(of, _await_samples(of, True), _collates_with(of))
@@ -54,9 +54,9 @@ def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
     if of.batched and of.has_async("__getitems__"):
         at_once = max(1, of.concurrency // (of.batch_size or 1))
         many = FetchAsync(of.dataset.__getitems__, of.leaves_out)
-        return [Map(many, True, at_once, of.in_order, name="dataset.__getitems__"), _convert(of, alloc)]
+        return [Map(many, True, at_once, of.in_order, name="dataset.__getitems__"), _convert(of)]
     fetch = Map(
-        fetch_call(of, alloc),
+        fetch_call(of),
         False,
         max(1, of.num_workers),
         of.in_order,
@@ -66,7 +66,7 @@ def stages_here(of: Arguments, alloc: Alloc | None) -> list[Stage]:
         policies=of.policies,
         written=WORKERS,
     )
-    return [fetch, _convert(of, alloc)] if _converts_separately(of) else [fetch]
+    return [fetch, _convert(of)] if _converts_separately(of) else [fetch]
 
 
 def stages_in_workers(of: Arguments, data: Sampled) -> list[Stage]:
@@ -111,12 +111,12 @@ def skips_in_batches(of: Arguments) -> SkipInBatches | None:
     return SkipInBatches(of.skip_errors, batched=of.batched, batch_size=of.batch_size)
 
 
-def fetch_call(of: Arguments, alloc: Alloc | None, dataset: Any = None) -> Callable[[Any], Any]:
+def fetch_call(of: Arguments, alloc: Alloc | None = None, dataset: Any = None) -> Callable[[Any], Any]:
     """From a key, or the keys of a batch, to what is handed out, or to what is collated apart.
 
     Args:
         of: The arguments.
-        alloc: Where the default collate puts batches.
+        alloc: Where the default collate puts batches; None: where the epoch has memory for them.
         dataset: Instead of the dataset.
     """
     dataset = of.dataset if dataset is None else dataset
@@ -128,7 +128,7 @@ def fetch_call(of: Arguments, alloc: Alloc | None, dataset: Any = None) -> Calla
     return FetchBatch(dataset, of.collate_fn, Collate(alloc), of.leaves_out)
 
 
-def collate_call(of: Arguments, alloc: Alloc | None) -> Callable[[Any], Any]:
+def collate_call(of: Arguments, alloc: Alloc | None = None) -> Callable[[Any], Any]:
     """From samples to a batch, or for `batch_size=None` from a sample to what is handed out."""
     if not of.batched:
         return of.collate_fn or default_convert
@@ -178,7 +178,7 @@ def _await_samples(of: Arguments, ordered: bool) -> Map:
     )
 
 
-def _convert(of: Arguments, alloc: Alloc | None) -> Map:
+def _convert(of: Arguments, alloc: Alloc | None = None) -> Map:
     """The step that makes batches of the samples that the step before it loaded."""
     collate = collate_call(of, alloc)
     if of.skip_errors is not None:

@@ -32,7 +32,7 @@ class Progress:
         begun_before: The epoch has begun before: what it draws has been drawn.
         left_global: State of torch's global generator when the order had been drawn; None: it is not drawn from.
         loader_state: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
-        shape: Of its plan when it began, see `shape_of`: its order depends on that, and datasets may grow meanwhile.
+        shape: Of its plan when it began, see `ShapeThen`: its order depends on that, and datasets may grow meanwhile.
             None: it could not be told.
         skipped_steps: Ranges of steps that are not handed out.
         history: The cursors before the latest steps, oldest first.
@@ -74,7 +74,7 @@ class Progress:
         self.source_failed = False
         self.left_global: Any = None
         self.length: int | None = None
-        self.shape: list[dict[str, Any]] | None = None
+        self.shape: Any = None
         self.begun_before = cursor is not None or batches_before > 0
         self.loader_state: dict[str, Any] = {}
         self.skipped_steps: list[range] = []

@@ -3,8 +3,9 @@
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
+from aioloader.core.memory import Alloc, IntoMemory
 from aioloader.executors.processes.failures import portable
 
 __all__ = ["NO_SAMPLES", "KeysLeft", "LeavesOut", "LeftOut", "Partial", "over_partial", "over_partial_async"]
@@ -91,11 +92,14 @@ class LeavesOut(ABC):
         """
 
 
-class over_partial:  # noqa: N801 - a function, but one that can be pickled
+class over_partial(IntoMemory):  # noqa: N801 - a function, but one that can be pickled
     """`fn` of batches, for those as well of which some samples are left out."""
 
     def __init__(self, fn: Callable[[Any], Any]) -> None:
         self.fn = fn
+
+    def into(self, alloc: Alloc | None) -> Self:
+        return type(self)(self.fn.into(alloc)) if isinstance(self.fn, IntoMemory) else self
 
     def __call__(self, batch: Any) -> Any:
         """Call it."""

@@ -18,7 +18,7 @@ from aioloader.engine.window import Window
 from aioloader.executors.processes.worker_thread import WorkerThread
 from aioloader.memory.pool import BatchMemory
 from aioloader.plan.build import build
-from aioloader.plan.parts import generators_in, global_draws, sampled_of
+from aioloader.plan.parts import generators_in, global_draws
 from aioloader.plan.plan import Plan, flow_of, forgets_numbers
 from aioloader.plan.ranks import check_shard_state, is_sharded, is_shared
 from aioloader.sources.sampled import Sampled
@@ -39,9 +39,11 @@ class Planned(Watched[T_co]):
 
     Attributes:
         _plan: What it is made of. Everything that is said of a loader without running it is read from there.
+        _sampled: What a `DataLoader` reads, of its plan; None: each source and sampler of the plan is for itself.
     """
 
     _plan: Plan
+    _sampled: Sampled | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +58,8 @@ class Planned(Watched[T_co]):
         """When the process group has been destroyed, what was read until then is of the ranks that it told."""
         return self._plan if self._begun_plan is None or has_process_group() else self._begun_plan
 
-    def _plan_of_epoch(self, alloc: Alloc, *, pins: bool) -> Plan:
-        """The plan as one epoch runs it.
-
-        Args:
-            alloc: Where the default collate puts batches.
-            pins: There is page-locked memory.
-        """
+    def _plan_of_epoch(self, *, pins: bool) -> Plan:
+        """The plan as one epoch runs it, where there is page-locked memory or (`pins=False`) not."""
         return self._plan
 
     # -- what runs ---------------------------------------------------------------------------------------------------
@@ -74,7 +71,7 @@ class Planned(Watched[T_co]):
     def _nodes(self, progress: Progress, transfer: Transfer | None = None) -> Window:
         """The same, only to see whether a cursor fits: nothing is opened, drawn or used up."""
         alloc = self._alloc(transfer)
-        plan = self._plan_of_epoch(alloc, pins=transfer is not None)
+        plan = self._plan_of_epoch(pins=transfer is not None)
         draws = draws_of(progress, sole=global_draws(plan) == 1)
         this_pass = self._pass(progress)
         return build(plan, this_pass, transfer, alloc, self._open_processes, draws=draws, mixes=progress.mixes)
@@ -120,11 +117,6 @@ class Planned(Watched[T_co]):
             return self._processes
 
     # -- what a state says -------------------------------------------------------------------------------------------
-
-    @property
-    def _sampled(self) -> Sampled | None:
-        """What a `DataLoader` reads; None: each source and sampler of the plan is for itself."""
-        return sampled_of(self._plan)
 
     @property
     def _guarantee(self) -> Guarantee:

@@ -18,7 +18,7 @@ from aioloader.plan.lengths import sure_length
 from aioloader.plan.parts import generators_in, global_draws
 from aioloader.plan.plan import with_ranks
 from aioloader.plan.ranks import is_sharded, shard_state
-from aioloader.plan.state import Shape, check_fits, contents_of, make_state, ranges_of, shape_of
+from aioloader.plan.state import ShapeThen, check_fits, contents_of, make_state, ranges_of, shape_of
 from aioloader.sources.stand_in import StandIn, stand_in
 from aioloader.stages.flow import STRENGTH, Guarantee
 from aioloader.stages.rank import has_process_group
@@ -100,7 +100,7 @@ class Resumable(Planned[T_co]):
             others = {number: steps for number, steps in self._leave_out.items() if steps}
             self._leave_out = {epoch: progress.skipped_steps} | others
             with suppress(Exception):  # the dataset's own `__len__`, which may never be needed
-                progress.shape = shape_of(self._plan)
+                progress.shape = ShapeThen(self._plan)
             before_stand_in = self._stand_in
             self._stand_in = self._stands_in(progress, loaded)
             self._progress = progress
@@ -267,7 +267,7 @@ class Resumable(Planned[T_co]):
         batches: int,
         cursor: Any,
         random: dict[str, Any] | None,
-        shape: Shape | None = None,
+        shape: ShapeThen | None = None,
         *,
         guarantee: Guarantee | None = None,
     ) -> dict[str, Any]:
@@ -289,7 +289,7 @@ class Resumable(Planned[T_co]):
             batches=batches,
             cursor=cursor,
             guarantee=guarantee or self._guarantee,
-            pipeline=shape_of(self._plan_of_state) if shape is None else shape,
+            pipeline=shape_of(self._plan_of_state) if shape is None else shape.shape,
             ranks=shard_state(self._plan_of_state) if self._sampled is None else None,
             random=self._random_kept(random, epoch, batches, cursor),
             left_out=self._leave_out,

@@ -7,7 +7,7 @@ empty dicts). So whatever varies is one string of JSON. `docs/checkpoint.md` has
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final
 
 from aioloader.core.safe_text import safe_repr
@@ -25,7 +25,7 @@ from aioloader.stages.flow import STRENGTH, Guarantee
 __all__ = [
     "FORMAT",
     "VERSION",
-    "Shape",
+    "ShapeThen",
     "check_fits",
     "contents_of",
     "identity_of",
@@ -44,6 +44,23 @@ _LONGEST_INTEGER: Final = 1300  # digits; see `_plain`
 
 Shape = list[dict[str, Any]]
 """What of a loader decides which sample comes when; names of functions are told and not compared."""
+
+
+class ShapeThen:
+    """The shape that a plan had when an epoch began; as JSON gives it back, which is made when it is asked for.
+
+    Args:
+        plan: With datasets that may grow meanwhile.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._described = _described(plan)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """See `shape_of`."""
+        shape: Shape = _plain(self._described)
+        return shape
 
 
 def make_state(

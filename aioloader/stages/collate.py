@@ -46,6 +46,10 @@ class Collate:
         self.sole = sole
         self._from_bytes: int = getattr(alloc, "from_bytes", 0)  # below, its memory is as fresh as any
 
+    def into(self, alloc: Alloc | None) -> "Collate":
+        """The same, that puts batches there unless it was told where."""
+        return self if alloc is None or self.alloc is not None else Collate(alloc, sole=self.sole)
+
     @property
     def stacks_tensors(self) -> bool:
         """Whether the user left torch's function for tensors in its place."""

@@ -4,11 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
-from aioloader.core.memory import Alloc
+from aioloader.core.memory import Alloc, IntoMemory
 from aioloader.core.policies import Errors
 from aioloader.core.safe_text import add_note, safe_repr
 from aioloader.executors.chunk import DROP
@@ -43,7 +43,7 @@ class LoadsBatches(ABC):
         """The samples with these keys as torch's `default_collate` would batch them, in memory of `alloc`."""
 
 
-class FetchBatch(Holds, LeavesOut):
+class FetchBatch(Holds, LeavesOut, IntoMemory):
     """Keys to a batch.
 
     A `__getitems__` that asks for `sample_rng()` is called for one key at a time from then on: a call for several
@@ -70,6 +70,10 @@ class FetchBatch(Holds, LeavesOut):
         self._collate_fn = collate_fn
         self._collate = collate
         self._singly = False  # `__getitems__` asks which sample is at hand
+
+    def into(self, alloc: Alloc | None) -> Self:
+        collate = self._collate.into(alloc) if isinstance(self._collate, Collate) else self._collate
+        return type(self)(self._dataset, self._collate_fn, collate, self._leaves_out)
 
     @property
     def held(self) -> tuple[Any, ...]:
@@ -349,7 +353,7 @@ class FetchOne(Holds):
 
 
 @dataclass(frozen=True)
-class CollateAny:
+class CollateAny(IntoMemory):
     """A list of samples, or a group of the batch fold, to a batch.
 
     Args:
@@ -359,6 +363,9 @@ class CollateAny:
 
     collate_fn: Callable[[list[Any]], Any] | None
     collate: Collate = DEFAULT
+
+    def into(self, alloc: Alloc | None) -> Self:
+        return replace(self, collate=self.collate.into(alloc))
 
     def __call__(self, samples: Any) -> Any:
         keys = None

@@ -10,6 +10,7 @@ from typing import Any, Final
 from aioloader.core.checks import callable_name
 from aioloader.core.cores import usable_cores
 from aioloader.core.limit import Limit
+from aioloader.core.memory import IntoMemory
 from aioloader.core.policies import Policies
 from aioloader.core.rate import Rate
 from aioloader.core.written import Written
@@ -118,7 +119,7 @@ class Map(Stage):
         _check_cluster(self.executor, builder)
         builder.fuse(
             Op(
-                self.fn,
+                self.fn.into(builder.alloc) if isinstance(self.fn, IntoMemory) else self.fn,
                 self.label,
                 self.is_async,
                 self.concurrency or _default_concurrency(self.is_async, self.ahead),
