@@ -15,8 +15,7 @@ from aioloader.executors.chunk import Call
 from aioloader.executors.partial import over_partial
 from aioloader.insight.meters import StageMeter
 from aioloader.insight.policies import PolicyMeter
-from aioloader.plan.parts import sampled_of
-from aioloader.plan.plan import Plan
+from aioloader.sources.sampled import Sampled
 from aioloader.sources.sampler_order import draws_of
 from aioloader.stages.base import Pass
 from aioloader.stages.batch import BatchFold
@@ -27,7 +26,7 @@ __all__ = ["inline_nodes"]
 
 def inline_nodes(
     of: Arguments,
-    plan: Plan,
+    data: Sampled,
     progress: Progress,
     this_pass: Pass,
     transfer: Transfer | None,
@@ -37,14 +36,12 @@ def inline_nodes(
 
     Args:
         of: The arguments.
-        plan: Of the loader.
+        data: What the loader reads.
         progress: Of the epoch.
         this_pass: Which epoch, for seeds.
         transfer: The loader's way to its device; None: there is none.
         alloc: Where the default collate puts batches.
     """
-    data = sampled_of(plan)
-    assert data is not None, "the plan of a DataLoader"
     epoch, draws = progress.epoch, draws_of(progress)
     data.begin(epoch, draws)
     if of.iterable:

@@ -20,6 +20,7 @@ from aioloader.loader import Loader
 from aioloader.plan.parts import sampled_of
 from aioloader.plan.plan import Plan
 from aioloader.sources.epoch_sampling import EpochSampling
+from aioloader.sources.sampled import Sampled
 from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DropInLoader"]
@@ -41,6 +42,7 @@ class DropInLoader(Loader[T_co]):
     _kind = "DataLoader"
     _arguments: Arguments
     _sampling: EpochSampling
+    _sampled: Sampled
     _order: str
     """What decides the order, as in a call."""
 
@@ -72,7 +74,9 @@ class DropInLoader(Loader[T_co]):
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
         self._arguments, self._sampling = arguments, sampling
         self._plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
-        self._sampled = sampled_of(self._plan)
+        data = sampled_of(self._plan)
+        assert data is not None, "the plan of a DataLoader"
+        self._sampled = data
 
     def __getattr__(self, name: str) -> Any:
         if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
@@ -86,7 +90,7 @@ class DropInLoader(Loader[T_co]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_TORCH:
-            super().__setattr__(name, value)
+            object.__setattr__(self, name, value)
         elif name in _FIXED:
             raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
         else:
@@ -159,7 +163,7 @@ class DropInLoader(Loader[T_co]):
         with self._beginning() as progress:
             transfer = self._opened_transfer()
             this_pass, alloc = self._pass(progress), self._alloc(transfer)
-            node, meters = inline_nodes(self._arguments, self._plan, progress, this_pass, transfer, alloc)
+            node, meters = inline_nodes(self._arguments, self._sampled, progress, this_pass, transfer, alloc)
         self._watch(progress, meters)
         return InlineDelivery(node, progress, self._receiver())
 
