@@ -49,7 +49,8 @@ class AgreedAsyncDelivery(AsyncDelivery):
             raise StopAsyncIteration
         asked = perf_counter()
         try:
-            entry = await self._agreed()
+            with self.progress.meter.asks(asked):
+                entry = await self._agreed()
         except RankError:
             await self._finish()
             raise
@@ -123,13 +124,15 @@ class AgreedSyncDelivery(SyncDelivery):
         return entry  # not before all ranks have theirs
 
     def next(self, timeout: float | None, timeout_message: str) -> Any:
-        self._check_process()
+        if self.run.foreign:
+            raise self._left_behind()
         with self._turn, self._agreement:
             if self._agreement.over:
                 raise StopIteration
             asked = perf_counter()
             try:
-                entry = self._agreed(timeout, timeout_message)
+                with self.progress.meter.asks(asked):
+                    entry = self._agreed(timeout, timeout_message)
             except RankError:
                 super().close()
                 raise
@@ -157,7 +160,7 @@ class AgreedSyncDelivery(SyncDelivery):
             if question is None:
                 mine = self._mine(timeout, timeout_message)
             elif not question.answered:
-                self._wait(question)
+                self._wait_for_ranks(question)
 
     def _mine(self, timeout: float | None, timeout_message: str) -> Entry | None:
         """This rank's next batch; None at its end."""
@@ -171,7 +174,7 @@ class AgreedSyncDelivery(SyncDelivery):
                 raise
             return Entry.last(error, self.progress.cursor, None)
 
-    def _wait(self, question: Question) -> None:
+    def _wait_for_ranks(self, question: Question) -> None:
         """An event can be interrupted by Ctrl-C, as torch's own `wait` cannot."""
         self._wake = wake = threading.Event()
         question.when_answered(wake.set)

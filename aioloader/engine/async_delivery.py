@@ -65,16 +65,18 @@ class AsyncDelivery(RunDelivery):
                     if run.started and run.output.ended:
                         run.consumer.waited_for_end(asked)
                         self.progress.over = True
-                        await self._finish()
+                        with run.consumer.asks(asked):
+                            await self._finish()
                         raise StopAsyncIteration
                     if self._supervisor.done():  # its loop has cancelled it
                         raise self._cut_short()
-                mine = self._line_up(mine)
+                mine = self._line_up(mine, asked)
                 await mine
         finally:
             self._asking -= 1
             if mine is not None:
                 del self._waiters[mine]
+                del run.consumer.asking[mine]
                 self._kick()
 
     async def _check_open(self) -> None:
@@ -89,12 +91,17 @@ class AsyncDelivery(RunDelivery):
         if not self.run.output.ended:
             raise self._cut_short()
 
-    def _line_up(self, before: "asyncio.Future[None] | None") -> "asyncio.Future[None]":
-        """A place among the waiters: the last one, or the first one for who was woken there without need."""
-        mine = self.run.loop.create_future()
-        self._waiters[mine] = None
+    def _line_up(self, before: "asyncio.Future[None] | None", asked: float) -> "asyncio.Future[None]":
+        """A place among the waiters: the last one, or the first one for who was woken there without need.
+
+        Args:
+            before: The place until now.
+            asked: When `next` was called.
+        """
+        mine, asking = self.run.loop.create_future(), self.run.consumer.asking
+        self._waiters[mine], asking[mine] = None, asked
         if before is not None:
-            del self._waiters[before]
+            del self._waiters[before], asking[before]
             self._waiters.move_to_end(mine, last=False)
         return mine
 
@@ -104,7 +111,8 @@ class AsyncDelivery(RunDelivery):
         Raises:
             RuntimeError: The caller is there.
         """
-        self._check_process()
+        if self.run.foreign:
+            raise self._left_behind()
         if asyncio.get_running_loop() is not self.run.loop:
             raise RuntimeError("this iterator belongs to another event loop: make a new one with aiter(loader)")
 

@@ -29,7 +29,7 @@ class Delivery:
     def __init__(self, progress: Progress, receive: Receive | None) -> None:
         self.progress = progress
         self._receive = receive
-        self._output: Output | None = None  # where entries wait until they are handed out
+        self._output: Output | None = None  # where entries wait until they are handed out, if that is measured
         self._in_hand = 0  # batches that `take_ready` took, and nobody has used yet
 
     def ends_with(self, iterator: object) -> None:
@@ -75,10 +75,15 @@ class InlineDelivery(Delivery):
             StopIteration: The epoch is over.
         """
         asked = perf_counter()
-        progress = self.progress
-        run = [] if progress.over else self._node.poll(1)
-        while run and progress.skipped_steps and progress.is_skipped(run[0]):
-            run = self._node.poll(1)
+        progress, me = self.progress, object()
+        asking = progress.meter.asking
+        asking[me] = asked
+        try:
+            run = [] if progress.over else self._node.poll(1)
+            while run and progress.skipped_steps and progress.is_skipped(run[0]):
+                run = self._node.poll(1)
+        finally:
+            del asking[me]
         if not run:
             progress.over = True
             progress.meter.finish()
@@ -97,7 +102,7 @@ class RunDelivery(Delivery):
     def __init__(self, run: Run, receive: Receive | None) -> None:
         super().__init__(run.progress, receive)
         self.run = run
-        self._output = run.output
+        self._output = run.output if run.output.measures else None
         run.output.hands_out = True
         self.closed = False
         self._failure_told = False
@@ -115,17 +120,12 @@ class RunDelivery(Delivery):
         self._failure_told = True
         return self.run.failure
 
-    def _check_process(self) -> None:
-        """Refuse to wait for what happens in another process.
-
-        Raises:
-            RuntimeError: This is a forked child.
-        """
-        if self.run.foreign:
-            raise RuntimeError(
-                "this iterator was begun before a fork and belongs to the parent process: its threads are not here; "
-                "iterate the loader again, which begins an epoch of this process"
-            )
+    def _left_behind(self) -> RuntimeError:
+        """The error for a forked child: what it would wait for happens in another process."""
+        return RuntimeError(
+            "this iterator was begun before a fork and belongs to the parent process: its threads are not here; "
+            "iterate the loader again, which begins an epoch of this process"
+        )
 
     def _cut_short(self) -> LoaderClosedError:
         """The error for an epoch that something else ended: it must not look like one that is over."""

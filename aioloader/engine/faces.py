@@ -9,7 +9,6 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
-from time import perf_counter
 from typing import Any
 
 from aioloader.core.forks import tell_of_fork
@@ -152,9 +151,7 @@ class Batches(EpochIterator, Iterator[T_co]):
                 delivery = self._delivery
                 if delivery is None:
                     self._begin(delivery := loader._open_delivery())
-        asking, thread = delivery.progress.meter.asking, threading.get_ident()
         try:
-            asking[thread] = perf_counter()
             batch = delivery.next(loader._timeout, loader._timeout_message)
         except StopIteration:
             if not delivery.progress.resumed_at_end:
@@ -167,8 +164,6 @@ class Batches(EpochIterator, Iterator[T_co]):
             # An exception that is kept keeps this frame: not with it the iterator, which would keep its epoch alive.
             del self
             raise
-        finally:
-            asking.pop(thread, None)
         return (batch, delivery.progress.info) if loader._gives_info else batch  # type: ignore[return-value]
 
     def _following(self) -> T_co:
@@ -202,8 +197,6 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
         delivery = self._delivery
         if delivery is None:
             self._begin(delivery := loader._open_async_delivery())
-        asking, me = delivery.progress.meter.asking, object()
-        asking[me] = perf_counter()
         try:
             if loader._timeout is None:
                 batch = await delivery.next()
@@ -220,8 +213,6 @@ class AsyncBatches(EpochIterator, AsyncIterator[T_co]):
         except BaseException:
             del self  # as in `Batches`
             raise
-        finally:
-            asking.pop(me, None)
         return (batch, delivery.progress.info) if loader._gives_info else batch  # type: ignore[return-value]
 
     async def aclose(self) -> None:

@@ -112,17 +112,16 @@ class SyncDelivery(RunDelivery):
         """
         while True:
             asked = perf_counter()
-            self._check_process()
-            self._ask(1)
+            if self.run.foreign:
+                raise self._left_behind()
+            if self._admission is not None:
+                self._ask(1)
             try:
-                if self._lazy or self._queue.empty():  # a batch in it may be for another thread that asked for it
-                    self._report(waits=True)
-                item = self._queue.get(timeout=timeout)
-            except BaseException as error:
-                self._ask(-1)
-                if not isinstance(error, Empty):
-                    raise
-                raise RuntimeError(timeout_message.format(seconds=timeout)) from None
+                item = self._ready() or self._wait(asked, timeout, timeout_message)
+            except BaseException:
+                if self._admission is not None:
+                    self._ask(-1)
+                raise
             if isinstance(item, _Ended):
                 self._queue.put(item)  # for the next call
                 self._end(asked)
@@ -133,6 +132,27 @@ class SyncDelivery(RunDelivery):
                 self._report(waits=False)
             if not (self.progress.skipped_steps and self.progress.is_skipped(item)):
                 return self._hand_out(item, asked)
+
+    def _ready(self) -> Entry | _Ended | None:
+        """What is in the queue, which may be for another thread that asked for it."""
+        if self._lazy or self._queue.empty():
+            return None
+        try:
+            return self._queue.get_nowait()
+        except Empty:  # that other thread has it
+            return None
+
+    def _wait(self, asked: float, timeout: float | None, timeout_message: str) -> Entry | _Ended:
+        """What comes into the queue next, for a `next` that was called at `asked`."""
+        asking, me = self.progress.meter.asking, object()
+        asking[me] = asked
+        try:
+            self._report(waits=True)
+            return self._queue.get(timeout=timeout)
+        except Empty:
+            raise RuntimeError(timeout_message.format(seconds=timeout)) from None
+        finally:
+            del asking[me]
 
     def take_ready(self) -> Entry | None:
         """See `AsyncDelivery`."""
@@ -170,9 +190,8 @@ class SyncDelivery(RunDelivery):
 
     def _ask(self, calls: int) -> None:
         """With an admission, count calls of `next`, of whatever thread. Before they look into the queue, see there."""
-        if self._admission is not None:
-            with self._asks_lock:
-                self._asks += calls
+        with self._asks_lock:
+            self._asks += calls
 
     def _waiting(self) -> int:
         """Calls of `next` without a batch.

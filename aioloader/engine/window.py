@@ -91,6 +91,7 @@ class Window(Node):
         self._parts = [part for step in steps for part in step.parts]
         self._retrying = [part.retrying for part in self._parts if part.retrying is not None]
         self._room = room
+        self._fixed = False  # nothing but `room` decides how many come in
         self._full_at = 1 << 62  # entries with which it is full, where it may grow
         self._told_room = 0  # the most there was, for statistics
         self.ordered = ordered
@@ -131,6 +132,11 @@ class Window(Node):
     @places.setter
     def places(self, room: Room) -> None:
         self._room = room
+        self._look_at_room()
+
+    def _look_at_room(self) -> None:
+        grows = self._room is not None and self._room.growth is not None
+        self._fixed = not (grows or self.begins or self._completion is not None)
 
     @property
     def parts(self) -> Sequence[Step]:
@@ -173,6 +179,7 @@ class Window(Node):
     def start(self, run: "Run", kick: Kick) -> None:
         self._run = run
         self._kick = kick
+        self._look_at_room()
         if self._completion is not None:
             self._completion.start()
         self.upstream.start(run, self.wake)
@@ -363,6 +370,11 @@ class Window(Node):
         self.wake()
 
     @property
+    def measures(self) -> bool:
+        """Whether somebody asks how long entries wait."""
+        return bool(self._parts)
+
+    @property
     def fresh(self) -> bool:
         return self.upstream.fresh and not self.stamps
 
@@ -441,11 +453,20 @@ class Window(Node):
         if self._paused:
             self._run.pausing.look()
             return
-        room = self.room
-        self._tell_room(room)
-        if self._room is not None and self._room.growth is not None:
-            self._full_at = room
-        while not self._input_ended and self._last is None and (free := self._free(room)) > 0:
+        if self._room is None:
+            room = self._asked
+        else:
+            room = self._room.now(self._asked)
+            if self._room.growth is not None:
+                self._full_at = room
+        if room > self._told_room:
+            self._tell_room(room)
+        while not self._input_ended and self._last is None:
+            free = room - self._occupied - self._lent
+            if not self._fixed:
+                free = self._freed(free)
+            if free <= 0:
+                break
             run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
                 self.accept(run)
@@ -463,9 +484,11 @@ class Window(Node):
             for step in self._parts:
                 step.meter.idle.wait_for(waits_for)
 
-    def _free(self, room: int) -> int:
-        """How many entries may come in; while an order is replayed, all up to the one whose turn it is."""
-        free = room - self._occupied - self._lent
+    def _freed(self, free: int) -> int:
+        """How many entries may come in, where there is room for `free`.
+
+        While an order is replayed, all up to the one whose turn it is.
+        """
         if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
             free = self._grown(self._room, growth)
         if self.begins and self.admission is not None:

@@ -6,7 +6,8 @@ They are written on the engine's loop and read from any thread, so the numbers o
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Final, Literal
@@ -160,7 +161,7 @@ class ConsumerMeter:
         loop: CPU time of the event loop's thread.
         end_seen: Whether the consumer knows that the epoch is over.
         last_waited_seconds: How long the newest batch took.
-        asking: When each `next()` was called that has not returned, by the thread or call.
+        asking: When each `next()` was called that waits now, by what is its own.
         asks_ranks: Whether it waits for other ranks, with `even="agree"`, now.
         latest: Of the latest batches, when each was asked for and how long it took.
         longest_seconds: The longest wait after the first batch.
@@ -178,6 +179,16 @@ class ConsumerMeter:
     asks_ranks: bool = False
     latest: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=LATEST))
     longest_seconds: float = 0.0
+
+    @contextmanager
+    def asks(self, since: float) -> Iterator[None]:
+        """A `next()` that was called at `since` waits."""
+        me = object()
+        self.asking[me] = since
+        try:
+            yield
+        finally:
+            del self.asking[me]
 
     @property
     def waiting_seconds(self) -> float:
