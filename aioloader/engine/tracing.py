@@ -195,8 +195,9 @@ class TracedEntry(Entry):
     def value(self) -> Any:
         context = current_sample.get()
         if type(context) is TracedContext and context.name is self:  # a call begins, and not somebody weighs it
+            self.since = context.trace, perf_counter()  # type: ignore[assignment]  # see `CalledEntry`
             self.__class__ = CalledEntry  # type: ignore[assignment]
-            _set_since(self, (context.trace, perf_counter()))
+            return self.value
         return _value_of(self)
 
     @value.setter
@@ -220,17 +221,19 @@ class CalledEntry(Entry):
     @since.setter
     def since(self, at: float) -> None:
         """The call has ended."""
-        trace, began = _since_of(self)
-        self.__class__ = trace.after
+        self.__class__ = Entry  # type: ignore[assignment]  # whose attributes are its own
+        call: Any = self.since  # what `TracedEntry` has put there
+        trace, began = call
         attempts = 1 if self.rare is None else self.attempts
         trace.events.append((self.key, began, perf_counter(), self.position, attempts, None))
-        _set_since(self, at)
+        self.since = at
+        if trace.after is not Entry:
+            self.__class__ = trace.after
 
 
 _value_of: Final[Callable[[Entry], Any]] = Entry.__dict__["value"].__get__
 _set_value: Final[Callable[[Entry, Any], None]] = Entry.__dict__["value"].__set__
 _since_of: Final[Callable[[Entry], Any]] = Entry.__dict__["since"].__get__
-_set_since: Final[Callable[[Entry, Any], None]] = Entry.__dict__["since"].__set__
 
 
 def _name(entry: Entry) -> str:

@@ -52,7 +52,8 @@ class Track:
         self._pid = pid
         self._counts = counts
         self._ends: list[float] = []  # when the last slice of each lane ended
-        self._shared = f'"ph":"X","pid":{pid},"tid":{self._first},'  # by all slices in the first lane
+        first = f'"ph":"X","pid":{pid},"tid":{self._first}'  # shared by all slices in the first lane
+        self._often = f',\n{{"name":"%s",{first},"dur":%d.%d,"ts":%d.%d,"args":{{"{counts}":%d}}}}'
 
     def slice(self, name: str, began: float, ended: float, number: int | None = None, **about: Any) -> None:
         """Something took from `began` to `ended` (`perf_counter`)."""
@@ -79,19 +80,26 @@ class Track:
         # it, or it is not shown. And floats take long to write.
         events = self.events[:]
         del self.events[: len(events)]  # others append meanwhile
-        ends, shared, counts = self._ends, self._shared, self._counts
+        ends = self._ends
+        often: list[Any] = []  # the call of a sample alone in its stage is written most often: all of these at once
         for event in events:
             key, began, ended, number, attempts, about = event
             seldom = about or number is None or attempts > 1 or type(key) is list
             if seldom or ended is None or not ends or ends[0] > began:
+                yield self._together(often)
                 yield from self._written(event, start)
                 continue
-            ends[0] = ended  # what is written most often, in half the time: the call of a sample alone in its stage
+            ends[0] = ended
             at, took = int((began - start) * 1e7), int((ended - began) * 1e7)
-            yield (
-                f',\n{{"name":{_name(key)},{shared}"dur":{took // 10}.{took % 10},"ts":{at // 10}.{at % 10},'
-                f'"args":{{"{counts}":{number}}}}}'
-            )
+            name = key if type(key) is int else _name(key)[1:-1]
+            often += (name, took // 10, took % 10, at // 10, at % 10, number)
+        yield self._together(often)
+
+    def _together(self, often: list[Any]) -> str:
+        """Slices in the first lane, which are let go of."""
+        text = self._often * (len(often) // 6) % tuple(often)
+        often.clear()
+        return text
 
     def _written(self, event: Event, start: float) -> Iterator[str]:
         key, began, ended, number, attempts, about = event
