@@ -234,7 +234,7 @@ class AsyncStep(Step):
         self._samples.add(sample)
         clean = context.copy()
         gated, plain = slot is not None or guard is not None, guard is None and not predicate
-        put_down = self._done.append if plain and window.takes_many(forward) else forward
+        put_down = self._done.append if plain and self._in_place else forward
         # What is tried again has begun before.
         fresh, stamps, consumer = self.fresh and self.retrying is None, self.stamps, run.consumer
         self._coming -= 1

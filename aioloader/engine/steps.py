@@ -100,6 +100,7 @@ class Step(ABC):
         self._window: StepWindow = window
         self._forward = forward
         self._finished = finished
+        self._in_place = window.takes_many(forward)  # many entries at a time
         self.bound = True
         if self.limit is not None:
             self._join(self.limit)

@@ -118,7 +118,7 @@ class SyncStep(Step):
         self.meter.samples += len(outcomes)  # first: a budget of retries is a share of them
         now = self._window.now = perf_counter()
         forward, done = self._forward, 0
-        together = self._window.takes_many(forward)
+        together = self._in_place
         entry: Entry
         if together and outcomes and not {*map(type, outcomes)} & ODD:  # as a rule
             for entry, entry.value in zip(entries, outcomes, strict=False):

@@ -463,9 +463,7 @@ class Window(Node):
             self._tell_room(room)
         while not self._input_ended and self._last is None:
             free = room - self._occupied - self._lent
-            if not self._fixed:
-                free = self._freed(free)
-            if free <= 0:
+            if (free <= 0 or self.begins) and (self._fixed or (free := self._freed(free)) <= 0):
                 break
             run, self._after_last = self._after_last or self.upstream.poll(free), []
             if run:
@@ -568,16 +566,19 @@ class Window(Node):
         if not self._steps:
             self._finish_at_once(run)
             return
-        if failed := [entry for entry in run if entry.error is not None]:  # each keeps its place, and no step sees it
-            run = [entry for entry in run if entry.error is None]
+        stamped, failed = not self._steps[-1].tells_end, False
+        for entry in run:
+            if entry.error is not None:
+                failed = True
+                continue
+            entry.state = UNDER_WAY
+            if stamped:
+                entry.since = now
+        if failed:  # each keeps its place, and no step sees it
             self.failed()
-            self._finish_at_once(failed)
+            self._finish_at_once([entry for entry in run if entry.error is not None])
+            run = [entry for entry in run if entry.error is None]
         if run:
-            for entry in run:
-                entry.state = UNDER_WAY
-            if not self._steps[-1].tells_end:
-                for entry in run:
-                    entry.since = now
             self.under_way += len(run)
             if self.choose is not None:
                 self.choose(run)
