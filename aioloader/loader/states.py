@@ -257,9 +257,11 @@ class Resumable(Planned[T_co]):
         newest = self._progress
         if newest is not None and newest.epoch == progress.epoch + 1:
             return newest.loader_state.get("drawn", progress.loader_state["drawn"]), False
-        now, left = torch.get_rng_state(), progress.left_global
-        drawn = now if self._stand_in is None else self._global_state()
-        return packed(drawn), left is not None and bytes(left.numpy()) != bytes(now.numpy())
+        now, left = packed(torch.get_rng_state()), progress.left_global
+        if isinstance(left, torch.Tensor):  # once: torch lets other threads go on whenever it is called
+            left = progress.left_global = packed(left)
+        drawn = now if self._stand_in is None else packed(self._global_state())
+        return drawn, left is not None and left != now
 
     def _make_state(
         self,
