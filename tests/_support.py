@@ -46,7 +46,22 @@ def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return result
 
     with asyncio.Runner() as runner:
-        return runner.run(watched())
+        return run_on(runner, watched)
+
+
+def run_on(runner: asyncio.Runner, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """`runner.run(main())`, for which the result costs nothing.
+
+    A runner asks for the handler of SIGINT when its task is done, and `signal` shows that handler in an error that it
+    catches: with it the task, and with that its result. To show a tensor takes longer than most steps.
+    """
+    results: list[T] = []
+
+    async def keep() -> None:
+        results.append(await main())
+
+    runner.run(keep())
+    return results[0]
 
 
 def collect(loader: Loader, face: Face, *, limit: int | None = None) -> list[Any]:
@@ -130,7 +145,7 @@ class Steps:
                     pytest.fail(f"no batch came within {DEADLINE:g} s")
                 raise
 
-        there, batch = self._runner.run(step())
+        there, batch = run_on(self._runner, step)
         if not there:
             raise StopIteration
         return batch
@@ -154,7 +169,7 @@ class Steps:
     def do(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `main` on the loop of `async for`."""
         assert self._runner is not None
-        return self._runner.run(main())
+        return run_on(self._runner, main)
 
     def until_arrived(self, gate: Gate, n: int) -> None:
         """Let the loader work until `n` calls have come to `gate`."""
