@@ -663,6 +663,7 @@ def test_what_a_filter_leaves_out_is_counted(face: Face) -> None:
     assert loader.stats().stages[-1].dropped == 6
 
 
+@pytest.mark.usefixtures("fork_server")
 @on_both_faces
 @pytest.mark.parametrize("before", [lambda loader: loader.in_process(), lambda loader: loader.skip_errors()])
 def test_drop_if_of_batches_that_are_ahead_already(face: Face, before: Callable[[Pipeline], Pipeline]) -> None:

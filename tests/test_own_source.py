@@ -160,6 +160,7 @@ def test_it_resumes_exactly_with_broken_rows(tmp_path: Path) -> None:
     assert_resumes_exactly(lambda: Pipeline(table).batch(2))
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.slow
 def test_it_resumes_exactly_in_a_process_of_its_own(table: Table) -> None:
     assert_resumes_exactly(lambda: Pipeline(table).in_process().batch(4), limit=3)

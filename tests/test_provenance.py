@@ -113,6 +113,7 @@ ITEMS = [[index] for index in range(6)]
         "drop-in inline", "drop-in", "drop-in of samples", "drop-in async", "drop-in iterable", "batch sampler",
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.filterwarnings("ignore::aioloader.ReplayWarning")
 def test_positions_and_sources_are_the_same_after_a_resume(
     make: Callable[[], Any], positions: list[Any], sources: list[Any] | None

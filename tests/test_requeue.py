@@ -82,6 +82,7 @@ class InProcesses:
         return key, attempts_from(self.folder, key)
 
 
+@pytest.mark.usefixtures("fork_server")
 @on_both_faces
 @on_orders
 def test_worker_processes_begin_them_again(face: Face, ordered: bool, tmp_path: Path) -> None:

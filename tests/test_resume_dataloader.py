@@ -204,6 +204,7 @@ def outcomes_of(batches: Iterator[Any]) -> list[str]:
     return found
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_a_loader_resumes_with_worker_processes() -> None:
     """From a state without workers, and back again."""
     for way, other in (PROCESSES, PROCESSES[::-1]):
@@ -413,6 +414,7 @@ def test_a_sampler_is_told_the_epoch_that_it_was_told(face: Face) -> None:
     assert [batch[0].tolist() for batch in collect(resumed, face)] == expected
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_worker_processes_that_read_their_own_copies_in_any_order_begin_again() -> None:
     """Nobody knows where they are: the state says "at-least-once", and one from the middle is refused with words."""
     loader: DataLoader[Any] = DataLoader(Stream(), 3, num_workers=1, worker_type="process", in_order=False)
