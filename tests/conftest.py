@@ -46,6 +46,9 @@ settings.register_profile(
 )
 settings.load_profile("deterministic")
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+"""Each of the hundreds of processes that tests start would compile aioloader anew, which takes it a second."""
+
 TEST_SECONDS = 100.0
 """A test that takes longer hangs, and fails with the traceback of where it stands."""
 
