@@ -239,12 +239,18 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """The same in a thread without a loop; for what other threads or processes do."""
+    """The same in a thread without a loop; for what other threads or processes do.
+
+    A condition that is long in the asking, as of processes, is asked for less often: they need the cores to get there.
+    """
     deadline = monotonic() + DEADLINE
     pause = threading.Event()
+    asked = monotonic()
     while not condition():
-        assert monotonic() < deadline, "it does not come to that"
-        pause.wait(0.001)
+        now = monotonic()
+        assert now < deadline, "it does not come to that"
+        pause.wait(max(0.001, 4 * (now - asked)))
+        asked = monotonic()
 
 
 class Started(threading.Thread):
