@@ -141,6 +141,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
     ("kind", "how"),
     [
