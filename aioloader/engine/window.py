@@ -487,8 +487,9 @@ class Window(Node):
 
         While an order is replayed, all up to the one whose turn it is.
         """
-        if free <= 0 and self._room is not None and (growth := self._room.growth) is not None:
-            free = self._grown(self._room, growth)
+        room = self._room
+        if free <= 0 and room is not None and (growth := room.growth) is not None:
+            free = self._grown(room, growth) if self.under_way < room.width or self._retrying else 0
         if self.begins and self.admission is not None:
             return min(free, self.admission.free // self._stands_for)
         if free <= 0 and self._completion is not None and (to_come := self._completion.to_come):
