@@ -221,6 +221,51 @@ def test_a_drop_in_without_workers_tells_another_thread() -> None:
     assert loader.stats().waiting_seconds == 0.0
 
 
+def test_who_has_given_up_waiting_waits_no_more() -> None:
+    """A `next()` that was cancelled, or whose time was up, leaves nothing behind; nor does one that gets its batch."""
+    gate = Gate()
+
+    async def fetch(sample: int) -> int:
+        await gate.passing(sample)
+        return sample
+
+    async def main() -> None:
+        loader = Pipeline(range(2)).map(fetch)
+        async with loader:
+            batches = aiter(loader)
+            asked = asyncio.ensure_future(anext(batches))
+            await gate.until_arrived(1)
+            assert loader.stats().waiting_seconds > 0
+            asked.cancel()
+            await asyncio.wait([asked])
+            assert loader.stats().waiting_seconds == 0.0
+            gate.open_all()
+            assert [sample async for sample in batches] == [0, 1]
+            assert loader.stats().waiting_seconds == 0.0
+
+    run(main)
+
+
+def test_a_next_whose_time_is_up_waits_no_more() -> None:
+    gate = Gate()
+
+    class Slow(Dataset[int]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> int:
+            gate.pass_sync(index)
+            return index
+
+    loader: DataLoader[Any] = DataLoader(Slow(), batch_size=1, num_workers=1, timeout=0.05)
+    with loader:
+        batches = iter(loader)
+        with pytest.raises(RuntimeError, match="timed out"):
+            next(batches)
+        assert loader.stats().waiting_seconds == 0.0
+        gate.open_all()
+
+
 @on_both_faces
 def test_a_flat_map_tells_its_sample_and_a_source_that_it_is_read(face: Face) -> None:
     gate = Gate()

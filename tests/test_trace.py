@@ -386,6 +386,19 @@ def test_any_entry_can_become_a_traced_one() -> None:
     assert entry.value == "other"
 
 
+def test_names_may_be_any_text(tmp_path: Path) -> None:
+    """Those of slices that are written together; the first one is written alone."""
+    names = ["first", 'a "quoted" name', "100%d", "%s", "\u00fc\\n\n", "last"]
+    file = TraceFile(tmp_path / "trace.json", "loader")
+    track = file.track("read")
+    for number, name in enumerate([*names, 7]):
+        track.sample(name, float(number), number + 0.5, number, 1)
+    file.close()
+    slices = Events(tmp_path / "trace.json").on("read")
+    assert [one["name"] for one in slices] == [*names, "7"]
+    assert [(one["dur"], one["args"]) for one in slices] == [(5e5, {"position": number}) for number in range(7)]
+
+
 def test_secrets_are_not_written(tmp_path: Path) -> None:
     file = TraceFile(tmp_path / "trace.json", "https://user:secret@host/")
     track = file.track("map(fetch)")
