@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -91,3 +91,73 @@ def test_a_batch_of_an_async_iterable_is_made_once_more(face: Face) -> None:
     assert batches(loader, face) == [[0, 1], [2, 3], [4, 5]]
     with pytest.warns(UserWarning, match="cannot be entered in the middle"):
         assert loader.replay(1) == [2, 3]
+
+
+class Holder:
+    """A dataset that holds its own loader, asks another one for what it lacks, and can be copied."""
+
+    def __init__(self) -> None:
+        self.samples = list(range(6))
+        self.loader: DataLoader[Any] = DataLoader(self, batch_size=3)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.samples, name)
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        return self.samples[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda holder: pickle.loads(pickle.dumps(holder))])
+def test_a_dataset_that_holds_its_loader_is_copied_with_it(copied: Callable[[Holder], Holder]) -> None:
+    """The loader is there before the dataset has its attributes, and asks it nothing then."""
+    assert [batch.tolist() for batch in copied(Holder()).loader] == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_workers", -1), ("num_workers", "4"), ("concurrency", 0), ("prefetch_factor", 0), ("skip_errors", 3)],
+)
+def test_what_is_refused_changes_nothing(name: str, value: object) -> None:
+    loader: DataLoader[Any] = DataLoader(range(4), batch_size=2, num_workers=2)
+    before = getattr(loader, name)
+    with pytest.raises((TypeError, ValueError), match=name):
+        setattr(loader, name, value)
+    assert getattr(loader, name) == before
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3]]
+
+
+def test_a_method_that_is_replaced_counts_from_the_next_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Samples:
+        def __len__(self) -> int:
+            return 2
+
+        async def __getitem__(self, index: int) -> int:
+            return index
+
+    async def negative(self: Samples, index: int) -> int:
+        return -index
+
+    loader: DataLoader[Any] = DataLoader(Samples(), batch_size=2)
+    assert [batch.tolist() for batch in loader] == [[0, 1]]
+    monkeypatch.setattr(Samples, "__getitem__", negative)
+    assert [batch.tolist() for batch in loader] == [[0, -1]]
+
+
+def test_an_end_that_a_ctrl_c_has_lost_is_found() -> None:
+    """It has left the queue when the interrupt comes, and is nowhere."""
+    loader: DataLoader[Any] = DataLoader(range(2), batch_size=2, num_workers=1)
+    iterator = iter(loader)
+    assert len(list(iterator)) == 1
+    delivery: Any = iterator._delivery
+    delivery._queue.get_nowait()
+    assert next(iterator, None) is None
+    assert next(iterator, None) is None

@@ -99,6 +99,20 @@ class Arguments:
         ahead, ahead_bytes = told._check_ahead(ahead, ahead_bytes)
         return replace(told, ahead=ahead, ahead_bytes=ahead_bytes)
 
+    def changed(self, name: str, value: Any) -> "Arguments":
+        """The same with another value for one of them.
+
+        Raises:
+            TypeError, ValueError: It is none.
+        """
+        if name == "num_workers":
+            value = check_count(name, value, least=0)
+        elif name == "concurrency" or (name == "prefetch_factor" and value is not None):
+            value = check_count(name, value, least=1)
+        elif name == "skip_errors":
+            value = as_skip(value)
+        return replace(self, **{name: value})
+
     def _check_loaded_elsewhere(self) -> None:
         """Refuse datasets whose samples cannot be loaded by processes, or by actors."""
         worker_type = "process" if self.actors is None else "ray"

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -42,7 +43,6 @@ class DropInLoader(Loader[T_co]):
     _kind = "DataLoader"
     _arguments: Arguments
     _sampling: EpochSampling
-    _sampled: Sampled
     _order: str
     """What decides the order, as in a call."""
 
@@ -72,11 +72,21 @@ class DropInLoader(Loader[T_co]):
     shard: bool
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
-        self._arguments, self._sampling = arguments, sampling
-        self._plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
+        plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
+        self._arguments, self._sampling, self._plan = arguments, sampling, plan
+        self.__dict__.pop("_sampled", None)
+
+    # Of a loader that was unpickled they are made when they are needed: its dataset may not be whole before.
+
+    @cached_property
+    def _plan(self) -> Plan:  # type: ignore[override]  # a plain attribute where it cannot change
+        return plan_of(self._arguments, self._sampling)
+
+    @cached_property
+    def _sampled(self) -> Sampled:  # type: ignore[override]  # likewise
         data = sampled_of(self._plan)
         assert data is not None, "the plan of a DataLoader"
-        self._sampled = data
+        return data
 
     def __getattr__(self, name: str) -> Any:
         if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
@@ -90,11 +100,11 @@ class DropInLoader(Loader[T_co]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _OF_TORCH:
-            object.__setattr__(self, name, value)
+            super().__setattr__(name, value)
         elif name in _FIXED:
             raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
         else:
-            self._is_made_of(replace(self._arguments, **{name: value}), self._sampling)
+            self._is_made_of(self._arguments.changed(name, value), self._sampling)
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -153,7 +163,7 @@ class DropInLoader(Loader[T_co]):
         self._sampling.set_epoch(epoch)
 
     def _plan_of_epoch(self, *, pins: bool) -> Plan:
-        if pins or self._arguments.in_processes:
+        if pins or self._arguments.in_processes or self._arguments.awaited:  # then it has the dataset's own methods
             return plan_of(self._arguments, self._sampling, pins=pins)
         return self._plan
 
@@ -199,7 +209,3 @@ class DropInLoader(Loader[T_co]):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name not in ("_plan", "_sampled")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._is_made_of(self._arguments, self._sampling)

@@ -119,11 +119,10 @@ class SyncDelivery(RunDelivery):
             try:
                 item = self._ready() or self._wait(asked, timeout, timeout_message)
             except BaseException:
-                if self._admission is not None:
-                    self._ask(-1)
+                self._give_up()
                 raise
             if isinstance(item, _Ended):
-                self._queue.put(item)  # for the next call
+                self._tell_end()
                 self._end(asked)
             if self.run.given_back:  # the source has it again
                 raise self._cut_short()
@@ -147,12 +146,26 @@ class SyncDelivery(RunDelivery):
         asking, me = self.progress.meter.asking, object()
         asking[me] = asked
         try:
+            if self._over.is_set() and self._queue.empty() and not process_ends():  # a Ctrl-C may have lost the end
+                return _ENDED
             self._report(waits=True)
             return self._queue.get(timeout=timeout)
         except Empty:
             raise RuntimeError(timeout_message.format(seconds=timeout)) from None
         finally:
             del asking[me]
+
+    def _give_up(self) -> None:
+        """A call of `next` ends without a batch."""
+        if self._admission is not None:
+            self._ask(-1)
+        if self._over.is_set():
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        """To the next call, or one that waits in another thread."""
+        if self._queue.empty():
+            self._queue.put(_ENDED)
 
     def take_ready(self) -> Entry | None:
         """See `AsyncDelivery`."""

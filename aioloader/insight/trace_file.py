@@ -91,7 +91,7 @@ class Track:
                 continue
             ends[0] = ended
             at, took = int((began - start) * 1e7), int((ended - began) * 1e7)
-            name = key if type(key) is int else _name(key)[1:-1]
+            name = key if type(key) is int and key.bit_length() < 64 else _name(key)[1:-1]
             often += (name, took // 10, took % 10, at // 10, at % 10, number)
         yield self._together(often)
 
@@ -240,7 +240,7 @@ class _Out:
 
 def _name(key: Any) -> str:
     """What a slice is called, as JSON."""
-    if type(key) is int:
+    if type(key) is int and key.bit_length() < 64:
         return f'"{key}"'
     if type(key) is list:
         return f'"{len(key)} samples"'
