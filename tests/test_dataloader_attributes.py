@@ -161,3 +161,18 @@ def test_an_end_that_a_ctrl_c_has_lost_is_found() -> None:
     delivery._queue.get_nowait()
     assert next(iterator, None) is None
     assert next(iterator, None) is None
+
+
+def test_a_class_that_comes_after_it_sees_what_is_set() -> None:
+    class Noting:
+        noted: list[str] = []  # noqa: RUF012 - of this class alone
+
+        def __setattr__(self, name: str, value: object) -> None:
+            self.noted.append(name)
+            super().__setattr__(name, value)
+
+    class Noted(DataLoader[Any], Noting):
+        pass
+
+    Noted(range(4)).own = 1
+    assert Noting.noted[-1] == "own"

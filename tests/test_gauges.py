@@ -66,6 +66,20 @@ class Asking:
             self._loader.close()
 
 
+class Gated(Dataset[int]):
+    """Samples that are loaded when their gate lets them pass."""
+
+    def __init__(self, gate: Gate, count: int) -> None:
+        self._gate, self._count = gate, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        self._gate.pass_sync(index)
+        return index
+
+
 class Outcomes:
     """Batches of a loader, and errors in their places."""
 
@@ -201,16 +215,7 @@ def _nothing() -> StageStats:
 
 def test_a_drop_in_without_workers_tells_another_thread() -> None:
     gate = Gate()
-
-    class Slow(Dataset[int]):
-        def __len__(self) -> int:
-            return 4
-
-        def __getitem__(self, index: int) -> int:
-            gate.pass_sync(index)
-            return index
-
-    loader: DataLoader[Any] = DataLoader(Slow(), batch_size=2)
+    loader: DataLoader[Any] = DataLoader(Gated(gate, 4), batch_size=2)
     with Asking(loader, "for"):
         gate.wait_arrived(1)
         (fetch,) = [one for one in loader.stats().stages if one.name == "fetch"]
@@ -248,16 +253,7 @@ def test_who_has_given_up_waiting_waits_no_more() -> None:
 
 def test_a_next_whose_time_is_up_waits_no_more() -> None:
     gate = Gate()
-
-    class Slow(Dataset[int]):
-        def __len__(self) -> int:
-            return 2
-
-        def __getitem__(self, index: int) -> int:
-            gate.pass_sync(index)
-            return index
-
-    loader: DataLoader[Any] = DataLoader(Slow(), batch_size=1, num_workers=1, timeout=0.05)
+    loader: DataLoader[Any] = DataLoader(Gated(gate, 2), batch_size=1, num_workers=1, timeout=0.05)
     with loader:
         batches = iter(loader)
         with pytest.raises(RuntimeError, match="timed out"):

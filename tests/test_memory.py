@@ -14,7 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset, IterableDataset
 
+from aioloader import DataLoader
 from aioloader.core.memory import tensor_over
 from aioloader.memory.lease import lease
 from aioloader.memory.pool import IDLE_ALLOCATIONS, SMALLEST_BYTES, BatchMemory
@@ -487,3 +489,56 @@ def test_what_is_kept_never_changes(script: list[tuple[str, Any]]) -> None:
     made, held = memory.blocks_made, {id(view) for view, _ in kept}
     assert made <= len(script) + 1
     assert len(held) <= len(kept)
+
+
+class Rows(Dataset[torch.Tensor]):
+    """Four batches of two, of a megabyte each."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((SMALLEST_BYTES // 2,), index, dtype=torch.uint8)
+
+
+class RowsTogether(Rows):
+    async def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return [self[index] for index in indices]
+
+
+class AwaitedRows:
+    def __len__(self) -> int:
+        return 8
+
+    async def __getitem__(self, index: int) -> torch.Tensor:
+        return Rows()[index]
+
+
+class IteratedRows(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(Rows().__getitem__, range(8))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "arguments"),
+    [
+        (Rows(), {"num_workers": 0}),
+        (Rows(), {"num_workers": 2}),
+        (Rows(), {"num_workers": 2, "skip_errors": True}),
+        (Rows(), {"num_workers": 2, "retry": 2}),
+        (Rows(), {"num_workers": 0, "retry": 2}),
+        (RowsTogether(), {}),
+        (RowsTogether(), {"skip_errors": True}),
+        (AwaitedRows(), {}),
+        (IteratedRows(), {"num_workers": 0}),
+        (IteratedRows(), {"num_workers": 2}),
+    ],
+    ids=lambda part: type(part).__name__ if not isinstance(part, dict) else ",".join(part),
+)
+def test_batches_of_a_data_loader_are_in_the_memory_of_its_epoch(dataset: Any, arguments: dict[str, Any]) -> None:
+    """In each of its epochs. What is torch's own can be resized."""
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=2, **arguments)
+    for _ in range(2):
+        batches = list(loader)
+        assert [batch[:, 0].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        assert not any(batch.untyped_storage().resizable() for batch in batches)

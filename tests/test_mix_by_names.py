@@ -12,7 +12,7 @@ import pytest
 
 from aioloader import Pipeline, Schedule
 from aioloader.core.seeds import BLOCK, random_of_block
-from aioloader.plan.state import shape_of
+from aioloader.plan.shape import shape_of
 from aioloader.stages.base import Pass
 from aioloader.testing import assert_resumes_exactly
 from tests._support import Face, Steps, collect, explained, notes, on_both_faces

@@ -4,8 +4,9 @@ from typing import Any, Final
 
 from aioloader.core.entry import LAST, Entry
 from aioloader.core.safe_text import safe_repr
+from aioloader.errors import StateError
 
-__all__ = ["MAX_COUNT", "CompletionCursor", "as_count", "cursor_parts", "cursor_sequence"]
+__all__ = ["MAX_COUNT", "CompletionCursor", "as_count", "cursor_parts", "cursor_sequence", "plain"]
 
 MAX_COUNT: Final = (1 << 63) - 1
 """The largest count that a state may have."""
@@ -32,6 +33,19 @@ def cursor_parts(cursor: object, count: int) -> list[Any]:
     if len(parts) != count:
         raise ValueError(f"a list of {count} was expected, got {safe_repr(cursor)}")
     return parts
+
+
+def plain(value: Any) -> Any:
+    """A copy as JSON gives it back. An integer too long for decimal digits becomes a string of hexadecimal ones."""
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, bool | str | float | None):
+        return value
+    if isinstance(value, int):
+        return hex(value) if value.bit_length() > 4096 else int(value)
+    raise StateError(f"a cursor is made of numbers, strings and lists, got {value!r} of {type(value).__name__}"[:300])
 
 
 def as_count(value: object, most: int = MAX_COUNT) -> int:

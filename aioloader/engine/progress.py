@@ -30,8 +30,7 @@ class Progress:
         source_failed: The consumer got the error of one of several sources.
         length: Batches of the epoch; None: only its end tells.
         begun_before: The epoch has begun before: what it draws has been drawn.
-        left_global: State of torch's global generator when the order had been drawn, or its text; None: it is not drawn
-            from.
+        left_global: State of torch's global generator when the order had been drawn, as text; None: nothing drew.
         loader_state: What else of the loader a resume needs, as it was when the epoch began; JSON-able.
         shape: Of its plan when it began, see `ShapeThen`: its order depends on that, and datasets may grow meanwhile.
             None: it could not be told.
@@ -73,7 +72,7 @@ class Progress:
         self.epoch_pinned = False
         self.over = False
         self.source_failed = False
-        self.left_global: Any = None
+        self.left_global: str | None = None
         self.length: int | None = None
         self.shape: Any = None
         self.begun_before = cursor is not None or batches_before > 0

@@ -18,7 +18,8 @@ from aioloader.plan.lengths import sure_length
 from aioloader.plan.parts import generators_in, global_draws
 from aioloader.plan.plan import with_ranks
 from aioloader.plan.ranks import is_sharded, shard_state
-from aioloader.plan.state import ShapeThen, check_fits, contents_of, make_state, ranges_of, shape_of
+from aioloader.plan.shape import ShapeThen, shape_of
+from aioloader.plan.state import check_fits, contents_of, make_state, ranges_of
 from aioloader.sources.stand_in import StandIn, stand_in
 from aioloader.stages.flow import STRENGTH, Guarantee
 from aioloader.stages.rank import has_process_group
@@ -258,8 +259,6 @@ class Resumable(Planned[T_co]):
         if newest is not None and newest.epoch == progress.epoch + 1:
             return newest.loader_state.get("drawn", progress.loader_state["drawn"]), False
         now, left = packed(torch.get_rng_state()), progress.left_global
-        if isinstance(left, torch.Tensor):  # once: torch lets other threads go on whenever it is called
-            left = progress.left_global = packed(left)
         drawn = now if self._stand_in is None else packed(self._global_state())
         return drawn, left is not None and left != now
 

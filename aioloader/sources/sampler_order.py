@@ -80,7 +80,7 @@ class Draws:
     def drawn(self) -> None:
         """Note in which state the global generator is left, so that it shows whether others draw from it."""
         if self.state is not None and self.progress is not None and self.progress.left_global is None:
-            self.progress.left_global = torch.get_rng_state()
+            self.progress.left_global = packed(torch.get_rng_state())
 
 
 def draws_of(progress: Progress, *, sole: bool = True) -> Draws:
