@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from aioloader import Pipeline
+from aioloader.engine import thread_step
 from aioloader.executors.processes import segments
 from aioloader.executors.processes.segments import Arena, MappedSegments
 from aioloader.executors.processes.wire import decode, encode
+from aioloader.executors.processes.worker import WorkerLink
+from aioloader.executors.threads import call_loop
 from aioloader.plan.elsewhere import sends_what_it_collates
 from tests._support import Face, collect, on_both_faces
 
@@ -284,6 +287,39 @@ def test_its_batches_are_collated_where_they_are_sent_from(face: Face) -> None:
             for number, batch in enumerate(collect(loader, face)):
                 assert same(batch[0], 2 * number)
                 assert same(batch[1], 2 * number + 1)
+
+
+def refuses_copies_and_stays(number: int) -> torch.Tensor:
+    """The same; and a thread that has made a batch stands still until one is sent."""
+    if vars(thread_step)["call_loop"] is call_loop:
+        sent = threading.Semaphore(0)
+        send: Callable[..., Any] = WorkerLink.send_encoded
+
+        def sending(link: WorkerLink, *args: Any) -> None:
+            send(link, *args)
+            sent.release()
+
+        def call(loop: Any, callback: Any, step: Any, job: thread_step.ThreadJob, *args: Any) -> None:
+            made_batch = any(outcome.ndim == 2 for outcome in job.outcomes)
+            call_loop(loop, callback, step, job, *args)
+            if made_batch:
+                assert sent.acquire(timeout=10)
+
+        for owner, name, value in [
+            (WorkerLink, "send_encoded", sending),
+            (thread_step, "call_loop", call),
+            (thread_step, "LIGHT_SECONDS", 0.0),  # no batch is collated on the loop
+        ]:
+            setattr(owner, name, value)
+    return refuses_copies(number)
+
+
+@on_both_faces
+def test_a_thread_that_has_collated_a_batch_knows_nothing_of_it(face: Face) -> None:
+    """Else the batch would be copied, whenever that thread loses the processor between two of its last lines."""
+    with Pipeline(range(12)).map(refuses_copies_and_stays, concurrency=1).batch(2).in_process() as loader:
+        for number, batch in enumerate(collect(loader, face)):
+            assert same(batch[0], 2 * number)
 
 
 def has_no_memory_to_share(number: int) -> torch.Tensor:

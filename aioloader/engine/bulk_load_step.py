@@ -99,10 +99,10 @@ class BulkLoadStep(ThreadStep):
                     self._count.measured(1, perf_counter() - now)
             now = perf_counter()
             del keys, loaded
-        result = ChunkResult(job.outcomes, now - began, thread_time() - cpu_began)
+        job.result = ChunkResult(job.outcomes, now - began, thread_time() - cpu_began)  # it has no name here, as there
         job.leave()
-        call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
-        del job, samples, sample, result  # as in `apply_chunk`
+        call_loop(self._run.loop, self._run.guarded, self._reported, job)
+        del job, samples, sample  # as in `apply_chunk`
 
     def _load(self, keys: list[Any]) -> list[Any] | None:
         """The samples of `keys`; None: that does not work."""
@@ -122,9 +122,10 @@ class BulkLoadStep(ThreadStep):
         self._count.measured(len(keys), perf_counter() - began)
         return loaded if len(loaded) == len(keys) else None
 
-    @staticmethod
-    def _named(job: ThreadJob, keys: list[Any], sample: SampleContext) -> Any:
-        """`keys`, while `sample` tells which one is at hand."""
+    def _named(self, job: ThreadJob, keys: list[Any], sample: SampleContext) -> Any:
+        """`keys`, while `sample` tells which one is at hand. Samples that take their time do not keep those before."""
         for entry, key in zip(job.claimed[-len(keys) :], keys, strict=True):
+            if job.outcomes and perf_counter() - job.since > CHUNK_SECONDS:
+                call_loop(self._run.loop, self._run.guarded, self._settle_done, job)
             sample.name = entry
             yield key

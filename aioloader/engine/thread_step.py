@@ -152,17 +152,19 @@ class ThreadStep(SyncStep):
         self._watching = False
         overdue = perf_counter() - CHUNK_SECONDS
         for job in self._jobs:
-            if job.began > overdue:
+            if job.claimed and job.since <= overdue:
+                self._settle_done(job)
+            else:  # its thread goes on after this sample, or has not run yet: all this may still happen
                 self._watch()
-            else:
-                if fresh := job.outcomes[job.settled :]:
-                    self._settle(job.claimed[job.settled :], fresh)
-                    job.settled += len(fresh)
-                if not job.claimed:  # its thread has not run yet: all this may still happen
-                    self._watch()
         if self.inbox:  # else there is nothing to wake anybody for, nor to look at again
             self._seconds_each = None
             self.dispatch()
+
+    def _settle_done(self, job: "ThreadJob") -> None:
+        """Send the samples on that `job` is done with, though it has not come to its end."""
+        if fresh := job.outcomes[job.settled :]:
+            self._settle(job.claimed[job.settled :], fresh)
+            job.settled += len(fresh)
 
     def _wake(self, wanted: int, limit: int) -> None:
         slots = self.slots
@@ -201,14 +203,18 @@ class ThreadStep(SyncStep):
         """On the loop."""
         if self.inbox and not (self.closed or self._run.stopping):
             job = self._begun_job(CHUNK_SAMPLES)
-            self._reported(job, self._made(job))
+            job.result = self._made(job)
+            self._reported(job)
 
     def _work(self, job: "ThreadJob", broken: BaseException | None = None) -> None:
-        """In a thread."""
-        result = self._made(job, broken)
+        """In a thread.
+
+        It has no name for the result: the loop may go on while this thread still stands here, and a batch that it
+        knows would be copied when it is sent, see `Arena.lend`.
+        """
+        job.result = self._made(job, broken)
         job.leave()
-        call_loop(self._run.loop, self._run.guarded, self._reported, job, result)
-        del job, result  # as in `apply_chunk`
+        call_loop(self._run.loop, self._run.guarded, self._reported, job)
 
     def _made(self, job: "ThreadJob", broken: BaseException | None = None) -> ChunkResult:
         """Make the calls of `job`."""
@@ -224,13 +230,14 @@ class ThreadStep(SyncStep):
         finally:
             del job, samples, sample, result  # as in `apply_chunk`
 
-    def _reported(self, job: "ThreadJob", result: ChunkResult) -> None:
+    def _reported(self, job: "ThreadJob") -> None:
         self._jobs.discard(job)
+        entries, result = job.claimed[job.settled :], job.taken()
         if self._light is not None and result.outcomes:
             count = len(result.outcomes)
             waited = result.busy_seconds >= count * CHUNK_SECONDS
             self._cpu_each = None if waited else result.cpu_seconds / count
-        self._landed(job.claimed[job.settled :], result, job.settled)
+        self._landed(entries, result, job.settled)
 
     def _refused(self, job: "ThreadJob", error: BaseException) -> None:
         """The user's pool does not run it, nor any other: what waits fails."""
@@ -261,9 +268,10 @@ class ThreadJob:
         claimed: The samples that it has begun, in order; the thread appends.
         outcomes: One for each that is done; the thread appends.
         settled: How many of them went on already; the loop's.
+        result: Of all of it, when the thread is done.
     """
 
-    __slots__ = ("_limit", "_slots", "_trace", "began", "claimed", "outcomes", "settled", "since")
+    __slots__ = ("_limit", "_slots", "_trace", "began", "claimed", "outcomes", "result", "settled", "since")
 
     def __init__(self, limit: int, slots: Slots | None = None, trace: TraceOfStep | None = None) -> None:
         self._limit = limit
@@ -273,6 +281,14 @@ class ThreadJob:
         self.claimed: list[Entry] = []
         self.outcomes: list[Any] = []
         self.settled = 0
+        self.result: ChunkResult | None = None
+
+    def taken(self) -> ChunkResult:
+        """The result, which is nowhere else any more."""
+        assert self.result is not None
+        result, self.result = self.result, None
+        self.claimed, self.outcomes = [], []  # in this order: see `under_way`
+        return result
 
     def samples(
         self,
