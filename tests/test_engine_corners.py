@@ -3,9 +3,11 @@
 import asyncio
 import contextvars
 import dataclasses
+import functools
 import gc
 import random
 import threading
+import types
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import pytest
 
 from aioloader import Pipeline, SampleCancelledError
+from aioloader.core.checks import is_async_callable
 from aioloader.engine.reading import ThreadReader
+from aioloader.engine.stream_source import StreamSource
 from aioloader.engine.sync_cursor import SyncCursor
 from aioloader.testing import Gate
 from tests._support import DEADLINE, FACES, Face, Started, Steps, collect, on_both_faces, run, turns
@@ -417,3 +421,61 @@ def test_samples_that_wait_fail_or_soil_the_context_among_such_that_do_not(seed:
     expected = [errors.get(kind, key) for key, kind in enumerate(kinds) if kind in errors or not filtered or key % 5]
     assert [type(one) if isinstance(one, Exception) else one for one in outcomes] == expected
     assert loader.stats().stages[1].samples == 80
+
+
+async def awaited(key: int) -> int:
+    return key
+
+
+async def yielding(key: int) -> AsyncIterator[int]:
+    yield key
+
+
+def with_an_attribute(fn: Any) -> Any:
+    """A function of its own, that somebody has marked."""
+    fn = types.FunctionType(fn.__code__, fn.__globals__)
+    fn.marked = True
+    return fn
+
+
+class Calls:
+    def sync(self, key: int) -> int:
+        return key
+
+    async def awaited(self, key: int) -> int:
+        return key
+
+    async def __call__(self, key: int) -> int:
+        return key
+
+
+@pytest.mark.parametrize(
+    ("fn", "is_async"),
+    [
+        (awaited, True),
+        (yielding, True),
+        (with_an_attribute(awaited), True),
+        (functools.wraps(awaited)(lambda key: key), False),
+        (functools.partial(awaited), True),
+        (functools.partial(Calls().awaited), True),
+        (Calls().awaited, True),
+        (Calls().sync, False),
+        (Calls(), True),
+        (Calls, False),
+        (with_an_attribute(collect), False),
+        (collect, False),
+        (abs, False),
+        ([].append, False),
+    ],
+)
+def test_what_is_awaited_when_it_is_called(fn: Any, is_async: bool) -> None:
+    assert is_async_callable(fn) is is_async
+
+
+@pytest.mark.parametrize(("read", "wanted"), [(0, 1), (1, 2), (5, 6), (7, 8), (40, 9)])
+def test_a_source_reads_as_much_ahead_as_it_has_read(read: int, wanted: int) -> None:
+    """Up to its bound, of 8 here; nothing beside the first sample, which somebody waits for."""
+    source = StreamSource(range(100), call=False, name="source", ahead=8)
+    source._position = read
+    assert source.poll(1) == []
+    assert source._wanted == wanted

@@ -16,11 +16,13 @@ from torch.utils.data._utils import collate as torch_collate
 from aioloader import Pipeline
 from aioloader.core.entry import Entry
 from aioloader.engine import thread_step
+from aioloader.engine.sync_delivery import SyncDelivery
 from aioloader.executors.chunk import Call
 from aioloader.executors.processes.stacked import stacked
 from aioloader.stages import collate
 from aioloader.stages.collate import are_plain
-from tests._support import Face, Steps, collect, notes, on_both_faces
+from aioloader.testing import Gate
+from tests._support import Face, Steps, collect, notes, on_both_faces, wait_until
 
 BATCHES = 100
 
@@ -45,20 +47,41 @@ def take_as_light(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def test_a_light_collate_is_called_on_the_loop(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
-    """After the first one, which shows what it takes."""
+    """From the first one on."""
     take_as_light(monkeypatch, 60.0)
     batches = list(Pipeline(range(4 * BATCHES)).batch(4))
     assert torch.cat(batches).tolist() == list(range(4 * BATCHES))
-    assert len(threads) == BATCHES
+    assert threads == ["aioloader-loop"] * BATCHES
+
+
+LARGE: dict[str, Callable[[int], Any]] = {
+    "tensors": lambda row: torch.full((thread_step.LIGHT_BYTES // 4,), row),
+    "inside": lambda row: {"name": str(row), "x": [np.full(thread_step.LIGHT_BYTES, row, "u1")]},
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in LARGE.items()])
+def test_of_large_samples_the_first_one_shows_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, threads: list[str], make: Callable[[int], Any]
+) -> None:
+    """In a thread."""
+    take_as_light(monkeypatch, 60.0)
+    assert len(list(Pipeline(range(40)).map(make).batch(4))) == 10
     assert threads[0].startswith("aioloader-collate")
-    assert set(threads[4:]) == {"aioloader-loop"}
 
 
 def test_one_that_takes_longer_is_called_in_threads(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
-    """So that the loop goes on meanwhile."""
+    """So that the loop goes on meanwhile. The first ones have shown it."""
     take_as_light(monkeypatch, 0.0)
     list(Pipeline(range(4 * BATCHES)).batch(4))
-    assert all(name.startswith("aioloader-collate") for name in threads)
+    assert_first_hop_on_loop(threads)
+
+
+def assert_first_hop_on_loop(threads: list[str]) -> None:
+    """And all that follows in threads."""
+    here = [name == "aioloader-loop" for name in threads]
+    assert here[0]
+    assert not any(here[16:])
 
 
 def test_a_loop_of_the_users_is_left_alone(monkeypatch: pytest.MonkeyPatch, threads: list[str]) -> None:
@@ -193,13 +216,13 @@ def test_one_that_has_waited_sends_the_next_ones_into_threads(
     take_as_light(monkeypatch, 60.0)
     monkeypatch.setattr(thread_step, "CHUNK_SECONDS", 0.0)  # all of them have
     list(Pipeline(range(4 * BATCHES)).batch(4))
-    assert all(name.startswith("aioloader-collate") for name in threads)
+    assert_first_hop_on_loop(threads)
 
 
 def test_threads_take_samples_while_the_loop_looks_at_them() -> None:
     """One that was woken for a sample that is not plain goes on with the next ones, meanwhile."""
 
-    def light(value: object) -> bool:
+    def light(value: object, most_bytes: float) -> bool:
         if step.inbox:
             step.inbox.popleft()  # as a thread does, between two looks
         return True
@@ -244,3 +267,39 @@ def test_a_function_for_a_type_is_the_users_too(
     with pytest.raises(SystemExit, match="3"):
         collect(Pipeline([Word(row) for row in range(40)]).batch(4), face)
     assert all(name.startswith("aioloader-collate") for name in threads)
+
+
+def test_the_batch_that_somebody_waits_for_is_given_before_more_samples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the thread that loads these would have the interpreter first, for all of its hop."""
+    log: list[str] = []
+
+    def noting(owner: type, name: str, word: Callable[[Any], str | None]) -> None:
+        real = getattr(owner, name)
+
+        def noted(self: Any, *args: Any) -> Any:
+            log.extend(filter(None, [word(self)]))
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    noting(collate.Collate, "__call__", lambda _: "collated")
+    noting(SyncDelivery, "_pump", lambda delivery: "given" if delivery.run.output.held else None)
+    noting(thread_step.ThreadStep, "dispatch", lambda step: "begun" if "double" in step.meter.name else None)
+    gate = Gate()
+
+    def double(row: int) -> int:
+        gate.pass_sync(row)
+        return 2 * row
+
+    loader = Pipeline(range(64)).map(double, concurrency=1).batch(4)
+    with Steps(loader, "for") as steps:
+        asked = steps.ask()
+        steps.until_arrived(gate, 1)
+        meter = loader._consumer
+        assert meter is not None
+        wait_until(lambda: bool(meter.asking))
+        gate.open_all()
+        assert asked().tolist() == [0, 2, 4, 6]
+        assert len(steps.rest()) == 15
+    collated = log.index("collated")
+    assert "begun" not in log[collated : log.index("given", collated)]

@@ -95,9 +95,11 @@ class Arguments:
             in_processes=self.in_processes,
             retried_by_itself=fetches,
         )
-        told = replace(self, concurrency=concurrency, skip_errors=skip, policies=found)
-        ahead, ahead_bytes = told._check_ahead(ahead, ahead_bytes)
-        return replace(told, ahead=ahead, ahead_bytes=ahead_bytes)
+        told = replace(
+            self, concurrency=concurrency, ahead=ahead, ahead_bytes=ahead_bytes, skip_errors=skip, policies=found
+        )
+        checked = told._check_ahead(ahead, ahead_bytes)
+        return told if checked == (ahead, ahead_bytes) else replace(told, ahead=checked[0], ahead_bytes=checked[1])
 
     def changed(self, name: str, value: Any) -> "Arguments":
         """The same with another value for one of them.
@@ -264,7 +266,7 @@ class Arguments:
 
 def is_async_iterable(dataset: Any) -> bool:
     """Whether it is iterated on the event loop."""
-    return isinstance(dataset, AsyncIterable | CursorSource) and not hasattr(dataset, "__getitem__")
+    return not hasattr(dataset, "__getitem__") and isinstance(dataset, AsyncIterable | CursorSource)
 
 
 def worker_type_of(worker_method: Any, worker_type: WorkerType) -> WorkerType:

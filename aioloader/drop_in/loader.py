@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -26,10 +26,45 @@ from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 
 __all__ = ["DropInLoader"]
 
-_FIXED = ("batch_size", "batch_sampler", "sampler", "drop_last", "dataset", "persistent_workers", "shard")
-_SHOWN = frozenset(field.name for field in fields(Arguments)) - {"torch_loader", "actors", "bounded"}
-"""Arguments that are attributes of the loader."""
-_OF_TORCH = _SHOWN.union(_FIXED)
+
+class _Argument:
+    """An argument of the loader as an attribute of it.
+
+    Args:
+        fixed: It says which samples come when, and cannot be set.
+    """
+
+    def __init__(self, *, fixed: bool) -> None:
+        self._fixed = fixed
+
+    def __set_name__(self, _: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, loader: "DropInLoader[Any] | None", kind: type) -> Any:
+        if loader is None:
+            return self
+        arguments = loader.__dict__.get("_arguments")
+        if arguments is None or self._name == "sampler":
+            raise AttributeError(self._without(kind))
+        return getattr(arguments, self._name)
+
+    def __set__(self, loader: "DropInLoader[Any]", value: Any) -> None:
+        name = self._name
+        if self._fixed:
+            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
+        loader._is_made_of(loader._arguments.changed(name, value), loader._sampling)
+
+    def _without(self, kind: type) -> str:
+        if self._name != "sampler":
+            return f"{kind.__name__!r} object has no attribute {self._name!r}"
+        return (
+            "DataLoader shows no attribute 'sampler', since trainers replace what they find there; "
+            "call loader.set_epoch(epoch), which reaches your sampler"
+        )
+
+
+def _argument(*, fixed: bool = False) -> Any:
+    return _Argument(fixed=fixed)
 
 
 class DropInLoader(Loader[T_co]):
@@ -46,30 +81,31 @@ class DropInLoader(Loader[T_co]):
     _order: str
     """What decides the order, as in a call."""
 
-    # The attributes of torch's that programs read. Not `sampler` and not `_iterator`: trainers act on these.
-    dataset: Any
-    batch_size: int | None
-    drop_last: bool
-    num_workers: int
-    collate_fn: Callable[[list[Any]], Any] | None
-    pin_memory: bool
-    timeout: float
-    worker_init_fn: Callable[[int], None] | None
-    multiprocessing_context: Any
-    prefetch_factor: int | None
-    persistent_workers: bool
-    pin_memory_device: str
-    in_order: bool
+    # The attributes of torch's that programs read. Not `_iterator`, and `sampler` is not there: trainers act on these.
+    dataset: Any = _argument(fixed=True)
+    batch_size: int | None = _argument(fixed=True)
+    sampler: Any = _argument(fixed=True)
+    drop_last: bool = _argument(fixed=True)
+    num_workers: int = _argument()
+    collate_fn: Callable[[list[Any]], Any] | None = _argument()
+    pin_memory: bool = _argument()
+    timeout: float = _argument()
+    worker_init_fn: Callable[[int], None] | None = _argument()
+    multiprocessing_context: Any = _argument()
+    prefetch_factor: int | None = _argument()
+    persistent_workers: bool = _argument(fixed=True)
+    pin_memory_device: str = _argument()
+    in_order: bool = _argument()
 
     # And our own.
-    device: Any
-    concurrency: int
-    ahead: int | None
-    ahead_bytes: int | None
-    worker_type: WorkerType
-    skip_errors: Skip | None
-    policies: Policies | None
-    shard: bool
+    device: Any = _argument()
+    concurrency: int = _argument()
+    ahead: int | None = _argument()
+    ahead_bytes: int | None = _argument()
+    worker_type: WorkerType = _argument()
+    skip_errors: Skip | None = _argument()
+    policies: Policies | None = _argument()
+    shard: bool = _argument(fixed=True)
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
         plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
@@ -87,24 +123,6 @@ class DropInLoader(Loader[T_co]):
         data = sampled_of(self._plan)
         assert data is not None, "the plan of a DataLoader"
         return data
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _SHOWN and (arguments := self.__dict__.get("_arguments")) is not None:
-            return getattr(arguments, name)
-        if name == "sampler":
-            raise AttributeError(
-                "DataLoader shows no attribute 'sampler', since trainers replace what they find there; "
-                "call loader.set_epoch(epoch), which reaches your sampler"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _OF_TORCH:
-            super().__setattr__(name, value)
-        elif name in _FIXED:
-            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
-        else:
-            self._is_made_of(self._arguments.changed(name, value), self._sampling)
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -125,6 +143,10 @@ class DropInLoader(Loader[T_co]):
     def batch_sampler(self) -> BatchSamplerView:
         """A view of the batch sampler, for trainers: `batch_sampler.sampler.set_epoch(n)` reaches the loader."""
         return BatchSamplerView(self._arguments.torch_loader.batch_sampler, self.__len__, self.set_epoch)
+
+    @batch_sampler.setter
+    def batch_sampler(self, _: Any) -> None:
+        raise ValueError("batch_sampler attribute should not be set after DataLoader is initialized; make a new one")
 
     def __len__(self) -> int:
         """Batches per epoch.

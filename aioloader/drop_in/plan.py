@@ -11,7 +11,7 @@ from aioloader.sources.sampled import Sampled
 
 __all__ = ["plan_of"]
 
-KEYS_AHEAD: Final = 8
+KEYS_AHEAD: Final = 32
 """Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
 
 

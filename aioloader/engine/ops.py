@@ -83,8 +83,8 @@ class Op:
         record_order: With `ordered=False`: a folder to which the order of the results is written.
         replay_order: With `ordered=False`: such a folder; results come in the order that it has.
         in_place: `fn` runs no user code and takes less time than a hop: it is called on the loop.
-        light: Says of a value whether `fn` runs nothing of the user's for it, and may turn out to take less time than a
-            hop, see `ThreadStep`. None: of no value.
+        light: Says of a value, and a number of bytes, whether `fn` runs nothing of the user's for it, and may turn out
+            to take less time than a hop (see `ThreadStep`), and whether the value is no larger. None: of no value.
         ahead: Entries that may be under way and finished together; None: as many as its window has use for. One with a
             bound of its own has a window of its own.
         ahead_bytes: The same in bytes of finished ones.
@@ -113,7 +113,7 @@ class Op:
     record_order: Path | None = None
     replay_order: Path | None = None
     in_place: bool = False
-    light: Callable[[Any], bool] | None = None
+    light: Callable[[Any, float], bool] | None = None
     ahead: int | None = None
     ahead_bytes: int | None = None
     grows: bool = False

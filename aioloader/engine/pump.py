@@ -70,8 +70,10 @@ class Pump(Node):
         buffer = self._buffer
         taken = [buffer.popleft() for _ in range(min(limit, len(buffer)))]
         self._wanted = limit - len(taken)
-        if self._ahead and self._position and len(buffer) <= self._ahead // 2:
-            self._wanted += self._ahead - len(buffer)
+        if self._ahead:
+            ahead = min(self._ahead, self._position)  # none before the first one, which somebody waits for
+            if len(buffer) < ahead and len(buffer) <= ahead // 2:
+                self._wanted += ahead - len(buffer)
         if self._wanted and self._demand is not None and not self._demand.done():
             self._demand.set_result(None)
         self.ended = self._over and not buffer

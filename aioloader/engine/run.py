@@ -235,6 +235,16 @@ class Run:
     def soon(self, callback: Callable[[], None]) -> None:
         """Call `callback` on the loop after what is going on now: in its next turn, or in the next `drain`."""
         self._pending.append(callback)
+        if not self._drain_scheduled:  # as in `_will_drain`: this is called a lot
+            self._drain_scheduled = True
+            self.loop.call_soon(self._drain_turn)
+
+    def first(self, callback: Callable[[], None]) -> None:
+        """The same, before all that waits already."""
+        self._pending.appendleft(callback)
+        self._will_drain()
+
+    def _will_drain(self) -> None:
         if not self._drain_scheduled:
             self._drain_scheduled = True
             self.loop.call_soon(self._drain_turn)
@@ -242,9 +252,7 @@ class Run:
     def after_turn(self, callback: Callable[[], None]) -> None:
         """Call `callback`, which never fails, on the loop in its next turn, whatever `drain` does before."""
         self._after_turn.append(callback)
-        if not self._drain_scheduled:
-            self._drain_scheduled = True
-            self.loop.call_soon(self._drain_turn)
+        self._will_drain()
 
     def _drain_turn(self) -> None:
         self._drain_scheduled = False

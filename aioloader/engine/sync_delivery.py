@@ -71,7 +71,7 @@ class SyncDelivery(RunDelivery):
     def _kick(self) -> None:
         if not self._pumping and self.run.started:
             self._pumping = True
-            self.run.soon(self._pump)
+            (self.run.first if self.progress.meter.asking else self.run.soon)(self._pump)
 
     def _pump(self) -> None:
         """Move finished batches into the queue; without prefetch, only as many as consumers wait for."""

@@ -6,6 +6,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from math import inf
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,10 +26,12 @@ from aioloader.insight.meters import ConsumerMeter
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
 
-__all__ = ["LIGHT_SECONDS", "ThreadJob", "ThreadStep"]
+__all__ = ["LIGHT_BYTES", "LIGHT_SECONDS", "ThreadJob", "ThreadStep"]
 
 LIGHT_SECONDS: Final = 1e-4
 """CPU time of a call that takes no longer than its way into a thread and back, where other processes use all cores."""
+LIGHT_BYTES: Final = 1 << 16
+"""What a call may be given that is taken for one of these before it is known what it takes."""
 
 
 class ThreadStep(SyncStep):
@@ -46,7 +49,8 @@ class ThreadStep(SyncStep):
     that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
     results before it, which nobody knows of. `_look_again`, two milliseconds after a hop began, sees to both.
 
-    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours; one that has
+    Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours: the first
+    ones too if they are given little, so that the first batch need not wait for a thread; one that has
     waited for something, as for pages of a mapped file, sends the next ones back into threads. Async
     functions of the user's run there, too, and one may be suspended in a `with torch.inference_mode()`, which belongs
     to the thread: then, as for any other of torch's contexts, a thread makes the calls.
@@ -69,14 +73,14 @@ class ThreadStep(SyncStep):
         concurrency: int | Limit,
         *,
         elastic: bool = True,
-        light: Callable[[Any], bool] | None = None,
+        light: Callable[[Any, float], bool] | None = None,
         executor: ThreadPoolExecutor | None = None,
         thread_name: str = "aioloader-map",
         initializer: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(calls, concurrency, elastic=elastic)
         self._light = light
-        self._cpu_each: float | None = None  # what a call costs, as far as it is known
+        self._cpu_each: float | None = None  # what a call costs; None: not known; inf: it waits for something
         self._executor = executor
         self._thread_name = thread_name
         self._initializer = initializer
@@ -193,11 +197,12 @@ class ThreadStep(SyncStep):
 
     @property
     def _may_work_here(self) -> bool:
-        light = self._light
-        if light is None or self._cpu_each is None or self._cpu_each >= LIGHT_SECONDS or not self._run.private_loop:
+        light, cost = self._light, self._cpu_each
+        if light is None or (cost is not None and cost >= LIGHT_SECONDS) or not self._run.private_loop:
             return False
+        most = LIGHT_BYTES if cost is None else inf
         waiting = self.inbox.copy()  # threads that are under way take from it meanwhile
-        return all(light(entry.value) for entry in waiting) and context_state() == NOTHING_SET
+        return all(light(entry.value, most) for entry in waiting) and context_state() == NOTHING_SET
 
     def _work_here(self) -> None:
         """On the loop."""
@@ -236,7 +241,7 @@ class ThreadStep(SyncStep):
         if self._light is not None and result.outcomes:
             count = len(result.outcomes)
             waited = result.busy_seconds >= count * CHUNK_SECONDS
-            self._cpu_each = None if waited else result.cpu_seconds / count
+            self._cpu_each = inf if waited else result.cpu_seconds / count
         self._landed(entries, result, job.settled)
 
     def _refused(self, job: "ThreadJob", error: BaseException) -> None:

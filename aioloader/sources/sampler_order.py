@@ -251,7 +251,9 @@ def generators_of(*samplers: Any) -> list[torch.Generator]:
     for outer in samplers:
         for sampler in chain_of(outer):
             generator = getattr(sampler, "generator", None)
-            if isinstance(generator, torch.Generator) and all(generator is not other for other in found):
+            if generator is None or not isinstance(generator, torch.Generator):  # of which torch makes a long question
+                continue
+            if all(generator is not other for other in found):
                 found.append(generator)
     return found
 

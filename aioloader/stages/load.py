@@ -5,12 +5,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass, replace
+from math import inf
 from time import perf_counter
 from typing import Any, Self
 
 from aioloader.core.memory import Alloc, IntoMemory
 from aioloader.core.policies import Errors
 from aioloader.core.safe_text import add_note, safe_repr
+from aioloader.core.sizes import rough_bytes
 from aioloader.executors.chunk import DROP
 from aioloader.executors.current_sample import BatchBeingLoaded, BulkLoad, SampleContext, current_sample
 from aioloader.executors.epochs import Holds
@@ -374,13 +376,20 @@ class CollateAny(IntoMemory):
         return collate_samples(samples, keys, self.collate_fn, self.collate)
 
 
-def is_light(samples: Any) -> bool:
-    """Whether the default collate runs nothing of the user's for them: a list or a `Group`, or a `Partial` of one."""
+def is_light(samples: Any, most_bytes: float) -> bool:
+    """Whether the default collate runs nothing of the user's for them: a list or a `Group`, or a `Partial` of one.
+
+    Args:
+        samples: These.
+        most_bytes: Whether they are no larger, if they are like the first one. Infinity: whatever they are.
+    """
     if type(samples) is Partial:
         samples = samples.batch
     if type(samples) is Group:
         samples = samples.samples
-    return type(samples) is list and are_plain(samples)
+    if type(samples) is not list or not are_plain(samples):
+        return False
+    return most_bytes == inf or not samples or len(samples) * rough_bytes(samples[0]) <= most_bytes
 
 
 @dataclass(frozen=True)
