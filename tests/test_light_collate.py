@@ -22,7 +22,7 @@ from aioloader.executors.processes.stacked import stacked
 from aioloader.stages import collate
 from aioloader.stages.collate import are_plain
 from aioloader.testing import Gate
-from tests._support import Face, Steps, collect, notes, on_both_faces, wait_until
+from tests._support import Face, Steps, collect, notes, on_both_faces
 
 BATCHES = 100
 
@@ -269,7 +269,7 @@ def test_a_function_for_a_type_is_the_users_too(
     assert all(name.startswith("aioloader-collate") for name in threads)
 
 
-def test_the_batch_that_somebody_waits_for_is_given_before_more_samples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_batch_is_given_before_more_samples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the thread that loads these would have the interpreter first, for all of its hop."""
     log: list[str] = []
 
@@ -295,9 +295,6 @@ def test_the_batch_that_somebody_waits_for_is_given_before_more_samples_begin(mo
     with Steps(loader, "for") as steps:
         asked = steps.ask()
         steps.until_arrived(gate, 1)
-        meter = loader._consumer
-        assert meter is not None
-        wait_until(lambda: bool(meter.asking))
         gate.open_all()
         assert asked().tolist() == [0, 2, 4, 6]
         assert len(steps.rest()) == 15

@@ -71,7 +71,9 @@ class SyncDelivery(RunDelivery):
     def _kick(self) -> None:
         if not self._pumping and self.run.started:
             self._pumping = True
-            (self.run.first if self.progress.meter.asking else self.run.soon)(self._pump)
+            # Somebody waits for the first batch: a thread that is woken for more samples would have the interpreter
+            # before him. Later that only wakes one more thread too early (3 % with room for 2).
+            (self.run.soon if self._put else self.run.first)(self._pump)
 
     def _pump(self) -> None:
         """Move finished batches into the queue; without prefetch, only as many as consumers wait for."""
@@ -117,7 +119,9 @@ class SyncDelivery(RunDelivery):
             if self._admission is not None:
                 self._ask(1)
             try:
-                item = self._ready() or self._wait(asked, timeout, timeout_message)
+                item = None if self._lazy or self._queue.empty() else self._ready()
+                if item is None:
+                    item = self._wait(asked, timeout, timeout_message)
             except BaseException:
                 self._give_up()
                 raise
@@ -133,12 +137,10 @@ class SyncDelivery(RunDelivery):
                 return self._hand_out(item, asked)
 
     def _ready(self) -> Entry | _Ended | None:
-        """What is in the queue, which may be for another thread that asked for it."""
-        if self._lazy or self._queue.empty():
-            return None
+        """What is in the queue, if no other thread is quicker."""
         try:
             return self._queue.get_nowait()
-        except Empty:  # that other thread has it
+        except Empty:
             return None
 
     def _wait(self, asked: float, timeout: float | None, timeout_message: str) -> Entry | _Ended:

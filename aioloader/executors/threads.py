@@ -175,8 +175,10 @@ def call_loop(loop: AbstractEventLoop, callback: Callable[..., object], *args: o
 
     The loop may be closed when a worker returns from a slow user function after its run has ended.
     """
-    with contextlib.suppress(RuntimeError):
+    try:  # noqa: SIM105 - `suppress` is three calls more, and this is called for each batch and each hop
         loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:
+        pass
 
 
 _pools: WeakSet[Threads] = WeakSet()  # all that have started threads, for the exit of the process
