@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from aioloader import DataLoader
+from aioloader.plan.plan import Single
 from aioloader.sources.sampler_order import is_plain
 from tests._datasets import (
     AsyncBroken,
@@ -800,3 +801,21 @@ def test_a_sampler_of_the_users_is_read_no_further_than_asked() -> None:
 )
 def test_keys_are_read_ahead_where_nobody_can_tell(sampler: Any, plain: bool) -> None:
     assert is_plain(sampler) is plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ahead"),
+    [
+        ({"batch_size": 32}, 32),
+        ({"batch_size": 256, "shuffle": True}, 16),
+        ({"batch_size": 65536}, 8),
+        ({"batch_size": None}, 32),
+        ({"batch_sampler": BatchSampler(SequentialSampler(range(9)), 1024, drop_last=False)}, 8),
+        ({"batch_size": 32, "sampler": Counting(range(9))}, 0),
+    ],
+)
+def test_large_batches_have_fewer_keys_ahead(arguments: dict[str, Any], ahead: int) -> None:
+    """Their lists of keys take memory."""
+    source = DataLoader(range(9), **arguments)._plan.source
+    assert isinstance(source, Single)
+    assert source.ahead == ahead

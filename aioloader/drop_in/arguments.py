@@ -99,7 +99,9 @@ class Arguments:
             self, concurrency=concurrency, ahead=ahead, ahead_bytes=ahead_bytes, skip_errors=skip, policies=found
         )
         checked = told._check_ahead(ahead, ahead_bytes)
-        return told if checked == (ahead, ahead_bytes) else replace(told, ahead=checked[0], ahead_bytes=checked[1])
+        if checked[0] is ahead and checked[1] is ahead_bytes:
+            return told
+        return replace(told, ahead=checked[0], ahead_bytes=checked[1])
 
     def changed(self, name: str, value: Any) -> "Arguments":
         """The same with another value for one of them.

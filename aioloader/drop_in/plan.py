@@ -11,8 +11,10 @@ from aioloader.sources.sampled import Sampled
 
 __all__ = ["plan_of"]
 
-KEYS_AHEAD: Final = 32
-"""Keys of batches that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
+KEYS_AHEAD: Final = 4096
+"""Keys that lie ready, where reading them runs no code of the user's: else cheap batches wait for them."""
+BATCHES_AHEAD: Final = (8, 32)
+"""In so many batches, at least and at most."""
 
 
 def plan_of(of: Arguments, sampling: EpochSampling, *, pins: bool = False) -> Plan:
@@ -47,6 +49,13 @@ def plan_of(of: Arguments, sampling: EpochSampling, *, pins: bool = False) -> Pl
 def _source(data: Sampled) -> Single:
     if data.iterable:
         return Single(data, name="source")
-    sampling = data.sampling
-    ahead = KEYS_AHEAD if sampling.plain else 0
-    return Single(data, name="sampler", keys=True, ahead=ahead, check=sampling.check_place)
+    return Single(data, name="sampler", keys=True, ahead=_keys_ahead(data.sampling), check=data.sampling.check_place)
+
+
+def _keys_ahead(sampling: EpochSampling) -> int:
+    """How many items of its sampler lie ready: lists of keys, where there are batches."""
+    if not sampling.plain:
+        return 0
+    least, most = BATCHES_AHEAD
+    size: int = getattr(sampling.sampler, "batch_size", 1)
+    return min(most, max(least, KEYS_AHEAD // size))
