@@ -43,17 +43,27 @@ def decode(key: int) -> int:
     return key + 1
 
 
+LONG = 8000
+"""Samples of an epoch that is measured, on the fastest machine too: shorter ones are over before two looks."""
+
+
 class Squares(torch.utils.data.Dataset[int]):
+    def __init__(self, size: int = 96) -> None:
+        self._size = size
+
     def __len__(self) -> int:
-        return 96
+        return self._size
 
     def __getitem__(self, index: int) -> int:
         return index * index
 
 
 class AsyncSquares:
+    def __init__(self, size: int = 96) -> None:
+        self._size = size
+
     def __len__(self) -> int:
-        return 96
+        return self._size
 
     async def __getitem__(self, index: int) -> int:
         await asyncio.sleep(0)
@@ -285,7 +295,7 @@ def test_the_room_of_cheap_samples_is_left_to_the_engine(face: Face) -> None:
 
 @on_both_faces
 def test_a_dataloader_is_tuned_by_its_own_words(face: Face) -> None:
-    loader = DataLoader(Squares(), 4, num_workers=2)
+    loader = DataLoader(Squares(LONG), 4, num_workers=2)
     with scripted(to(6, 2)):
         tuning = quiet(loader)
         while not tuning.finished:
@@ -302,7 +312,7 @@ def test_a_dataloader_is_tuned_by_its_own_words(face: Face) -> None:
 
 @on_both_faces
 def test_an_awaited_dataset_has_its_concurrency_tuned(face: Face) -> None:
-    loader = DataLoader(AsyncSquares(), 4, concurrency=8)
+    loader = DataLoader(AsyncSquares(LONG), 4, concurrency=8)
     with scripted(to(32)):
         tuning = quiet(loader)
         while not tuning.finished:
