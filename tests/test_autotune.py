@@ -307,7 +307,8 @@ def test_a_dataloader_is_tuned_by_its_own_words(face: Face) -> None:
     assert "DataLoader(..., num_workers=6, prefetch_factor=4)" in str(tuning)
     collect(loader, face)
     (stage,) = [stage for stage in loader.stats().stages if stage.name == "fetch"]
-    assert (stage.concurrency, stage.room) == (6, 24)
+    assert stage.concurrency == 6
+    assert stage.room >= 24  # and what it has grown by, if a batch came late
 
 
 @on_both_faces
