@@ -250,7 +250,7 @@ def comes_to(steps: Steps, face: Face, condition: Callable[[], bool]) -> None:
 
 @on_both_faces
 def test_later_epochs_have_what_was_found_and_no_limit(face: Face) -> None:
-    loader = Pipeline(range(1000)).map(waits, concurrency=4).map(decode, concurrency=3).batch(4)
+    loader = Pipeline(range(LONG)).map(waits, concurrency=4).map(decode, concurrency=3).batch(4)
     with scripted(to(12, 5, 2, 3)):
         tuning = quiet(loader)
         while not tuning.finished:
@@ -354,18 +354,18 @@ def test_what_the_user_bounded_is_not_changed(face: Face) -> None:
 @on_both_faces
 def test_where_nothing_can_be_changed_it_says_so(face: Face) -> None:
     told: list[str] = []
-    loader = Pipeline(range(100)).map(fetch, concurrency=Limit(3))
+    loader = Pipeline(range(LONG)).map(fetch, concurrency=Limit(3))
     tuning = loader.autotune(seconds=QUICK, tell=told.append)
     while not tuning.finished:
         collect(loader, face)
     assert len(told) == 1
     assert "nothing here can be changed" in told[0]
-    assert len(collect(loader, face)) == 100
+    assert len(collect(loader, face)) == LONG
 
 
 @on_both_faces
 def test_what_runs_in_another_process_is_left_alone(face: Face) -> None:
-    loader = Pipeline(range(64)).map(decode, concurrency=2).batch(4).in_process()
+    loader = Pipeline(range(LONG)).map(decode, concurrency=2).batch(4).in_process()
     tuning = quiet(loader)
     while not tuning.finished:
         collect(loader, face)
