@@ -498,7 +498,7 @@ def test_finished_samples_take_no_more_than_the_budget(face: Face) -> None:
     [
         lambda: Pipeline(ENDLESS).map(fetch).map(decode).batch(4),
         lambda: Pipeline(range(40)).map(fetch).repeat().map(decode).batch(4),
-        lambda: DataLoader(Squares(), 4, num_workers=2),
+        lambda: DataLoader(Squares(800), 4, num_workers=2),
     ],
     ids=["pipeline", "repeat", "short epochs"],
 )
