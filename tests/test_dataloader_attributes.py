@@ -176,3 +176,58 @@ def test_a_class_that_comes_after_it_sees_what_is_set() -> None:
 
     Noted(range(4)).own = 1
     assert Noting.noted[-1] == "own"
+
+
+class Mine:
+    drop_last = True
+
+
+class Own(Mine, DataLoader[Any]):
+    """Names that arguments have, too: for its constructor, as programs for torch do."""
+
+    num_workers = 2
+    batch_size = 4
+    sampler = "x"
+
+    def collate_fn(self, samples: list[int]) -> list[int]:
+        return [self.batch_size or 0, *samples]
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, self.batch_size, drop_last=self.drop_last, collate_fn=self.collate_fn, **options)
+
+
+def test_what_a_subclass_has_under_an_arguments_name_is_read_until_there_are_arguments() -> None:
+    """Then these count, and what is set: as in torch."""
+    loader = Own(range(10))
+    assert (Own.num_workers, Own.batch_size, Own.drop_last) == (2, 4, True)
+    assert (loader.num_workers, loader.batch_size, loader.drop_last) == (0, 4, True)
+    assert list(loader) == [[4, 0, 1, 2, 3], [4, 4, 5, 6, 7]]
+    assert not hasattr(loader, "sampler")
+    for name in ("batch_size", "sampler", "drop_last"):
+        with pytest.raises(ValueError, match=f"^{name} attribute should not be set"):
+            setattr(loader, name, 2)
+    loader.num_workers = 1
+    setattr(loader, "collate_fn", sum)  # noqa: B010 - a method, for mypy
+    assert (loader.num_workers, list(loader)) == (1, [6, 22])
+    assert pickle.loads(pickle.dumps(loader)).num_workers == 1
+
+
+def test_a_property_of_a_subclass_is_its_own() -> None:
+    class Timed(DataLoader[Any]):
+        @property
+        def timeout(self) -> float:
+            return 60.0
+
+        @timeout.setter
+        def timeout(self, seconds: float) -> None:
+            raise ValueError("it is fixed here")
+
+    loader = Timed(range(4))
+    assert loader.timeout == 60.0
+    with pytest.raises(ValueError, match="fixed here"):
+        loader.timeout = 3.0
+
+
+def test_an_argument_cannot_be_deleted() -> None:
+    with pytest.raises(AttributeError, match="num_workers is an argument"):
+        del DataLoader(range(4)).num_workers

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Self
+from inspect import getattr_static
+from typing import Any, Final, Self
 
 import torch
 
@@ -27,32 +28,46 @@ from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 __all__ = ["DropInLoader"]
 
 
+_NOTHING: Final = object()
+
+
 class _Argument:
     """An argument of the loader as an attribute of it.
 
     Args:
         fixed: It says which samples come when, and cannot be set.
+        before: What a subclass has under this name, to be read until the loader has its arguments, as in torch.
     """
 
-    def __init__(self, *, fixed: bool) -> None:
+    def __init__(self, *, fixed: bool, before: Any = _NOTHING) -> None:
         self._fixed = fixed
+        self._before = before
 
     def __set_name__(self, _: type, name: str) -> None:
         self._name = name
 
     def __get__(self, loader: "DropInLoader[Any] | None", kind: type) -> Any:
+        arguments = None if loader is None else loader.__dict__.get("_arguments")
+        if arguments is not None and self._name != "sampler":
+            return getattr(arguments, self._name)
+        if arguments is None and self._before is not _NOTHING:
+            return self._before.__get__(loader, kind) if hasattr(self._before, "__get__") else self._before
         if loader is None:
             return self
-        arguments = loader.__dict__.get("_arguments")
-        if arguments is None or self._name == "sampler":
-            raise AttributeError(self._without(kind))
-        return getattr(arguments, self._name)
+        raise AttributeError(self._without(kind))
 
     def __set__(self, loader: "DropInLoader[Any]", value: Any) -> None:
         name = self._name
         if self._fixed:
             raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
         loader._is_made_of(loader._arguments.changed(name, value), loader._sampling)
+
+    def __delete__(self, loader: "DropInLoader[Any]") -> None:
+        raise AttributeError(f"{self._name} is an argument of the DataLoader, which stays; set another value")
+
+    def over(self, before: Any) -> "_Argument":
+        """The same for a subclass that has `before` under its name."""
+        return _Argument(fixed=self._fixed, before=before)
 
     def _without(self, kind: type) -> str:
         if self._name != "sampler":
@@ -106,6 +121,20 @@ class DropInLoader(Loader[T_co]):
     skip_errors: Skip | None = _argument()
     policies: Policies | None = _argument()
     shard: bool = _argument(fixed=True)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """What a subclass, or a class before it, has under the name of an argument hides neither that nor its setting.
+
+        But a property of theirs, or whatever else sees what is set itself.
+        """
+        super().__init_subclass__(**options)
+        for name, argument in vars(DropInLoader).items():
+            if isinstance(argument, _Argument):
+                here = getattr_static(cls, name)
+                if not isinstance(here, _Argument) and not hasattr(type(here), "__set__"):
+                    again = argument.over(here)
+                    again.__set_name__(cls, name)
+                    setattr(cls, name, again)
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
         plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
