@@ -14,7 +14,6 @@ from aioloader.testing import Gate
 from tests._support import Face, Steps, collect, on_both_faces, turns, until
 from tests.test_autotune import (
     ENDLESS,
-    LONG,
     QUICK,
     Squares,
     awaited,
@@ -321,7 +320,7 @@ def test_two_stages_that_read_alike_are_two_lines() -> None:
 
 @on_both_faces
 def test_a_dataset_is_written_where_the_pipeline_begins(face: Face) -> None:
-    loader = Pipeline(Squares(LONG), concurrency=3).batch(4)
+    loader = Pipeline(Squares(), concurrency=3).batch(4)
     with scripted(to(7, 1)):
         tuning = quiet(loader)
         while not tuning.finished:
@@ -336,7 +335,7 @@ def test_a_dataloader_may_be_called_anything(face: Face) -> None:
     class fetch(Squares):  # noqa: N801 - as the stage of a `DataLoader` is called
         pass
 
-    loader = DataLoader(fetch(LONG), 4, num_workers=2)
+    loader = DataLoader(fetch(), 4, num_workers=2)
     with scripted(to(6, 2)):
         tuning = quiet(loader)
         while not tuning.finished:

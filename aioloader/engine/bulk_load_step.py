@@ -99,7 +99,8 @@ class BulkLoadStep(ThreadStep):
                     self._count.measured(1, perf_counter() - now)
             now = perf_counter()
             del keys, loaded
-        job.result = ChunkResult(job.outcomes, now - began, thread_time() - cpu_began)  # it has no name here, as there
+        # It has no name here, see `ThreadStep._work`.
+        job.result = ChunkResult(job.outcomes, now - began, thread_time() - cpu_began)
         job.leave()
         call_loop(self._run.loop, self._run.guarded, self._reported, job)
         del job, samples, sample  # as in `apply_chunk`

@@ -47,7 +47,8 @@ class ThreadStep(SyncStep):
 
     What if samples that were cheap turn slow? The thread stops after the one that took it past its millisecond. Until
     that one ends, two things would be stuck: the samples in the inbox for which no other thread was woken, and the
-    results before it, which nobody knows of. `_look_again`, two milliseconds after a hop began, sees to both.
+    results before it, which nobody knows of. `_look_again`, two milliseconds after a hop was asked for, sees to both;
+    and again while the thread, which may have begun long after that, may claim another sample.
 
     Calls that are `light` are made on the loop while they take less time than a hop, if that loop is ours: the first
     ones too if they are given little, so that the first batch need not wait for a thread; one that has

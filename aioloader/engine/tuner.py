@@ -3,7 +3,8 @@
 Nothing is run for it: the batches are those that the consumer takes, at its pace. So what is found is what helps this
 consumer, and once it does not wait any more the search is over. It works on the loop of the newest epoch, by a timer
 that lives as long as the search: a setting under which nothing comes any more must end, too, so it cannot wait for
-batches. Epochs may end meanwhile; the search goes on in the next one.
+batches. Epochs may end meanwhile; the search goes on in the next one. Those that are over before a block of time has
+passed are a block each.
 """
 
 from asyncio import TimerHandle
@@ -128,6 +129,7 @@ class Tuner:
         self._ticked = 0.0
         self._taken = _Taken()
         self._before: _Reading | None = None  # the beginning of the block; None: it settles
+        self._epoch: _Reading | None = None  # the beginning of the epoch; None: not all of it can be a block
         self._settled_at = 0  # with so many batches
         self._settled_by = 0.0  # or at that time of `spent`
         self._turnover = 2  # batches in a block
@@ -174,20 +176,23 @@ class Tuner:
                 return
             if run is not self._run:  # none of its windows makes anything
                 self._run, self._windows = run, []
-            self._before = None
             self._seen, self._settled_at, self._settled_by = 0, 1, self.spent + self._most_settling
             self._ticked = self._came = self._clock()
+            self._before, self._epoch = None, self._read(run, self._came)
         self._again(run)
 
     def end(self, run: "Run") -> None:
         """An epoch has ended, on its loop, and its windows are closed."""
         with self._lock:
+            over = run is self._run and not self.over and not self._add_epoch(run)
             self.knobs.forget(run)
             if run is self._run:
-                self._run, self._windows, self._before = None, [], None
+                self._run, self._windows, self._before, self._epoch = None, [], None, None
                 if self._timer is not None:
                     self._timer.cancel()
                     self._timer = None
+        if over:
+            self._ended()
 
     def stop(self) -> None:
         """Try nothing more, and go back to where it began, unless it has come to its end. From any thread."""
@@ -218,12 +223,12 @@ class Tuner:
         now, consumer = self._clock(), run.consumer
         passed, self._ticked = now - self._ticked, now
         if run.pausing.paused:  # whatever is measured now is no rate
-            self._before, self._came = None, now
+            self._before, self._epoch, self._came = None, None, now
             return True
         waits = bool(consumer.asking)
         if consumer.batches == self._seen and not waits:
             if now - self._came > AWAY_SECONDS:  # it may be validating, and takes its time
-                self._before = None
+                self._before = self._epoch = None
                 return True
         else:
             self._came = now
@@ -262,13 +267,37 @@ class Tuner:
         least = self._turnover if long < self.seconds * POINT_SHARE / 2 else 1
         stuck = waits and long > self.seconds * POINT_SHARE
         if reading.batches - before.batches >= least and reading.at - before.at >= self._block_seconds:
-            self._taken.add(before, reading)
+            self._add(before, reading)
             self._before = reading
         elif stuck and not self._taken.blocks:
-            self._taken.add(before, reading)
-        if len(self._taken.blocks) >= BLOCKS or (self._taken.blocks and long > self.seconds * POINT_SHARE):
-            return self._next(run)
-        return True
+            self._add(before, reading)
+        return self._next(run) if self._is_measured else True
+
+    def _add_epoch(self, run: "Run") -> bool:
+        """Let an epoch that ends be a block, if it was too short to have one; False: that was the end of the search.
+
+        An epoch may be over before the timer comes even once, and all of them may be like that.
+        """
+        began, now = self._epoch, self._clock()
+        if began is None or not run.consumer.batches:
+            return True
+        self.spent += now - self._ticked
+        if self._search is None:
+            return self._start(run)
+        self._add(began, self._read(run, now))
+        return self._next(run) if self._is_measured else True
+
+    def _add(self, before: _Reading, after: _Reading) -> None:
+        self._taken.add(before, after)
+        self._epoch = None
+
+    @property
+    def _is_measured(self) -> bool:
+        """Whether there are blocks enough of this point; those that are an epoch may each be as short as that."""
+        taken = self._taken
+        if len(taken.blocks) >= BLOCKS and taken.seconds >= BLOCKS * self._block_seconds:
+            return True
+        return bool(taken.blocks) and self.spent - self._point_began > self.seconds * POINT_SHARE
 
     def _next(self, run: "Run") -> bool:
         """A point is measured: which is the next one? False: there is none."""
@@ -309,7 +338,7 @@ class Tuner:
     def _settle(self, run: "Run") -> None:
         """Measure from when all that was begun before is handed out."""
         self._taken = _Taken()
-        self._before = None
+        self._before = self._epoch = None
         self._point_began = self.spent
         self._settled_at = run.consumer.batches + 1 + self._begun_batches(run)
         self._settled_by = self.spent + self._most_settling
