@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aioloader import Pipeline
+from aioloader import DataLoader, Pipeline
 from aioloader.plan.plan import flow_of
 from aioloader.stages.flow import Flow, Shared
 from tests._support import FACES, Face, collect
@@ -30,6 +30,14 @@ def test_a_stage_that_says_nothing_promises_little() -> None:
     assert known.guarantee == "exact"  # each sample comes in the same order each time
     assert flow_of(each(Pipeline(range(8)).map(add_one, ordered=False), 2)._plan).guarantee == "at-least-once"
     assert flow_of(each(Pipeline.merge(range(8), range(8)), 2)._plan).guarantee == "at-least-once"
+
+
+def test_where_samples_come_as_they_finish_is_said_as_the_user_knows_it() -> None:
+    assert (
+        flow_of(Pipeline(range(8)).map(add_one, ordered=False)._plan).completion_order == "map(add_one, ordered=False)"
+    )
+    loader = DataLoader(range(8), 2, num_workers=2, in_order=False)
+    assert flow_of(loader._plan).completion_order == "fetch"
 
 
 DEALT: dict[str, Callable[[], Pipeline]] = {

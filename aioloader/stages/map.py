@@ -108,7 +108,7 @@ class Map(Stage):
             before = before.at_least("at-least-once")
         if self.replay_order is not None:
             return before
-        unordered = f"{self.label[:-1]}, ordered=False)"
+        unordered = self.name or f"map({callable_name(self.fn)}, ordered=False)"
         return replace(
             before.limited(Shared.SAME_RANK, unordered),
             completion_order=before.completion_order or unordered,
