@@ -71,7 +71,7 @@ class Builder(Protocol):
         flow: What is known of the samples that come into the stage that is built.
         following: The stages after it.
         key_stages: Those so far that act on the keys of an indexable source; see `FoldStage.reorder`.
-        prefetch: Finished batches held ahead.
+        prefetch: Batches ahead of the consumer, those that are being made included.
         transfer: The loader's way to its device; None: there is none.
         alloc: Where the default collate puts batches; None: into fresh memory.
         processes: Gives the loader's worker processes; called when something runs there.

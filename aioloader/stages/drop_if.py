@@ -35,8 +35,8 @@ class DropIf(Stage):
 
     Args:
         fn: The user's predicate.
-        requeue: What it refuses is begun again, see `again`. It is not looked at once more before collate: by then it
-            has been delivered, and could not come back.
+        requeue: What it refuses is begun again, see `engine/again.py`. It is not looked at once more before collate: by
+            then it has been delivered, and could not come back.
     """
 
     fn: Callable[[Any], Any]
