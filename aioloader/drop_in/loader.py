@@ -1,7 +1,7 @@
 """A loader that is what the arguments of torch's `DataLoader` mean: its attributes, the plan of an epoch, its nodes."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from inspect import getattr_static
@@ -9,11 +9,10 @@ from typing import Any, Final, Self
 
 import torch
 
-from aioloader.core.policies import Policies
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, open_transfer, why_not_pinned
-from aioloader.drop_in.arguments import Arguments, WorkerType
+from aioloader.drop_in.arguments import OURS, TORCHS, Arguments, WorkerType
 from aioloader.drop_in.inline import inline_nodes
 from aioloader.drop_in.plan import plan_of
 from aioloader.engine.delivery import InlineDelivery
@@ -28,54 +27,38 @@ from aioloader.torch_shims import AsyncStandIn, BatchSamplerView
 __all__ = ["DropInLoader"]
 
 
-_NOTHING: Final = object()
-
-
 class _Argument:
-    """An argument of the loader as an attribute of it.
+    """An argument of the loader as an attribute: in the instance, as in torch's loader, and setting it is noticed.
+
+    Otherwise it is as if the class had nothing under this name: what a class after it has is found. This is no
+    `__setattr__`, which would cost every attribute of a loader half a microsecond.
 
     Args:
         fixed: It says which samples come when, and cannot be set.
-        before: What a subclass has under this name, to be read until the loader has its arguments, as in torch.
     """
 
-    def __init__(self, *, fixed: bool, before: Any = _NOTHING) -> None:
-        self._fixed = fixed
-        self._before = before
+    def __init__(self, *, fixed: bool) -> None:
+        self.fixed = fixed
 
     def __set_name__(self, _: type, name: str) -> None:
         self._name = name
 
     def __get__(self, loader: "DropInLoader[Any] | None", kind: type) -> Any:
-        arguments = None if loader is None else loader.__dict__.get("_arguments")
-        if arguments is not None and self._name != "sampler":
-            return getattr(arguments, self._name)
-        if arguments is None and self._before is not _NOTHING:
-            return self._before.__get__(loader, kind) if hasattr(self._before, "__get__") else self._before
-        if loader is None:
-            return self
-        raise AttributeError(self._without(kind))
+        if loader is not None and self._name in loader.__dict__:
+            return loader.__dict__[self._name]
+        for after in kind.__mro__[kind.__mro__.index(DropInLoader) + 1 :]:
+            if self._name in vars(after):
+                found = vars(after)[self._name]
+                return found.__get__(loader, kind) if hasattr(found, "__get__") else found
+        raise AttributeError(f"{kind.__name__!r} object has no attribute {self._name!r}")
 
     def __set__(self, loader: "DropInLoader[Any]", value: Any) -> None:
-        name = self._name
-        if self._fixed:
-            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
-        loader._is_made_of(loader._arguments.changed(name, value), loader._sampling)
+        loader._set_argument(self._name, value)
 
     def __delete__(self, loader: "DropInLoader[Any]") -> None:
-        raise AttributeError(f"{self._name} is an argument of the DataLoader, which stays; set another value")
-
-    def over(self, before: Any) -> "_Argument":
-        """The same for a subclass that has `before` under its name."""
-        return _Argument(fixed=self._fixed, before=before)
-
-    def _without(self, kind: type) -> str:
-        if self._name != "sampler":
-            return f"{kind.__name__!r} object has no attribute {self._name!r}"
-        return (
-            "DataLoader shows no attribute 'sampler', since trainers replace what they find there; "
-            "call loader.set_epoch(epoch), which reaches your sampler"
-        )
+        if self._name not in loader.__dict__:
+            raise AttributeError(self._name)
+        del loader.__dict__[self._name]
 
 
 def _argument(*, fixed: bool = False) -> Any:
@@ -119,27 +102,57 @@ class DropInLoader(Loader[T_co]):
     ahead_bytes: int | None = _argument()
     worker_type: WorkerType = _argument()
     skip_errors: Skip | None = _argument()
-    policies: Policies | None = _argument()
     shard: bool = _argument(fixed=True)
+    seed: int | None = _argument(fixed=True)
+    """With it the order depends on the seed and the epoch alone."""
+
+    _properties: tuple[str, ...] = ()
+    """Of torch's, those for which a subclass has a property."""
+    _theirs: Collection[str] = ()
+    """Of our own, those that a subclass has set to something else before it called this constructor."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """What a subclass, or a class before it, has under the name of an argument hides neither that nor its setting.
-
-        But a property of theirs, or whatever else sees what is set itself.
-        """
         super().__init_subclass__(**options)
-        for name, argument in vars(DropInLoader).items():
-            if isinstance(argument, _Argument):
-                here = getattr_static(cls, name)
-                if not isinstance(here, _Argument) and not hasattr(type(here), "__set__"):
-                    again = argument.over(here)
-                    again.__set_name__(cls, name)
-                    setattr(cls, name, again)
+        found = {name: getattr_static(cls, name) for name, it in _ARGUMENTS.items()}
+        cls._properties = tuple(
+            name for name in TORCHS if hasattr(type(found[name]), "__set__") and found[name] is not _ARGUMENTS[name]
+        )
+        shadowed = {name for name, it in found.items() if not hasattr(type(it), "__set__")}
+        if shadowed and "__setattr__" not in vars(cls):
+            cls.__setattr__ = _setting(cls, frozenset(shadowed))  # type: ignore[method-assign]
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
+        """Take these, and show them as attributes.
+
+        Properties of a subclass are set, and then read, as torch does it.
+        """
+        for name in self._properties:
+            setattr(self, name, getattr(arguments, name))
+            arguments = replace(arguments, **{name: getattr(self, name)})
         plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
-        self._arguments, self._sampling, self._plan = arguments, sampling, plan
-        self.__dict__.pop("_sampled", None)
+        attributes, shown = self.__dict__, arguments.shown(sampling.seed)
+        if "_arguments" not in attributes:
+            self._theirs = {name for name in attributes.keys() & OURS if attributes[name] is not shown[name]}
+        for name in self._theirs:
+            del shown[name]
+        attributes.update(shown, _arguments=arguments, _sampling=sampling, _plan=plan)
+        attributes.pop("_sampled", None)
+
+    def _set_argument(self, name: str, value: Any) -> None:
+        if "_arguments" not in self.__dict__ or name in self._theirs:
+            self.__dict__[name] = value
+        elif _ARGUMENTS[name].fixed:
+            raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
+        else:
+            self._is_made_of(self._arguments.changed(name, value), self._sampling)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":
+            raise AttributeError(
+                "DataLoader shows no attribute 'sampler', since trainers replace what they find there; "
+                "call loader.set_epoch(epoch), which reaches your sampler"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Of a loader that was unpickled they are made when they are needed: its dataset may not be whole before.
 
@@ -164,11 +177,6 @@ class DropInLoader(Loader[T_co]):
         self._fixed = None
 
     @property
-    def seed(self) -> int | None:
-        """With it the order depends on the seed and the epoch alone."""
-        return self._sampling.seed
-
-    @property
     def batch_sampler(self) -> BatchSamplerView:
         """A view of the batch sampler, for trainers: `batch_sampler.sampler.set_epoch(n)` reaches the loader."""
         return BatchSamplerView(self._arguments.torch_loader.batch_sampler, self.__len__, self.set_epoch)
@@ -190,19 +198,21 @@ class DropInLoader(Loader[T_co]):
 
     def __repr__(self) -> str:
         """With what decides the order: somebody who forgot `shuffle` sees it here."""
-        parts = [type(self.dataset).__name__, f"batch_size={self.batch_size}"]
+        told, seed = self._arguments, self._sampling.seed
+        parts = [type(told.dataset).__name__, f"batch_size={told.batch_size}"]
         parts += [self._order] if self._order else []
-        parts += [f"num_workers={self.num_workers}"]
-        parts += [] if self.seed is None else [f"seed={self.seed}"]
+        parts += [f"num_workers={told.num_workers}"]
+        parts += [] if seed is None else [f"seed={seed}"]
         return f"DataLoader({', '.join(parts)})"
 
     # -- iteration ---------------------------------------------------------------------------------------------------
 
     def _check_usable(self) -> None:
-        if self.timeout and self.num_workers == 0:
+        told = self._arguments
+        if told.timeout and told.num_workers == 0:
             # The type that torch's iterator raises.
-            raise AssertionError(f"timeout needs num_workers > 0, got timeout={self.timeout} with num_workers=0")
-        if self.pin_memory and self.device is None and (reason := why_not_pinned()) is not None:
+            raise AssertionError(f"timeout needs num_workers > 0, got timeout={told.timeout} with num_workers=0")
+        if told.pin_memory and told.device is None and (reason := why_not_pinned()) is not None:
             warnings.warn(
                 f"'pin_memory' argument is set as true but {reason}, then device pinned memory won't be used.",
                 stacklevel=3,
@@ -229,18 +239,19 @@ class DropInLoader(Loader[T_co]):
         return InlineDelivery(node, progress, self._receiver())
 
     def _open_transfer(self) -> Transfer | None:
-        return open_transfer(self.device) if self.device is not None or self.pin_memory else None
+        told = self._arguments
+        return open_transfer(told.device) if told.device is not None or told.pin_memory else None
 
     def _nothing_to_tune(self) -> str | None:
         if self._arguments.in_processes:
             return "here worker processes load the samples; measure other num_workers epoch by epoch"
-        if not (self.num_workers or self._arguments.awaited):
+        if not (self._arguments.num_workers or self._arguments.awaited):
             return "num_workers=0 loads them in your own thread; pass num_workers=2 or more"
         return None
 
     @property
     def _bounded(self) -> bool:
-        return self.ahead is not None or self.ahead_bytes is not None
+        return self._arguments.ahead is not None or self._arguments.ahead_bytes is not None
 
     @property
     def _split_by(self) -> str:  # type: ignore[override]  # a plain attribute where it is always the same
@@ -250,7 +261,7 @@ class DropInLoader(Loader[T_co]):
 
     def _detached(self) -> Self:
         again = super()._detached()
-        sampling, skip = self._sampling.detached(), self.skip_errors
+        sampling, skip = self._sampling.detached(), self._arguments.skip_errors
         if skip is not None:
             skip = replace(skip, report=None)  # it is written down already
         copied = sampling.dataset.dataset if isinstance(sampling.dataset, AsyncStandIn) else sampling.dataset
@@ -260,3 +271,20 @@ class DropInLoader(Loader[T_co]):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name not in ("_plan", "_sampled")}
+
+
+_ARGUMENTS: Final[dict[str, _Argument]] = {
+    name: it for name, it in vars(DropInLoader).items() if isinstance(it, _Argument)
+}
+
+
+def _setting(kind: type[Any], shadowed: frozenset[str]) -> Callable[[Any, str, Any], None]:
+    """`__setattr__` of a subclass that has attributes of its own under the names of arguments, which hide these."""
+
+    def set_attribute(loader: Any, name: str, value: Any) -> None:
+        if name in shadowed:
+            loader._set_argument(name, value)
+        else:
+            super(kind, loader).__setattr__(name, value)
+
+    return set_attribute
