@@ -4,6 +4,7 @@ import asyncio
 import pickle
 import random
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,15 @@ class Squares(torch.utils.data.Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index * index
+
+
+class Slow(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.005)
+        return index
 
 
 class AsyncSquares:
@@ -519,15 +529,32 @@ def test_epochs_that_are_over_before_it_looks_once_are_measured_as_a_whole(face:
         told: list[str] = []
         loader = DataLoader(Squares(), 4, num_workers=2)
         tuning = loader.autotune(seconds=QUICK, tell=told.append)
+        taken = []
         while not tuning.finished:
-            collect(loader, face, limit=limit)
+            taken.append(len(collect(loader, face, limit=limit)))
             loader.close()
         assert [one.argument for one in tuning.settings] == ["num_workers", "prefetch_factor"]
         assert told == [str(tuning)]
         assert len(seen) == 2
+        counted = sum(count for one in seen for count, _ in one.blocks)
+        if limit is None:
+            assert abs(counted - sum(taken[1:])) <= taken[0], "those of the last epoch may be given after its end"
         for one in seen:
             assert one.rate > 0.0
             assert one.seconds > 0.0
+
+
+@on_both_faces
+def test_a_wait_for_the_first_batch_is_one(face: Face) -> None:
+    """A consumer that does nothing else, in epochs of one batch, is not the limit."""
+    with scripted(to(2, 1)) as seen:
+        loader = DataLoader(Slow(), 4, num_workers=2)
+        tuning = quiet(loader, 0.1)
+        while not tuning.finished:
+            collect(loader, face)
+    for one in seen:
+        assert one.waited > 0.5
+    assert "your loop is the limit" not in tuning.limit
 
 
 @on_both_faces

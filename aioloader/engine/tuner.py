@@ -19,6 +19,7 @@ from aioloader.core.cores import usable_cores
 from aioloader.engine.knobs import MOST_ROOM, Key, Knobs, RoomKnob, StageKnob
 from aioloader.engine.steps import Step
 from aioloader.engine.tuned_room import BytesBudget
+from aioloader.insight.meters import ConsumerMeter
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -30,6 +31,7 @@ BLOCKS: Final = 5  # of a point
 BLOCK_SHARE: Final = 1 / 300  # of all seconds, for a block
 BLOCK_SECONDS: Final = (0.01, 0.25)
 POINT_SHARE: Final = 1 / 12  # of all seconds, for a point at most
+STUCK_SHARE: Final = 1 / 6  # of all seconds, after which a point where nothing came is given up
 SETTLE_SHARE: Final = 1 / 3  # of a point, to wait for what was begun under the setting before
 AWAY_SECONDS: Final = 5.0  # a consumer that takes nothing for longer does something else, such as validation
 COMPUTING: Final = 0.8  # threads that use so much of all cores, or of one where they hold the GIL, are the limit
@@ -43,9 +45,51 @@ class _Reading:
 
     at: float
     batches: float  # that were handed out, and those that could be made of what is finished
-    waited: float
+    waited: float  # for the first one, too
     cpu: float
     calls: dict[Key, tuple[int, int, float]]  # calls that have ended, those that failed or are repeated, seconds in it
+
+
+def _waited(consumer: ConsumerMeter) -> float:
+    return (consumer.first_after_seconds or 0.0) + consumer.waited_seconds + consumer.waiting_seconds
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The consumer of an epoch when that ended: it may be given the last batches only then.
+
+    Attributes:
+        at: When that was.
+        batches: What it had been given.
+        waited: Seconds, as in `_Reading`.
+    """
+
+    consumer: ConsumerMeter
+    at: float
+    batches: int
+    waited: float
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """An epoch that may be a block.
+
+    Attributes:
+        since: When its first batch was asked for; or when the last one ended.
+        spent: `Tuner.spent` when it began.
+        last: The one before it, if that ended right before.
+    """
+
+    since: float
+    spent: float
+    last: _Ended | None
+
+    def began(self) -> _Reading:
+        """The beginning of the block, with what was given out of the last one since."""
+        if self.last is None:
+            return _Reading(self.since, 0.0, 0.0, 0.0, {})
+        late = self.last.consumer
+        return _Reading(self.since, self.last.batches - late.batches, self.last.waited - _waited(late), 0.0, {})
 
 
 @dataclass
@@ -129,7 +173,8 @@ class Tuner:
         self._ticked = 0.0
         self._taken = _Taken()
         self._before: _Reading | None = None  # the beginning of the block; None: it settles
-        self._epoch: _Reading | None = None  # the beginning of the epoch; None: not all of it can be a block
+        self._epoch: _Epoch | None = None  # that all of can be a block
+        self._last: _Ended | None = None  # epoch
         self._settled_at = 0  # with so many batches
         self._settled_by = 0.0  # or at that time of `spent`
         self._turnover = 2  # batches in a block
@@ -177,8 +222,14 @@ class Tuner:
             if run is not self._run:  # none of its windows makes anything
                 self._run, self._windows = run, []
             self._seen, self._settled_at, self._settled_by = 0, 1, self.spent + self._most_settling
-            self._ticked = self._came = self._clock()
-            self._before, self._epoch = None, self._read(run, self._came)
+            self._ticked = self._came = now = self._clock()
+            called = now if run.consumer.began is None else run.consumer.began
+            last, self._last = self._last, None
+            if last is None or called - last.at >= AWAY_SECONDS:
+                self._epoch = _Epoch(called, self.spent, None)
+            else:
+                self._epoch = _Epoch(last.at, self.spent, last)
+            self._before = None
         self._again(run)
 
     def end(self, run: "Run") -> None:
@@ -235,13 +286,11 @@ class Tuner:
         self._seen = consumer.batches
         self.spent += passed
         if self._search is None:
-            return self._start(run)
+            return self._start(run) if consumer.batches else True
         return self._measure(run, now, waits=waits)
 
     def _start(self, run: "Run") -> bool:
         """Begin the search, once a batch has come: by then all that runs is known."""
-        if not run.consumer.batches:
-            return True
         self.stages = [stage for stage in self.knobs.stages.values() if stage.most > 1]
         self.rooms = [room for room in self.knobs.rooms.values() if room.argument and not room.elastic]
         if not self.stages and not self.rooms:
@@ -265,7 +314,7 @@ class Tuner:
             return True
         reading = self._read(run, now)
         least = self._turnover if long < self.seconds * POINT_SHARE / 2 else 1
-        stuck = waits and long > self.seconds * POINT_SHARE
+        stuck = waits and long > self.seconds * STUCK_SHARE
         if reading.batches - before.batches >= least and reading.at - before.at >= self._block_seconds:
             self._add(before, reading)
             self._before = reading
@@ -276,15 +325,21 @@ class Tuner:
     def _add_epoch(self, run: "Run") -> bool:
         """Let an epoch that ends be a block, if it was too short to have one; False: that was the end of the search.
 
-        An epoch may be over before the timer comes even once, and all of them may be like that.
+        An epoch may be over before the timer comes even once, and all of them may be like that. It counts from the end
+        of the one before it: what it takes to begin, and what the consumer does in between, is most of its time.
         """
-        began, now = self._epoch, self._clock()
-        if began is None or not run.consumer.batches:
+        epoch, now = self._epoch, self._clock()
+        self._last = _Ended(run.consumer, now, run.consumer.batches, _waited(run.consumer))
+        if epoch is None:
             return True
-        self.spent += now - self._ticked
+        before, after = epoch.began(), self._read(run, now)
+        if after.batches <= before.batches:  # none was given yet: it is a block together with the next one
+            self._last = _Ended(run.consumer, epoch.since, 0, 0.0)
+            return True
+        self.spent = epoch.spent + now - epoch.since
         if self._search is None:
             return self._start(run)
-        self._add(began, self._read(run, now))
+        self._add(before, after)
         return self._next(run) if self._is_measured else True
 
     def _add(self, before: _Reading, after: _Reading) -> None:
@@ -364,7 +419,7 @@ class Tuner:
         consumer = run.consumer
         # With what waits in windows: a slow sample at the front holds others up, which then come all at once.
         made = sum(window.held / self._size(run, window, steps) for window, steps in self._windows)
-        waited = consumer.waited_seconds + (consumer.waiting_seconds if consumer.batches else 0.0)
+        waited = _waited(consumer)
         cpu = 0.0 if consumer.loop is None or not run.private_loop else consumer.loop.seconds()
         calls: dict[Key, tuple[int, int, float]] = {}
         for meter in run.meters:
