@@ -90,7 +90,7 @@ class EpochSampling:
     @property
     def generators(self) -> list[torch.Generator]:
         """The generators that an epoch draws from, apart from the global one."""
-        return generators_of(self, self.sampler)
+        return generators_of(self)  # and of its sampler, as of whatever has one
 
     def shape(self) -> dict[str, Any]:
         """What decides the order, for comparing pipelines."""

@@ -361,7 +361,7 @@ def replayable_keys(
         in_cursor: The states of its generators are part of each cursor.
         how: See `ReplayableOrder`.
     """
-    if not draws_globally(sampler):
+    if draws.state is not None and not draws_globally(sampler):
         draws = replace(draws, state=None)
     for part in chain_of(sampler):
         if is_stateful(part):
