@@ -9,7 +9,6 @@ passed are a block each.
 
 from asyncio import TimerHandle
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
 from threading import RLock
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Literal
@@ -19,7 +18,7 @@ from aioloader.core.cores import usable_cores
 from aioloader.engine.knobs import MOST_ROOM, Key, Knobs, RoomKnob, StageKnob
 from aioloader.engine.steps import Step
 from aioloader.engine.tuned_room import BytesBudget
-from aioloader.insight.meters import ConsumerMeter
+from aioloader.engine.tuner_readings import LastEpoch, Reading, Taken, WholeEpoch, waited_by
 
 if TYPE_CHECKING:
     from aioloader.engine.run import Run
@@ -37,91 +36,6 @@ AWAY_SECONDS: Final = 5.0  # a consumer that takes nothing for longer does somet
 COMPUTING: Final = 0.8  # threads that use so much of all cores, or of one where they hold the GIL, are the limit
 
 Phase = Literal["waiting", "searching", "finished", "stopped", "nothing"]
-
-
-@dataclass
-class _Reading:
-    """Counters of a run at one moment; times are `perf_counter` seconds."""
-
-    at: float
-    batches: float  # that were handed out, and those that could be made of what is finished
-    waited: float  # for the first one, too
-    cpu: float
-    calls: dict[Key, tuple[int, int, float]]  # calls that have ended, those that failed or are repeated, seconds in it
-
-
-def _waited(consumer: ConsumerMeter) -> float:
-    return (consumer.first_after_seconds or 0.0) + consumer.waited_seconds + consumer.waiting_seconds
-
-
-@dataclass(frozen=True)
-class _Ended:
-    """The consumer of an epoch when that ended: it may be given the last batches only then.
-
-    Attributes:
-        at: When that was.
-        batches: What it had been given.
-        waited: Seconds, as in `_Reading`.
-    """
-
-    consumer: ConsumerMeter
-    at: float
-    batches: int
-    waited: float
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """An epoch that may be a block.
-
-    Attributes:
-        since: When its first batch was asked for; or when the last one ended.
-        spent: `Tuner.spent` when it began.
-        last: The one before it, if that ended right before.
-    """
-
-    since: float
-    spent: float
-    last: _Ended | None
-
-    def began(self) -> _Reading:
-        """The beginning of the block, with what was given out of the last one since."""
-        if self.last is None:
-            return _Reading(self.since, 0.0, 0.0, 0.0, {})
-        late = self.last.consumer
-        return _Reading(self.since, self.last.batches - late.batches, self.last.waited - _waited(late), 0.0, {})
-
-
-@dataclass
-class _Taken:
-    """What was measured at one point so far."""
-
-    blocks: list[tuple[float, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    waited: float = 0.0
-    cpu: float = 0.0
-    busy: dict[Key, float] = field(default_factory=dict)
-    calls: dict[Key, int] = field(default_factory=dict)
-    failed: dict[Key, int] = field(default_factory=dict)
-
-    def add(self, before: _Reading, after: _Reading) -> None:
-        """A block."""
-        seconds = max(1e-9, after.at - before.at)
-        self.blocks.append((after.batches - before.batches, seconds))
-        self.seconds += seconds
-        self.waited += after.waited - before.waited
-        self.cpu += after.cpu - before.cpu
-        for key, (calls, failed, busy) in after.calls.items():
-            had = before.calls.get(key, (0, 0, 0.0))
-            self.calls[key] = self.calls.get(key, 0) + calls - had[0]
-            self.failed[key] = self.failed.get(key, 0) + failed - had[1]
-            self.busy[key] = self.busy.get(key, 0.0) + busy - had[2]
-
-    @property
-    def failed_share(self) -> float:
-        """Of the stage where most calls fail."""
-        shares = (self.failed[key] / calls for key, calls in self.calls.items() if calls > 0)
-        return min(1.0, max(shares, default=0.0))
 
 
 class Tuner:
@@ -171,10 +85,10 @@ class Tuner:
         self._search: Generator[Point, Measured, Found] | None = None
         self._point_began = 0.0  # of `spent`
         self._ticked = 0.0
-        self._taken = _Taken()
-        self._before: _Reading | None = None  # the beginning of the block; None: it settles
-        self._epoch: _Epoch | None = None  # that all of can be a block
-        self._last: _Ended | None = None  # epoch
+        self._taken = Taken()
+        self._before: Reading | None = None  # the beginning of the block; None: it settles
+        self._epoch: WholeEpoch | None = None  # that all of can be a block
+        self._last: LastEpoch | None = None  # epoch
         self._settled_at = 0  # with so many batches
         self._settled_by = 0.0  # or at that time of `spent`
         self._turnover = 2  # batches in a block
@@ -226,9 +140,9 @@ class Tuner:
             called = now if run.consumer.began is None else run.consumer.began
             last, self._last = self._last, None
             if last is None or called - last.at >= AWAY_SECONDS:
-                self._epoch = _Epoch(called, self.spent, None)
+                self._epoch = WholeEpoch(called, self.spent, None)
             else:
-                self._epoch = _Epoch(last.at, self.spent, last)
+                self._epoch = WholeEpoch(last.at, self.spent, last)
             self._before = None
         self._again(run)
 
@@ -329,12 +243,12 @@ class Tuner:
         of the one before it: what it takes to begin, and what the consumer does in between, is most of its time.
         """
         epoch, now = self._epoch, self._clock()
-        self._last = _Ended(run.consumer, now, run.consumer.batches, _waited(run.consumer))
+        self._last = LastEpoch(run.consumer, now, run.consumer.batches, waited_by(run.consumer))
         if epoch is None:
             return True
         before, after = epoch.began(), self._read(run, now)
         if after.batches <= before.batches:  # none was given yet: it is a block together with the next one
-            self._last = _Ended(run.consumer, epoch.since, 0, 0.0)
+            self._last = LastEpoch(run.consumer, epoch.since, 0, 0.0)
             return True
         self.spent = epoch.spent + now - epoch.since
         if self._search is None:
@@ -342,7 +256,7 @@ class Tuner:
         self._add(before, after)
         return self._next(run) if self._is_measured else True
 
-    def _add(self, before: _Reading, after: _Reading) -> None:
+    def _add(self, before: Reading, after: Reading) -> None:
         self._taken.add(before, after)
         self._epoch = None
 
@@ -378,7 +292,7 @@ class Tuner:
         self._settle(run)
         return True
 
-    def _use(self, stage: StageKnob, taken: _Taken) -> float:
+    def _use(self, stage: StageKnob, taken: Taken) -> float:
         return min(1.0, taken.busy.get(stage.key, 0.0) / (taken.seconds * max(1, stage.value)))
 
     def _set(self, point: Point) -> None:
@@ -392,7 +306,7 @@ class Tuner:
 
     def _settle(self, run: "Run") -> None:
         """Measure from when all that was begun before is handed out."""
-        self._taken = _Taken()
+        self._taken = Taken()
         self._before = self._epoch = None
         self._point_began = self.spent
         self._settled_at = run.consumer.batches + 1 + self._begun_batches(run)
@@ -415,11 +329,11 @@ class Tuner:
     def _most_settling(self) -> float:
         return self.seconds * POINT_SHARE * SETTLE_SHARE
 
-    def _read(self, run: "Run", now: float) -> _Reading:
+    def _read(self, run: "Run", now: float) -> Reading:
         consumer = run.consumer
         # With what waits in windows: a slow sample at the front holds others up, which then come all at once.
         made = sum(window.held / self._size(run, window, steps) for window, steps in self._windows)
-        waited = _waited(consumer)
+        waited = waited_by(consumer)
         cpu = 0.0 if consumer.loop is None or not run.private_loop else consumer.loop.seconds()
         calls: dict[Key, tuple[int, int, float]] = {}
         for meter in run.meters:
@@ -427,7 +341,7 @@ class Tuner:
             cpu += meter.cpu_seconds
             bad = meter.errors + meter.retries + meter.timeouts
             calls[key] = (meter.samples, bad, meter.busy_seconds)
-        return _Reading(now, consumer.batches + made, waited, cpu, calls)
+        return Reading(now, consumer.batches + made, waited, cpu, calls)
 
     # -- what it came to ---------------------------------------------------------------------------------------------
 
