@@ -422,8 +422,6 @@ class DataLoader(DropInLoader[T_co]):
             rate=rate,
         )
         self._is_made_of(arguments, sampling)
-        self._timeout = timeout or None
-        self._timeout_message = "DataLoader timed out after {seconds} seconds"
 
 
 def _shown_order(shuffle: bool | None, sampler: object, batch_sampler: object, shard: bool) -> str:

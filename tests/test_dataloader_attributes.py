@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -176,3 +177,48 @@ def test_a_class_that_comes_after_it_sees_what_is_set() -> None:
 
     Noted(range(4)).own = 1
     assert Noting.noted[-1] == "own"
+
+
+class Gated(torch.utils.data.Dataset[int]):
+    """Its first sample of an epoch comes when it is allowed to."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        self.gate.wait(20)
+        return index
+
+
+@on_both_faces
+def test_a_timeout_that_is_set_counts(face: Face) -> None:
+    samples = Gated()
+    loader = DataLoader(samples, 2, num_workers=1)
+    loader.timeout = 0.01
+    with pytest.raises(RuntimeError, match="timed out after"):
+        batches(loader, face)
+    samples.gate.set()
+    loader.timeout = 0
+    assert [batch.tolist() for batch in batches(loader, face)] == [[0, 1]]
+
+
+def test_another_number_of_workers_that_stay() -> None:
+    """They are others then."""
+    with DataLoader(range(8), 2, num_workers=1, persistent_workers=True, worker_type="process") as loader:
+        first = [batch.tolist() for batch in loader]
+        for workers in (3, 2):
+            loader.num_workers = workers
+            assert [batch.tolist() for batch in loader] == first
+
+
+@pytest.mark.parametrize(("name", "value"), [("ahead", 0), ("ahead_bytes", -1), ("device", "meta")])
+def test_what_the_constructor_refuses_cannot_be_set(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        DataLoader(range(4), num_workers=1, **{name: value})  # type: ignore[arg-type]
+    loader = DataLoader(range(4), num_workers=1)
+    with pytest.raises(ValueError, match=name):
+        setattr(loader, name, value)
+    assert getattr(loader, name) is None

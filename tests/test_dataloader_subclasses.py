@@ -163,6 +163,77 @@ def a_property_is_set_and_read(base: Any) -> Any:
 
 
 @case
+def properties_are_set_once_and_read_when_an_epoch_begins(base: Any) -> Any:
+    seen: list[Any] = []
+
+    class Mine(base):
+        @property
+        def dataset(self) -> Any:
+            return self._mine
+
+        @dataset.setter
+        def dataset(self, value: Any) -> None:
+            seen.append(value)
+            self._mine = [sample + 100 for sample in value]
+
+        @property
+        def timeout(self) -> float:
+            return self.later
+
+        @timeout.setter
+        def timeout(self, value: float) -> None:
+            self.prefetch_factor = None
+
+        def __init__(self, dataset: Any) -> None:
+            super().__init__(dataset, 3)
+            self.later = 0.0
+
+    loader = Mine(range(4))
+    before = batches(loader)
+    loader.collate_fn = list
+    loader.drops = True
+    return before, batches(loader), batches(loader), seen
+
+
+@case
+def a_property_over_what_a_parent_has(base: Any) -> Any:
+    class Parent(base):
+        num_workers = 1
+        collate_fn = sum
+
+    class Child(Parent):
+        @property
+        def collate_fn(self) -> Any:
+            return self._mine
+
+        @collate_fn.setter
+        def collate_fn(self, value: Any) -> None:
+            self._mine = value
+
+    loader = Child(range(5), 3, collate_fn=list)
+    first = batches(loader), loader.num_workers
+    loader.collate_fn = max
+    loader.num_workers = 0
+    return first, batches(loader), loader.num_workers
+
+
+@case
+def names_that_are_arguments_here_alone(base: Any) -> Any:
+    class Mine(base):
+        device = "cuda:7"
+
+        def seed(self, number: int) -> int:
+            return number
+
+        @functools.cached_property
+        def shard(self) -> str:
+            return "third"
+
+    loader = Mine(range(5), 3)
+    return batches(loader), loader.device, loader.seed(3), loader.shard
+
+
+@case
 def a_property_that_cannot_be_set(base: Any) -> Any:
     class Mine(base):
         @property

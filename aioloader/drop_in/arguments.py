@@ -12,6 +12,7 @@ from aioloader.core.checks import check_ahead, check_count, is_async_callable
 from aioloader.core.policies import Errors, Policies
 from aioloader.core.skip import Skip, as_skip
 from aioloader.core.source import CursorSource
+from aioloader.device import check_device
 from aioloader.executors.ray.workers import RayWorkers
 from aioloader.plan.plan import DEFAULT_PREFETCH
 from aioloader.sources.fetch import FetchSource
@@ -145,7 +146,12 @@ class Arguments:
             value = check_count(name, value, least=1)
         elif name == "skip_errors":
             value = as_skip(value)
-        return replace(self, **{name: value})
+        elif name == "device" and value is not None:
+            check_device(value)
+        changed = replace(self, **{name: value})
+        if name in ("ahead", "ahead_bytes"):
+            changed._check_ahead(changed.ahead, changed.ahead_bytes)
+        return changed
 
     def _check_loaded_elsewhere(self) -> None:
         """Refuse datasets whose samples cannot be loaded by processes, or by actors."""

@@ -1,7 +1,7 @@
 """A loader that is what the arguments of torch's `DataLoader` mean: its attributes, the plan of an epoch, its nodes."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from inspect import getattr_static
@@ -106,37 +106,42 @@ class DropInLoader(Loader[T_co]):
     seed: int | None = _argument(fixed=True)
     """With it the order depends on the seed and the epoch alone."""
 
+    _timeout_message = "DataLoader timed out after {seconds} seconds"
     _properties: tuple[str, ...] = ()
     """Of torch's, those for which a subclass has a property."""
-    _theirs: Collection[str] = ()
-    """Of our own, those that a subclass has set to something else before it called this constructor."""
+    _theirs: frozenset[str] = frozenset()
+    """Of our own, those that are something else in a subclass, or that it has set before it called this constructor."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        found = {name: getattr_static(cls, name) for name, it in _ARGUMENTS.items()}
-        cls._properties = tuple(
-            name for name in TORCHS if hasattr(type(found[name]), "__set__") and found[name] is not _ARGUMENTS[name]
-        )
-        shadowed = {name for name, it in found.items() if not hasattr(type(it), "__set__")}
-        if shadowed and "__setattr__" not in vars(cls):
-            cls.__setattr__ = _setting(cls, frozenset(shadowed))  # type: ignore[method-assign]
+        found = {name: getattr_static(cls, name) for name in _ARGUMENTS}
+        cls._theirs = frozenset(name for name in OURS if found[name] is not _ARGUMENTS[name])
+        others = {name: it for name, it in found.items() if it is not _ARGUMENTS[name] and name not in OURS}
+        cls._properties = tuple(name for name in TORCHS if name in others and hasattr(type(others[name]), "__set__"))
+        if len(others) > len(cls._properties) and "__setattr__" not in vars(cls):
+            cls.__setattr__ = _setting(cls)  # type: ignore[method-assign]
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
-        """Take these, and show them as attributes.
-
-        Properties of a subclass are set, and then read, as torch does it.
-        """
-        for name in self._properties:
-            setattr(self, name, getattr(arguments, name))
-            arguments = replace(arguments, **{name: getattr(self, name)})
+        """Take these, and show them as attributes."""
         plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
         attributes, shown = self.__dict__, arguments.shown(sampling.seed)
-        if "_arguments" not in attributes:
-            self._theirs = {name for name in attributes.keys() & OURS if attributes[name] is not shown[name]}
+        first = "_arguments" not in attributes
+        if first and (set_before := attributes.keys() & OURS):
+            self._theirs |= {name for name in set_before if attributes[name] is not shown[name]}
         for name in self._theirs:
             del shown[name]
         attributes.update(shown, _arguments=arguments, _sampling=sampling, _plan=plan)
+        attributes["_timeout"] = arguments.timeout or None
         attributes.pop("_sampled", None)
+        for name in self._properties if first else ():  # as torch's constructor does
+            setattr(self, name, shown[name])
+
+    def _read_properties(self) -> None:
+        """What properties of a subclass say now: torch's loader asks them when an epoch begins."""
+        arguments = self._arguments
+        told = {name: getattr(self, name) for name in self._properties}
+        if any(value is not getattr(arguments, name) for name, value in told.items()):
+            self._is_made_of(replace(arguments, **told), self._sampling)
 
     def _set_argument(self, name: str, value: Any) -> None:
         if "_arguments" not in self.__dict__ or name in self._theirs:
@@ -144,7 +149,8 @@ class DropInLoader(Loader[T_co]):
         elif _ARGUMENTS[name].fixed:
             raise ValueError(f"{name} attribute should not be set after DataLoader is initialized; make a new one")
         else:
-            self._is_made_of(self._arguments.changed(name, value), self._sampling)
+            with self._lock:
+                self._is_made_of(self._arguments.changed(name, value), self._sampling)
 
     def __getattr__(self, name: str) -> Any:
         if name == "sampler":
@@ -208,6 +214,8 @@ class DropInLoader(Loader[T_co]):
     # -- iteration ---------------------------------------------------------------------------------------------------
 
     def _check_usable(self) -> None:
+        if self._properties:
+            self._read_properties()
         told = self._arguments
         if told.timeout and told.num_workers == 0:
             # The type that torch's iterator raises.
@@ -278,11 +286,12 @@ _ARGUMENTS: Final[dict[str, _Argument]] = {
 }
 
 
-def _setting(kind: type[Any], shadowed: frozenset[str]) -> Callable[[Any, str, Any], None]:
+def _setting(kind: type[Any]) -> Callable[[Any, str, Any], None]:
     """`__setattr__` of a subclass that has attributes of its own under the names of arguments, which hide these."""
 
     def set_attribute(loader: Any, name: str, value: Any) -> None:
-        if name in shadowed:
+        hidden = name in _ARGUMENTS and not hasattr(type(getattr_static(type(loader), name)), "__set__")
+        if hidden and name not in OURS:
             loader._set_argument(name, value)
         else:
             super(kind, loader).__setattr__(name, value)

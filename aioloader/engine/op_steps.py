@@ -163,7 +163,7 @@ def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op],
 
     if not place.kept:
         return make()
-    pool: WorkerPool = host.get_or_create(("pool", *(op.address for op in together)), make)
+    pool: WorkerPool = host.get_or_create(("pool", width, *(op.address for op in together)), make)
     return pool
 
 
