@@ -21,7 +21,7 @@ from aioloader.engine.room import GrowingRoom, Room
 from aioloader.engine.tuned_room import UNKNOWN, BytesBudget, TunedRoom
 from aioloader.engine.tuning import Tuning
 from aioloader.testing import Gate
-from tests._support import Face, Steps, collect, on_both_faces, turns, until, wait_until
+from tests._support import Face, Steps, collect, on_both_faces, run, turns, until, wait_until
 
 pytestmark = pytest.mark.usefixtures("fork_server")
 
@@ -542,6 +542,27 @@ def test_epochs_that_are_over_before_it_looks_once_are_measured_as_a_whole(face:
         for one in seen:
             assert one.rate > 0.0
             assert one.seconds > 0.0
+
+
+@on_both_faces
+def test_a_search_over_epochs_that_are_left_early_ends(face: Face) -> None:
+    """Each begins before the one before it has ended, under `async for`."""
+    loader = Pipeline(range(400)).map(waits, concurrency=2).batch(2)
+    tuning = quiet(loader)
+
+    async def ours() -> None:
+        while not tuning.finished:
+            async for _ in loader:
+                break
+
+    if face == "async for":
+        run(ours)
+    else:
+        while not tuning.finished:
+            for _ in loader:
+                break
+    assert tuning.rate_before
+    loader.close()
 
 
 @on_both_faces

@@ -215,9 +215,9 @@ def test_another_number_of_workers_that_stay() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("ahead", 0), ("ahead_bytes", -1), ("device", "meta")])
-def test_what_the_constructor_refuses_cannot_be_set(name: str, value: object) -> None:
+def test_what_the_constructor_refuses_cannot_be_set(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
-        DataLoader(range(4), num_workers=1, **{name: value})  # type: ignore[arg-type]
+        DataLoader(range(4), 1, num_workers=1, **{name: value})
     loader = DataLoader(range(4), num_workers=1)
     with pytest.raises(ValueError, match=name):
         setattr(loader, name, value)

@@ -142,9 +142,6 @@ class _Climb:
         self._top = before.rate
         while True:
             without_gain = yield from self._passes()
-            why: Literal["consumer", "best", "time"] = "best" if without_gain else "time"
-            if self._here.waited < KEEPS_UP:
-                why = "consumer"
             if self._at == self._start:
                 break
             before = yield from self._check(before)
@@ -152,6 +149,9 @@ class _Climb:
                 break
             self._strictness *= 2  # it was luck: look once more, and do not believe as easily
             self._top = before.rate
+        why: Literal["consumer", "best", "time"] = "best" if without_gain else "time"
+        if self._here.waited < KEEPS_UP:
+            why = "consumer"
         return Found(self._at, before, self._here, why, self._points)
 
     def _passes(self) -> Steps:

@@ -3,8 +3,8 @@
 Nothing is run for it: the batches are those that the consumer takes, at its pace. So what is found is what helps this
 consumer, and once it does not wait any more the search is over. It works on the loop of the newest epoch, by a timer
 that lives as long as the search: a setting under which nothing comes any more must end, too, so it cannot wait for
-batches. Epochs may end meanwhile; the search goes on in the next one. Those that are over before a block of time has
-passed are a block each.
+batches. Epochs may end meanwhile; the search goes on in the next one. Short ones are a block each, from the end of the
+one before.
 """
 
 from asyncio import TimerHandle
@@ -122,29 +122,40 @@ class Tuner:
         with self._lock:
             if window.closed:
                 return
+            over = not self._turn_to(run)
             self.knobs.join(window, run, steps, fixed=self.over)
-            if run is not self._run:
-                self._run, self._windows = run, []
             self._windows = [one for one in self._windows if not one[0].closed]
             self._windows.append((window, steps))
+        if over:
+            self._ended()
+
+    def _turn_to(self, run: "Run") -> bool:
+        """It is the newest now; one before it may end later, under `async for`. False: the search is over by that."""
+        before, goes_on = self._run, True
+        if run is not before:
+            goes_on = before is None or self.over or self._add_epoch(before)
+            self._run, self._windows, self._before, self._epoch = run, [], None, None
+        return goes_on
 
     def begin(self, run: "Run") -> None:
         """All nodes of an epoch have begun, on its loop."""
         with self._lock:
             if self.over:
                 return
-            if run is not self._run:  # none of its windows makes anything
-                self._run, self._windows = run, []
+            over = not self._turn_to(run)  # where none of its windows makes anything
             self._seen, self._settled_at, self._settled_by = 0, 1, self.spent + self._most_settling
             self._ticked = self._came = now = self._clock()
             called = now if run.consumer.began is None else run.consumer.began
             last, self._last = self._last, None
             if last is None or called - last.at >= AWAY_SECONDS:
-                self._epoch = WholeEpoch(called, self.spent, None)
+                self._epoch = WholeEpoch(called, self.spent, None, self._taken.copy())
             else:
-                self._epoch = WholeEpoch(last.at, self.spent, last)
+                self._epoch = WholeEpoch(last.at, self.spent, last, self._taken.copy())
             self._before = None
-        self._again(run)
+        if over:
+            self._ended()
+        else:
+            self._again(run)
 
     def end(self, run: "Run") -> None:
         """An epoch has ended, on its loop, and its windows are closed."""
@@ -230,21 +241,27 @@ class Tuner:
         least = self._turnover if long < self.seconds * POINT_SHARE / 2 else 1
         stuck = waits and long > self.seconds * STUCK_SHARE
         if reading.batches - before.batches >= least and reading.at - before.at >= self._block_seconds:
-            self._add(before, reading)
+            self._taken.add(before, reading)
             self._before = reading
         elif stuck and not self._taken.blocks:
-            self._add(before, reading)
-        return self._next(run) if self._is_measured else True
+            self._taken.add(before, reading)
+        return self._next(run) if self._is_measured and self._epoch_is_long(now) else True
+
+    def _epoch_is_long(self, now: float) -> bool:
+        """Whether blocks inside this epoch say what it is like; else all of it does, once it has ended."""
+        return self._epoch is None or now - self._epoch.since > self.seconds * POINT_SHARE
 
     def _add_epoch(self, run: "Run") -> bool:
-        """Let an epoch that ends be a block, if it was too short to have one; False: that was the end of the search.
+        """Let a short epoch that ends be a block, in place of those inside it, or one in which there was none.
+
+        False: that was the end of the search.
 
         An epoch may be over before the timer comes even once, and all of them may be like that. It counts from the end
-        of the one before it: what it takes to begin, and what the consumer does in between, is most of its time.
+        of the one before it: what it takes to begin, and what the consumer does in between, is much of its time.
         """
         epoch, now = self._epoch, self._clock()
         self._last = LastEpoch(run.consumer, now, run.consumer.batches, waited_by(run.consumer))
-        if epoch is None:
+        if epoch is None or (self._epoch_is_long(now) and len(self._taken.blocks) > len(epoch.taken.blocks)):
             return True
         before, after = epoch.began(), self._read(run, now)
         if after.batches <= before.batches:  # none was given yet: it is a block together with the next one
@@ -253,12 +270,9 @@ class Tuner:
         self.spent = epoch.spent + now - epoch.since
         if self._search is None:
             return self._start(run)
-        self._add(before, after)
-        return self._next(run) if self._is_measured else True
-
-    def _add(self, before: Reading, after: Reading) -> None:
+        self._taken = epoch.taken
         self._taken.add(before, after)
-        self._epoch = None
+        return self._next(run) if self._is_measured else True
 
     @property
     def _is_measured(self) -> bool:

@@ -1,6 +1,6 @@
 """What a `Tuner` reads while it measures, and what it adds up: blocks of time, or short epochs as a whole."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aioloader.engine.knobs import Key
 from aioloader.insight.meters import ConsumerMeter
@@ -48,11 +48,13 @@ class WholeEpoch:
         since: When its first batch was asked for; or when the last one ended.
         spent: `Tuner.spent` when it began.
         last: The one before it, if that ended right before.
+        taken: What was measured until it began.
     """
 
     since: float
     spent: float
     last: LastEpoch | None
+    taken: "Taken"
 
     def began(self) -> Reading:
         """The beginning of the block, with what was given out of the last one since."""
@@ -73,6 +75,12 @@ class Taken:
     busy: dict[Key, float] = field(default_factory=dict)
     calls: dict[Key, int] = field(default_factory=dict)
     failed: dict[Key, int] = field(default_factory=dict)
+
+    def copy(self) -> "Taken":
+        """The same, to go on with."""
+        return replace(
+            self, blocks=[*self.blocks], busy=dict(self.busy), calls=dict(self.calls), failed=dict(self.failed)
+        )
 
     def add(self, before: Reading, after: Reading) -> None:
         """A block."""
