@@ -162,6 +162,23 @@ def test_it_goes_no_further_than_the_consumer_takes() -> None:
     assert max(point[0] for point in asked) == 128
 
 
+def test_what_ended_it_is_of_what_was_measured_last() -> None:
+    """A consumer that seemed to take no more, and waits after all when that is measured again, is not the limit."""
+    climbing = climb([Axis(1, 1, 64)])
+    point, asked = next(climbing), 0
+    while True:
+        asked += 1
+        waited = 0.01 if point[0] > 1 and asked < 4 else 0.5
+        try:
+            point = climbing.send(Measured(((10.0 * point[0], 0.1),) * 5, waited, (1.0,), 0.0, 30.0 - asked, 1.0))
+        except StopIteration as end:
+            found: Found = end.value
+            break
+    assert found.after.waited > 0.03
+    assert found.why != "consumer"
+
+
+
 def test_it_ends_early_when_no_change_helps() -> None:
     flat = Surface(lambda _: 100.0, lambda _: (1.0, 1.0))
     found, asked = search([Axis(64, 1, 1024), Axis(2, 1, 128)], flat, seconds=600)

@@ -163,7 +163,9 @@ def _worker_pool(host: WorkerThread, place: InProcesses, together: Sequence[Op],
 
     if not place.kept:
         return make()
-    pool: WorkerPool = host.get_or_create(("pool", width, *(op.address for op in together)), make)
+    # Another number of workers is another pool. But a `Limit` that has changed starts no more of them.
+    number = None if any(isinstance(op.concurrency, Limit) for op in together) else width
+    pool: WorkerPool = host.get_or_create(("pool", number, *(op.address for op in together)), make)
     return pool
 
 
