@@ -178,7 +178,6 @@ def test_what_ended_it_is_of_what_was_measured_last() -> None:
     assert found.why != "consumer"
 
 
-
 def test_it_ends_early_when_no_change_helps() -> None:
     flat = Surface(lambda _: 100.0, lambda _: (1.0, 1.0))
     found, asked = search([Axis(64, 1, 1024), Axis(2, 1, 128)], flat, seconds=600)
