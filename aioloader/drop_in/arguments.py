@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch.utils.data
 from torch.utils.data import IterableDataset
@@ -19,30 +19,9 @@ from aioloader.sources.fetch import FetchSource
 from aioloader.stages.load_one import check_load_policies
 from aioloader.stages.map import ASYNC_CONCURRENCY
 
-__all__ = ["OURS", "TORCHS", "Arguments", "WorkerType", "is_async_iterable", "worker_type_of"]
+__all__ = ["Arguments", "WorkerType", "is_async_iterable", "worker_type_of"]
 
 WorkerType = Literal["thread", "process", "ray"] | RayWorkers
-
-TORCHS: Final = (
-    "dataset",
-    "batch_size",
-    "drop_last",
-    "num_workers",
-    "collate_fn",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "prefetch_factor",
-    "persistent_workers",
-    "pin_memory_device",
-    "in_order",
-)
-"""Arguments that a loader of torch's shows as attributes."""
-_OURS: Final = ("device", "concurrency", "ahead", "ahead_bytes", "worker_type", "skip_errors", "shard")
-OURS: Final = frozenset({*_OURS, "seed"})
-"""Those that ours shows besides."""
-_SHOWN: Final = TORCHS + _OURS
 
 
 @dataclass(frozen=True)
@@ -126,13 +105,6 @@ class Arguments:
         again = object.__new__(Arguments)
         again.__dict__.update(self.__dict__, **others)
         return again
-
-    def shown(self, seed: int | None) -> dict[str, Any]:
-        """What a loader shows of them as attributes, with its seed."""
-        here = vars(self)
-        shown = {name: here[name] for name in _SHOWN}
-        shown["seed"] = seed
-        return shown
 
     def changed(self, name: str, value: Any) -> "Arguments":
         """The same with another value for one of them.

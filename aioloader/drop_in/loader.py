@@ -12,7 +12,7 @@ import torch
 from aioloader.core.skip import Skip
 from aioloader.core.typevars import T_co
 from aioloader.device import Transfer, open_transfer, why_not_pinned
-from aioloader.drop_in.arguments import OURS, TORCHS, Arguments, WorkerType
+from aioloader.drop_in.arguments import Arguments, WorkerType
 from aioloader.drop_in.inline import inline_nodes
 from aioloader.drop_in.plan import plan_of
 from aioloader.engine.delivery import InlineDelivery
@@ -35,10 +35,12 @@ class _Argument:
 
     Args:
         fixed: It says which samples come when, and cannot be set.
+        ours: A loader of torch's has none of this name.
     """
 
-    def __init__(self, *, fixed: bool) -> None:
+    def __init__(self, *, fixed: bool, ours: bool) -> None:
         self.fixed = fixed
+        self.ours = ours
 
     def __set_name__(self, _: type, name: str) -> None:
         self._name = name
@@ -61,8 +63,8 @@ class _Argument:
         del loader.__dict__[self._name]
 
 
-def _argument(*, fixed: bool = False) -> Any:
-    return _Argument(fixed=fixed)
+def _argument(*, fixed: bool = False, ours: bool = False) -> Any:
+    return _Argument(fixed=fixed, ours=ours)
 
 
 class DropInLoader(Loader[T_co]):
@@ -96,14 +98,14 @@ class DropInLoader(Loader[T_co]):
     in_order: bool = _argument()
 
     # And our own.
-    device: Any = _argument()
-    concurrency: int = _argument()
-    ahead: int | None = _argument()
-    ahead_bytes: int | None = _argument()
-    worker_type: WorkerType = _argument()
-    skip_errors: Skip | None = _argument()
-    shard: bool = _argument(fixed=True)
-    seed: int | None = _argument(fixed=True)
+    device: Any = _argument(ours=True)
+    concurrency: int = _argument(ours=True)
+    ahead: int | None = _argument(ours=True)
+    ahead_bytes: int | None = _argument(ours=True)
+    worker_type: WorkerType = _argument(ours=True)
+    skip_errors: Skip | None = _argument(ours=True)
+    shard: bool = _argument(fixed=True, ours=True)
+    seed: int | None = _argument(fixed=True, ours=True)
     """With it the order depends on the seed and the epoch alone."""
 
     _timeout_message = "DataLoader timed out after {seconds} seconds"
@@ -115,18 +117,21 @@ class DropInLoader(Loader[T_co]):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         found = {name: getattr_static(cls, name) for name in _ARGUMENTS}
-        cls._theirs = frozenset(name for name in OURS if found[name] is not _ARGUMENTS[name])
-        others = {name: it for name, it in found.items() if it is not _ARGUMENTS[name] and name not in OURS}
-        cls._properties = tuple(name for name in TORCHS if name in others and hasattr(type(others[name]), "__set__"))
-        if len(others) > len(cls._properties) and "__setattr__" not in vars(cls):
+        others = {name: it for name, it in found.items() if it is not _ARGUMENTS[name]}
+        cls._theirs = _OURS & others.keys()
+        torchs = {name: hasattr(type(it), "__set__") for name, it in others.items() if name not in _OURS}
+        cls._properties = tuple(name for name, sets in torchs.items() if sets and name in _SHOWN)
+        if not all(torchs.values()) and "__setattr__" not in vars(cls):
             cls.__setattr__ = _setting(cls)  # type: ignore[method-assign]
 
     def _is_made_of(self, arguments: Arguments, sampling: EpochSampling) -> None:
         """Take these, and show them as attributes."""
         plan = plan_of(arguments, sampling)  # now, and not while somebody waits for the first batch
-        attributes, shown = self.__dict__, arguments.shown(sampling.seed)
+        attributes, told = self.__dict__, vars(arguments)
+        shown = {name: told[name] for name in _SHOWN}
+        shown["seed"] = sampling.seed
         first = "_arguments" not in attributes
-        if first and (set_before := attributes.keys() & OURS):
+        if first and (set_before := attributes.keys() & _OURS):
             self._theirs |= {name for name in set_before if attributes[name] is not shown[name]}
         for name in self._theirs:
             del shown[name]
@@ -284,6 +289,8 @@ class DropInLoader(Loader[T_co]):
 _ARGUMENTS: Final[dict[str, _Argument]] = {
     name: it for name, it in vars(DropInLoader).items() if isinstance(it, _Argument)
 }
+_OURS: Final = frozenset(name for name, it in _ARGUMENTS.items() if it.ours)
+_SHOWN: Final = tuple(name for name in _ARGUMENTS if name not in ("sampler", "seed"))  # by their names in `Arguments`
 
 
 def _setting(kind: type[Any]) -> Callable[[Any, str, Any], None]:
@@ -291,7 +298,7 @@ def _setting(kind: type[Any]) -> Callable[[Any, str, Any], None]:
 
     def set_attribute(loader: Any, name: str, value: Any) -> None:
         hidden = name in _ARGUMENTS and not hasattr(type(getattr_static(type(loader), name)), "__set__")
-        if hidden and name not in OURS:
+        if hidden and name not in _OURS:
             loader._set_argument(name, value)
         else:
             super(kind, loader).__setattr__(name, value)
